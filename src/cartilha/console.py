@@ -1,0 +1,95 @@
+"""What a person sees while a command works: one-line notices, and progress with rate and time left.
+
+Everything goes to standard error, so that `--json` has standard output to itself. Stages only log
+(`logging.getLogger("cartilha")`): INFO is progress, WARNING is a fallback or a finding that the results must record.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+PLAIN_INTERVAL_S = 10.0
+
+
+class Advance(Protocol):
+    """Reports work done: `advance(amount)`, with an optional note that replaces the last one."""
+
+    def __call__(self, amount: float, note: str = "") -> None:
+        """Add `amount` of work."""
+
+
+def set_up_logging() -> None:
+    """Send the project's log lines to standard error, a line each (called by the command line only)."""
+    handler: logging.Handler
+    if sys.stderr.isatty():
+        handler = RichHandler(console=Console(stderr=True), show_time=False, show_path=False, show_level=False)
+    else:
+        handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("cartilha")
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+@contextmanager
+def progress(title: str, total: float | None, unit: str) -> Iterator[Advance]:
+    """Show progress: a bar on a terminal; elsewhere a plain line every ten seconds, so that a log stays readable.
+
+    Args:
+        title: What is being done.
+        total: Amount of work, in `unit`; None where it is not known.
+        unit: Plural name of the unit, for the rate.
+    """
+    logger = logging.getLogger("cartilha")
+    if not logger.isEnabledFor(logging.INFO) or not logger.handlers:
+        yield lambda amount, note="": None
+    elif sys.stderr.isatty():
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task(title, total=total, note="")
+            started = time.monotonic()
+
+            def advance_bar(amount: float, note: str = "") -> None:
+                done = bar.tasks[0].completed + amount
+                rate = done / max(time.monotonic() - started, 1e-9)
+                bar.update(task, advance=amount, note=f"{rate:,.0f} {unit}/s {note}")
+
+            yield advance_bar
+    else:
+        yield _plain_lines(title, total, unit)
+
+
+def _plain_lines(title: str, total: float | None, unit: str) -> Advance:
+    started = last = time.monotonic()
+    done = 0.0
+
+    def advance(amount: float, note: str = "") -> None:
+        nonlocal done, last
+        done += amount
+        now = time.monotonic()
+        if now - last >= PLAIN_INTERVAL_S:
+            last = now
+            rate = done / (now - started)
+            left = f", {(total - done) / rate:,.0f} s left" if total and rate else ""
+            of = f" of {total:,.0f}" if total else ""
+            logging.getLogger("cartilha").info(
+                "%s: %s%s %s, %s %s/s%s %s", title, f"{done:,.0f}", of, unit, f"{rate:,.0f}", unit, left, note
+            )
+
+    return advance

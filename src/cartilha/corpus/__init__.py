@@ -1,0 +1,1 @@
+"""Text as it comes: documents from files, the hub and the primer."""

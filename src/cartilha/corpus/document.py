@@ -1,0 +1,28 @@
+"""The one record that the whole project passes around: a document."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A text with its origin.
+
+    Attributes:
+        text: The text as read: never stripped, normalised or cut.
+        id: Unique within its source; the record's own id where it has one, else `<file name>:<line or row>`.
+        source: The file name or dataset that it was read from, without directories.
+        domain: The group that per-domain figures are given for (a primer genre, a dataset's own label, else the file).
+    """
+
+    text: str
+    id: str
+    source: str
+    domain: str
+
+    @property
+    def text_hash(self) -> str:
+        """The first 32 hexadecimal digits of the SHA-256 of the UTF-8 text: the identity of a document."""
+        return hashlib.sha256(self.text.encode("utf-8")).hexdigest()[:32]

@@ -1,0 +1,73 @@
+"""The primer: original Portuguese texts that ship with the package, so that all can be tried without a network."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.resources.abc import Traversable
+
+from cartilha.corpus.document import Document
+
+
+@dataclass(frozen=True)
+class PrimerText:
+    """One text of the primer.
+
+    Attributes:
+        id: Unique in the primer.
+        title: As a reader would call it; not part of the text.
+        genre: What kind of text it is; the domain of its document.
+        variety: The variety of Portuguese that it is written in.
+        text: The text itself.
+    """
+
+    id: str
+    title: str
+    genre: str
+    variety: str
+    text: str
+
+
+@dataclass(frozen=True)
+class PrimerCount:
+    """How much of the primer is of one genre and variety; a word is what whitespace separates."""
+
+    genre: str
+    variety: str
+    num_texts: int
+    num_words: int
+
+
+def primer_texts() -> list[PrimerText]:
+    """All texts of the primer, in the order of its file."""
+    lines = _texts_file().read_bytes().decode("utf-8").split("\n")
+    return [PrimerText(**json.loads(line)) for line in lines if line]
+
+
+def read_primer() -> Iterator[Document]:
+    """The primer's texts as documents: the genre is the domain, `primer` the source."""
+    for text in primer_texts():
+        yield Document(text=text.text, id=text.id, source="primer", domain=text.genre)
+
+
+def primer_table() -> list[PrimerCount]:
+    """Texts and words of the primer for each genre and variety that occurs, sorted by both."""
+    num_texts: Counter[tuple[str, str]] = Counter()
+    num_words: Counter[tuple[str, str]] = Counter()
+    for text in primer_texts():
+        num_texts[text.genre, text.variety] += 1
+        num_words[text.genre, text.variety] += len(text.text.split())
+    return [PrimerCount(*group, num_texts[group], num_words[group]) for group in sorted(num_texts)]
+
+
+def primer_sha256() -> str:
+    """The SHA-256 of the primer's file, in hexadecimal digits: which edition of the texts this is."""
+    return hashlib.sha256(_texts_file().read_bytes()).hexdigest()
+
+
+def _texts_file() -> Traversable:
+    return importlib.resources.files(__name__) / "texts.jsonl"

@@ -1,0 +1,1 @@
+"""Perplexity and bits per byte: windows, nll, sums, baselines. The definitions are in docs/measures.md."""

@@ -1,0 +1,129 @@
+"""Text written by a model from a prompt; a prompt's trailing space is healed instead of breaking the next word."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from cartilha.config import GenerateConfig
+from cartilha.errors import UserError
+from cartilha.model.attention import use_document_attention
+from cartilha.model.forward import head_weight
+from cartilha.model.load import LoadedModel
+from cartilha.runtime import seed_everything
+from cartilha.tokens.tokenizer import TextTokenizer
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """A prompt and what the model made of it; `text` includes the prompt."""
+
+    prompt: str
+    text: str
+    mode: str
+    num_new_tokens: int
+
+
+class _BeginWith(LogitsProcessor):
+    """Allows only the given ids as the first new token."""
+
+    def __init__(self, prompt_length: int, allowed: torch.Tensor) -> None:
+        self.prompt_length = prompt_length
+        self.allowed = allowed
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if input_ids.shape[1] != self.prompt_length:
+            return scores
+        masked = torch.full_like(scores, -torch.inf)
+        masked[:, self.allowed] = scores[:, self.allowed]
+        return masked  # type: ignore[return-value]
+
+
+def describe_mode(config: GenerateConfig) -> str:
+    """How the next token is chosen, in a few words."""
+    if config.do_sample:
+        return f"sampled (temperature {config.temperature:g}, top_k {config.top_k}, top_p {config.top_p:g})"
+    return f"beam search ({config.num_beams})" if config.num_beams > 1 else "greedy"
+
+
+def continue_prompts(loaded: LoadedModel, tokenizer: TextTokenizer, config: GenerateConfig) -> list[Continuation]:
+    """Continue each prompt.
+
+    Args:
+        loaded: The model; its attention is switched to transformers' own while it writes, and back.
+        tokenizer: The model's.
+        config: Prompts and how the next token is chosen.
+
+    Raises:
+        UserError: A prompt and its continuation do not fit the model's context, or the choices contradict each other.
+    """
+    if config.do_sample and config.num_beams > 1:
+        raise UserError("Sampling and beams were both asked for; use --do_sample or --num_beams, not both.")
+    if config.max_new_tokens < 1 or config.num_beams < 1:
+        raise UserError("max_new_tokens and num_beams must be 1 or more.")
+    if config.do_sample and (config.temperature <= 0 or not 0 < config.top_p <= 1 or config.top_k < 1):
+        raise UserError("Sampling needs temperature above 0, top_k of 1 or more, and top_p above 0 and at most 1.")
+    seed_everything(config.seed)
+    loaded.model.set_attn_implementation("sdpa")
+    try:
+        return [_continue(loaded, tokenizer, prompt, config) for prompt in config.prompt]
+    finally:
+        use_document_attention(loaded.model)
+
+
+@torch.inference_mode()
+def _continue(loaded: LoadedModel, tokenizer: TextTokenizer, prompt: str, config: GenerateConfig) -> Continuation:
+    stripped = prompt.rstrip(" ")
+    healed = len(stripped) < len(prompt)
+    ids = [tokenizer.prefix_id, *(int(i) for i in tokenizer.encode([stripped])[0])]
+    if len(ids) + config.max_new_tokens > loaded.context_length:
+        raise UserError(
+            f"A prompt of {len(ids)} tokens and {config.max_new_tokens} new ones do not fit the model's context of "
+            f"{loaded.context_length}; shorten the prompt or use a smaller --max_new_tokens."
+        )
+    device = loaded.model.device
+    processors = LogitsProcessorList()
+    unused = _ids_without_token(tokenizer, loaded)
+    if healed:
+        processors.append(_BeginWith(len(ids), _ids_that_begin_with_space(tokenizer).to(device)))
+    settings = GenerationConfig(
+        max_new_tokens=config.max_new_tokens,
+        do_sample=config.do_sample,
+        num_beams=config.num_beams,
+        repetition_penalty=config.repetition_penalty,
+        bos_token_id=tokenizer.prefix_id,
+        eos_token_id=tokenizer.end_id,
+        pad_token_id=tokenizer.pad_id if tokenizer.pad_id is not None else tokenizer.end_id,
+        suppress_tokens=unused or None,
+        **(
+            {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
+            if config.do_sample
+            else {}
+        ),
+    )
+    prompt_ids = torch.tensor([ids], device=device)
+    output = loaded.model.generate(  # type: ignore[operator]
+        prompt_ids, attention_mask=torch.ones_like(prompt_ids), generation_config=settings, logits_processor=processors
+    )
+    new = output[0, len(ids) :].tolist()
+    if new and new[-1] in (tokenizer.end_id, settings.pad_token_id):
+        new = new[: next(i for i, token in enumerate(new) if token in (tokenizer.end_id, settings.pad_token_id))]
+    # Decoded together: a byte-level token alone may be half a character.
+    text = tokenizer.decode(ids[1:] + new)[len(tokenizer.decode(ids[1:])) :]
+    if healed:
+        text = text.removeprefix(" ")
+    return Continuation(prompt, prompt + text, describe_mode(config), len(new))
+
+
+def _ids_without_token(tokenizer: TextTokenizer, loaded: LoadedModel) -> list[int]:
+    """Rows of the head that no token uses (OPT has seven): they decode to nothing and are never written."""
+    used = set(tokenizer.backend.get_vocab(with_added_tokens=True).values())
+    return [i for i in range(head_weight(loaded.model).shape[0]) if i not in used]
+
+
+def _ids_that_begin_with_space(tokenizer: TextTokenizer) -> torch.Tensor:
+    """Ids whose text begins with a space (written Ġ by byte-level tokenizers, ▁ by SentencePiece)."""
+    vocabulary = tokenizer.backend.get_vocab(with_added_tokens=False)
+    return torch.tensor(sorted(i for token, i in vocabulary.items() if token.startswith(("Ġ", "▁", " "))))

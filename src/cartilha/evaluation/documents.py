@@ -1,0 +1,107 @@
+"""The held-out documents as a model sees them: ids, and the counts that its nll is divided by."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cartilha.corpus.document import Document
+from cartilha.corpus.splits import split_position
+from cartilha.errors import UserError
+from cartilha.tokens.tokenizer import TextTokenizer
+
+SUBSET_SEED = 20_01  # of the hash order in which validation subsets are chosen; never changed
+
+
+@dataclass(frozen=True)
+class ScoredDocuments:
+    """Documents ready to be scored under a protocol; arrays have one entry a document.
+
+    Attributes:
+        ids: Token ids of each, cut to the protocol's first tokens.
+        num_bytes: UTF-8 bytes of the scored text, int64; likewise num_chars and num_words.
+        round_trips: Whether decode(encode(text)) = text; the others are left out of byte, character and word figures.
+        doc_ids: Names for messages and tables.
+        domains: Of each document.
+        text_hashes: Of the whole texts.
+        num_empty: Documents without any token, skipped.
+        corpus_hash: Over the text hashes in order: the same corpus under any tokenizer.
+    """
+
+    ids: list[np.ndarray]
+    num_bytes: np.ndarray
+    num_chars: np.ndarray
+    num_words: np.ndarray
+    round_trips: np.ndarray
+    doc_ids: list[str]
+    domains: list[str]
+    text_hashes: list[str]
+    num_empty: int
+    corpus_hash: str
+
+    @property
+    def num_tokens(self) -> np.ndarray:
+        """Tokens to score of each document, int64."""
+        return np.array([len(ids) for ids in self.ids], np.int64)
+
+
+def encode_documents(
+    documents: Sequence[Document], tokenizer: TextTokenizer, first_tokens: int | None = None
+) -> ScoredDocuments:
+    """Tokenize documents for scoring.
+
+    Args:
+        documents: At least one with a token.
+        tokenizer: The model's.
+        first_tokens: Keep only so many tokens of each; bytes, characters and words are then those of the kept part.
+
+    Raises:
+        UserError: There is nothing to score.
+    """
+    hashes = [document.text_hash for document in documents]
+    encoded = tokenizer.encode([document.text for document in documents])
+    decoded = tokenizer.decode_batch(encoded)
+    kept = [i for i, ids in enumerate(encoded) if len(ids)]
+    if not kept:
+        raise UserError(
+            "There are no documents to score; give --input with text, or a store with validation documents."
+        )
+    ids, texts = [], []
+    for i in kept:
+        cut = first_tokens is not None and len(encoded[i]) > first_tokens
+        ids.append(encoded[i][:first_tokens] if cut else encoded[i])
+        # A cut may fall inside a character: the incomplete one at the end is not counted.
+        texts.append(tokenizer.decode(ids[-1]).rstrip("\ufffd") if cut else documents[i].text)
+    return ScoredDocuments(
+        ids=ids,
+        num_bytes=np.array([len(text.encode("utf-8")) for text in texts], np.int64),
+        num_chars=np.array([len(text) for text in texts], np.int64),
+        num_words=np.array([len(text.split()) for text in texts], np.int64),
+        round_trips=np.array([decoded[i] == documents[i].text for i in kept], bool),
+        doc_ids=[documents[i].id for i in kept],
+        domains=[documents[i].domain for i in kept],
+        text_hashes=[hashes[i] for i in kept],
+        num_empty=len(documents) - len(kept),
+        corpus_hash=hashlib.sha256("".join(hashes).encode("ascii")).hexdigest(),
+    )
+
+
+def validation_subset(documents: Sequence[Document], num_tokens: Sequence[int], max_tokens: int) -> list[Document]:
+    """A fixed part of the documents with about `max_tokens` tokens, chosen by hash; all of them where they are fewer.
+
+    The choice depends on the texts alone, so that every run over the same store validates on the same documents.
+    """
+    if sum(num_tokens) <= max_tokens:
+        return list(documents)
+    order = sorted(range(len(documents)), key=lambda i: split_position(documents[i].text_hash, SUBSET_SEED))
+    chosen: list[int] = []
+    total = 0
+    for i in order:
+        if chosen and total + num_tokens[i] > max_tokens:
+            break
+        chosen.append(i)
+        total += num_tokens[i]
+    return [documents[i] for i in sorted(chosen)]

@@ -1,0 +1,232 @@
+"""Attention in which no document sees another: one function, registered once, for every supported architecture.
+
+transformers hands a registered attention function no mask, so this one honours causality, the scale and a sliding
+window itself. The boundaries of the documents travel explicitly with each call (`Segments`); an architecture with
+something this function does not know (soft caps, sinks, biases) is refused by name rather than computed wrongly.
+
+Three ways to compute the same thing, chosen from the hardware:
+  varlen    CUDA of capability 8 and above in half precision: torch's variable-length flash attention.
+  segments  CPU: one causal call a segment, so that neither other documents nor the future cost anything. In bf16 the
+            CPU's attention is slower than in float32 (docs/log.md), so the inputs are computed in float32.
+  mask      elsewhere (T4, MPS): one call with a block mask.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface, PreTrainedModel
+
+from cartilha.errors import UserError
+
+ATTENTION_NAME = "cartilha_documents"
+
+# Architectures for which tests/peer proves: same loss as transformers, and no document sees another.
+SUPPORTED_MODEL_TYPES = (
+    "opt",
+    "llama",
+    "gpt2",
+    "gpt_neox",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "smollm3",
+    "olmo2",
+    "phi3",
+)
+
+Kernel = Literal["varlen", "segments", "mask"]
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Where the pieces of documents of a batch begin and end.
+
+    Attributes:
+        lengths: Of each segment in row-major order; they sum to the batch's num_rows * row_length.
+        row_length: Positions a row; no segment crosses a row's end.
+        device: Where masks and boundaries are needed.
+        kernel: How attention is computed.
+    """
+
+    lengths: tuple[int, ...]
+    row_length: int
+    device: torch.device
+    kernel: Kernel
+
+    @cached_property
+    def boundaries(self) -> torch.Tensor:
+        """Cumulative lengths from 0, int32, shape (num_segments + 1,)."""
+        cumulative = np.concatenate([[0], np.cumsum(self.lengths)])
+        return torch.from_numpy(cumulative.astype(np.int32)).to(self.device, non_blocking=True)
+
+    def mask(self, sliding_window: int | None) -> torch.Tensor:
+        """True where a query may look: shape (num_rows, 1, row_length, row_length)."""
+        cache: dict[int | None, torch.Tensor] = self.__dict__.setdefault("_masks", {})
+        if sliding_window not in cache:
+            segment = torch.repeat_interleave(
+                torch.arange(len(self.lengths), device=self.device), torch.tensor(self.lengths, device=self.device)
+            ).view(-1, 1, self.row_length, 1)
+            cache[sliding_window] = (segment == segment.transpose(2, 3)) & causal_mask(
+                self.row_length, sliding_window, self.device
+            )
+        return cache[sliding_window]
+
+
+def causal_mask(length: int, sliding_window: int | None, device: torch.device) -> torch.Tensor:
+    """True where position i may look at j: i - window < j <= i; shape (length, length)."""
+    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)[None, :]
+    visible = distance >= 0
+    return visible if sliding_window is None else visible & (distance < sliding_window)
+
+
+def choose_kernel(device_type: str, capability: tuple[int, int] | None, dtype: torch.dtype) -> Kernel:
+    """How attention is computed on this hardware in this compute dtype."""
+    if device_type == "cuda" and capability is not None and capability >= (8, 0) and dtype != torch.float32:
+        return "varlen"
+    return "segments" if device_type == "cpu" else "mask"
+
+
+def document_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    segments: Segments,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention within each segment.
+
+    Args:
+        module: The attention layer (transformers passes it; unused).
+        query: Shape (num_rows, num_heads, row_length, head_size).
+        key: Shape (num_rows, num_key_value_heads, row_length, head_size); likewise value.
+        value: See key.
+        attention_mask: None: the mask follows from the segments.
+        segments: The boundaries of the documents.
+        scaling: Factor of the scores; None for 1 / sqrt(head_size).
+        dropout: Dropout probability of the attention weights.
+        sliding_window: Positions that a query sees at most, itself included; None for all.
+        **kwargs: What transformers passes to every attention function and this one has no use for.
+
+    Returns:
+        The output, shape (num_rows, row_length, num_heads, head_size), and None for the weights.
+    """
+    assert attention_mask is None, "transformers built a mask although our attention is registered without one"
+    assert kwargs.get("softcap") is None, "soft caps are refused when the model is loaded"
+    num_rows, num_heads, row_length, head_size = query.shape
+    assert row_length == segments.row_length
+    repeats = num_heads // key.shape[1]
+    if segments.kernel == "varlen":
+        output = _varlen(query, key, value, segments, scaling, sliding_window)
+    elif segments.kernel == "segments":
+        output = _per_segment(query, key, value, segments, scaling, dropout, sliding_window, repeats)
+    else:
+        mask = segments.mask(sliding_window)
+        attended = F.scaled_dot_product_attention(
+            query, _repeat(key, repeats), _repeat(value, repeats), attn_mask=mask, dropout_p=dropout, scale=scaling
+        )
+        output = attended.transpose(1, 2)
+    return output.reshape(num_rows, row_length, num_heads, head_size), None
+
+
+def _repeat(heads: torch.Tensor, repeats: int) -> torch.Tensor:
+    """Give each query head its key-value head: dim 1 grows by `repeats`."""
+    return heads if repeats == 1 else heads.repeat_interleave(repeats, dim=1)
+
+
+def _flat(heads: torch.Tensor) -> torch.Tensor:
+    """(rows, heads, length, size) to (rows * length, heads, size)."""
+    return heads.transpose(1, 2).reshape(-1, heads.shape[1], heads.shape[3])
+
+
+def _varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segments: Segments,
+    scaling: float | None,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    boundaries = segments.boundaries
+    # The longest segment is bounded by the row, a constant: a changing maximum would recompile a compiled model.
+    longest = segments.row_length
+    dtype = query.dtype if query.dtype != torch.float32 else torch.get_autocast_dtype("cuda")
+    window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
+    output = varlen_attn(
+        _flat(query).to(dtype),
+        _flat(key).to(dtype),
+        _flat(value).to(dtype),
+        boundaries,
+        boundaries,
+        longest,
+        longest,
+        scale=scaling,
+        window_size=window,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    assert isinstance(output, torch.Tensor)
+    return output
+
+
+def _per_segment(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segments: Segments,
+    scaling: float | None,
+    dropout: float,
+    sliding_window: int | None,
+    repeats: int,
+) -> torch.Tensor:
+    compute = torch.float32 if query.dtype == torch.bfloat16 else query.dtype
+    # split, not slices: its backward is one concatenation, where each slice would fill a whole gradient with zeros.
+    pieces = zip(*(_flat(heads).to(compute).split(segments.lengths) for heads in (query, key, value)), strict=True)
+    outputs = []
+    with torch.autocast(query.device.type, enabled=False):
+        for q, k, v in pieces:
+            q, k, v = (heads.transpose(0, 1)[None] for heads in (q, k, v))
+            windowed = sliding_window is not None and q.shape[2] > sliding_window
+            mask = causal_mask(q.shape[2], sliding_window, q.device) if windowed else None
+            attended = F.scaled_dot_product_attention(
+                q,
+                _repeat(k, repeats),
+                _repeat(v, repeats),
+                attn_mask=mask,
+                dropout_p=dropout,
+                is_causal=mask is None,
+                scale=scaling,
+            )
+            outputs.append(attended[0].transpose(0, 1))
+    return torch.cat(outputs).to(query.dtype)
+
+
+AttentionInterface.register(ATTENTION_NAME, document_attention)
+
+
+def use_document_attention(model: PreTrainedModel) -> None:
+    """Switch a model, in place, to attention within documents.
+
+    Raises:
+        UserError: The architecture is not among those for which this attention is proven right.
+    """
+    model_type = str(model.config.model_type)
+    if model_type not in SUPPORTED_MODEL_TYPES:
+        raise UserError(
+            f"Models of the type {model_type} are not supported: packed documents would see each other or come out "
+            f"wrong; supported are {', '.join(SUPPORTED_MODEL_TYPES)}."
+        )
+    model.set_attn_implementation(ATTENTION_NAME)

@@ -1,0 +1,69 @@
+"""One forward pass over packed documents: the body in the compute dtype, the head fused with the loss."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from transformers import PreTrainedModel
+
+from cartilha.blocks.packing import Batch
+from cartilha.model.attention import Segments, choose_kernel
+from cartilha.model.loss import linear_cross_entropy, token_nll
+
+
+def _segments(batch: Batch, device: torch.device, dtype: torch.dtype) -> Segments:
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    kernel = choose_kernel(device.type, capability, dtype)
+    return Segments(tuple(batch.segment_lengths.tolist()), batch.input_ids.shape[1], device, kernel)
+
+
+def _autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+def hidden_states(model: PreTrainedModel, batch: Batch, dtype: torch.dtype) -> torch.Tensor:
+    """Last hidden states of a batch of packed documents, shape (num_rows, row_length, hidden_size).
+
+    Args:
+        model: With `use_document_attention`.
+        batch: Blocks; documents do not see each other.
+        dtype: Compute dtype of the body (autocast over float32 weights).
+    """
+    device = model.device
+    body = model.base_model
+    assert body is not model, f"{type(model).__name__} has no body apart from its head"
+    with _autocast(device, dtype):
+        output = body(
+            input_ids=torch.from_numpy(batch.input_ids).to(device, non_blocking=True),
+            position_ids=torch.from_numpy(batch.position_ids).to(device, non_blocking=True),
+            use_cache=False,
+            segments=_segments(batch, device, dtype),
+        )
+    states = output.last_hidden_state
+    assert isinstance(states, torch.Tensor)
+    return states
+
+
+def head_weight(model: PreTrainedModel) -> torch.Tensor:
+    """The head's matrix, shape (num_ids, hidden_size)."""
+    head = model.get_output_embeddings()
+    assert isinstance(head, torch.nn.Linear)
+    assert head.bias is None, "load_model refuses heads with a bias"
+    return head.weight
+
+
+def batch_nll(model: PreTrainedModel, batch: Batch, dtype: torch.dtype) -> torch.Tensor:
+    """Summed nll of a batch's targets, differentiable: scalar float32, in nats."""
+    states = hidden_states(model, batch, dtype)
+    targets = torch.from_numpy(batch.targets).to(states.device, non_blocking=True)
+    return linear_cross_entropy(states.flatten(0, 1), head_weight(model), targets.flatten(), dtype)
+
+
+@torch.no_grad()
+def scored_nll(model: PreTrainedModel, batch: Batch, dtype: torch.dtype) -> torch.Tensor:
+    """Nll of each scored target in row-major order, shape (batch.num_targets,), float32, in nats; no gradients."""
+    states = hidden_states(model, batch, dtype).flatten(0, 1)
+    targets = torch.from_numpy(batch.targets.reshape(-1))
+    positions = (targets >= 0).nonzero()[:, 0].to(states.device)
+    return token_nll(states[positions], head_weight(model), targets.to(states.device)[positions], dtype)

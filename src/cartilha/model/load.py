@@ -1,0 +1,230 @@
+"""Loading a causal model from the hub, a directory, a GGUF file or nothing: float32 master weights, always asked for.
+
+transformers 5 would load `facebook/opt-125m` in fp16, as its file has it; training that loses small updates.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LlamaConfig, OPTConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from cartilha.errors import HubUnreachableError, UserError
+from cartilha.model.attention import use_document_attention
+from cartilha.runtime import new_directory, seed_everything
+from cartilha.tokens.sources import ModelSource, conversion_directory, resolve_model, unreachable_message
+from cartilha.tokens.tokenizer import TextTokenizer
+
+log = logging.getLogger("cartilha")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready for packed documents.
+
+    Attributes:
+        model: Float32 weights, attention within documents, evaluation mode (no dropout).
+        ref: The MODEL argument that it came from.
+        context_length: Most positions that the model takes.
+        num_parameters: Tied weights counted once.
+    """
+
+    model: PreTrainedModel
+    ref: str
+    context_length: int
+    num_parameters: int
+
+
+def load_model(ref: str, device: torch.device, *, tokenizer: TextTokenizer | None = None, seed: int = 0) -> LoadedModel:
+    """Load a MODEL argument with float32 weights.
+
+    Args:
+        ref: Hub id, directory, GGUF file, `package:NAME` or `random:ARCH`.
+        device: Where the model is put.
+        tokenizer: Its ids must fit the model's rows; `random:` models take their special ids from it.
+        seed: Of fresh weights.
+
+    Raises:
+        UserError: No such model, damaged files, an unsupported architecture, or a tokenizer with ids beyond the rows.
+        HubUnreachableError: A hub model cannot be had.
+    """
+    source = resolve_model(ref)
+    if source.kind == "random":
+        model = _random_model(source, tokenizer, seed)
+    else:
+        path = _converted_gguf(source) if source.kind == "gguf" else source.path
+        model = _from_pretrained(ref, str(path) if path is not None else source.name)
+    return prepare_model(model, ref, device, tokenizer)
+
+
+def prepare_model(
+    model: PreTrainedModel, ref: str, device: torch.device, tokenizer: TextTokenizer | None = None
+) -> LoadedModel:
+    """Check a model and switch it to attention within documents; see `load_model` for what is refused."""
+    use_document_attention(model)
+    head = model.get_output_embeddings()
+    if not isinstance(head, torch.nn.Linear) or head.bias is not None:
+        raise UserError(f"{ref} has a head that is not a plain matrix, which is not supported; choose another model.")
+    num_rows = head.weight.shape[0]
+    if tokenizer is not None and tokenizer.num_ids > num_rows:
+        raise UserError(
+            f"The tokenizer has {tokenizer.num_ids} ids but {ref} has only {num_rows} rows: they do not belong "
+            "together; prepare the store with this model's own tokenizer."
+        )
+    model.to(device)
+    model.eval()
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    return LoadedModel(model, ref, context_length(model), num_parameters)
+
+
+def context_length(model: PreTrainedModel) -> int:
+    """Most positions that the model takes."""
+    config = model.config
+    length = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    assert isinstance(length, int), f"{config.model_type} does not say its context length"
+    return length
+
+
+def _from_pretrained(ref: str, path: str) -> PreTrainedModel:
+    transformers_logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    except OSError as error:
+        if Path(path).is_dir():
+            raise UserError(f"{ref} holds no model that can be loaded ({_first_line(error)}).") from error
+        raise HubUnreachableError(unreachable_message(ref)) from error
+    except (ValueError, KeyError, RuntimeError, json.JSONDecodeError) as error:
+        raise UserError(f"{ref} cannot be loaded as a causal language model ({_first_line(error)}).") from error
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:200]
+
+
+def _random_model(source: ModelSource, tokenizer: TextTokenizer | None, seed: int) -> PreTrainedModel:
+    """Fresh weights in a known shape; embedding rows and special ids follow the tokenizer."""
+    makers = {"tiny": _tiny_llama, "tiny-opt": _tiny_opt, "opt-125m": _opt_125m, "smollm2-135m": _smollm2_135m}
+    if source.name not in makers:
+        raise UserError(
+            f"There is no architecture random:{source.name}; choose from random:{', random:'.join(makers)}."
+        )
+    config = makers[source.name]()
+    if tokenizer is not None:
+        config.bos_token_id, config.eos_token_id = tokenizer.prefix_id, tokenizer.end_id
+        config.pad_token_id = tokenizer.pad_id
+        if not source.name.startswith("tiny"):
+            # OPT keeps seven spare rows above its tokenizer; other vocabularies are rounded up to full tiles of eight.
+            rows = -(-tokenizer.num_ids // 8) * 8
+            config.vocab_size = max(rows, config.vocab_size) if config.vocab_size - rows < 64 else rows
+    elif source.name.startswith("tiny"):
+        config.bos_token_id, config.eos_token_id, config.pad_token_id = 256, 257, 258
+    seed_everything(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def _tiny_llama() -> Any:
+    return LlamaConfig(
+        vocab_size=259,
+        hidden_size=64,
+        intermediate_size=176,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+    )
+
+
+def _tiny_opt() -> Any:
+    return OPTConfig(
+        vocab_size=259,
+        hidden_size=64,
+        word_embed_proj_dim=64,
+        ffn_dim=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=1024,
+    )
+
+
+def _opt_125m() -> Any:
+    return OPTConfig(vocab_size=50272, pad_token_id=1, bos_token_id=2, eos_token_id=2)
+
+
+def _smollm2_135m() -> Any:
+    return LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
+    )
+
+
+def _converted_gguf(source: ModelSource) -> Path:
+    """A directory with the GGUF's weights in plain float32, made once and kept in the user's cache."""
+    assert source.path is not None
+    directory = conversion_directory(source.path) / "model"
+    if not (directory / "config.json").is_file():
+        log.warning(
+            "Converting %s to float32 weights, once; they are kept in the cache (%s).", source.path.name, directory
+        )
+        model = convert_gguf(source.path)
+        try:
+            with new_directory(directory) as temporary:
+                model.save_pretrained(temporary)
+        except OSError as error:
+            raise UserError(
+                f"The float32 weights of {source.ref} cannot be written to {directory} ({error}); "
+                "free some space there or name another place in the environment variable CARTILHA_CACHE."
+            ) from error
+    return directory
+
+
+def convert_gguf(path: Path) -> PreTrainedModel:
+    """The model in a GGUF file as a plain float32 model.
+
+    `save_pretrained` refuses a model that carries GGUF's quantisation settings, so the weights are copied into a fresh
+    model of the same shape. Special ids become those of our tokenizer: `<|endoftext|>` where a chat model names marks.
+
+    Raises:
+        UserError: The `demo` extra is missing, or the file or its architecture cannot be read.
+    """
+    from cartilha.tokens.tokenizer import gguf_tokenizer
+
+    tokenizer = gguf_tokenizer(path)
+    transformers_logging.disable_progress_bar()
+    try:
+        quantized = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    except (ImportError, ValueError, KeyError, OSError) as error:
+        if "accelerate" in str(error):
+            raise UserError('Reading GGUF models needs an extra: pip install "cartilha[demo]"') from error
+        raise UserError(f"{path} cannot be loaded as a causal language model ({_first_line(error)}).") from error
+    settings = quantized.config.to_dict()
+    for name in ("quantization_config", "_name_or_path", "unk_token_id"):
+        settings.pop(name, None)
+    config = AutoConfig.for_model(**settings)
+    config.bos_token_id, config.eos_token_id, config.pad_token_id = tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(quantized.state_dict())
+    model.tie_weights()
+    model.generation_config = GenerationConfig.from_model_config(config)
+    assert isinstance(model, PreTrainedModel)
+    return model

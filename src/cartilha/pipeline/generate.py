@@ -1,0 +1,35 @@
+"""`generate`: text written by a model."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from cartilha.config import GenerateConfig
+from cartilha.evaluation.continuation import Continuation, continue_prompts
+from cartilha.model.load import load_model
+from cartilha.runtime import choose_device
+from cartilha.tokens.tokenizer import load_tokenizer
+
+
+@dataclass(frozen=True)
+class GenerateResult:
+    """What a model wrote after each prompt."""
+
+    model: str
+    continuations: tuple[Continuation, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for `--json`."""
+        return asdict(self)
+
+
+def generate(config: GenerateConfig) -> GenerateResult:
+    """Continue each prompt with the model.
+
+    Raises:
+        UserError: A model that cannot be loaded, or a prompt that does not fit its context.
+    """
+    tokenizer = load_tokenizer(config.model)
+    loaded = load_model(config.model, choose_device(config.device), tokenizer=tokenizer)
+    return GenerateResult(config.model, tuple(continue_prompts(loaded, tokenizer, config)))

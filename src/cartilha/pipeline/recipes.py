@@ -1,0 +1,47 @@
+"""Recipes: found by name inside the package, or by path."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cartilha.errors import UserError
+
+
+def recipe_names() -> list[str]:
+    """The names of the built-in recipes."""
+    folder = importlib.resources.files("cartilha.recipes")
+    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """The contents of a built-in recipe or of a YAML file.
+
+    Raises:
+        UserError: No such recipe, or not a YAML mapping.
+    """
+    names = recipe_names()
+    if name in names:
+        text = (importlib.resources.files("cartilha.recipes") / f"{name}.yaml").read_text(encoding="utf-8")
+    else:
+        path = Path(name)
+        if not path.is_file():
+            close = difflib.get_close_matches(name, names, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(names)}, or give a YAML file."
+            raise UserError(f"There is no recipe {name!r}; {hint}")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"The recipe {name} cannot be read ({error}).") from error
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        where = str(error).splitlines()[-1].strip()
+        raise UserError(f"The recipe {name} is not valid YAML ({where}).") from error
+    if not isinstance(values, dict):
+        raise UserError(f"The recipe {name} must be a YAML mapping such as `model: ...`.")
+    return values

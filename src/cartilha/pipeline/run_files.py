@@ -1,0 +1,129 @@
+"""The files of a run directory: results.json, metrics.jsonl, samples.jsonl, config.yaml, and who may write there."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cartilha.config import TrainConfig
+from cartilha.errors import UserError
+from cartilha.evaluation.continuation import Continuation
+from cartilha.evaluation.measures import Evaluation
+from cartilha.runtime import to_json, write_atomically, write_json
+
+FORMAT_VERSION = 1
+
+
+class RunRecord:
+    """results.json of a run: changed in memory, written whole at each change."""
+
+    def __init__(self, path: Path, values: dict[str, Any]) -> None:
+        self.path = path
+        self.values = values
+
+    @classmethod
+    def begin(cls, path: Path, values: dict[str, Any]) -> RunRecord:
+        """The record of a new run."""
+        start: dict[str, Any] = {
+            "format_version": FORMAT_VERSION,
+            "name": path.resolve().name,
+            "status": "running",
+            "error": None,
+            "resumed_from_step": [],
+            "epochs": [],
+            "evaluations": [],
+            "notices": [],
+        }
+        return cls(path, {**start, **values})
+
+    @classmethod
+    def resume(cls, path: Path, step: int, values: dict[str, Any]) -> RunRecord:
+        """The record of a run that goes on from a step: what came after that step is forgotten."""
+        old = json.loads((path / "results.json").read_text(encoding="utf-8"))
+        steps_per_epoch = max(1, values["packing"]["steps_per_epoch"])
+        old["epochs"] = [row for row in old["epochs"] if row["epoch"] * steps_per_epoch <= step]
+        old["evaluations"] = [row for row in old["evaluations"] if row["step"] <= step]
+        old["resumed_from_step"] = [*old["resumed_from_step"], step]
+        return cls(path, {**old, **values, "status": "running", "error": None})
+
+    def update(self, **values: Any) -> None:
+        """Set values and write the file."""
+        self.values.update(values)
+        write_json(self.path / "results.json", self.values)
+
+    def add_evaluation(self, step: int, epoch: int, evaluation: Evaluation) -> None:
+        """Append an evaluation; one of the same step (an epoch's end is the run's end) is replaced."""
+        rows = [row for row in self.values["evaluations"] if row["step"] != step]
+        self.update(evaluations=[*rows, {"step": step, "epoch": epoch, **evaluation.to_dict()}])
+
+
+class NoticeCollector(logging.Handler):
+    """Collects the project's warnings while it is attached: fallbacks and findings that the results must record."""
+
+    def __init__(self) -> None:
+        super().__init__(level=logging.WARNING)
+        self.notices: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep the message."""
+        self.notices.append(record.getMessage())
+
+
+def read_status(run: Path) -> str | None:
+    """The status in results.json, or None where there is no readable one."""
+    try:
+        status = json.loads((run / "results.json").read_text(encoding="utf-8"))["status"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return str(status)
+
+
+def check_output(run: Path, resume: bool) -> None:
+    """Refuse an output directory that holds something already, unless the run there is to go on.
+
+    Raises:
+        UserError: It is a file, or not empty.
+    """
+    if run.exists() and not run.is_dir():
+        raise UserError(f"{run} is a file; name a directory for the run with --output.")
+    if not run.is_dir() or not any(run.iterdir()):
+        return
+    if not (run / "results.json").is_file():
+        raise UserError(f"The directory {run} is not empty and holds no run; choose another --output.")
+    if not resume:
+        raise UserError(
+            f"The directory {run} holds a run already; go on with it by --resume auto, or choose another --output."
+        )
+
+
+def write_config(run: Path, config: TrainConfig) -> None:
+    """config.yaml: the settings as they were asked for."""
+    write_atomically(
+        run / "config.yaml", yaml.safe_dump({"train": asdict(config)}, sort_keys=False, allow_unicode=True)
+    )
+
+
+def add_samples(run: Path, step: int, continuations: Sequence[Continuation]) -> None:
+    """Append generated texts to samples.jsonl; those of this step or a later one (before a resume) are replaced."""
+    path = run / "samples.jsonl"
+    kept = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if json.loads(line)["step"] < step:
+                kept.append(line)
+    for sample in continuations:
+        kept.append(to_json({"step": step, "prompt": sample.prompt, "text": sample.text, "mode": sample.mode}))
+    write_atomically(path, "".join(line + "\n" for line in kept))
+
+
+def read_results(run: Path) -> dict[str, Any]:
+    """The contents of results.json."""
+    values = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    assert isinstance(values, dict)
+    return values

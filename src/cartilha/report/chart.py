@@ -1,0 +1,119 @@
+"""Line charts as inline SVG: no library, no script; colours come from the page's style sheet, for dark mode."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from markupsafe import Markup, escape
+
+Floats = npt.NDArray[np.float64]
+MAX_POINTS = 600  # more than the pixels that a curve has: a run of any length gives a page of the same size
+
+
+@dataclass(frozen=True)
+class Series:
+    """One curve of a chart.
+
+    Attributes:
+        css_class: `train`, `raw` or `validation`: its colour and stroke in the style sheet.
+        tips: With one text a point, the points are drawn and carry these as tooltips.
+    """
+
+    css_class: str
+    xs: Sequence[float] | Floats
+    ys: Sequence[float] | Floats
+    tips: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Axis:
+    """An axis: its label with the unit, how a tick's value is written, and whether it must begin at 0."""
+
+    label: str
+    tick: Callable[[float, int], str]
+    from_zero: bool = False
+    whole: bool = False
+
+
+def smooth(ys: Floats) -> Floats:
+    """Mean over a centred window of about a fiftieth of the curve, shorter at its ends: lightly, and without a lag."""
+    reach = len(ys) // 100
+    sums = np.concatenate([[0.0], np.cumsum(ys)])
+    index = np.arange(len(ys))
+    low, high = np.maximum(index - reach, 0), np.minimum(index + reach + 1, len(ys))
+    return np.asarray((sums[high] - sums[low]) / (high - low), dtype=np.float64)
+
+
+def thin(values: Floats, limit: int = MAX_POINTS) -> Floats:
+    """At most `limit` values: means of neighbours, so that no part of the curve is skipped."""
+    if len(values) <= limit:
+        return values
+    return np.array([part.mean() for part in np.array_split(values, limit)])
+
+
+def ticks(low: float, high: float, count: int = 5, whole: bool = False) -> tuple[list[float], int]:
+    """Round values that cover low to high in steps of 1, 2 or 5, and the decimals that they need."""
+    span = (high - low) or abs(high) or 1.0
+    power = 10.0 ** math.floor(math.log10(span / count))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor * count >= span * 0.999)
+    if whole:
+        step = max(step, 1.0)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
+    return [index * step for index in range(first, max(last, first + 1) + 1)], decimals
+
+
+def line_chart(series: Sequence[Series], x: Axis, y: Axis, title: str, width: int = 640, height: int = 340) -> Markup:
+    """An SVG that scales with its container; the y label stands above the axis, the x label below it."""
+    left, right, top, bottom = 62, 18, 40, 56
+    all_x = np.concatenate([np.asarray(one.xs, dtype=np.float64) for one in series])
+    all_y = np.concatenate([np.asarray(one.ys, dtype=np.float64) for one in series])
+    x_ticks, x_decimals = ticks(float(all_x.min()), float(all_x.max()), whole=x.whole)
+    y_ticks, y_decimals = ticks(0.0 if y.from_zero else float(all_y.min()), float(all_y.max()), whole=y.whole)
+    x_low, x_high = min(x_ticks[0], float(all_x.min())), float(all_x.max())
+    if x_high == x_low:
+        x_high = x_low + 1
+
+    def at_x(value: float) -> float:
+        return round(left + (value - x_low) / (x_high - x_low) * (width - left - right), 1)
+
+    def at_y(value: float) -> float:
+        span = y_ticks[-1] - y_ticks[0]
+        return round(height - bottom - (value - y_ticks[0]) / span * (height - top - bottom), 1)
+
+    parts = [
+        f'<svg class="chart{" wide" if width > 500 else ""}" viewBox="0 0 {width} {height}" role="img" '
+        f'aria-label="{escape(title)}">'
+    ]
+    for value in y_ticks:
+        parts.append(f'<path class="grid" d="M{left} {at_y(value)}H{width - right}"/>')
+        parts.append(
+            f'<text x="{left - 8}" y="{at_y(value)}" dy=".35em" class="end">{escape(y.tick(value, y_decimals))}</text>'
+        )
+    for value in x_ticks:
+        if value <= x_high:
+            tick = f'<path class="tick" d="M{at_x(value)} {height - bottom}v5"/>'
+            label = escape(x.tick(value, x_decimals))
+            parts.append(f'{tick}<text x="{at_x(value)}" y="{height - bottom + 25}" class="mid">{label}</text>')
+    parts.append(f'<path class="axis" d="M{left} {height - bottom}H{width - right}"/>')
+    parts.append(f'<text class="label" x="2" y="17">{escape(y.label)}</text>')
+    parts.append(f'<text class="label end" x="{width - right}" y="{height - 6}">{escape(x.label)}</text>')
+    for one in series:
+        points = [(at_x(float(a)), at_y(float(b))) for a, b in zip(one.xs, one.ys, strict=True)]
+        parts.append(_curve(one, points))
+    return Markup("".join([*parts, "</svg>"]))  # every text above is escaped
+
+
+def _curve(series: Series, points: list[tuple[float, float]]) -> str:
+    line = "M" + "L".join(f"{a} {b}" for a, b in points)
+    drawn = f'<path class="curve {series.css_class}" d="{line}"/>' if len(points) > 1 else ""
+    if series.tips:
+        for (a, b), tip in zip(points, series.tips, strict=True):
+            drawn += f'<circle class="{series.css_class}" cx="{a}" cy="{b}" r="4"><title>{escape(tip)}</title></circle>'
+    elif len(points) == 1:
+        drawn = f'<circle class="{series.css_class}" cx="{points[0][0]}" cy="{points[0][1]}" r="3"/>'
+    return drawn

@@ -1,0 +1,94 @@
+"""Texts and number formats of the two languages of the report: English, and the Portuguese of Brazil."""
+
+from __future__ import annotations
+
+import locale
+import os
+from functools import cache
+from importlib import resources
+from typing import Literal
+
+import yaml
+
+Language = Literal["en", "pt"]
+LANGUAGES: tuple[Language, ...] = ("en", "pt")
+ABSENT = "-"
+
+
+def choose_language(name: str) -> Language:
+    """The language for `en`, `pt` or `auto`; `auto` follows the locale, and is English where that is neither."""
+    if name == "auto":
+        settings = (os.environ.get(variable) for variable in ("LC_ALL", "LC_MESSAGES", "LANG"))
+        # Windows sets no such variable and says "Portuguese_Brazil".
+        name = next((value for value in settings if value), None) or locale.getlocale()[0] or ""
+    return "pt" if name.lower().startswith(("pt", "portuguese")) else "en"
+
+
+@cache
+def _strings() -> dict[str, dict[str, str]]:
+    text = (resources.files(__package__) / "templates" / "strings.yaml").read_text(encoding="utf-8")
+    strings: dict[str, dict[str, str]] = yaml.safe_load(text)
+    return strings
+
+
+class Wording:
+    """How one language says things. A figure that is None is shown as `-`."""
+
+    def __init__(self, language: Language) -> None:
+        self.language: Language = language
+        self.code = {"en": "en", "pt": "pt-BR"}[language]
+
+    def __call__(self, key: str, **values: object) -> str:
+        """The text of that key, its `{name}` filled in."""
+        return _strings()[key][self.language].format(**values)
+
+    def number(self, value: float | None, decimals: int = 0) -> str:
+        """With a fixed number of decimals and separators between thousands."""
+        if value is None:
+            return ABSENT
+        text = f"{value:,.{decimals}f}".replace("-", "−")
+        return text if self.language == "en" else text.translate(str.maketrans(",.", ".,"))
+
+    def perplexity(self, value: float | None) -> str:
+        """With four significant digits."""
+        if value is None:
+            return ABSENT
+        rounded = f"{value:.3e}"  # rounds first, so that 9.9996 becomes 10.00 and not 10.000
+        return self.number(float(rounded), max(0, 3 - int(rounded.split("e")[1])))
+
+    def bits(self, value: float | None) -> str:
+        """Bits per byte or per character, with three decimals."""
+        return self.number(value, 3)
+
+    def percent(self, share: float | None, decimals: int = 1) -> str:
+        """A share as per cent."""
+        return ABSENT if share is None else self.number(100 * share, decimals) + "%"
+
+    def change(self, before: float | None, after: float | None) -> str:
+        """The relative change with its sign."""
+        if not before or after is None:
+            return ABSENT
+        text = self.percent(after / before - 1)
+        return text if text.startswith("−") else f"+{text}"
+
+    def duration(self, seconds: float | None) -> str:
+        """In the two units that matter."""
+        if seconds is None:
+            return ABSENT
+        if seconds < 10:
+            return f"{self.number(seconds, 1)} s"
+        minutes, rest = divmod(round(seconds), 60)
+        if minutes < 60:
+            return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+        return f"{minutes // 60} h {minutes % 60} min"
+
+    def size(self, num_bytes: float | None) -> str:
+        """A number of bytes in a decimal unit."""
+        if num_bytes is None:
+            return ABSENT
+        value, unit = float(num_bytes), "B"
+        for larger in ("kB", "MB", "GB", "TB"):
+            if value < 1000:
+                break
+            value, unit = value / 1000, larger
+        return f"{self.number(value, 0 if unit == 'B' else 1)} {unit}"

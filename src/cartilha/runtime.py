@@ -1,0 +1,279 @@
+"""What the machine is and has: device, compute dtype, threads, seeds, memory, versions, and durable writes.
+
+torch is imported inside the functions that need it, so that `--help` and `prepare` start without it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cartilha.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger("cartilha")
+
+
+def choose_device(name: str) -> torch.device:
+    """The device for `auto`, `cpu`, `cuda` or `mps`; `auto` prefers CUDA, then MPS, and says when it takes the CPU.
+
+    Raises:
+        UserError: The named device is not there.
+    """
+    import torch
+
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        chosen = next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
+        if chosen == "cpu":
+            log.info("No GPU was found: computing on the CPU.")
+        return torch.device(chosen)
+    if not available[name]:
+        usable = ", ".join(kind for kind, there in available.items() if there)
+        raise UserError(f"The device {name} is not available on this machine; use --device auto or one of: {usable}.")
+    return torch.device(name)
+
+
+def cpu_has_bfloat16(flags: frozenset[str] | None = None) -> bool:
+    """Whether the CPU multiplies bf16 in hardware (avx512_bf16 or AMX); emulated bf16 is 44 to 499 times slower.
+
+    Args:
+        flags: The CPU's feature names, for tests; by default read from the system.
+    """
+    if flags is None:
+        flags = _cpu_flags()
+    return bool(flags & {"avx512_bf16", "amx_bf16", "amx-bf16", "bf16"})
+
+
+def _cpu_flags() -> frozenset[str]:
+    """Feature names from /proc/cpuinfo; elsewhere from torch, which knows AVX512-BF16 and AMX on Windows too."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith(("flags", "Features")):
+                return frozenset(line.split(":", 1)[1].split())
+    except OSError:
+        pass
+    import torch
+
+    flags = set()
+    for name, probe in (("avx512_bf16", "_is_avx512_bf16_supported"), ("amx_bf16", "_is_amx_tile_supported")):
+        if getattr(torch.cpu, probe, lambda: False)():
+            flags.add(name)
+    return frozenset(flags)
+
+
+def hardware_dtypes(device_type: str, capability: tuple[int, int] | None, bf16_cpu: bool) -> tuple[str, ...]:
+    """Compute dtypes that the hardware really has, the best first (design rule: never an emulated one by default).
+
+    Args:
+        device_type: `cpu`, `cuda` or `mps`.
+        capability: CUDA compute capability; None elsewhere. bf16 is emulated below 8.0 although torch claims support.
+        bf16_cpu: Whether the CPU has bf16 instructions.
+    """
+    if device_type == "cuda":
+        assert capability is not None
+        return ("bfloat16", "float16", "float32") if capability >= (8, 0) else ("float16", "float32")
+    if device_type == "cpu":
+        return ("bfloat16", "float32") if bf16_cpu else ("float32",)
+    return ("float32",)  # MPS: until half precision is proven there
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The compute dtype for `auto` or a name.
+
+    Raises:
+        UserError: The dtype is not in the device's hardware, so it would be emulated or wrong.
+    """
+    import torch
+
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    real = hardware_dtypes(device.type, capability, device.type == "cpu" and cpu_has_bfloat16())
+    if name == "auto":
+        name = real[0]
+    elif name not in real:
+        raise UserError(
+            f"This {device.type} device has no {name} in hardware; use --dtype auto or one of: {', '.join(real)}."
+        )
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def has_cxx_compiler() -> bool:
+    """Whether torch.compile can build CPU kernels here; without a compiler the plain code runs and says so."""
+    import shutil
+
+    names = ("cl",) if sys.platform == "win32" else ("c++", "g++", "clang++")
+    return any(shutil.which(name) for name in (os.environ.get("CXX", ""), *names) if name)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch on every device (dropout, fresh weights); the data order has generators of its own."""
+    import torch
+
+    torch.manual_seed(seed)
+
+
+def peak_memory_bytes(device_type: str) -> int:
+    """Peak resident set on the CPU, peak reserved memory on CUDA, since the process (or the last reset) began."""
+    if device_type == "cuda":
+        import torch
+
+        return int(torch.cuda.max_memory_reserved())
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """Memory that can still be taken: free device memory on CUDA, available memory of the machine elsewhere.
+
+    A container's limit (cgroup v2) counts where it is below the machine's memory.
+    """
+    if device.type == "cuda":
+        import torch
+
+        return int(torch.cuda.mem_get_info(device)[0])
+    import psutil
+
+    available = int(psutil.virtual_memory().available)
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii"))
+        if limit != "max":
+            available = min(available, max(0, int(limit) - used))
+    except (OSError, ValueError):
+        pass
+    return available
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """The machine in words and numbers, for the provenance of a result."""
+    import psutil
+    import torch
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    return {
+        "device": device.type,
+        "device_name": name,
+        "threads": torch.get_num_threads(),
+        "memory_bytes": int(psutil.virtual_memory().total),
+        "platform": platform.platform(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a number depends on."""
+    found = {"python": platform.python_version()}
+    for name in ("cartilha", "torch", "transformers", "tokenizers", "numpy", "pyarrow"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def write_atomically(path: Path, data: str | bytes) -> None:
+    """Write under a temporary name, flush to the disk and rename: a reader finds the old file or the new one, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data.encode("utf-8") if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def new_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield a temporary directory beside `path` that becomes `path` when the block ends without an exception.
+
+    Args:
+        path: The directory to make.
+        replace: Put it in the place of one that is already there; the old one is removed after the rename.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _flush_to_disk(file)
+        old = path.with_name(f".{path.name}.{os.getpid()}.old")
+        if replace and path.exists():
+            path.replace(old)
+        elif path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+        temporary.replace(path)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _flush_to_disk(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON, atomically. NaN and infinities become null: they are not JSON."""
+    write_atomically(path, to_json(value, indent=2) + "\n")
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON text of plain values, numpy scalars included; non-finite floats become null."""
+    return json.dumps(_plain(value), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, (float, np.floating)):
+        return float(value) if np.isfinite(value) else None
+    if isinstance(value, np.integer):
+        return int(value)
+    return value

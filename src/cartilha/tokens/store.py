@@ -1,0 +1,327 @@
+"""The token store: flat token files that are memory-mapped, a table of documents, and how they were made.
+
+store.json                       format version, tokenizer, dtype, counts, settings, hashes of the files below
+{train,validation}.tokens        little-endian uint16 (uint32 above 65,536 ids), text tokens only, documents in order
+{train,validation}.documents.parquet
+validation.text.parquet          the evaluation text itself
+tokenizer/                       the exact files
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cartilha.corpus.document import Document
+from cartilha.corpus.splits import SPLITS, Split
+from cartilha.errors import UserError
+from cartilha.runtime import file_sha256, new_directory, write_json
+from cartilha.tokens.tokenizer import TextTokenizer, load_tokenizer
+
+FORMAT_VERSION = 1
+MAX_UINT16_IDS = 65_536
+ROWS_PER_GROUP = 50_000
+
+DOCUMENT_SCHEMA = pa.schema(
+    [
+        ("doc_id", pa.string()),
+        ("source", pa.string()),
+        ("domain", pa.string()),
+        ("start", pa.int64()),
+        ("num_tokens", pa.int64()),
+        ("num_bytes", pa.int64()),
+        ("num_chars", pa.int64()),
+        ("num_words", pa.int64()),
+        ("text_hash", pa.string()),
+        ("cluster", pa.int64()),
+    ]
+)
+TEXT_SCHEMA = pa.schema([("text_hash", pa.string()), ("text", pa.large_string())])
+
+
+@dataclass(frozen=True)
+class SplitCounts:
+    """What one side of the split holds."""
+
+    num_documents: int
+    num_tokens: int
+    num_bytes: int
+    num_chars: int
+    num_words: int
+    corpus_hash: str
+
+
+@dataclass(frozen=True)
+class DocumentTable:
+    """The numbers of a split's documents, one entry a document, in the store's order.
+
+    Attributes:
+        start: Index of the first token in the token file, int64.
+        num_tokens: Tokens of the text, int64; likewise bytes (UTF-8), chars (code points) and words (split at spaces).
+    """
+
+    start: np.ndarray
+    num_tokens: np.ndarray
+    num_bytes: np.ndarray
+    num_chars: np.ndarray
+    num_words: np.ndarray
+
+
+class TokenStore:
+    """A finished store, opened: files are verified against their hashes (the verdict is kept while they are unchanged).
+
+    Raises:
+        UserError: The directory is no store, is of a newer format, or a file is missing or damaged.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.info = read_store_info(self.path)
+        _verify(self.path, self.info["files"])
+        self.counts = {split: SplitCounts(**self.info["splits"][split]) for split in SPLITS}
+        self.fingerprint: str = self.info["tokenizer_fingerprint"]
+        self.prefix_id: int = self.info["prefix_id"]
+        self.end_id: int = self.info["end_id"]
+        self.num_ids: int = self.info["num_ids"]
+
+    def tokens(self, split: Split) -> np.ndarray:
+        """The split's tokens, memory-mapped, shape (num_tokens,)."""
+        dtype = np.dtype(self.info["dtype"]).newbyteorder("<")
+        if self.counts[split].num_tokens == 0:
+            return np.zeros(0, dtype)
+        return np.memmap(self.path / f"{split}.tokens", dtype=dtype, mode="r")
+
+    def documents(self, split: Split) -> DocumentTable:
+        """The numbers of the split's documents."""
+        names = list(DocumentTable.__dataclass_fields__)
+        table = pq.read_table(self.path / f"{split}.documents.parquet", columns=names)
+        return DocumentTable(**{name: table[name].to_numpy() for name in names})
+
+    def labels(self, split: Split) -> dict[str, list[Any]]:
+        """`doc_id`, `source`, `domain` and `text_hash` of the split's documents."""
+        names = ["doc_id", "source", "domain", "text_hash"]
+        table = pq.read_table(self.path / f"{split}.documents.parquet", columns=names)
+        return {name: table[name].to_pylist() for name in names}
+
+    def validation_documents(self) -> list[Document]:
+        """The held-out documents with their text."""
+        labels = self.labels("validation")
+        texts: list[Any] = pq.read_table(self.path / "validation.text.parquet", columns=["text"])["text"].to_pylist()
+        rows = zip(texts, labels["doc_id"], labels["source"], labels["domain"], strict=True)
+        return [Document(text, doc_id, source, domain) for text, doc_id, source, domain in rows]
+
+    def tokenizer(self) -> TextTokenizer:
+        """The tokenizer that the store was made with."""
+        return load_tokenizer(str(self.path / "tokenizer"))
+
+
+def read_store_info(path: Path) -> dict[str, Any]:
+    """The contents of store.json.
+
+    Raises:
+        UserError: There is none, or it cannot be read.
+    """
+    if not (path / "store.json").is_file():
+        what = "is not a store" if path.is_dir() else "does not exist"
+        raise UserError(f"{path} {what}; make one with: cartilha prepare --input FILE --model MODEL --output {path}")
+    try:
+        info = json.loads((path / "store.json").read_text(encoding="utf-8"))
+        version = info["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}/store.json is damaged ({error}); prepare the store again with --overwrite.") from error
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"The store {path} has format {version}, this version reads {FORMAT_VERSION}; prepare it with --overwrite."
+        )
+    assert isinstance(info, dict)
+    return info
+
+
+def _verify(path: Path, files: dict[str, dict[str, Any]]) -> None:
+    """Compare sizes and hashes; a verdict file remembers (size, time of change), so that big files are hashed once."""
+    verdict_path = path / ".verified.json"
+    try:
+        verdict = json.loads(verdict_path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        verdict = {}
+    changed = False
+    for name, expected in files.items():
+        file = path / name
+        if not file.is_file():
+            raise UserError(f"The store {path} lacks its file {name}; prepare it again with --overwrite.")
+        status = file.stat()
+        key = [status.st_size, status.st_mtime_ns, expected["sha256"]]
+        if verdict.get(name) == key:
+            continue
+        if status.st_size != expected["size"] or file_sha256(file) != expected["sha256"]:
+            raise UserError(
+                f"The store's file {file} is damaged (its hash differs); prepare the store again with --overwrite."
+            )
+        verdict[name] = key
+        changed = True
+    if changed:
+        with contextlib.suppress(OSError):  # a store on a read-only disk is verified at each opening
+            write_json(verdict_path, verdict)
+
+
+@dataclass
+class _SplitWriter:
+    """Appends documents to one split's files and keeps its sums."""
+
+    tokens: BinaryIO
+    documents: pq.ParquetWriter
+    texts: pq.ParquetWriter | None
+    token_dtype: np.dtype[Any]
+    num_documents: int = 0
+    num_tokens: int = 0
+    num_bytes: int = 0
+    num_chars: int = 0
+    num_words: int = 0
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    text_rows: list[dict[str, str]] = field(default_factory=list)
+    hashes: Any = field(default_factory=hashlib.sha256)
+
+    def add(self, document: Document, text_hash: str, ids: np.ndarray) -> None:
+        num_bytes, num_chars = len(document.text.encode("utf-8")), len(document.text)
+        num_words = len(document.text.split())
+        self.tokens.write(ids.astype(self.token_dtype, copy=False).tobytes())
+        self.rows.append(
+            {
+                "doc_id": document.id,
+                "source": document.source,
+                "domain": document.domain,
+                "start": self.num_tokens,
+                "num_tokens": len(ids),
+                "num_bytes": num_bytes,
+                "num_chars": num_chars,
+                "num_words": num_words,
+                "text_hash": text_hash,
+                "cluster": self.num_documents,
+            }
+        )
+        if self.texts is not None:
+            self.text_rows.append({"text_hash": text_hash, "text": document.text})
+        self.hashes.update(text_hash.encode("ascii"))
+        self.num_documents += 1
+        self.num_tokens += len(ids)
+        self.num_bytes += num_bytes
+        self.num_chars += num_chars
+        self.num_words += num_words
+        if len(self.rows) >= ROWS_PER_GROUP:
+            self.flush()
+
+    def flush(self) -> None:
+        self.documents.write_table(pa.Table.from_pylist(self.rows, schema=DOCUMENT_SCHEMA))
+        self.rows.clear()
+        if self.texts is not None:
+            self.texts.write_table(pa.Table.from_pylist(self.text_rows, schema=TEXT_SCHEMA))
+            self.text_rows.clear()
+
+    def counts(self) -> SplitCounts:
+        return SplitCounts(
+            self.num_documents,
+            self.num_tokens,
+            self.num_bytes,
+            self.num_chars,
+            self.num_words,
+            self.hashes.hexdigest(),
+        )
+
+
+class StoreWriter:
+    """Writes a store into a temporary directory; see `writing_store`."""
+
+    def __init__(self, directory: Path, tokenizer: TextTokenizer) -> None:
+        self.directory = directory
+        self.tokenizer = tokenizer
+        self.token_dtype = np.dtype("<u2" if tokenizer.num_ids <= MAX_UINT16_IDS else "<u4")
+        self._stack = contextlib.ExitStack()
+        self._splits = {split: self._open(split) for split in SPLITS}
+
+    def _open(self, split: Split) -> _SplitWriter:
+        tokens = self._stack.enter_context((self.directory / f"{split}.tokens").open("wb"))
+        documents = self._parquet(f"{split}.documents.parquet", DOCUMENT_SCHEMA)
+        texts = self._parquet("validation.text.parquet", TEXT_SCHEMA) if split == "validation" else None
+        return _SplitWriter(tokens, documents, texts, self.token_dtype)
+
+    def _parquet(self, name: str, schema: pa.Schema) -> pq.ParquetWriter:
+        return self._stack.enter_context(pq.ParquetWriter(self.directory / name, schema, compression="zstd"))
+
+    def add(self, split: Split, documents: Sequence[Document], text_hashes: Sequence[str]) -> int:
+        """Tokenize documents and append them to a split; returns the number of tokens."""
+        ids = self.tokenizer.encode([document.text for document in documents])
+        for document, text_hash, document_ids in zip(documents, text_hashes, ids, strict=True):
+            self._splits[split].add(document, text_hash, document_ids)
+        return sum(len(document_ids) for document_ids in ids)
+
+    def counts(self) -> dict[Split, SplitCounts]:
+        """What each split holds so far."""
+        return {split: writer.counts() for split, writer in self._splits.items()}
+
+    def finish(self, made_from: dict[str, Any]) -> None:
+        """Close the files and write store.json.
+
+        Args:
+            made_from: What else store.json records: inputs, settings, counts of what was dropped and why.
+        """
+        for writer in self._splits.values():
+            writer.flush()
+        self.close()
+        self.tokenizer.save(self.directory / "tokenizer")
+        files = sorted(path for path in self.directory.rglob("*") if path.is_file())
+        info = {
+            "format_version": FORMAT_VERSION,
+            "tokenizer_fingerprint": self.tokenizer.fingerprint(),
+            "prefix_id": self.tokenizer.prefix_id,
+            "end_id": self.tokenizer.end_id,
+            "num_ids": self.tokenizer.num_ids,
+            "dtype": self.token_dtype.name,
+            "splits": {split: asdict(counts) for split, counts in self.counts().items()},
+            **made_from,
+            "files": {
+                file.relative_to(self.directory).as_posix(): {"size": file.stat().st_size, "sha256": file_sha256(file)}
+                for file in files
+            },
+        }
+        write_json(self.directory / "store.json", info)
+
+    def close(self) -> None:
+        """Close the files; safe to call twice."""
+        self._stack.close()
+
+
+@contextmanager
+def writing_store(path: Path, tokenizer: TextTokenizer, *, replace: bool) -> Iterator[StoreWriter]:
+    """A writer whose store appears at `path`, whole, when the block ends; a fault or a kill leaves what was there."""
+    with new_directory(path, replace=replace) as temporary:
+        writer = StoreWriter(temporary, tokenizer)
+        try:
+            yield writer
+        finally:
+            writer.close()
+
+
+def batches(
+    documents: Iterable[Document], max_chars: int = 4_000_000, max_documents: int = 10_000
+) -> Iterator[list[Document]]:
+    """Group documents so that tokenizing has enough to share among the cores and memory stays bounded."""
+    batch: list[Document] = []
+    num_chars = 0
+    for document in documents:
+        batch.append(document)
+        num_chars += len(document.text)
+        if num_chars >= max_chars or len(batch) >= max_documents:
+            yield batch
+            batch, num_chars = [], 0
+    if batch:
+        yield batch

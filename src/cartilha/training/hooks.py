@@ -1,0 +1,142 @@
+"""What listens to the loop: the metrics file, the epoch's mean loss, and a request to stop."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from cartilha.runtime import to_json
+from cartilha.training.loop import Progress, StepRecord
+
+
+class MetricsFile:
+    """metrics.jsonl: one line a step, written when the next one comes, so that the device is not waited for.
+
+    Args:
+        path: The file; lines after `resumed_step` (and a torn last line) are dropped when a run is resumed.
+        resumed_step: Steps already taken.
+    """
+
+    def __init__(self, path: Path, resumed_step: int) -> None:
+        self._file: IO[str] = _open_at(path, resumed_step)
+        self._pending: StepRecord | None = None
+
+    def step(self, record: StepRecord) -> None:
+        """Take a step's record; the one before is written."""
+        self.flush()
+        self._pending = record
+
+    def evaluation(self, step: int, epoch: int, evaluation: dict[str, Any]) -> None:
+        """Write an evaluation made after `step`."""
+        self.flush()
+        self._write({"step": step, "epoch": epoch, "evaluation": evaluation})
+
+    def flush(self) -> None:
+        """Write the record that is held back."""
+        record, self._pending = self._pending, None
+        if record is not None:
+            self._write(
+                {
+                    "step": record.step,
+                    "epoch": record.epoch,
+                    "tokens": record.tokens,
+                    "loss": float(record.loss),
+                    "lr": record.lr,
+                    "grad_norm": float(record.grad_norm),
+                    "tokens_per_second": record.num_targets / record.seconds,
+                    "memory_bytes": record.memory_bytes,
+                    "seconds": record.total_seconds,
+                }
+            )
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self._file.write(to_json(line) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Write what is held back and close the file."""
+        self.flush()
+        self._file.close()
+
+
+def _open_at(path: Path, resumed_step: int) -> IO[str]:
+    """The metrics file, cut after the last line of the steps already taken, open for appending."""
+    kept = []
+    if resumed_step and path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= resumed_step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):
+                continue  # torn by a kill
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(path)
+    return path.open("a", encoding="utf-8")
+
+
+class EpochLoss:
+    """Token-weighted mean training loss of the epoch so far: sums and counts, divided once.
+
+    The sums live in the run's progress, so that a resumed run goes on with them.
+    """
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._pending: StepRecord | None = None
+
+    def step(self, record: StepRecord) -> None:
+        """Take a step's record; the one before is read, so that the device is not waited for."""
+        self.flush()
+        self._pending = record
+
+    def flush(self) -> None:
+        """Read the record that is held back."""
+        record, self._pending = self._pending, None
+        if record is not None:
+            self._progress.epoch_nll += float(record.loss) * record.num_targets
+            self._progress.epoch_tokens += record.num_targets
+            self._progress.epoch_seconds += record.seconds
+
+    def finish(self) -> tuple[float, float]:
+        """Mean loss (nats a token) and seconds of the epoch, which ends here: the sums begin again at zero."""
+        self.flush()
+        progress = self._progress
+        result = progress.epoch_nll / progress.epoch_tokens, progress.epoch_seconds
+        progress.epoch_nll, progress.epoch_tokens, progress.epoch_seconds = 0.0, 0, 0.0
+        return result
+
+
+class StopRequest:
+    """Whether somebody asked the process to stop (Ctrl-C or SIGTERM); a second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def _take(self, signum: int, frame: object) -> None:
+        if self.requested and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+        print("Stopping after this step; a checkpoint will be written.", file=sys.stderr)
+
+
+@contextmanager
+def listening_for_stop() -> Iterator[StopRequest]:
+    """Catch SIGINT and SIGTERM while the block runs; outside the main thread nothing is caught."""
+    request = StopRequest()
+    previous = {}
+    for name in (signal.SIGINT, signal.SIGTERM):
+        try:
+            previous[name] = signal.signal(name, request._take)
+        except ValueError:  # not the main thread
+            break
+    try:
+        yield request
+    finally:
+        for name, handler in previous.items():
+            signal.signal(name, handler)

@@ -1,0 +1,153 @@
+"""The training loop: a generator that yields one record a step. Whoever iterates decides what happens between steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from cartilha.blocks.sampler import BlockSampler
+from cartilha.model.forward import batch_nll
+from cartilha.runtime import peak_memory_bytes
+from cartilha.training.optimizer import learning_rate
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long training lasts and how its learning rate runs."""
+
+    num_steps: int
+    peak_lr: float
+    warmup_fraction: float
+    final_lr_fraction: float
+
+    def lr(self, step: int) -> float:
+        """The learning rate of step `step`, counted from 0."""
+        return learning_rate(
+            step,
+            self.num_steps,
+            peak=self.peak_lr,
+            warmup_fraction=self.warmup_fraction,
+            final_fraction=self.final_lr_fraction,
+        )
+
+
+@dataclass
+class Progress:
+    """What has been done so far; with the seed it is all the data state that a resume needs.
+
+    Attributes:
+        step: Steps taken.
+        tokens: Targets trained on.
+        seconds: Training time, without evaluation and checkpoints.
+        epoch_nll: Summed nll of the current epoch so far, in nats (kept by `hooks.EpochLoss`).
+        epoch_tokens: Targets in `epoch_nll`.
+        epoch_seconds: Training time of the current epoch so far.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    epoch_nll: float = 0.0
+    epoch_tokens: int = 0
+    epoch_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimizer step. `loss` and `grad_norm` stay on the device until they are read.
+
+    Attributes:
+        step: Counted from 1.
+        epoch: Counted from 1.
+        ends_epoch: Whether this was the epoch's last step.
+        num_targets: Targets of this step.
+        tokens: Targets so far.
+        loss: Mean nll of the step's targets, nats a token.
+        lr: The learning rate used.
+        grad_norm: Norm of the gradient before clipping.
+        seconds: Of this step.
+        total_seconds: Training time so far.
+        memory_bytes: Peak memory so far.
+    """
+
+    step: int
+    epoch: int
+    ends_epoch: bool
+    num_targets: int
+    tokens: int
+    loss: torch.Tensor
+    lr: float
+    grad_norm: torch.Tensor
+    seconds: float
+    total_seconds: float
+    memory_bytes: int
+
+
+def train_steps(
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    sampler: BlockSampler,
+    schedule: Schedule,
+    progress: Progress,
+    *,
+    dtype: torch.dtype,
+    micro_batch_size: int,
+    max_grad_norm: float,
+    scaler: torch.amp.GradScaler,
+) -> Iterator[StepRecord]:
+    """Train from `progress.step` to the schedule's end, yielding after each step.
+
+    The loss of a step is the mean over all of its targets, however they fall into micro-batches: each micro-batch's
+    summed nll is divided by the step's number of targets, known beforehand from the packing.
+
+    Args:
+        model: Float32 weights, on its device.
+        optimizer: From `make_optimizer`; its learning rate is set here.
+        sampler: Gives the blocks of a step.
+        schedule: Number of steps and learning rates.
+        progress: Where to begin; updated in place.
+        dtype: Compute dtype.
+        micro_batch_size: Blocks a forward pass.
+        max_grad_norm: Gradients are clipped to this norm.
+        scaler: Enabled for fp16 only.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    while progress.step < schedule.num_steps:
+        started = time.perf_counter()
+        step = progress.step
+        batches = sampler.micro_batches(step, micro_batch_size)
+        num_targets = sum(batch.num_targets for batch in batches)
+        lr = schedule.lr(step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        loss = torch.zeros((), device=model.device)
+        for batch in batches:
+            share = batch_nll(model, batch, dtype) / num_targets
+            scaler.scale(share).backward()
+            loss += share.detach()
+        scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        seconds = time.perf_counter() - started
+        progress.step += 1
+        progress.tokens += num_targets
+        progress.seconds += seconds
+        yield StepRecord(
+            step=progress.step,
+            epoch=sampler.position(step).epoch + 1,
+            ends_epoch=sampler.position(progress.step).epoch > sampler.position(step).epoch,
+            num_targets=num_targets,
+            tokens=progress.tokens,
+            loss=loss,
+            lr=lr,
+            grad_norm=grad_norm,
+            seconds=seconds,
+            total_seconds=progress.seconds,
+            memory_bytes=peak_memory_bytes(model.device.type),
+        )

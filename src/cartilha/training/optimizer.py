@@ -1,0 +1,42 @@
+"""AdamW with decoupled weight decay (arXiv:1711.05101), and the learning rate as a function of the step."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+
+ADAM_BETAS = (0.9, 0.95)
+ADAM_EPSILON = 1e-8
+
+
+def make_optimizer(model: torch.nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW over all parameters: matrices decay, vectors (biases, norms) do not; tied weights are listed once."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    # Fused: one pass over weights, gradients and states; on the CPU as well.
+    fused = parameters[0].device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(groups, lr=lr, betas=ADAM_BETAS, eps=ADAM_EPSILON, fused=fused)
+
+
+def resolve_lr(lr: float | Literal["auto"], num_parameters: int) -> float:
+    """The peak learning rate; `auto` falls with the square root of the model's size, 3e-4 at 125 M, at most 3e-3."""
+    if lr != "auto":
+        return lr
+    return min(3e-3, 3e-4 * math.sqrt(125e6 / num_parameters))
+
+
+def learning_rate(step: int, num_steps: int, *, peak: float, warmup_fraction: float, final_fraction: float) -> float:
+    """The rate of step `step` (from 0) of `num_steps`: linear rise, then a cosine down to `final_fraction` of the peak.
+
+    The first step already has a rate above 0, and the last step is the first to reach the end of the cosine.
+    """
+    warmup = min(max(1, round(warmup_fraction * num_steps)), num_steps)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step + 1 - warmup) / max(1, num_steps - warmup)
+    return peak * (final_fraction + (1 - final_fraction) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))

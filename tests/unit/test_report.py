@@ -1,0 +1,466 @@
+"""The report on fabricated run directories: every status, every gap, and nothing that compares what may not be."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import re
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from cartilha.errors import UserError
+from cartilha.report import chart, html, tables
+from cartilha.report.html import render_report
+from cartilha.report.results import STATUSES, Settings, load_run
+from cartilha.report.tables import footnotes, results_table, to_csv, to_markdown
+from cartilha.report.wording import LANGUAGES, Wording, choose_language
+
+
+def evaluation(
+    step: int, perplexity: float = 89.02, bits: float = 2.31, hash: str = "ab12", **more: Any
+) -> dict[str, Any]:
+    protocol = {"name": "full", "window": 2048, "stride": 1024, "prefix_id": 0, "dtype": "bfloat16", "hash": hash}
+    counts = {
+        "num_tokens": 46_812,
+        "num_bytes": 163_210,
+        "num_chars": 158_200,
+        "num_words": 26_011,
+        "num_documents": 451,
+    }
+    return {
+        "step": step,
+        "epoch": 0,
+        "model": "random:tiny",
+        "protocol": protocol,
+        "perplexity": perplexity,
+        "bits_per_byte": bits,
+        **counts,
+        "baselines": {"uniform": {"perplexity": 49152.0}},
+        **more,
+    }
+
+
+def make_run(path: Path, steps: int = 10, **results: Any) -> Path:
+    """A whole run directory; keywords replace keys of results.json."""
+    path.mkdir(parents=True)
+    settings = {"model": "random:tiny", "block_size": 512, "epochs": 2, "max_steps": None, "num_steps": steps}
+    settings |= {"batch_tokens": 4096, "blocks_per_step": 8, "lr": 3e-4, "device": "cpu"}
+    record = {
+        "format_version": 1,
+        "name": path.name,
+        "status": "finished",
+        "error": None,
+        "resumed_from_step": [],
+        "settings": settings,
+        "corpus": {"num_train_tokens": 187_012, "validation_hash": "cafe", "tokenizer_fingerprint": "gpt2"},
+        "packing": {"num_blocks": 40, "padding_share": 0.001},
+        "epochs": [
+            {"epoch": 1, "train_loss": 4.0, "validation_loss": 3.6, "seconds": 610.0},
+            {"epoch": 2, "train_loss": 3.5, "validation_loss": 3.4, "seconds": 630.0},
+        ],
+        "evaluations": [evaluation(0), evaluation(steps, 32.507, 1.7913)],
+        "tokens_per_second": 304.2,
+        "memory_bytes": 4_200_000_000,
+        "seconds": 1240.0,
+        "notices": ["No GPU was found."],
+        "machine": {"device": "cpu", "device_name": "Xeon"},
+        "versions": {"torch": "2.13.0"},
+    } | results
+    (path / "results.json").write_text(json.dumps(record), encoding="utf-8")
+    lines = [
+        {
+            "step": step,
+            "epoch": 1,
+            "tokens": step * 4096,
+            "loss": 4 - step / steps,
+            "lr": 3e-4,
+            "tokens_per_second": 300.0,
+        }
+        for step in range(1, steps + 1)
+    ]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    samples = [(0, "Era uma vez the farm"), (steps, "Era uma vez uma menina")]
+    texts = [{"step": step, "prompt": "Era uma vez ", "text": text, "mode": "greedy"} for step, text in samples]
+    (path / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in texts), encoding="utf-8")
+    (path / "config.yaml").write_text("model: random:tiny\ntrain:\n  block_size: 512\n  epochs: 2\n", encoding="utf-8")
+    return path
+
+
+def page_of(*runs: Path, language: str = "en") -> str:
+    output = runs[0].parent / "report.html"
+    assert render_report(runs, output, language) == output
+    return output.read_text(encoding="utf-8")
+
+
+class Elements(HTMLParser):
+    """Start tags with their attributes, and the text of each element that is not a script or a style."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        while self.open and self.open.pop() != tag:
+            pass
+
+    def handle_data(self, data: str) -> None:
+        if not {"script", "style"} & set(self.open):
+            self.text += data
+
+
+def markdown_cells(table: str) -> Iterator[list[str]]:
+    """The cells of each line as GitHub reads them: a pipe after a backslash does not end a cell."""
+    for line in table.splitlines():
+        if line.startswith("|"):
+            yield [cell.strip() for cell in re.split(r"(?<!\\)(?:\\\\)*\|", line)[1:-1]]
+
+
+# Reading
+
+
+def test_a_whole_run_is_read(tmp_path: Path) -> None:
+    run = load_run(make_run(tmp_path / "run"))
+    assert run.missing == []
+    assert (run.status, run.settings.batch, run.device_name) == ("finished", 8, "Xeon")
+    assert run.before is not None and run.before.perplexity == 89.02
+    assert run.after is not None and run.after.bits_per_byte == 1.7913
+    assert [step.step for step in run.steps] == list(range(1, 11))
+
+
+@pytest.mark.parametrize("name", ["results.json", "metrics.jsonl", "samples.jsonl", "config.yaml"])
+def test_any_file_may_be_missing_and_is_named(tmp_path: Path, name: str) -> None:
+    path = make_run(tmp_path / "run")
+    (path / name).unlink()
+    assert load_run(path).missing == [name]
+    assert name in Elements(page_of(path)).text
+
+
+def test_a_run_without_results_is_read_from_what_is_there(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run")
+    (path / "results.json").unlink()
+    with (path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        for step in (0, 5):
+            file.write(json.dumps({"step": step, "epoch": 1, "evaluation": evaluation(99, 40.0)}) + "\n")
+    run = load_run(path)
+    assert (run.status, run.name, run.settings.block_size) == ("unknown", "run", 512)
+    assert [one.step for one in run.evaluations] == [0, 5]  # where the line says, not where the evaluation does
+    assert "status not recorded" in page_of(path)
+
+
+@pytest.mark.parametrize("config", ["a: [", "day: 2026-13-45", "just text", ""])
+def test_a_config_that_cannot_be_read_gives_no_settings(tmp_path: Path, config: str) -> None:
+    (tmp_path / "config.yaml").write_text(config, encoding="utf-8")
+    assert load_run(tmp_path).settings == Settings()
+
+
+def test_empty_results_name_what_they_lack(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run")
+    (path / "results.json").write_text("{}", encoding="utf-8")
+    run = load_run(path)
+    assert "results.json: evaluations" in run.missing and run.after is None
+    page_of(path)
+
+
+def test_values_of_a_wrong_type_count_as_absent(tmp_path: Path) -> None:
+    odd = [{"step": 0}, evaluation(10, math.nan), "no evaluation"]
+    path = make_run(
+        tmp_path / "run", evaluations=odd, settings=[1], epochs={"a": 1}, notices=None, machine="x", seconds=True
+    )
+    run = load_run(path)
+    assert (run.epochs, run.notices, run.seconds, run.settings.lr) == ((), (), None, None)
+    assert run.after is not None and run.after.perplexity is None
+    page_of(path)
+
+
+def test_torn_lines_are_left_out_and_counted(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run")
+    metrics = path / "metrics.jsonl"
+    metrics.write_bytes(metrics.read_bytes() + '{"step": 11, "note": "não'.encode()[:-2])
+    run = load_run(path)
+    assert len(run.steps) == 10
+    assert run.missing == ["metrics.jsonl: 1 unreadable line"]
+
+
+def test_a_step_that_a_resume_repeated_counts_once(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run")
+    with (path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"step": 9, "loss": 1.5}\n')
+    run = load_run(path)
+    assert [step.step for step in run.steps] == list(range(1, 11))
+    assert run.steps[8].loss == 1.5
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no run directory"):
+        load_run(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="not a run directory"):
+        load_run(tmp_path)
+    with pytest.raises(UserError, match="newer cartilha"):
+        load_run(make_run(tmp_path / "future", format_version=2))
+    with pytest.raises(UserError, match="nothing to report"):
+        render_report([], tmp_path / "report.html")
+
+
+def test_the_headline_pairs_what_may_be_compared(tmp_path: Path) -> None:
+    whole = evaluation(10, 30.0, num_documents=4510, num_bytes=1_632_100)
+    run = load_run(make_run(tmp_path / "a", evaluations=[evaluation(0), evaluation(10, 33.0), whole]))
+    assert run.after is not None and run.after.perplexity == 33.0
+    path = make_run(tmp_path / "b", evaluations=[evaluation(0), whole])
+    assert "were done differently, so no change is given" in page_of(path)
+    assert "−66.3%" not in page_of(path)
+
+
+# The table
+
+
+@pytest.mark.parametrize("status", STATUSES)
+def test_every_status_is_a_row(tmp_path: Path, status: str) -> None:
+    path = make_run(tmp_path / "run", status=status, error="It broke.", evaluations=[evaluation(0)], epochs=[])
+    (row,) = results_table([load_run(path)])
+    assert row.status == status
+    assert (row.perplexity, row.bits_per_byte, row.seconds_per_epoch) == (None, None, None)  # not those before training
+    cells = dict(zip(tables.COLUMNS, list(markdown_cells(to_markdown([row], "en")))[2], strict=True))
+    assert cells["status"] == status.replace("_", " ")
+    assert cells["perplexity"] == cells["bits_per_byte"] == cells["time_per_epoch"] == "-"
+    assert (cells["seq_length"], cells["epochs"], cells["batch"], cells["device"]) == ("512", "2", "8", "Xeon")
+    assert "It broke." in page_of(path)
+
+
+def test_the_figures_of_a_finished_run(tmp_path: Path) -> None:
+    rows = results_table([load_run(make_run(tmp_path / "run"))])
+    english = list(markdown_cells(to_markdown(rows, "en")))
+    assert english[0][5:8] == ["time/epoch", "val perplexity", "val bits per byte"]
+    assert english[2] == ["run", "512", "2", "8", "Xeon", "10 min 20 s", "32.51", "1.791", "finished"]
+    assert list(markdown_cells(to_markdown(rows, "pt")))[2][6:] == ["32,51", "1,791", "concluída"]
+    assert footnotes(rows, "en") == []
+    (fields,) = csv.DictReader(io.StringIO(to_csv(rows)))
+    assert (fields["val_perplexity"], fields["val_bits_per_byte"], fields["seconds_per_epoch"]) == (
+        "32.51",
+        "1.791",
+        "620.0",
+    )
+
+
+def test_a_figure_from_before_the_end_says_so(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", status="interrupted", evaluations=[evaluation(0), evaluation(5, 50.0)])
+    (row,) = results_table([load_run(run)])
+    assert tables.cells(row, "en")["status"] == "interrupted (figures of step 5)"
+    assert "step 5 of 10" in page_of(run)
+
+
+def test_a_part_of_an_epoch_gives_no_time_per_epoch(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run")
+    record = json.loads((path / "results.json").read_text(encoding="utf-8"))
+    record["settings"]["max_steps"] = 8  # 64 blocks, and an epoch has 40
+    record["settings"]["num_steps"] = 8
+    (path / "results.json").write_text(json.dumps(record), encoding="utf-8")
+    (row,) = results_table([load_run(path)])
+    assert row.seconds_per_epoch == 610.0
+    assert tables.cells(row, "en")["epochs"] == "8 steps"
+
+
+MISMATCHES = {
+    "protocol": {"evaluations": [evaluation(0, hash="ffff"), evaluation(10, 29.1, 1.7, hash="ffff")]},
+    "validation text": {"corpus": {"validation_hash": "beef", "tokenizer_fingerprint": "gpt2"}},
+    "part of the text": {"evaluations": [evaluation(0, num_bytes=99), evaluation(10, num_bytes=99)]},
+    "unrecorded text": {"corpus": {"tokenizer_fingerprint": "gpt2"}},
+}
+
+
+@pytest.mark.parametrize("what", MISMATCHES)
+def test_what_was_measured_differently_is_marked(tmp_path: Path, what: str) -> None:
+    paths = [make_run(tmp_path / "a"), make_run(tmp_path / "b", **MISMATCHES[what]), make_run(tmp_path / "c")]
+    rows = results_table([load_run(path) for path in paths])
+    assert [row.mark for row in rows] == ["a", "b", "a"]
+    markdown = to_markdown(rows, "en")
+    assert "cannot be compared" in markdown
+    assert [cells[6][-3:] for cells in list(markdown_cells(markdown))[2:]] == ["(a)", "(b)", "(a)"]
+    assert [cells[7][-3:] for cells in list(markdown_cells(markdown))[2:]] == ["(a)", "(b)", "(a)"]
+    assert [fields["comparable_group"] for fields in csv.DictReader(io.StringIO(to_csv(rows)))] == ["a", "b", "a"]
+    page = page_of(*paths)
+    assert page.count("<sup>a</sup>") == 2 * (4 + 1) and page.count("<sup>b</sup>") == 2 * (2 + 1)
+    assert "cannot be compared" in page and "não podem ser comparados" in page
+
+
+def test_two_runs_that_record_nothing_are_not_taken_as_alike(tmp_path: Path) -> None:
+    paths = [make_run(tmp_path / name, corpus={"tokenizer_fingerprint": "gpt2"}) for name in "ab"]
+    rows = results_table([load_run(path) for path in paths])
+    assert [row.mark for row in rows] == ["a", "b"]
+    assert "validation text not recorded" in to_markdown(rows, "en")
+
+
+def test_what_was_measured_alike_is_not_marked(tmp_path: Path) -> None:
+    failed = make_run(tmp_path / "c", status="failed", evaluations=[], corpus={})  # no figure, so nothing to compare
+    paths = [make_run(tmp_path / "a"), make_run(tmp_path / "b"), failed]
+    assert "cannot be compared" not in page_of(*paths)
+    assert "<sup>" not in page_of(*paths)
+
+
+def test_other_tokenizers_mark_the_perplexity_alone(tmp_path: Path) -> None:
+    other = make_run(tmp_path / "b", corpus={"validation_hash": "cafe", "tokenizer_fingerprint": "llama"})
+    rows = results_table([load_run(make_run(tmp_path / "a")), load_run(other)])
+    assert [tables.marks(row, "perplexity") for row in rows] == [("†",), ("†",)]
+    assert [tables.marks(row, "bits_per_byte") for row in rows] == [(), ()]
+    assert [mark for mark, _ in footnotes(rows, "en")] == ["†"]
+
+
+@pytest.mark.parametrize("name", ["a|b", "a\\|b", "a\nb | c", "<b>x</b>", "`|`"])
+def test_a_name_cannot_break_the_table(tmp_path: Path, name: str) -> None:
+    markdown = to_markdown(results_table([load_run(make_run(tmp_path / "run", name=name))]), "en")
+    lines = list(markdown_cells(markdown))
+    assert [len(cells) for cells in lines] == [9, 9, 9]
+    assert lines[2][1] == "512"
+    assert not re.search(r"(?<!\\)<", markdown)
+
+
+# The page
+
+
+def test_the_page_loads_nothing(tmp_path: Path) -> None:
+    page = page_of(make_run(tmp_path / "run"))
+    assert not re.search(r"https?://|//[a-z]|url\(|@import|@font-face", page.replace("xmlns", ""), re.IGNORECASE)
+    tags = Elements(page).tags
+    assert not {tag for tag, _ in tags} & {"link", "img", "iframe", "object", "embed", "base", "audio", "video", "form"}
+    assert not {name for _, attributes in tags for name in attributes} & {"src", "href", "srcset", "action", "style"}
+    assert "default-src 'none'" in page
+
+
+def test_what_a_run_says_stays_text(tmp_path: Path) -> None:
+    evil = "</pre><script>alert('x')</script><img src=x onerror=alert(1)>\" onclick=\"a"
+    fields = {"name": evil, "error": evil, "notices": [evil], "status": "failed"}
+    fields |= {"machine": {"device_name": evil, evil: evil}, "versions": {evil: evil}}
+    first, last = evaluation(0), evaluation(10, 30.0)
+    first["protocol"] = last["protocol"] = {**first["protocol"], "name": evil, "hash": evil}
+    plain = Elements(page_of(make_run(tmp_path / "plain")))
+    path = make_run(tmp_path / "run", evaluations=[first, last], **fields)
+    (path / "config.yaml").write_text(evil, encoding="utf-8")
+    samples = [{"step": step, "prompt": evil, "text": evil + evil, "mode": evil} for step in (0, 10)]
+    (path / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in samples), encoding="utf-8")
+    elements = Elements(page_of(path))
+    assert elements.text.count(evil) > 20  # the test does not pass for want of the text
+    assert [tag for tag, _ in elements.tags].count("script") == 1
+    assert {tag for tag, _ in elements.tags} <= {tag for tag, _ in plain.tags} | {"p", "sup"}
+    assert not [name for _, attributes in elements.tags for name in attributes if name.startswith("on")]
+
+
+@pytest.mark.parametrize(("language", "hidden"), [("en", "pt-BR"), ("pt", "en")])
+def test_both_languages_are_there_and_one_is_shown(tmp_path: Path, language: str, hidden: str) -> None:
+    page = page_of(make_run(tmp_path / "run"), language=language)
+    mains = [attributes for tag, attributes in Elements(page).tags if tag == "main"]
+    assert [main["lang"] for main in mains] == ["en", "pt-BR"]
+    assert [main["lang"] for main in mains if "hidden" in main] == [hidden]
+    parts = re.findall("<main.*?</main>", page, re.DOTALL)
+    english, portuguese = (re.sub('<pre hidden id="csv.*?</pre>', "", part, flags=re.DOTALL) for part in parts)
+    for text in ("89.02", "32.51", "−63.5%", "2.310", "1.791", "Training report", "window 2048", "Generated text"):
+        assert text in english and text not in portuguese
+    for text in ("89,02", "32,51", "−63,5%", "1,791", "Relatório de treinamento", "janela 2048", "Texto gerado"):
+        assert text in portuguese and text not in english
+    assert f"<title>{'Training report' if language == 'en' else 'Relatório de treinamento'}: run</title>" in page
+
+
+def test_the_language_follows_the_locale(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("LC_ALL", "LC_MESSAGES"):
+        monkeypatch.delenv(variable, raising=False)
+    for value, language in (
+        ("pt_BR.UTF-8", "pt"),
+        ("pt_PT", "pt"),
+        ("en_US.UTF-8", "en"),
+        ("de_DE", "en"),
+        ("C", "en"),
+    ):
+        monkeypatch.setenv("LANG", value)
+        assert choose_language("auto") == language
+    assert choose_language("pt") == "pt"
+
+
+def test_every_text_is_there_in_both_languages() -> None:
+    path = Path(html.__file__).parent / "templates" / "strings.yaml"
+    for key, texts in yaml.safe_load(path.read_text(encoding="utf-8")).items():
+        assert set(texts) == set(LANGUAGES), key
+        slots = [sorted(re.findall(r"\{\w+\}", texts[language])) for language in LANGUAGES]
+        assert slots[0] == slots[1], key
+
+
+def test_samples_stand_side_by_side(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run")
+    with (path / "samples.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"step": 5, "prompt": "Só", "text": "Só depois", "mode": "greedy"}\n')
+        file.write('{"step": 5, "prompt": "Só", "text": "Só \\ud800 meio", "mode": "sample"}\n')
+    first, second, _ = html.sample_pairs(load_run(path).samples)
+    assert first.before is not None and first.after is not None
+    assert (first.before.prompt, first.before.rest, first.after.rest) == ("Era uma vez", " the farm", " uma menina")
+    assert second.before is None and second.after is not None  # the first of two later texts is not one from before
+    assert "Só</mark> ? meio" in page_of(path)
+
+
+def test_a_long_run_gives_a_small_page(tmp_path: Path) -> None:
+    page = page_of(make_run(tmp_path / "run", steps=50_000))
+    assert len(page.encode()) < 300_000
+    assert 500 < max(path.count("L") for path in re.findall(r'class="curve train" d="([^"]+)"', page)) < 1000
+
+
+def test_a_run_that_goes_on_and_one_with_nothing(tmp_path: Path) -> None:
+    going = make_run(tmp_path / "going", status="running", evaluations=[evaluation(0)])
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "metrics.jsonl").write_text("", encoding="utf-8")
+    text = Elements(page_of(going, empty)).text
+    for part in (
+        "running",
+        "No evaluation is recorded",
+        "No training step",
+        "No generated text",
+        "No epoch is recorded",
+    ):
+        assert part in text
+    (empty / "metrics.jsonl").write_text('{"step": 1, "loss": 4.5, "lr": 0.0}\n', encoding="utf-8")
+    assert "<circle" in page_of(empty)  # a curve of one step is a point
+
+
+# Numbers and curves
+
+
+def test_numbers() -> None:
+    english, portuguese = Wording("en"), Wording("pt")
+    shown = [english.perplexity(value) for value in (9.67, 9.9996, 10.96, 31.666, 1423.4, 49152.0, None)]
+    assert shown == ["9.670", "10.00", "10.96", "31.67", "1,423", "49,150", "-"]
+    assert portuguese.perplexity(1423.4) == "1.423" and portuguese.perplexity(9.67) == "9,670"
+    assert english.bits(2.0516) == "2.052" and portuguese.bits(2.0516) == "2,052"
+    assert (english.change(2.0, 1.5), portuguese.change(2.0, 2.5), english.change(0, 1)) == ("−25.0%", "+25,0%", "-")
+    shown = [english.duration(value) for value in (4.26, 59.7, 617, 7384, None)]
+    assert shown == ["4.3 s", "1 min 0 s", "10 min 17 s", "2 h 3 min", "-"]
+    assert (english.size(4.2e9), english.size(999)) == ("4.2 GB", "999 B")
+
+
+def test_smoothing_and_thinning_keep_the_level() -> None:
+    values = np.random.default_rng(0).normal(3.0, 0.1, 1000)
+    assert chart.smooth(np.full(1000, 3.0)) == pytest.approx(3.0)
+    assert chart.smooth(values).std() < 0.4 * values.std()
+    line = np.arange(1000.0)
+    assert chart.smooth(line)[100:900] == pytest.approx(line[100:900])  # no lag
+    assert len(chart.thin(values)) == 600 and chart.thin(values).mean() == pytest.approx(values.mean(), abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0, 1), (3.02, 4.9), (2.5, 2.5), (0, 0), (1, 50_000), (-3, -2), (1e-9, 3e-9)]
+)
+def test_ticks_cover_the_values(low: float, high: float) -> None:
+    values, decimals = chart.ticks(low, high)
+    assert values[0] <= low + 1e-12 and values[-1] >= high - 1e-12
+    assert 2 <= len(values) <= 8
+    assert len({f"{value:.{decimals}f}" for value in values}) == len(values)
