@@ -11,6 +11,7 @@ import difflib
 import importlib
 import logging
 import os
+import re
 import sys
 import typing
 from collections.abc import Callable, Sequence
@@ -70,7 +71,7 @@ class _Parser(ArgumentParser):
     """Raises our one-sentence errors instead of printing a usage text."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise UserError(_one_sentence(message, [o for a in self._actions for o in a.option_strings])) from ex
+        raise UserError(_one_sentence(message, _flags(self))) from ex
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -123,7 +124,7 @@ def _dispatch(arguments: list[str]) -> int:
     if print_config:
         import yaml
 
-        print(yaml.safe_dump(_plain(dataclasses.asdict(settings)), sort_keys=False, allow_unicode=True), end="")
+        print(yaml.safe_dump(_settable(settings), sort_keys=False, allow_unicode=True), end="")
         return 0
     module, function = command.home
     result = getattr(importlib.import_module(module), function)(settings)
@@ -155,7 +156,7 @@ def _overview() -> str:
 
 
 def _parser(name: str, command: Command) -> _Parser:
-    parser = _Parser(prog=f"cartilha {name}", description=command.config.__doc__ or "", exit_on_error=False)
+    parser = _new_parser(f"cartilha {name}", command.config.__doc__ or "")
     if name == "run":
         parser.add_argument("recipe", help="a built-in recipe's name or a YAML file")
     if command.config is configs.RunConfig:
@@ -167,6 +168,12 @@ def _parser(name: str, command: Command) -> _Parser:
         "--print_config", action="store_true", default=SUPPRESS, help="print the resolved settings and stop"
     )
     return parser
+
+
+def _new_parser(prog: str, description: str = "") -> _Parser:
+    # jsonargparse gives --print_config a meaning of its own unless it is told not to.
+    # Abbreviations would change their meaning with each option that is added.
+    return _Parser(prog=prog, description=description, exit_on_error=False, print_config=None, allow_abbrev=False)
 
 
 # Of a job's stages, what the job itself sets.
@@ -220,7 +227,7 @@ def _job_settings(name: str, values: dict[str, Any]) -> configs.RunConfig:
     recipe = "demo" if name == "demo" else str(values.pop("recipe"))
     merged = {**_recipe_values(recipe), **values}
     merged.setdefault(
-        "output", "demo" if name == "demo" else os.path.join("runs", os.path.basename(recipe).removesuffix(".yaml"))
+        "output", "demo" if name == "demo" else os.path.join("runs", os.path.basename(recipe).removesuffix(".yaml").removesuffix(".yml"))
     )
     own = {key: value for key, value in merged.items() if "." not in key}
     stages = {
@@ -238,16 +245,18 @@ def _recipe_values(name: str) -> dict[str, Any]:
     """A recipe as parsed flags: the same names, types and errors as on the command line."""
     from cartilha.pipeline.recipes import read_recipe
 
+    parser = _new_parser(f"recipe {name}")
+    _add_job_flags(parser)
     flags: list[str] = []
     for key, value in _flatten(read_recipe(name)):
+        if f"--{key}" not in _flags(parser):
+            raise UserError(f"In the recipe {name}: {_no_such_option(f'--{key}', _flags(parser))}")
         if value is True:
             flags.append(f"--{key}")
         elif isinstance(value, list):
             flags += [f"--{key}", *map(str, value)]
         elif value is not None and value is not False:
             flags.append(f"--{key}={value}")
-    parser = _Parser(prog=f"recipe {name}", exit_on_error=False)
-    _add_job_flags(parser)
     try:
         return vars(parser.parse_args(flags).as_flat())
     except UserError as error:
@@ -268,6 +277,17 @@ def _tuples(values: dict[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
+def _settable(settings: Any) -> dict[str, Any]:
+    """Settings as plain values; of a job's stages only what a recipe can set, so that the output is a recipe."""
+    values = _plain(dataclasses.asdict(settings))
+    assert isinstance(values, dict)
+    if isinstance(settings, configs.RunConfig):
+        for stage, hidden in _SET_BY_JOB.items():
+            for name in hidden:
+                del values[stage][name]
+    return values
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
@@ -277,13 +297,28 @@ def _plain(value: Any) -> Any:
 def _one_sentence(message: str, flags: Sequence[str]) -> str:
     """Jsonargparse's message as one line, with the nearest flag where an unknown one was given."""
     text = " ".join(line.strip() for line in message.strip().splitlines() if line.strip())
+    wrong = re.search(r'[Pp]arser key "([^"]+)".*(?:Got value|Given value): *(.*?)\.?$', text)
+    if wrong is not None:
+        return f"--{wrong[1]} cannot be {wrong[2]!r}; --help says what it takes."
     unknown = [word for word in text.replace(",", " ").split() if word.startswith("--")]
     if "nrecognized" in text and unknown:
-        name = unknown[0].split("=")[0]
-        close = difflib.get_close_matches(name, flags, n=1)
-        hint = f"did you mean {close[0]}?" if close else "--help lists the options."
-        return f"There is no option {name}; {hint}"
+        return _no_such_option(unknown[0].split("=")[0], flags)
+    if "nrecognized" in text:
+        return f"{text.split(': ', 1)[-1]!r} was not expected here; --help lists the options."
     return text if text.endswith((".", "?")) else text + "."
+
+
+def _no_such_option(name: str, flags: Sequence[str]) -> str:
+    names = [flag.removeprefix("--") for flag in flags]
+    wanted = name.removeprefix("--")
+    # A beginning of one name (--epoch), else the one that is spelt most like it.
+    close = [n for n in names if n.startswith(wanted)] or difflib.get_close_matches(wanted, names, n=1)
+    hint = f"did you mean --{close[0]}?" if close else "--help lists the options."
+    return f"There is no option {name}; {hint}"
+
+
+def _flags(parser: ArgumentParser) -> list[str]:
+    return [flag for action in parser._actions for flag in action.option_strings]
 
 
 def _use_utf8() -> None:

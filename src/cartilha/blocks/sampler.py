@@ -11,7 +11,7 @@ from cartilha.blocks.packing import Batch, PackedStream, stack
 
 def epoch_order(num_documents: int, seed: int, epoch: int) -> np.ndarray:
     """The order of the documents in an epoch (counted from 0): a permutation drawn from seed and epoch alone."""
-    generator = np.random.Generator(np.random.Philox(key=np.array([seed, epoch], np.uint64)))
+    generator = np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, epoch], np.uint64)))
     return generator.permutation(num_documents)
 
 

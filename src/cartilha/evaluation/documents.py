@@ -73,8 +73,8 @@ def encode_documents(
     for i in kept:
         cut = first_tokens is not None and len(encoded[i]) > first_tokens
         ids.append(encoded[i][:first_tokens] if cut else encoded[i])
-        # A cut may fall inside a character: the incomplete one at the end is not counted.
-        texts.append(tokenizer.decode(ids[-1]).rstrip("\ufffd") if cut else documents[i].text)
+        text = documents[i].text
+        texts.append(_whole_characters(tokenizer.decode(ids[-1]), text) if cut else text)
     return ScoredDocuments(
         ids=ids,
         num_bytes=np.array([len(text.encode("utf-8")) for text in texts], np.int64),
@@ -87,6 +87,16 @@ def encode_documents(
         num_empty=len(documents) - len(kept),
         corpus_hash=hashlib.sha256("".join(hashes).encode("ascii")).hexdigest(),
     )
+
+
+def _whole_characters(decoded: str, text: str) -> str:
+    """What a document's first tokens say, without the incomplete character that a cut leaves at the end.
+
+    It is decoded as U+FFFD, which a text may hold of its own.
+    """
+    while decoded.endswith("\ufffd") and not text.startswith(decoded):
+        decoded = decoded[:-1]
+    return decoded
 
 
 def validation_subset(documents: Sequence[Document], num_tokens: Sequence[int], max_tokens: int) -> list[Document]:

@@ -179,7 +179,7 @@ def _notes(evaluation: Evaluation) -> list[str]:
     notes = []
     if evaluation.num_lost:
         names = ", ".join(evaluation.lost[:3]) + (", ..." if evaluation.num_lost > 3 else "")
-        share = 1 - evaluation.byte_total.num_bytes / evaluation.total.num_bytes
+        share = 1 - evaluation.byte_total.num_bytes / max(1, evaluation.total.num_bytes)
         outcome = (
             "left out of the byte figures"
             if evaluation.bytes_are_meant

@@ -27,17 +27,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         nll = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        # One buffer for all chunks, worked on in place: fresh memory costs more than the arithmetic (docs/log.md).
+        buffer = hidden.new_empty((min(CHUNK_TOKENS, len(targets)), len(weight)), dtype=torch.float32)
         for begin in range(0, len(targets), CHUNK_TOKENS):
             rows = slice(begin, begin + CHUNK_TOKENS)
             states = hidden[rows].to(dtype)
-            scored = targets[rows] != IGNORE_INDEX
-            index = targets[rows].where(scored, 0)[:, None]
-            log_probs = torch.log_softmax(states @ head.T, dim=-1, dtype=torch.float32)
-            nll -= log_probs.gather(1, index)[:, 0].where(scored, 0.0).sum()
-            # d nll / d logits = softmax - one-hot, zero in rows that are not scored.
-            grad_logits = log_probs.exp_()
-            grad_logits.scatter_add_(1, index, grad_logits.new_full(index.shape, -1.0))
-            grad_logits = grad_logits.mul_(scored[:, None]).to(dtype)
+            scored = (targets[rows] != IGNORE_INDEX)[:, None]
+            index = targets[rows, None].where(scored, 0)
+            logits = _product_into(buffer[: len(states)], states, head.T)
+            chunk_nll, grad_logits = _nll_and_gradient(logits, index, scored.float())
+            nll += chunk_nll
+            grad_logits = grad_logits.to(dtype)
             grad_hidden[rows] = grad_logits @ head
             if dtype == torch.float32:
                 grad_weight.addmm_(grad_logits.T, states)
@@ -52,6 +52,30 @@ class _LinearCrossEntropy(torch.autograd.Function):
         (scale,) = grad_outputs
         # In place: both tensors are ours alone and are not needed again.
         return grad_hidden.mul_(scale), grad_weight.mul_(scale), None, None
+
+
+def _product_into(buffer: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """`left @ right` in their dtype, as float32, in the buffer."""
+    if left.dtype == torch.float32:
+        return torch.mm(left, right, out=buffer)
+    return buffer.copy_(left @ right)
+
+
+def _nll_and_gradient(
+    logits: torch.Tensor, index: torch.Tensor, scored: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed nll and its gradient by the logits: softmax minus one-hot, zero in rows that are not scored.
+
+    Args:
+        logits: Shape (num_tokens, num_ids), float32; overwritten by the gradient.
+        index: The target of each row, shape (num_tokens, 1).
+        scored: 1 where the row counts, else 0, shape (num_tokens, 1), float32.
+    """
+    target_logits = logits.gather(1, index)
+    highest = logits.amax(dim=1, keepdim=True)
+    total = logits.sub_(highest).exp_().sum(dim=1, keepdim=True)
+    nll = (scored * (total.log() + highest - target_logits)).sum()
+    return nll, logits.mul_(scored / total).scatter_add_(1, index, -scored)
 
 
 def linear_cross_entropy(

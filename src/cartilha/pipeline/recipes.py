@@ -39,7 +39,7 @@ def read_recipe(name: str) -> dict[str, Any]:
             raise UserError(f"The recipe {name} cannot be read ({error}).") from error
     try:
         values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError is a date that does not exist
         where = str(error).splitlines()[-1].strip()
         raise UserError(f"The recipe {name} is not valid YAML ({where}).") from error
     if not isinstance(values, dict):

@@ -55,8 +55,8 @@ def resolve_model(ref: str) -> ModelSource:
         return ModelSource(ref, "random", name=ref.removeprefix("random:"))
     if ref.startswith("package:"):
         return ModelSource(ref, "gguf", path=_gguf_in_package(ref.removeprefix("package:")))
-    path = Path(ref).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(ref))  # unlike Path.expanduser it leaves an unknown ~user as it is
+    if ref and path.is_dir():
         return ModelSource(ref, "directory", path=path)
     if ref.lower().endswith(".gguf"):
         if not path.is_file():
@@ -73,6 +73,8 @@ def resolve_model(ref: str) -> ModelSource:
 
 def _gguf_in_package(name: str) -> Path:
     """The GGUF file inside an installed package, found through its list of files, without importing it."""
+    if not name:
+        raise UserError(f"package: names no package; name one that holds a GGUF file, such as {EMBEDDED_MODEL}.")
     try:
         distribution = importlib.metadata.distribution(name)
     except importlib.metadata.PackageNotFoundError:

@@ -31,6 +31,7 @@ from cartilha.tokens.tokenizer import TextTokenizer, load_tokenizer
 FORMAT_VERSION = 1
 MAX_UINT16_IDS = 65_536
 ROWS_PER_GROUP = 50_000
+STORE_KEYS = ("tokenizer_fingerprint", "prefix_id", "end_id", "num_ids", "dtype", "splits", "files")
 
 DOCUMENT_SCHEMA = pa.schema(
     [
@@ -144,6 +145,9 @@ def read_store_info(path: Path) -> dict[str, Any]:
             f"The store {path} has format {version}, this version reads {FORMAT_VERSION}; prepare it with --overwrite."
         )
     assert isinstance(info, dict)
+    lacking = [key for key in STORE_KEYS if key not in info]
+    if lacking:
+        raise UserError(f"{path}/store.json lacks {', '.join(lacking)}; prepare the store again with --overwrite.")
     return info
 
 

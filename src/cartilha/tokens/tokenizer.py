@@ -86,12 +86,13 @@ class TextTokenizer:
         model = whole["model"]
         merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges", ())]
         vocabulary = model["vocab"]
-        added = [(t["id"], t["content"]) for t in whole["added_tokens"] if not t["special"]]
+        added = [dict(sorted(token.items())) for token in whole["added_tokens"] if not token["special"]]
         parts = [
             model["type"],
             sorted(vocabulary.items()) if isinstance(vocabulary, dict) else vocabulary,
             merges,
-            [token for token in added if not isinstance(vocabulary, dict) or token[1] not in vocabulary],
+            bool(model.get("ignore_merges")),
+            added,
             whole["normalizer"],
             _splitting(whole["pre_tokenizer"]),
             [self.prefix_id, self.end_id],
@@ -105,14 +106,18 @@ class TextTokenizer:
             for name in TOKENIZER_FILES:
                 if (self.directory / name).is_file():
                     shutil.copyfile(self.directory / name, directory / name)
-            if not (directory / "tokenizer_config.json").is_file():
-                write_json(directory / "tokenizer_config.json", self._config())
+            # The ids of bos and eos may have come from config.json, which is the model's and is not copied.
+            if not (directory / "tokenizer_config.json").is_file() or not _special_tokens(directory).keys() & {"bos_token", "eos_token"}:
+                given = {key: value for key, value in _read_json(directory / "tokenizer_config.json").items() if value is not None}
+                write_json(directory / "tokenizer_config.json", {**self._config(), **given})
             return
         self.backend.save(str(directory / "tokenizer.json"))
         write_json(directory / "tokenizer_config.json", self._config())
 
     def _config(self) -> dict[str, Any]:
-        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        in_two_files = self.directory is not None and not (self.directory / "tokenizer.json").is_file()
+        name_of_class = "GPT2Tokenizer" if in_two_files else "PreTrainedTokenizerFast"
+        config: dict[str, Any] = {"tokenizer_class": name_of_class, "clean_up_tokenization_spaces": False}
         for name, token_id in (("bos_token", self.bos_id), ("eos_token", self.eos_id), ("pad_token", self.pad_id)):
             if token_id is not None:
                 config[name] = self.backend.id_to_token(token_id)
@@ -169,7 +174,7 @@ def _from_directory(ref: str, directory: Path) -> TextTokenizer:
             backend = Tokenizer.from_file(str(directory / "tokenizer.json"))
         except Exception as error:  # tokenizers raises a bare Exception
             raise UserError(f"The tokenizer.json of {ref} cannot be read ({error}); fetch it again.") from error
-    elif (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
+    elif _is_gpt2_kind(directory):
         backend = _byte_level_bpe(ref, directory, special)
     else:
         return _through_transformers(ref, directory)
@@ -185,6 +190,13 @@ def _from_directory(ref: str, directory: Path) -> TextTokenizer:
             config.get(key) if isinstance(config.get(key), int) else None for key in ("bos_token_id", "eos_token_id")
         )
     return TextTokenizer(backend, bos_id, eos_id, pad_id, directory)
+
+
+def _is_gpt2_kind(directory: Path) -> bool:
+    """Whether vocab.json and merges.txt are there and of no other class (Qwen2's, say, splits text otherwise)."""
+    name_of_class = _read_json(directory / "tokenizer_config.json").get("tokenizer_class", "GPT2Tokenizer")
+    there = (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file()
+    return there and name_of_class in ("GPT2Tokenizer", "GPT2TokenizerFast")
 
 
 def _byte_level_bpe(ref: str, directory: Path, special: dict[str, str]) -> Tokenizer:
@@ -234,6 +246,9 @@ def _through_transformers(ref: str, directory: Path) -> TextTokenizer:
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
         backend = tokenizer.backend_tokenizer
+        # Where a folder holds no vocabulary, transformers makes an empty one, and every text would have no tokens.
+        if not backend.get_vocab_size(with_added_tokens=False):
+            raise ValueError("an empty vocabulary")
     except Exception as error:
         raise UserError(
             f"{ref} holds no tokenizer that can be read; expected tokenizer.json, or vocab.json and merges.txt."

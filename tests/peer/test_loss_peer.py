@@ -1,0 +1,293 @@
+"""Our packed, fused loss against transformers' own, for every architecture that is called supported.
+
+The peer is the same weights under `eager` attention, one document at a time: no packing, no fused head.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from cartilha.blocks.packing import IGNORE_INDEX, Batch, PackedStream, stack
+from cartilha.errors import UserError
+from cartilha.model import forward
+from cartilha.model.attention import SUPPORTED_MODEL_TYPES, Segments, choose_kernel, use_document_attention
+from cartilha.model.forward import batch_nll, scored_nll
+
+NUM_IDS, PREFIX, END = 61, 2, 3
+CONTEXT, WINDOW = 64, 5
+COMMON = {
+    "vocab_size": NUM_IDS,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": CONTEXT,
+    "pad_token_id": 1,
+    "bos_token_id": PREFIX,
+    "eos_token_id": END,
+}
+GLU = {"intermediate_size": 48, "num_key_value_heads": 2}
+
+# Every type, and variants of it that change what attention has to do. A test below holds the list complete.
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "opt": ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
+    "opt-350m": ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 16, "do_layer_norm_before": False}),
+    "llama": ("llama", GLU),
+    "llama-tied": ("llama", {**GLU, "tie_word_embeddings": True}),
+    "gpt2": ("gpt2", {}),
+    "gpt2-scaled-by-layer": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
+    "gpt2-unscaled": ("gpt2", {"scale_attn_weights": False}),
+    "gpt_neox": ("gpt_neox", {"intermediate_size": 48}),
+    "mistral": ("mistral", {**GLU, "sliding_window": None}),
+    "mistral-windowed": ("mistral", {**GLU, "sliding_window": WINDOW}),
+    "qwen2": ("qwen2", GLU),
+    "qwen2-windowed": (
+        "qwen2",
+        {**GLU, "use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
+    ),
+    "qwen3": ("qwen3", {**GLU, "head_dim": 16}),
+    "qwen3-windowed": (
+        "qwen3",
+        {**GLU, "head_dim": 16, "use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 0},
+    ),
+    "gemma": ("gemma", {**GLU, "num_key_value_heads": 1, "head_dim": 16}),
+    "smollm3": ("smollm3", {**GLU, "no_rope_layers": [1, 0]}),
+    "smollm3-windowed": (
+        "smollm3",
+        {**GLU, "use_sliding_window": True, "sliding_window": WINDOW, "no_rope_layers": [1, 0]},
+    ),
+    "olmo2": ("olmo2", GLU),
+    "phi3": ("phi3", GLU),
+    "phi3-windowed": ("phi3", {**GLU, "sliding_window": WINDOW}),
+}
+WINDOWED = [name for name in ARCHITECTURES if name.endswith("-windowed")]
+
+every_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny matrices are not worth sharing out."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@functools.cache
+def peer_model(name: str) -> PreTrainedModel:
+    """transformers' own code, with weights so far from their initial values that every part of it matters."""
+    model_type, settings = ARCHITECTURES[name]
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **{**COMMON, **settings})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.15)
+    return model
+
+
+def ours(model: PreTrainedModel) -> PreTrainedModel:
+    model = copy.deepcopy(model)
+    use_document_attention(model)
+    return model
+
+
+def pack(lengths: list[int], block_size: int) -> Batch:
+    """Documents of random ids (the special ones among them, as nothing but context may hold them apart), packed."""
+    tokens = np.random.default_rng(len(lengths)).integers(0, NUM_IDS, sum(lengths)).astype(np.uint16)
+    start = np.cumsum([0, *lengths[:-1]])
+    stream = PackedStream(
+        tokens,
+        start,
+        np.array(lengths),
+        np.arange(len(lengths)),
+        prefix_id=PREFIX,
+        end_id=END,
+        block_size=block_size,
+    )
+    return stack([stream.block(i) for i in range(len(stream))])
+
+
+def segments_of(batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Inputs and targets of each piece of a document, shape (1, segment length)."""
+    bounds = np.cumsum(batch.segment_lengths)[:-1]
+    inputs = np.split(batch.input_ids.reshape(-1), bounds)
+    targets = np.split(batch.targets.reshape(-1), bounds)
+    for piece, goal in zip(inputs, targets, strict=True):
+        yield torch.from_numpy(piece)[None], torch.from_numpy(goal)[None]
+
+
+@torch.no_grad()
+def nll_alone(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    """Nll of each target, each piece of a document in a forward pass of its own."""
+    found = []
+    for inputs, targets in segments_of(batch):
+        log_probs = model(input_ids=inputs, use_cache=False).logits.double().log_softmax(-1)
+        scored = targets[0] != IGNORE_INDEX
+        found.append(-log_probs[0, scored].gather(1, targets[0, scored][:, None])[:, 0])
+    return torch.cat(found).float()
+
+
+def use_kernel(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
+    monkeypatch.setattr(forward, "choose_kernel", lambda *hardware: kernel)
+
+
+def take_the_document_mask_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    def one_segment_a_row(batch: Batch, device: torch.device, dtype: torch.dtype) -> Segments:
+        num_rows, row_length = batch.input_ids.shape
+        return Segments((row_length,) * num_rows, row_length, device, "segments")
+
+    monkeypatch.setattr(forward, "_segments", one_segment_a_row)
+
+
+def gradients(model: PreTrainedModel, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def assert_same_gradients(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    whole = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        # A key's bias has no gradient but rounding: the softmax does not see it. All others are compared to their own.
+        size = torch.maximum(gradient.norm(), 1e-3 * whole)
+        assert (found[name] - gradient).norm() <= 1e-5 * size, name
+
+
+def test_every_supported_type_is_tested():
+    assert {model_type for model_type, _ in ARCHITECTURES.values()} == set(SUPPORTED_MODEL_TYPES)
+
+
+@every_architecture
+def test_loss_and_gradients_equal_those_of_transformers(name):
+    peer = peer_model(name)
+    model = ours(peer)
+    # Equal lengths, one document a row: the rows are just what transformers takes as inputs and labels.
+    batch = pack([14, 14, 14], block_size=16)
+    rows = torch.from_numpy(batch.input_ids)
+    assert batch.num_targets == rows[:, 1:].numel()
+    expected = peer(input_ids=rows, labels=rows, use_cache=False).loss
+    loss = batch_nll(model, batch, torch.float32) / batch.num_targets
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
+    assert abs(expected.item() - np.log(NUM_IDS)) > 0.1, "weights that predict nothing would prove nothing"
+    expected_gradients = gradients(peer, expected)
+    dead = [key for key, gradient in expected_gradients.items() if not gradient.any()]
+    assert not dead, "weights that are not used would prove nothing"
+    assert_same_gradients(gradients(model, loss), expected_gradients)
+
+
+@every_architecture
+def test_packed_documents_score_as_each_does_alone(name, monkeypatch):
+    peer = peer_model(name)
+    model = ours(peer)
+    batch = pack([7, 1, 9, 20, 2, 12, 5], block_size=24)  # blocks cut documents, and the last is padded
+    assert len(batch.segment_lengths) > batch.input_ids.shape[0] + 3
+    expected = nll_alone(peer, batch)
+    torch.testing.assert_close(scored_nll(model, batch, torch.float32), expected, rtol=1e-5, atol=2e-5)
+    take_the_document_mask_away(monkeypatch)
+    leaking = scored_nll(model, batch, torch.float32)
+    assert (leaking - expected).abs().max() > 0.05, "without the mask, documents must see each other"
+
+
+@every_architecture
+def test_the_mask_kernel_agrees_with_the_segments_kernel(name, monkeypatch):
+    model = ours(peer_model(name))
+    batch = pack([7, 1, 9, 20, 2, 12, 5], block_size=24)
+    assert choose_kernel("cpu", None, torch.float32) == "segments"
+    nll, loss = scored_nll(model, batch, torch.float32), batch_nll(model, batch, torch.float32)
+    expected = gradients(model, loss)
+    use_kernel(monkeypatch, "mask")
+    # Counted, so that the first kernel is not compared with itself.
+    asked: list[int | None] = []
+    mask = Segments.mask
+    monkeypatch.setattr(Segments, "mask", lambda self, window: asked.append(window) or mask(self, window))
+    torch.testing.assert_close(scored_nll(model, batch, torch.float32), nll, rtol=1e-5, atol=2e-5)
+    assert len(asked) == model.config.num_hidden_layers
+    assert (WINDOW in asked) == (name in WINDOWED)
+    assert_same_gradients(gradients(model, batch_nll(model, batch, torch.float32)), expected)
+
+
+@pytest.mark.parametrize("name", WINDOWED)
+@pytest.mark.parametrize("kernel", ["segments", "mask"])
+def test_a_window_smaller_than_the_document_is_honoured(name, kernel, monkeypatch):
+    peer = peer_model(name)
+    model = ours(peer)
+    use_kernel(monkeypatch, kernel)
+    batch = pack([30, 1, 9], block_size=44)
+    assert max(batch.segment_lengths) > 2 * WINDOW
+    found = scored_nll(model, batch, torch.float32)
+    torch.testing.assert_close(found, nll_alone(peer, batch), rtol=1e-5, atol=2e-5)
+    # The window is there to be honoured: a wider one gives other figures, from the token that it first hides one from.
+    for module in model.modules():
+        if getattr(module, "sliding_window", None):
+            module.sliding_window = CONTEXT
+    model.config.sliding_window = CONTEXT
+    wider = scored_nll(model, batch, torch.float32)
+    torch.testing.assert_close(wider[:WINDOW], found[:WINDOW], rtol=1e-5, atol=2e-5)
+    assert (wider - found)[WINDOW:30].abs().min() > 0 and (wider - found).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("kernel", ["segments", "mask"])
+@pytest.mark.parametrize("name", ["opt", "llama", "gpt_neox", "mistral-windowed"])
+def test_bfloat16_is_close_to_float32(name, kernel, monkeypatch):
+    model = ours(peer_model(name))
+    use_kernel(monkeypatch, kernel)
+    batch = pack([7, 1, 9, 20, 2, 12, 5], block_size=24)
+    exact = scored_nll(model, batch, torch.float32)
+    half = scored_nll(model, batch, torch.bfloat16)
+    assert half.dtype == torch.float32
+    assert (half - exact).abs().mean() < 0.05
+    assert (half != exact).any(), "the compute dtype is not used"
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0),
+    reason="variable-length flash attention needs a CUDA device of capability 8.0",
+)
+@pytest.mark.parametrize("name", ["opt", "llama", "gpt2-scaled-by-layer", "mistral-windowed", "qwen2-windowed"])
+def test_the_varlen_kernel_agrees_with_the_mask_kernel(name, monkeypatch):
+    model = ours(peer_model(name)).cuda()
+    batch = pack([7, 1, 9, 20, 2, 12, 5], block_size=24)
+    assert choose_kernel("cuda", (8, 0), torch.bfloat16) == "varlen"
+    exact = scored_nll(model, batch, torch.float32)
+    varlen = scored_nll(model, batch, torch.bfloat16)
+    use_kernel(monkeypatch, "mask")
+    masked = scored_nll(model, batch, torch.bfloat16)
+    assert (varlen - exact).abs().mean() < 0.05
+    assert (varlen - masked).abs().mean() < 0.05
+
+
+def test_the_kernel_follows_the_hardware():
+    assert choose_kernel("cpu", None, torch.bfloat16) == "segments"
+    assert choose_kernel("cuda", (8, 0), torch.bfloat16) == "varlen"
+    assert choose_kernel("cuda", (9, 0), torch.float16) == "varlen"
+    assert choose_kernel("cuda", (9, 0), torch.float32) == "mask"
+    assert choose_kernel("cuda", (7, 5), torch.float16) == "mask"
+    assert choose_kernel("mps", None, torch.float32) == "mask"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings"),
+    [
+        ("gemma2", {**GLU, "head_dim": 16}),  # soft caps
+        ("gemma3_text", {**GLU, "head_dim": 16}),
+        ("bloom", {}),  # biases for distances
+        ("gpt_oss", {**GLU, "head_dim": 16, "num_local_experts": 2, "num_experts_per_tok": 1}),  # sinks
+    ],
+)
+def test_an_unsupported_type_is_refused_by_name(model_type, settings):
+    config = AutoConfig.for_model(model_type, **{**COMMON, **settings})
+    model = AutoModelForCausalLM.from_config(config)
+    before = model.config._attn_implementation
+    with pytest.raises(UserError, match=rf"type {model_type} are not supported.*\bllama\b"):
+        use_document_attention(model)
+    assert model.config._attn_implementation == before

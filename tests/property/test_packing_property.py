@@ -1,0 +1,201 @@
+"""Packing of any documents: all is trained on once, nothing looks or counts across documents, only the end is padded."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+
+from cartilha.blocks.packing import IGNORE_INDEX, Block, PackedStream, stack
+from cartilha.blocks.sampler import BlockSampler, epoch_order
+
+FIRST_TEXT_ID = 10  # prefix and end lie below, so that each text token is known by its id
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents whose tokens are all different, in an order, to be packed."""
+
+    lengths: tuple[int, ...]
+    order: tuple[int, ...]
+    prefix_id: int
+    end_id: int
+    block_size: int
+
+    @property
+    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        num_tokens = np.array(self.lengths, np.int64)
+        tokens = np.arange(FIRST_TEXT_ID, FIRST_TEXT_ID + num_tokens.sum(), dtype=np.uint16)
+        return tokens, np.cumsum(num_tokens) - num_tokens, num_tokens
+
+    @property
+    def packed(self) -> PackedStream:
+        ids = {"prefix_id": self.prefix_id, "end_id": self.end_id}
+        return PackedStream(*self.arrays, np.array(self.order, np.int64), block_size=self.block_size, **ids)
+
+    @property
+    def documents(self) -> list[list[int]]:
+        """`[prefix] tokens [end]` of each document, in the order: what packing must do, in three lines."""
+        tokens, start, num_tokens = self.arrays
+        texts = [tokens[start[i] : start[i] + num_tokens[i]].tolist() for i in self.order]
+        return [[self.prefix_id, *text, self.end_id] for text in texts]
+
+    def sampler(self, blocks_per_step: int, seed: int) -> BlockSampler:
+        settings = {"block_size": self.block_size, "blocks_per_step": blocks_per_step, "seed": seed}
+        return BlockSampler(*self.arrays, prefix_id=self.prefix_id, end_id=self.end_id, **settings)
+
+
+@st.composite
+def corpora(draw, min_documents: int = 0) -> Corpus:
+    lengths = draw(st.lists(st.integers(0, 6) | st.integers(0, 40), min_size=min_documents, max_size=10))
+    order = draw(st.permutations(range(len(lengths))))
+    ids = draw(st.tuples(st.integers(0, FIRST_TEXT_ID - 1), st.integers(0, FIRST_TEXT_ID - 1)))
+    prefix_id, end_id = draw(st.sampled_from([ids, (ids[0], ids[0])]))
+    return Corpus(tuple(lengths), tuple(order), prefix_id, end_id, draw(st.integers(1, 9) | st.integers(1, 120)))
+
+
+# One document a block's end cuts, an empty one, one that fits exactly, one of many blocks; equal prefix and end.
+CUT = Corpus((3, 0, 2, 40), (0, 1, 2, 3), prefix_id=2, end_id=2, block_size=4)
+EMPTY_DOCUMENTS = Corpus((0, 0, 0), (2, 0, 1), prefix_id=0, end_id=1, block_size=1)
+NOTHING = Corpus((), (), prefix_id=0, end_id=1, block_size=8)
+
+
+def blocks_of(stream: PackedStream) -> list[Block]:
+    return [stream.block(i) for i in range(len(stream))]
+
+
+def joined(blocks: list[Block], name: str) -> list[int]:
+    return [int(value) for block in blocks for value in getattr(block, name)]
+
+
+@given(corpora())
+@example(CUT)
+@example(EMPTY_DOCUMENTS)
+@example(NOTHING)
+def test_inputs_are_the_stream_and_only_the_last_block_is_padded(corpus):
+    stream = corpus.packed
+    inputs = [token for document in corpus.documents for token in document][:-1]
+    padding = -len(inputs) % corpus.block_size
+    blocks = blocks_of(stream)
+    for name in ("input_ids", "targets", "position_ids"):
+        assert all(getattr(block, name).shape == (corpus.block_size,) for block in blocks)
+        assert all(getattr(block, name).dtype == np.int64 for block in blocks)
+    assert stream.num_inputs == len(inputs)
+    assert joined(blocks, "input_ids") == inputs + [corpus.end_id] * padding  # less than a block, so all in the last
+    assert len(blocks) == (len(inputs) + padding) // corpus.block_size
+    assert stream.padding_share == (padding / (len(inputs) + padding) if inputs else 0)
+    if padding:
+        assert set(blocks[-1].targets[-padding:]) == {IGNORE_INDEX}
+
+
+@given(corpora())
+@example(CUT)
+@example(EMPTY_DOCUMENTS)
+def test_each_target_is_the_next_token_of_the_same_document(corpus):
+    # The target of an end token is IGNORE_INDEX: what comes next is another document's prefix.
+    expected = [target for document in corpus.documents for target in [*document[1:], IGNORE_INDEX]][:-1]
+    expected += [IGNORE_INDEX] * (-len(expected) % corpus.block_size)
+    assert joined(blocks_of(corpus.packed), "targets") == expected
+
+
+@given(corpora())
+@example(CUT)
+@example(EMPTY_DOCUMENTS)
+@example(NOTHING)
+def test_every_text_token_and_every_end_is_a_target_once_and_a_prefix_never(corpus):
+    counts = Counter(joined(blocks_of(corpus.packed), "targets"))
+    counts.pop(IGNORE_INDEX, None)
+    # Text tokens are all different. Where prefix and end are equal, the count of ends leaves no room for a prefix.
+    expected = Counter(range(FIRST_TEXT_ID, FIRST_TEXT_ID + sum(corpus.lengths)))
+    expected[corpus.end_id] = len(corpus.lengths)
+    assert counts == +expected
+    assert corpus.packed.num_targets == counts.total()
+
+
+@given(corpora(min_documents=1))
+@example(CUT)
+@example(EMPTY_DOCUMENTS)
+def test_segments_are_the_pieces_of_documents_and_positions_restart_in_each(corpus):
+    blocks = blocks_of(corpus.packed)
+    for block in blocks:
+        assert block.segment_lengths.min() >= 1 and block.segment_lengths.sum() == corpus.block_size
+        assert block.position_ids.tolist() == [i for length in block.segment_lengths for i in range(length)]
+    begins = np.cumsum([0, *joined(blocks, "segment_lengths")])[:-1]
+    document_begins = np.cumsum([0, *map(len, corpus.documents)])[:-1]
+    block_begins = np.arange(len(blocks)) * corpus.block_size
+    padding_begins = [corpus.packed.num_inputs] if corpus.packed.padding_share else []
+    assert begins.tolist() == sorted({*document_begins, *block_begins, *padding_begins})
+
+
+def test_not_vacuous_a_document_that_is_cut_goes_on_from_position_0():
+    # 2 10 11 12 | 2e 2 2e 2 | 13 14 2e 2 | 15 ... where 2e is an end and 2 a prefix
+    blocks = blocks_of(CUT.packed)[:4]
+    assert joined(blocks, "input_ids") == [2, 10, 11, 12, 2, 2, 2, 2, 13, 14, 2, 2, 15, 16, 17, 18]
+    no = IGNORE_INDEX
+    assert joined(blocks, "targets") == [10, 11, 12, 2, no, 2, no, 13, 14, 2, no, 15, 16, 17, 18, 19]
+    assert joined(blocks, "position_ids") == [0, 1, 2, 3, 0, 0, 1, 0, 0, 1, 2, 0, 0, 1, 2, 3]
+    assert [block.segment_lengths.tolist() for block in blocks] == [[4], [1, 2, 1], [3, 1], [4]]
+
+
+@given(st.integers(0, 60), st.integers(-(2**63), 2**63), st.integers(0, 1000))
+def test_an_epochs_order_has_each_document_once_and_is_drawn_from_seed_and_epoch_alone(num_documents, seed, epoch):
+    order = epoch_order(num_documents, seed, epoch)
+    assert sorted(order) == list(range(num_documents))
+    np.random.default_rng().random()
+    assert order.tolist() == epoch_order(num_documents, seed, epoch).tolist()
+    assume(num_documents >= 15)  # 15! orders: two equal ones would be no chance
+    assert order.tolist() != epoch_order(num_documents, seed, epoch + 1).tolist()
+    assert order.tolist() != epoch_order(num_documents, seed + 1, epoch).tolist()
+
+
+@given(corpora(min_documents=1), st.integers(1, 5), st.integers(0, 2**32), st.integers(0, 3))
+@example(CUT, 2, 0, 1)
+def test_the_steps_of_an_epoch_cover_its_blocks_once_in_order(corpus, blocks_per_step, seed, epoch):
+    sampler = corpus.sampler(blocks_per_step, seed)
+    steps = [sampler.position(epoch * sampler.steps_per_epoch + i) for i in range(sampler.steps_per_epoch)]
+    assert {step.epoch for step in steps} == {epoch}
+    covered = [step.first_block + i for step in steps for i in range(step.num_blocks)]
+    assert covered == list(range(len(sampler.stream(epoch)))) == list(range(sampler.blocks_per_epoch))
+    assert {step.num_blocks for step in steps[:-1]} <= {blocks_per_step} and 1 <= steps[-1].num_blocks <= blocks_per_step
+    order = tuple(epoch_order(len(corpus.lengths), seed, epoch).tolist())
+    expected = Corpus(corpus.lengths, order, corpus.prefix_id, corpus.end_id, corpus.block_size).packed
+    batches = [sampler.micro_batches(epoch * sampler.steps_per_epoch + i, 2) for i in range(sampler.steps_per_epoch)]
+    rows = [row.tolist() for step in batches for batch in step for row in batch.input_ids]
+    assert rows == [block.input_ids.tolist() for block in blocks_of(expected)]
+    assert sum(batch.num_targets for step in batches for batch in step) == sampler.targets_per_epoch
+
+
+@given(corpora(min_documents=1), st.integers(1, 7), st.integers(1, 9), st.integers(0, 60))
+@example(CUT, 5, 2, 1)
+def test_micro_batches_of_any_size_hold_the_same_blocks(corpus, blocks_per_step, micro_batch_size, step):
+    sampler = corpus.sampler(blocks_per_step, seed=3)
+    position = sampler.position(step)
+    blocks = [sampler.stream(position.epoch).block(position.first_block + i) for i in range(position.num_blocks)]
+    whole = stack(blocks)
+    parts = sampler.micro_batches(step, micro_batch_size)
+    assert all(len(part.input_ids) == micro_batch_size for part in parts[:-1])
+    assert 1 <= len(parts[-1].input_ids) <= micro_batch_size
+    for name in ("input_ids", "targets", "position_ids", "segment_lengths"):
+        assert np.concatenate([getattr(part, name) for part in parts]).tolist() == getattr(whole, name).tolist()
+    for part in parts:
+        assert part.segment_lengths.sum() == part.input_ids.size
+
+
+@given(corpora(min_documents=2), st.lists(st.integers(0, 40), min_size=1, max_size=6))
+def test_a_step_is_the_same_whatever_was_asked_before(corpus, steps):
+    used = corpus.sampler(2, seed=1)
+    for step in steps:  # jumps between epochs, forth and back, as a resumed run does
+        fresh = corpus.sampler(2, seed=1)
+        for ours, theirs in zip(used.micro_batches(step, 1), fresh.micro_batches(step, 1), strict=True):
+            assert ours.input_ids.tolist() == theirs.input_ids.tolist()
+
+
+def test_a_token_of_the_text_that_equals_the_end_id_is_still_text():
+    tokens, lengths = np.array([5, 2, 6], np.uint16), np.array([3])
+    stream = PackedStream(tokens, np.array([0]), lengths, np.array([0]), prefix_id=2, end_id=2, block_size=4)
+    (block,) = blocks_of(stream)
+    assert block.input_ids.tolist() == [2, 5, 2, 6] and block.targets.tolist() == [5, 2, 6, 2]
+    assert block.segment_lengths.tolist() == [4]

@@ -1,0 +1,219 @@
+"""The fused head and loss: torch's cross-entropy, chunk by chunk, with never more than a chunk of logits alive."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from cartilha.blocks.packing import IGNORE_INDEX
+from cartilha.model import loss as loss_module
+from cartilha.model.loss import linear_cross_entropy, token_nll
+
+CHUNK, HIDDEN, NUM_IDS = 8, 16, 37
+SIZES = [1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 5 * CHUNK + 3]
+
+sizes = pytest.mark.parametrize("num_tokens", SIZES)
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_module, "CHUNK_TOKENS", CHUNK)
+
+
+def problem(
+    num_tokens: int, ignored: float = 0.3, hidden_size: int = HIDDEN
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Hidden states, head and targets of which some are ignored; logits far from uniform."""
+    generator = torch.Generator().manual_seed(num_tokens)
+    hidden = torch.randn(num_tokens, hidden_size, generator=generator)
+    weight = torch.randn(NUM_IDS, hidden_size, generator=generator)
+    targets = torch.randint(0, NUM_IDS, (num_tokens,), generator=generator)
+    targets[torch.rand(num_tokens, generator=generator) < ignored] = IGNORE_INDEX
+    return hidden, weight, targets
+
+
+def with_gradients(
+    function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], hidden: torch.Tensor, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    value = function(hidden, weight)
+    value.backward()
+    return value.detach(), hidden.grad, weight.grad
+
+
+def torch_nll(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(hidden @ weight.T, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+@sizes
+@pytest.mark.parametrize("ignored", [0.0, 0.3, 0.9])
+def test_value_and_gradients_equal_those_of_torch(num_tokens, ignored):
+    hidden, weight, targets = problem(num_tokens, ignored)
+    expected = with_gradients(lambda h, w: torch_nll(h, w, targets), hidden.double(), weight.double())
+    found = with_gradients(lambda h, w: linear_cross_entropy(h, w, targets, torch.float32), hidden, weight)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, theirs.float(), rtol=1e-5, atol=1e-5)
+    ignored_rows = targets == IGNORE_INDEX
+    assert not found[1][ignored_rows].any()
+    assert found[1][~ignored_rows].any(dim=1).all()
+
+
+def test_gradients_are_right_to_second_order_of_a_step():
+    # Finite differences in place of a second implementation: the value and its gradients belong together.
+    hidden, weight, targets = problem(3 * CHUNK + 1)
+    value, grad_hidden, grad_weight = with_gradients(
+        lambda h, w: linear_cross_entropy(h, w, targets, torch.float32), hidden, weight
+    )
+    step = 1e-2
+    direction = torch.randn_like(hidden), torch.randn_like(weight)
+    ends = [
+        linear_cross_entropy(hidden + sign * direction[0], weight + sign * direction[1], targets, torch.float32)
+        for sign in (step, -step)
+    ]
+    slope = (grad_hidden * direction[0]).sum() + (grad_weight * direction[1]).sum()
+    assert abs(slope) > 1 and value > 1
+    torch.testing.assert_close((ends[0] - ends[1]) / (2 * step), slope, rtol=2e-2, atol=0)
+
+
+def test_the_gradient_follows_what_is_done_with_the_value():
+    hidden, weight, targets = problem(2 * CHUNK + 3)
+    plain = with_gradients(lambda h, w: linear_cross_entropy(h, w, targets, torch.float32), hidden, weight)
+    # As in training: divided by the targets of the whole step, and the hidden states are not a leaf.
+    found = with_gradients(lambda h, w: linear_cross_entropy(2 * h, w, targets, torch.float32) / 7, hidden / 2, weight)
+    torch.testing.assert_close(found[0], plain[0] / 7)
+    torch.testing.assert_close(found[1], plain[1] * 2 / 7)
+    torch.testing.assert_close(found[2], plain[2] / 7)
+
+
+def test_gradients_of_several_batches_add_up():
+    hidden, weight, targets = problem(5 * CHUNK)
+    whole = with_gradients(lambda h, w: linear_cross_entropy(h, w, targets, torch.float32), hidden, weight)
+    halves = with_gradients(
+        lambda h, w: (
+            linear_cross_entropy(h[: CHUNK + 3], w, targets[: CHUNK + 3], torch.float32)
+            + linear_cross_entropy(h[CHUNK + 3 :], w, targets[CHUNK + 3 :], torch.float32)
+        ),
+        hidden,
+        weight,
+    )
+    for ours, theirs in zip(halves, whole, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_the_inputs_are_left_as_they_are():
+    hidden, weight, targets = problem(2 * CHUNK + 3)
+    copies = hidden.clone(), weight.clone(), targets.clone()
+    with_gradients(lambda h, w: linear_cross_entropy(h, w, targets, torch.float32), hidden, weight)
+    token_nll(hidden, weight, targets.clamp(min=0), torch.float32)
+    for before, after in zip(copies, (hidden, weight, targets), strict=True):
+        assert torch.equal(before, after)
+
+
+@sizes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_scored_is_zero_with_zero_gradients(num_tokens, dtype):
+    hidden, weight, targets = problem(num_tokens, ignored=1.1)
+    assert (targets == IGNORE_INDEX).all()
+    value, *grads = with_gradients(lambda h, w: linear_cross_entropy(h, w, targets, dtype), hidden, weight)
+    assert value == 0
+    assert all((gradient == 0).all() for gradient in grads)
+
+
+def test_far_away_logits_overflow_nothing():
+    hidden, weight, targets = problem(CHUNK + 1, ignored=0.0)
+    value, *grads = with_gradients(
+        lambda h, w: linear_cross_entropy(h, w, targets, torch.float32), hidden * 1e4, weight
+    )
+    expected = torch_nll(hidden.double() * 1e4, weight.double(), targets)
+    assert value > 1e4
+    torch.testing.assert_close(value, expected.float(), rtol=1e-5, atol=0)
+    assert all(gradient.isfinite().all() for gradient in grads)
+
+
+@sizes
+def test_bfloat16_is_close_to_float32(num_tokens):
+    hidden, weight, targets = problem(num_tokens, ignored=0.0)
+    exact = with_gradients(lambda h, w: linear_cross_entropy(h, w, targets, torch.float32), hidden, weight)
+    half = with_gradients(lambda h, w: linear_cross_entropy(h, w, targets, torch.bfloat16), hidden, weight)
+    for ours, theirs in zip(half, exact, strict=True):
+        assert ours.dtype == torch.float32
+        assert (ours - theirs).norm() < 0.02 * theirs.norm()
+    assert not torch.equal(half[2], exact[2]), "the compute dtype is not used"
+
+
+def test_a_bfloat16_sum_stays_exact_to_float32():
+    # 4,500 nats in bf16 would move in steps of 32: the sum itself must be float32.
+    hidden, weight = torch.zeros(40 * CHUNK, HIDDEN), torch.randn(NUM_IDS, HIDDEN)
+    targets = torch.zeros(40 * CHUNK, dtype=torch.long)
+    value = linear_cross_entropy(hidden, weight, targets, torch.bfloat16)
+    assert value.item() == pytest.approx(40 * CHUNK * torch.tensor(NUM_IDS).log().item(), rel=1e-6)
+    assert abs(value.bfloat16().float() - value) > 1
+
+
+@sizes
+def test_token_nll_equals_torch(num_tokens):
+    hidden, weight, targets = problem(num_tokens, ignored=0.0)
+    expected = F.cross_entropy(hidden.double() @ weight.double().T, targets, reduction="none")
+    found = token_nll(hidden, weight, targets, torch.float32)
+    assert found.shape == (num_tokens,) and found.dtype == torch.float32
+    torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-5)
+    half = token_nll(hidden, weight, targets, torch.bfloat16)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, found, rtol=0.05, atol=0.2)
+    summed = linear_cross_entropy(hidden, weight, targets, torch.float32)
+    torch.testing.assert_close(found.sum(), summed, rtol=1e-5, atol=1e-5)
+
+
+def test_token_nll_of_no_tokens_is_empty_and_keeps_no_graph():
+    hidden, weight, targets = problem(CHUNK)
+    assert token_nll(hidden[:0], weight, targets[:0], torch.float32).shape == (0,)
+    assert not token_nll(hidden.requires_grad_(), weight, targets.clamp(min=0), torch.float32).requires_grad
+
+
+class LargestLogits(TorchDispatchMode):
+    """Records the largest tensor with a column for each id that any operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_rows = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, torch.Tensor) and value.ndim and value.shape[-1] == NUM_IDS:
+                self.num_rows = max(self.num_rows, value.numel() // NUM_IDS)
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_never_more_than_a_chunk_of_logits(dtype):
+    # What has NUM_IDS columns is logits, or the transposed head with its `hidden_size` rows: fewer than a chunk here.
+    hidden, weight, targets = problem(20 * CHUNK, hidden_size=CHUNK // 2)
+
+    def largest(function: Callable[[], object]) -> int:
+        with LargestLogits() as recorded:
+            function()
+        return recorded.num_rows
+
+    usual = largest(lambda: with_gradients(lambda h, w: torch_nll(h, w, targets), hidden, weight))
+    assert usual == len(targets), "the spy sees nothing"
+    fused = largest(lambda: with_gradients(lambda h, w: linear_cross_entropy(h, w, targets, dtype), hidden, weight))
+    assert fused == CHUNK
+    scored = largest(lambda: token_nll(hidden, weight, targets.clamp(min=0), dtype))
+    assert scored == CHUNK
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_logits_are_kept_for_the_backward_pass(dtype):
+    hidden, weight, targets = problem(20 * CHUNK)
+    kept: list[torch.Size] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
+        linear_cross_entropy(hidden.requires_grad_(), weight.requires_grad_(), targets, dtype)
+    assert kept
+    assert all(shape[-1] != NUM_IDS for shape in kept)

@@ -1,0 +1,318 @@
+"""The store: what is written comes back, damage is named, and a write that fails leaves what was there."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from cartilha.corpus.document import Document
+from cartilha.corpus.splits import Split
+from cartilha.errors import UserError
+from cartilha.tokens import store as store_module
+from cartilha.tokens.store import TokenStore, batches, writing_store
+from cartilha.tokens.tokenizer import TextTokenizer, load_tokenizer
+
+TRAIN = [
+    Document("Olá, João!\n Tudo bem?", "1", "cartas.txt", "carta"),
+    Document("😀", "2", "cartas.txt", "carta"),
+    Document("Um </s> dois", "um/3", "contas.jsonl", "escola"),
+]
+VALIDATION = [Document("A manhã  veio.", "7", "contos.txt", "conto"), Document("Fim.", "8", "contos.txt", "conto")]
+FILES = [
+    "train.tokens",
+    "validation.tokens",
+    "train.documents.parquet",
+    "validation.documents.parquet",
+    "validation.text.parquet",
+    "tokenizer/tokenizer.json",
+    "tokenizer/tokenizer_config.json",
+]
+
+
+def write_store(
+    path: Path,
+    train: list[Document] = TRAIN,
+    validation: list[Document] = VALIDATION,
+    tokenizer: TextTokenizer | None = None,
+    replace: bool = False,
+) -> Path:
+    sides: list[tuple[Split, list[Document]]] = [("train", train), ("validation", validation)]
+    with writing_store(path, tokenizer or load_tokenizer("random:tiny"), replace=replace) as writer:
+        for split, documents in sides:
+            writer.add(split, documents, [document.text_hash for document in documents])
+        writer.finish({"settings": {"seed": 3}})
+    return path
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return write_store(tmp_path / "loja")
+
+
+def complaint(path: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        TokenStore(path)
+    sentence = str(caught.value)
+    assert sentence.endswith(".") or "cartilha prepare" in sentence  # what to do next
+    return sentence
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files below a folder, hidden ones too, but for the remembered verdict."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != ".verified.json"
+    }
+
+
+def test_what_is_written_comes_back(path):
+    store = TokenStore(path)
+    for split, documents in (("train", TRAIN), ("validation", VALIDATION)):
+        table, labels, tokens = store.documents(split), store.labels(split), store.tokens(split)
+        texts = [d.text for d in documents]
+        # `random:tiny` has a token for each byte, whose id is the byte.
+        pieces = [bytes(tokens[s : s + n].astype(np.uint8)) for s, n in zip(table.start, table.num_tokens, strict=True)]
+        assert pieces == [text.encode("utf-8") for text in texts]
+        assert table.start.tolist() == [0, *np.cumsum(table.num_tokens)[:-1]] and len(tokens) == table.num_tokens.sum()
+        assert table.num_bytes.tolist() == [len(text.encode("utf-8")) for text in texts]
+        assert table.num_chars.tolist() == [len(text) for text in texts]
+        assert table.num_words.tolist() == [len(text.split()) for text in texts]
+        assert labels == {
+            "doc_id": [d.id for d in documents],
+            "source": [d.source for d in documents],
+            "domain": [d.domain for d in documents],
+            "text_hash": [d.text_hash for d in documents],
+        }
+        counts = store.counts[split]
+        sums = (table.num_tokens.sum(), table.num_bytes.sum(), table.num_chars.sum(), table.num_words.sum())
+        assert (counts.num_documents, len(documents)) == (len(documents), len(table.start))
+        assert (counts.num_tokens, counts.num_bytes, counts.num_chars, counts.num_words) == sums
+    assert store.validation_documents() == VALIDATION
+    assert store.info["settings"] == {"seed": 3}
+    assert store.counts["train"].num_bytes > store.counts["train"].num_chars > store.counts["train"].num_words > 0
+
+
+def test_the_tokenizer_in_the_store_is_the_one_it_was_made_with(path):
+    store, tokenizer = TokenStore(path), load_tokenizer("random:tiny")
+    assert store.fingerprint == tokenizer.fingerprint() == store.tokenizer().fingerprint()
+    assert (store.prefix_id, store.end_id, store.num_ids) == (256, 257, 259)
+    assert store.tokenizer().encode(["Um </s> dois"])[0].tolist() == list(b"Um </s> dois")
+
+
+def test_only_the_held_out_text_is_kept(path):
+    assert sorted(contents(path)) == sorted([*FILES, "store.json"])
+    assert "João".encode() not in b"".join(contents(path).values())
+    assert pq.read_table(path / "validation.text.parquet")["text"].to_pylist() == [d.text for d in VALIDATION]
+
+
+def test_the_corpus_hash_tells_texts_and_their_order(path, tmp_path):
+    def corpus_hash(name: str, documents: list[Document]) -> str:
+        return TokenStore(write_store(tmp_path / name, documents)).counts["train"].corpus_hash
+
+    same = [Document(d.text, "outro", "outra", "outro") for d in TRAIN]
+    assert TokenStore(path).counts["train"].corpus_hash == corpus_hash("mesma", same)
+    assert len({corpus_hash("a", TRAIN), corpus_hash("b", TRAIN[::-1]), corpus_hash("c", TRAIN[:2])}) == 3
+
+
+def test_a_side_without_tokens_can_be_read(tmp_path):
+    store = TokenStore(write_store(tmp_path / "loja", validation=[]))
+    assert store.tokens("validation").shape == (0,) and store.validation_documents() == []
+    assert store.documents("validation").start.shape == (0,)
+
+
+def test_many_row_groups_are_one_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(store_module, "ROWS_PER_GROUP", 2)
+    documents = [Document(f"Texto {i}", str(i), "t", "t") for i in range(7)]
+    path = write_store(tmp_path / "loja", documents, documents)
+    assert pq.ParquetFile(path / "train.documents.parquet").num_row_groups == 4
+    assert TokenStore(path).validation_documents() == documents
+
+
+# Width of the ids
+
+
+def words_tokenizer(num_ids: int) -> TextTokenizer:
+    """A token for each of the words p0, p1, ...: as many ids as wanted."""
+    backend = Tokenizer(models.WordLevel({f"p{i}": i for i in range(num_ids)}, unk_token="p0"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return TextTokenizer(backend, bos_id=0, eos_id=0, pad_id=None)
+
+
+@pytest.mark.parametrize(("num_ids", "dtype"), [(65_536, "<u2"), (65_537, "<u4")])
+def test_ids_take_two_bytes_up_to_65536_of_them(tmp_path, num_ids, dtype):
+    document = Document(f"p1 p{num_ids - 1} p258", "1", "t", "t")
+    path = write_store(tmp_path / "loja", [document], tokenizer=words_tokenizer(num_ids))
+    expected = [1, num_ids - 1, 258]
+    # Little-endian on the disk, whatever the machine.
+    assert np.fromfile(path / "train.tokens", dtype).tolist() == expected
+    tokens = TokenStore(path).tokens("train")
+    assert tokens.tolist() == expected and isinstance(tokens, np.memmap)
+    assert TokenStore(path).info["dtype"] == {"<u2": "uint16", "<u4": "uint32"}[dtype]
+
+
+# Damage
+
+
+def flip_bit(file: Path, place: float) -> None:
+    """Flip one bit at this share of the file's length, as a disk does: nothing else changes but the time of change."""
+    data = bytearray(file.read_bytes())
+    data[int(place * (len(data) - 1))] ^= 4
+    changed = file.stat().st_mtime_ns + 10**9
+    file.write_bytes(data)
+    os.utime(file, ns=(changed, changed))
+
+
+def test_the_list_of_files_is_whole(path):
+    assert sorted(TokenStore(path).info["files"]) == sorted(FILES)
+
+
+@pytest.mark.parametrize("place", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("opened_before", [False, True])
+@pytest.mark.parametrize("name", FILES)
+def test_one_flipped_bit_is_found_and_its_file_named(path, name, opened_before, place):
+    if opened_before:
+        TokenStore(path)
+    flip_bit(path / name, place)
+    assert str(path / name) in complaint(path) and "damaged" in complaint(path)
+    flip_bit(path / name, place)
+    TokenStore(path)  # not vacuous: it was that bit
+
+
+def test_a_file_cut_short_is_damaged(path):
+    (path / "train.tokens").write_bytes((path / "train.tokens").read_bytes()[:-2])
+    assert "train.tokens is damaged" in complaint(path)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_file_is_named(path, name):
+    (path / name).unlink()
+    assert f"lacks its file {name}" in complaint(path)
+
+
+def test_files_are_hashed_once_while_they_are_unchanged(path, monkeypatch):
+    hashed = []
+    real = store_module.file_sha256
+    monkeypatch.setattr(store_module, "file_sha256", lambda file: hashed.append(file.name) or real(file))
+    TokenStore(path)
+    assert len(hashed) == len(FILES)
+    TokenStore(path)
+    assert len(hashed) == len(FILES)
+    os.utime(path / "train.tokens", ns=(1, 1))
+    TokenStore(path)
+    assert hashed[len(FILES) :] == ["train.tokens"]
+
+
+def test_a_store_that_cannot_keep_its_verdict_opens(path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(store_module, "write_json", refuse)
+    assert TokenStore(path).counts["train"].num_documents == len(TRAIN)
+
+
+def test_no_store(path, tmp_path):
+    assert "does not exist" in complaint(tmp_path / "nada")
+    (tmp_path / "vazia").mkdir()
+    for empty in (tmp_path / "nada", tmp_path / "vazia"):
+        assert "cartilha prepare" in complaint(empty) and str(empty) in complaint(empty)
+    assert "is not a store" in complaint(tmp_path / "vazia")
+
+
+def edit_info(path: Path, **changes: object) -> None:
+    info = json.loads((path / "store.json").read_text(encoding="utf-8")) | changes
+    (path / "store.json").write_text(json.dumps(info), encoding="utf-8")
+
+
+def test_a_newer_format_is_refused(path):
+    edit_info(path, format_version=store_module.FORMAT_VERSION)
+    TokenStore(path)
+    edit_info(path, format_version=store_module.FORMAT_VERSION + 1)
+    assert "has format 2, this version reads 1" in complaint(path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", '{"format_version": 1', b"\xff\xfe"])
+def test_a_store_json_that_cannot_be_read(path, text):
+    (path / "store.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert f"{path}/store.json is damaged" in complaint(path) and "--overwrite" in complaint(path)
+
+
+@pytest.mark.parametrize("key", store_module.STORE_KEYS)
+def test_a_store_json_that_lacks_a_part(path, key):
+    info = json.loads((path / "store.json").read_text(encoding="utf-8"))
+    del info[key]
+    (path / "store.json").write_text(json.dumps(info), encoding="utf-8")
+    assert f"store.json lacks {key}" in complaint(path)
+
+
+# All or nothing
+
+
+class Interrupted(BaseException):
+    """As KeyboardInterrupt: no `except Exception` stops it."""
+
+
+def fail(*_):
+    raise Interrupted
+
+
+@pytest.mark.parametrize("old", [True, False])
+@pytest.mark.parametrize("moment", ["adding", "finishing", "renaming"])
+def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch, old, moment):
+    folder = tmp_path / "pasta"
+    folder.mkdir()
+    if old:
+        write_store(folder / "loja")
+    before = contents(folder)
+    if moment == "finishing":
+        monkeypatch.setattr(TextTokenizer, "save", fail)
+    if moment == "renaming":
+        real = Path.replace
+        monkeypatch.setattr(Path, "replace", lambda a, b: fail() if a.suffix == ".tmp" and a.is_dir() else real(a, b))
+    with pytest.raises(Interrupted), writing_store(folder / "loja", load_tokenizer("random:tiny"), replace=True) as w:
+        w.add("train", VALIDATION, [d.text_hash for d in VALIDATION])
+        assert len(list(folder.iterdir())) == 1 + old  # not vacuous: the new one is being written
+        if moment == "adding":
+            fail()
+        w.finish({})
+    monkeypatch.undo()
+    assert contents(folder) == before
+    assert [p.name for p in folder.iterdir()] == (["loja"] if old else [])
+    if old:
+        assert TokenStore(folder / "loja").validation_documents() == VALIDATION
+
+
+def test_a_store_appears_whole_or_not_at_all(tmp_path):
+    with writing_store(tmp_path / "loja", load_tokenizer("random:tiny"), replace=False) as writer:
+        writer.add("train", TRAIN, [d.text_hash for d in TRAIN])
+        writer.add("validation", VALIDATION, [d.text_hash for d in VALIDATION])
+        writer.finish({})
+        assert not (tmp_path / "loja").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["loja"]
+    TokenStore(tmp_path / "loja")
+
+
+def test_a_store_is_replaced_only_when_asked(tmp_path):
+    path = write_store(tmp_path / "loja")
+    before = contents(path)
+    with pytest.raises(OSError):
+        write_store(path, TRAIN[:1])
+    assert contents(path) == before
+    write_store(path, TRAIN[:1], replace=True)
+    assert TokenStore(path).counts["train"].num_documents == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["loja"]
+
+
+def test_batches_hold_all_documents_in_order_and_stay_small():
+    documents = [Document("x" * (i % 5), str(i), "t", "t") for i in range(50)]
+    groups = list(batches(documents, max_chars=9, max_documents=4))
+    assert [d for group in groups for d in group] == documents
+    assert all(len(group) <= 4 and sum(len(d.text) for d in group) < 9 + 4 for group in groups)
+    assert {len(group) for group in groups} > {4}  # both limits were met
+    assert list(batches([])) == []
