@@ -1,6 +1,7 @@
 """Training speed and memory on this CPU: ours beside the HF Trainer, in alternation, the same model, blocks and batch.
 
-    python benchmarks/train_cpu.py [--rounds 2] [--steps 3] [--block_size 512] [--micro_batch 4] [--text FILE --tokenizer DIR]
+    python benchmarks/train_cpu.py [--rounds 2] [--steps 3] [--block_size 512] [--micro_batch 4]
+                                   [--text FILE --tokenizer DIR]
 
 OPT-125M's shape with fresh weights. Each measurement is a process of its own; the first step of each is not counted.
 The HF Trainer runs as its users run it (float32, then bf16 autocast) over the same packed blocks without padding.
@@ -10,12 +11,14 @@ Numerics first: both losses on the same blocks with one document a row must agre
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import resource
 import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 
@@ -26,7 +29,7 @@ def token_stream(arguments: argparse.Namespace) -> np.ndarray:
     if arguments.text:
         from cartilha.tokens.tokenizer import load_tokenizer
 
-        lines = [line for line in open(arguments.text, encoding="utf-8").read().split("\n") if line.strip()]
+        lines = [line for line in Path(arguments.text).read_text(encoding="utf-8").split("\n") if line.strip()]
         return np.concatenate(load_tokenizer(arguments.tokenizer).encode(lines)).astype(np.int64)
     return np.random.default_rng(0).integers(4, 50265, 2_000_000)
 
@@ -82,7 +85,7 @@ def measure_hf(arguments: argparse.Namespace, dtype_name: str) -> list[float]:
             bf16=dtype_name == "bfloat16", save_strategy="no", report_to=[], disable_tqdm=True, logging_strategy="no",
         )  # fmt: skip
         Trainer(model=model, args=settings, train_dataset=rows, callbacks=[Clock()]).train()
-    return [size * arguments.micro_batch / (b - a) for a, b in zip(times, times[1:], strict=False)]
+    return [size * arguments.micro_batch / (b - a) for a, b in itertools.pairwise(times)]
 
 
 def check_numerics(arguments: argparse.Namespace) -> float:
@@ -136,10 +139,8 @@ def main() -> None:
             print(f"round {round_number + 1}: {variant}: {statistics.median(result['rates']):.0f} tokens/s", flush=True)
     print(f"\n{'variant':<16}{'tokens/s (median)':>20}{'min':>8}{'max':>8}{'peak GiB':>10}")
     for variant in VARIANTS:
-        r = rates[variant]
-        print(
-            f"{variant:<16}{statistics.median(r):>20.0f}{min(r):>8.0f}{max(r):>8.0f}{max(peaks[variant]) / 2**30:>10.2f}"
-        )
+        values, peak = rates[variant], max(peaks[variant]) / 2**30
+        print(f"{variant:<16}{statistics.median(values):>20.0f}{min(values):>8.0f}{max(values):>8.0f}{peak:>10.2f}")
 
 
 if __name__ == "__main__":

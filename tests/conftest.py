@@ -1,4 +1,4 @@
-"""What every test shares: two threads, no network, a cache of its own, and the material that lies beside the checkout."""
+"""What every test shares: two threads, no network, a cache of its own, and what lies beside the checkout."""
 
 from __future__ import annotations
 

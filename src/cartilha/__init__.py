@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cartilha.config import (
+        CompareConfig,
         EvaluateConfig,
         GenerateConfig,
         InspectConfig,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
         TrainConfig,
     )
     from cartilha.errors import UserError
+    from cartilha.pipeline.compare import compare
     from cartilha.pipeline.evaluate import evaluate
     from cartilha.pipeline.generate import generate
     from cartilha.pipeline.inspect import inspect
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from cartilha.pipeline.train import train
 
 __all__ = [
+    "CompareConfig",
     "EvaluateConfig",
     "GenerateConfig",
     "InspectConfig",
@@ -41,6 +44,7 @@ __all__ = [
     "RunConfig",
     "TrainConfig",
     "UserError",
+    "compare",
     "evaluate",
     "generate",
     "inspect",
@@ -54,7 +58,10 @@ _HOMES = {
     **{name: "cartilha.config" for name in __all__ if name.endswith("Config")},
     "UserError": "cartilha.errors",
     "run": "cartilha.pipeline.job",
-    **{name: f"cartilha.pipeline.{name}" for name in ("evaluate", "generate", "inspect", "prepare", "report", "train")},
+    **{
+        name: f"cartilha.pipeline.{name}"
+        for name in ("compare", "evaluate", "generate", "inspect", "prepare", "report", "train")
+    },
 }
 
 

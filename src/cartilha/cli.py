@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import errno
 import importlib
 import logging
 import os
 import re
 import sys
 import typing
+from argparse import Action
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -62,8 +64,25 @@ COMMANDS = {
         ("cartilha.pipeline.evaluate", "evaluate"),
         "perplexity and bits per byte of models on held-out text",
     ),
+    "compare": Command(
+        configs.CompareConfig, ("cartilha.pipeline.compare", "compare"), "two models on the same documents"
+    ),
     "generate": Command(configs.GenerateConfig, ("cartilha.pipeline.generate", "generate"), "text written by a model"),
     "report": Command(configs.ReportConfig, ("cartilha.pipeline.report", "report"), "one offline page about runs"),
+}
+
+
+# What the user's disk or path can be at fault for, and no mistake of ours.
+_DISK_FAULTS = {
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ENOSPC,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
 }
 
 
@@ -72,6 +91,14 @@ class _Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise UserError(_one_sentence(message, _flags(self))) from ex
+
+
+class _Accumulate(Action):
+    """A repeated list option adds to the list; argparse's own `extend` forgets it where the name has a dot."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        """Add the values."""
+        namespace[self.dest] = [*(namespace.get(self.dest) or ()), *values]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,6 +117,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("cartilha: stopped.", file=sys.stderr)
         return 130
+    except OSError as error:
+        if error.errno not in _DISK_FAULTS:
+            raise
+        place = error.filename2 or error.filename
+        print(
+            f"cartilha: Nothing can be written{f' to {place}' if place else ''} ({error.strerror}); "
+            "check the path, its permissions and the free space.",
+            file=sys.stderr,
+        )
+        return 2
     except RuntimeError as error:
         exit_code = getattr(error, "exit_code", None)
         if exit_code is None:
@@ -211,7 +248,7 @@ def _add_flags(
         elif hint is bool:
             parser.add_argument(f"--{prefix}{item.name}", action="store_true", **flag)
         elif is_list:
-            parser.add_argument(f"--{prefix}{item.name}", type=str, nargs="+", action="extend", **flag)
+            parser.add_argument(f"--{prefix}{item.name}", type=str, nargs="+", action=_Accumulate, **flag)
         else:
             parser.add_argument(f"--{prefix}{item.name}", type=hint, **flag)
 
@@ -227,7 +264,7 @@ def _job_settings(name: str, values: dict[str, Any]) -> configs.RunConfig:
     recipe = "demo" if name == "demo" else str(values.pop("recipe"))
     merged = {**_recipe_values(recipe), **values}
     merged.setdefault(
-        "output", "demo" if name == "demo" else os.path.join("runs", os.path.basename(recipe).removesuffix(".yaml").removesuffix(".yml"))
+        "output", "demo" if name == "demo" else os.path.join("runs", re.sub(r"\.ya?ml$", "", os.path.basename(recipe)))
     )
     own = {key: value for key, value in merged.items() if "." not in key}
     stages = {
@@ -312,7 +349,7 @@ def _no_such_option(name: str, flags: Sequence[str]) -> str:
     names = [flag.removeprefix("--") for flag in flags]
     wanted = name.removeprefix("--")
     # A beginning of one name (--epoch), else the one that is spelt most like it.
-    close = [n for n in names if n.startswith(wanted)] or difflib.get_close_matches(wanted, names, n=1)
+    close = [n for n in names if n.startswith(wanted)] or difflib.get_close_matches(wanted, names, 1, 0.8)
     hint = f"did you mean --{close[0]}?" if close else "--help lists the options."
     return f"There is no option {name}; {hint}"
 

@@ -91,18 +91,40 @@ class EvaluateConfig:
     """Perplexity and bits per byte of models on held-out text."""
 
     model: tuple[str, ...] = option((DEFAULT_MODEL,), MODEL_HELP)
-    store: str | None = option(None, "score the validation documents of this store")
-    input: tuple[str, ...] = option((), f"or score this text: {REF_HELP}")
+    store: str | None = option(None, "score its validation documents; with --input, its training text is the reference")
+    input: tuple[str, ...] = option((), f"score this text: {REF_HELP}")
+    split: Literal["validation", "train"] = option("validation", "side of the store to score; train is labelled so")
     protocol: str = option("full", "full (whole documents) or first-N (only the first N tokens of each)")
     window: int | None = option(None, "most input positions of a window; default min(context, 2048)")
     stride: int | None = option(None, "new tokens scored by each later window; default window / 2")
     prefix_token: str | None = option(None, "the token put before each document as context; default bos, else eos")
     limit_documents: int | None = option(None, "score at most this many documents")
+    per_token: str | None = option(None, "also write each token's nll, entropy and rank to this parquet file")
+    save: str | None = option(None, "also write each document's nll to this parquet file, for compare (one model)")
+    continuations: int | None = option(None, "also continue this many documents: chrF, BLEU, ROUGE-L (extra eval)")
+    tasks: tuple[str, ...] = option((), "also run these lm-evaluation-harness tasks (extra eval)")
     text_column: str = option("text", "the column or key that holds the text (.jsonl, .csv, .parquet, hf:)")
     encoding: str = option("utf-8", "encoding of text files")
     invalid_bytes: Literal["stop", "replace"] = option(
         "stop", "bytes that the encoding does not allow: stop, or put U+FFFD (counted)"
     )
+    dtype: Dtype = option("auto", "compute type")
+    device: Device = option("auto", "where to compute")
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Two models on the same documents: who is better, by how much, and how sure that is."""
+
+    models: tuple[str, ...] = option((), f"two models, the second against the first: {MODEL_HELP}")
+    evaluations: tuple[str, ...] = option((), "or two files that `evaluate --save` wrote, of the same documents")
+    store: str | None = option(None, "compare on the validation documents of this store")
+    input: tuple[str, ...] = option((), f"or on this text: {REF_HELP}")
+    protocol: str = option("full", "full (whole documents) or first-N (only the first N tokens of each)")
+    window: int | None = option(None, "most input positions of a window; default min(context, 2048)")
+    stride: int | None = option(None, "new tokens scored by each later window; default window / 2")
+    limit_documents: int | None = option(None, "compare on at most this many documents")
+    text_column: str = option("text", "the column or key that holds the text (.jsonl, .csv, .parquet, hf:)")
     dtype: Dtype = option("auto", "compute type")
     device: Device = option("auto", "where to compute")
 

@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger("cartilha")
+
+T = TypeVar("T")
 
 
 def choose_device(name: str) -> torch.device:
@@ -150,6 +152,25 @@ def has_cxx_compiler() -> bool:
     """
     default = {"win32": "cl", "darwin": "clang++"}.get(sys.platform, "g++")
     return shutil.which(os.environ.get("CXX", default)) is not None
+
+
+def world() -> tuple[int, int]:
+    """This process's rank and the number of processes, as torchrun says; (0, 1) without it."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def gather_objects(mine: T) -> list[T]:
+    """Every rank's value, in the order of the ranks; without torchrun just this one's."""
+    num_ranks = world()[1]
+    if num_ranks == 1:
+        return [mine]
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")  # plain objects travel, through the host's memory
+    gathered: list[T | None] = [None] * num_ranks
+    dist.all_gather_object(gathered, mine)
+    return [value for value in gathered if value is not None]
 
 
 def seed_everything(seed: int) -> None:

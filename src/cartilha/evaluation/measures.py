@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from cartilha.evaluation.baselines import uniform
+from cartilha.evaluation.bootstrap import FEW_DOCUMENTS, Interval, bootstrap_interval
 from cartilha.evaluation.documents import ScoredDocuments
+from cartilha.evaluation.nll import POSITION_EDGES, DocumentScores
 from cartilha.evaluation.windows import Protocol
 
 MAX_LOST_BYTES = 0.01  # above this share of bytes that do not round-trip, byte figures would not mean the corpus
+MAX_DOMAINS = 200
+INTERVAL_LEVEL = 0.95
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,24 @@ def sum_documents(documents: ScoredDocuments, nll: np.ndarray, chosen: np.ndarra
 
 
 @dataclass(frozen=True)
+class Macro:
+    """Means over documents, each document counting alike: what the typical document costs, short ones included.
+
+    Attributes:
+        loss: Mean of the documents' s_d / n_d, nats a token; the perplexity is its exponential, taken once.
+        bits_per_byte: Mean of the documents' bits per byte (of those that round-trip).
+    """
+
+    loss: float
+    bits_per_byte: float
+
+    @property
+    def perplexity(self) -> float:
+        """Exp of the mean loss; perplexities of documents are never averaged."""
+        return _exp(self.loss)
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """What one model scores on one corpus under one protocol.
 
@@ -77,7 +101,13 @@ class Evaluation:
         corpus_hash: Over the documents' text hashes.
         total: Over all documents.
         byte_total: Over the documents that survive decode(encode(text)); byte, character and word figures use these.
-        num_lost: Documents that do not, by name in `lost`.
+        macro: Means over documents.
+        interval: 95 % bootstrap interval of the bits per byte.
+        domains: Sums over the documents of each domain, largest first (`MAX_DOMAINS` at most).
+        positions: Mean loss by the token's position in its document.
+        unused_rows_mass: Mean probability that rows which no token uses get together; None if it was not measured.
+        baselines: What stands beside: at least the uniform model.
+        num_lost: Documents that do not round-trip, the first ones by name in `lost`.
         num_empty: Documents without a token, skipped.
         vocabulary_size: Rows of the head: the perplexity of the uniform model.
         seconds: Wall time of the scoring.
@@ -89,6 +119,12 @@ class Evaluation:
     corpus_hash: str
     total: Sums
     byte_total: Sums
+    macro: Macro
+    interval: Interval
+    domains: Mapping[str, Sums]
+    positions: tuple[dict[str, float], ...]
+    unused_rows_mass: float | None
+    baselines: Mapping[str, Mapping[str, float | None]]
     num_lost: int
     lost: tuple[str, ...]
     num_empty: int
@@ -123,6 +159,7 @@ class Evaluation:
             "loss": self.total.nll / self.total.num_tokens,
             "word_perplexity": shown.word_perplexity if shown else None,
             "bits_per_byte": self.bits_per_byte,
+            "bits_per_byte_interval": self.interval.bounds if shown else None,
             "bits_per_char": shown.bits_per_char if shown else None,
             "num_tokens": self.total.num_tokens,
             "num_bytes": self.total.num_bytes,
@@ -132,18 +169,32 @@ class Evaluation:
             "num_documents_lost": self.num_lost,
             "documents_lost": list(self.lost),
             "num_documents_empty": self.num_empty,
-            "baselines": {"uniform": self._uniform()},
+            "macro": {
+                "loss": self.macro.loss,
+                "perplexity": self.macro.perplexity,
+                "bits_per_byte": self.macro.bits_per_byte if shown else None,
+            },
+            "unused_rows_mass": self.unused_rows_mass,
+            "baselines": {name: self._baseline(values) for name, values in self.baselines.items()},
+            "domains": {name: self._domain(sums) for name, sums in self.domains.items()},
+            "positions": list(self.positions),
             "notes": list(self.notes),
             "seconds": self.seconds,
             "tokens_per_second": self.total.num_tokens / self.seconds if self.seconds else None,
         }
 
-    def _uniform(self) -> dict[str, float | None]:
-        """The model that gives every row of the vocabulary the same probability."""
-        nats = math.log(self.vocabulary_size)
-        sums = self.byte_total
-        bits = sums.num_tokens * nats / (sums.num_bytes * math.log(2)) if self.bytes_are_meant else None
-        return {"perplexity": float(self.vocabulary_size), "bits_per_byte": bits}
+    def _baseline(self, values: Mapping[str, float | None]) -> dict[str, float | None]:
+        refused = {} if self.bytes_are_meant else {"bits_per_byte": None}
+        return {**values, **refused}
+
+    def _domain(self, sums: Sums) -> dict[str, float | None]:
+        return {
+            "perplexity": sums.perplexity,
+            "bits_per_byte": sums.bits_per_byte if self.bytes_are_meant else None,
+            "num_tokens": sums.num_tokens,
+            "num_bytes": sums.num_bytes,
+            "num_documents": sums.num_documents,
+        }
 
 
 def make_evaluation(
@@ -154,25 +205,71 @@ def make_evaluation(
     *,
     vocabulary_size: int,
     seconds: float,
+    scores: DocumentScores | None = None,
+    baselines: Mapping[str, Mapping[str, float | None]] | None = None,
 ) -> Evaluation:
-    """The figures of one model from its documents' nll."""
-    everything = np.ones(len(nll), bool)
-    total = sum_documents(documents, nll, everything)
-    byte_total = sum_documents(documents, nll, documents.round_trips)
+    """The figures of one model from its documents' nll.
+
+    Args:
+        model: The MODEL argument.
+        protocol: How the documents were scored.
+        documents: What was scored.
+        nll: Of each document, nats, float64.
+        vocabulary_size: Rows of the head.
+        seconds: Wall time of the scoring.
+        scores: What else the scoring found (mass of unused rows, loss by position).
+        baselines: Beside the uniform model, which is always there.
+    """
+    kept = documents.round_trips & (documents.num_bytes > 0)
+    byte_total = sum_documents(documents, nll, kept)
     lost = [documents.doc_ids[i] for i in np.flatnonzero(~documents.round_trips)]
+    beside = uniform(vocabulary_size, byte_total.num_tokens, byte_total.num_bytes or None)
     evaluation = Evaluation(
-        model,
-        protocol,
-        documents.corpus_hash,
-        total,
-        byte_total,
-        len(lost),
-        tuple(lost[:20]),
-        documents.num_empty,
-        vocabulary_size,
-        seconds,
+        model=model,
+        protocol=protocol,
+        corpus_hash=documents.corpus_hash,
+        total=sum_documents(documents, nll, np.ones(len(nll), bool)),
+        byte_total=byte_total,
+        macro=_macro(documents, nll, kept),
+        interval=_interval(documents, nll, kept),
+        domains=_domains(documents, nll, kept),
+        positions=_positions(scores),
+        unused_rows_mass=None if scores is None else scores.unused_mass / int(documents.num_tokens.sum()),
+        baselines={"uniform": beside.to_dict(), **(baselines or {})},
+        num_lost=len(lost),
+        lost=tuple(lost[:20]),
+        num_empty=documents.num_empty,
+        vocabulary_size=vocabulary_size,
+        seconds=seconds,
     )
-    return Evaluation(**{**evaluation.__dict__, "notes": tuple(_notes(evaluation))})
+    return replace(evaluation, notes=tuple(_notes(evaluation)))
+
+
+def _macro(documents: ScoredDocuments, nll: np.ndarray, kept: np.ndarray) -> Macro:
+    bits = nll[kept] / (documents.num_bytes[kept] * math.log(2))
+    return Macro(float(np.mean(nll / documents.num_tokens)), float(np.mean(bits)) if len(bits) else math.nan)
+
+
+def _interval(documents: ScoredDocuments, nll: np.ndarray, kept: np.ndarray) -> Interval:
+    if not kept.any():
+        return Interval(-math.inf, math.inf, INTERVAL_LEVEL, 0)
+    return bootstrap_interval(nll[kept] / math.log(2), documents.num_bytes[kept], level=INTERVAL_LEVEL)
+
+
+def _domains(documents: ScoredDocuments, nll: np.ndarray, kept: np.ndarray) -> dict[str, Sums]:
+    names = np.array(documents.domains)
+    found = {
+        str(name): sum_documents(documents, nll, kept & (names == name)) for name in np.unique(names)[:MAX_DOMAINS]
+    }
+    return dict(sorted(found.items(), key=lambda item: -item[1].num_bytes))
+
+
+def _positions(scores: DocumentScores | None) -> tuple[dict[str, float], ...]:
+    """Mean loss by position, for the bins that hold tokens."""
+    if scores is None:
+        return ()
+    rows = zip(POSITION_EDGES, scores.position_nll, scores.position_tokens, strict=True)
+    return tuple({"from": edge, "loss": float(n / k), "num_tokens": int(k)} for edge, n, k in rows if k)
 
 
 def _notes(evaluation: Evaluation) -> list[str]:
@@ -180,14 +277,16 @@ def _notes(evaluation: Evaluation) -> list[str]:
     if evaluation.num_lost:
         names = ", ".join(evaluation.lost[:3]) + (", ..." if evaluation.num_lost > 3 else "")
         share = 1 - evaluation.byte_total.num_bytes / max(1, evaluation.total.num_bytes)
-        outcome = (
-            "left out of the byte figures"
-            if evaluation.bytes_are_meant
-            else "more than 1 %, so there are no byte figures"
-        )
+        outcome = "left out of the byte figures"
+        if not evaluation.bytes_are_meant:
+            outcome = "more than 1 %, so there are no byte figures"
         notes.append(
             f"{evaluation.num_lost} documents ({share:.2%} of the bytes) do not survive this tokenizer's "
             f"decode(encode(text)): {outcome} ({names})."
+        )
+    if evaluation.total.num_documents < FEW_DOCUMENTS:
+        notes.append(
+            f"The interval rests on {evaluation.total.num_documents} documents; below {FEW_DOCUMENTS} it is rough."
         )
     if evaluation.perplexity > 2 * evaluation.vocabulary_size:
         notes.append(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from cartilha.blocks.packing import IGNORE_INDEX, Batch
 from cartilha.errors import UserError
 from cartilha.evaluation.documents import ScoredDocuments
 from cartilha.evaluation.windows import Protocol, Window, document_windows
-from cartilha.model.forward import scored_nll
+from cartilha.model.forward import scored_tokens
 
 TOKENS_PER_FORWARD = {"cpu": 4096, "cuda": 32_768, "mps": 8192}
 
@@ -27,6 +27,47 @@ class _Placed:
     window: Window
 
 
+@dataclass(frozen=True)
+class TokenRows:
+    """Scores of the tokens of one forward pass, for those who want each of them; shape (num_tokens,) each.
+
+    Attributes:
+        document: Index of the document.
+        position: Of the token in its document, from 0.
+        token_id: The token.
+        nll: Nats, float32.
+        entropy: Of the model's distribution, nats, float32.
+        rank: Of the token under the model, from 1.
+    """
+
+    document: np.ndarray
+    position: np.ndarray
+    token_id: np.ndarray
+    nll: np.ndarray
+    entropy: np.ndarray
+    rank: np.ndarray
+
+
+POSITION_EDGES = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+
+
+@dataclass
+class DocumentScores:
+    """What scoring found.
+
+    Attributes:
+        nll: Of each document, nats, float64, shape (num_documents,).
+        unused_mass: Sum over all tokens of the probability of rows that no token uses.
+        position_nll: Sums of nll by the token's position in its document: bins [edge, next edge), last one open.
+        position_tokens: Tokens in each bin.
+    """
+
+    nll: np.ndarray
+    unused_mass: float = 0.0
+    position_nll: np.ndarray = field(default_factory=lambda: np.zeros(len(POSITION_EDGES)))
+    position_tokens: np.ndarray = field(default_factory=lambda: np.zeros(len(POSITION_EDGES), np.int64))
+
+
 def document_nll(
     model: PreTrainedModel,
     documents: ScoredDocuments,
@@ -34,14 +75,30 @@ def document_nll(
     dtype: torch.dtype,
     advance: Callable[[float], None] = lambda amount: None,
 ) -> np.ndarray:
-    """Minus the sum of ln p(token | context) over each document's tokens, in nats: float64, shape (num_documents,).
+    """Minus the sum of ln p(token | context) over each document's tokens: see `score_documents`."""
+    return score_documents(model, documents, protocol, dtype, advance=advance).nll
+
+
+def score_documents(
+    model: PreTrainedModel,
+    documents: ScoredDocuments,
+    protocol: Protocol,
+    dtype: torch.dtype,
+    *,
+    unused_ids: torch.Tensor | None = None,
+    advance: Callable[[float], None] = lambda amount: None,
+    take_rows: Callable[[TokenRows], None] | None = None,
+) -> DocumentScores:
+    """Score every token of the documents exactly once.
 
     Args:
-        model: In evaluation mode, with attention within documents.
-        documents: What to score; every token is scored exactly once.
+        model: With attention within documents.
+        documents: What to score.
         protocol: Window, stride and prefix.
         dtype: Compute dtype.
+        unused_ids: Rows of the head that no token uses, on the model's device.
         advance: Told the number of tokens scored after each forward pass.
+        take_rows: Given each token's scores, in no particular order.
 
     Raises:
         UserError: A document has a token whose nll is not finite; it is named, never dropped.
@@ -53,26 +110,36 @@ def document_nll(
         for document, ids in enumerate(documents.ids)
         for window in document_windows(len(ids), protocol.window, protocol.stride)
     ]
-    sums = np.zeros(len(documents.ids))
+    scores = DocumentScores(np.zeros(len(documents.ids)))
     num_scored = np.zeros(len(documents.ids), np.int64)
     for rows in _batches(windows, TOKENS_PER_FORWARD.get(model.device.type, 4096)):
         batch = _batch(rows, documents.ids, protocol.prefix_id)
-        nll = scored_nll(model, batch, dtype).double().cpu().numpy()
-        owner = np.repeat(
-            [placed.document for row in rows for placed in row], [p.window.num_scored for row in rows for p in row]
-        )
+        found = scored_tokens(model, batch, dtype, unused_ids=unused_ids, details=take_rows is not None)
+        nll = found.nll.double().cpu().numpy()
+        placed = [window for row in rows for window in row]
+        owner = np.repeat([p.document for p in placed], [p.window.num_scored for p in placed])
+        position = np.concatenate([np.arange(p.window.first_target, p.window.past) for p in placed])
         if not np.isfinite(nll).all():
             name = documents.doc_ids[owner[~np.isfinite(nll)][0]]
             raise UserError(
                 f"The model gives a token of the document {name} a probability that is not a number above zero; "
                 "try --dtype float32, and check the model's weights."
             )
-        np.add.at(sums, owner, nll)
+        np.add.at(scores.nll, owner, nll)
         np.add.at(num_scored, owner, 1)
+        scores.unused_mass += float(found.unused_mass.double().sum())
+        position_bin = np.searchsorted(POSITION_EDGES, position, side="right") - 1
+        np.add.at(scores.position_nll, position_bin, nll)
+        np.add.at(scores.position_tokens, position_bin, 1)
+        if take_rows is not None:
+            assert found.entropy is not None and found.rank is not None
+            token_ids = batch.targets[batch.targets != IGNORE_INDEX]
+            entropy, rank = found.entropy.cpu().numpy(), found.rank.cpu().numpy()
+            take_rows(TokenRows(owner, position, token_ids, nll.astype(np.float32), entropy, rank))
         advance(len(nll))
     model.train(was_training)
     assert (num_scored == documents.num_tokens).all(), "every token is scored exactly once"
-    return sums
+    return scores
 
 
 def _batches(windows: Sequence[_Placed], max_tokens: int) -> Iterator[list[list[_Placed]]]:

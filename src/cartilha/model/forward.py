@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from cartilha.blocks.packing import Batch
 from cartilha.model.attention import Segments, choose_kernel
-from cartilha.model.loss import linear_cross_entropy, token_nll
+from cartilha.model.loss import TokenScores, linear_cross_entropy, token_scores
 
 
 def _segments(batch: Batch, device: torch.device, dtype: torch.dtype) -> Segments:
@@ -61,9 +61,22 @@ def batch_nll(model: PreTrainedModel, batch: Batch, dtype: torch.dtype) -> torch
 
 
 @torch.no_grad()
-def scored_nll(model: PreTrainedModel, batch: Batch, dtype: torch.dtype) -> torch.Tensor:
-    """Nll of each scored target in row-major order, shape (batch.num_targets,), float32, in nats; no gradients."""
+def scored_tokens(
+    model: PreTrainedModel,
+    batch: Batch,
+    dtype: torch.dtype,
+    *,
+    unused_ids: torch.Tensor | None = None,
+    details: bool = False,
+) -> TokenScores:
+    """Scores of each scored target in row-major order (`batch.num_targets` of them), without gradients."""
     states = hidden_states(model, batch, dtype).flatten(0, 1)
     targets = torch.from_numpy(batch.targets.reshape(-1))
     positions = (targets >= 0).nonzero()[:, 0].to(states.device)
-    return token_nll(states[positions], head_weight(model), targets.to(states.device)[positions], dtype)
+    chosen = targets.to(states.device)[positions]
+    return token_scores(states[positions], head_weight(model), chosen, dtype, unused_ids=unused_ids, details=details)
+
+
+def scored_nll(model: PreTrainedModel, batch: Batch, dtype: torch.dtype) -> torch.Tensor:
+    """Nll of each scored target in row-major order, shape (batch.num_targets,), float32, in nats; no gradients."""
+    return scored_tokens(model, batch, dtype).nll

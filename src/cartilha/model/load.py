@@ -5,14 +5,15 @@ transformers 5 would load `facebook/opt-125m` in fp16, as its file has it; train
 
 from __future__ import annotations
 
-import json
 import logging
+import pickle
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LlamaConfig, OPTConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -95,14 +96,23 @@ def context_length(model: PreTrainedModel) -> int:
 def _from_pretrained(ref: str, path: str) -> PreTrainedModel:
     transformers_logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        # Code that comes with a model is never run, and transformers must not ask in the middle of a command.
+        result: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+        )
     except OSError as error:
         if Path(path).is_dir():
             raise UserError(f"{ref} holds no model that can be loaded ({_first_line(error)}).") from error
         raise HubUnreachableError(unreachable_message(ref)) from error
-    except (ValueError, KeyError, RuntimeError, json.JSONDecodeError) as error:
+    except (ValueError, KeyError, RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError) as error:
         raise UserError(f"{ref} cannot be loaded as a causal language model ({_first_line(error)}).") from error
+    model, report = result
     assert isinstance(model, PreTrainedModel)
+    missing = sorted(report["missing_keys"])
+    if missing:
+        # transformers would give them random values and go on.
+        names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise UserError(f"{ref} lacks {len(missing)} of its model's weights ({names}); fetch its files again.")
     return model
 
 

@@ -7,6 +7,7 @@ hidden states and of the head. Matrix products run in the compute dtype, reducti
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -97,23 +98,80 @@ def linear_cross_entropy(
     return nll
 
 
+@dataclass(frozen=True)
+class TokenScores:
+    """What a model says of each scored token; every tensor has the shape (num_tokens,).
+
+    Attributes:
+        nll: Minus ln p(token), nats, float32.
+        unused_mass: Probability that the rows of the vocabulary that no token uses get together, float32.
+        entropy: Of the distribution over the next token, nats, float32; None unless asked for.
+        rank: Of the token, 1 for the likeliest, int64; None unless asked for.
+    """
+
+    nll: torch.Tensor
+    unused_mass: torch.Tensor
+    entropy: torch.Tensor | None = None
+    rank: torch.Tensor | None = None
+
+
 @torch.no_grad()
-def token_nll(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Nll of each target, without gradients and with one chunk of logits at a time.
+def token_scores(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    dtype: torch.dtype,
+    *,
+    unused_ids: torch.Tensor | None = None,
+    details: bool = False,
+) -> TokenScores:
+    """Score each target, without gradients and with one chunk of logits at a time.
 
     Args:
         hidden: Shape (num_tokens, hidden_size).
         weight: Shape (num_ids, hidden_size).
         targets: Shape (num_tokens,), every one a token id.
         dtype: Of the matrix product; the softmax is float32.
-
-    Returns:
-        Shape (num_tokens,), float32, in nats.
+        unused_ids: Rows of the head that no token uses.
+        details: Whether entropy and rank are wanted; they cost two more passes over the logits.
     """
     head = weight.to(dtype)
-    pieces = []
+    buffer = hidden.new_empty((min(CHUNK_TOKENS, len(targets)), len(weight)), dtype=torch.float32)
+    no_float, no_int = hidden.new_empty(0, dtype=torch.float32), targets.new_empty(0)
+    chunks = [TokenScores(no_float, no_float, no_float if details else None, no_int if details else None)]
     for begin in range(0, len(targets), CHUNK_TOKENS):
         rows = slice(begin, begin + CHUNK_TOKENS)
-        logits = (hidden[rows].to(dtype) @ head.T).float()
-        pieces.append(logits.logsumexp(dim=-1) - logits.gather(1, targets[rows][:, None])[:, 0])
-    return torch.cat(pieces) if pieces else torch.zeros(0, device=hidden.device)
+        states = hidden[rows].to(dtype)
+        logits = _product_into(buffer[: len(states)], states, head.T)
+        chunks.append(_score_chunk(logits, targets[rows, None], unused_ids, details))
+    return TokenScores(
+        torch.cat([chunk.nll for chunk in chunks]),
+        torch.cat([chunk.unused_mass for chunk in chunks]),
+        torch.cat([chunk.entropy for chunk in chunks if chunk.entropy is not None]) if details else None,
+        torch.cat([chunk.rank for chunk in chunks if chunk.rank is not None]) if details else None,
+    )
+
+
+def _score_chunk(
+    logits: torch.Tensor, index: torch.Tensor, unused_ids: torch.Tensor | None, details: bool
+) -> TokenScores:
+    """Scores of a chunk; `logits` (num_tokens, num_ids) are overwritten, `index` (num_tokens, 1) holds the targets."""
+    target_logits = logits.gather(1, index)
+    # Ties count in the token's favour by half, so that a uniform model's ranks average (V + 1) / 2.
+    above = (logits > target_logits).sum(dim=1) if details else None
+    equal = (logits == target_logits).sum(dim=1) if details else None
+    highest = logits.amax(dim=1, keepdim=True)
+    shifted_target = target_logits - highest
+    # sum p ln p needs the shifted logits before they are exponentiated in place.
+    shifted = logits.sub_(highest)
+    weights = shifted.exp() if details else shifted.exp_()
+    total = weights.sum(dim=1)
+    entropy = total.log() - (weights * shifted.clamp(min=-1e30)).sum(dim=1) / total if details else None
+    unused = weights[:, unused_ids].sum(dim=1) / total if unused_ids is not None else torch.zeros_like(total)
+    rank = above + (equal + 1) // 2 if above is not None and equal is not None else None
+    return TokenScores(total.log() - shifted_target[:, 0], unused, entropy, rank)
+
+
+def token_nll(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Nll of each target, shape (num_tokens,), float32, in nats; see `token_scores`."""
+    return token_scores(hidden, weight, targets, dtype).nll

@@ -4,120 +4,240 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from cartilha.config import EvaluateConfig
+from cartilha.config import CompareConfig, EvaluateConfig, GenerateConfig
 from cartilha.console import progress
-from cartilha.corpus.document import Document
-from cartilha.corpus.readers import read_documents
 from cartilha.errors import UserError
-from cartilha.evaluation.documents import ScoredDocuments, encode_documents
+from cartilha.evaluation.continuation import continue_prompts, unused_ids
+from cartilha.evaluation.continuation_scores import continuation_measures
+from cartilha.evaluation.corpus import ScoredCorpus, score_corpus
+from cartilha.evaluation.documents import ScoredDocuments
+from cartilha.evaluation.downstream import check_tasks, run_tasks
 from cartilha.evaluation.measures import Evaluation, make_evaluation
-from cartilha.evaluation.nll import document_nll
+from cartilha.evaluation.nll import TokenRows, score_documents
+from cartilha.evaluation.saved import save_evaluation, token_file
 from cartilha.evaluation.windows import Protocol, first_tokens, make_protocol
 from cartilha.model.forward import head_weight
 from cartilha.model.load import LoadedModel, load_model
-from cartilha.runtime import choose_device, choose_dtype
-from cartilha.tokens.store import TokenStore
-from cartilha.tokens.tokenizer import TextTokenizer, load_tokenizer
+from cartilha.pipeline.held_out import BaselineCollector, HeldOut, held_out, model_tokenizer
+from cartilha.runtime import choose_device, choose_dtype, world
+from cartilha.tokens.tokenizer import TextTokenizer
 
 log = logging.getLogger("cartilha")
+
+CONTINUATION_TOKENS = 120  # enough for the 32 words that are scored, at three to four tokens a word
+
+
+@dataclass(frozen=True)
+class EvaluatedModel:
+    """One model's figures, and what else was asked for.
+
+    Attributes:
+        evaluation: Perplexity, bits per byte and what stands beside them.
+        contamination: Share of the documents whose exact text is in the store's training side; None without a store.
+        continuations: chrF, BLEU, ROUGE-L and so on, with `--continuations`.
+        tasks: The harness's results by task, with `--tasks`.
+    """
+
+    evaluation: Evaluation
+    contamination: float | None
+    continuations: dict[str, Any] | None = None
+    tasks: dict[str, Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for `--json`."""
+        extra = {name: getattr(self, name) for name in ("continuations", "tasks") if getattr(self, name) is not None}
+        return {**self.evaluation.to_dict(), "contamination": self.contamination, **extra}
 
 
 @dataclass(frozen=True)
 class EvaluateResult:
     """One evaluation a model, over the same documents."""
 
-    corpus_hash: str
-    evaluations: tuple[Evaluation, ...]
+    models: tuple[EvaluatedModel, ...] = field(default=())
+
+    @property
+    def evaluations(self) -> tuple[Evaluation, ...]:
+        """The models' figures."""
+        return tuple(model.evaluation for model in self.models)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for `--json`."""
-        models = [evaluation.to_dict() for evaluation in self.evaluations]
-        return {"corpus_hash": self.corpus_hash, "protocol": models[0]["protocol"], "models": models}
+        models = [model.to_dict() for model in self.models]
+        return {"corpus_hash": models[0]["corpus_hash"], "protocol": models[0]["protocol"], "models": models}
+
+
+@dataclass(frozen=True)
+class ReadyModel:
+    """A model with its tokenizer and the protocol that it is scored under."""
+
+    loaded: LoadedModel
+    tokenizer: TextTokenizer
+    protocol: Protocol
+    dtype: torch.dtype
 
 
 def evaluate(config: EvaluateConfig) -> EvaluateResult:
     """Score the documents with each model.
 
     Raises:
-        UserError: No text or both kinds of it, no such protocol, or a model that cannot be loaded.
+        UserError: No text, no such protocol, a missing extra, or a model that cannot be loaded.
     """
     first_tokens(config.protocol)
-    store, documents = _documents(config)
+    text = held_out(config)
+    if config.save and len(config.model) != 1:
+        raise UserError("--save keeps the evaluation of one model; name one with --model.")
+    if config.continuations is not None and config.continuations < 2:
+        raise UserError(f"--continuations must be 2 or more, not {config.continuations}.")
+    check_tasks(config.tasks)
+    if text.split == "train":
+        log.warning("Scoring the training text: these figures say what was learnt by heart, not how good the model is.")
+    with token_file(Path(config.per_token)) if config.per_token else nullcontext() as tokens:
+        models = []
+        for ref in config.model:
+            ready = ready_model(ref, text, config)
+            take = None if tokens is None else _labelled(tokens.add, ref)
+            models.append(_evaluate_model(ready, text, config, take))
+            del ready
+    return EvaluateResult(tuple(models))
+
+
+def ready_model(ref: str, text: HeldOut, config: EvaluateConfig | CompareConfig) -> ReadyModel:
+    """Load a model and settle how it is scored."""
+    tokenizer = model_tokenizer(ref, text.store)
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
-    evaluations = []
-    for ref in config.model:
-        tokenizer = _tokenizer(ref, store)
-        loaded = load_model(ref, device, tokenizer=tokenizer)
-        prefix_id = _prefix_id(config.prefix_token, tokenizer)
-        protocol = make_protocol(
-            config.protocol,
-            config.window,
-            config.stride,
-            prefix_id=prefix_id,
-            dtype=str(dtype).removeprefix("torch."),
-            context_length=loaded.context_length,
+    loaded = load_model(ref, device, tokenizer=tokenizer)
+    prefix_token = config.prefix_token if isinstance(config, EvaluateConfig) else None
+    protocol = make_protocol(
+        config.protocol,
+        config.window,
+        config.stride,
+        prefix_id=_prefix_id(prefix_token, tokenizer),
+        dtype=str(dtype).removeprefix("torch."),
+        context_length=loaded.context_length,
+    )
+    return ReadyModel(loaded, tokenizer, protocol, dtype)
+
+
+def score_held_out(
+    ready: ReadyModel,
+    text: HeldOut,
+    *,
+    take_rows: Callable[[TokenRows], None] | None = None,
+    collector: BaselineCollector | None = None,
+) -> ScoredCorpus:
+    """One pass over the text with one model."""
+    device = ready.loaded.model.device
+    unused = torch.tensor(unused_ids(ready.tokenizer, ready.loaded), dtype=torch.long, device=device)
+    with progress(f"Scoring with {ready.loaded.ref}", text.num_tokens(ready.tokenizer), "tokens") as advance:
+        return score_corpus(
+            ready.loaded.model,
+            ready.tokenizer,
+            text.documents(),
+            ready.protocol,
+            ready.dtype,
+            unused_ids=unused,
+            advance=advance,
+            take_rows=take_rows,
+            observe=collector.observe if collector is not None else lambda documents, scored: None,
         )
-        scored = encode_documents(documents, tokenizer, protocol.first_tokens)
-        evaluations.append(evaluate_loaded(loaded, scored, protocol, dtype))
-        del loaded
-    return EvaluateResult(evaluations[0].corpus_hash, tuple(evaluations))
+
+
+def _evaluate_model(
+    ready: ReadyModel, text: HeldOut, config: EvaluateConfig, take_rows: Callable[[TokenRows], None] | None
+) -> EvaluatedModel:
+    num_rows = head_weight(ready.loaded.model).shape[0]
+    collector = BaselineCollector(text.store, ready.tokenizer, num_rows) if world()[1] == 1 else None
+    started = time.perf_counter()
+    corpus = score_held_out(ready, text, take_rows=take_rows, collector=collector)
+    seconds = time.perf_counter() - started
+    evaluation = make_evaluation(
+        ready.loaded.ref,
+        ready.protocol,
+        corpus.documents,
+        corpus.scores.nll,
+        vocabulary_size=num_rows,
+        seconds=seconds,
+        scores=corpus.scores,
+        baselines=collector.finish() if collector is not None else None,
+    )
+    contamination = text.share_in_training(corpus.documents.text_hashes)
+    evaluation = replace(evaluation, notes=(*evaluation.notes, *_extra_notes(text, contamination, collector)))
+    for note in evaluation.notes:
+        log.warning("%s", note)
+    result = EvaluatedModel(
+        evaluation,
+        contamination,
+        _continuations(ready, text, config),
+        run_tasks(ready.loaded, ready.tokenizer, config.tasks),
+    )
+    if config.save:
+        save_evaluation(Path(config.save), result.to_dict(), corpus.documents, corpus.scores.nll)
+    return result
+
+
+def _extra_notes(text: HeldOut, contamination: float | None, collector: BaselineCollector | None) -> list[str]:
+    notes = []
+    if text.split == "train":
+        notes.append("This is the training text: the figures are not those of a held-out text.")
+    elif contamination:
+        notes.append(f"{contamination:.1%} of these documents are in the store's training text, word for word.")
+    if collector is not None and collector.was_cut:
+        notes.append("The compressors were given the first few megabytes of the text only.")
+    return notes
+
+
+def _continuations(ready: ReadyModel, text: HeldOut, config: EvaluateConfig) -> dict[str, Any] | None:
+    """Greedy continuations of held-out documents against what they go on with."""
+    if config.continuations is None:
+        return None
+
+    def continue_texts(prompts: list[str]) -> list[str]:
+        settings = GenerateConfig(prompt=tuple(prompts), max_new_tokens=CONTINUATION_TOKENS)
+        with progress("Continuing", float(len(prompts)), "texts") as advance:
+            found = []
+            for prompt in settings.prompt:
+                found += continue_prompts(ready.loaded, ready.tokenizer, replace(settings, prompt=(prompt,)))
+                advance(1.0)
+        return [continuation.text[len(continuation.prompt) :] for continuation in found]
+
+    scores = continuation_measures(list(text.documents()), continue_texts, config.continuations)
+    if scores.num_continuations < config.continuations:
+        log.warning("Only %d documents are long enough to be continued.", scores.num_continuations)
+    return {**scores.to_dict(), "mode": "greedy", "max_new_tokens": CONTINUATION_TOKENS}
+
+
+def _labelled(add: Callable[[str, TokenRows], None], model: str) -> Callable[[TokenRows], None]:
+    return lambda rows: add(model, rows)
 
 
 def evaluate_loaded(
     loaded: LoadedModel, documents: ScoredDocuments, protocol: Protocol, dtype: torch.dtype, title: str = "Evaluating"
 ) -> Evaluation:
-    """Score prepared documents with a loaded model; the notes that a reader needs are logged too."""
+    """Score prepared documents with a loaded model (validation during training)."""
     started = time.perf_counter()
     with progress(title, float(documents.num_tokens.sum()), "tokens") as advance:
-        nll = document_nll(loaded.model, documents, protocol, dtype, advance)
+        scores = score_documents(loaded.model, documents, protocol, dtype, advance=advance)
     evaluation = make_evaluation(
         loaded.ref,
         protocol,
         documents,
-        nll,
+        scores.nll,
         vocabulary_size=head_weight(loaded.model).shape[0],
         seconds=time.perf_counter() - started,
+        scores=scores,
     )
     for note in evaluation.notes:
         log.warning("%s", note)
-    return evaluation
-
-
-def _documents(config: EvaluateConfig) -> tuple[TokenStore | None, Sequence[Document]]:
-    if bool(config.store) == bool(config.input):
-        raise UserError("Give the text to score either as --store STORE or as --input REF, one of the two.")
-    if config.store:
-        store = TokenStore(config.store)
-        return store, store.validation_documents()[: config.limit_documents]
-    documents = read_documents(
-        config.input,
-        text_column=config.text_column,
-        encoding=config.encoding,
-        invalid_bytes=config.invalid_bytes,
-        limit_documents=config.limit_documents,
-    )
-    return None, list(documents)
-
-
-def _tokenizer(ref: str, store: TokenStore | None) -> TextTokenizer:
-    """The model's own tokenizer; random: models without one take the store's."""
-    if ref.startswith("random:") and not ref.startswith("random:tiny"):
-        if store is None:
-            raise UserError(f"{ref} has no tokenizer of its own; evaluate it on a store.")
-        return store.tokenizer()
-    tokenizer = load_tokenizer(ref)
-    if store is not None and tokenizer.fingerprint() != store.fingerprint:
-        log.warning(
-            "%s has another tokenizer than the store: the held-out text is tokenized anew with the model's own.", ref
-        )
-    return tokenizer
+    return replace(evaluation, unused_rows_mass=None)  # not measured here: it would cost each validation a little
 
 
 def _prefix_id(token: str | None, tokenizer: TextTokenizer) -> int:

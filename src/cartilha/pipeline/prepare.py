@@ -16,7 +16,7 @@ from cartilha.corpus.sources import PrimerSource, Source, SourceFile
 from cartilha.corpus.splits import SPLITS, Split, choose_split, nearest_fraction
 from cartilha.errors import UserError
 from cartilha.runtime import file_sha256, versions
-from cartilha.tokens.store import SplitCounts, TokenStore, batches, read_store_info, writing_store
+from cartilha.tokens.store import SplitCounts, TokenStore, batches, writing_store
 from cartilha.tokens.tokenizer import TextTokenizer, load_tokenizer
 
 log = logging.getLogger("cartilha")
@@ -184,7 +184,7 @@ def _is_ready(
     if not (path / "store.json").is_file():
         raise UserError(f"The directory {path} is not empty and is no store; choose another --output.")
     try:
-        info = read_store_info(path)
+        info = TokenStore(path).info
     except UserError:
         if overwrite:
             return False

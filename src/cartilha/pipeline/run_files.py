@@ -114,8 +114,8 @@ def add_samples(run: Path, step: int, continuations: Sequence[Continuation]) -> 
     path = run / "samples.jsonl"
     kept = []
     if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            if json.loads(line)["step"] < step:
+        for line in path.read_text(encoding="utf-8").split("\n"):  # splitlines would split at U+2028, too
+            if line and json.loads(line)["step"] < step:
                 kept.append(line)
     for sample in continuations:
         kept.append(to_json({"step": step, "prompt": sample.prompt, "text": sample.text, "mode": sample.mode}))

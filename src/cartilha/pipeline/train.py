@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ from cartilha.runtime import (
     versions,
     write_atomically,
 )
-from cartilha.tokens.store import TokenStore
+from cartilha.tokens.store import TokenStore, read_store_info
 from cartilha.tokens.tokenizer import TextTokenizer, load_tokenizer
 from cartilha.training.checkpoint import (
     TrainingState,
@@ -124,6 +125,7 @@ def train(config: TrainConfig, *, prompts: GenerateConfig | None = None) -> Trai
     _check(config)
     check_output(path, resume)
     if resume and read_status(path) == "finished":
+        _check_finished(config, path)
         log.info("The run %s is finished: nothing to do.", path)
         return TrainResult(str(path), read_results(path), True)
     with _collecting_notices() as notices:
@@ -150,16 +152,41 @@ def _check(config: TrainConfig) -> None:
             f"batch_tokens ({config.batch_tokens}) must be a multiple of block_size ({config.block_size}); "
             f"use --batch_tokens {lower}."
         )
-    for name, smallest in (("epochs", 1), ("max_steps", 1), ("checkpoint_steps", 1), ("validation_tokens", 1)):
+    smallest = {"epochs": 1, "max_steps": 1, "checkpoint_steps": 1, "validation_tokens": 1, "weight_decay": 0}
+    for name, least in smallest.items():
         value = getattr(config, name)
-        if value is not None and value < smallest:
-            raise UserError(f"{name} must be {smallest} or more, not {value}.")
+        if value is not None and not value >= least:
+            raise UserError(f"{name} must be {least} or more, not {value}.")
+    if not 0 <= config.seed < 2**63:
+        raise UserError(f"The seed must lie between 0 and 2**63 - 1, not {config.seed}.")
+    if not config.max_grad_norm > 0:
+        raise UserError(f"max_grad_norm must be above 0, not {config.max_grad_norm}; use a large one to clip nothing.")
     if config.micro_batch_size != "auto" and config.micro_batch_size < 1:
         raise UserError(f"micro_batch_size must be 1 or more, or auto, not {config.micro_batch_size}.")
-    if config.lr != "auto" and config.lr <= 0:
-        raise UserError(f"The learning rate must be above 0, not {config.lr}.")
+    if config.lr != "auto" and not 0 < config.lr < math.inf:
+        raise UserError(f"The learning rate must be a number above 0, not {config.lr}.")
     if not 0 <= config.warmup_fraction <= 1 or not 0 <= config.final_lr_fraction <= 1:
         raise UserError("warmup_fraction and final_lr_fraction must lie between 0 and 1.")
+
+
+def _check_finished(config: TrainConfig, path: Path) -> None:
+    """Refuse to pass off a finished run as one of other settings; what a resume would refuse, without loading anything.
+
+    Raises:
+        UserError: Naming what differs.
+    """
+    results = read_results(path)
+    recorded = {**results["settings"], "store": results["corpus"]["train_hash"]}
+    asked = ["model", "block_size", "batch_tokens", "warmup_fraction", "final_lr_fraction"]
+    asked += ["weight_decay", "max_grad_norm", "dropout", "seed"]
+    current = {name: getattr(config, name) for name in asked}
+    current["lr"] = resolve_lr(config.lr, recorded["num_parameters"])
+    current["num_steps"] = config.max_steps or config.epochs * results["packing"]["steps_per_epoch"]
+    if config.dtype != "auto":
+        current["dtype"] = config.dtype
+    if (Path(config.store) / "store.json").is_file():  # it may have been removed since
+        current["store"] = read_store_info(Path(config.store))["splits"]["train"]["corpus_hash"]
+    check_settings(recorded, current, path)
 
 
 def _assemble(config: TrainConfig, path: Path, prompts: GenerateConfig, resume: bool) -> _Run:
@@ -307,7 +334,7 @@ def _train(run: _Run, record: RunRecord, notices: NoticeCollector, stop: StopReq
     try:
         if run.step == 0:
             _measure(run, record, metrics, "Validation before training")
-            add_samples(run.path, 0, continue_prompts(run.loaded, run.tokenizer, run.prompts))
+            _write_samples(run)
         for step in _steps(run):
             metrics.step(step)
             epoch_loss.step(step)
@@ -323,11 +350,12 @@ def _train(run: _Run, record: RunRecord, notices: NoticeCollector, stop: StopReq
                 record.update(epochs=[*record.values["epochs"], row])
             every = run.config.checkpoint_steps
             last = step.step == run.schedule.num_steps
-            if step.ends_epoch or last or stop.requested or (every and step.step % every == 0):
+            stopping = stop.requested  # read once: a request that comes while the checkpoint is written waits a step
+            if step.ends_epoch or last or stopping or (every and step.step % every == 0):
                 epoch_loss.flush()
                 metrics.flush()
                 save_checkpoint(run.path, run.state, run.settings)
-            if stop.requested and not last:
+            if stopping and not last:
                 raise InterruptedRunError(
                     f"Stopped after step {step.step} of {run.schedule.num_steps}; a checkpoint is saved, "
                     "and the same command with --resume auto goes on from it."
@@ -397,13 +425,20 @@ def _measure(run: _Run, record: RunRecord, metrics: MetricsFile, title: str) -> 
     return evaluation
 
 
+def _write_samples(run: _Run) -> None:
+    """Continue the prompts, without the dropout that training may have."""
+    run.loaded.model.train(False)
+    add_samples(run.path, run.step, continue_prompts(run.loaded, run.tokenizer, run.prompts))
+    run.loaded.model.train(run.config.dropout)
+
+
 def _finish(run: _Run, record: RunRecord, notices: NoticeCollector) -> None:
     """The last evaluation where no epoch's end has just made it, samples, the model, and the summary."""
     if record.values["evaluations"][-1]["step"] != run.step:
         metrics = MetricsFile(run.path / "metrics.jsonl", run.step)
         _measure(run, record, metrics, "Validation after training")
         metrics.close()
-    add_samples(run.path, run.step, continue_prompts(run.loaded, run.tokenizer, run.prompts))
+    _write_samples(run)
     progress = run.state.progress
     record.update(
         tokens=progress.tokens,
@@ -461,4 +496,5 @@ def _is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     text = str(error)
-    return "can't allocate memory" in text or "MPS backend out of memory" in text
+    words = ("can't allocate memory", "not enough memory", "MPS backend out of memory")  # the second is Windows'
+    return any(word in text for word in words)

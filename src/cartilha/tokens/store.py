@@ -114,12 +114,28 @@ class TokenStore:
         table = pq.read_table(self.path / f"{split}.documents.parquet", columns=names)
         return {name: table[name].to_pylist() for name in names}
 
+    def read_documents(self, split: Split, first: int = 0) -> Iterator[Document]:
+        """The documents of a split from number `first` on, streamed; training text is decoded from its tokens."""
+        labels = self.labels(split)
+        rows = zip(labels["doc_id"], labels["source"], labels["domain"], strict=True)
+        for number, (text, (doc_id, source, domain)) in enumerate(zip(self._texts(split), rows, strict=True)):
+            if number >= first:
+                yield Document(text, doc_id, source, domain)
+
+    def _texts(self, split: Split) -> Iterator[str]:
+        if split == "validation":
+            for batch in pq.ParquetFile(self.path / "validation.text.parquet").iter_batches(1024, columns=["text"]):
+                yield from batch["text"].to_pylist()
+            return
+        tokens, documents, tokenizer = self.tokens(split), self.documents(split), self.tokenizer()
+        for begin in range(0, len(documents.start), 1024):
+            rows = range(begin, min(begin + 1024, len(documents.start)))
+            spans = [(int(documents.start[i]), int(documents.num_tokens[i])) for i in rows]
+            yield from tokenizer.decode_batch([tokens[start : start + length] for start, length in spans])
+
     def validation_documents(self) -> list[Document]:
         """The held-out documents with their text."""
-        labels = self.labels("validation")
-        texts: list[Any] = pq.read_table(self.path / "validation.text.parquet", columns=["text"])["text"].to_pylist()
-        rows = zip(texts, labels["doc_id"], labels["source"], labels["domain"], strict=True)
-        return [Document(text, doc_id, source, domain) for text, doc_id, source, domain in rows]
+        return list(self.read_documents("validation"))
 
     def tokenizer(self) -> TextTokenizer:
         """The tokenizer that the store was made with."""

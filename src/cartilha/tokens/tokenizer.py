@@ -106,9 +106,10 @@ class TextTokenizer:
             for name in TOKENIZER_FILES:
                 if (self.directory / name).is_file():
                     shutil.copyfile(self.directory / name, directory / name)
-            # The ids of bos and eos may have come from config.json, which is the model's and is not copied.
-            if not (directory / "tokenizer_config.json").is_file() or not _special_tokens(directory).keys() & {"bos_token", "eos_token"}:
-                given = {key: value for key, value in _read_json(directory / "tokenizer_config.json").items() if value is not None}
+            config = _read_json(directory / "tokenizer_config.json")
+            # Where only config.json names bos and eos, as in the hub's gpt2: that file is the model's and stays behind.
+            if not config or not {"bos_token", "eos_token"} & _special_tokens(directory).keys():
+                given = {key: value for key, value in config.items() if value is not None}
                 write_json(directory / "tokenizer_config.json", {**self._config(), **given})
             return
         self.backend.save(str(directory / "tokenizer.json"))

@@ -43,6 +43,8 @@ class TrainingState:
 def save_checkpoint(run: Path, state: TrainingState, settings: dict[str, Any], *, keep: int = 2) -> Path:
     """Write a checkpoint of the state after its last step; older ones beyond `keep` are removed afterwards.
 
+    So are later ones: the run has gone on from before them because they are damaged.
+
     Args:
         run: The run's directory.
         state: What to save.
@@ -71,8 +73,10 @@ def save_checkpoint(run: Path, state: TrainingState, settings: dict[str, Any], *
         )
         sizes = {n: {"size": (temporary / n).stat().st_size, "sha256": file_sha256(temporary / n)} for n in FILES}
         write_json(temporary / "manifest.json", sizes)
-    for old in list_checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
+    kept = [other for other in list_checkpoints(run) if other <= path][-keep:]
+    for other in list_checkpoints(run):
+        if other not in kept:
+            shutil.rmtree(other)
     return path
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import sys
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from cartilha.errors import UserError
 from cartilha.runtime import to_json
 from cartilha.training.loop import Progress, StepRecord
 
@@ -68,7 +70,7 @@ def _open_at(path: Path, resumed_step: int) -> IO[str]:
     """The metrics file, cut after the last line of the steps already taken, open for appending."""
     kept = []
     if resumed_step and path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8").split("\n"):  # splitlines would split at U+2028, too
             try:
                 if json.loads(line)["step"] <= resumed_step:
                     kept.append(line + "\n")
@@ -96,10 +98,20 @@ class EpochLoss:
         self._pending = record
 
     def flush(self) -> None:
-        """Read the record that is held back."""
+        """Read the record that is held back.
+
+        Raises:
+            UserError: The loss is not finite.
+        """
         record, self._pending = self._pending, None
         if record is not None:
-            self._progress.epoch_nll += float(record.loss) * record.num_targets
+            loss = float(record.loss)
+            if not math.isfinite(loss):  # before its weights push the sound checkpoints out
+                raise UserError(
+                    f"The loss of step {record.step} is not a number: the training diverged; use a smaller --lr and "
+                    "another --output (float32 may help, too)."
+                )
+            self._progress.epoch_nll += loss * record.num_targets
             self._progress.epoch_tokens += record.num_targets
             self._progress.epoch_seconds += record.seconds
 

@@ -1,0 +1,101 @@
+"""A whole corpus under a model: documents streamed in shards, so that memory does not grow with them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from cartilha.corpus.document import Document
+from cartilha.errors import UserError
+from cartilha.evaluation.documents import ScoredDocuments, encode_documents, join
+from cartilha.evaluation.nll import DocumentScores, TokenRows, score_documents
+from cartilha.evaluation.windows import Protocol
+from cartilha.runtime import gather_objects, world
+from cartilha.tokens.store import batches
+from cartilha.tokens.tokenizer import TextTokenizer
+
+SHARD_CHARS = 8_000_000  # enough windows of each length to fill rows; a few hundred MB with everything that hangs on it
+
+Observer = Callable[[list[Document], ScoredDocuments], None]
+
+
+@dataclass(frozen=True)
+class ScoredCorpus:
+    """Documents and what a model says of them, in the order of the corpus; the token ids are let go."""
+
+    documents: ScoredDocuments
+    scores: DocumentScores
+
+
+def score_corpus(
+    model: PreTrainedModel,
+    tokenizer: TextTokenizer,
+    documents: Iterable[Document],
+    protocol: Protocol,
+    dtype: torch.dtype,
+    *,
+    unused_ids: torch.Tensor | None = None,
+    advance: Callable[[float], None] = lambda amount: None,
+    take_rows: Callable[[TokenRows], None] | None = None,
+    observe: Observer = lambda documents, scored: None,
+) -> ScoredCorpus:
+    """Score every document once. Under torchrun each rank takes every n-th document and all ranks get the whole.
+
+    Args:
+        model: With attention within documents.
+        tokenizer: Its own.
+        documents: Read once, in order.
+        protocol: How to score.
+        dtype: Compute dtype.
+        unused_ids: Rows of the head that no token uses.
+        advance: Told the number of tokens scored.
+        take_rows: Given each token's scores, with the documents numbered over the whole corpus.
+        observe: Given each shard of documents as they are scored (for baselines).
+
+    Raises:
+        UserError: There is no text at all, or a token's nll is not finite.
+    """
+    rank, num_ranks = world()
+    corpus = hashlib.sha256()
+    parts: list[tuple[np.ndarray, ScoredDocuments, DocumentScores]] = []
+    num_seen = 0
+    for shard in batches(_hashed(documents, corpus), max_chars=SHARD_CHARS):
+        numbers = np.arange(num_seen, num_seen + len(shard))
+        num_seen += len(shard)
+        mine = [document for number, document in zip(numbers, shard, strict=True) if number % num_ranks == rank]
+        scored = encode_documents(mine, tokenizer, protocol.first_tokens, allow_empty=True)
+        kept = numbers[numbers % num_ranks == rank][scored.kept]
+        take = None if take_rows is None else _renumbered(take_rows, kept)
+        found = score_documents(model, scored, protocol, dtype, unused_ids=unused_ids, advance=advance, take_rows=take)
+        observe(mine, scored)
+        parts.append((kept, scored.without_ids(), found))
+    gathered = [part for share in gather_objects(parts) for part in share]
+    if not any(len(kept) for kept, _, _ in gathered):
+        raise UserError(
+            "There are no documents to score; give --input with text, or a store with validation documents."
+        )
+    joined = join([scored for _, scored, _ in gathered], corpus.hexdigest())
+    order = np.argsort(np.concatenate([kept for kept, _, _ in gathered]), kind="stable")
+    nll = np.concatenate([found.nll for _, _, found in gathered])[order]
+    scores = DocumentScores(
+        nll,
+        sum(found.unused_mass for _, _, found in gathered),
+        np.sum([found.position_nll for _, _, found in gathered], axis=0),
+        np.sum([found.position_tokens for _, _, found in gathered], axis=0),
+    )
+    return ScoredCorpus(joined.taken(order), scores)
+
+
+def _hashed(documents: Iterable[Document], corpus: hashlib._Hash) -> Iterator[Document]:
+    for document in documents:
+        corpus.update(document.text_hash.encode("ascii"))
+        yield document
+
+
+def _renumbered(take_rows: Callable[[TokenRows], None], numbers: np.ndarray) -> Callable[[TokenRows], None]:
+    return lambda rows: take_rows(replace(rows, document=numbers[rows.document]))

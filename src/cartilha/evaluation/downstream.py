@@ -1,0 +1,72 @@
+"""Downstream tasks: handed to lm-evaluation-harness (extra `eval`), whose results are put beside ours."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from cartilha.errors import UserError
+from cartilha.model.attention import use_document_attention
+from cartilha.model.load import LoadedModel
+from cartilha.tokens.tokenizer import TextTokenizer
+
+log = logging.getLogger("cartilha")
+
+
+def check_tasks(tasks: Sequence[str]) -> None:
+    """Name what is wrong with the tasks before any model is loaded.
+
+    Raises:
+        UserError: The extra is missing, or the harness has no such task.
+    """
+    if not tasks:
+        return
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError('Downstream tasks need an extra: pip install "cartilha[eval]"')
+    from lm_eval.tasks import TaskManager
+
+    unknown = [task for task in tasks if not TaskManager().match_tasks([task])]
+    if unknown:
+        raise UserError(f"lm-evaluation-harness has no task {unknown[0]!r}; `lm-eval ls tasks` lists them.")
+
+
+def run_tasks(loaded: LoadedModel, tokenizer: TextTokenizer, tasks: Sequence[str]) -> dict[str, Any] | None:
+    """The harness's metrics by task, or None where no task was asked for.
+
+    Args:
+        loaded: The model; its attention is switched to transformers' own for the time, and back.
+        tokenizer: Its tokenizer.
+        tasks: Names of the harness's tasks, already checked.
+
+    Raises:
+        UserError: The harness could not run them (a dataset of the hub that cannot be reached, as a rule).
+    """
+    if not tasks:
+        return None
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from transformers import PreTrainedTokenizerFast
+
+    names = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
+    special = {name: tokenizer.backend.id_to_token(i) for name, i in names.items() if i is not None}
+    loaded.model.set_attn_implementation("sdpa")
+    try:
+        harness = HFLM(
+            pretrained=loaded.model,
+            tokenizer=PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend, **special),
+            max_length=loaded.context_length,
+            add_bos_token=False,
+            batch_size=8,
+        )
+        results = lm_eval.simple_evaluate(model=harness, tasks=list(tasks), bootstrap_iters=1000)
+    except Exception as error:
+        raise UserError(
+            f"lm-evaluation-harness could not run {', '.join(tasks)} ({str(error).splitlines()[0][:200]}); "
+            "its tasks need their datasets from the hub."
+        ) from error
+    finally:
+        use_document_attention(loaded.model)
+    assert results is not None
+    return {task: dict(results["results"][task]) for task in results["results"]}

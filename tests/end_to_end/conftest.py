@@ -1,0 +1,103 @@
+"""What the end-to-end tests share: a small corpus, its store, and the command line called in this process."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from cartilha.cli import main
+from cartilha.config import PrepareConfig
+from cartilha.pipeline.prepare import prepare
+
+SENTENCE = "a fazenda o café de manhã lia devagar menina água roça e cartilha não sabia ler nem escrever ainda"
+
+
+def text(number: int) -> str:
+    """A line of 5 to 18 words, another one for each number."""
+    words = SENTENCE.split()
+    chosen = (words[(number * 7 + i * i) % len(words)] for i in range(5 + number % 14))
+    return f"Texto {number}: {' '.join(chosen)}."
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command left: its exit code and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Outcome]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """On a busy machine two threads wait for each other much longer than a tiny model computes."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before() -> Iterator[None]:
+    """The command line sets up logging for its process; other tests must not notice."""
+    logger = logging.getLogger("cartilha")
+    before = logger.handlers[:], logger.level, logger.propagate
+    yield
+    logger.handlers[:], logger.level, logger.propagate = before
+
+
+@pytest.fixture
+def cartilha(capfd: pytest.CaptureFixture[str]) -> Command:
+    """Call the command line; arguments may be paths and numbers."""
+
+    def call(*arguments: object) -> Outcome:
+        capfd.readouterr()
+        code = main([str(argument) for argument in arguments])
+        output = capfd.readouterr()
+        return Outcome(code, output.out, output.err)
+
+    return call
+
+
+@pytest.fixture
+def refused(cartilha: Command) -> Callable[..., str]:
+    """Call a command that must be refused: exit code 2 and one sentence, apart from the log's lines; returns it."""
+
+    def call(*arguments: object) -> str:
+        outcome = cartilha(*arguments)
+        assert outcome.code == 2, outcome
+        assert outcome.out == ""
+        assert "Traceback" not in outcome.err
+        sentences = [line for line in outcome.err.splitlines() if line.startswith("cartilha:")]
+        assert len(sentences) == 1 and outcome.err.splitlines()[-1] == sentences[0], outcome.err
+        # Some end with a command to copy, which a full stop would spoil.
+        assert re.search(r"[.?]$|: (cartilha|pip) [^.]*$", sentences[0]), sentences[0]
+        return sentences[0].removeprefix("cartilha: ")
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty short texts, one a line."""
+    path = tmp_path_factory.mktemp("corpus") / "textos.txt"
+    path.write_text("".join(text(number) + "\n" for number in range(20)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def store(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its store for random:tiny; not to be changed by a test."""
+    path = tmp_path_factory.mktemp("prepared") / "store"
+    prepare(PrepareConfig(input=(str(corpus),), model="random:tiny", output=str(path)))
+    return path

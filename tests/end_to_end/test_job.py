@@ -1,0 +1,580 @@
+"""The whole job on a tiny model: files, figures, exact resume, and what a failure leaves behind."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cartilha.config import EvaluateConfig, GenerateConfig, TrainConfig
+from cartilha.errors import InterruptedRunError, OutOfMemoryError, UserError
+from cartilha.model.forward import batch_nll
+from cartilha.pipeline.evaluate import evaluate
+from cartilha.pipeline.train import train
+from cartilha.tokens.store import TokenStore
+
+SETTINGS = {"model": "random:tiny", "block_size": 32, "batch_tokens": 128, "epochs": 2, "lr": 3e-3, "dtype": "float32"}
+FLAGS = [part for name, value in SETTINGS.items() for part in (f"--{name}", value)]
+PROMPTS = GenerateConfig(prompt=("Era uma vez ", "a\u2028b"), max_new_tokens=8)
+TIMES = {"seconds", "tokens_per_second", "memory_bytes"}
+EVALUATION_KEYS = {
+    *("perplexity", "word_perplexity", "bits_per_byte", "num_tokens", "num_bytes", "num_words", "num_documents"),
+    *("protocol", "seconds"),
+}
+
+
+def start(store: Path, output: Path, **changes: Any) -> dict[str, Any]:
+    """Train; the contents of results.json."""
+    config = TrainConfig(**{**SETTINGS, "store": str(store), "output": str(output), **changes})
+    return train(config, prompts=PROMPTS).results
+
+
+@dataclass(frozen=True)
+class Left:
+    """What a run left on the disk."""
+
+    path: Path
+
+    @property
+    def results(self) -> dict[str, Any]:
+        return json.loads((self.path / "results.json").read_text(encoding="utf-8"))
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        text = (self.path / name).read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.split("\n") if line]
+
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        return [line for line in self.lines("metrics.jsonl") if "evaluation" not in line]
+
+    @property
+    def losses(self) -> list[float]:
+        return [line["loss"] for line in self.steps]
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        return load_file(self.path / "model" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def unbroken(store: Path, one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Left:
+    """A run of two epochs that nobody interrupted; not to be changed by a test."""
+    path = tmp_path_factory.mktemp("unbroken") / "run"
+    start(store, path)
+    return Left(path)
+
+
+def without_times(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: without_times(item) for key, item in value.items() if key not in TIMES}
+    return [without_times(item) for item in value] if isinstance(value, list) else value
+
+
+def assert_same_run(run: Left, other: Left) -> None:
+    """The same metrics, figures, texts and weights, to the bit."""
+    assert without_times(run.lines("metrics.jsonl")) == without_times(other.lines("metrics.jsonl"))
+    assert run.lines("samples.jsonl") == other.lines("samples.jsonl")
+    for name in ("status", "epochs", "evaluations", "tokens"):
+        assert without_times(run.results[name]) == without_times(other.results[name]), name
+    weights, expected = run.weights, other.weights
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in weights)
+
+
+@pytest.fixture
+def during_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[int, Callable[[], None]]], None]:
+    """Do something inside the n-th forward pass from now on (a step has one unless micro-batches are set)."""
+
+    def arrange(actions: dict[int, Callable[[], None]]) -> None:
+        count = 0
+
+        def patched(model: Any, batch: Any, dtype: torch.dtype) -> torch.Tensor:
+            nonlocal count
+            count += 1
+            if count in actions:
+                actions[count]()
+            return batch_nll(model, batch, dtype)
+
+        monkeypatch.setattr("cartilha.training.loop.batch_nll", patched)
+
+    return arrange
+
+
+def raising(error: BaseException) -> Callable[[], None]:
+    def fail() -> None:
+        raise error
+
+    return fail
+
+
+def terminate() -> None:
+    signal.raise_signal(signal.SIGTERM)
+
+
+# The whole job
+
+
+RECIPE = """
+description: The whole job in seconds.
+model: random:tiny
+prepare:
+  input: [{corpus}]
+train:
+  block_size: 32
+  batch_tokens: 128
+  epochs: 1
+  lr: 3e-3
+  dtype: float32
+generate:
+  prompt: [Era uma vez]
+  max_new_tokens: 4
+"""
+
+
+def test_a_whole_recipe_in_seconds_and_again_does_nothing(cartilha, refused, corpus, tmp_path):
+    recipe = tmp_path / "pequena.yaml"
+    recipe.write_text(RECIPE.format(corpus=corpus), encoding="utf-8")
+    job = ["run", recipe, "--output", tmp_path / "job", "--train.max_steps", 3]
+    outcome = cartilha(*job, "--json")
+    assert outcome.code == 0, outcome.err
+    result = json.loads(outcome.out)
+    assert result.keys() == {"prepared", "trained", "report", "table"}
+    run = Left(tmp_path / "job" / "run")
+    assert result["trained"]["status"] == run.results["status"] == "finished"
+    assert result["trained"]["was_finished"] is False and run.results["settings"]["num_steps"] == 3
+    page = (tmp_path / "job" / "report.html").read_text(encoding="utf-8")
+    assert Path(result["report"]) == tmp_path / "job" / "report.html" and "<html" in page
+    assert "| run | 32 | 3 steps | 4 |" in result["table"] and "finished" in result["table"]
+    assert {path.name for path in (tmp_path / "job").iterdir()} == {"store", "run", "report.html"}
+    files = {"config.yaml", "metrics.jsonl", "results.json", "samples.jsonl", "checkpoints", "model"}
+    assert {path.name for path in run.path.iterdir()} == files
+    assert [line["prompt"] for line in run.lines("samples.jsonl")] == ["Era uma vez"] * 2
+
+    before = (run.path / "model" / "model.safetensors").stat().st_mtime_ns
+    again = cartilha(*job)
+    assert again.code == 0 and "nothing to do" in again.err
+    assert (run.path / "model" / "model.safetensors").stat().st_mtime_ns == before
+    assert "random:tiny: finished" in again.out and "finished" in again.out
+    # Other settings are not passed off as those of the run that is there.
+    assert "lr was 0.003, now 0.5" in refused(*job, "--train.lr", 0.5)
+
+
+def test_results_json_says_what_the_design_promises(unbroken, store):
+    results = unbroken.results
+    assert results["status"] == "finished" and results["error"] is None and results["resumed_from_step"] == []
+    assert {*SETTINGS, "store", "num_steps", "seed", "device", "micro_batch_size"} <= results["settings"].keys()
+    for name, value in SETTINGS.items():
+        assert results["settings"][name] == value
+    assert results["settings"]["blocks_per_step"] == 4
+    assert {row["epoch"] for row in results["epochs"]} == {1, 2}
+    assert all(row.keys() == {"epoch", "train_loss", "validation_loss", "seconds"} for row in results["epochs"])
+    assert all(row.keys() >= EVALUATION_KEYS for row in results["evaluations"])
+    assert results["packing"]["padding_share"] < 0.05
+    assert results["machine"]["device"] == "cpu" and {"torch", "python", "cartilha"} <= results["versions"].keys()
+    assert results["corpus"]["train_hash"] == TokenStore(store).counts["train"].corpus_hash
+    assert results["tokens"] == 2 * (results["corpus"]["num_train_tokens"] + results["corpus"]["num_train_documents"])
+    config = yaml.safe_load((unbroken.path / "config.yaml").read_text(encoding="utf-8"))["train"]
+    assert config.items() >= SETTINGS.items()
+
+
+def test_metrics_have_a_line_every_step(unbroken):
+    keys = {"step", "epoch", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "memory_bytes", "seconds"}
+    steps = unbroken.steps
+    assert [line["step"] for line in steps] == list(range(1, unbroken.results["settings"]["num_steps"] + 1))
+    assert all(line.keys() == keys for line in steps)
+    assert all(line["memory_bytes"] > 1e6 and line["grad_norm"] > 0 for line in steps)
+    for name in ("tokens", "seconds", "epoch"):
+        assert [line[name] for line in steps] == sorted(line[name] for line in steps)
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    assert max(line["lr"] for line in steps) == 3e-3 and steps[-1]["lr"] == pytest.approx(3e-4)
+
+
+def test_validation_before_step_1_and_after_every_epoch_is_in_metrics_and_results(unbroken):
+    results = unbroken.results
+    per_epoch = results["packing"]["steps_per_epoch"]
+    in_metrics = [line for line in unbroken.lines("metrics.jsonl") if "evaluation" in line]
+    for rows in (in_metrics, results["evaluations"]):
+        assert [(row["step"], row["epoch"]) for row in rows] == [(0, 0), (per_epoch, 1), (2 * per_epoch, 2)]
+    assert unbroken.lines("metrics.jsonl")[0]["step"] == 0
+    for line, row in zip(in_metrics, results["evaluations"], strict=True):
+        assert line["evaluation"]["perplexity"] == row["perplexity"]
+    losses = [row["loss"] for row in results["evaluations"]]
+    assert losses[1:] == [row["validation_loss"] for row in results["epochs"]]
+    assert losses[0] > losses[1] > losses[2]
+
+
+def test_an_epochs_loss_is_the_mean_over_its_tokens(unbroken):
+    seen = 0  # tokens before the epoch
+    for row in unbroken.results["epochs"]:
+        steps = [line for line in unbroken.steps if line["epoch"] == row["epoch"]]
+        totals = [seen, *(line["tokens"] for line in steps)]
+        tokens = [after - before for before, after in itertools.pairwise(totals)]
+        seen = steps[-1]["tokens"]
+        weighted = sum(line["loss"] * n for line, n in zip(steps, tokens, strict=True)) / sum(tokens)
+        assert row["train_loss"] == pytest.approx(weighted, rel=1e-9)
+        unweighted = sum(line["loss"] for line in steps) / len(steps)
+        assert abs(row["train_loss"] - unweighted) > 1e-5, "equally long steps: proves nothing"
+
+
+def test_the_last_validation_is_what_evaluate_finds_on_the_model(unbroken, store, cartilha):
+    last = unbroken.results["evaluations"][-1]
+    found = evaluate(EvaluateConfig(model=(str(unbroken.path / "model"),), store=str(store), dtype="float32"))
+    again = found.to_dict()["models"][0]
+    for name in ("perplexity", "word_perplexity", "bits_per_byte", "loss"):
+        assert again[name] == pytest.approx(last[name], rel=1e-5)
+    same = ["protocol", "corpus_hash", "num_tokens", "num_bytes", "num_words", "num_documents"]
+    assert [again[name] for name in same] == [last[name] for name in same]
+    outcome = cartilha("evaluate", "--model", unbroken.path / "model", "random:tiny", "--store", store, "--json")
+    figures = [row["loss"] for row in json.loads(outcome.out)["models"]]
+    assert figures[0] == pytest.approx(last["loss"], rel=1e-2)  # in the machine's own dtype
+    assert figures[1] == pytest.approx(unbroken.results["evaluations"][0]["loss"], rel=1e-2)
+
+
+def test_the_saved_model_is_a_plain_float32_model(unbroken, store):
+    folder = unbroken.path / "model"
+    assert all(tensor.dtype == torch.float32 for tensor in unbroken.weights.values())
+    for path in folder.glob("*.json"):
+        assert "cartilha" not in path.read_text(encoding="utf-8") and "_attn" not in path.read_text(encoding="utf-8")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert model.config._attn_implementation == "sdpa" and model.dtype == torch.float32
+    nll, num_tokens = 0.0, 0
+    with torch.inference_mode():
+        for document in TokenStore(store).validation_documents():
+            ids = [tokenizer.bos_token_id, *tokenizer(document.text, add_special_tokens=False)["input_ids"]]
+            tensor = torch.tensor([ids])
+            nll += float(model(input_ids=tensor, labels=tensor).loss) * (len(ids) - 1)
+            num_tokens += len(ids) - 1
+    last = unbroken.results["evaluations"][-1]
+    assert num_tokens == last["num_tokens"]
+    assert nll / num_tokens == pytest.approx(last["loss"], rel=1e-5)
+    assert "perplexity" in (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_samples_before_and_after_are_kept_whatever_they_hold(unbroken):
+    samples = unbroken.lines("samples.jsonl")
+    steps = [0, 0, unbroken.results["settings"]["num_steps"]]
+    assert [(line["step"], line["prompt"]) for line in samples] == [
+        (step, prompt) for step in steps[1:] for prompt in PROMPTS.prompt
+    ]
+    assert all(line["text"].startswith(line["prompt"]) and line["mode"] == "greedy" for line in samples)
+
+
+# Seeds, batches, options
+
+
+def test_one_seed_gives_the_same_losses_and_another_seed_others(unbroken, store, tmp_path):
+    start(store, tmp_path / "same")
+    assert_same_run(Left(tmp_path / "same"), unbroken)
+    start(store, tmp_path / "other", seed=1, max_steps=3)
+    other = Left(tmp_path / "other").losses
+    assert len(other) == 3 and all(a != b for a, b in zip(other, unbroken.losses, strict=False))
+
+
+def test_micro_batches_change_no_loss(unbroken, store, tmp_path, during_step):
+    for size, passes in ((1, 16), (2, 8), (3, 8)):
+        counted: list[int] = []
+        during_step(dict.fromkeys(range(1, 100), lambda counted=counted: counted.append(1)))
+        start(store, tmp_path / str(size), micro_batch_size=size, max_steps=4)
+        assert len(counted) == passes, "not the number of forward passes that micro-batches of this size need"
+        run = Left(tmp_path / str(size))
+        # The schedule of four steps is another one: only the first loss is that of the unbroken run.
+        assert run.losses[0] == pytest.approx(unbroken.losses[0], rel=1e-5)
+        if size > 1:
+            assert run.losses == pytest.approx(Left(tmp_path / "1").losses, rel=1e-5)
+            norms = [[line["grad_norm"] for line in Left(tmp_path / name).steps] for name in ("1", str(size))]
+            assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+def test_the_schedule_may_end_before_the_epoch_and_is_then_validated_too(store, tmp_path):
+    results = start(store, tmp_path / "run", max_steps=2)
+    assert results["epochs"] == [] and [row["step"] for row in results["evaluations"]] == [0, 2]
+    in_metrics = [line["step"] for line in Left(tmp_path / "run").lines("metrics.jsonl") if "evaluation" in line]
+    assert in_metrics == [0, 2]
+
+
+def test_validation_may_score_a_fixed_part(store, tmp_path, unbroken):
+    whole = unbroken.results["evaluations"][0]
+    wanted = whole["num_tokens"] - 1
+    parts = [
+        start(store, tmp_path / str(seed), max_steps=1, seed=seed, validation_tokens=wanted)["evaluations"]
+        for seed in (0, 1)
+    ]
+    assert whole["num_documents"] > 1
+    assert all(0 < row["num_tokens"] <= wanted for rows in parts for row in rows)
+    assert len({row["corpus_hash"] for rows in parts for row in rows}) == 1
+
+
+def test_dropout_is_off_unless_asked_for_and_never_reaches_validation_or_texts(store, tmp_path):
+    runs = {}
+    for dropout in (False, True):
+        start(store, tmp_path / str(dropout), model="random:tiny-opt", dropout=dropout, max_steps=2)
+        runs[dropout] = Left(tmp_path / str(dropout))
+    assert all(a != b for a, b in zip(runs[False].losses, runs[True].losses, strict=True))
+    before = [run.results["evaluations"][0]["loss"] for run in runs.values()]
+    assert before[0] == before[1]
+    texts = [[line["text"] for line in run.lines("samples.jsonl") if line["step"] == 0] for run in runs.values()]
+    assert texts[0] == texts[1]
+
+
+# Interruptions
+
+
+def test_interrupted_and_resumed_equals_unbroken(cartilha, unbroken, store, tmp_path, during_step):
+    path = tmp_path / "run"
+    arguments = ["train", *FLAGS, "--store", store, "--output", path]
+    during_step({5: terminate})
+    outcome = cartilha(*arguments)
+    assert outcome.code == 75
+    assert "cartilha: Stopped after step 5 of " in outcome.err and "--resume auto" in outcome.err
+    assert "Traceback" not in outcome.err
+    run = Left(path)
+    assert run.results["status"] == "interrupted" and len(run.steps) == 5
+    assert not (path / "model").exists()
+    # Forget the texts of the default prompt: the run goes on with the prompts of the unbroken one.
+    shutil.copy(unbroken.path / "samples.jsonl", path / "samples.jsonl")
+    start(store, path, resume="auto")
+    assert run.results["resumed_from_step"] == [5]
+    assert_same_run(run, unbroken)
+
+
+@pytest.mark.parametrize("last_epoch_step", [False, True])
+def test_interrupted_twice_equals_unbroken(unbroken, store, tmp_path, during_step, last_epoch_step):
+    per_epoch = unbroken.results["packing"]["steps_per_epoch"]
+    first = per_epoch if last_epoch_step else 2
+    during_step({first: terminate, first + 3: terminate})
+    for _ in range(2):
+        with pytest.raises(InterruptedRunError):
+            start(store, tmp_path / "run", resume="auto")
+    start(store, tmp_path / "run", resume="auto")
+    run = Left(tmp_path / "run")
+    assert run.results["resumed_from_step"] == [first, first + 3]
+    assert_same_run(run, unbroken)
+
+
+def test_a_resumed_run_draws_the_same_dropout(store, tmp_path, during_step):
+    changes = {"model": "random:tiny-opt", "dropout": True, "epochs": 1}
+    start(store, tmp_path / "whole", **changes)
+    during_step({4: terminate})
+    with pytest.raises(InterruptedRunError):
+        start(store, tmp_path / "run", **changes)
+    torch.manual_seed(12345)
+    start(store, tmp_path / "run", **changes, resume="auto")
+    assert_same_run(Left(tmp_path / "run"), Left(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_killed_and_resumed_equals_unbroken(unbroken, store, tmp_path, during_step, damaged):
+    path = tmp_path / "killed"
+
+    def kill() -> None:
+        """What a kill at this moment would leave: a copy of the directory, with a torn line."""
+        shutil.copytree(tmp_path / "run", path)
+        with (path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write('{"step": 8, "loss"')
+
+    during_step({8: kill})
+    start(store, tmp_path / "run", checkpoint_steps=3)
+    run = Left(path)
+    assert run.results["status"] == "running"
+    assert [folder.name for folder in sorted((path / "checkpoints").iterdir())] == ["step-00000003", "step-00000006"]
+    if damaged:
+        (path / "checkpoints" / "step-00000006" / "optimizer.safetensors").write_bytes(b"")
+    start(store, path, resume="auto", checkpoint_steps=3)
+    assert run.results["resumed_from_step"] == [3 if damaged else 6]
+    assert ("step-00000006 is damaged" in " ".join(run.results["notices"])) is damaged
+    assert_same_run(run, unbroken)
+
+
+def test_killed_before_the_first_checkpoint_begins_anew(unbroken, store, tmp_path, during_step):
+    during_step({2: lambda: shutil.copytree(tmp_path / "run", tmp_path / "killed")})
+    start(store, tmp_path / "run")
+    with pytest.raises(UserError, match="holds a run already; go on with it by --resume auto"):
+        start(store, tmp_path / "killed")
+    start(store, tmp_path / "killed", resume="auto")
+    run = Left(tmp_path / "killed")
+    assert run.results["resumed_from_step"] == []
+    assert_same_run(run, unbroken)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"lr": 1e-3}, "lr was 0.003, now 0.001"),
+        ({"seed": 1}, "seed was 0, now 1"),
+        ({"epochs": 3}, "num_steps was "),
+        ({"block_size": 64}, "block_size was 32, now 64"),
+        ({"batch_tokens": 64}, "batch_tokens was 128, now 64"),
+        ({"weight_decay": 0.0}, "weight_decay was 0.1, now 0.0"),
+        ({"dropout": True}, "dropout was False, now True"),
+        ({"model": "random:tiny-opt"}, "model was random:tiny, now random:tiny-opt"),
+    ],
+)
+def test_going_on_with_other_settings_is_refused_by_name(unbroken, stopped, store, tmp_path, changes, named):
+    for run in (unbroken.path, stopped):  # a finished run, and one that could go on
+        path = shutil.copytree(run, tmp_path / run.name)
+        with pytest.raises(UserError, match="other settings") as caught:
+            start(store, path, resume="auto", **changes)
+        assert named in str(caught.value)
+        assert (path / "results.json").read_bytes() == (run / "results.json").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def stopped(store: Path, one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was stopped after three steps; not to be changed by a test."""
+    path = tmp_path_factory.mktemp("stopped") / "stopped"
+    count = 0
+
+    def patched(model: Any, batch: Any, dtype: torch.dtype) -> torch.Tensor:
+        nonlocal count
+        count += 1
+        if count == 3:
+            terminate()
+        return batch_nll(model, batch, dtype)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(InterruptedRunError):
+        patch.setattr("cartilha.training.loop.batch_nll", patched)
+        start(store, path)
+    return path
+
+
+def test_another_store_is_another_setting(unbroken, cartilha, tmp_path, corpus):
+    other = tmp_path / "other-store"
+    assert cartilha("prepare", "--input", corpus, "--model", "random:tiny", "--output", other, "--seed", 9).code == 0
+    with pytest.raises(UserError, match="store was "):
+        start(other, shutil.copytree(unbroken.path, tmp_path / "run"), resume="auto")
+
+
+def test_what_does_not_decide_the_result_may_change(stopped, store, tmp_path, unbroken):
+    path = shutil.copytree(stopped, tmp_path / "run")
+    start(store, path, resume="auto", micro_batch_size=1, checkpoint_steps=5, dtype="auto")
+    run = Left(path)
+    assert run.results["settings"]["dtype"] == "float32"  # as the run began, whatever auto would choose today
+    assert run.losses == pytest.approx(unbroken.losses, rel=1e-4)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows ends a process at once")
+def test_a_process_that_is_asked_to_stop_ends_with_75(store, tmp_path):
+    path = tmp_path / "run"
+    arguments = [*FLAGS, "--store", store, "--output", path, "--max_steps", 100_000]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cartilha", "train", *map(str, arguments)],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        encoding="utf-8",
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not ((path / "metrics.jsonl").is_file() and Left(path).results["evaluations"] and num_lines(path) > 3):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 75
+    assert out == "" and "Traceback" not in err and "cartilha: Stopped after step " in err
+    run = Left(path)
+    assert run.results["status"] == "interrupted"
+    assert (path / "checkpoints" / f"step-{run.steps[-1]['step']:08d}" / "manifest.json").is_file()
+
+
+def num_lines(path: Path) -> int:
+    return (path / "metrics.jsonl").read_bytes().count(b"\n")
+
+
+# Failures
+
+
+def test_out_of_memory_is_recorded_said_and_a_row_of_the_table(cartilha, store, tmp_path, during_step):
+    during_step({3: raising(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"))})
+    outcome = cartilha("train", *FLAGS, "--store", store, "--output", tmp_path / "run")
+    assert outcome.code == 2 and "Traceback" not in outcome.err
+    assert outcome.err.splitlines()[-1].startswith("cartilha: The device ran out of memory; use a smaller --micro_")
+    run = Left(tmp_path / "run")
+    assert run.results["status"] == "out_of_memory" and "9 bytes" in run.results["error"]
+    assert len(run.steps) == 2 and len(run.results["evaluations"]) == 1
+    row = report_row(cartilha, tmp_path)
+    assert row.startswith("| run | 32 |") and row.endswith("| out of memory |")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("MPS backend out of memory (9 GB)")],
+)
+def test_every_devices_lack_of_memory_is_recognised(store, tmp_path, during_step, error):
+    during_step({1: raising(error)})
+    with pytest.raises(OutOfMemoryError):
+        start(store, tmp_path / "run")
+    assert Left(tmp_path / "run").results["status"] == "out_of_memory"
+
+
+def test_any_other_error_is_recorded_a_row_of_the_table_and_no_obstacle_to_going_on(
+    cartilha, store, tmp_path, during_step, unbroken
+):
+    during_step({5: raising(RuntimeError("a fault of ours"))})
+    with pytest.raises(RuntimeError, match="a fault of ours"):  # the traceback is wanted: exit code 1
+        start(store, tmp_path / "run", checkpoint_steps=2)
+    run = Left(tmp_path / "run")
+    assert (run.results["status"], run.results["error"]) == ("failed", "a fault of ours")
+    assert report_row(cartilha, tmp_path).endswith("| failed |")
+    start(store, tmp_path / "run", resume="auto", checkpoint_steps=2)
+    assert run.results["error"] is None and run.results["resumed_from_step"] == [4]
+    assert_same_run(run, unbroken)
+
+
+def report_row(cartilha: Any, tmp_path: Path) -> str:
+    page = tmp_path / "page.html"
+    outcome = cartilha("report", tmp_path / "run", "--output", page, "--json")
+    assert outcome.code == 0 and "<html" in page.read_text(encoding="utf-8")
+    return json.loads(outcome.out)["table"].strip().splitlines()[-1]
+
+
+def test_ctrl_c_twice_stops_at_once_and_is_recorded(cartilha, store, tmp_path, during_step):
+    during_step({3: raising(KeyboardInterrupt())})
+    outcome = cartilha("train", *FLAGS, "--store", store, "--output", tmp_path / "run")
+    assert outcome.code == 130 and outcome.err.endswith("cartilha: stopped.\n")
+    assert Left(tmp_path / "run").results["status"] == "interrupted"
+    assert report_row(cartilha, tmp_path).endswith("| interrupted |")
+
+
+def test_a_diverged_run_stops_before_it_pushes_its_sound_checkpoints_out(refused, store, tmp_path):
+    flags = ["--store", store, "--output", tmp_path / "run", "--max_grad_norm", 1e9, "--checkpoint_steps", 1]
+    assert "diverged" in refused("train", *FLAGS, *flags, "--lr", 1e9)
+    run = Left(tmp_path / "run")
+    assert run.results["status"] == "failed"
+    first_bad = next(line["step"] for line in run.steps if line["loss"] is None)
+    saved = [int(path.name.removeprefix("step-")) for path in (run.path / "checkpoints").iterdir()]
+    assert saved and max(saved) < first_bad
+
+
+def test_a_job_that_fails_is_reported_too_and_goes_on_when_run_again(cartilha, corpus, tmp_path, during_step):
+    recipe = tmp_path / "pequena.yaml"
+    recipe.write_text(RECIPE.format(corpus=corpus), encoding="utf-8")
+    job = ["run", recipe, "--output", tmp_path / "job"]
+    during_step({4: terminate})
+    outcome = cartilha(*job)
+    assert outcome.code == 75
+    page = (tmp_path / "job" / "report.html").read_text(encoding="utf-8")
+    assert "interrupted" in page
+    outcome = cartilha(*job, "--json")
+    assert outcome.code == 0
+    assert json.loads(outcome.out)["trained"]["resumed_from_step"] == [4]
+    assert json.loads(outcome.out)["prepared"]["was_ready"] is True
+    assert (tmp_path / "job" / "report.html").read_text(encoding="utf-8") != page

@@ -1,0 +1,175 @@
+"""Baselines: figures by hand, and that a compressor's window reaches back over the whole prime."""
+
+from __future__ import annotations
+
+import bz2
+import lzma
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cartilha.evaluation import baselines
+from cartilha.evaluation.baselines import (
+    MAX_PRIME_BYTES,
+    Baseline,
+    token_counts,
+    uniform,
+    unigram,
+    unigram_log_probabilities,
+    unigram_nll,
+    xz_bits_per_byte,
+    zstd_bits_per_byte,
+)
+
+COMPRESSORS = [xz_bits_per_byte, zstd_bits_per_byte]
+
+
+def noise(num_bytes: int, seed: int = 0) -> bytes:
+    return np.random.default_rng(seed).bytes(num_bytes)
+
+
+# Uniform
+
+
+def test_the_uniform_model_has_the_number_of_rows_as_perplexity():
+    baseline = uniform(256, num_tokens=30, num_bytes=60)
+    assert baseline.perplexity == 256
+    assert baseline.bits_per_byte == pytest.approx(4)
+    assert baseline.to_dict() == {"perplexity": 256.0, "bits_per_byte": baseline.bits_per_byte}
+    assert uniform(256, 30, None).bits_per_byte is None
+    with pytest.raises(ValueError, match="one row"):
+        uniform(0, 1, 1)
+
+
+# Unigram
+
+
+def test_a_unigram_model_by_hand():
+    # 6 tokens, 3 distinct, 6 rows: p = (c + 1/2) / 9.
+    counts = np.array([3, 2, 1, 0, 0, 0])
+    probabilities = np.exp(unigram_log_probabilities(counts))
+    assert probabilities == pytest.approx(np.array([7, 5, 3, 1, 1, 1]) / 18)
+    ids = [np.array([0, 5], np.uint16), np.array([], np.uint16), np.array([2], np.uint16)]
+    nll = -math.log(7 / 18 * 1 / 18 * 3 / 18)
+    assert unigram_nll(counts, ids) == pytest.approx([-math.log(7 / 18 * 1 / 18), 0, -math.log(3 / 18)])
+    baseline = unigram(counts, ids, num_bytes=10)
+    assert baseline.perplexity == pytest.approx(math.exp(nll / 3))
+    assert baseline.bits_per_byte == pytest.approx(nll / 10 / math.log(2))
+    assert unigram(counts, ids, None) == Baseline(baseline.perplexity, None)
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 0], [0, 0, 0], [1, 1, 1], [10**12, 1, 0], [5]])
+def test_unigram_probabilities_sum_to_one_and_none_is_zero(counts):
+    probabilities = np.exp(unigram_log_probabilities(np.array(counts)))
+    assert probabilities.sum() == pytest.approx(1, abs=1e-12)
+    assert (probabilities > 0).all()
+
+
+def test_without_training_text_the_unigram_model_is_the_uniform_one():
+    ids = [np.array([1, 2, 2])]
+    assert unigram(np.zeros(50, np.int64), ids, 7).perplexity == pytest.approx(uniform(50, 3, 7).perplexity)
+    assert unigram(np.zeros(50, np.int64), ids, 7).bits_per_byte == pytest.approx(uniform(50, 3, 7).bits_per_byte)
+
+
+def test_few_training_tokens_do_not_make_it_nearly_uniform():
+    # Add-one would give the 50,000 rows that never occur most of the mass.
+    generator = np.random.default_rng(1)
+    draw = generator.zipf(1.5, 4000) % 50_000
+    counts, ids = np.bincount(draw[:3000], minlength=50_000), [draw[3000:]]
+    add_one = math.exp(-np.log((counts + 1) / (3000 + 50_000))[draw[3000:]].mean())
+    assert unigram(counts, ids, None).perplexity < add_one / 2
+
+
+def test_what_a_unigram_model_cannot_score_is_refused():
+    counts = np.ones(4, np.int64)
+    with pytest.raises(ValueError, match="beyond the 4 rows"):
+        unigram_nll(counts, [np.array([1]), np.array([4])])
+    with pytest.raises(ValueError, match="nothing to score"):
+        unigram(counts, [np.array([], np.int64)], 3)
+    with pytest.raises(ValueError, match="one count for each row"):
+        unigram_log_probabilities(np.array([1, -1]))
+
+
+# Counts
+
+
+@pytest.mark.parametrize("dtype", ["<u2", "<u4"])
+def test_tokens_are_counted_chunk_by_chunk(tmp_path: Path, monkeypatch, dtype):
+    ids = np.random.default_rng(2).integers(0, 90, 1003).astype(dtype)
+    ids.tofile(tmp_path / "train.tokens")
+    tokens = np.memmap(tmp_path / "train.tokens", dtype=dtype, mode="r")
+    monkeypatch.setattr(baselines, "TOKENS_A_CHUNK", 100)
+    counts = token_counts(tokens, 100)
+    assert counts.dtype == np.int64
+    assert counts.tolist() == [int((ids == i).sum()) for i in range(100)]
+    assert counts.sum() == 1003
+    sizes = []
+    count = np.bincount
+    monkeypatch.setattr(np, "bincount", lambda chunk, **options: (sizes.append(len(chunk)), count(chunk, **options))[1])
+    token_counts(tokens, 100)
+    assert sizes == [100] * 10 + [3], "the whole file at once would be eight bytes a token in memory"
+
+
+def test_an_empty_text_has_no_counts_and_ids_beyond_the_rows_are_refused():
+    assert token_counts(np.zeros(0, np.uint16), 3).tolist() == [0, 0, 0]
+    with pytest.raises(ValueError, match="the token 7, but the model only 7 rows"):
+        token_counts(np.array([1, 7], np.uint16), 7)
+
+
+# Compressors
+
+
+@pytest.mark.parametrize("compress", COMPRESSORS)
+def test_noise_takes_eight_bits_and_repetition_nearly_none(compress):
+    assert compress(noise(100_000)) == pytest.approx(8, abs=0.02)
+    assert compress(b"cartilha " * 10_000) < 0.02
+
+
+@pytest.mark.parametrize("compress", COMPRESSORS)
+def test_known_text_is_nearly_free_and_unrelated_text_no_help(compress):
+    text = noise(50_000)
+    assert compress(text, noise(100_000, seed=1)) == pytest.approx(8, abs=0.05)
+    assert compress(text, text) < 0.3
+    assert compress(text, b"") == compress(text, None) == compress(text)
+
+
+@pytest.mark.parametrize("compress", COMPRESSORS)
+def test_portuguese_lies_where_general_compressors_put_it(compress, shared: Path):
+    text = (shared / "text" / "gnome.txt").read_bytes()
+    half = len(text) // 2
+    plain, primed = compress(text[half:]), compress(text[half:], text[:half])
+    assert plain == pytest.approx(8 * len(bz2.compress(text[half:])) / len(text[half:]), rel=0.25)
+    assert primed < 0.95 * plain
+
+
+def test_xz_is_what_the_command_makes_of_it():
+    text = b"".join(b"%d palavras\n" % (i * i) for i in range(20_000))
+    assert 8 * len(lzma.compress(text)) / len(text) == pytest.approx(xz_bits_per_byte(text), abs=0.01)
+
+
+@pytest.mark.parametrize("compress", COMPRESSORS)
+def test_the_window_reaches_over_the_longest_prime_and_a_long_text(compress):
+    # What is known lies at the very beginning of the longest prime, and again at the end of 8 MB more.
+    known = noise(20_000)
+    prime = known + bytes(MAX_PRIME_BYTES - len(known))
+    text = bytes(8_000_000) + known
+    free = compress(text, prime) * len(text) / 8
+    assert free < 2_000
+    unknown = compress(text, bytes(MAX_PRIME_BYTES)) * len(text) / 8
+    assert unknown > 19_000, "the same without the known part would prove nothing"
+
+
+@pytest.mark.parametrize("compress", COMPRESSORS)
+def test_of_a_longer_prime_the_end_counts(compress, monkeypatch):
+    monkeypatch.setattr(baselines, "MAX_PRIME_BYTES", 30_000)
+    text, other = noise(20_000), noise(30_000, seed=1)
+    assert compress(text, other + text) < 0.3
+    assert compress(text, text + other) > 7.9
+
+
+@pytest.mark.parametrize("compress", COMPRESSORS)
+def test_nothing_to_compress_is_refused(compress):
+    with pytest.raises(ValueError, match="empty"):
+        compress(b"", b"abc")

@@ -1,0 +1,417 @@
+"""The command line: what is parsed, what is refused and how, and what is not imported for it."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cartilha import cli
+from cartilha.cli import COMMANDS, main
+from cartilha.pipeline.recipes import recipe_names
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before() -> Iterator[None]:
+    logger = logging.getLogger("cartilha")
+    before = logger.handlers[:], logger.level, logger.propagate
+    yield
+    logger.handlers[:], logger.level, logger.propagate = before
+
+
+@pytest.fixture
+def settings(capsys):
+    """What arguments resolve to, as --print_config shows it."""
+
+    def resolved(*arguments: str) -> dict[str, Any]:
+        code = main([*arguments, "--print_config"])
+        output = capsys.readouterr()
+        assert code == 0, output.err
+        values = yaml.safe_load(output.out)
+        assert isinstance(values, dict)
+        return values
+
+    return resolved
+
+
+@pytest.fixture
+def refused(capsys):
+    """The one sentence that arguments are refused with."""
+
+    def sentence(*arguments: str) -> str:
+        code = main(list(arguments))
+        output = capsys.readouterr()
+        assert code == 2
+        assert output.out == ""
+        assert output.err.startswith("cartilha: ") and output.err.count("\n") == 1
+        assert output.err.endswith((".\n", "?\n"))
+        return output.err.removeprefix("cartilha: ").strip()
+
+    return sentence
+
+
+# What is imported
+
+
+def in_a_new_process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        encoding="utf-8",
+        timeout=60,
+        env={**os.environ, **environment},
+        check=False,
+    )
+
+
+def test_help_and_prepare_import_neither_torch_nor_transformers(tmp_path):
+    (tmp_path / "a.txt").write_text("um\ndois\ntrês\nquatro\n", encoding="utf-8")
+    code = f"""
+import sys
+from cartilha.cli import main, COMMANDS
+
+def check(*arguments):
+    assert main(arguments) == 0, arguments
+    loaded = {{"torch", "transformers"}} & set(sys.modules)
+    assert not loaded, (arguments, loaded)
+
+check("--help")
+assert "cartilha.pipeline.prepare" not in sys.modules
+for name in COMMANDS:
+    check(name, "--help")
+check("run", "demo", "--print_config")
+check("prepare", "--input", r"{tmp_path}/a.txt", "--model", "random:tiny", "--output", r"{tmp_path}/store")
+check("inspect", r"{tmp_path}/store")
+check("inspect", "primer")
+assert "cartilha.pipeline.prepare" in sys.modules
+"""
+    done = in_a_new_process(code)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "store" / "store.json").is_file()
+
+
+def test_python_m_cartilha_prints_portuguese_where_the_locale_is_ascii():
+    done = subprocess.run(
+        [sys.executable, "-m", "cartilha", "run", "demo", "--print_config"],
+        capture_output=True,
+        timeout=60,
+        env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "é preciso" in done.stdout.decode("utf-8")
+
+
+# Help
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["help"]])
+def test_the_overview_names_every_command(arguments, capsys):
+    assert main(arguments) == 0
+    output = capsys.readouterr()
+    assert output.err == ""
+    assert all(f"\n  {name} " in output.out for name in COMMANDS)
+
+
+def test_the_version_is_printed(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == importlib.metadata.version("cartilha")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_commands_help_lists_its_options_and_the_command_is_there(name, capsys):
+    assert main([name, "--help"]) == 0
+    output = capsys.readouterr()
+    assert output.err == ""
+    for flag in cli._flags(cli._parser(name, COMMANDS[name])):
+        assert flag in output.out or flag == "--description"  # for recipes only
+    assert "--json" in output.out and "--print_config" in output.out
+    module, function = COMMANDS[name].home
+    assert callable(getattr(importlib.import_module(module), function))
+
+
+# What is parsed
+
+
+def test_the_flags_of_prepare(settings):
+    given = settings(
+        *("prepare", "--input", "a.txt", "b.txt", "--input", "c.txt", "--model", "random:tiny", "--output", "store"),
+        *("--validation_fraction", "0.3", "--seed", "7", "--limit_documents", "5", "--text_column", "body"),
+        *("--encoding", "latin-1", "--invalid_bytes", "replace", "--overwrite"),
+    )
+    assert given == {
+        "input": ["a.txt", "b.txt", "c.txt"],
+        "model": "random:tiny",
+        "output": "store",
+        "validation_fraction": 0.3,
+        "seed": 7,
+        "limit_documents": 5,
+        "text_column": "body",
+        "encoding": "latin-1",
+        "invalid_bytes": "replace",
+        "overwrite": True,
+    }
+
+
+def test_the_flags_of_train(settings):
+    given = settings(
+        *("train", "--model", "m", "--store", "s", "--output", "r", "--block_size", "256", "--epochs", "3"),
+        *("--max_steps", "40", "--batch_tokens", "1024", "--lr", "3e-4", "--seed", "9", "--dtype", "bfloat16"),
+        *("--resume", "auto", "--checkpoint_steps", "10", "--validation_tokens", "500", "--dropout"),
+    )
+    expected = {"block_size": 256, "epochs": 3, "max_steps": 40, "batch_tokens": 1024, "lr": 3e-4, "seed": 9}
+    expected |= {"dtype": "bfloat16", "resume": "auto", "checkpoint_steps": 10, "validation_tokens": 500}
+    expected |= {"dropout": True, "model": "m", "store": "s", "output": "r"}
+    assert given.items() >= expected.items()
+
+
+def test_the_flags_of_evaluate(settings):
+    given = settings(
+        *("evaluate", "--model", "a", "b", "--model", "c", "--store", "s", "--protocol", "first-512"),
+        *("--window", "512", "--stride", "128", "--prefix_token", "</s>", "--dtype", "float32"),
+        *("--limit_documents", "3"),
+    )
+    expected = {"model": ["a", "b", "c"], "store": "s", "input": [], "protocol": "first-512", "window": 512}
+    expected |= {"stride": 128, "prefix_token": "</s>", "dtype": "float32", "limit_documents": 3}
+    assert given.items() >= expected.items()
+
+
+def test_the_flags_of_generate(settings):
+    given = settings(
+        *("generate", "--model", "m", "--prompt", "Era uma vez", "Na fazenda ", "--prompt", "x"),
+        *("--max_new_tokens", "12", "--do_sample", "--num_beams", "4"),
+    )
+    expected = {"model": "m", "prompt": ["Era uma vez", "Na fazenda ", "x"], "max_new_tokens": 12}
+    assert given.items() >= (expected | {"do_sample": True, "num_beams": 4}).items()
+
+
+def test_the_flags_of_report_and_inspect(settings):
+    assert settings("report", "a", "b", "--output", "p.html") == {
+        "runs": ["a", "b"],
+        "output": "p.html",
+        "language": "auto",
+    }
+    assert settings("inspect", "store") == {"what": "store"}
+
+
+def test_what_is_not_given_keeps_its_default_and_lists_are_replaced(settings):
+    assert settings("train")["lr"] == "auto"
+    assert settings("train", "--lr", "auto")["lr"] == "auto"
+    assert settings("train", "--lr=1e-3")["lr"] == 1e-3
+    assert settings("train", "--micro_batch_size", "2")["micro_batch_size"] == 2
+    assert settings("train", "--micro_batch_size", "auto")["micro_batch_size"] == "auto"
+    assert settings("train")["dropout"] is False
+    assert settings("evaluate")["model"] == ["facebook/opt-125m"]
+    assert settings("evaluate", "--model", "a")["model"] == ["a"]
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["trian"], ["'trian'", "did you mean train?"]),
+        (["zzz"], ["'zzz'", "prepare", "evaluate"]),
+        (["--json"], ["'--json'"]),
+        (["train", "--block_sise", "3"], ["--block_sise", "did you mean --block_size?"]),
+        (["train", "--epoch", "3"], ["--epoch;", "did you mean --epochs?"]),  # abbreviations are not options
+        (["train", "--zzzzzz", "3"], ["--zzzzzz", "--help"]),
+        (["run", "demo", "--train.learning_rate", "3"], ["--train.learning_rate", "--help"]),
+        (["run", "demo", "--train.lrr=3"], ["--train.lrr", "did you mean --train.lr?"]),
+        (["run", "demo", "--train.store", "x"], ["--train.store"]),  # the job itself sets it
+        (["train", "--epochs", "x"], ["epochs", "'x'"]),
+        (["train", "--epochs", "1.5"], ["epochs", "'1.5'"]),
+        (["train", "--lr", "fast"], ["lr", "'fast'"]),
+        (["train", "--dtype", "float64"], ["dtype", "float64"]),
+        (["train", "--resume", "yes"], ["resume", "yes"]),
+        (["train", "--dropout", "yes"], ["yes"]),
+        (["train", "--epochs"], ["--epochs", "argument"]),
+        (["prepare", "--input"], ["--input", "argument"]),
+        (["prepare", "--validation_fraction", "a fifth"], ["validation_fraction", "a fifth"]),
+        (["prepare", "a.txt"], ["a.txt"]),
+        (["run"], ["recipe"]),
+        (["inspect"], ["what"]),
+        (["report"], ["runs"]),
+        (["run", "dmo"], ["'dmo'", "did you mean demo?"]),
+        (["run", "no-such-recipe"], ["no-such-recipe", *recipe_names()]),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_exit_code_2(refused, arguments, parts):
+    sentence = refused(*arguments)
+    assert all(part in sentence for part in parts), sentence
+
+
+def test_what_the_disk_refuses_is_a_sentence_and_a_fault_of_ours_is_not(monkeypatch, capsys):
+    def fail_with(error: Exception) -> None:
+        def fail(config: Any) -> None:
+            raise error
+
+        monkeypatch.setattr("cartilha.pipeline.inspect.inspect", fail)
+
+    fail_with(OSError(28, "No space left on device", "run/metrics.jsonl"))
+    assert main(["inspect", "primer"]) == 2
+    assert capsys.readouterr().err.startswith("cartilha: Nothing can be written to run/metrics.jsonl (No space left")
+    fail_with(FileNotFoundError(2, "No such file", "x"))
+    with pytest.raises(FileNotFoundError):
+        main(["inspect", "primer"])
+    fail_with(RuntimeError("ours"))
+    with pytest.raises(RuntimeError):
+        main(["inspect", "primer"])
+
+
+# Output
+
+
+def test_json_is_one_object_on_standard_output_and_nothing_else(capsys, tmp_path):
+    (tmp_path / "a.txt").write_text("um\ndois\ntrês\nquatro\n", encoding="utf-8")
+    arguments = ["prepare", "--input", str(tmp_path / "a.txt"), "--model", "random:tiny"]
+    assert main([*arguments, "--output", str(tmp_path / "store"), "--json"]) == 0
+    output = capsys.readouterr()
+    result = json.loads(output.out)
+    assert sum(split["num_documents"] for split in result["splits"].values()) == 4
+    assert "train: " in output.err
+    assert main(["inspect", str(tmp_path / "store"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["store"]["format_version"] == 1
+    assert main(["inspect", "primer", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["primer"]
+
+
+def test_without_json_a_person_reads_a_table(capsys, tmp_path):
+    (tmp_path / "a.txt").write_text("um\ndois\num\n\nquatro\n", encoding="utf-8")
+    arguments = ["prepare", "--input", str(tmp_path / "a.txt"), "--model", "random:tiny"]
+    assert main([*arguments, "--output", str(tmp_path / "store")]) == 0
+    printed = capsys.readouterr().out
+    assert "validation" in printed and "1 exact duplicates, 1 empty" in printed
+    assert main(["inspect", str(tmp_path / "store")]) == 0
+    assert "a.txt:1" in capsys.readouterr().out
+
+
+def test_the_evaluation_table_cuts_no_figure_and_takes_no_name_for_markup(capsys):
+    from cartilha.report.terminal import show
+
+    row = {
+        "model": "/home/ana/[/red]/models/opt-125m",
+        "perplexity": 31.234567,
+        "bits_per_byte": 1.23456,
+        "word_perplexity": 8.6e12,
+        "bits_per_char": 1.3,
+        "bits_per_byte_interval": [1.2, 1.3],
+        "macro": {"bits_per_byte": 1.25},
+        "unused_rows_mass": 1e-9,
+        "domains": {},
+        "tokens_per_second": 700.0,
+        "num_tokens": 12_345_678,
+        "num_documents": 1_234_567,
+        "baselines": {"uniform": {"perplexity": 50_272.0, "bits_per_byte": 6.1}},
+        "protocol": {"name": "full", "window": 2048, "stride": 1024, "dtype": "float32", "hash": "0123456789ab"},
+    }
+    show("evaluate", {"models": [row, {**row, "bits_per_byte": None}]})
+    printed = capsys.readouterr().out
+    shown = ["31.23", "1.2346", "8.6e+12", "12,345,678", "1,234,567", "50,272", "0123456789ab", "refused", "[/red]"]
+    assert [text for text in shown if text not in printed.replace("│\n│", "")] == []
+    assert "…" not in printed
+    assert printed.count("0123456789ab") == 1
+
+
+# Recipes
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_built_in_recipe_resolves_and_its_resolved_form_is_a_recipe(settings, tmp_path, name):
+    resolved = settings("run", name)
+    assert resolved["prepare"]["input"] and resolved["description"]
+    path = tmp_path / "again.yaml"
+    path.write_text(yaml.safe_dump(resolved, allow_unicode=True), encoding="utf-8")
+    output = ["--output", resolved["output"]]
+    assert settings("run", str(path), *output) == resolved
+
+
+def test_options_override_a_recipe_and_its_lists(settings):
+    recipe = settings("run", "demo")
+    given = settings(
+        *("run", "demo", "--train.lr", "1e-5", "--train.max_steps=3", "--generate.prompt", "Um", "--generate.prompt"),
+        *("Dois", "--prepare.input", "a.txt", "--model", "random:tiny", "--generate.do_sample"),
+    )
+    assert (given["train"].pop("lr"), recipe["train"].pop("lr")) == (1e-5, 3e-4)
+    assert (given["train"].pop("max_steps"), recipe["train"].pop("max_steps")) == (3, 20)
+    assert given["train"] == recipe["train"]
+    assert given["generate"]["prompt"] == ["Um", "Dois"] and len(recipe["generate"]["prompt"]) == 3
+    assert given["prepare"]["input"] == ["a.txt"] and recipe["prepare"]["input"] == ["primer"]
+    assert given["generate"]["do_sample"] is True and recipe["generate"]["do_sample"] is False
+    assert (given["model"], given["output"]) == ("random:tiny", recipe["output"])
+
+
+def test_demo_is_the_recipe_demo(settings):
+    assert settings("demo") == settings("run", "demo")
+    assert settings("demo", "--train.seed", "3")["train"]["seed"] == 3
+
+
+RECIPE = """
+model: random:tiny
+prepare:
+  input: [a.txt, b.txt]
+  overwrite: true
+train:
+  lr: 3e-4
+  max_steps: null
+  dropout: false
+generate:
+  prompt: "-- Bom dia, disse ela."
+"""
+
+
+def test_a_recipe_file_by_path(settings, tmp_path):
+    path = tmp_path / "minha.yaml"
+    path.write_text(RECIPE, encoding="utf-8")
+    given = settings("run", str(path))
+    assert given["output"] == str(Path("runs") / "minha")
+    assert given["prepare"]["input"] == ["a.txt", "b.txt"] and given["prepare"]["overwrite"] is True
+    assert given["train"]["lr"] == 3e-4 and given["train"]["max_steps"] is None and given["train"]["dropout"] is False
+    assert given["generate"]["prompt"] == ["-- Bom dia, disse ela."]
+    path.rename(tmp_path / "outra.yml")
+    assert settings("run", str(tmp_path / "outra.yml"))["output"] == str(Path("runs") / "outra")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "parts"),
+    [
+        ("train: {epoch: 3}", ["--train.epoch", "did you mean --train.epochs?"]),
+        ("train: {droput: false}", ["--train.droput", "did you mean --train.dropout?"]),
+        ("train: {max_step: null}", ["--train.max_step", "did you mean --train.max_steps?"]),
+        ("trian: {lr: 3}", ["--trian.lr", "did you mean --train.lr?"]),
+        ("trian:", ["--trian"]),
+        ("prepare: {model: x}", ["--prepare.model"]),
+        ("train: {epochs: many}", ["train.epochs", "'many'"]),
+        ("train: {epochs: 1.5}", ["train.epochs", "'1.5'"]),
+        ("train: {epochs: [1, 2]}", ["2"]),
+        ("train: {dropout: 'yes, please'}", ["dropout"]),
+        ("prepare: {input: []}", ["--prepare.input"]),
+        ("train: [1, 2", ["YAML"]),
+        ("\tmodel: x", ["YAML"]),
+        ("description: 2024-13-45", ["YAML"]),
+        ("- model", ["mapping"]),
+        ("", ["mapping"]),
+    ],
+)
+def test_a_faulty_recipe_is_refused_by_name(refused, tmp_path, recipe, parts):
+    path = tmp_path / "minha.yaml"
+    path.write_text(recipe, encoding="utf-8")
+    sentence = refused("run", str(path))
+    assert all(part in sentence for part in ["minha.yaml", *parts]), sentence
+
+
+def test_a_recipe_that_is_no_text_is_refused(refused, tmp_path):
+    path = tmp_path / "minha.yaml"
+    path.write_bytes(b"model: \xff\xfe\x00")
+    assert "minha.yaml" in refused("run", str(path))
+    assert "YAML file" in refused("run", str(tmp_path))

@@ -1,0 +1,77 @@
+"""The optimizer's groups and the learning rate's shape."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from cartilha.model.load import load_model
+from cartilha.training.optimizer import learning_rate, make_optimizer, resolve_lr
+
+
+def rates(num_steps: int, warmup: float = 0.1, final: float = 0.1, peak: float = 2e-3) -> list[float]:
+    return [
+        learning_rate(step, num_steps, peak=peak, warmup_fraction=warmup, final_fraction=final)
+        for step in range(num_steps)
+    ]
+
+
+def test_the_rate_rises_from_above_zero_to_the_peak_and_falls_to_its_final_share():
+    all_rates = rates(100)
+    assert all_rates[0] == pytest.approx(2e-3 / 10)
+    assert all_rates[9] == max(all_rates) == 2e-3
+    assert all_rates[-1] == pytest.approx(2e-4)
+    assert all(later > earlier for earlier, later in itertools.pairwise(all_rates[:10]))
+    assert all(later < earlier for earlier, later in itertools.pairwise(all_rates[9:]))
+    assert all_rates[9 + 45] == pytest.approx((2e-3 + 2e-4) / 2)  # a cosine is half way down in the middle
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 7])
+@pytest.mark.parametrize("warmup", [0.0, 0.05, 0.5, 1.0])
+@pytest.mark.parametrize("final", [0.0, 1.0])
+def test_short_runs_keep_to_the_bounds(num_steps, warmup, final):
+    all_rates = rates(num_steps, warmup, final)
+    assert 0 < all_rates[0] <= 2e-3 and max(all_rates) == 2e-3
+    assert all(0 <= rate <= 2e-3 for rate in all_rates)
+
+
+def test_without_decay_the_peak_is_kept_and_with_a_final_share_of_zero_the_last_step_has_none():
+    assert rates(50, final=1.0)[5:] == [2e-3] * 45
+    assert rates(50, final=0.0)[-1] == pytest.approx(0.0, abs=1e-12)
+    assert rates(50, final=0.0)[-2] > 0
+
+
+def test_the_automatic_rate_is_3e_4_at_125_million_parameters_and_falls_with_size():
+    sizes = [10**5, 10**7, 125_000_000, 10**9, 10**10]
+    found = [resolve_lr("auto", size) for size in sizes]
+    assert found[2] == pytest.approx(3e-4)
+    assert found == sorted(found, reverse=True) and found[0] == 3e-3
+    assert found[3] == pytest.approx(3e-4 / 8**0.5)
+    assert resolve_lr(0.5, 10**5) == 0.5
+
+
+@pytest.mark.parametrize("ref", ["random:tiny", "random:tiny-opt"])
+def test_every_parameter_is_in_one_group_and_tied_weights_once(ref):
+    loaded = load_model(ref, torch.device("cpu"))
+    model = loaded.model
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight, "not tied: proves nothing"
+    optimizer = make_optimizer(model, 1e-3, 0.1)
+    listed = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    assert len({id(p) for p in listed}) == len(listed)
+    assert {id(p) for p in listed} == {id(p) for p in model.parameters()}
+    assert sum(p.numel() for p in listed) == loaded.num_parameters
+
+
+def test_matrices_decay_and_vectors_do_not():
+    model = load_model("random:tiny-opt", torch.device("cpu")).model
+    optimizer = make_optimizer(model, 0.5, 0.1)
+    assert any(p.dim() == 1 for p in model.parameters())
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()  # with gradients of zero only the decay moves a weight
+    for name, parameter in model.named_parameters():
+        factor = 1 - 0.5 * 0.1 if parameter.dim() >= 2 else 1.0
+        torch.testing.assert_close(parameter.detach(), before[name] * factor, rtol=1e-6, atol=0)
