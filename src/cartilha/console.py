@@ -68,7 +68,7 @@ def progress(title: str, total: float | None, unit: str) -> Iterator[Advance]:
             def advance_bar(amount: float, note: str = "") -> None:
                 done = bar.tasks[0].completed + amount
                 rate = done / max(time.monotonic() - started, 1e-9)
-                bar.update(task, advance=amount, note=f"{rate:,.0f} {unit}/s {note}")
+                bar.update(task, advance=amount, note=f"{_show_rate(rate)} {unit}/s  {note}")
 
             yield advance_bar
     else:
@@ -88,8 +88,12 @@ def _plain_lines(title: str, total: float | None, unit: str) -> Advance:
             rate = done / (now - started)
             left = f", {(total - done) / rate:,.0f} s left" if total and rate else ""
             of = f" of {total:,.0f}" if total else ""
-            logging.getLogger("cartilha").info(
-                "%s: %s%s %s, %s %s/s%s %s", title, f"{done:,.0f}", of, unit, f"{rate:,.0f}", unit, left, note
-            )
+            line = f"{title}: {done:,.0f}{of} {unit}, {_show_rate(rate)} {unit}/s{left}"
+            logging.getLogger("cartilha").info("%s%s", line, f" ({note})" if note else "")
 
     return advance
+
+
+def _show_rate(rate: float) -> str:
+    """Rates from steps of a minute to millions of bytes a second."""
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"

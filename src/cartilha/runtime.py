@@ -105,7 +105,8 @@ def cpu_matmul_rate(dtype_name: str) -> float:
     import torch
 
     size = 1024
-    left, right = (torch.randn(size, size).to(getattr(torch, dtype_name)) for _ in range(2))
+    generator = torch.Generator().manual_seed(0)  # torch's own is the run's, and is left alone
+    left, right = (torch.randn(size, size, generator=generator).to(getattr(torch, dtype_name)) for _ in range(2))
     seconds = []
     for _ in range(6):
         started = time.perf_counter()

@@ -26,6 +26,7 @@ from cartilha.errors import InterruptedRunError, OutOfMemoryError, UserError
 from cartilha.model.forward import batch_nll
 from cartilha.pipeline.evaluate import evaluate
 from cartilha.pipeline.train import train
+from cartilha.runtime import cpu_has_bfloat16
 from cartilha.tokens.store import TokenStore
 
 SETTINGS = {"model": "random:tiny", "block_size": 32, "batch_tokens": 128, "epochs": 2, "lr": 3e-3, "dtype": "float32"}
@@ -153,7 +154,7 @@ def test_a_whole_recipe_in_seconds_and_again_does_nothing(cartilha, refused, cor
     outcome = cartilha(*job, "--json")
     assert outcome.code == 0, outcome.err
     result = json.loads(outcome.out)
-    assert result.keys() == {"prepared", "trained", "report", "table"}
+    assert result.keys() == {"prepared", "trained", "report", "table", "samples"}
     run = Left(tmp_path / "job" / "run")
     assert result["trained"]["status"] == run.results["status"] == "finished"
     assert result["trained"]["was_finished"] is False and run.results["settings"]["num_steps"] == 3
@@ -299,6 +300,35 @@ def test_micro_batches_change_no_loss(unbroken, store, tmp_path, during_step):
             assert run.losses == pytest.approx(Left(tmp_path / "1").losses, rel=1e-5)
             norms = [[line["grad_norm"] for line in Left(tmp_path / name).steps] for name in ("1", str(size))]
             assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def four_steps(store: Path, one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """The losses of four steps with the usual settings."""
+    path = tmp_path_factory.mktemp("four") / "run"
+    start(store, path, max_steps=4)
+    return Left(path).losses
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lr": 1e-2},
+        {"warmup_fraction": 1.0},
+        {"final_lr_fraction": 1.0},
+        {"weight_decay": 5.0},
+        {"max_grad_norm": 1e-3},
+        {"dtype": "bfloat16"},
+    ],
+    ids=str,
+)
+def test_every_setting_reaches_the_weights(store, tmp_path, four_steps, changes):
+    if changes.get("dtype") == "bfloat16" and not cpu_has_bfloat16():
+        pytest.skip("this CPU has no bf16")
+    start(store, tmp_path / "run", max_steps=4, device="cpu", **changes)
+    losses = Left(tmp_path / "run").losses
+    assert losses[0] == pytest.approx(four_steps[0], rel=1e-3)  # before any weight has moved
+    assert abs(losses[-1] - four_steps[-1]) > 1e-6
 
 
 def test_the_schedule_may_end_before_the_epoch_and_is_then_validated_too(store, tmp_path):
@@ -516,7 +546,13 @@ def test_out_of_memory_is_recorded_said_and_a_row_of_the_table(cartilha, store, 
 
 @pytest.mark.parametrize(
     "error",
-    [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("MPS backend out of memory (9 GB)")],
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("MPS backend out of memory (9 GB)"),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."),  # Windows
+    ],
+    ids=["python", "cuda", "mps", "windows"],
 )
 def test_every_devices_lack_of_memory_is_recognised(store, tmp_path, during_step, error):
     during_step({1: raising(error)})

@@ -343,7 +343,7 @@ def test_options_override_a_recipe_and_its_lists(settings):
         *("Dois", "--prepare.input", "a.txt", "--model", "random:tiny", "--generate.do_sample"),
     )
     assert (given["train"].pop("lr"), recipe["train"].pop("lr")) == (1e-5, 3e-4)
-    assert (given["train"].pop("max_steps"), recipe["train"].pop("max_steps")) == (3, 20)
+    assert (given["train"].pop("max_steps"), recipe["train"].pop("max_steps")) == (3, 16)
     assert given["train"] == recipe["train"]
     assert given["generate"]["prompt"] == ["Um", "Dois"] and len(recipe["generate"]["prompt"]) == 3
     assert given["prepare"]["input"] == ["a.txt"] and recipe["prepare"]["input"] == ["primer"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -67,6 +68,14 @@ class DocumentScores:
     position_nll: np.ndarray = field(default_factory=lambda: np.zeros(len(POSITION_EDGES)))
     position_tokens: np.ndarray = field(default_factory=lambda: np.zeros(len(POSITION_EDGES), np.int64))
 
+    def add(self, owner: np.ndarray, position: np.ndarray, nll: np.ndarray, unused_mass: float) -> None:
+        """Add tokens: the document and position of each, its nll in float64, and their mass on unused rows."""
+        np.add.at(self.nll, owner, nll)
+        self.unused_mass += unused_mass
+        position_bin = np.searchsorted(POSITION_EDGES, position, side="right") - 1
+        np.add.at(self.position_nll, position_bin, nll)
+        np.add.at(self.position_tokens, position_bin, 1)
+
 
 def document_nll(
     model: PreTrainedModel,
@@ -103,8 +112,6 @@ def score_documents(
     Raises:
         UserError: A document has a token whose nll is not finite; it is named, never dropped.
     """
-    was_training = model.training
-    model.eval()
     windows = [
         _Placed(document, window)
         for document, ids in enumerate(documents.ids)
@@ -112,34 +119,44 @@ def score_documents(
     ]
     scores = DocumentScores(np.zeros(len(documents.ids)))
     num_scored = np.zeros(len(documents.ids), np.int64)
-    for rows in _batches(windows, TOKENS_PER_FORWARD.get(model.device.type, 4096)):
-        batch = _batch(rows, documents.ids, protocol.prefix_id)
-        found = scored_tokens(model, batch, dtype, unused_ids=unused_ids, details=take_rows is not None)
-        nll = found.nll.double().cpu().numpy()
-        placed = [window for row in rows for window in row]
-        owner = np.repeat([p.document for p in placed], [p.window.num_scored for p in placed])
-        position = np.concatenate([np.arange(p.window.first_target, p.window.past) for p in placed])
-        if not np.isfinite(nll).all():
-            name = documents.doc_ids[owner[~np.isfinite(nll)][0]]
-            raise UserError(
-                f"The model gives a token of the document {name} a probability that is not a number above zero; "
-                "try --dtype float32, and check the model's weights."
-            )
-        np.add.at(scores.nll, owner, nll)
-        np.add.at(num_scored, owner, 1)
-        scores.unused_mass += float(found.unused_mass.double().sum())
-        position_bin = np.searchsorted(POSITION_EDGES, position, side="right") - 1
-        np.add.at(scores.position_nll, position_bin, nll)
-        np.add.at(scores.position_tokens, position_bin, 1)
-        if take_rows is not None:
-            assert found.entropy is not None and found.rank is not None
-            token_ids = batch.targets[batch.targets != IGNORE_INDEX]
-            entropy, rank = found.entropy.cpu().numpy(), found.rank.cpu().numpy()
-            take_rows(TokenRows(owner, position, token_ids, nll.astype(np.float32), entropy, rank))
-        advance(len(nll))
-    model.train(was_training)
+    with _without_dropout(model):
+        for rows in _batches(windows, TOKENS_PER_FORWARD.get(model.device.type, 4096)):
+            batch = _batch(rows, documents.ids, protocol.prefix_id)
+            found = scored_tokens(model, batch, dtype, unused_ids=unused_ids, details=take_rows is not None)
+            nll = found.nll.double().cpu().numpy()
+            placed = [window for row in rows for window in row]
+            owner = np.repeat([p.document for p in placed], [p.window.num_scored for p in placed])
+            position = np.concatenate([np.arange(p.window.first_target, p.window.past) for p in placed])
+            _check_finite(nll, owner, documents.doc_ids)
+            scores.add(owner, position, nll, float(found.unused_mass.double().sum()))
+            np.add.at(num_scored, owner, 1)
+            if take_rows is not None:
+                assert found.entropy is not None and found.rank is not None
+                token_ids = batch.targets[batch.targets != IGNORE_INDEX]
+                entropy, rank = found.entropy.cpu().numpy(), found.rank.cpu().numpy()
+                take_rows(TokenRows(owner, position, token_ids, nll.astype(np.float32), entropy, rank))
+            advance(len(nll))
     assert (num_scored == documents.num_tokens).all(), "every token is scored exactly once"
     return scores
+
+
+@contextmanager
+def _without_dropout(model: PreTrainedModel) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def _check_finite(nll: np.ndarray, owner: np.ndarray, doc_ids: Sequence[str]) -> None:
+    if not np.isfinite(nll).all():
+        name = doc_ids[owner[~np.isfinite(nll)][0]]
+        raise UserError(
+            f"The model gives a token of the document {name} a probability that is not a number above zero; "
+            "try --dtype float32, and check the model's weights."
+        )
 
 
 def _batches(windows: Sequence[_Placed], max_tokens: int) -> Iterator[list[list[_Placed]]]:

@@ -10,6 +10,7 @@ from typing import Any
 from cartilha.config import RunConfig
 from cartilha.errors import UserError
 from cartilha.pipeline.prepare import PrepareResult, prepare
+from cartilha.pipeline.run_files import read_samples
 from cartilha.pipeline.train import TrainResult, train
 from cartilha.report.html import render_report
 from cartilha.report.results import load_run
@@ -27,12 +28,14 @@ class RunResult:
         trained: The run, with the evaluations before and after.
         report: The page.
         table: The results table as Markdown.
+        samples: The texts generated before and after, as samples.jsonl has them.
     """
 
     prepared: PrepareResult
     trained: TrainResult
     report: str
     table: str
+    samples: tuple[dict[str, Any], ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for `--json`."""
@@ -41,6 +44,7 @@ class RunResult:
             "trained": self.trained.to_dict(),
             "report": self.report,
             "table": self.table,
+            "samples": list(self.samples),
         }
 
 
@@ -64,4 +68,4 @@ def run(config: RunConfig) -> RunResult:
             report = render_report([run_path], output / "report.html")
             log.info("The report is %s.", report)
     table = to_markdown(results_table([load_run(run_path)]), "en")
-    return RunResult(prepared, trained, str(report), table)
+    return RunResult(prepared, trained, str(report), table, tuple(read_samples(run_path)))

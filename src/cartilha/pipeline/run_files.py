@@ -111,15 +111,19 @@ def write_config(run: Path, config: TrainConfig) -> None:
 
 def add_samples(run: Path, step: int, continuations: Sequence[Continuation]) -> None:
     """Append generated texts to samples.jsonl; those of this step or a later one (before a resume) are replaced."""
-    path = run / "samples.jsonl"
-    kept = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").split("\n"):  # splitlines would split at U+2028, too
-            if line and json.loads(line)["step"] < step:
-                kept.append(line)
+    rows = [row for row in read_samples(run) if row["step"] < step]
     for sample in continuations:
-        kept.append(to_json({"step": step, "prompt": sample.prompt, "text": sample.text, "mode": sample.mode}))
-    write_atomically(path, "".join(line + "\n" for line in kept))
+        rows.append({"step": step, "prompt": sample.prompt, "text": sample.text, "mode": sample.mode})
+    write_atomically(run / "samples.jsonl", "".join(to_json(row) + "\n" for row in rows))
+
+
+def read_samples(run: Path) -> list[dict[str, Any]]:
+    """The texts generated so far, in the order of the steps."""
+    path = run / "samples.jsonl"
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would split at U+2028, too
+    return [json.loads(line) for line in lines if line]
 
 
 def read_results(run: Path) -> dict[str, Any]:

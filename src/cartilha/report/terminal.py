@@ -197,6 +197,12 @@ def _train(console: Console, result: Values) -> None:
 
 def _run(console: Console, result: Values) -> None:
     _train(console, result["trained"])
+    samples = result["samples"]
+    last = max((row["step"] for row in samples), default=0)
+    for after in (row for row in samples if row["step"] == last):
+        for before in (row for row in samples if row["step"] == 0 and row["prompt"] == after["prompt"]):
+            console.print(f"\nbefore: {before['text']}\nafter:  {after['text']}", markup=False)
+    console.print()
     console.print(result["table"], markup=False)
     console.print(f"Report: {result['report']}", markup=False)
 
