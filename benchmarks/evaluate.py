@@ -11,7 +11,9 @@ once more in the dtype that the command would choose here. Numerics first: the t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
+import io
 import itertools
 import logging
 import os
@@ -80,7 +82,8 @@ def score_theirs(peer: Any, loaded: LoadedModel, documents: list[Document], batc
     requests = [Instance("loglikelihood_rolling", {}, (document.text,), i) for i, document in enumerate(documents)]
     loaded.model.set_attn_implementation("sdpa")
     try:
-        with torch.inference_mode():
+        # It shows a progress bar for every batch.
+        with torch.inference_mode(), contextlib.redirect_stderr(io.StringIO()):
             return -float(sum(peer.loglikelihood_rolling(requests, disable_tqdm=True)))
     finally:
         use_document_attention(loaded.model)
@@ -105,7 +108,6 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=None, help="default min(context, 2048)")
     parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()
-    os.environ["TQDM_DISABLE"] = "1"  # lm-eval would show a bar for every batch; read when tqdm is imported
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     logging.disable(logging.WARNING)
 

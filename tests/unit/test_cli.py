@@ -340,14 +340,14 @@ def test_options_override_a_recipe_and_its_lists(settings):
     recipe = settings("run", "demo")
     given = settings(
         *("run", "demo", "--train.lr", "1e-5", "--train.max_steps=3", "--generate.prompt", "Um", "--generate.prompt"),
-        *("Dois", "--prepare.input", "a.txt", "--model", "random:tiny", "--generate.do_sample"),
+        *("Dois", "--prepare.input", "a.txt", "--model", "random:tiny", "--train.dropout"),
     )
     assert (given["train"].pop("lr"), recipe["train"].pop("lr")) == (1e-5, 3e-4)
     assert (given["train"].pop("max_steps"), recipe["train"].pop("max_steps")) == (3, 16)
-    assert given["train"] == recipe["train"]
     assert given["generate"]["prompt"] == ["Um", "Dois"] and len(recipe["generate"]["prompt"]) == 3
     assert given["prepare"]["input"] == ["a.txt"] and recipe["prepare"]["input"] == ["primer"]
-    assert given["generate"]["do_sample"] is True and recipe["generate"]["do_sample"] is False
+    assert (given["train"].pop("dropout"), recipe["train"].pop("dropout")) == (True, False)
+    assert given["train"] == recipe["train"]
     assert (given["model"], given["output"]) == ("random:tiny", recipe["output"])
 
 
