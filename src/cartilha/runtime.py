@@ -155,6 +155,16 @@ def has_cxx_compiler() -> bool:
     return shutil.which(os.environ.get("CXX", default)) is not None
 
 
+def compile_pays(device_type: str, compiler: bool) -> bool:
+    """Whether the loss is worth compiling: on CUDA, where Triton fuses it and needs a compiler for its launcher.
+
+    On the CPU the in-place code is within a few per cent of it (docs/log.md, experiment 3), MPS is unproven.
+    """
+    if device_type == "cuda" and not compiler:
+        log.warning("There is no C++ compiler, so the loss is not compiled: training is a little slower.")
+    return device_type == "cuda" and compiler
+
+
 def world() -> tuple[int, int]:
     """This process's rank and the number of processes, as torchrun says; (0, 1) without it."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))

@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 from cartilha.blocks.packing import IGNORE_INDEX
 from cartilha.model import loss as loss_module
-from cartilha.model.loss import linear_cross_entropy, token_nll
+from cartilha.model.loss import chunk_kernel, linear_cross_entropy, token_nll, with_fallback
+from cartilha.runtime import compile_pays
 
 CHUNK, HIDDEN, NUM_IDS = 8, 16, 37
 SIZES = [1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 5 * CHUNK + 3]
@@ -217,3 +218,37 @@ def test_no_logits_are_kept_for_the_backward_pass(dtype):
         linear_cross_entropy(hidden.requires_grad_(), weight.requires_grad_(), targets, dtype)
     assert kept
     assert all(shape[-1] != NUM_IDS for shape in kept)
+
+
+# Compilation, which cannot run here: its choices and its fallback
+
+
+@pytest.mark.parametrize(
+    ("device_type", "compiler", "pays"),
+    [("cuda", True, True), ("cuda", False, False), ("cpu", True, False), ("cpu", False, False), ("mps", True, False)],
+)
+def test_the_loss_is_compiled_on_cuda_with_a_compiler_alone(device_type, compiler, pays, caplog):
+    assert compile_pays(device_type, compiler) is pays
+    assert ("no C++ compiler" in caplog.text) == (device_type == "cuda" and not compiler)
+
+
+def test_a_compilation_that_fails_is_said_once_and_the_plain_code_goes_on(caplog):
+    def broken(logits, index, scored):
+        raise RuntimeError("Cannot find a working triton installation.\nand a long trace")
+
+    plain = chunk_kernel("cpu")
+    kernel = with_fallback(broken, plain)
+    arguments = torch.randn(5, 11), torch.randint(0, 11, (5, 1)), torch.ones(5, 1)
+    expected = plain(arguments[0].clone(), *arguments[1:])
+    for _ in range(2):
+        found = kernel(arguments[0].clone(), *arguments[1:])
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert caplog.text.count("computing it plainly") == 1 and "long trace" not in caplog.text
+
+
+def test_a_compiled_kernel_is_used_while_it_works():
+    calls = []
+    plain = chunk_kernel("cpu")
+    kernel = with_fallback(lambda *arguments: calls.append(1) or plain(*arguments), lambda *arguments: 1 / 0)
+    kernel(torch.randn(2, 3), torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1))
+    assert calls == [1]

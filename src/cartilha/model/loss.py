@@ -7,12 +7,18 @@ hidden states and of the head. Matrix products run in the compute dtype, reducti
 
 from __future__ import annotations
 
+import functools
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from cartilha.blocks.packing import IGNORE_INDEX
+from cartilha.runtime import compile_pays, has_cxx_compiler
+
+log = logging.getLogger("cartilha")
 
 CHUNK_TOKENS = 1024
 
@@ -36,7 +42,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             scored = (targets[rows] != IGNORE_INDEX)[:, None]
             index = targets[rows, None].where(scored, 0)
             logits = _product_into(buffer[: len(states)], states, head.T)
-            chunk_nll, grad_logits = _nll_and_gradient(logits, index, scored.float())
+            chunk_nll, grad_logits = chunk_kernel(hidden.device.type)(logits, index, scored.float())
             nll += chunk_nll
             grad_logits = grad_logits.to(dtype)
             grad_hidden[rows] = grad_logits @ head
@@ -53,6 +59,37 @@ class _LinearCrossEntropy(torch.autograd.Function):
         (scale,) = grad_outputs
         # In place: both tensors are ours alone and are not needed again.
         return grad_hidden.mul_(scale), grad_weight.mul_(scale), None, None
+
+
+ChunkKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+@functools.cache
+def chunk_kernel(device_type: str) -> ChunkKernel:
+    """How a chunk's softmax and gradient are computed: fused by torch.compile where that pays, plainly elsewhere."""
+    if not compile_pays(device_type, has_cxx_compiler()):
+        return _nll_and_gradient
+    return with_fallback(torch.compile(_nll_and_gradient, dynamic=True), _nll_and_gradient)
+
+
+def with_fallback(compiled: ChunkKernel, plain: ChunkKernel) -> ChunkKernel:
+    """The compiled kernel until it fails (at its first call, as a rule); then the plain one, and a line says so."""
+    broken = False
+
+    def kernel(logits: torch.Tensor, index: torch.Tensor, scored: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        nonlocal broken
+        if not broken:
+            try:
+                return compiled(logits, index, scored)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                broken = True
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                log.warning("The loss could not be compiled (%s): computing it plainly, a little slower.", reason)
+        return plain(logits, index, scored)
+
+    return kernel
 
 
 def _product_into(buffer: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
