@@ -122,7 +122,8 @@ def main() -> None:
     print(
         f"{arguments.model}, {device}, {torch.get_num_threads()} threads; {len(documents)} documents of "
         f"{arguments.input}, {num_tokens.sum():,} tokens ({(num_tokens > window).sum()} documents beyond the window); "
-        f"window = stride = {window}; lm-eval {importlib.metadata.version('lm_eval')}"
+        f"window = stride = {window}; lm-eval {importlib.metadata.version('lm_eval')}",
+        flush=True,
     )
 
     peer = harness(loaded, tokenizer, window)
@@ -142,13 +143,15 @@ def main() -> None:
             loaded, tokenizer, documents, window, own
         )
     results: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
-    for _ in range(arguments.rounds):
+    names = list(variants)
+    for round_number in range(arguments.rounds):
         for name, score in variants.items():
             results[name].append(timed(score))
-    names = list(variants)
-    nats = {name: rows[0][0] for name, rows in results.items()}
-    for name in names:
-        print(f"total nats, {name}: {nats[name]:.4f} (relative difference {nats[name] / nats[names[0]] - 1:+.2e})")
+        if round_number == 0:  # the numerics first
+            nats = {name: rows[0][0] for name, rows in results.items()}
+            for name in names:
+                difference = nats[name] / nats[names[0]] - 1
+                print(f"total nats, {name}: {nats[name]:.4f} (relative difference {difference:+.2e})", flush=True)
     seconds = {name: statistics.median(row[1] for row in rows) for name, rows in results.items()}
     print(f"\n{'':<28}{'seconds (median)':>18}{'min':>8}{'max':>8}{'tokens/s':>10}{'ratio':>7}")
     for name in names:

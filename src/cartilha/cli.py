@@ -165,9 +165,11 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     module, function = command.home
     result = getattr(importlib.import_module(module), function)(settings)
-    if as_json:
-        from cartilha.runtime import to_json
+    from cartilha.runtime import to_json, world
 
+    if world()[0] != 0:  # under torchrun every process has the result, and one says it
+        return 0
+    if as_json:
         print(to_json(result.to_dict(), indent=2))
     else:
         from cartilha.report.terminal import show

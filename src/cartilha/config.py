@@ -99,6 +99,7 @@ class EvaluateConfig:
     stride: int | None = option(None, "new tokens scored by each later window; default window / 2")
     prefix_token: str | None = option(None, "the token put before each document as context; default bos, else eos")
     limit_documents: int | None = option(None, "score at most this many documents")
+    near_duplicates: bool = option(False, "also look for near-duplicates of the store's training text (extra text)")
     per_token: str | None = option(None, "also write each token's nll, entropy and rank to this parquet file")
     save: str | None = option(None, "also write each document's nll to this parquet file, for compare (one model)")
     continuations: int | None = option(None, "also continue this many documents: chrF, BLEU, ROUGE-L (extra eval)")

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -362,6 +362,15 @@ def test_dropout_is_off_unless_asked_for_and_never_reaches_validation_or_texts(s
     assert texts[0] == texts[1]
 
 
+def test_dropout_does_not_depend_on_the_texts_written_before(store, tmp_path):
+    config = TrainConfig(
+        **{**SETTINGS, "model": "random:tiny-opt", "dropout": True, "max_steps": 2}, store=str(store), output=""
+    )
+    for seed in (0, 1):
+        train(replace(config, output=str(tmp_path / str(seed))), prompts=replace(PROMPTS, seed=seed))
+    assert Left(tmp_path / "0").losses == Left(tmp_path / "1").losses
+
+
 # Interruptions
 
 
@@ -490,7 +499,8 @@ def test_another_store_is_another_setting(unbroken, cartilha, tmp_path, corpus):
         start(other, shutil.copytree(unbroken.path, tmp_path / "run"), resume="auto")
 
 
-def test_what_does_not_decide_the_result_may_change(stopped, store, tmp_path, unbroken):
+def test_what_does_not_decide_the_result_may_change(stopped, store, tmp_path, unbroken, monkeypatch):
+    monkeypatch.setattr("cartilha.runtime._fastest_cpu_dtype", lambda real: "bfloat16")
     path = shutil.copytree(stopped, tmp_path / "run")
     start(store, path, resume="auto", micro_batch_size=1, checkpoint_steps=5, dtype="auto")
     run = Left(path)

@@ -40,12 +40,12 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def texts(request: pytest.FixtureRequest) -> list[str]:
-    """Paragraphs of a handbook, else those of the primer."""
+    """Paragraphs of a handbook, else those of the primer: neither titles nor pages, to keep this short."""
     try:
         source = (request.getfixturevalue("shared") / "text" / "handbook.txt").read_text(encoding="utf-8")
     except (pytest.skip.Exception, OSError):
         source = "\n".join(text.text for text in primer_texts())
-    lines = [line for line in source.split("\n") if line.strip()]
+    lines = [line for line in source.split("\n") if 60 <= len(line) <= 250]
     assert len(lines) >= NUM_DOCUMENTS
     return lines[:NUM_DOCUMENTS]
 
@@ -85,7 +85,7 @@ class Subject:
             max_length=self.window,
             add_bos_token=False,
             prefix_token_id=self.tokenizer.prefix_id,
-            batch_size=16,
+            batch_size=4,
         )
         requests = [Instance("loglikelihood_rolling", {}, (text,), i) for i, text in enumerate(self.texts)]
         rolling = huggingface.utils.get_rolling_token_windows
@@ -111,18 +111,19 @@ def shaken(loaded: LoadedModel, noise: float) -> LoadedModel:
 def subject(request: pytest.FixtureRequest, texts: list[str]) -> Subject:
     if request.param == "random:tiny":
         tokenizer = load_tokenizer("random:tiny")
-        loaded, window = load_model("random:tiny", CPU, tokenizer=tokenizer), 128
+        loaded, window = load_model("random:tiny", CPU, tokenizer=tokenizer), 64
     else:
         tokenizer = load_tokenizer(str(request.getfixturevalue("opt_tokenizer")))
         config = OPTConfig(
             vocab_size=50272, hidden_size=32, word_embed_proj_dim=32, ffn_dim=64, num_hidden_layers=2,
-            num_attention_heads=4, max_position_embeddings=64, pad_token_id=1, bos_token_id=2, eos_token_id=2,
+            num_attention_heads=4, max_position_embeddings=32, pad_token_id=1, bos_token_id=2, eos_token_id=2,
         )  # fmt: skip
+        torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        loaded, window = prepare_model(model, "a small OPT", CPU, tokenizer), 48
+        loaded, window = prepare_model(model, "a small OPT", CPU, tokenizer), 24
     documents = encode_documents([Document(text, f"d{i}", "t", "t") for i, text in enumerate(texts)], tokenizer)
     assert len(documents.ids) == NUM_DOCUMENTS
-    return Subject(shaken(loaded, 0.1), tokenizer, texts, documents, window)
+    return Subject(shaken(loaded, 0.2), tokenizer, texts, documents, window)
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +149,7 @@ def test_totals_are_those_of_lm_evals_windows_at_half_the_stride(subject, rollin
     found, expected = subject.ours(stride), subject.theirs(stride)
     assert relative_error(found, expected) <= 1e-5
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=0)
-    assert relative_error(found, rolling) > 1e-4, "the stride makes no difference here, so nothing is proved"
+    assert relative_error(found, rolling) > 5e-5, "the stride makes no difference here, so nothing is proved"
 
 
 def one_position_less(num_tokens: int, window: int, stride: int) -> Iterator[Window]:
@@ -169,6 +170,11 @@ FAULTS = {
 }
 
 
+# Once is enough: these say something of the test, not of a model.
+on_tiny = pytest.mark.parametrize("subject", ["random:tiny"], indirect=True)
+
+
+@on_tiny
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_window_that_is_off_by_one_is_seen(subject, rolling, fault, monkeypatch):
     monkeypatch.setattr(nll_module, "document_windows", FAULTS[fault])
@@ -179,6 +185,7 @@ def test_a_window_that_is_off_by_one_is_seen(subject, rolling, fault, monkeypatc
         assert relative_error(found, rolling) > 1e-5
 
 
+@on_tiny
 def test_another_prefix_is_seen(subject, rolling):
     other = replace(subject.protocol(subject.window), prefix_id=subject.tokenizer.prefix_id - 1)
     found = document_nll(subject.loaded.model, subject.documents, other, torch.float32)

@@ -27,7 +27,8 @@ def check_tasks(tasks: Sequence[str]) -> None:
         raise UserError('Downstream tasks need an extra: pip install "cartilha[eval]"')
     from lm_eval.tasks import TaskManager
 
-    unknown = [task for task in tasks if not TaskManager().match_tasks([task])]
+    manager = TaskManager()  # it reads thousands of files
+    unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:
         raise UserError(f"lm-evaluation-harness has no task {unknown[0]!r}; `lm-eval ls tasks` lists them.")
 

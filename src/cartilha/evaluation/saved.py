@@ -109,7 +109,8 @@ def load_evaluation(path: Path) -> SavedEvaluation:
         record = json.loads(table.schema.metadata[METADATA_KEY])
         columns = {name: table[name] for name in DOCUMENT_SCHEMA.names}
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is no saved evaluation; write one with: cartilha evaluate --save {path}") from error
+        # Not with this path: it may hold something dear.
+        raise UserError(f"{path} is no saved evaluation; write one with: cartilha evaluate --save FILE") from error
     return SavedEvaluation(
         record,
         columns["doc_id"].to_pylist(),

@@ -53,7 +53,7 @@ def compare(config: CompareConfig) -> CompareResult:
     Raises:
         UserError: Not two of them, different documents, or protocols that score different parts of them.
     """
-    if len(config.models) + len(config.evaluations) != 2:
+    if (len(config.models), len(config.evaluations)) not in ((2, 0), (0, 2)):
         raise UserError("Name two models with --models A B, or two saved evaluations with --evaluations A B.")
     if config.evaluations:
         first, second = (load_evaluation(Path(path)) for path in config.evaluations)

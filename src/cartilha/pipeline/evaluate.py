@@ -10,15 +10,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from cartilha.config import CompareConfig, EvaluateConfig, GenerateConfig
 from cartilha.console import progress
+from cartilha.corpus.document import Document
 from cartilha.errors import UserError
 from cartilha.evaluation.continuation import continue_prompts, unused_ids
 from cartilha.evaluation.continuation_scores import continuation_measures
-from cartilha.evaluation.corpus import ScoredCorpus, score_corpus
-from cartilha.evaluation.documents import ScoredDocuments
+from cartilha.evaluation.corpus import SHARD_CHARS, ScoredCorpus, score_corpus
+from cartilha.evaluation.documents import ScoredDocuments, encode_documents
 from cartilha.evaluation.downstream import check_tasks, run_tasks
 from cartilha.evaluation.measures import Evaluation, make_evaluation
 from cartilha.evaluation.nll import TokenRows, score_documents
@@ -28,10 +30,12 @@ from cartilha.model.forward import head_weight
 from cartilha.model.load import LoadedModel, load_model
 from cartilha.pipeline.held_out import BaselineCollector, HeldOut, held_out, model_tokenizer
 from cartilha.runtime import choose_device, choose_dtype, world
+from cartilha.tokens.store import batches
 from cartilha.tokens.tokenizer import TextTokenizer
 
 log = logging.getLogger("cartilha")
 
+DRIFT_CHARS = 8_000  # of text that is scored a second time, in float32
 CONTINUATION_TOKENS = 120  # enough for the 32 words that are scored, at three to four tokens a word
 
 
@@ -42,18 +46,24 @@ class EvaluatedModel:
     Attributes:
         evaluation: Perplexity, bits per byte and what stands beside them.
         contamination: Share of the documents whose exact text is in the store's training side; None without a store.
+        near_duplicates: Likewise of those with a near-duplicate there, with `--near_duplicates`.
+        dtype_drift: Where the compute dtype is not float32: how its nll differs from float32's on the first documents,
+            mean nats a token and the largest difference of a document's mean.
         continuations: chrF, BLEU, ROUGE-L and so on, with `--continuations`.
         tasks: The harness's results by task, with `--tasks`.
     """
 
     evaluation: Evaluation
     contamination: float | None
+    near_duplicates: float | None = None
+    dtype_drift: dict[str, float] | None = None
     continuations: dict[str, Any] | None = None
     tasks: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for `--json`."""
-        extra = {name: getattr(self, name) for name in ("continuations", "tasks") if getattr(self, name) is not None}
+        asked = ("near_duplicates", "dtype_drift", "continuations", "tasks")
+        extra = {name: getattr(self, name) for name in asked if getattr(self, name) is not None}
         return {**self.evaluation.to_dict(), "contamination": self.contamination, **extra}
 
 
@@ -94,8 +104,11 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
     text = held_out(config)
     if config.save and len(config.model) != 1:
         raise UserError("--save keeps the evaluation of one model; name one with --model.")
+    if config.near_duplicates and text.store is None:
+        raise UserError("--near_duplicates needs the training text to look in; name its store with --store.")
     if config.continuations is not None and config.continuations < 2:
         raise UserError(f"--continuations must be 2 or more, not {config.continuations}.")
+    _check_processes(config)
     check_tasks(config.tasks)
     if text.split == "train":
         log.warning("Scoring the training text: these figures say what was learnt by heart, not how good the model is.")
@@ -107,6 +120,14 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
             models.append(_evaluate_model(ready, text, config, take))
             del ready
     return EvaluateResult(tuple(models))
+
+
+def _check_processes(config: EvaluateConfig) -> None:
+    """Under torchrun the documents are shared out; what goes through them in one place is refused by name."""
+    alone = {"per_token": config.per_token, "continuations": config.continuations, "tasks": config.tasks}
+    asked = [f"--{name}" for name, value in alone.items() if value]
+    if asked and world()[1] > 1:
+        raise UserError(f"{asked[0]} works in one process only; run it without torchrun.")
 
 
 def ready_model(ref: str, text: HeldOut, config: EvaluateConfig | CompareConfig) -> ReadyModel:
@@ -155,10 +176,15 @@ def _evaluate_model(
     ready: ReadyModel, text: HeldOut, config: EvaluateConfig, take_rows: Callable[[TokenRows], None] | None
 ) -> EvaluatedModel:
     num_rows = head_weight(ready.loaded.model).shape[0]
-    collector = BaselineCollector(text.store, ready.tokenizer, num_rows) if world()[1] == 1 else None
+    rank, num_ranks = world()
+    collector = BaselineCollector(text.store, ready.tokenizer, num_rows) if rank == 0 else None
     started = time.perf_counter()
-    corpus = score_held_out(ready, text, take_rows=take_rows, collector=collector)
+    corpus = score_held_out(ready, text, take_rows=take_rows, collector=collector if num_ranks == 1 else None)
     seconds = time.perf_counter() - started
+    if collector is not None and num_ranks > 1:  # this process has scored a part of the documents only
+        for shard in batches(text.documents(), max_chars=SHARD_CHARS):
+            first = ready.protocol.first_tokens
+            collector.observe(shard, encode_documents(shard, ready.tokenizer, first, allow_empty=True))
     evaluation = make_evaluation(
         ready.loaded.ref,
         ready.protocol,
@@ -176,12 +202,35 @@ def _evaluate_model(
     result = EvaluatedModel(
         evaluation,
         contamination,
+        text.share_near_training() if config.near_duplicates and rank == 0 else None,
+        _dtype_drift(ready, text),
         _continuations(ready, text, config),
         run_tasks(ready.loaded, ready.tokenizer, config.tasks),
     )
-    if config.save:
+    if config.save and rank == 0:
         save_evaluation(Path(config.save), result.to_dict(), corpus.documents, corpus.scores.nll)
     return result
+
+
+def _dtype_drift(ready: ReadyModel, text: HeldOut) -> dict[str, float] | None:
+    """What half precision changes, on the first few documents: a number to hold against differences between models."""
+    if ready.dtype == torch.float32:
+        return None
+    first: list[Document] = []
+    for document in text.documents():
+        first.append(document)
+        if sum(len(known.text) for known in first) >= DRIFT_CHARS:
+            break
+    scored = encode_documents(first, ready.tokenizer, ready.protocol.first_tokens)
+    half, full = (
+        score_documents(ready.loaded.model, scored, ready.protocol, dtype).nll for dtype in (ready.dtype, torch.float32)
+    )
+    num_tokens = scored.num_tokens
+    return {
+        "nats_per_token": float((half - full).sum() / num_tokens.sum()),
+        "largest_of_a_document": float(np.abs((half - full) / num_tokens).max()),
+        "num_tokens": int(num_tokens.sum()),
+    }
 
 
 def _extra_notes(text: HeldOut, contamination: float | None, collector: BaselineCollector | None) -> list[str]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from cartilha.config import CompareConfig, EvaluateConfig
 from cartilha.corpus.document import Document
+from cartilha.corpus.near_duplicates import has_near_duplicate
 from cartilha.corpus.readers import read_documents
 from cartilha.errors import UserError
 from cartilha.evaluation.baselines import (
@@ -74,6 +75,14 @@ class HeldOut:
             return None
         known = set(self.store.labels("train")["text_hash"])
         return sum(text_hash in known for text_hash in text_hashes) / len(text_hashes)
+
+    def share_near_training(self) -> float | None:
+        """Share of the documents with a near-duplicate in the store's training side; None without a store."""
+        if self.store is None:
+            return None
+        texts = [document.text for document in self.documents()]
+        known = (document.text for document in self.store.read_documents("train"))
+        return float(has_near_duplicate(texts, known).mean())
 
 
 def held_out(config: EvaluateConfig | CompareConfig) -> HeldOut:

@@ -31,6 +31,7 @@ from cartilha.pipeline.run_setup import Run, assemble, check, check_finished, fa
 from cartilha.runtime import (
     new_directory,
     peak_memory_bytes,
+    seed_everything,
     write_atomically,
 )
 from cartilha.training.checkpoint import (
@@ -102,6 +103,7 @@ def _train(run: Run, record: RunRecord, notices: NoticeCollector, stop: StopRequ
         if run.step == 0:
             _measure(run, record, metrics, "Validation before training")
             _write_samples(run)
+            seed_everything(run.config.seed)  # the texts have seeded torch's generators their own way
         for step in _steps(run):
             metrics.step(step)
             epoch_loss.step(step)

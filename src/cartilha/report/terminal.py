@@ -79,6 +79,11 @@ def _evaluate(console: Console, result: Values) -> None:
         if row.get("contamination") is not None:
             share = f"{row['contamination']:.1%}"
             console.print(f"  {share} of the documents are in the store's training side, word for word", markup=False)
+        if row.get("dtype_drift") is not None:
+            drift = f"{row['dtype_drift']['nats_per_token']:+.1e}"
+            console.print(f"  {row['protocol']['dtype']} against float32: {drift} nats a token", markup=False)
+        if row.get("near_duplicates") is not None:
+            console.print(f"  {row['near_duplicates']:.1%} of the documents have a near-duplicate there", markup=False)
         for name, domain in row["domains"].items() if len(row["domains"]) > 1 else ():
             figures = f"perplexity {domain['perplexity']:,.2f}, bits per byte {_number(domain['bits_per_byte'], 4)}"
             console.print(f"  {name}: {figures} ({domain['num_documents']} documents)", markup=False)
