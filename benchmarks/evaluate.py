@@ -5,7 +5,8 @@
 
 Both score whole documents, tokenization included: float32, stride = window, the same prefix token and the same weights
 in one process. lm-eval runs at that of the batch sizes 1, 4 and 16 which is fastest on the first documents. Ours runs
-once more in the dtype that the command would choose here. Numerics first: the totals must agree.
+once more in the dtype that the command would choose here. Numerics first: the totals must agree. On a machine that does
+other work, too, take `--threads 1` and the ratio of processor seconds.
 """
 
 from __future__ import annotations
@@ -89,13 +90,13 @@ def score_theirs(peer: Any, loaded: LoadedModel, documents: list[Document], batc
         use_document_attention(loaded.model)
 
 
-def timed(score: Callable[[], float]) -> tuple[float, float]:
-    """Nats and seconds."""
-    started = time.perf_counter()
+def timed(score: Callable[[], float]) -> tuple[float, float, float]:
+    """Nats, seconds, and seconds of this process's processor time, which a busy machine changes less."""
+    started, of_process = time.perf_counter(), time.process_time()
     nats = score()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return nats, time.perf_counter() - started
+    return nats, time.perf_counter() - started, time.process_time() - of_process
 
 
 def main() -> None:
@@ -106,10 +107,14 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=40, help="the first so many")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--window", type=int, default=None, help="default min(context, 2048)")
+    parser.add_argument("--batch_size", type=int, default=None, help="of lm-eval; default the fastest of 1, 4 and 16")
+    parser.add_argument("--threads", type=int, default=None, help="of torch; 1 on a busy machine")
     parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     logging.disable(logging.WARNING)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
 
     has_own = not arguments.model.startswith("random:") or arguments.model.startswith("random:tiny")
     tokenizer = load_tokenizer(arguments.model if has_own else arguments.tokenizer)
@@ -128,7 +133,8 @@ def main() -> None:
 
     peer = harness(loaded, tokenizer, window)
     first = documents[: max(1, len(documents) // 8)]
-    tries = {size: timed(lambda size=size: score_theirs(peer, loaded, first, size))[1] for size in BATCH_SIZES}
+    sizes = (arguments.batch_size,) if arguments.batch_size else BATCH_SIZES
+    tries = {size: timed(lambda size=size: score_theirs(peer, loaded, first, size))[1] for size in sizes}
     batch_size = min(tries, key=lambda size: tries[size])
     score_ours(loaded, tokenizer, first, window, torch.float32)
     if own != torch.float32:
@@ -142,7 +148,7 @@ def main() -> None:
         variants[f"ours {str(own).removeprefix('torch.')}"] = lambda: score_ours(
             loaded, tokenizer, documents, window, own
         )
-    results: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
+    results: dict[str, list[tuple[float, float, float]]] = {name: [] for name in variants}
     names = list(variants)
     for round_number in range(arguments.rounds):
         for name, score in variants.items():
@@ -152,12 +158,15 @@ def main() -> None:
             for name in names:
                 difference = nats[name] / nats[names[0]] - 1
                 print(f"total nats, {name}: {nats[name]:.4f} (relative difference {difference:+.2e})", flush=True)
-    seconds = {name: statistics.median(row[1] for row in rows) for name, rows in results.items()}
-    print(f"\n{'':<28}{'seconds (median)':>18}{'min':>8}{'max':>8}{'tokens/s':>10}{'ratio':>7}")
-    for name in names:
+    print(f"\n{'':<28}{'seconds (median)':>17}{'min':>8}{'max':>8}{'tokens/s':>10}{'ratio':>7}{'CPU s':>8}{'ratio':>7}")
+    medians = {name: [statistics.median(row[i] for row in rows) for i in (1, 2)] for name, rows in results.items()}
+    for name, (seconds, cpu_seconds) in medians.items():
         times = [row[1] for row in results[name]]
-        rate, ratio = num_tokens.sum() / seconds[name], seconds[names[0]] / seconds[name]
-        print(f"{name:<28}{seconds[name]:>18.2f}{min(times):>8.2f}{max(times):>8.2f}{rate:>10.0f}{ratio:>7.2f}")
+        ratio, cpu_ratio = medians[names[0]][0] / seconds, medians[names[0]][1] / cpu_seconds
+        figures = (
+            f"{seconds:>17.2f}{min(times):>8.2f}{max(times):>8.2f}{num_tokens.sum() / seconds:>10.0f}{ratio:>7.2f}"
+        )
+        print(f"{name:<28}{figures}{cpu_seconds:>8.2f}{cpu_ratio:>7.2f}")
     if own == torch.float32:
         print("The hardware's own dtype here is float32: nothing faster was found, so there is no third row.")
 

@@ -1,11 +1,12 @@
 """Why your number differs: the usual mistakes of a perplexity, each made on purpose beside the figure of `evaluate`.
 
-    python benchmarks/why_numbers_differ.py [--epochs 6] [--seed 0]
+    python benchmarks/why_numbers_differ.py [--epochs 6] [--seed 0] [--keep DIR]
 
 The corpus is the primer, its 20 % held out as `prepare` does, each side cut anew into documents whose lengths spread as
 they do on the web (log-normal, median 800 bytes, the log's standard deviation 1; the primer's own are nearly equal).
-Two byte-level models in the shape of `random:tiny`, with a context of 2,048, learn from it in a minute or so each:
-`packed` as `cartilha train` does it, `padded` as the notebooks do, from rows filled up with pads that are scored. Every
+Byte-level models in the shape of `random:tiny`, with a context of 2,048, learn from it in a minute or so each: `packed`
+as `cartilha train` does it, `memorised` likewise from a tenth of the documents in ten times the epochs, `padded` as the
+notebooks do, from rows filled up with pads that are scored. `--keep` leaves them and the corpus in a directory. Every
 figure is of a model that sits on disk, beside what `cartilha evaluate` says of the same files. Float32, seeded: the
 same machine gives the same table.
 """
@@ -86,10 +87,13 @@ def make_corpus(directory: Path, seed: int) -> dict[Split, list[Document]]:
     documents: dict[Split, list[Document]] = {}
     for split in SPLITS:
         texts = web_like([d.text for d in primer if choose_split(d.text_hash, 0.2, 0) == split], generator)
-        path = directory / f"{split}.jsonl"
-        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-        documents[split] = list(read_documents((str(path),)))
+        documents[split] = write_documents(directory / f"{split}.jsonl", texts)
     return documents
+
+
+def write_documents(path: Path, texts: Sequence[str]) -> list[Document]:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return list(read_documents((str(path),)))
 
 
 def fresh_model(tokenizer: TextTokenizer, seed: int) -> LoadedModel:
@@ -219,12 +223,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep", type=Path, default=None)
     arguments = parser.parse_args()
     logging.getLogger("cartilha").setLevel(logging.ERROR)
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(1)  # the model is so small that more threads wait for each other
-    with tempfile.TemporaryDirectory() as directory:
-        measure(Path(directory), arguments.epochs, arguments.seed)
+    if arguments.keep:
+        arguments.keep.mkdir(parents=True)
+        measure(arguments.keep, arguments.epochs, arguments.seed)
+    else:
+        with tempfile.TemporaryDirectory() as directory:
+            measure(Path(directory), arguments.epochs, arguments.seed)
 
 
 def measure(directory: Path, epochs: int, seed: int) -> None:
@@ -233,15 +242,20 @@ def measure(directory: Path, epochs: int, seed: int) -> None:
     documents = make_corpus(directory, seed)
     ids = {split: tokenizer.encode([d.text for d in documents[split]]) for split in SPLITS}
 
+    few = documents["train"][: len(documents["train"]) // 10]
+    write_documents(directory / "few.jsonl", [d.text for d in few])
+
     def right(model: str, split: str = "validation", protocol: str = "full") -> Evaluation:
         text = (str(directory / f"{split}.jsonl"),)
         config = EvaluateConfig(model=(model,), input=text, protocol=protocol, dtype="float32", device="cpu")
         return evaluate(config).evaluations[0]
 
-    packed, padded = fresh_model(tokenizer, seed), fresh_model(tokenizer, seed)
+    packed, memorised, padded = (fresh_model(tokenizer, seed) for _ in range(3))
     initial = right(save(packed, tokenizer, directory / "initial"))
     first_steps = train_packed(packed, tokenizer, ids["train"], epochs, seed)
     path = save(packed, tokenizer, directory / "packed")
+    train_packed(memorised, tokenizer, ids["train"][: len(few)], 10 * epochs, seed)
+    memorised_path = save(memorised, tokenizer, directory / "memorised")
     train_padded(padded, padded_rows(ids["train"], tokenizer, CONTEXT), epochs, seed)
     true_padded = right(save(padded, tokenizer, directory / "padded"))
 
@@ -260,7 +274,11 @@ def measure(directory: Path, epochs: int, seed: int) -> None:
     print("|---|---|---:|---:|---:|---:|---:|")
     figure = mean_of_batches(cut, TRAINER_BATCH)[0]
     print(figure_row("9.67 | cut at 512, mean over batches of 8", cut[:, 0].sum(), cut[:, 1].sum(), true, figure))
-    print(figure_row("9.29 | scored on the training text", on_train.nll, on_train.num_tokens, true))
+    label = f"9.29 | scored on the training text ({len(documents['train'])} documents, {epochs} epochs)"
+    print(figure_row(label, on_train.nll, on_train.num_tokens, true))
+    on_few = right(memorised_path, "few").total
+    label = f"9.29 | the same, {len(few)} documents, {10 * epochs} epochs"
+    print(figure_row(label, on_few.nll, on_few.num_tokens, right(memorised_path)))
     print(figure_row("10.08 | first 128 tokens only", first.nll, first.num_tokens, true))
     for exercise, length in (("7.25", 512), ("3.46", CONTEXT)):
         text, pads, num_text, num_pads = score_rows(padded, padded_rows(ids["validation"], tokenizer, length))
