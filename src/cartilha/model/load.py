@@ -69,6 +69,7 @@ def prepare_model(
     model: PreTrainedModel, ref: str, device: torch.device, tokenizer: TextTokenizer | None = None
 ) -> LoadedModel:
     """Check a model and switch it to attention within documents; see `load_model` for what is refused."""
+    transformers_logging.disable_progress_bar()  # of loading and saving; ours are in the console
     use_document_attention(model)
     head = model.get_output_embeddings()
     if not isinstance(head, torch.nn.Linear) or head.bias is not None:
