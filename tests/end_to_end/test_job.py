@@ -25,6 +25,7 @@ from cartilha.config import EvaluateConfig, GenerateConfig, TrainConfig
 from cartilha.errors import InterruptedRunError, OutOfMemoryError, UserError
 from cartilha.model.forward import batch_nll
 from cartilha.pipeline.evaluate import evaluate
+from cartilha.pipeline.run_files import write_config
 from cartilha.pipeline.train import train
 from cartilha.runtime import cpu_has_bfloat16
 from cartilha.tokens.store import TokenStore
@@ -449,6 +450,18 @@ def test_killed_before_the_first_checkpoint_begins_anew(unbroken, store, tmp_pat
     run = Left(tmp_path / "killed")
     assert run.results["resumed_from_step"] == []
     assert_same_run(run, unbroken)
+
+
+def test_killed_among_the_first_files_it_can_be_run_again(store, tmp_path, monkeypatch):
+    def write_and_die(path: Path, config: TrainConfig) -> None:
+        write_config(path, config)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("cartilha.pipeline.train.write_config", write_and_die)
+        start(store, tmp_path / "run", max_steps=1)
+    assert (tmp_path / "run" / "config.yaml").is_file()
+    assert start(store, tmp_path / "run", max_steps=1, resume="auto")["status"] == "finished"
 
 
 @pytest.mark.parametrize(

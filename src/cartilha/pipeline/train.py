@@ -85,10 +85,10 @@ def train(config: TrainConfig, *, prompts: GenerateConfig | None = None) -> Trai
     with _collecting_notices() as notices:
         run = assemble(config, path, prompts or GenerateConfig(), resume)
         path.mkdir(parents=True, exist_ok=True)
-        write_config(path, config)
         setting = facts(run)
         record = RunRecord.resume(path, run.step, setting) if run.step else RunRecord.begin(path, setting)
-        record.update()
+        record.update()  # the first file: with it the directory is a run, which can be gone on with
+        write_config(path, config)
         with _recording_failures(record, notices), listening_for_stop() as stop:
             _train(run, record, notices, stop)
     return TrainResult(str(path), record.values, False)
