@@ -262,6 +262,8 @@ def versions() -> dict[str, str]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
+    if "torch" in sys.modules:  # its own version names the build (+cpu, +cu130), which the package's does not
+        found["torch"] = str(sys.modules["torch"].__version__)
     return found
 
 
