@@ -161,6 +161,7 @@ def _announce(run: Run) -> None:
 def _steps(run: Run) -> Iterator[StepRecord]:
     """The loop, with progress shown."""
     left = run.schedule.num_steps - run.step
+    previous: StepRecord | None = None
     with show_progress("Training", float(left), "steps") as advance:
         for record in train_steps(
             run.loaded.model,
@@ -174,7 +175,10 @@ def _steps(run: Run) -> Iterator[StepRecord]:
             scaler=run.state.scaler,
         ):
             rate = record.num_targets / record.seconds
-            advance(1.0, f"step {record.step}, loss {float(record.loss):.3f}, {rate:,.0f} tokens/s")
+            # The loss shown is the step before's: this one's may still be on its way from the device.
+            shown = "" if previous is None else f"loss {float(previous.loss):.3f}, "
+            advance(1.0, f"{shown}{rate:,.0f} tokens/s")
+            previous = record
             yield record
 
 
