@@ -134,6 +134,9 @@ def train_steps(
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
+        if model.device.type == "cuda":
+            # Launches return at once: without this wait the clock would time them, not the step.
+            torch.cuda.synchronize(model.device)
         seconds = time.perf_counter() - started
         progress.step += 1
         progress.tokens += num_targets
