@@ -35,7 +35,8 @@ def run_installed(target, folder, *arguments):
 
 def test_the_wheel_holds_the_data(installed):
     names = set(zipfile.ZipFile(installed[0]).namelist())
-    wanted = {"recipes/demo.yaml", "recipes/opt-125m-pt.yaml", "corpus/primer/texts.jsonl", "py.typed"}
+    texts = {"corpus/primer/texts.jsonl", "corpus/english/texts.txt"}
+    wanted = {"recipes/demo.yaml", "recipes/opt-125m-pt.yaml", "py.typed"} | texts
     assert {f"cartilha/{name}" for name in wanted} <= names
     assert any(name.startswith("cartilha/report/templates/") for name in names)
     assert not any(name.startswith(("tests/", "benchmarks/")) for name in names)

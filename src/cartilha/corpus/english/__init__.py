@@ -1,0 +1,15 @@
+"""English prose that ships with the package: what a tokenizer and a model do to another language, for comparison.
+
+The texts were written for this project and are in the public domain (CC0 1.0), like the primer. They are few on
+purpose: enough for tokens a word (the standard error of OPT's 1.146 is 0.4 % of it), not for training.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+
+
+def english_sample() -> list[str]:
+    """The English texts, in the order of their file: 24 of about 160 words each, on as many subjects."""
+    lines = (importlib.resources.files(__name__) / "texts.txt").read_bytes().decode("utf-8").split("\n")
+    return [line for line in lines if line]
