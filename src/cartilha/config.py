@@ -64,6 +64,10 @@ class TrainConfig:
     block_size: int = option(512, "tokens a block (sequence length); at most the model's context")
     epochs: int = option(1, "passes over the training documents")
     max_steps: int | None = option(None, "stop after this many optimizer steps instead (the schedule ends there)")
+    time_budget: str | None = option(
+        None,
+        "end after this much training time (50m, 1h30m), if the epochs are not over before; the rate decays by then",
+    )
     batch_tokens: int = option(8192, "tokens an optimizer step: a multiple of block_size")
     micro_batch_size: int | Literal["auto"] = option("auto", "blocks a forward pass; auto fits the device's memory")
     lr: float | Literal["auto"] = option(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import shutil
 import signal
@@ -339,6 +340,20 @@ def test_the_schedule_may_end_before_the_epoch_and_is_then_validated_too(store, 
     assert in_metrics == [0, 2]
 
 
+def test_a_time_budget_ends_a_run_in_good_order_and_the_rate_has_decayed(cartilha, store, tmp_path, during_step):
+    flags = [*FLAGS, "--max_steps", 100_000, "--time_budget", "3s", "--store", store, "--output", tmp_path / "run"]
+    during_step(dict.fromkeys(range(1, 1000), lambda: time.sleep(0.1)))  # about 25 steps on any machine
+    outcome = cartilha("train", *flags)
+    assert outcome.code == 0 and "time budget of 3s is used up after step" in outcome.err
+    run = Left(tmp_path / "run")
+    assert run.results["status"] == "finished" and (run.path / "model" / "model.safetensors").is_file()
+    rates = [line["lr"] for line in run.steps]
+    assert 3 < len(rates) < 31 and run.steps[-2]["seconds"] < 3 <= run.steps[-1]["seconds"]
+    assert max(rates) > 0.9 * 3e-3 and rates[-1] < 0.2 * 3e-3 and rates.index(max(rates)) < len(rates) / 2
+    assert run.results["evaluations"][-1]["step"] == len(rates)
+    assert "nothing to do" in cartilha("train", *flags, "--resume", "auto").err
+
+
 def test_validation_may_score_a_fixed_part(store, tmp_path, unbroken):
     whole = unbroken.results["evaluations"][0]
     wanted = whole["num_tokens"] - 1
@@ -613,14 +628,36 @@ def test_ctrl_c_twice_stops_at_once_and_is_recorded(cartilha, store, tmp_path, d
     assert report_row(cartilha, tmp_path).endswith("| interrupted |")
 
 
-def test_a_diverged_run_stops_before_it_pushes_its_sound_checkpoints_out(refused, store, tmp_path):
+def test_a_diverged_run_stops_and_its_checkpoints_hold_no_damaged_weights(refused, store, tmp_path, during_step):
     flags = ["--store", store, "--output", tmp_path / "run", "--max_grad_norm", 1e9, "--checkpoint_steps", 1]
-    assert "diverged" in refused("train", *FLAGS, *flags, "--lr", 1e9)
+    message = refused("train", *FLAGS, *flags, "--lr", 1e9)
+    assert "diverged: the last 5 steps" in message and "last good checkpoint is step-0000" in message
     run = Left(tmp_path / "run")
     assert run.results["status"] == "failed"
-    first_bad = next(line["step"] for line in run.steps if line["loss"] is None)
-    saved = [int(path.name.removeprefix("step-")) for path in (run.path / "checkpoints").iterdir()]
-    assert saved and max(saved) < first_bad
+    assert [line.get("skipped") for line in run.steps[-5:]] == [True] * 5 and run.steps[0].get("skipped") is None
+    for path in (run.path / "checkpoints").iterdir():
+        assert all(torch.isfinite(tensor).all() for tensor in load_file(path / "model.safetensors").values())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_step_that_is_no_number_changes_no_weight_and_is_counted(store, tmp_path, monkeypatch, bad):
+    weights: list[torch.Tensor] = []
+    spoilt = (2, 3, 5)
+
+    def patched(model: Any, batch: Any, dtype: torch.dtype) -> torch.Tensor:
+        weights.append(model.get_input_embeddings().weight.detach().clone())
+        loss = batch_nll(model, batch, dtype)
+        return loss * bad if len(weights) in spoilt else loss
+
+    monkeypatch.setattr("cartilha.training.loop.batch_nll", patched)
+    results = start(store, tmp_path / "run", max_steps=8)
+    changed = [not torch.equal(before, after) for before, after in itertools.pairwise(weights)]
+    assert changed == [step not in spoilt for step in range(1, 8)]
+    run = Left(tmp_path / "run")
+    assert [line["step"] for line in run.steps if line.get("skipped")] == list(spoilt)
+    assert results["skipped_steps"] == 3 and results["status"] == "finished"
+    assert any("Step 2 had a loss or gradient that is not a number" in notice for notice in results["notices"])
+    assert results["evaluations"][-1]["perplexity"] < results["evaluations"][0]["perplexity"]
 
 
 def test_a_job_that_fails_is_reported_too_and_goes_on_when_run_again(cartilha, corpus, tmp_path, during_step):

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from cartilha.errors import UserError
 from cartilha.training.hooks import EpochLoss, MetricsFile, StopRequest, listening_for_stop
 from cartilha.training.loop import Progress, StepRecord
+from cartilha.training.watch import LossWatch
 
 
-def record(step: int, loss: float = 2.0, num_targets: int = 10) -> StepRecord:
+def record(step: int, loss: float = 2.0, num_targets: int = 10, skipped: bool = False) -> StepRecord:
     return StepRecord(
         step=step,
         epoch=1,
@@ -27,6 +27,7 @@ def record(step: int, loss: float = 2.0, num_targets: int = 10) -> StepRecord:
         loss=torch.tensor(loss),
         lr=1e-3,
         grad_norm=torch.tensor(0.5),
+        skipped=torch.tensor(skipped),
         seconds=0.5,
         total_seconds=0.5 * step,
         memory_bytes=1000,
@@ -43,7 +44,7 @@ def steps(path: Path) -> list[int]:
 
 def test_a_step_is_a_line_written_when_the_next_one_comes(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    metrics = MetricsFile(path, 0)
+    metrics = MetricsFile(path, 0, LossWatch(Progress()))
     metrics.step(record(1))
     assert steps(path) == []
     metrics.step(record(2))
@@ -65,7 +66,7 @@ def test_a_step_is_a_line_written_when_the_next_one_comes(tmp_path):
 
 def test_an_evaluation_comes_after_the_step_that_it_followed(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    metrics = MetricsFile(path, 0)
+    metrics = MetricsFile(path, 0, LossWatch(Progress()))
     metrics.evaluation(0, 0, {"perplexity": 9.0})
     metrics.step(record(1))
     metrics.evaluation(1, 1, {"perplexity": 8.0})
@@ -75,14 +76,14 @@ def test_an_evaluation_comes_after_the_step_that_it_followed(tmp_path):
 
 def test_a_resumed_run_continues_without_gap_or_repeat_and_drops_a_torn_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    metrics = MetricsFile(path, 0)
+    metrics = MetricsFile(path, 0, LossWatch(Progress()))
     metrics.evaluation(0, 0, {"perplexity": 9.0})
     for step in range(1, 8):
         metrics.step(record(step))
     metrics.close()
     with path.open("a", encoding="utf-8") as file:
         file.write('{"step": 8, "epo')  # killed while it wrote
-    resumed = MetricsFile(path, 5)
+    resumed = MetricsFile(path, 5, LossWatch(Progress()))
     assert steps(path) == [0, 1, 2, 3, 4, 5]
     for step in range(6, 10):
         resumed.step(record(step))
@@ -93,28 +94,28 @@ def test_a_resumed_run_continues_without_gap_or_repeat_and_drops_a_torn_line(tmp
 
 def test_a_run_that_begins_anew_drops_the_lines_of_the_one_before(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    first = MetricsFile(path, 0)
+    first = MetricsFile(path, 0, LossWatch(Progress()))
     first.step(record(1))
     first.close()
     assert steps(path) == [1]
-    MetricsFile(path, 0).close()
+    MetricsFile(path, 0, LossWatch(Progress())).close()
     assert steps(path) == []
 
 
 def test_lines_with_unusual_line_separators_survive_a_resume(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    metrics = MetricsFile(path, 0)
+    metrics = MetricsFile(path, 0, LossWatch(Progress()))
     metrics.evaluation(0, 0, {"documents_lost": ["a\u2028b", "c\x85d"]})
     metrics.step(record(1))
     metrics.close()
-    MetricsFile(path, 1).close()
+    MetricsFile(path, 1, LossWatch(Progress())).close()
     assert steps(path) == [0, 1]
     assert lines(path)[0]["evaluation"]["documents_lost"] == ["a\u2028b", "c\x85d"]
 
 
 def test_a_loss_that_is_no_number_is_written_as_null(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    metrics = MetricsFile(path, 0)
+    metrics = MetricsFile(path, 0, LossWatch(Progress()))
     metrics.step(record(1, loss=math.nan))
     metrics.close()
     assert lines(path)[0]["loss"] is None
@@ -144,12 +145,15 @@ def test_the_epochs_sums_go_on_after_a_resume():
     assert second.finish() == whole.finish()
 
 
-def test_a_diverged_loss_stops_the_run_by_name():
+def test_a_loss_that_is_no_number_is_left_out_of_the_mean():
     loss = EpochLoss(Progress())
-    loss.step(record(1))
-    loss.step(record(2, loss=math.nan))
-    with pytest.raises(UserError, match=r"step 2 .* smaller --lr"):
-        loss.flush()
+    loss.step(record(1, loss=1.0))
+    loss.step(record(2, loss=math.nan, skipped=True))
+    loss.step(record(3, loss=3.0))
+    assert loss.finish() == (2.0, 1.5)
+    empty = EpochLoss(Progress())
+    empty.step(record(1, loss=math.inf, skipped=True))
+    assert math.isnan(empty.finish()[0])
 
 
 def test_a_request_to_stop_is_noted_and_the_old_handlers_come_back(capsys):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
 
 from cartilha.model.load import load_model
-from cartilha.training.optimizer import learning_rate, make_optimizer, resolve_lr
+from cartilha.training.loop import Schedule
+from cartilha.training.optimizer import learning_rate, make_optimizer, resolve_lr, step_unless
 
 
 def rates(num_steps: int, warmup: float = 0.1, final: float = 0.1, peak: float = 2e-3) -> list[float]:
@@ -75,3 +77,39 @@ def test_matrices_decay_and_vectors_do_not():
     for name, parameter in model.named_parameters():
         factor = 1 - 0.5 * 0.1 if parameter.dim() >= 2 else 1.0
         torch.testing.assert_close(parameter.detach(), before[name] * factor, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_skipped_step_leaves_weights_moments_and_counts_as_they_were(fused):
+    torch.manual_seed(0)
+    start = torch.randn(5, 3)
+
+    def after(skips: list[bool]) -> tuple[torch.Tensor, ...]:
+        weight = start.clone().requires_grad_()
+        optimizer = torch.optim.AdamW([weight], lr=0.1, fused=fused)
+        for skip in skips:
+            weight.grad = torch.full_like(weight, math.nan) if skip else torch.sin(weight.detach())
+            step_unless(torch.tensor(skip), optimizer)
+        state = optimizer.state[weight]
+        return weight.detach(), state["exp_avg"], state["exp_avg_sq"], state["step"]
+
+    skipped, plain = after([True, False, True, True, False, False]), after([False, False, False])
+    assert all(torch.equal(left, right) for left, right in zip(skipped, plain, strict=True))
+    assert not torch.equal(plain[0], start)
+
+
+def test_with_a_time_budget_the_rate_follows_the_time_and_decays_to_its_end():
+    schedule = Schedule(1000, 2e-3, 0.1, 0.1, time_budget_s=100.0)
+    by_steps = Schedule(1000, 2e-3, 0.1, 0.1)
+    seconds = [2.0 * step for step in range(50)]  # 50 steps fit into the budget, not 1000
+    found = [schedule.lr(step, now) for step, now in enumerate(seconds)]
+    assert found == [by_steps.lr(round(10 * now)) for now in seconds]
+    assert max(found) == pytest.approx(2e-3, rel=0.01) and found[-1] < 1.05 * 2e-4 + 2e-3 * 0.01
+    assert schedule.lr(900, 10.0) == by_steps.lr(900, 10.0)  # where the steps are further on, they decide
+    assert [schedule.is_over(*at) for at in ((0, 0.0), (999, 99.9), (1000, 0.0), (5, 100.0))] == [
+        False,
+        False,
+        True,
+        True,
+    ]
+    assert not by_steps.is_over(999, 1e9)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,7 @@ def check(config: TrainConfig) -> None:
         value = getattr(config, name)
         if value is not None and not value >= least:
             raise UserError(f"{name} must be {least} or more, not {value}.")
+    parse_duration(config.time_budget)
     if not 0 <= config.seed < 2**63:
         raise UserError(f"The seed must lie between 0 and 2**63 - 1, not {config.seed}.")
     if not config.max_grad_norm > 0:
@@ -98,6 +100,25 @@ def check(config: TrainConfig) -> None:
         raise UserError(f"The learning rate must be a number above 0, not {config.lr}.")
     if not 0 <= config.warmup_fraction <= 1 or not 0 <= config.final_lr_fraction <= 1:
         raise UserError("warmup_fraction and final_lr_fraction must lie between 0 and 1.")
+
+
+def parse_duration(text: str | None) -> float | None:
+    """Seconds in a text such as `50m`, `1h30m`, `90s` or `2.5h`; None for None.
+
+    Raises:
+        UserError: It says no time above 0.
+    """
+    if text is None:
+        return None
+    found = re.fullmatch(r"(?:([\d.]+)h)?(?:([\d.]+)m)?(?:([\d.]+)s)?", text.strip().lower(), re.ASCII)
+    try:
+        parts = [float(part or 0) for part in found.groups()] if found else []
+    except ValueError:  # two points in a number
+        parts = []
+    seconds = sum(part * unit for part, unit in zip(parts, (3600, 60, 1), strict=False))
+    if not 0 < seconds < math.inf:
+        raise UserError(f"A time is written like 50m, 1h30m or 90s, not {text!r}.")
+    return seconds
 
 
 def check_finished(config: TrainConfig, path: Path) -> None:
@@ -113,6 +134,7 @@ def check_finished(config: TrainConfig, path: Path) -> None:
     current = {name: getattr(config, name) for name in asked}
     current["lr"] = resolve_lr(config.lr, recorded["num_parameters"])
     current["num_steps"] = config.max_steps or config.epochs * results["packing"]["steps_per_epoch"]
+    current["time_budget_s"] = parse_duration(config.time_budget)
     if config.dtype != "auto":
         current["dtype"] = config.dtype
     if (Path(config.store) / "store.json").is_file():  # it may have been removed since
@@ -158,6 +180,7 @@ def assemble(config: TrainConfig, path: Path, prompts: GenerateConfig, resume: b
         "block_size": config.block_size,
         "batch_tokens": config.batch_tokens,
         "num_steps": num_steps,
+        "time_budget_s": parse_duration(config.time_budget),
         "lr": lr,
         "warmup_fraction": config.warmup_fraction,
         "final_lr_fraction": config.final_lr_fraction,
@@ -187,7 +210,7 @@ def assemble(config: TrainConfig, path: Path, prompts: GenerateConfig, resume: b
         loaded=loaded,
         dtype=dtype,
         sampler=sampler,
-        schedule=Schedule(num_steps, lr, config.warmup_fraction, config.final_lr_fraction),
+        schedule=Schedule(num_steps, lr, config.warmup_fraction, config.final_lr_fraction, settings["time_budget_s"]),
         micro_batch_size=_micro_batch_size(config, loaded, blocks_per_step, dtype),
         state=state,
         protocol=protocol,

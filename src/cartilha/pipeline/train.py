@@ -34,11 +34,10 @@ from cartilha.runtime import (
     seed_everything,
     write_atomically,
 )
-from cartilha.training.checkpoint import (
-    save_checkpoint,
-)
+from cartilha.training.checkpoint import newest_name, save_checkpoint
 from cartilha.training.hooks import EpochLoss, MetricsFile, StopRequest, listening_for_stop
 from cartilha.training.loop import StepRecord, train_steps
+from cartilha.training.watch import LossWatch
 
 log = logging.getLogger("cartilha")
 
@@ -97,7 +96,8 @@ def train(config: TrainConfig, *, prompts: GenerateConfig | None = None) -> Trai
 def _train(run: Run, record: RunRecord, notices: NoticeCollector, stop: StopRequest) -> None:
     """Measure, train, measure; checkpoints at each epoch's end and every `checkpoint_steps`."""
     _announce(run)
-    metrics = MetricsFile(run.path / "metrics.jsonl", run.step)
+    watch = LossWatch(run.state.progress, scaled=run.state.scaler.is_enabled())
+    metrics = MetricsFile(run.path / "metrics.jsonl", run.step, watch)
     epoch_loss = EpochLoss(run.state.progress)
     try:
         if run.step == 0:
@@ -107,6 +107,8 @@ def _train(run: Run, record: RunRecord, notices: NoticeCollector, stop: StopRequ
         for step in _steps(run):
             metrics.step(step)
             epoch_loss.step(step)
+            if watch.has_diverged:
+                raise watch.diverged(newest_name(run.path))
             if step.ends_epoch:
                 train_loss, seconds = epoch_loss.finish()
                 evaluation = _measure(run, record, metrics, f"Validation after epoch {step.epoch}")
@@ -118,12 +120,19 @@ def _train(run: Run, record: RunRecord, notices: NoticeCollector, stop: StopRequ
                 }
                 record.update(epochs=[*record.values["epochs"], row])
             every = run.config.checkpoint_steps
-            last = step.step == run.schedule.num_steps
+            last = run.schedule.is_over(step.step, step.total_seconds)
             stopping = stop.requested  # read once: a request that comes while the checkpoint is written waits a step
             if step.ends_epoch or last or stopping or (every and step.step % every == 0):
                 epoch_loss.flush()
                 metrics.flush()
                 save_checkpoint(run.path, run.state, run.settings)
+            if last and step.step < run.schedule.num_steps:
+                log.info(
+                    "The time budget of %s is used up after step %d of %d; to go on, give a longer one.",
+                    run.config.time_budget,
+                    step.step,
+                    run.schedule.num_steps,
+                )
             if stopping and not last:
                 raise InterruptedRunError(
                     f"Stopped after step {step.step} of {run.schedule.num_steps}; a checkpoint is saved, "
@@ -208,12 +217,15 @@ def _write_samples(run: Run) -> None:
 def _finish(run: Run, record: RunRecord, notices: NoticeCollector) -> None:
     """The last evaluation where no epoch's end has just made it, samples, the model, and the summary."""
     if record.values["evaluations"][-1]["step"] != run.step:
-        metrics = MetricsFile(run.path / "metrics.jsonl", run.step)
+        metrics = MetricsFile(run.path / "metrics.jsonl", run.step, LossWatch(run.state.progress))
         _measure(run, record, metrics, "Validation after training")
         metrics.close()
     _write_samples(run)
     progress = run.state.progress
     record.update(
+        steps=progress.step,
+        skipped_steps=progress.skipped_steps,
+        loss_spikes=progress.loss_spikes,
         tokens=progress.tokens,
         seconds=progress.seconds,
         tokens_per_second=progress.tokens / progress.seconds if progress.seconds else None,

@@ -85,6 +85,12 @@ def list_checkpoints(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("step-????????"))
 
 
+def newest_name(run: Path) -> str | None:
+    """The name of the run's newest checkpoint, unverified; None where there is none."""
+    found = list_checkpoints(run)
+    return found[-1].name if found else None
+
+
 def newest_sound_checkpoint(run: Path) -> Path | None:
     """The newest checkpoint whose files have the recorded sizes and hashes; damaged ones are named and passed over."""
     for path in reversed(list_checkpoints(run)):

@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from cartilha.errors import UserError
 from cartilha.runtime import to_json
 from cartilha.training.loop import Progress, StepRecord
+from cartilha.training.watch import LossWatch
 
 
 class MetricsFile:
@@ -22,10 +22,12 @@ class MetricsFile:
     Args:
         path: The file; lines after `resumed_step` (and a torn last line) are dropped when a run is resumed.
         resumed_step: Steps already taken.
+        watch: Judges each step as it is written; its marks stand in the step's line.
     """
 
-    def __init__(self, path: Path, resumed_step: int) -> None:
+    def __init__(self, path: Path, resumed_step: int, watch: LossWatch) -> None:
         self._file: IO[str] = _open_at(path, resumed_step)
+        self._watch = watch
         self._pending: StepRecord | None = None
 
     def step(self, record: StepRecord) -> None:
@@ -53,6 +55,7 @@ class MetricsFile:
                     "tokens_per_second": record.num_targets / record.seconds,
                     "memory_bytes": record.memory_bytes,
                     "seconds": record.total_seconds,
+                    **self._watch.judge(record),
                 }
             )
 
@@ -98,28 +101,21 @@ class EpochLoss:
         self._pending = record
 
     def flush(self) -> None:
-        """Read the record that is held back.
-
-        Raises:
-            UserError: The loss is not finite.
-        """
+        """Read the record that is held back; a loss that is no number is left out of the mean."""
         record, self._pending = self._pending, None
         if record is not None:
             loss = float(record.loss)
-            if not math.isfinite(loss):  # before its weights push the sound checkpoints out
-                raise UserError(
-                    f"The loss of step {record.step} is not a number: the training diverged; use a smaller --lr and "
-                    "another --output (float32 may help, too)."
-                )
-            self._progress.epoch_nll += loss * record.num_targets
-            self._progress.epoch_tokens += record.num_targets
+            if math.isfinite(loss):
+                self._progress.epoch_nll += loss * record.num_targets
+                self._progress.epoch_tokens += record.num_targets
             self._progress.epoch_seconds += record.seconds
 
     def finish(self) -> tuple[float, float]:
         """Mean loss (nats a token) and seconds of the epoch, which ends here: the sums begin again at zero."""
         self.flush()
         progress = self._progress
-        result = progress.epoch_nll / progress.epoch_tokens, progress.epoch_seconds
+        mean = progress.epoch_nll / progress.epoch_tokens if progress.epoch_tokens else math.nan
+        result = mean, progress.epoch_seconds
         progress.epoch_nll, progress.epoch_tokens, progress.epoch_seconds = 0.0, 0, 0.0
         return result
 

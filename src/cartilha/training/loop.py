@@ -12,27 +12,42 @@ from transformers import PreTrainedModel
 from cartilha.blocks.sampler import BlockSampler
 from cartilha.model.forward import batch_nll
 from cartilha.runtime import peak_memory_bytes
-from cartilha.training.optimizer import learning_rate
+from cartilha.training.optimizer import learning_rate, step_unless
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long training lasts and how its learning rate runs."""
+    """How long training lasts and how its learning rate runs.
+
+    Attributes:
+        num_steps: Steps at most.
+        peak_lr: The rate after the warm-up.
+        warmup_fraction: Share of the run in which the rate rises.
+        final_lr_fraction: Share of the peak at which the decay ends.
+        time_budget_s: Seconds of training at most; the rate follows whichever of steps and time is further on, so that
+            it decays to the end of either.
+    """
 
     num_steps: int
     peak_lr: float
     warmup_fraction: float
     final_lr_fraction: float
+    time_budget_s: float | None = None
 
-    def lr(self, step: int) -> float:
-        """The learning rate of step `step`, counted from 0."""
+    def lr(self, step: int, seconds: float = 0.0) -> float:
+        """The learning rate of step `step` (from 0), which begins after `seconds` of training."""
+        by_time = seconds / self.time_budget_s * self.num_steps if self.time_budget_s else 0.0
         return learning_rate(
-            step,
+            max(step, by_time),
             self.num_steps,
             peak=self.peak_lr,
             warmup_fraction=self.warmup_fraction,
             final_fraction=self.final_lr_fraction,
         )
+
+    def is_over(self, step: int, seconds: float) -> bool:
+        """Whether training ends after `step` steps and `seconds` of training."""
+        return step >= self.num_steps or (self.time_budget_s is not None and seconds >= self.time_budget_s)
 
 
 @dataclass
@@ -46,6 +61,12 @@ class Progress:
         epoch_nll: Summed nll of the current epoch so far, in nats (kept by `hooks.EpochLoss`).
         epoch_tokens: Targets in `epoch_nll`.
         epoch_seconds: Training time of the current epoch so far.
+        skipped_steps: Steps whose update was left out because a loss or gradient was not finite.
+        skipped_in_a_row: How many of them are the latest steps.
+        loss_spikes: Steps whose loss stood far above the ones before.
+        loss_level: Running mean of the losses (kept by `watch.LossWatch`, as the three above).
+        loss_spread: Running mean of their distance from it.
+        losses_seen: Losses in these means.
     """
 
     step: int = 0
@@ -54,11 +75,17 @@ class Progress:
     epoch_nll: float = 0.0
     epoch_tokens: int = 0
     epoch_seconds: float = 0.0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    loss_spikes: int = 0
+    loss_level: float = 0.0
+    loss_spread: float = 0.0
+    losses_seen: int = 0
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One optimizer step. `loss` and `grad_norm` stay on the device until they are read.
+    """One optimizer step. `loss`, `grad_norm` and `skipped` stay on the device until they are read.
 
     Attributes:
         step: Counted from 1.
@@ -69,6 +96,7 @@ class StepRecord:
         loss: Mean nll of the step's targets, nats a token.
         lr: The learning rate used.
         grad_norm: Norm of the gradient before clipping.
+        skipped: Whether the update was left out because the loss or the gradient was not finite.
         seconds: Of this step.
         total_seconds: Training time so far.
         memory_bytes: Peak memory so far.
@@ -82,6 +110,7 @@ class StepRecord:
     loss: torch.Tensor
     lr: float
     grad_norm: torch.Tensor
+    skipped: torch.Tensor
     seconds: float
     total_seconds: float
     memory_bytes: int
@@ -102,7 +131,8 @@ def train_steps(
     """Train from `progress.step` to the schedule's end, yielding after each step.
 
     The loss of a step is the mean over all of its targets, however they fall into micro-batches: each micro-batch's
-    summed nll is divided by the step's number of targets, known beforehand from the packing.
+    summed nll is divided by the step's number of targets, known beforehand from the packing. A step whose loss or
+    gradient is not finite changes no weight: its blocks are passed over.
 
     Args:
         model: Float32 weights, on its device.
@@ -116,12 +146,12 @@ def train_steps(
         scaler: Enabled for fp16 only.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    while progress.step < schedule.num_steps:
+    while not schedule.is_over(progress.step, progress.seconds):
         started = time.perf_counter()
         step = progress.step
         batches = sampler.micro_batches(step, micro_batch_size)
         num_targets = sum(batch.num_targets for batch in batches)
-        lr = schedule.lr(step)
+        lr = schedule.lr(step, progress.seconds)
         for group in optimizer.param_groups:
             group["lr"] = lr
         loss = torch.zeros((), device=model.device)
@@ -131,7 +161,8 @@ def train_steps(
             loss += share.detach()
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-        scaler.step(optimizer)
+        skipped = ~torch.isfinite(grad_norm + loss)
+        step_unless(skipped, optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         if model.device.type == "cuda":
@@ -150,6 +181,7 @@ def train_steps(
             loss=loss,
             lr=lr,
             grad_norm=grad_norm,
+            skipped=skipped,
             seconds=seconds,
             total_seconds=progress.seconds,
             memory_bytes=peak_memory_bytes(model.device.type),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -30,7 +30,20 @@ def resolve_lr(lr: float | Literal["auto"], num_parameters: int) -> float:
     return min(3e-3, 3e-4 * math.sqrt(125e6 / num_parameters))
 
 
-def learning_rate(step: int, num_steps: int, *, peak: float, warmup_fraction: float, final_fraction: float) -> float:
+def step_unless(skip: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Take the optimizer's step unless `skip`, a boolean on the device, is true; weights and moments stay then.
+
+    The fused kernels look at the flag themselves (they have it for gradient scaling), so that the host need not wait.
+    """
+    fused: Any = optimizer
+    if optimizer.defaults.get("fused"):
+        fused.found_inf = skip.float()
+        optimizer.step()
+    elif not skip:
+        optimizer.step()
+
+
+def learning_rate(step: float, num_steps: int, *, peak: float, warmup_fraction: float, final_fraction: float) -> float:
     """The rate of step `step` (from 0) of `num_steps`: linear rise, then a cosine down to `final_fraction` of the peak.
 
     The first step already has a rate above 0, and the last step is the first to reach the end of the cosine.

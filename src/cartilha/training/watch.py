@@ -1,0 +1,82 @@
+"""Numbers that go wrong: steps without an update are counted and end the run when they come in a row; spikes marked."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+from cartilha.errors import UserError
+from cartilha.training.loop import Progress, StepRecord
+
+log = logging.getLogger("cartilha")
+
+MAX_SKIPPED_IN_A_ROW = 5
+MAX_SKIPPED_IN_A_ROW_FP16 = 20  # its scaler starts too high on purpose and halves itself at each overflow
+SPIKE_SPREADS = 6.0  # about five standard deviations of normal noise
+SPIKE_NATS = 0.25  # below this nobody looks for a cause
+LOSSES_BEFORE_SPIKES = 20
+MEMORY = 0.05  # weight of the newest loss in the running means
+
+
+class LossWatch:
+    """Judges each step's loss and gradient; what it remembers lives in the run's progress and survives a resume.
+
+    Args:
+        progress: Of the run.
+        scaled: Whether a gradient scaler is at work (fp16), whose first steps overflow as a rule.
+    """
+
+    def __init__(self, progress: Progress, *, scaled: bool = False) -> None:
+        self._progress = progress
+        self._limit = MAX_SKIPPED_IN_A_ROW_FP16 if scaled else MAX_SKIPPED_IN_A_ROW
+
+    def judge(self, record: StepRecord) -> dict[str, Any]:
+        """The marks of a step, for its line in the metrics: `skipped`, `spike`, or none. Waits for the device."""
+        marks: dict[str, Any] = {}
+        progress = self._progress
+        if bool(record.skipped):
+            if not progress.skipped_steps:
+                log.warning(
+                    "Step %d had a loss or gradient that is not a number: its update is left out (metrics.jsonl marks "
+                    "such steps).",
+                    record.step,
+                )
+            progress.skipped_steps += 1
+            progress.skipped_in_a_row += 1
+            marks["skipped"] = True
+        else:
+            progress.skipped_in_a_row = 0
+        loss = float(record.loss)
+        if math.isfinite(loss) and self._is_spike(loss):
+            progress.loss_spikes += 1
+            marks["spike"] = True
+        return marks
+
+    def _is_spike(self, loss: float) -> bool:
+        """Whether the loss stands far above the ones before, which it then joins."""
+        progress = self._progress
+        excess = loss - progress.loss_level
+        ceiling = max(SPIKE_SPREADS * progress.loss_spread, SPIKE_NATS)
+        spike = progress.losses_seen >= LOSSES_BEFORE_SPIKES and excess > ceiling
+        # A spike pulls the level no further than an ordinary high loss: the next one is a spike, too.
+        moved = min(excess, ceiling) if progress.losses_seen else 0.0
+        weight = max(MEMORY, 1 / (progress.losses_seen + 1))
+        progress.loss_level = progress.loss_level + weight * moved if progress.losses_seen else loss
+        progress.loss_spread += weight * (abs(moved) - progress.loss_spread)
+        progress.losses_seen += 1
+        return spike
+
+    @property
+    def has_diverged(self) -> bool:
+        """Whether so many of the latest steps were skipped that going on is pointless."""
+        return self._progress.skipped_in_a_row >= self._limit
+
+    def diverged(self, last_good: str | None) -> UserError:
+        """The error for it, with the likely causes and the name of the newest checkpoint."""
+        kept = f"the last good checkpoint is {last_good}" if last_good else "there is no checkpoint yet"
+        return UserError(
+            f"The training diverged: the last {self._progress.skipped_in_a_row} steps had a loss or gradient that is "
+            f"not a number ({kept}); likely causes are a learning rate that is too high, fp16 overflow, or a model "
+            "whose weights are damaged: use a smaller --lr or --dtype float32 with another --output."
+        )
