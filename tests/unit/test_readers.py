@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cartilha.corpus import primer, readers
+from cartilha.corpus import formats, primer
 from cartilha.corpus.readers import HubSource, PrimerSource, ReadCounts, SourceFile, read_documents, resolve_inputs
 from cartilha.errors import HubUnreachableError, UserError
 
@@ -216,7 +216,7 @@ def test_tsv_and_a_very_long_field(tmp_path):
 
 
 def test_parquet_types_nulls_and_batches(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "PARQUET_BATCH_ROWS", 2)
+    monkeypatch.setattr(formats, "PARQUET_BATCH_ROWS", 2)
     read: list[list[str]] = []
     original = pq.ParquetFile.iter_batches
     monkeypatch.setattr(

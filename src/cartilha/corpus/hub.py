@@ -9,25 +9,67 @@ from cartilha.corpus.sources import HubSource
 from cartilha.errors import HubUnreachableError, UserError
 
 
-def read_hub(source: HubSource) -> Iterator[Mapping[str, Any]]:
-    """Stream the records of a dataset's split, in the hub's order.
+def num_data_files(source: HubSource) -> int:
+    """Data files of a dataset's split, each of which can be streamed by itself.
+
+    Raises:
+        UserError: The extra `hub` is not installed.
+        HubUnreachableError: The dataset, configuration or split cannot be had.
+    """
+    return _num_files(_load(source))
+
+
+def read_hub(
+    source: HubSource, begin: int = 0, end: int | None = None
+) -> Iterator[tuple[int | str, Mapping[str, Any]]]:
+    """Stream the records of a dataset's split, or of some of its data files, in the hub's order.
+
+    Records are numbered from 1; where there are several data files, within each of them, as `FILE:ROW`.
+
+    Args:
+        source: The dataset.
+        begin: First data file.
+        end: The one after the last; None for all.
 
     Raises:
         UserError: The extra `hub` is not installed.
         HubUnreachableError: The dataset, configuration or split cannot be had, or the connection broke.
     """
+    dataset = _load(source)
+    num_files = _num_files(dataset)
+    number: int | str = 0
+    try:
+        for file in range(begin, num_files if end is None else end):
+            part = dataset.shard(num_shards=num_files, index=file) if num_files > 1 else dataset
+            for row, record in enumerate(part, 1):
+                number = f"{file}:{row}" if num_files > 1 else row
+                yield number, record
+    # What `datasets` and the HTTP libraries below it raise shares no base class and changes between releases. Nothing
+    # of ours runs inside the `try`: what a consumer raises does not pass through a generator.
+    except Exception as error:
+        raise _unreachable(source, error, f" after row {number}" if number else "") from error
+
+
+def _load(source: HubSource) -> Any:
     try:
         import datasets
     except ImportError:
         message = f'hf:{source.name} needs the extra `hub`, which is not installed: pip install "cartilha[hub]".'
         raise UserError(message) from None
     try:
-        yield from datasets.load_dataset(source.name, source.config, split=source.split, streaming=True)
-    # What `datasets` and the HTTP libraries below it raise shares no base class and changes between releases. Nothing
-    # of ours runs inside the `try`: what a consumer raises does not pass through a generator.
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or ["no reason given"])[0].rstrip(".")
-        raise HubUnreachableError(
-            f"The dataset hf:{source.label} (split {source.split}) cannot be read from the hub"
-            f" ({type(error).__name__}: {reason}); check its name and the connection, or give a local file or primer."
-        ) from error
+        return datasets.load_dataset(source.name, source.config, split=source.split, streaming=True)
+    except Exception as error:  # as above
+        raise _unreachable(source, error, "") from error
+
+
+def _num_files(dataset: Any) -> int:
+    return int(getattr(dataset, "num_shards", 1))
+
+
+def _unreachable(source: HubSource, error: Exception, place: str) -> HubUnreachableError:
+    reason = (str(error).strip().splitlines() or ["no reason given"])[0].rstrip(".")
+    return HubUnreachableError(
+        f"The dataset hf:{source.label} (split {source.split}) cannot be read from the hub{place}"
+        f" ({type(error).__name__}: {reason}); check its name and the connection and run the same command again, or"
+        " give a local file or primer."
+    )

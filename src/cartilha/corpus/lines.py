@@ -1,7 +1,8 @@
-"""Files to lines of text: decompressed, decoded, and split at line feeds only.
+"""Files to lines of text: decompressed, decoded, and split at line feeds only, a block at a time.
 
-Bytes that the encoding does not allow are refused by line and offset, or kept as marks: the decoder puts a lone
-surrogate, which no valid text contains, in their place, so that a record is taken apart before its text is judged.
+Bytes that the encoding does not allow become a `Fault` with line and offset, or are kept as marks: the decoder puts a
+lone surrogate, which no valid text contains, in their place, so that a record is taken apart before its text is judged.
+Memory is bounded by `MAX_DOCUMENT_BYTES` whatever the lengths of the lines.
 """
 
 from __future__ import annotations
@@ -12,21 +13,36 @@ import io
 import re
 import shutil
 import tempfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO, TypeVar, cast
+from dataclasses import dataclass
+from typing import IO, cast
 
 from cartilha.corpus.sources import SourceFile
 from cartilha.errors import UserError
 
 MARK_INVALID = "cartilha.mark"  # the name of the decoders' error handler below
+BLOCK_BYTES = 1 << 20
+MAX_DOCUMENT_BYTES = 64 << 20  # beyond any document; as text it may take four times as much memory
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
 # What UTF-8 makes of another encoding's byte-order mark; the longer one first, for it begins with the shorter.
 _FOREIGN_MARKS = (("\udcff\udcfe\0\0", "utf-32"), ("\udcff\udcfe", "utf-16"), ("\udcfe\udcff", "utf-16"))
+# Encodings in which the byte 0x0A is a line feed and nothing else, so that bytes can be cut there.
+_CUT_AT_LINE_FEEDS = re.compile(r"utf-8|ascii|iso8859-\d+|cp125\d|cp437|cp850|cp860|koi8-\w|mac-\w+")
 
-Item = TypeVar("Item")
+
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong with one record, or with the rest of a file.
+
+    Attributes:
+        reason: The name under which it is counted where faulty records are left out.
+        message: One sentence with the place and the remedy.
+    """
+
+    reason: str
+    message: str
 
 
 def known_encoding(encoding: str) -> str:
@@ -41,6 +57,11 @@ def known_encoding(encoding: str) -> str:
     except (LookupError, ValueError):
         raise UserError(f"{encoding!r} is no text encoding that Python knows; try utf-8, latin-1 or utf-16.") from None
     return "utf-8" if name == "utf-8-sig" else name
+
+
+def can_be_cut(encoding: str) -> bool:
+    """Whether a file in this encoding can be cut at any byte 0x0A, so that its parts are read apart."""
+    return _CUT_AT_LINE_FEEDS.fullmatch(encoding) is not None
 
 
 def _mark(error: UnicodeError) -> tuple[str, int]:
@@ -65,54 +86,147 @@ def _first_surrogate(text: str) -> int | None:
     return None
 
 
-def read_lines(source: SourceFile, encoding: str, stop: bool) -> Iterator[str]:
-    r"""Lines with their ends, split at `\n` only, the first without a byte-order mark.
+def too_long(place: str) -> Fault:
+    """The fault of a record that is longer than any document."""
+    size = f"{MAX_DOCUMENT_BYTES >> 20} MiB" if MAX_DOCUMENT_BYTES >= 1 << 20 else f"{MAX_DOCUMENT_BYTES} bytes"
+    return Fault(
+        "too_long",
+        f"{place} is longer than {size}, which no document is; cut it into documents, or leave out what is too long"
+        " by --on_error skip.",
+    )
+
+
+def read_lines(
+    source: SourceFile, encoding: str, *, begin: int = 0, end: int | None = None, first: int = 1, marks: bool = False
+) -> Iterator[tuple[int, str | Fault]]:
+    r"""Lines with their numbers, split at `\n` only, which each but a last one ends with; no byte-order mark.
 
     Args:
-        source: A text file; what may go wrong with its bytes is left to `explain_faults`.
+        source: A text file; what the system and the decompressors raise is left to `explain_faults`.
         encoding: As `known_encoding` gives it.
-        stop: Whether to refuse invalid bytes; otherwise they are marks in the line (`without_surrogates`).
+        begin: Byte at which a line begins; not 0 only in plain files whose encoding `can_be_cut`.
+        end: Byte after a line's end; None for the end of the file.
+        first: Number of the first line.
+        marks: Keep invalid bytes as marks in the line (`without_surrogates`); otherwise such a line is a fault.
 
     Raises:
-        UserError: Bytes are not valid in the encoding.
+        UserError: The whole file is in another encoding.
     """
-    with _open(source) as stream, io.TextIOWrapper(stream, encoding, MARK_INVALID, newline="\n") as file:
+    with open_file(source) as stream:
+        if begin:
+            stream.seek(begin)
+        length = None if end is None else end - begin
+        read = _cut_lines(stream, encoding, length) if can_be_cut(encoding) else _wide_lines(stream, source, encoding)
+        for number, line in enumerate(read, first):
+            if line is None:
+                yield number, too_long(f"{source.path}, line {number}")
+                continue
+            if number == 1:
+                if encoding == "utf-8":
+                    _refuse_foreign_encoding(line, source)
+                line = line.removeprefix("\ufeff")
+            yield number, line if marks else judged(line, number, source, encoding)
+
+
+def _cut_lines(stream: IO[bytes], encoding: str, length: int | None) -> Iterator[str | None]:
+    """Lines of an encoding that can be cut: whole blocks are decoded at once, and line by line only where one fails."""
+    for block in _blocks(stream, length):
+        if block is None:
+            yield None
+            continue
         try:
-            for number, line in enumerate(file, 1):
-                if number == 1 and encoding == "utf-8":
-                    _refuse_foreign_mark(line, source)
-                if stop:
-                    _refuse_invalid(line, number, source, encoding)
-                yield line.removeprefix("\ufeff") if number == 1 else line
+            lines = block.decode(encoding).split("\n")
+        except UnicodeDecodeError:
+            lines = [line.decode(encoding, MARK_INVALID) for line in block.split(b"\n")]
+        last = lines.pop()
+        for line in lines:
+            yield line + "\n"
+        if last:
+            yield last
+
+
+def _blocks(stream: IO[bytes], length: int | None) -> Iterator[bytes | None]:
+    """Blocks of whole lines; None stands for a line that is too long, of which no more than a block is held."""
+    parts: list[bytes] = []  # of a line that the next block goes on with
+    held, left = 0, length
+    while left != 0:
+        block = stream.read(BLOCK_BYTES if left is None else min(BLOCK_BYTES, left))
+        if not block:
+            break
+        left = None if left is None else left - len(block)
+        head = block.find(b"\n") + 1
+        if head and held + head > MAX_DOCUMENT_BYTES:
+            yield None
+            parts, held, block = [], 0, block[head:]
+        cut = block.rfind(b"\n") + 1
+        if cut:
+            yield b"".join([*parts, block[:cut]])
+            parts, held = [], 0
+        held += len(block) - cut
+        parts = [*parts, block[cut:]] if held <= MAX_DOCUMENT_BYTES else []
+    if held > MAX_DOCUMENT_BYTES:
+        yield None
+    elif held:
+        yield b"".join(parts)
+
+
+def _wide_lines(stream: IO[bytes], source: SourceFile, encoding: str) -> Iterator[str | None]:
+    """Lines of an encoding in which the byte 0x0A may be half of another character, such as UTF-16."""
+    with io.TextIOWrapper(stream, encoding, MARK_INVALID, newline="\n") as file:
+        try:
+            while line := file.readline(MAX_DOCUMENT_BYTES):
+                if len(line) == MAX_DOCUMENT_BYTES and not line.endswith("\n"):
+                    while (rest := file.readline(BLOCK_BYTES)) and not rest.endswith("\n"):
+                        pass
+                    yield None
+                else:
+                    yield line
         except UnicodeError as error:  # UTF-16 and UTF-32 without the mark that tells the byte order
             raise UserError(
                 f"{source.path} cannot be read as {encoding} ({error}); say --encoding {encoding}-le or {encoding}-be."
             ) from None
 
 
-def _refuse_foreign_mark(line: str, source: SourceFile) -> None:
+def _refuse_foreign_encoding(line: str, source: SourceFile) -> None:
+    """UTF-16 and UTF-32 are told by their marks, or by a NUL for every other byte of the first line."""
     for mark, encoding in _FOREIGN_MARKS:
         if line.startswith(mark):
             raise UserError(
                 f"{source.path}, line 1: not valid utf-8, for the file begins with the byte-order mark of"
                 f" {encoding.upper()}; say --encoding {encoding}."
             )
+    for first, encoding in ((1, "utf-16-le"), (0, "utf-16-be")):
+        nuls, others = line[first:1000:2], line[1 - first : 1000 : 2]
+        if len(nuls) >= 8 and nuls.count("\0") > 0.8 * len(nuls) and others.count("\0") < 0.2 * len(others):
+            raise UserError(
+                f"{source.path}, line 1: every other byte is NUL, as in UTF-16; say --encoding {encoding}, or look at"
+                " what the file holds."
+            )
 
 
-def _refuse_invalid(line: str, number: int, source: SourceFile, encoding: str) -> None:
+def judged(line: str, number: int, source: SourceFile, encoding: str) -> str | Fault:
+    """The line, or its fault where it holds marks of invalid bytes."""
     position = _first_surrogate(line)
     if position is None:
-        return
+        return line
     # utf-16 and its like begin every encoded string with a byte-order mark, an empty one too.
     offset = len(line[:position].encode(encoding, "replace")) - len("".encode(encoding))
-    raise UserError(
+    return Fault(
+        "invalid_bytes",
         f"{source.path}, line {number}: byte 0x{ord(line[position]) - 0xDC00:02X} at offset {offset} of the line is not"
-        f" valid {encoding}; say what the file is written in (--encoding latin-1, say), or put U+FFFD in the place of"
-        " such bytes by --invalid_bytes replace."
+        f" valid {encoding}; say what the file is written in (--encoding latin-1, say), put U+FFFD in the place of"
+        " such bytes by --invalid_bytes replace, or leave such records out by --on_error skip.",
     )
 
 
-def _open(source: SourceFile) -> IO[bytes]:
+def open_file(source: SourceFile) -> IO[bytes]:
+    """The file's bytes, decompressed.
+
+    Raises:
+        EOFError: A compressed file is empty.
+        OSError: It cannot be opened.
+        UserError: It is not the file that was found under this name.
+    """
     if source.compression and source.size_bytes == 0:
         raise EOFError("the file is empty")  # gzip and Arrow would call it an empty text
     if source.compression == ".gz":
@@ -124,27 +238,27 @@ def _open(source: SourceFile) -> IO[bytes]:
     return source.path.open("rb")
 
 
-def explain_faults(source: SourceFile, items: Iterator[Item]) -> Iterator[Item]:
-    """Hand on what is read from a file; what the system and the decompressors raise becomes a sentence.
+def refuse_changed(source: SourceFile) -> None:
+    """Compare size and time of change with what they were when the file was found.
 
     Raises:
-        UserError: The file cannot be opened or read, or is damaged.
+        UserError: They differ.
     """
     try:
-        yield from items
-    except (EOFError, zlib.error, OSError) as error:
-        reason = error.strerror if isinstance(error, OSError) else None  # decompressors set none
-        if isinstance(error, PermissionError):
-            remedy = "change its permissions"
-        else:
-            remedy = "check the file and the disk" if reason else "it is damaged or cut off: copy or download it again"
-        raise UserError(f"{source.path} cannot be read ({reason or error}); {remedy}.") from error
+        status = source.path.stat()
+    except OSError as error:
+        raise UserError(f"{source.path} cannot be read ({error.strerror}); check the file and the disk.") from error
+    if (status.st_size, status.st_mtime_ns) != (source.size_bytes, source.modified_ns):
+        raise UserError(
+            f"{source.path} changed while it was read (from {source.size_bytes:,} to {status.st_size:,} bytes); wait"
+            " until it is complete and run the same command again."
+        )
 
 
 @contextmanager
 def open_seekable(source: SourceFile) -> Iterator[IO[bytes]]:
     """The file's plain bytes with a way back, which Parquet needs: a compressed one is unpacked on the disk first."""
-    with _open(source) as stream:
+    with open_file(source) as stream:
         if not source.compression:
             yield stream
             return
