@@ -73,6 +73,11 @@ class TrainConfig:
     lr: float | Literal["auto"] = option(
         "auto", "peak learning rate; auto follows the model's size (3e-4 at 125 M parameters)"
     )
+    embeddings_first: str = option(
+        "0%",
+        "share of the steps (5%) that trains the token embeddings alone, after `vocab --extend`; then all is trained",
+    )
+    embeddings_lr: float | Literal["auto"] = option("auto", "peak learning rate of that first phase; auto takes --lr")
     warmup_fraction: float = option(0.05, "share of the steps in which the rate rises from 0")
     final_lr_fraction: float = option(0.1, "the cosine decay ends at this share of the peak rate")
     weight_decay: float = option(0.1, "decoupled weight decay of the matrices (AdamW)")

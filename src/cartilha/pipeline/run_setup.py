@@ -98,6 +98,9 @@ def check(config: TrainConfig) -> None:
         raise UserError(f"micro_batch_size must be 1 or more, or auto, not {config.micro_batch_size}.")
     if config.lr != "auto" and not 0 < config.lr < math.inf:
         raise UserError(f"The learning rate must be a number above 0, not {config.lr}.")
+    if config.embeddings_lr != "auto" and not 0 < config.embeddings_lr < math.inf:
+        raise UserError(f"The embeddings' learning rate must be a number above 0, not {config.embeddings_lr}.")
+    parse_share(config.embeddings_first, "embeddings_first")
     if not 0 <= config.warmup_fraction <= 1 or not 0 <= config.final_lr_fraction <= 1:
         raise UserError("warmup_fraction and final_lr_fraction must lie between 0 and 1.")
 
@@ -121,6 +124,22 @@ def parse_duration(text: str | None) -> float | None:
     return seconds
 
 
+def parse_share(text: str, name: str) -> float:
+    """A share between 0 and 1 from `5%` or `0.05`.
+
+    Raises:
+        UserError: It is neither.
+    """
+    number = text.strip()
+    try:
+        share = float(number.removesuffix("%")) / (100 if number.endswith("%") else 1)
+    except ValueError:
+        share = math.nan
+    if not 0 <= share <= 1:
+        raise UserError(f"{name} is a share such as 5% or 0.05, between 0 and 1, not {text!r}.")
+    return share
+
+
 def check_finished(config: TrainConfig, path: Path) -> None:
     """Refuse to pass off a finished run as one of other settings; what a resume would refuse, without loading anything.
 
@@ -133,6 +152,7 @@ def check_finished(config: TrainConfig, path: Path) -> None:
     asked += ["weight_decay", "max_grad_norm", "dropout", "seed"]
     current = {name: getattr(config, name) for name in asked}
     current["lr"] = resolve_lr(config.lr, recorded["num_parameters"])
+    current |= _embeddings_phase(config, current["lr"])
     current["num_steps"] = config.max_steps or config.epochs * results["packing"]["steps_per_epoch"]
     current["time_budget_s"] = parse_duration(config.time_budget)
     if config.dtype != "auto":
@@ -182,6 +202,7 @@ def assemble(config: TrainConfig, path: Path, prompts: GenerateConfig, resume: b
         "num_steps": num_steps,
         "time_budget_s": parse_duration(config.time_budget),
         "lr": lr,
+        **_embeddings_phase(config, lr),
         "warmup_fraction": config.warmup_fraction,
         "final_lr_fraction": config.final_lr_fraction,
         "weight_decay": config.weight_decay,
@@ -210,7 +231,14 @@ def assemble(config: TrainConfig, path: Path, prompts: GenerateConfig, resume: b
         loaded=loaded,
         dtype=dtype,
         sampler=sampler,
-        schedule=Schedule(num_steps, lr, config.warmup_fraction, config.final_lr_fraction, settings["time_budget_s"]),
+        schedule=Schedule(
+            num_steps,
+            lr,
+            config.warmup_fraction,
+            config.final_lr_fraction,
+            settings["time_budget_s"],
+            **_embeddings_phase(config, lr),
+        ),
         micro_batch_size=_micro_batch_size(config, loaded, blocks_per_step, dtype),
         state=state,
         protocol=protocol,
@@ -218,6 +246,12 @@ def assemble(config: TrainConfig, path: Path, prompts: GenerateConfig, resume: b
         prompts=prompts,
         settings=settings,
     )
+
+
+def _embeddings_phase(config: TrainConfig, lr: float) -> dict[str, float]:
+    """The first phase, as the schedule and the settings of a run have it."""
+    rate = lr if config.embeddings_lr == "auto" else config.embeddings_lr
+    return {"embeddings_first": parse_share(config.embeddings_first, "embeddings_first"), "embeddings_lr": rate}
 
 
 def _matching_tokenizer(model: str, store: TokenStore) -> TextTokenizer:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from cartilha.blocks.sampler import BlockSampler
 from cartilha.model.forward import batch_nll
 from cartilha.runtime import peak_memory_bytes
-from cartilha.training.optimizer import learning_rate, step_unless
+from cartilha.training.optimizer import choose_trained, learning_rate, step_unless
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,9 @@ class Schedule:
         final_lr_fraction: Share of the peak at which the decay ends.
         time_budget_s: Seconds of training at most; the rate follows whichever of steps and time is further on, so that
             it decays to the end of either.
+        embeddings_first: Share of the steps, at the beginning, that trains the token embeddings alone. Each of the two
+            phases has a warm-up and a decay of its own.
+        embeddings_lr: Peak rate of that phase.
     """
 
     num_steps: int
@@ -33,14 +36,32 @@ class Schedule:
     warmup_fraction: float
     final_lr_fraction: float
     time_budget_s: float | None = None
+    embeddings_first: float = 0.0
+    embeddings_lr: float = 0.0
+
+    def _position(self, step: int, seconds: float) -> float:
+        """Steps taken or, where that is more, the share of the time budget used up, in steps."""
+        return max(step, seconds / self.time_budget_s * self.num_steps if self.time_budget_s else 0.0)
+
+    @property
+    def _num_embedding_steps(self) -> int:
+        return max(round(self.embeddings_first * self.num_steps), int(self.embeddings_first > 0))
+
+    def trains_embeddings_only(self, step: int, seconds: float = 0.0) -> bool:
+        """Whether step `step` (from 0) belongs to the first phase, which has at least one step where there is one."""
+        return self._position(step, seconds) < self._num_embedding_steps
 
     def lr(self, step: int, seconds: float = 0.0) -> float:
         """The learning rate of step `step` (from 0), which begins after `seconds` of training."""
-        by_time = seconds / self.time_budget_s * self.num_steps if self.time_budget_s else 0.0
+        position, first = self._position(step, seconds), self._num_embedding_steps
+        if position < first:
+            begin, end, peak = 0, first, self.embeddings_lr
+        else:
+            begin, end, peak = first, self.num_steps, self.peak_lr
         return learning_rate(
-            max(step, by_time),
-            self.num_steps,
-            peak=self.peak_lr,
+            position - begin,
+            end - begin,
+            peak=peak,
             warmup_fraction=self.warmup_fraction,
             final_fraction=self.final_lr_fraction,
         )
@@ -145,13 +166,14 @@ def train_steps(
         max_grad_norm: Gradients are clipped to this norm.
         scaler: Enabled for fp16 only.
     """
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     while not schedule.is_over(progress.step, progress.seconds):
         started = time.perf_counter()
         step = progress.step
         batches = sampler.micro_batches(step, micro_batch_size)
         num_targets = sum(batch.num_targets for batch in batches)
         lr = schedule.lr(step, progress.seconds)
+        embeddings_only = schedule.trains_embeddings_only(step, progress.seconds)
+        parameters = choose_trained(model, optimizer, embeddings_only=embeddings_only)
         for group in optimizer.param_groups:
             group["lr"] = lr
         loss = torch.zeros((), device=model.device)

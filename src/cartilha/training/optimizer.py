@@ -6,6 +6,7 @@ import math
 from typing import Any, Literal
 
 import torch
+from transformers import PreTrainedModel
 
 ADAM_BETAS = (0.9, 0.95)
 ADAM_EPSILON = 1e-8
@@ -21,6 +22,23 @@ def make_optimizer(model: torch.nn.Module, lr: float, weight_decay: float) -> to
     # Fused: one pass over weights, gradients and states; on the CPU as well.
     fused = parameters[0].device.type in ("cpu", "cuda")
     return torch.optim.AdamW(groups, lr=lr, betas=ADAM_BETAS, eps=ADAM_EPSILON, fused=fused)
+
+
+def choose_trained(
+    model: PreTrainedModel, optimizer: torch.optim.Optimizer, *, embeddings_only: bool
+) -> list[torch.nn.Parameter]:
+    """Choose what the next step trains: all of the optimizer's parameters, or the token embeddings alone.
+
+    The head belongs to the embeddings, tied or not. The others get no gradient then, which saves their share of the
+    backward pass, and AdamW passes over a parameter without one: no decay, and its moments begin when its turn comes.
+    """
+    embeddings = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+    chosen = []
+    for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+        parameter.requires_grad_(not embeddings_only or id(parameter) in embeddings)
+        if parameter.requires_grad:
+            chosen.append(parameter)
+    return chosen
 
 
 def resolve_lr(lr: float | Literal["auto"], num_parameters: int) -> float:
