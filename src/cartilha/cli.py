@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import errno
 import importlib
 import logging
 import os
@@ -24,6 +23,7 @@ from jsonargparse import SUPPRESS, ArgumentParser
 from cartilha import config as configs
 from cartilha.console import set_up_logging
 from cartilha.errors import UserError
+from cartilha.storage import DISK_FAULTS
 
 log = logging.getLogger("cartilha")
 
@@ -72,20 +72,6 @@ COMMANDS = {
 }
 
 
-# What the user's disk or path can be at fault for, and no mistake of ours.
-_DISK_FAULTS = {
-    errno.EACCES,
-    errno.EDQUOT,
-    errno.EEXIST,
-    errno.EISDIR,
-    errno.ENAMETOOLONG,
-    errno.ENOSPC,
-    errno.ENOTDIR,
-    errno.EPERM,
-    errno.EROFS,
-}
-
-
 class _Parser(ArgumentParser):
     """Raises our one-sentence errors instead of printing a usage text."""
 
@@ -118,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("cartilha: stopped.", file=sys.stderr)
         return 130
     except OSError as error:
-        if error.errno not in _DISK_FAULTS:
+        if error.errno not in DISK_FAULTS:
             raise
         place = error.filename2 or error.filename
         print(
@@ -165,7 +151,8 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     module, function = command.home
     result = getattr(importlib.import_module(module), function)(settings)
-    from cartilha.runtime import to_json, world
+    from cartilha.runtime import world
+    from cartilha.storage import to_json
 
     if world()[0] != 0:  # under torchrun every process has the result, and one says it
         return 0

@@ -1,4 +1,4 @@
-"""What the machine is and has: device, compute dtype, threads, seeds, memory, versions, and durable writes.
+"""What the machine is and has: device, compute dtype, threads, seeds, memory and versions.
 
 torch is imported inside the functions that need it, so that `--help` and `prepare` start without it.
 """
@@ -6,23 +6,22 @@ torch is imported inside the functions that need it, so that `--help` and `prepa
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib.metadata
-import json
 import logging
 import os
 import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
-
 from cartilha.errors import UserError
+from cartilha.storage import file_sha256 as file_sha256
+from cartilha.storage import new_directory as new_directory
+from cartilha.storage import to_json as to_json
+from cartilha.storage import write_atomically as write_atomically
+from cartilha.storage import write_json as write_json
 
 if TYPE_CHECKING:
     import torch
@@ -265,86 +264,3 @@ def versions() -> dict[str, str]:
     if "torch" in sys.modules:  # its own version names the build (+cpu, +cu130), which the package's does not
         found["torch"] = str(sys.modules["torch"].__version__)
     return found
-
-
-def write_atomically(path: Path, data: str | bytes) -> None:
-    """Write under a temporary name, flush to the disk and rename: a reader finds the old file or the new one, whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data.encode("utf-8") if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-@contextmanager
-def new_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
-    """Yield a temporary directory beside `path` that becomes `path` when the block ends without an exception.
-
-    Args:
-        path: The directory to make.
-        replace: Put it in the place of one that is already there; the old one is removed after the rename.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                _flush_to_disk(file)
-        old = path.with_name(f".{path.name}.{os.getpid()}.old")
-        if replace and path.exists():
-            shutil.rmtree(old, ignore_errors=True)  # of a run that had this process id and was killed below
-            path.replace(old)
-        elif path.is_dir() and not any(path.iterdir()):
-            path.rmdir()
-        try:
-            temporary.replace(path)
-        except BaseException:
-            if replace and old.exists():
-                old.replace(path)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def _flush_to_disk(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a value as indented JSON, atomically. NaN and infinities become null: they are not JSON."""
-    write_atomically(path, to_json(value, indent=2) + "\n")
-
-
-def to_json(value: Any, indent: int | None = None) -> str:
-    """JSON text of plain values, numpy scalars included; non-finite floats become null."""
-    return json.dumps(_plain(value), indent=indent, ensure_ascii=False, allow_nan=False)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, (float, np.floating)):
-        return float(value) if np.isfinite(value) else None
-    if isinstance(value, (np.integer, np.bool_)):
-        return value.item()
-    return value

@@ -14,7 +14,7 @@ import pytest
 from cartilha.evaluation import bootstrap
 from cartilha.evaluation.bootstrap import FEW_DOCUMENTS, MAX_RESAMPLED_DOCUMENTS, Interval, bootstrap_interval
 from cartilha.evaluation.compare import MAX_EXACT_DOCUMENTS, Comparison, compare_documents, sign_flip_p_value
-from cartilha.runtime import to_json
+from cartilha.storage import to_json
 
 LN2 = math.log(2)
 

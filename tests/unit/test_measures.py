@@ -18,7 +18,7 @@ from cartilha.errors import UserError
 from cartilha.evaluation.documents import ScoredDocuments, encode_documents, validation_subset
 from cartilha.evaluation.measures import Evaluation, Sums, make_evaluation
 from cartilha.evaluation.windows import Protocol
-from cartilha.runtime import to_json
+from cartilha.storage import to_json
 from cartilha.tokens.tokenizer import TextTokenizer, load_tokenizer
 
 BYTES = load_tokenizer("random:tiny")

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
-import os
 import sys
-from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from cartilha import runtime
 from cartilha.errors import UserError
@@ -22,16 +15,11 @@ from cartilha.runtime import (
     choose_device,
     choose_dtype,
     cpu_has_bfloat16,
-    file_sha256,
     hardware_dtypes,
     has_cxx_compiler,
-    new_directory,
     peak_memory_bytes,
     seed_everything,
-    to_json,
     versions,
-    write_atomically,
-    write_json,
 )
 
 # Device and dtype
@@ -180,182 +168,3 @@ def test_versions_name_what_a_number_depends_on():
     found = versions()
     assert found["torch"] == torch.__version__ and found["numpy"] == np.__version__
     assert "not installed" not in found.values()
-
-
-# Files
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-def test_a_file_is_written_whole_with_the_folders_it_needs(tmp_path):
-    path = tmp_path / "a" / "b" / "c.txt"
-    write_atomically(path, "ção\nfim\n")
-    assert path.read_bytes() == "ção\nfim\n".encode()  # UTF-8, and no other line ends on Windows
-    write_atomically(path, b"\x00\xff")
-    assert path.read_bytes() == b"\x00\xff" and names(path.parent) == ["c.txt"]
-
-
-class Interrupted(BaseException):
-    """As KeyboardInterrupt: no `except Exception` stops it."""
-
-
-def fail(*_):
-    raise Interrupted
-
-
-@pytest.mark.parametrize("at", ["fsync", "replace"])
-def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch, at):
-    path = tmp_path / "c.txt"
-    write_atomically(path, "velho")
-    monkeypatch.setattr(*((os, "fsync", fail) if at == "fsync" else (Path, "replace", fail)))
-    with pytest.raises(Interrupted):
-        write_atomically(path, "novo")
-    with pytest.raises(Interrupted):
-        write_atomically(tmp_path / "outro.txt", "novo")
-    assert path.read_text() == "velho" and names(tmp_path) == ["c.txt"]
-
-
-def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
-    calls = []
-    real_fsync, real_replace = os.fsync, Path.replace
-    monkeypatch.setattr(os, "fsync", lambda file: calls.append("fsync") or real_fsync(file))
-    monkeypatch.setattr(Path, "replace", lambda a, b: calls.append("replace") or real_replace(a, b))
-    write_atomically(tmp_path / "c.txt", "novo")
-    with new_directory(tmp_path / "pasta") as folder:
-        (folder / "a").touch()
-        (folder / "b").mkdir()
-        (folder / "b" / "c").touch()
-    assert calls == ["fsync", "replace", "fsync", "fsync", "replace"]
-
-
-# Directories
-
-
-def test_a_new_directory_appears_when_it_is_done(tmp_path):
-    path = tmp_path / "a" / "pasta"
-    with new_directory(path) as folder:
-        (folder / "um").write_text("1")
-        assert not path.exists() and folder.parent == path.parent  # beside it, so that a rename will do
-    assert names(path) == ["um"] and names(path.parent) == ["pasta"]
-
-
-@pytest.mark.parametrize("replace", [True, False])
-def test_an_exception_leaves_no_directory(tmp_path, replace):
-    with pytest.raises(Interrupted), new_directory(tmp_path / "pasta", replace=replace) as folder:
-        (folder / "um").write_text("1")
-        fail()
-    assert names(tmp_path) == []
-
-
-def old_directory(tmp_path: Path) -> Path:
-    (tmp_path / "pasta").mkdir()
-    (tmp_path / "pasta" / "velho").write_text("velho")
-    return tmp_path / "pasta"
-
-
-def test_an_exception_leaves_the_old_directory(tmp_path):
-    path = old_directory(tmp_path)
-    with pytest.raises(Interrupted), new_directory(path, replace=True) as folder:
-        (folder / "novo").write_text("novo")
-        fail()
-    assert names(path) == ["velho"] and names(tmp_path) == ["pasta"]
-
-
-def test_a_rename_that_fails_puts_the_old_directory_back(tmp_path, monkeypatch):
-    path = old_directory(tmp_path)
-    real = Path.replace
-    monkeypatch.setattr(Path, "replace", lambda a, b: fail() if a.suffix == ".tmp" else real(a, b))
-    with pytest.raises(Interrupted), new_directory(path, replace=True) as folder:
-        (folder / "novo").write_text("novo")
-    assert names(path) == ["velho"] and names(tmp_path) == ["pasta"]
-
-
-def test_replace_puts_it_in_the_place_of_the_old_one(tmp_path):
-    path = old_directory(tmp_path)
-    with new_directory(path, replace=True) as folder:
-        (folder / "novo").write_text("novo")
-        assert names(path) == ["velho"]
-    assert names(path) == ["novo"] and names(tmp_path) == ["pasta"]
-
-
-def test_without_replace_only_an_empty_directory_is_taken(tmp_path):
-    path = old_directory(tmp_path)
-    with pytest.raises(OSError), new_directory(path) as folder:
-        (folder / "novo").write_text("novo")
-    assert names(path) == ["velho"] and names(tmp_path) == ["pasta"]
-    (path / "velho").unlink()
-    with new_directory(path) as folder:
-        (folder / "novo").write_text("novo")
-    assert names(path) == ["novo"]
-
-
-def test_what_a_killed_run_of_the_same_process_id_left_is_in_nobodys_way(tmp_path):
-    path = old_directory(tmp_path)  # in a container, process ids come again
-    for end in ("tmp", "old"):
-        left = tmp_path / f".pasta.{os.getpid()}.{end}"
-        left.mkdir()
-        (left / "resto").write_text("resto")
-    with new_directory(path, replace=True) as folder:
-        (folder / "novo").write_text("novo")
-    assert names(path) == ["novo"] and names(tmp_path) == ["pasta"]
-
-
-def test_the_hash_of_a_file_is_that_of_its_bytes(tmp_path):
-    data = bytes(range(256)) * 5000  # more than is read at once
-    (tmp_path / "a").write_bytes(data)
-    assert file_sha256(tmp_path / "a") == hashlib.sha256(data).hexdigest()
-
-
-# JSON
-
-
-def strictly(text: str):
-    def refuse(constant):
-        raise AssertionError(f"{constant} is not JSON")
-
-    return json.loads(text, parse_constant=refuse)
-
-
-def test_what_is_no_number_becomes_null():
-    value = {"loss": math.nan, "of": [math.inf, (-math.inf, 1.5)], "numpy": [np.float32("nan"), np.float16("inf")]}
-    assert strictly(to_json(value)) == {"loss": None, "of": [None, [None, 1.5]], "numpy": [None, None]}
-    with pytest.raises(AssertionError):
-        strictly(json.dumps(value["loss"]))  # not vacuous: json itself writes NaN
-
-
-def test_numpy_scalars_are_plain_values():
-    value = {"a": np.float32(0.5), "b": np.int64(3), "c": np.uint16(7), "d": np.bool_(True), "e": np.float64(0.1)}
-    assert strictly(to_json(value)) == {"a": 0.5, "b": 3, "c": 7, "d": True, "e": 0.1}
-    assert to_json([np.bool_(False), True, None, "ção"]) == '[false, true, null, "ção"]'
-
-
-def test_what_json_cannot_say_is_refused():
-    with pytest.raises(TypeError):
-        to_json({"path": Path("x")})
-
-
-PLAIN = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
-    max_leaves=12,
-)
-
-
-@given(PLAIN)
-def test_any_plain_value_comes_back_with_null_for_what_is_no_number(value):
-    def expected(value):
-        if isinstance(value, dict):
-            return {key: expected(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [expected(item) for item in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    assert strictly(to_json(value)) == expected(value)
-
-
-def test_a_json_file_is_readable_and_ends_with_a_line_end(tmp_path):
-    write_json(tmp_path / "a.json", {"nome": "maçã", "n": [1, math.nan]})
-    text = (tmp_path / "a.json").read_text(encoding="utf-8")
-    assert text == '{\n  "nome": "maçã",\n  "n": [\n    1,\n    null\n  ]\n}\n'

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from cartilha.errors import UserError
 from cartilha.evaluation.documents import ScoredDocuments
 from cartilha.evaluation.nll import TokenRows
-from cartilha.runtime import to_json
+from cartilha.storage import to_json
 
 METADATA_KEY = b"cartilha.evaluation"
 

@@ -19,7 +19,8 @@ from transformers.utils import logging as transformers_logging
 
 from cartilha.errors import HubUnreachableError, UserError
 from cartilha.model.attention import use_document_attention
-from cartilha.runtime import new_directory, seed_everything
+from cartilha.runtime import seed_everything
+from cartilha.storage import new_directory
 from cartilha.tokens.sources import ModelSource, conversion_directory, resolve_model, unreachable_message
 from cartilha.tokens.tokenizer import TextTokenizer
 

@@ -15,7 +15,8 @@ from cartilha.corpus.readers import ReadCounts, read_documents, resolve_inputs
 from cartilha.corpus.sources import PrimerSource, Source, SourceFile
 from cartilha.corpus.splits import SPLITS, Split, choose_split, nearest_fraction
 from cartilha.errors import UserError
-from cartilha.runtime import file_sha256, versions
+from cartilha.runtime import versions
+from cartilha.storage import file_sha256
 from cartilha.tokens.store import SplitCounts, TokenStore, batches, writing_store
 from cartilha.tokens.tokenizer import TextTokenizer, load_tokenizer
 

@@ -15,7 +15,7 @@ from cartilha.config import TrainConfig
 from cartilha.errors import UserError
 from cartilha.evaluation.continuation import Continuation
 from cartilha.evaluation.measures import Evaluation
-from cartilha.runtime import to_json, write_atomically, write_json
+from cartilha.storage import to_json, write_atomically, write_json
 
 FORMAT_VERSION = 1
 

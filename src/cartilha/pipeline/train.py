@@ -28,12 +28,8 @@ from cartilha.pipeline.run_files import (
     write_config,
 )
 from cartilha.pipeline.run_setup import Run, assemble, check, check_finished, facts
-from cartilha.runtime import (
-    new_directory,
-    peak_memory_bytes,
-    seed_everything,
-    write_atomically,
-)
+from cartilha.runtime import peak_memory_bytes, seed_everything
+from cartilha.storage import new_directory, write_atomically
 from cartilha.training.checkpoint import newest_name, save_checkpoint
 from cartilha.training.hooks import EpochLoss, MetricsFile, StopRequest, listening_for_stop
 from cartilha.training.loop import StepRecord, train_steps

@@ -25,7 +25,7 @@ from cartilha.report import tables
 from cartilha.report.chart import Axis, Series, line_chart, smooth, thin
 from cartilha.report.results import Evaluation, RunRecord, Sample, StepRecord, load_run
 from cartilha.report.wording import LANGUAGES, Wording, choose_language
-from cartilha.runtime import write_atomically
+from cartilha.storage import write_atomically
 
 MAX_PROMPTS = 24
 MAX_SAMPLE_CHARS = 8000

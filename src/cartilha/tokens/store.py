@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from cartilha.corpus.document import Document
 from cartilha.corpus.splits import SPLITS, Split
 from cartilha.errors import UserError
-from cartilha.runtime import file_sha256, new_directory, write_json
+from cartilha.storage import file_sha256, new_directory, write_json
 from cartilha.tokens.tokenizer import TextTokenizer, load_tokenizer
 
 FORMAT_VERSION = 1

@@ -19,7 +19,7 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from cartilha.errors import UserError
-from cartilha.runtime import new_directory, write_json
+from cartilha.storage import new_directory, write_json
 from cartilha.tokens.sources import TOKENIZER_FILES, ModelSource, conversion_directory, download, resolve_model
 
 log = logging.getLogger("cartilha")

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from cartilha.errors import UserError
-from cartilha.runtime import file_sha256, new_directory, write_json
+from cartilha.storage import file_sha256, new_directory, write_json
 from cartilha.training.loop import Progress
 
 log = logging.getLogger("cartilha")

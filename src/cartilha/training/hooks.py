@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from cartilha.runtime import to_json
+from cartilha.storage import to_json
 from cartilha.training.loop import Progress, StepRecord
 from cartilha.training.watch import LossWatch
 
