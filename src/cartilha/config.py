@@ -112,7 +112,7 @@ class EvaluateConfig:
     per_token: str | None = option(None, "also write each token's nll, entropy and rank to this parquet file")
     save: str | None = option(None, "also write each document's nll to this parquet file, for compare (one model)")
     continuations: int | None = option(None, "also continue this many documents: chrF, BLEU, ROUGE-L (extra eval)")
-    tasks: tuple[str, ...] = option((), "also run these lm-evaluation-harness tasks (extra eval)")
+    tasks: tuple[str, ...] = option((), "also run these lm-evaluation-harness tasks, names or YAML files (extra eval)")
     text_column: str = option("text", "the column or key that holds the text (.jsonl, .csv, .parquet, hf:)")
     encoding: str = option("utf-8", "encoding of text files")
     invalid_bytes: Literal["stop", "replace"] = option(

@@ -389,6 +389,16 @@ def test_other_documents_and_other_protocols_are_refused(evaluated: Evaluated, r
     assert "two models" in refused("compare", "--models", "random:tiny", "--evaluations", whole)
 
 
+def test_two_evaluations_with_other_windows_are_compared_with_a_warning(
+    evaluated: Evaluated, cartilha, corpus, tmp_path
+):
+    files = [tmp_path / f"{window}.parquet" for window in (64, 32)]
+    for window, file in zip((64, 32), files, strict=True):
+        evaluated(*TINY, "--input", corpus, "--window", window, "--save", file)
+    assert "window 64 and 32; stride 32 and 16" in cartilha("compare", "--evaluations", *files).err
+    assert "not scored alike" not in cartilha("compare", "--evaluations", files[0], files[0]).err
+
+
 def test_the_drift_of_bf16_is_a_comparison_of_two_dtypes(cartilha, corpus, opt, tmp_path, monkeypatch):
     """As docs/measures.md says it is had; this machine may lack bf16, and emulates it then."""
     monkeypatch.setattr(runtime, "hardware_dtypes", lambda *_: ("bfloat16", "float32"))

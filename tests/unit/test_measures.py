@@ -303,3 +303,13 @@ def test_all_documents_where_they_are_few_and_one_where_it_is_long():
     assert validation_subset(corpus, [5, 5, 5], 15) == corpus
     assert len(validation_subset(corpus, [5, 5, 5], 14)) == 2
     assert len(validation_subset(corpus, [500, 500, 500], 14)) == 1
+
+
+def test_a_text_of_which_the_tokenizer_keeps_nothing_is_lost_not_empty():
+    backend = Tokenizer.from_str(BYTES.backend.to_str())
+    backend.normalizer = normalizers.Replace("ж", "")
+    scored = encode_documents(documents("abc" * 100, "жж", ""), replace(BYTES, backend=backend))
+    assert scored.num_tokens.tolist() == [300, 0] and scored.num_empty == 1
+    result = evaluate(scored, [300.0, 0.0])
+    assert result.lost == ("texto-1",) and result.num_lost == 1
+    assert result.byte_total.num_bytes == 300 and result.macro.loss == 1.0

@@ -112,8 +112,9 @@ def encode_documents(
     hashes = [document.text_hash for document in documents]
     encoded = tokenizer.encode([document.text for document in documents])
     decoded = tokenizer.decode_batch(encoded)
-    kept = [i for i, ids in enumerate(encoded) if len(ids)]
-    if not kept and not allow_empty:
+    # A text of which the tokenizer keeps nothing is not empty: it is lost, and counted among those.
+    kept = [i for i, ids in enumerate(encoded) if len(ids) or documents[i].text]
+    if not any(len(ids) for ids in encoded) and not allow_empty:
         raise UserError(
             "There are no documents to score; give --input with text, or a store with validation documents."
         )

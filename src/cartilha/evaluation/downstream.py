@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from cartilha.errors import UserError
 from cartilha.model.attention import use_document_attention
@@ -27,10 +30,21 @@ def check_tasks(tasks: Sequence[str]) -> None:
         raise UserError('Downstream tasks need an extra: pip install "cartilha[eval]"')
     from lm_eval.tasks import TaskManager
 
+    for task in tasks:
+        if _is_file(task) and not Path(task).is_file():
+            raise UserError(f"There is no task file {task}; give one of the harness's YAML files, or a task's name.")
+    named = [task for task in tasks if not _is_file(task)]
+    if not named:
+        return
     manager = TaskManager()  # it reads thousands of files
-    unknown = [task for task in tasks if not manager.match_tasks([task])]
+    unknown = [task for task in named if not manager.match_tasks([task])]
     if unknown:
         raise UserError(f"lm-evaluation-harness has no task {unknown[0]!r}; `lm-eval ls tasks` lists them.")
+
+
+def _is_file(task: str) -> bool:
+    """Whether a task is given by a YAML file of the user's (with `data_files` of its own, say), not by its name."""
+    return Path(task).suffix in (".yaml", ".yml")
 
 
 def run_tasks(loaded: LoadedModel, tokenizer: TextTokenizer, tasks: Sequence[str]) -> dict[str, Any] | None:
@@ -39,7 +53,7 @@ def run_tasks(loaded: LoadedModel, tokenizer: TextTokenizer, tasks: Sequence[str
     Args:
         loaded: The model; its attention is switched to transformers' own for the time, and back.
         tokenizer: Its tokenizer.
-        tasks: Names of the harness's tasks, already checked.
+        tasks: Names of the harness's tasks or YAML files, already checked.
 
     Raises:
         UserError: The harness could not run them (a dataset of the hub that cannot be reached, as a rule).
@@ -61,7 +75,8 @@ def run_tasks(loaded: LoadedModel, tokenizer: TextTokenizer, tasks: Sequence[str
             add_bos_token=False,
             batch_size=8,
         )
-        results = lm_eval.simple_evaluate(model=harness, tasks=list(tasks), bootstrap_iters=1000)
+        chosen = [yaml.safe_load(Path(task).read_text("utf-8")) if _is_file(task) else task for task in tasks]
+        results = lm_eval.simple_evaluate(model=harness, tasks=chosen, bootstrap_iters=1000)
     except Exception as error:
         raise UserError(
             f"lm-evaluation-harness could not run {', '.join(tasks)} ({str(error).splitlines()[0][:200]}); "

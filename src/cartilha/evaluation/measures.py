@@ -108,7 +108,7 @@ class Evaluation:
         unused_rows_mass: Mean probability that rows which no token uses get together; None if it was not measured.
         baselines: What stands beside: at least the uniform model.
         num_lost: Documents that do not round-trip, the first ones by name in `lost`.
-        num_empty: Documents without a token, skipped.
+        num_empty: Documents without text, skipped.
         vocabulary_size: Rows of the head: the perplexity of the uniform model.
         seconds: Wall time of the scoring.
         notes: What a reader must know to trust the figures.
@@ -247,7 +247,10 @@ def make_evaluation(
 
 def _macro(documents: ScoredDocuments, nll: np.ndarray, kept: np.ndarray) -> Macro:
     bits = nll[kept] / (documents.num_bytes[kept] * math.log(2))
-    return Macro(float(np.mean(nll / documents.num_tokens)), float(np.mean(bits)) if len(bits) else math.nan)
+    scored = documents.num_tokens > 0
+    return Macro(
+        float(np.mean(nll[scored] / documents.num_tokens[scored])), float(np.mean(bits)) if len(bits) else math.nan
+    )
 
 
 def _interval(documents: ScoredDocuments, nll: np.ndarray, kept: np.ndarray) -> Interval:

@@ -17,7 +17,7 @@ from cartilha.evaluation.documents import ScoredDocuments
 from cartilha.evaluation.windows import Protocol, Window, document_windows
 from cartilha.model.forward import scored_tokens
 
-TOKENS_PER_FORWARD = {"cpu": 4096, "cuda": 32_768, "mps": 8192}
+TOKENS_PER_FORWARD = {"cpu": 1024, "cuda": 32_768, "mps": 8192}
 
 
 @dataclass(frozen=True)

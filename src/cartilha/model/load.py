@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from cartilha.errors import HubUnreachableError, UserError
 from cartilha.model.attention import use_document_attention
-from cartilha.runtime import seed_everything
+from cartilha.runtime import keep_freed_memory, seed_everything
 from cartilha.storage import new_directory
 from cartilha.tokens.sources import ModelSource, conversion_directory, resolve_model, unreachable_message
 from cartilha.tokens.tokenizer import TextTokenizer
@@ -81,6 +81,8 @@ def prepare_model(
             f"The tokenizer has {tokenizer.num_ids} ids but {ref} has only {num_rows} rows: they do not belong "
             "together; prepare the store with this model's own tokenizer."
         )
+    if device.type == "cpu":
+        keep_freed_memory()
     model.to(device)
     model.eval()
     num_parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from cartilha.evaluation.windows import first_tokens
 from cartilha.model.forward import head_weight
 from cartilha.pipeline.evaluate import ready_model, score_held_out
 from cartilha.pipeline.held_out import held_out
+
+log = logging.getLogger("cartilha")
 
 
 @dataclass(frozen=True)
@@ -62,9 +65,21 @@ def compare(config: CompareConfig) -> CompareResult:
         first, second = (_score(ref, config) for ref in config.models)
     if first.text_hashes != second.text_hashes:
         raise UserError("The two evaluations are of different documents; score the same text with both models.")
-    names = [saved.record["protocol"]["name"] for saved in (first, second)]
+    protocols = [saved.record["protocol"] for saved in (first, second)]
+    names = [protocol["name"] for protocol in protocols]
     if names[0] != names[1]:
         raise UserError(f"The two evaluations have the protocols {names[0]} and {names[1]}; use the same for both.")
+    settings = [{name: protocol[name] for name in ("window", "stride", "dtype")} for protocol in protocols]
+    if settings[0] != settings[1]:
+        log.warning(
+            "The two are not scored alike (%s): a part of the difference is the protocol's; --window and --stride "
+            "make them equal.",
+            "; ".join(
+                f"{name} {first_value} and {settings[1][name]}"
+                for name, first_value in settings[0].items()
+                if first_value != settings[1][name]
+            ),
+        )
     if names[0] != "full" and not np.array_equal(first.num_bytes, second.num_bytes):
         raise UserError(
             f"The protocol {names[0]} cuts these documents at other places under the two tokenizers, so they cannot be "

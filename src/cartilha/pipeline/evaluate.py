@@ -221,14 +221,16 @@ def _dtype_drift(ready: ReadyModel, text: HeldOut) -> dict[str, float] | None:
         first.append(document)
         if sum(len(known.text) for known in first) >= DRIFT_CHARS:
             break
-    scored = encode_documents(first, ready.tokenizer, ready.protocol.first_tokens)
+    scored = encode_documents(first, ready.tokenizer, ready.protocol.first_tokens, allow_empty=True)
     half, full = (
         score_documents(ready.loaded.model, scored, ready.protocol, dtype).nll for dtype in (ready.dtype, torch.float32)
     )
     num_tokens = scored.num_tokens
+    if not num_tokens.sum():
+        return None
     return {
         "nats_per_token": float((half - full).sum() / num_tokens.sum()),
-        "largest_of_a_document": float(np.abs((half - full) / num_tokens).max()),
+        "largest_of_a_document": float(np.abs((half - full) / np.maximum(num_tokens, 1)).max()),
         "num_tokens": int(num_tokens.sum()),
     }
 

@@ -1,0 +1,77 @@
+"""A downstream task through the harness gives what our own scores of the same pairs give."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from cartilha.corpus.document import Document
+from cartilha.errors import UserError
+from cartilha.evaluation.documents import encode_documents
+from cartilha.evaluation.downstream import check_tasks, run_tasks
+from cartilha.evaluation.nll import document_nll
+from cartilha.evaluation.windows import Protocol
+from cartilha.model.attention import ATTENTION_NAME
+from cartilha.model.load import load_model
+from cartilha.tokens.tokenizer import load_tokenizer
+
+pytest.importorskip("lm_eval", reason="needs lm-eval (extra `eval`)")
+
+PAIRS = [
+    ("As meninas correm na praça.", "As meninas corre na praça."),
+    ("O menino leu o livro.", "O menino leram o livro."),
+    ("Nós fomos à feira cedo.", "Nós foi à feira cedo."),
+    ("A casa amarela é antiga.", "A casa amarelo é antiga."),
+    ("Os barcos voltaram ao porto.", "Os barco voltaram ao porto."),
+    ("Eu gosto de pão quente.", "Eu gostamos de pão quente."),
+    ("Minha avó faz doce de figo.", "Minha avó fazem doce de figo."),
+]
+
+
+@pytest.fixture()
+def task(tmp_path):
+    rows = tmp_path / "pairs.jsonl"
+    rows.write_text("".join(json.dumps({"good": a, "bad": b}) + "\n" for a, b in PAIRS), encoding="utf-8")
+    path = tmp_path / "concordancia.yaml"
+    path.write_text(
+        f"""task: concordancia
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: "{rows}"}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: ""
+doc_to_target: 0
+doc_to_choice: "{{{{[good, bad]}}}}"
+target_delimiter: ""
+metric_list: [{{metric: acc}}]
+""",
+        encoding="utf-8",
+    )
+    return path
+
+
+def test_accuracy_is_that_of_our_own_scores(task, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    tokenizer = load_tokenizer("random:tiny")
+    loaded = load_model("random:tiny", torch.device("cpu"), tokenizer=tokenizer, seed=3)
+    with torch.no_grad():  # sharper than fresh weights, so that no pair is a tie
+        for parameter in loaded.model.parameters():
+            parameter.mul_(3)
+    protocol = Protocol("full", 256, 256, tokenizer.prefix_id, "float32")
+    documents = [Document(text, str(i), "pairs", "pairs") for pair in PAIRS for i, text in enumerate(pair)]
+    nll = document_nll(loaded.model, encode_documents(documents, tokenizer), protocol, torch.float32).reshape(-1, 2)
+    expected = float((nll[:, 0] < nll[:, 1]).mean())
+    assert 0 < expected < 1, "a share that both a right and a wrong answer enter"
+
+    check_tasks([str(task)])
+    results = run_tasks(loaded, tokenizer, [str(task)])
+
+    assert results is not None and results["concordancia"]["acc,none"] == pytest.approx(expected)
+    assert loaded.model.config._attn_implementation == ATTENTION_NAME, "our attention is back"
+
+
+def test_a_task_file_that_is_not_there():
+    with pytest.raises(UserError, match=r"no task file nada\.yaml"):
+        check_tasks(["nada.yaml"])
