@@ -72,6 +72,10 @@ COMMANDS = {
 }
 
 
+# What writes files and would write them twice under torchrun.
+_ONE_PROCESS = ("demo", "run", "prepare")
+
+
 class _Parser(ArgumentParser):
     """Raises our one-sentence errors instead of printing a usage text."""
 
@@ -135,6 +139,8 @@ def _dispatch(arguments: list[str]) -> int:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(COMMANDS)}."
         raise UserError(f"There is no command {name!r}; {hint}")
+    if name in _ONE_PROCESS and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(f"{name} works in one process; run it without torchrun (train and evaluate share their work).")
     command = COMMANDS[name]
     parser = _parser(name, command)
     try:

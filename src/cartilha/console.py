@@ -7,6 +7,7 @@ Everything goes to standard error, so that `--json` has standard output to itsel
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -37,7 +38,8 @@ def set_up_logging() -> None:
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("cartilha")
     logger.handlers[:] = [handler]
-    logger.setLevel(logging.INFO)
+    # Of several processes one speaks; the others only of errors.
+    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     logger.propagate = False
 
 

@@ -14,8 +14,9 @@ import platform
 import shutil
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from cartilha.errors import UserError
 from cartilha.storage import file_sha256 as file_sha256
@@ -41,15 +42,24 @@ def choose_device(name: str) -> torch.device:
     import torch
 
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    chosen = name
     if name == "auto":
         chosen = next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
         if chosen == "cpu":
             log.info("No GPU was found: computing on the CPU.")
-        return torch.device(chosen)
-    if not available[name]:
+    elif not available[name]:
         usable = ", ".join(kind for kind, there in available.items() if there)
         raise UserError(f"The device {name} is not available on this machine; use --device auto or one of: {usable}.")
-    return torch.device(name)
+    if chosen != "cuda" or world()[1] == 1:
+        return torch.device(chosen)
+    index, num_devices = local_rank(), torch.cuda.device_count()
+    if index >= num_devices:
+        raise UserError(
+            f"torchrun started more processes here than there are GPUs ({num_devices}); "
+            f"use --nproc-per-node {num_devices}."
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 def cpu_has_bfloat16(flags: frozenset[str] | None = None) -> bool:
@@ -170,6 +180,27 @@ def world() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def local_rank() -> int:
+    """This process's number on its own machine, as torchrun says: which GPU it takes; 0 without it."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def start_processes(device: torch.device | None = None) -> None:
+    """Meet the other processes, once: gloo for what lies in the host's memory, NCCL for CUDA tensors where it is there.
+
+    Args:
+        device: Where tensors will travel from; None where only plain objects do.
+    """
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        import torch
+
+        on_cuda = torch.cuda.is_available() if device is None else device.type == "cuda"
+        # Hours: rank 0 writes samples and checkpoints while the others wait.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=timedelta(hours=6))
+
+
 def gather_objects(mine: T) -> list[T]:
     """Every rank's value, in the order of the ranks; without torchrun just this one's."""
     num_ranks = world()[1]
@@ -177,11 +208,15 @@ def gather_objects(mine: T) -> list[T]:
         return [mine]
     import torch.distributed as dist
 
-    if not dist.is_initialized():
-        dist.init_process_group("gloo")  # plain objects travel, through the host's memory
+    start_processes()
     gathered: list[T | None] = [None] * num_ranks
     dist.all_gather_object(gathered, mine)
-    return [value for value in gathered if value is not None]
+    return cast("list[T]", gathered)
+
+
+def from_rank_0(mine: T) -> T:
+    """What rank 0 has; without torchrun just this process's value."""
+    return gather_objects(mine)[0]
 
 
 def seed_everything(seed: int) -> None:
@@ -224,6 +259,17 @@ def keep_freed_memory() -> bool:
     return all(mallopt(parameter, largest) == 1 for parameter in (m_trim_threshold, m_mmap_threshold))
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Torch has a type for CUDA's; the CPU allocator and MPS raise a RuntimeError with these words."""
+    import torch
+
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error)
+    words = ("can't allocate memory", "not enough memory", "MPS backend out of memory")  # the second is Windows'
+    return any(word in text for word in words)
+
+
 def free_memory_bytes(device: torch.device) -> int:
     """Memory that can still be taken: free device memory on CUDA, available memory of the machine elsewhere.
 
@@ -235,7 +281,8 @@ def free_memory_bytes(device: torch.device) -> int:
         return int(torch.cuda.mem_get_info(device)[0])
     import psutil
 
-    available = int(psutil.virtual_memory().available)
+    # Processes of one machine share its memory.
+    available = int(psutil.virtual_memory().available) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     try:
         limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
         used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii"))

@@ -197,6 +197,7 @@ def test_results_json_says_what_the_design_promises(unbroken, store):
 
 def test_metrics_have_a_line_every_step(unbroken):
     keys = {"step", "epoch", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "memory_bytes", "seconds"}
+    keys |= {"micro_batch_size"}
     steps = unbroken.steps
     assert [line["step"] for line in steps] == list(range(1, unbroken.results["settings"]["num_steps"] + 1))
     assert all(line.keys() == keys for line in steps)
@@ -571,15 +572,35 @@ def num_lines(path: Path) -> int:
 
 
 def test_out_of_memory_is_recorded_said_and_a_row_of_the_table(cartilha, store, tmp_path, during_step):
-    during_step({3: raising(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"))})
+    full = raising(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"))
+    during_step(dict.fromkeys(range(3, 9), full))
     outcome = cartilha("train", *FLAGS, "--store", store, "--output", tmp_path / "run")
     assert outcome.code == 2 and "Traceback" not in outcome.err
-    assert outcome.err.splitlines()[-1].startswith("cartilha: The device ran out of memory; use a smaller --micro_")
+    assert outcome.err.splitlines()[-1].startswith("cartilha: The device ran out of memory even with one block a ")
     run = Left(tmp_path / "run")
     assert run.results["status"] == "out_of_memory" and "9 bytes" in run.results["error"]
     assert len(run.steps) == 2 and len(run.results["evaluations"]) == 1
     row = report_row(cartilha, tmp_path)
     assert row.startswith("| run | 32 |") and row.endswith("| out of memory |")
+
+
+def test_memory_that_runs_out_on_the_way_halves_the_micro_batch_and_changes_no_result(
+    store, tmp_path, during_step, unbroken
+):
+    full = raising(torch.OutOfMemoryError("CUDA out of memory"))
+    during_step({3: full, 4: full, 8: terminate})  # four blocks do not fit, nor do two: in the third step
+    with pytest.raises(InterruptedRunError):
+        start(store, tmp_path / "run")
+    run = Left(tmp_path / "run")
+    during_step({})
+    start(store, tmp_path / "run", resume="auto")
+    sizes = [line["micro_batch_size"] for line in run.steps]
+    assert sizes == [4, 4] + [1] * (len(sizes) - 2)  # what was learnt survives the resume
+    assert run.results["settings"]["micro_batch_size"] == 1 and run.results["status"] == "finished"
+    halvings = [notice for notice in run.results["notices"] if "Memory ran out in step 3 " in notice]
+    assert len(halvings) == 2 and "going on with 2" in halvings[0] and "going on with 1" in halvings[1]
+    assert run.losses == pytest.approx(unbroken.losses, rel=1e-4)
+    assert [line["tokens"] for line in run.steps] == [line["tokens"] for line in unbroken.steps]
 
 
 @pytest.mark.parametrize(
@@ -595,7 +616,7 @@ def test_out_of_memory_is_recorded_said_and_a_row_of_the_table(cartilha, store, 
 def test_every_devices_lack_of_memory_is_recognised(store, tmp_path, during_step, error):
     during_step({1: raising(error)})
     with pytest.raises(OutOfMemoryError):
-        start(store, tmp_path / "run")
+        start(store, tmp_path / "run", micro_batch_size=1)
     assert Left(tmp_path / "run").results["status"] == "out_of_memory"
 
 

@@ -60,6 +60,7 @@ def test_a_step_is_a_line_written_when_the_next_one_comes(tmp_path):
         "grad_norm": 0.5,
         "tokens_per_second": 20.0,
         "memory_bytes": 1000,
+        "micro_batch_size": 1,
         "seconds": 0.5,
     }
 

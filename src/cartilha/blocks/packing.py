@@ -112,6 +112,12 @@ class PackedStream:
     def __len__(self) -> int:
         return -(-self.num_inputs // self.block_size)
 
+    def targets_in(self, first_block: int, num_blocks: int) -> int:
+        """Scored targets of these blocks, counted without making them: every input but end tokens has one."""
+        begin, end = first_block * self.block_size, min((first_block + num_blocks) * self.block_size, self.num_inputs)
+        ends = self.offsets[1:] - 1
+        return (end - begin) - int(np.searchsorted(ends, end) - np.searchsorted(ends, begin))
+
     @property
     def padding_share(self) -> float:
         """Share of the blocks' positions that hold padding."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cartilha.blocks.packing import Batch, PackedStream, stack
+from cartilha.blocks.packing import Batch, Block, PackedStream, stack
 
 
 def epoch_order(num_documents: int, seed: int, epoch: int) -> np.ndarray:
@@ -64,12 +64,13 @@ class BlockSampler:
 
     def stream(self, epoch: int) -> PackedStream:
         """The packed stream of an epoch (the last one asked for is kept)."""
-        if self._stream is None or self._stream[0] != epoch:
+        kept = self._stream  # read once: another thread may be preparing the next epoch
+        if kept is None or kept[0] != epoch:
             tokens, start, num_tokens = self._documents
             order = epoch_order(len(start), self.seed, epoch)
             stream = PackedStream(tokens, start, num_tokens, order, block_size=self.block_size, **self._ids)
-            self._stream = (epoch, stream)
-        return self._stream[1]
+            self._stream = kept = (epoch, stream)
+        return kept[1]
 
     def position(self, step: int) -> StepPosition:
         """Where step `step` (counted from 0) stands."""
@@ -77,9 +78,19 @@ class BlockSampler:
         first = index * self.blocks_per_step
         return StepPosition(epoch, first, min(self.blocks_per_step, self.blocks_per_epoch - first))
 
-    def micro_batches(self, step: int, micro_batch_size: int) -> list[Batch]:
-        """The step's blocks in micro-batches of at most `micro_batch_size` rows."""
+    def num_targets(self, step: int) -> int:
+        """Scored targets of a step, those of all ranks."""
+        position = self.position(step)
+        return self.stream(position.epoch).targets_in(position.first_block, position.num_blocks)
+
+    def blocks(self, step: int, rank: int = 0, num_ranks: int = 1) -> list[Block]:
+        """The step's blocks, or one rank's share of them: the ranks' shares in order are the step's blocks."""
         position = self.position(step)
         stream = self.stream(position.epoch)
-        blocks = [stream.block(position.first_block + i) for i in range(position.num_blocks)]
+        begin, past = (r * position.num_blocks // num_ranks for r in (rank, rank + 1))
+        return [stream.block(position.first_block + i) for i in range(begin, past)]
+
+    def micro_batches(self, step: int, micro_batch_size: int) -> list[Batch]:
+        """The step's blocks in micro-batches of at most `micro_batch_size` rows."""
+        blocks = self.blocks(step)
         return [stack(blocks[i : i + micro_batch_size]) for i in range(0, len(blocks), micro_batch_size)]

@@ -91,6 +91,32 @@ def score_corpus(
     return ScoredCorpus(joined.taken(order), scores)
 
 
+def score_in_shares(
+    model: PreTrainedModel,
+    documents: ScoredDocuments,
+    protocol: Protocol,
+    dtype: torch.dtype,
+    *,
+    advance: Callable[[float], None] = lambda amount: None,
+) -> DocumentScores:
+    """`score_documents`; under torchrun each rank takes every n-th document and all ranks get the whole."""
+    rank, num_ranks = world()
+    if num_ranks == 1:
+        return score_documents(model, documents, protocol, dtype, advance=advance)
+    places = [np.arange(r, len(documents.ids), num_ranks) for r in range(num_ranks)]
+    mine = replace(documents.taken(places[rank]), ids=[documents.ids[i] for i in places[rank]])
+    shares = gather_objects(score_documents(model, mine, protocol, dtype, advance=advance))
+    nll = np.zeros(len(documents.ids))
+    for place, share in zip(places, shares, strict=True):
+        nll[place] = share.nll
+    return DocumentScores(
+        nll,
+        sum(share.unused_mass for share in shares),
+        np.sum([share.position_nll for share in shares], axis=0),
+        np.sum([share.position_tokens for share in shares], axis=0),
+    )
+
+
 def _hashed(documents: Iterable[Document], corpus: hashlib._Hash) -> Iterator[Document]:
     for document in documents:
         corpus.update(document.text_hash.encode("ascii"))

@@ -19,7 +19,7 @@ from cartilha.corpus.document import Document
 from cartilha.errors import UserError
 from cartilha.evaluation.continuation import continue_prompts, unused_ids
 from cartilha.evaluation.continuation_scores import continuation_measures
-from cartilha.evaluation.corpus import SHARD_CHARS, ScoredCorpus, score_corpus
+from cartilha.evaluation.corpus import SHARD_CHARS, ScoredCorpus, score_corpus, score_in_shares
 from cartilha.evaluation.documents import ScoredDocuments, encode_documents
 from cartilha.evaluation.downstream import check_tasks, run_tasks
 from cartilha.evaluation.measures import Evaluation, make_evaluation
@@ -276,7 +276,7 @@ def evaluate_loaded(
     """Score prepared documents with a loaded model (validation during training)."""
     started = time.perf_counter()
     with progress(title, float(documents.num_tokens.sum()), "tokens") as advance:
-        scores = score_documents(loaded.model, documents, protocol, dtype, advance=advance)
+        scores = score_in_shares(loaded.model, documents, protocol, dtype, advance=advance)
     evaluation = make_evaluation(
         loaded.ref,
         protocol,

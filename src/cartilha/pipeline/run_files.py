@@ -15,6 +15,7 @@ from cartilha.config import TrainConfig
 from cartilha.errors import UserError
 from cartilha.evaluation.continuation import Continuation
 from cartilha.evaluation.measures import Evaluation
+from cartilha.runtime import world
 from cartilha.storage import to_json, write_atomically, write_json
 
 FORMAT_VERSION = 1
@@ -53,9 +54,10 @@ class RunRecord:
         return cls(path, {**old, **values, "status": "running", "error": None})
 
     def update(self, **values: Any) -> None:
-        """Set values and write the file."""
+        """Set values and write the file (of several processes, one writes)."""
         self.values.update(values)
-        write_json(self.path / "results.json", self.values)
+        if world()[0] == 0:
+            write_json(self.path / "results.json", self.values)
 
     def add_evaluation(self, step: int, epoch: int, evaluation: Evaluation) -> None:
         """Append an evaluation; one of the same step (an epoch's end is the run's end) is replaced."""

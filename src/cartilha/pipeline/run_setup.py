@@ -23,8 +23,10 @@ from cartilha.runtime import (
     choose_dtype,
     describe_machine,
     free_memory_bytes,
+    from_rank_0,
     seed_everything,
     versions,
+    world,
 )
 from cartilha.tokens.store import TokenStore, read_store_info
 from cartilha.tokens.tokenizer import TextTokenizer, load_tokenizer
@@ -35,9 +37,10 @@ from cartilha.training.checkpoint import (
     newest_sound_checkpoint,
     read_settings,
 )
+from cartilha.training.distributed import same_everywhere
 from cartilha.training.loop import Progress, Schedule
 from cartilha.training.memory import plan_micro_batch
-from cartilha.training.optimizer import make_optimizer, resolve_lr
+from cartilha.training.optimizer import allocate_states, make_optimizer, resolve_lr
 
 log = logging.getLogger("cartilha")
 
@@ -167,10 +170,12 @@ def assemble(config: TrainConfig, path: Path, prompts: GenerateConfig, resume: b
     store = TokenStore(config.store)
     tokenizer = _matching_tokenizer(config.model, store)
     device = choose_device(config.device)
-    checkpoint = newest_sound_checkpoint(path) if resume else None
+    # Of several processes the first reads the checkpoint, and the others get what it holds.
+    checkpoint = newest_sound_checkpoint(path) if resume and world()[0] == 0 else None
     recorded = read_settings(checkpoint) if checkpoint else None
-    # A resumed run keeps its compute dtype: `auto` might choose otherwise on another day.
+    # A resumed run keeps its compute dtype: `auto` might choose otherwise on another day, or in another process.
     dtype = choose_dtype(recorded["dtype"] if recorded and config.dtype == "auto" else config.dtype, device)
+    dtype = from_rank_0(dtype)
     seed_everything(config.seed)
     loaded = load_model(config.model, device, tokenizer=tokenizer, seed=config.seed)
     if config.block_size > loaded.context_length:
@@ -212,12 +217,14 @@ def assemble(config: TrainConfig, path: Path, prompts: GenerateConfig, resume: b
         "dtype": str(dtype).removeprefix("torch."),
     }
     optimizer = make_optimizer(loaded.model, lr, config.weight_decay)
+    allocate_states(optimizer)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     state = TrainingState(loaded.model, optimizer, scaler, Progress())
     if checkpoint is not None and recorded is not None:
         check_settings(recorded, settings, path)
         load_checkpoint(checkpoint, state)
         log.info("Going on from step %d (%s).", state.progress.step, checkpoint)
+    _share_state(state, config.seed)
     protocol = make_protocol(
         "full", None, None, prefix_id=tokenizer.prefix_id, dtype=settings["dtype"], context_length=loaded.context_length
     )
@@ -239,7 +246,7 @@ def assemble(config: TrainConfig, path: Path, prompts: GenerateConfig, resume: b
             settings["time_budget_s"],
             **_embeddings_phase(config, lr),
         ),
-        micro_batch_size=_micro_batch_size(config, loaded, blocks_per_step, dtype),
+        micro_batch_size=_micro_batch_size(config, loaded, blocks_per_step, dtype, state.progress.micro_batch_size),
         state=state,
         protocol=protocol,
         validation=encode_documents(chosen, tokenizer),
@@ -267,17 +274,38 @@ def _matching_tokenizer(model: str, store: TokenStore) -> TextTokenizer:
     return tokenizer
 
 
-def _micro_batch_size(config: TrainConfig, loaded: LoadedModel, blocks_per_step: int, dtype: torch.dtype) -> int:
+def _share_state(state: TrainingState, seed: int) -> None:
+    """Under torchrun: every process begins where the first one does."""
+    progress, scaler = from_rank_0((state.progress, state.scaler.state_dict()))
+    vars(state.progress).update(vars(progress))
+    state.scaler.load_state_dict(scaler)
+    same_everywhere(state.model, state.optimizer, seed)
+
+
+def _micro_batch_size(
+    config: TrainConfig, loaded: LoadedModel, blocks_per_step: int, dtype: torch.dtype, proven: int
+) -> int:
+    """Asked for or planned; a resumed run's is not above what it went with before (0: it is no resumed run)."""
+    num_ranks = world()[1]
+    if num_ranks > blocks_per_step:
+        log.warning(
+            "%d processes share steps of %d blocks, so that some have nothing to do; use a larger --batch_tokens.",
+            num_ranks,
+            blocks_per_step,
+        )
+    share = -(-blocks_per_step // num_ranks)
     if config.micro_batch_size != "auto":
-        return min(config.micro_batch_size, blocks_per_step)
-    return plan_micro_batch(
-        loaded.model,
-        num_parameters=loaded.num_parameters,
-        block_size=config.block_size,
-        blocks_per_step=blocks_per_step,
-        dtype=dtype,
-        free_bytes=free_memory_bytes(loaded.model.device),
-    )
+        size = min(config.micro_batch_size, share)
+    else:
+        size = plan_micro_batch(
+            loaded.model,
+            num_parameters=loaded.num_parameters,
+            block_size=config.block_size,
+            blocks_per_step=share,
+            dtype=dtype,
+            free_bytes=free_memory_bytes(loaded.model.device),
+        )
+    return min(size, proven) if proven else size
 
 
 def facts(run: Run) -> dict[str, Any]:
@@ -292,6 +320,7 @@ def facts(run: Run) -> dict[str, Any]:
             "max_steps": config.max_steps,
             "blocks_per_step": sampler.blocks_per_step,
             "micro_batch_size": run.micro_batch_size,
+            "num_processes": world()[1],
             "device": machine["device_name"],
             "num_parameters": run.loaded.num_parameters,
         },

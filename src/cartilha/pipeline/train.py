@@ -28,7 +28,14 @@ from cartilha.pipeline.run_files import (
     write_config,
 )
 from cartilha.pipeline.run_setup import Run, assemble, check, check_finished, facts
-from cartilha.runtime import peak_memory_bytes, seed_everything
+from cartilha.runtime import (
+    from_rank_0,
+    gather_objects,
+    is_out_of_memory,
+    peak_memory_bytes,
+    seed_everything,
+    world,
+)
 from cartilha.storage import new_directory, write_atomically
 from cartilha.training.checkpoint import newest_name, save_checkpoint
 from cartilha.training.hooks import EpochLoss, MetricsFile, StopRequest, listening_for_stop
@@ -72,18 +79,25 @@ def train(config: TrainConfig, *, prompts: GenerateConfig | None = None) -> Trai
     path = Path(config.output)
     resume = config.resume == "auto"
     check(config)
-    check_output(path, resume)
-    if resume and read_status(path) == "finished":
+    finished = False
+    if world()[0] == 0:  # of several processes, the first alone looks at the directory, and writes there
+        check_output(path, resume)
+        finished = resume and read_status(path) == "finished"
+    if from_rank_0(finished):
+        if world()[0] != 0:
+            return TrainResult(str(path), {}, True)
         check_finished(config, path)
         log.info("The run %s is finished: nothing to do.", path)
         return TrainResult(str(path), read_results(path), True)
     with _collecting_notices() as notices:
         run = assemble(config, path, prompts or GenerateConfig(), resume)
-        path.mkdir(parents=True, exist_ok=True)
         setting = facts(run)
-        record = RunRecord.resume(path, run.step, setting) if run.step else RunRecord.begin(path, setting)
-        record.update()  # the first file: with it the directory is a run, which can be gone on with
-        write_config(path, config)
+        if world()[0] == 0:
+            path.mkdir(parents=True, exist_ok=True)
+            record = RunRecord.resume(path, run.step, setting) if run.step else RunRecord.begin(path, setting)
+            record.update()  # the first file: with it the directory is a run, which can be gone on with
+            write_config(path, config)
+        record = from_rank_0(record if world()[0] == 0 else RunRecord(path, {}))
         with _recording_failures(record, notices), listening_for_stop() as stop:
             _train(run, record, notices, stop)
     return TrainResult(str(path), record.values, False)
@@ -117,11 +131,13 @@ def _train(run: Run, record: RunRecord, notices: NoticeCollector, stop: StopRequ
                 record.update(epochs=[*record.values["epochs"], row])
             every = run.config.checkpoint_steps
             last = run.schedule.is_over(step.step, step.total_seconds)
-            stopping = stop.requested  # read once: a request that comes while the checkpoint is written waits a step
+            # Read once: a request that comes while the checkpoint is written waits a step.
+            stopping = any(gather_objects(stop.requested))
             if step.ends_epoch or last or stopping or (every and step.step % every == 0):
                 epoch_loss.flush()
                 metrics.flush()
-                save_checkpoint(run.path, run.state, run.settings)
+                if world()[0] == 0:
+                    save_checkpoint(run.path, run.state, run.settings)
             if last and step.step < run.schedule.num_steps:
                 log.info(
                     "The time budget of %s is used up after step %d of %d; to go on, give a longer one.",
@@ -204,7 +220,9 @@ def _measure(run: Run, record: RunRecord, metrics: MetricsFile, title: str) -> E
 
 
 def _write_samples(run: Run) -> None:
-    """Continue the prompts, without the dropout that training may have."""
+    """Continue the prompts, without the dropout that training may have (in one process)."""
+    if world()[0] != 0:
+        return
     run.loaded.model.train(False)
     add_samples(run.path, run.step, continue_prompts(run.loaded, run.tokenizer, run.prompts))
     run.loaded.model.train(run.config.dropout)
@@ -218,6 +236,7 @@ def _finish(run: Run, record: RunRecord, notices: NoticeCollector) -> None:
         metrics.close()
     _write_samples(run)
     progress = run.state.progress
+    record.values["settings"]["micro_batch_size"] = progress.micro_batch_size  # memory may have run out on the way
     record.update(
         steps=progress.step,
         skipped_steps=progress.skipped_steps,
@@ -228,6 +247,8 @@ def _finish(run: Run, record: RunRecord, notices: NoticeCollector) -> None:
         memory_bytes=peak_memory_bytes(run.loaded.model.device.type),
         notices=list(dict.fromkeys([*record.values["notices"], *notices.notices])),
     )
+    if world()[0] != 0:
+        return
     with new_directory(run.path / "model", replace=True) as temporary:
         run.loaded.model.save_pretrained(temporary)
         run.tokenizer.save(temporary)
@@ -259,23 +280,14 @@ def _recording_failures(record: RunRecord, notices: NoticeCollector) -> Iterator
         note("interrupted", error)
         raise
     except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             note("failed", error)
             raise
         note("out_of_memory", error)
         raise OutOfMemoryError(
-            "The device ran out of memory; use a smaller --micro_batch_size (the result stays the same) "
-            "or a smaller --block_size."
+            "The device ran out of memory even with one block a forward pass; use a smaller --block_size, "
+            "--gradient_checkpointing, or a smaller model (cartilha plan says what fits)."
         ) from error
     except BaseException as error:
         note("failed", error)
         raise
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Torch has a type for CUDA's; the CPU allocator and MPS raise a RuntimeError with these words."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    text = str(error)
-    words = ("can't allocate memory", "not enough memory", "MPS backend out of memory")  # the second is Windows'
-    return any(word in text for word in words)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from cartilha.runtime import world
 from cartilha.storage import to_json
 from cartilha.training.loop import Progress, StepRecord
 from cartilha.training.watch import LossWatch
@@ -26,7 +28,8 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, resumed_step: int, watch: LossWatch) -> None:
-        self._file: IO[str] = _open_at(path, resumed_step)
+        # Of several processes one writes.
+        self._file: IO[str] = _open_at(path, resumed_step) if world()[0] == 0 else open(os.devnull, "w")  # noqa: SIM115
         self._watch = watch
         self._pending: StepRecord | None = None
 
@@ -54,6 +57,7 @@ class MetricsFile:
                     "grad_norm": float(record.grad_norm),
                     "tokens_per_second": record.num_targets / record.seconds,
                     "memory_bytes": record.memory_bytes,
+                    "micro_batch_size": record.micro_batch_size,
                     "seconds": record.total_seconds,
                     **self._watch.judge(record),
                 }
@@ -130,7 +134,8 @@ class StopRequest:
         if self.requested and signum == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True
-        print("Stopping after this step; a checkpoint will be written.", file=sys.stderr)
+        if world()[0] == 0:
+            print("Stopping after this step; a checkpoint will be written.", file=sys.stderr)
 
 
 @contextmanager

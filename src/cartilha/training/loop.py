@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
 
+from cartilha.blocks.packing import Block, stack
 from cartilha.blocks.sampler import BlockSampler
 from cartilha.model.forward import batch_nll
-from cartilha.runtime import peak_memory_bytes
+from cartilha.runtime import is_out_of_memory, peak_memory_bytes, world
+from cartilha.training.distributed import agree, sum_over_ranks
+from cartilha.training.loader import StepLoader
 from cartilha.training.optimizer import choose_trained, learning_rate, step_unless
+
+log = logging.getLogger("cartilha")
+
+LossKind = Literal["nll", "perplexity"]
 
 
 @dataclass(frozen=True)
@@ -88,6 +97,7 @@ class Progress:
         loss_level: Running mean of the losses (kept by `watch.LossWatch`, as the three above).
         loss_spread: Running mean of their distance from it.
         losses_seen: Losses in these means.
+        micro_batch_size: Blocks a forward pass, halved where memory ran out; 0 before the first step.
     """
 
     step: int = 0
@@ -102,6 +112,7 @@ class Progress:
     loss_level: float = 0.0
     loss_spread: float = 0.0
     losses_seen: int = 0
+    micro_batch_size: int = 0
 
 
 @dataclass(frozen=True)
@@ -121,6 +132,7 @@ class StepRecord:
         seconds: Of this step.
         total_seconds: Training time so far.
         memory_bytes: Peak memory so far.
+        micro_batch_size: Blocks a forward pass.
     """
 
     step: int
@@ -135,6 +147,7 @@ class StepRecord:
     seconds: float
     total_seconds: float
     memory_bytes: int
+    micro_batch_size: int = 1
 
 
 def train_steps(
@@ -148,12 +161,13 @@ def train_steps(
     micro_batch_size: int,
     max_grad_norm: float,
     scaler: torch.amp.GradScaler,
+    loss_kind: LossKind = "nll",
 ) -> Iterator[StepRecord]:
     """Train from `progress.step` to the schedule's end, yielding after each step.
 
-    The loss of a step is the mean over all of its targets, however they fall into micro-batches: each micro-batch's
-    summed nll is divided by the step's number of targets, known beforehand from the packing. A step whose loss or
-    gradient is not finite changes no weight: its blocks are passed over.
+    The loss of a step is the mean over all of its targets, however they fall into micro-batches and ranks: each
+    micro-batch's summed nll is divided by the step's number of targets, known beforehand from the packing. A step whose
+    loss or gradient is not finite changes no weight: its blocks are passed over.
 
     Args:
         model: Float32 weights, on its device.
@@ -162,49 +176,139 @@ def train_steps(
         schedule: Number of steps and learning rates.
         progress: Where to begin; updated in place.
         dtype: Compute dtype.
-        micro_batch_size: Blocks a forward pass.
+        micro_batch_size: Blocks a forward pass to begin with; halved where memory runs out.
         max_grad_norm: Gradients are clipped to this norm.
         scaler: Enabled for fp16 only.
+        loss_kind: `perplexity` differentiates exp(mean nll) of the whole step (docs/measures.md).
     """
-    while not schedule.is_over(progress.step, progress.seconds):
-        started = time.perf_counter()
-        step = progress.step
-        batches = sampler.micro_batches(step, micro_batch_size)
-        num_targets = sum(batch.num_targets for batch in batches)
-        lr = schedule.lr(step, progress.seconds)
-        embeddings_only = schedule.trains_embeddings_only(step, progress.seconds)
-        parameters = choose_trained(model, optimizer, embeddings_only=embeddings_only)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        loss = torch.zeros((), device=model.device)
-        for batch in batches:
-            share = batch_nll(model, batch, dtype) / num_targets
-            scaler.scale(share).backward()
-            loss += share.detach()
-        scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-        skipped = ~torch.isfinite(grad_norm + loss)
-        step_unless(skipped, optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+    progress.micro_batch_size = micro_batch_size
+    pace = _OneStepAhead(model.device)
+    with StepLoader(sampler, *world()) as loader:
+        while not schedule.is_over(progress.step, progress.seconds):
+            started = time.perf_counter()
+            step = progress.step
+            data = loader.take(step)
+            lr = schedule.lr(step, progress.seconds)
+            embeddings_only = schedule.trains_embeddings_only(step, progress.seconds)
+            parameters = choose_trained(model, optimizer, embeddings_only=embeddings_only)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            loss = _gradients(model, data.blocks, data.num_targets, progress, dtype, scaler)
+            sum_over_ranks(parameters, loss)
+            scaler.unscale_(optimizer)
+            if loss_kind == "perplexity":  # d exp(loss) = exp(loss) d loss, with the loss of the whole step
+                torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], loss.exp())
+            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+            skipped = ~torch.isfinite(grad_norm + loss)
+            step_unless(skipped, optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            ends_epoch = sampler.position(step + 1).epoch > sampler.position(step).epoch
+            pace.wait(to_the_end=ends_epoch or step + 1 == schedule.num_steps)
+            seconds, progress.micro_batch_size = agree(time.perf_counter() - started, progress.micro_batch_size)
+            progress.step += 1
+            progress.tokens += data.num_targets
+            progress.seconds += seconds
+            yield StepRecord(
+                step=progress.step,
+                epoch=sampler.position(step).epoch + 1,
+                ends_epoch=ends_epoch,
+                num_targets=data.num_targets,
+                tokens=progress.tokens,
+                loss=loss,
+                lr=lr,
+                grad_norm=grad_norm,
+                skipped=skipped,
+                seconds=seconds,
+                total_seconds=progress.seconds,
+                memory_bytes=peak_memory_bytes(model.device.type),
+                micro_batch_size=progress.micro_batch_size,
+            )
+
+
+def _gradients(
+    model: PreTrainedModel,
+    blocks: Sequence[Block],
+    num_targets: int,
+    progress: Progress,
+    dtype: torch.dtype,
+    scaler: torch.amp.GradScaler,
+) -> torch.Tensor:
+    """Add up the gradients of the blocks' share of the step's mean nll, and return that share.
+
+    Where memory runs out the micro-batch is halved and the step's gradients are made anew, from the same random state:
+    no weight has moved, so the step comes out the same up to rounding.
+    """
+    before = _random_state(model.device)
+    while True:
+        size = min(progress.micro_batch_size, len(blocks))
+        try:
+            return _accumulate(model, blocks, size, num_targets, dtype, scaler)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error) or size <= 1:
+                raise
+        # Outside of the handler: the error's traceback held on to the tensors of the pass that failed.
+        model.zero_grad(set_to_none=True)
         if model.device.type == "cuda":
-            # Launches return at once: without this wait the clock would time them, not the step.
-            torch.cuda.synchronize(model.device)
-        seconds = time.perf_counter() - started
-        progress.step += 1
-        progress.tokens += num_targets
-        progress.seconds += seconds
-        yield StepRecord(
-            step=progress.step,
-            epoch=sampler.position(step).epoch + 1,
-            ends_epoch=sampler.position(progress.step).epoch > sampler.position(step).epoch,
-            num_targets=num_targets,
-            tokens=progress.tokens,
-            loss=loss,
-            lr=lr,
-            grad_norm=grad_norm,
-            skipped=skipped,
-            seconds=seconds,
-            total_seconds=progress.seconds,
-            memory_bytes=peak_memory_bytes(model.device.type),
+            torch.cuda.empty_cache()
+        _set_random_state(model.device, before)
+        progress.micro_batch_size = (size + 1) // 2
+        log.warning(
+            "Memory ran out in step %d with micro-batches of %d blocks: going on with %d, and more of them; "
+            "the result stays the same.",
+            progress.step + 1,
+            size,
+            progress.micro_batch_size,
         )
+
+
+def _accumulate(
+    model: PreTrainedModel,
+    blocks: Sequence[Block],
+    micro_batch_size: int,
+    num_targets: int,
+    dtype: torch.dtype,
+    scaler: torch.amp.GradScaler,
+) -> torch.Tensor:
+    loss = torch.zeros((), device=model.device)
+    for begin in range(0, len(blocks), max(1, micro_batch_size)):
+        batch = stack(blocks[begin : begin + micro_batch_size])
+        share = batch_nll(model, batch, dtype) / num_targets
+        scaler.scale(share).backward()
+        loss += share.detach()
+    return loss
+
+
+def _random_state(device: torch.device) -> list[torch.Tensor]:
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return states
+
+
+def _set_random_state(device: torch.device, states: list[torch.Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)
+
+
+class _OneStepAhead:
+    """Lets the host prepare a step while a CUDA device computes the one before; elsewhere nothing is waited for.
+
+    Launches return at once. Waiting for the step before keeps the clock honest (in a steady run a step's time is then
+    the device's) without ever leaving the device idle, and keeps the host from running away.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._last: torch.cuda.Event | None = None
+
+    def wait(self, *, to_the_end: bool) -> None:
+        """Wait for the step before the one just launched, or `to_the_end` of that one, too."""
+        if self._device.type != "cuda":
+            return
+        before, self._last = self._last, torch.cuda.Event()
+        self._last.record(torch.cuda.current_stream(self._device))
+        event = self._last if to_the_end else before
+        if event is not None:
+            event.synchronize()

@@ -41,6 +41,23 @@ def choose_trained(
     return chosen
 
 
+def allocate_states(optimizer: torch.optim.AdamW) -> None:
+    """AdamW's moments, all zero, before step 1: what will be resident for good is there when memory is first tried.
+
+    Left to itself the optimizer makes the same ones at its first step, after the activations have gone; the second
+    step would be the first to hold both.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if not optimizer.state[parameter]:
+                place = parameter.device if group["fused"] else torch.device("cpu")
+                optimizer.state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=place),
+                    "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                    "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                }
+
+
 def resolve_lr(lr: float | Literal["auto"], num_parameters: int) -> float:
     """The peak learning rate; `auto` falls with the square root of the model's size, 3e-4 at 125 M, at most 3e-3."""
     if lr != "auto":

@@ -1,0 +1,97 @@
+"""Training shared by processes under torchrun: the losses of one process, one of them writing, any number resuming."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SETTINGS = ["--model", "random:tiny-opt", "--block_size", 32, "--batch_tokens", 160, "--lr", 3e-3, "--dtype", "float32"]
+
+
+def run(num_processes: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+    launch = [sys.executable]
+    if num_processes > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    command = [*launch, "-m", "cartilha", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", env=environment, timeout=300)
+
+
+def lines(run_path: Path) -> list[dict[str, Any]]:
+    text = (run_path / "metrics.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.split("\n") if line]
+
+
+def losses(run_path: Path) -> list[float]:
+    return [line["loss"] for line in lines(run_path) if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def alone(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six steps in one process; the steps have five blocks, which no two processes share evenly."""
+    path = tmp_path_factory.mktemp("alone") / "run"
+    found = run(1, "train", *SETTINGS, "--store", store, "--output", path, "--max_steps", 6)
+    assert found.returncode == 0, found.stderr
+    return path
+
+
+def test_two_processes_train_as_one_and_one_of_them_writes(store, alone, tmp_path):
+    path = tmp_path / "run"
+    settings = [*SETTINGS, "--store", store, "--output", path, "--max_steps", 6]
+    found = run(2, "train", *settings, "--json")
+    assert found.returncode == 0, found.stderr
+    assert json.loads(found.stdout)["settings"]["num_processes"] == 2  # one JSON object
+    assert losses(path) == pytest.approx(losses(alone), abs=1e-5)
+    assert len(losses(path)) == 6
+    norms = [[line["grad_norm"] for line in lines(place) if "loss" in line] for place in (path, alone)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+    together, single = (json.loads((place / "results.json").read_text("utf-8")) for place in (path, alone))
+    assert together["tokens"] == single["tokens"]
+    for one, two in zip(single["evaluations"], together["evaluations"], strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
+        assert two["num_tokens"] == one["num_tokens"]
+    assert {file.name for file in path.iterdir()} == {file.name for file in alone.iterdir()}
+    # One of them speaks: each of these lines comes once.
+    for line in ("An epoch is", "Validation before training: perplexity"):
+        assert found.stderr.count(line) == 1, found.stderr
+    again = run(2, "train", *settings, "--resume", "auto")
+    assert again.returncode == 0 and again.stderr.count("nothing to do") == 1
+
+
+def test_a_run_goes_on_with_another_number_of_processes(store, alone, tmp_path):
+    """Two processes begin, one goes on: the same blocks in the same order, and so the same losses."""
+    path = tmp_path / "run"
+    settings = [*SETTINGS, "--store", store, "--output", path, "--checkpoint_steps", 3, "--max_steps", 6]
+    assert run(2, "train", *settings).returncode == 0
+    # As if it had been killed in the fifth step.
+    results = json.loads((path / "results.json").read_text("utf-8"))
+    (path / "results.json").write_text(json.dumps({**results, "status": "running"}), encoding="utf-8")
+    last = sorted((path / "checkpoints").iterdir())[-1]
+    assert last.name == "step-00000006"
+    for file in last.iterdir():
+        file.unlink()
+    last.rmdir()
+    found = run(1, "train", *settings, "--resume", "auto")
+    assert found.returncode == 0, found.stderr
+    assert "Going on from step 3" in found.stderr
+    assert losses(path) == pytest.approx(losses(alone), abs=1e-5)
+
+
+def test_a_users_mistake_in_several_processes_ends_all_of_them(store, tmp_path):
+    found = run(2, "train", *SETTINGS, "--store", store, "--output", tmp_path / "run", "--block_size", 4096)
+    assert found.returncode != 0
+    assert "beyond the context" in found.stderr or "must be a multiple" in found.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", ["prepare", "run", "demo"])
+def test_what_writes_a_store_is_refused_in_several_processes(cartilha, monkeypatch, command):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    outcome = cartilha(command)
+    assert outcome.code == 2 and f"{command} works in one process" in outcome.err

@@ -1,0 +1,280 @@
+"""The training loop: memory that runs out in any pass of a step, perplexity as a loss, blocks prepared ahead."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cartilha.blocks.sampler import BlockSampler
+from cartilha.model.forward import batch_nll
+from cartilha.model.load import load_model
+from cartilha.training import loop
+from cartilha.training.loader import StepLoader
+from cartilha.training.loop import Progress, Schedule, StepRecord, train_steps
+from cartilha.training.optimizer import allocate_states, make_optimizer
+
+BLOCK, BLOCKS_PER_STEP, STEPS = 16, 8, 5
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def sampler(num_documents: int = 60) -> BlockSampler:
+    generator = np.random.default_rng(0)
+    lengths = generator.integers(5, 40, num_documents)
+    tokens = generator.integers(0, 256, lengths.sum()).astype(np.uint16)
+    start = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+    return BlockSampler(
+        tokens, start, lengths, prefix_id=256, end_id=257, block_size=BLOCK, blocks_per_step=BLOCKS_PER_STEP, seed=0
+    )
+
+
+def steps(
+    *,
+    dropout: bool = False,
+    micro_batch_size: int = 8,
+    scaler: Any = None,
+    weights: dict[str, torch.Tensor] | None = None,
+    **settings: Any,
+) -> list[StepRecord]:
+    """Five steps of a tiny OPT model (it has dropout to draw); the final weights are put into `weights`."""
+    model = load_model("random:tiny-opt", torch.device("cpu")).model
+    model.train(dropout)
+    optimizer = make_optimizer(model, 1e-3, 0.1)
+    allocate_states(optimizer)
+    torch.manual_seed(7)
+    disabled = torch.amp.GradScaler("cpu", enabled=False)
+    records = list(
+        train_steps(
+            model, optimizer, sampler(), Schedule(STEPS, 1e-3, 0.0, 1.0), Progress(), dtype=torch.float32,
+            micro_batch_size=micro_batch_size, max_grad_norm=settings.pop("max_grad_norm", 1.0),
+            scaler=scaler or disabled, **settings,
+        )
+    )  # fmt: skip
+    if weights is not None:
+        weights.update({name: value.detach().clone() for name, value in model.named_parameters()})
+    return records
+
+
+def losses(records: list[StepRecord]) -> list[float]:
+    return [float(record.loss) for record in records]
+
+
+@pytest.fixture
+def failing_passes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
+    """Let the forward passes with these numbers (from 1) run out of memory; returns the rows of each pass."""
+
+    def arrange(*numbers: int, error: type[BaseException] = torch.OutOfMemoryError) -> list[int]:
+        rows: list[int] = []
+
+        def patched(model, batch, dtype):
+            rows.append(len(batch.input_ids))
+            value = batch_nll(model, batch, dtype)  # dropout is drawn before memory runs out
+            if len(rows) in numbers:
+                raise error("DefaultCPUAllocator: can't allocate memory")
+            return value
+
+        monkeypatch.setattr(loop, "batch_nll", patched)
+        return rows
+
+    return arrange
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError, RuntimeError])
+def test_a_step_that_runs_out_of_memory_is_repeated_with_smaller_micro_batches(failing_passes, error):
+    expected = losses(steps())
+    rows = failing_passes(3, error=error)
+    records = steps()
+    assert rows == [8, 8, 8, *[4] * 6]
+    assert [record.micro_batch_size for record in records] == [8, 8, 4, 4, 4]
+    assert losses(records) == pytest.approx(expected, rel=2e-5)
+
+
+def test_what_the_failed_pass_left_in_the_gradients_is_forgotten(failing_passes):
+    expected = losses(steps(micro_batch_size=4))
+    rows = failing_passes(4)  # the second half of the second step: its first half is in the gradients already
+    records = steps(micro_batch_size=4)
+    assert rows == [4, 4, 4, 4, *[2] * 16]
+    assert losses(records) == pytest.approx(expected, rel=2e-5)
+    # Kept, they would have counted half of the step twice.
+    norms = [float(record.grad_norm) for record in records]
+    failing_passes()
+    assert norms == pytest.approx([float(record.grad_norm) for record in steps(micro_batch_size=4)], rel=1e-4)
+
+
+def test_the_repeated_step_draws_the_same_dropout(failing_passes):
+    failing_passes(3)
+    interrupted = steps(dropout=True, micro_batch_size=2)
+    failing_passes()
+    # A step repeated from its own random state is the step of a run that had the small micro-batches from there on.
+    again = steps(dropout=True, micro_batch_size=1)
+    assert float(interrupted[0].loss) == pytest.approx(float(again[0].loss), rel=1e-5)
+    other = losses(steps(dropout=True, micro_batch_size=2))
+    assert abs(other[0] - float(again[0].loss)) > 1e-4, "the dropout does not depend on anything"
+
+
+def test_odd_sizes_are_halved_down_to_one_block_and_no_further(failing_passes):
+    rows = failing_passes(*range(1, 20))
+    with pytest.raises(torch.OutOfMemoryError):
+        steps(micro_batch_size=5)
+    assert rows == [5, 3, 2, 1]
+
+
+def test_a_micro_batch_larger_than_the_step_is_halved_from_what_the_step_holds(failing_passes):
+    rows = failing_passes(1)
+    steps(micro_batch_size=64)
+    assert rows[:3] == [8, 4, 4]
+
+
+def test_any_other_error_is_not_taken_for_a_lack_of_memory(failing_passes, monkeypatch):
+    def broken(model, batch, dtype):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(loop, "batch_nll", broken)
+    with pytest.raises(RuntimeError, match="shapes"):
+        steps()
+
+
+def test_states_made_beforehand_are_those_that_the_optimizer_makes(monkeypatch):
+    with_states: dict[str, torch.Tensor] = {}
+    without: dict[str, torch.Tensor] = {}
+    steps(weights=with_states)
+    monkeypatch.setitem(globals(), "allocate_states", lambda optimizer: None)
+    steps(weights=without)
+    assert all(torch.equal(with_states[name], without[name]) for name in without)
+
+
+# The loss
+
+
+def test_perplexity_as_the_loss_has_the_gradient_of_the_nll_times_the_perplexity():
+    plain, experiment = steps(max_grad_norm=1e9), steps(max_grad_norm=1e9, loss_kind="perplexity")
+    assert float(plain[0].loss) == float(experiment[0].loss)  # what is recorded stays the mean nll
+    perplexity = np.exp(float(plain[0].loss))
+    assert perplexity > 10
+    assert float(experiment[0].grad_norm) == pytest.approx(perplexity * float(plain[0].grad_norm), rel=1e-5)
+
+
+def test_perplexity_as_the_loss_is_that_of_the_whole_step_however_it_is_cut():
+    whole = steps(loss_kind="perplexity", max_grad_norm=1e9)
+    parts = steps(loss_kind="perplexity", max_grad_norm=1e9, micro_batch_size=3)
+    assert losses(whole) == pytest.approx(losses(parts), rel=2e-5)
+    assert [float(r.grad_norm) for r in whole] == pytest.approx([float(r.grad_norm) for r in parts], rel=1e-4)
+
+
+def test_clipping_takes_the_factor_away_again():
+    # Both gradients are longer than the bound, so that clipping leaves the same direction and length.
+    plain, experiment = steps(max_grad_norm=1e-2), steps(max_grad_norm=1e-2, loss_kind="perplexity")
+    assert losses(plain) == pytest.approx(losses(experiment), rel=1e-5)
+
+
+# Half precision with a scaler, as on a T4
+
+
+class Scaler(torch.amp.GradScaler):
+    """A scaler that can be used without fp16: it multiplies, divides, and skips steps that are not finite."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__("cpu", enabled=True, **settings)
+
+
+def test_the_scale_reaches_neither_norm_nor_weights():
+    plain: dict[str, torch.Tensor] = {}
+    scaled: dict[str, torch.Tensor] = {}
+    expected = steps(weights=plain)
+    found = steps(weights=scaled, scaler=Scaler(init_scale=2.0**10), micro_batch_size=2)
+    assert losses(found) == pytest.approx(losses(expected), rel=2e-5)
+    assert [float(r.grad_norm) for r in found] == pytest.approx([float(r.grad_norm) for r in expected], rel=1e-4)
+    for name in plain:
+        torch.testing.assert_close(scaled[name], plain[name], rtol=1e-4, atol=1e-4)
+
+
+def test_a_scale_that_overflows_skips_the_step_and_backs_off():
+    scaler = Scaler(init_scale=2.0**127, backoff_factor=2.0**-100)
+    weights: dict[str, torch.Tensor] = {}
+    records = steps(scaler=scaler, weights=weights)
+    assert not np.isfinite(float(records[0].grad_norm)) and np.isfinite(float(records[1].grad_norm))
+    assert scaler.get_scale() == 2.0**27
+    assert all(value.isfinite().all() for value in weights.values())
+    # The first step moved nothing: the second began from the same weights, on other blocks.
+    assert losses(records)[2:] != losses(steps())[2:]
+
+
+def test_memory_that_runs_out_under_the_scaler(failing_passes):
+    expected = losses(steps(scaler=Scaler(init_scale=2.0**10)))
+    rows = failing_passes(2)
+    assert losses(steps(scaler=Scaler(init_scale=2.0**10))) == pytest.approx(expected, rel=2e-5)
+    assert 4 in rows
+
+
+# The loader
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 8, 11])
+def test_the_ranks_shares_are_the_steps_blocks_in_order(num_ranks):
+    found = sampler()
+    for step in range(2 * found.steps_per_epoch):
+        whole = found.blocks(step)
+        shares = [found.blocks(step, rank, num_ranks) for rank in range(num_ranks)]
+        joined = [block for share in shares for block in share]
+        assert len(joined) == len(whole)
+        assert all(np.array_equal(a.input_ids, b.input_ids) for a, b in zip(joined, whole, strict=True))
+        sizes = [len(share) for share in shares]
+        assert max(sizes) - min(sizes) <= 1
+
+
+def test_targets_are_counted_without_making_the_blocks():
+    found = sampler()
+    for step in range(2 * found.steps_per_epoch):
+        made = sum(int((block.targets >= 0).sum()) for block in found.blocks(step))
+        assert found.num_targets(step) == made > 0
+
+
+def test_the_loader_gives_what_the_sampler_has_in_any_order_of_steps():
+    expected = sampler()
+    with StepLoader(sampler()) as loader:
+        for step in [0, 1, 2, 30, 31, 5, 5, 6]:
+            taken = loader.take(step)
+            assert taken.num_targets == expected.num_targets(step)
+            for ours, theirs in zip(taken.blocks, expected.blocks(step), strict=True):
+                assert np.array_equal(ours.input_ids, theirs.input_ids)
+
+
+def test_the_next_step_is_prepared_while_this_one_runs():
+    found = sampler()
+    asked: list[int] = []
+    blocks = found.blocks
+    found.blocks = lambda step, *share: asked.append(step) or blocks(step, *share)
+    with StepLoader(found) as loader:
+        loader.take(0)
+        loader._next[1].result()
+        assert asked == [0, 1]
+        loader.take(1)
+        loader._next[1].result()
+        assert asked == [0, 1, 2]
+
+
+def test_a_fault_of_the_loader_reaches_the_step_that_needs_it():
+    found = sampler()
+    found.num_targets = lambda step: 1 / 0 if step == 1 else 5
+    with StepLoader(found) as loader:
+        assert loader.take(0).num_targets == 5
+        with pytest.raises(ZeroDivisionError):
+            loader.take(1)
+
+
+def test_the_clock_runs_forward():
+    records = steps()
+    totals = [record.total_seconds for record in records]
+    assert all(b > a for a, b in itertools.pairwise([0.0, *totals]))
+    assert totals[-1] == pytest.approx(sum(record.seconds for record in records))
