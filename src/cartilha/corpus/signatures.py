@@ -1,8 +1,7 @@
 """MinHash signatures: a few numbers a document, from which the share of word trigrams that two have in common is told.
 
-The words of many documents are hashed at once, as bytes, without making a string of any: with prefix sums of
-`byte * BASE^position` modulo 2^64, a word's hash is a difference of two of them, brought back to position 0. The
-MinHash itself is rensa's (R-MinHash; Broder 1997 for the principle).
+The words of many documents are hashed at once from their UTF-8 bytes, without making a string of any: eight bytes at a
+time are read as a number. The MinHash itself is rensa's (R-MinHash; Broder 1997 for the principle).
 """
 
 from __future__ import annotations
@@ -17,9 +16,14 @@ from cartilha.errors import UserError
 SHINGLE_WORDS = 3
 NUM_VALUES = 128
 SEED = 0
-BLOCK_BYTES = 1 << 18  # bytes hashed at once: its arrays of 8 bytes each stay in the processor's cache
+BLOCK_BYTES = 1 << 16  # hashed at once, so that the arrays stay in the processor's cache
 
-_BASE = 0x9E3779B97F4A7C15
+WORD_BYTES = 24  # a longer word counts as its length and its first bytes
+RUN_BYTES = 32
+
+_ODD = np.uint64(0x9E3779B97F4A7C15)
+_IN_WORD = bytes(byte >= 128 or chr(byte).isalnum() for byte in range(256))
+_MASKS = np.array([(1 << 8 * count) - 1 for count in range(9)], np.uint64)  # the first bytes of eight
 
 
 def signatures(texts: Sequence[str]) -> np.ndarray:
@@ -65,42 +69,15 @@ def save_signatures(path: Path, values: np.ndarray) -> None:
         np.save(file, np.ascontiguousarray(values.T))
 
 
-def _powers(base: int, count: int) -> np.ndarray:
-    """Powers of `base` modulo 2^64 from the 0th: uint64, shape (count,)."""
-    result = np.ones(count, np.uint64)
-    known = 1
-    while known < count:
-        more = min(known, count - known)
-        result[known : known + more] = result[:more] * np.uint64(pow(base, known, 1 << 64))
-        known += more
-    return result
-
-
-class _Powers:
-    """Powers of the base and of its inverse, for texts as long as any that came so far."""
-
-    def __init__(self) -> None:
-        self.up = self.down = np.ones(0, np.uint64)
-
-    def reach(self, count: int) -> None:
-        if len(self.up) < count:
-            self.up = _powers(_BASE, 2 * count)
-            self.down = _powers(pow(_BASE, -1, 1 << 64), 2 * count)
-
-
-_POWERS = _Powers()
-
-
-def _letter_table() -> np.ndarray:
-    """What each byte counts as: itself within a word, in lower case; 0 outside."""
-    table = np.zeros(256, np.uint8)
-    for byte in range(256):
-        if byte >= 128 or chr(byte).isalnum():
-            table[byte] = ord(chr(byte).lower()) if byte < 128 else byte
-    return table
-
-
-_LETTERS = _letter_table()
+def run_hashes(text: bytes) -> np.ndarray:
+    """Hashes of the `RUN_BYTES` that begin at each word of a text in lower case, about five words each: uint64."""
+    starts = _words(text)[0]
+    starts = starts[: np.searchsorted(starts, len(text) - RUN_BYTES, side="right")]
+    eights = _eights(text)
+    hashes = np.zeros(len(starts), np.uint64)
+    for offset in range(0, RUN_BYTES, 8):
+        hashes = hashes * _ODD + eights[starts + offset]
+    return _mixed(hashes)
 
 
 def _shingle_hashes(texts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
@@ -120,17 +97,33 @@ def _shingle_hashes(texts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
     return hashes[kept], counts
 
 
-def _word_hashes(data: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """Where each word of the text begins, and its hash: int64 and uint64."""
-    _POWERS.reach(len(data) + 1)
-    letters = _LETTERS[np.frombuffer(data, np.uint8)]
-    inside = np.zeros(len(data) + 2, bool)
-    inside[1:-1] = letters != 0
+def _word_hashes(text: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """Where each word of a text begins, and a hash of its length and first bytes: int64 and uint64."""
+    starts, ends = _words(text)
+    lengths = ends - starts
+    eights = _eights(text + bytes(WORD_BYTES))
+    hashes = lengths.astype(np.uint64)
+    for offset in range(0, WORD_BYTES, 8):
+        if offset:
+            longer = np.flatnonzero(lengths > offset)  # few are
+            part = eights[starts[longer] + offset] & _MASKS[np.minimum(lengths[longer] - offset, 8)]
+            hashes[longer] = hashes[longer] * _ODD + part
+        else:
+            hashes = hashes * _ODD + (eights[starts] & _MASKS[np.minimum(lengths, 8)])
+    return starts, _mixed(hashes)
+
+
+def _words(text: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """Where each run of letters and digits begins and ends: int64, shape (num_words,) each."""
+    inside = np.zeros(len(text) + 2, bool)
+    inside[1:-1] = np.frombuffer(text.translate(_IN_WORD), bool)
     edges = np.flatnonzero(inside[1:] != inside[:-1])
-    starts, ends = edges[::2], edges[1::2]
-    sums = np.zeros(len(data) + 1, np.uint64)
-    np.cumsum(letters * _POWERS.up[: len(data)], out=sums[1:])
-    return starts, _mixed((sums[ends] - sums[starts]) * _POWERS.down[starts])
+    return edges[::2], edges[1::2]
+
+
+def _eights(text: bytes) -> np.ndarray:
+    """The eight bytes that begin at each place, as a number: uint64, shape (max(0, num_bytes - 7),)."""
+    return np.ndarray(max(0, len(text) - 7), "<u8", text, strides=(1,))
 
 
 def _mixed(values: np.ndarray) -> np.ndarray:
