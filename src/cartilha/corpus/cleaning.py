@@ -33,7 +33,9 @@ SAMPLE_PLACES = 3
 MIN_LETTERS = 20
 
 # What UTF-8 looks like that was read as Windows-1252 or Latin-1: a lead byte, then a continuation byte.
-_MOJIBAKE = re.compile(f"[\xc2-\xf4][\x80-\xbf{bytes(set(range(128, 160)) - {129, 141, 143, 144, 157}).decode('cp1252')}]")
+_MOJIBAKE = re.compile(
+    f"[\xc2-\xf4][\x80-\xbf{bytes(set(range(128, 160)) - {129, 141, 143, 144, 157}).decode('cp1252')}]"
+)
 # Controls but for tab and line feed; what has no width; marks of text direction; Unicode's own line ends.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u200b\u200e\u200f\u2028-\u202e\u2060\u2066-\u2069\ufeff]")
 _LINE_ENDS = re.compile("\r\n?|[\x0b\x0c\x85\u2028\u2029]")

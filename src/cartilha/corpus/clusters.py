@@ -22,7 +22,7 @@ from cartilha.errors import UserError
 BAND_VALUES = 3
 NUM_BANDS = NUM_VALUES // BAND_VALUES
 MIN_SIMILARITY = 0.3
-PAIRS_AT_ONCE = 1 << 22
+PAIRS_AT_ONCE = 1 << 19  # their signatures take up to a quarter of a gigabyte
 
 
 def cluster(files: Sequence[Path], *, memory_bytes: int = 1 << 30, scratch: Path | None = None) -> np.ndarray:
@@ -40,15 +40,15 @@ def cluster(files: Sequence[Path], *, memory_bytes: int = 1 << 30, scratch: Path
         import duckdb
     except ImportError:
         raise UserError('Near-duplicates need an extra: pip install "cartilha[text]"') from None
-    values = [np.load(file, mmap_mode="r") for file in files]
-    starts = np.cumsum([0, *(part.shape[1] for part in values)])
+    # Files are opened when they are read: there may be more of them than a process may hold open.
+    starts = np.cumsum([0, *(np.load(file, mmap_mode="r").shape[1] for file in files)])
     parents = np.arange(starts[-1])
     with tempfile.TemporaryDirectory(dir=scratch) as spill, duckdb.connect() as database:
         database.execute("SET memory_limit = ?", [f"{memory_bytes}B"])
         database.execute("SET temp_directory = ?", [spill])
         database.execute("SET preserve_insertion_order = false")
-        for pairs in _candidates(database, values, starts):
-            alike = _similarity(values, starts, pairs) >= MIN_SIMILARITY
+        for pairs in _candidates(database, files, starts):
+            alike = _similarity(files, starts, pairs) >= MIN_SIMILARITY
             for first, second in pairs[alike].tolist():
                 _join(parents, first, second)
     # Each parent comes before its child, so that one pass in order resolves all.
@@ -57,7 +57,7 @@ def cluster(files: Sequence[Path], *, memory_bytes: int = 1 << 30, scratch: Path
     return parents
 
 
-def _candidates(database: Any, values: list[np.ndarray], starts: np.ndarray) -> Iterator[np.ndarray]:
+def _candidates(database: Any, files: Sequence[Path], starts: np.ndarray) -> Iterator[np.ndarray]:
     """Pairs that share a band's key, each once: int64, shape (at most PAIRS_AT_ONCE, 2)."""
     import pyarrow as pa
 
@@ -65,8 +65,8 @@ def _candidates(database: Any, values: list[np.ndarray], starts: np.ndarray) -> 
     database.execute("CREATE TEMP TABLE pairs (first BIGINT, second BIGINT)")
     for band in range(NUM_BANDS):
         batches = (
-            pa.record_batch([_keys(part, band), np.arange(start, start + part.shape[1])], schema=schema)
-            for part, start in zip(values, starts, strict=False)
+            pa.record_batch([_keys(file, band), np.arange(start, end)], schema=schema)
+            for file, start, end in zip(files, starts, starts[1:], strict=False)
         )
         keys = pa.RecordBatchReader.from_batches(schema, batches)  # noqa: F841 DuckDB finds it by its name
         database.execute("CREATE OR REPLACE TEMP TABLE band AS SELECT * FROM keys WHERE key <> 0")
@@ -77,24 +77,32 @@ def _candidates(database: Any, values: list[np.ndarray], starts: np.ndarray) -> 
             " WHERE document <> first"
         )
     result = database.execute("SELECT DISTINCT first, second FROM pairs ORDER BY first, second")
-    while len(columns := result.fetch_df_chunk(PAIRS_AT_ONCE // 2048)):
-        yield columns.to_numpy()
+    while rows := result.fetchmany(PAIRS_AT_ONCE):
+        yield np.array(rows)
 
 
-def _keys(part: np.ndarray, band: int) -> np.ndarray:
-    """A band's values side by side in one number: uint64, shape (num_documents,)."""
-    keys = np.zeros(part.shape[1], np.uint64)
-    for value in part[band * BAND_VALUES : (band + 1) * BAND_VALUES]:
+def _keys(file: Path, band: int) -> np.ndarray:
+    """A band's values side by side in one number, for the documents of a file: uint64, shape (num_documents,)."""
+    values = np.load(file, mmap_mode="r")
+    keys = np.zeros(values.shape[1], np.uint64)
+    for value in values[band * BAND_VALUES : (band + 1) * BAND_VALUES]:
         keys = (keys << np.uint64(16)) | value.astype(np.uint64)
     return keys
 
 
-def _similarity(values: list[np.ndarray], starts: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+def _similarity(files: Sequence[Path], starts: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     """The share of values in which the documents of each pair agree: float64, shape (num_pairs,)."""
-    agree = np.zeros(len(pairs))
-    for number in range(NUM_VALUES):
-        column = np.concatenate([part[number] for part in values])
-        agree += column[pairs[:, 0]] == column[pairs[:, 1]]
+    documents, places = np.unique(pairs, return_inverse=True)
+    values = np.empty((NUM_VALUES, len(documents)), np.uint16)
+    bounds = np.searchsorted(documents, starts)
+    for number, file in enumerate(files):
+        rows = slice(bounds[number], bounds[number + 1])
+        if rows.start < rows.stop:
+            values[:, rows] = np.load(file, mmap_mode="r")[:, documents[rows] - starts[number]]
+    first, second = places.reshape(-1, 2).T
+    agree = np.zeros(len(pairs), np.int64)
+    for value in values:
+        agree += value[first] == value[second]
     return agree / NUM_VALUES
 
 

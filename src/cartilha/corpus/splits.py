@@ -203,7 +203,7 @@ def _below(positions: np.ndarray, sizes: np.ndarray, fraction: float, notes: lis
         )
     if not eligible.any():
         notes.append("Every cluster is larger than that: the smallest is held out nevertheless.")
-        return np.arange(len(sizes)) == np.argmin(sizes), fraction
+        return np.arange(len(sizes)) == np.lexsort((positions, sizes))[0], fraction
     used = fraction
     if eligible.all():
         used = _nearest(positions, fraction)
@@ -229,7 +229,7 @@ def _so_many(positions: np.ndarray, sizes: np.ndarray, wanted: int, notes: list[
             chosen[number] = True
             left -= int(sizes[number])
     if not chosen.any():
-        chosen[np.argmin(sizes)] = True
+        chosen[np.lexsort((positions, sizes))[0]] = True
     held_out = int(sizes[chosen].sum())
     if held_out != wanted:
         notes.append(
