@@ -111,8 +111,8 @@ SPANISH = (
     " esperando a que pasara alguien. Cuando apareció el vecino, la lluvia ya había lavado las tejas."
 )
 GALICIAN = (
-    "O muiñeiro subiu ao tellado cunha escaleira curta de máis e quedou alí arriba ata o final da tarde, á espera de que"
-    " alguén pasase. Cando apareceu o veciño, a chuvia xa lavara as tellas e o muiñeiro cantaba baixiño."
+    "O muiñeiro subiu ao tellado cunha escaleira curta de máis e quedou alí arriba ata o final da tarde, á espera"
+    " de que alguén pasase. Cando apareceu o veciño, a chuvia xa lavara as tellas e o muiñeiro cantaba baixiño."
 )
 ENGLISH = "The miller climbed to the roof with a ladder that was far too short and stayed there until evening."
 
