@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -92,7 +93,8 @@ def assert_same_run(run: Left, other: Left) -> None:
     """The same metrics, figures, texts and weights, to the bit."""
     assert without_times(run.lines("metrics.jsonl")) == without_times(other.lines("metrics.jsonl"))
     assert run.lines("samples.jsonl") == other.lines("samples.jsonl")
-    for name in ("status", "epochs", "evaluations", "tokens"):
+    assert pq.read_table(run.path / "surprisal.parquet").equals(pq.read_table(other.path / "surprisal.parquet"))
+    for name in ("status", "epochs", "evaluations", "comparison", "tokens"):
         assert without_times(run.results[name]) == without_times(other.results[name]), name
     weights, expected = run.weights, other.weights
     assert weights.keys() == expected.keys()
@@ -165,6 +167,7 @@ def test_a_whole_recipe_in_seconds_and_again_does_nothing(cartilha, refused, cor
     assert "| run | 32 | 3 steps | 4 |" in result["table"] and "finished" in result["table"]
     assert {path.name for path in (tmp_path / "job").iterdir()} == {"store", "run", "report.html"}
     files = {"config.yaml", "metrics.jsonl", "results.json", "samples.jsonl", "checkpoints", "model"}
+    files |= {"surprisal.parquet", "evaluations"}
     assert {path.name for path in run.path.iterdir()} == files
     assert [line["prompt"] for line in run.lines("samples.jsonl")] == ["Era uma vez"] * 2
 
@@ -270,11 +273,11 @@ def test_the_saved_model_is_a_plain_float32_model(unbroken, store):
     assert "perplexity" in (folder / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_samples_before_and_after_are_kept_whatever_they_hold(unbroken):
+def test_the_samples_of_every_evaluation_are_kept_whatever_they_hold(unbroken):
     samples = unbroken.lines("samples.jsonl")
-    steps = [0, 0, unbroken.results["settings"]["num_steps"]]
+    steps = [0, unbroken.results["packing"]["steps_per_epoch"], unbroken.results["settings"]["num_steps"]]
     assert [(line["step"], line["prompt"]) for line in samples] == [
-        (step, prompt) for step in steps[1:] for prompt in PROMPTS.prompt
+        (step, prompt) for step in steps for prompt in PROMPTS.prompt
     ]
     assert all(line["text"].startswith(line["prompt"]) and line["mode"] == "greedy" for line in samples)
 

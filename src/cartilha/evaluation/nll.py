@@ -16,6 +16,7 @@ from cartilha.errors import UserError
 from cartilha.evaluation.documents import ScoredDocuments
 from cartilha.evaluation.windows import Protocol, Window, document_windows
 from cartilha.model.forward import scored_tokens
+from cartilha.model.loss import TokenScores
 
 TOKENS_PER_FORWARD = {"cpu": 1024, "cuda": 32_768, "mps": 8192}
 
@@ -39,6 +40,9 @@ class TokenRows:
         nll: Nats, float32.
         entropy: Of the model's distribution, nats, float32.
         rank: Of the token under the model, from 1.
+        likeliest_ids: The model's likeliest tokens, likeliest first, shape (num_tokens, num_likeliest); None unless
+            asked for.
+        likeliest: Their probabilities, float32, of the same shape.
     """
 
     document: np.ndarray
@@ -47,6 +51,8 @@ class TokenRows:
     nll: np.ndarray
     entropy: np.ndarray
     rank: np.ndarray
+    likeliest_ids: np.ndarray | None = None
+    likeliest: np.ndarray | None = None
 
 
 POSITION_EDGES = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -97,6 +103,7 @@ def score_documents(
     unused_ids: torch.Tensor | None = None,
     advance: Callable[[float], None] = lambda amount: None,
     take_rows: Callable[[TokenRows], None] | None = None,
+    num_likeliest: int = 0,
 ) -> DocumentScores:
     """Score every token of the documents exactly once.
 
@@ -108,6 +115,7 @@ def score_documents(
         unused_ids: Rows of the head that no token uses, on the model's device.
         advance: Told the number of tokens scored after each forward pass.
         take_rows: Given each token's scores, in no particular order.
+        num_likeliest: How many of the likeliest tokens the rows hold.
 
     Raises:
         UserError: A document has a token whose nll is not finite; it is named, never dropped.
@@ -122,7 +130,14 @@ def score_documents(
     with _without_dropout(model):
         for rows in _batches(windows, TOKENS_PER_FORWARD.get(model.device.type, 4096)):
             batch = _batch(rows, documents.ids, protocol.prefix_id)
-            found = scored_tokens(model, batch, dtype, unused_ids=unused_ids, details=take_rows is not None)
+            found = scored_tokens(
+                model,
+                batch,
+                dtype,
+                unused_ids=unused_ids,
+                details=take_rows is not None,
+                num_likeliest=num_likeliest,
+            )
             nll = found.nll.double().cpu().numpy()
             placed = [window for row in rows for window in row]
             owner = np.repeat([p.document for p in placed], [p.window.num_scored for p in placed])
@@ -131,13 +146,19 @@ def score_documents(
             scores.add(owner, position, nll, float(found.unused_mass.double().sum()))
             np.add.at(num_scored, owner, 1)
             if take_rows is not None:
-                assert found.entropy is not None and found.rank is not None
                 token_ids = batch.targets[batch.targets != IGNORE_INDEX]
-                entropy, rank = found.entropy.cpu().numpy(), found.rank.cpu().numpy()
-                take_rows(TokenRows(owner, position, token_ids, nll.astype(np.float32), entropy, rank))
+                take_rows(_token_rows(found, owner, position, token_ids))
             advance(len(nll))
     assert (num_scored == documents.num_tokens).all(), "every token is scored exactly once"
     return scores
+
+
+def _token_rows(found: TokenScores, owner: np.ndarray, position: np.ndarray, token_ids: np.ndarray) -> TokenRows:
+    assert found.entropy is not None and found.rank is not None
+    columns = [column.cpu().numpy() for column in (found.nll, found.entropy, found.rank)]
+    if found.likeliest_ids is not None and found.likeliest is not None:
+        columns += [found.likeliest_ids.cpu().numpy(), found.likeliest.cpu().numpy()]
+    return TokenRows(owner, position, token_ids, *columns)
 
 
 @contextmanager

@@ -68,13 +68,22 @@ def scored_tokens(
     *,
     unused_ids: torch.Tensor | None = None,
     details: bool = False,
+    num_likeliest: int = 0,
 ) -> TokenScores:
     """Scores of each scored target in row-major order (`batch.num_targets` of them), without gradients."""
     states = hidden_states(model, batch, dtype).flatten(0, 1)
     targets = torch.from_numpy(batch.targets.reshape(-1))
     positions = (targets >= 0).nonzero()[:, 0].to(states.device)
     chosen = targets.to(states.device)[positions]
-    return token_scores(states[positions], head_weight(model), chosen, dtype, unused_ids=unused_ids, details=details)
+    return token_scores(
+        states[positions],
+        head_weight(model),
+        chosen,
+        dtype,
+        unused_ids=unused_ids,
+        details=details,
+        num_likeliest=num_likeliest,
+    )
 
 
 def scored_nll(model: PreTrainedModel, batch: Batch, dtype: torch.dtype) -> torch.Tensor:

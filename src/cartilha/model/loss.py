@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -144,12 +144,17 @@ class TokenScores:
         unused_mass: Probability that the rows of the vocabulary that no token uses get together, float32.
         entropy: Of the distribution over the next token, nats, float32; None unless asked for.
         rank: Of the token, 1 for the likeliest, int64; None unless asked for.
+        likeliest_ids: The likeliest tokens, likeliest first, int64, shape (num_tokens, num_likeliest); None unless
+            asked for.
+        likeliest: Their probabilities, float32, of the same shape.
     """
 
     nll: torch.Tensor
     unused_mass: torch.Tensor
     entropy: torch.Tensor | None = None
     rank: torch.Tensor | None = None
+    likeliest_ids: torch.Tensor | None = None
+    likeliest: torch.Tensor | None = None
 
 
 @torch.no_grad()
@@ -161,6 +166,7 @@ def token_scores(
     *,
     unused_ids: torch.Tensor | None = None,
     details: bool = False,
+    num_likeliest: int = 0,
 ) -> TokenScores:
     """Score each target, without gradients and with one chunk of logits at a time.
 
@@ -171,26 +177,25 @@ def token_scores(
         dtype: Of the matrix product; the softmax is float32.
         unused_ids: Rows of the head that no token uses.
         details: Whether entropy and rank are wanted; they cost two more passes over the logits.
+        num_likeliest: How many of the likeliest tokens are wanted.
     """
     head = weight.to(dtype)
     buffer = hidden.new_empty((min(CHUNK_TOKENS, len(targets)), len(weight)), dtype=torch.float32)
-    no_float, no_int = hidden.new_empty(0, dtype=torch.float32), targets.new_empty(0)
-    chunks = [TokenScores(no_float, no_float, no_float if details else None, no_int if details else None)]
-    for begin in range(0, len(targets), CHUNK_TOKENS):
+    chunks = []
+    for begin in range(0, max(1, len(targets)), CHUNK_TOKENS):  # no targets are one empty chunk
         rows = slice(begin, begin + CHUNK_TOKENS)
         states = hidden[rows].to(dtype)
         logits = _product_into(buffer[: len(states)], states, head.T)
-        chunks.append(_score_chunk(logits, targets[rows, None], unused_ids, details))
-    return TokenScores(
-        torch.cat([chunk.nll for chunk in chunks]),
-        torch.cat([chunk.unused_mass for chunk in chunks]),
-        torch.cat([chunk.entropy for chunk in chunks if chunk.entropy is not None]) if details else None,
-        torch.cat([chunk.rank for chunk in chunks if chunk.rank is not None]) if details else None,
-    )
+        chunks.append(_score_chunk(logits, targets[rows, None], unused_ids, details, num_likeliest))
+    joined: dict[str, torch.Tensor] = {}
+    for name, first in vars(chunks[0]).items():
+        if first is not None:
+            joined[name] = torch.cat([getattr(chunk, name) for chunk in chunks])
+    return TokenScores(**joined)
 
 
 def _score_chunk(
-    logits: torch.Tensor, index: torch.Tensor, unused_ids: torch.Tensor | None, details: bool
+    logits: torch.Tensor, index: torch.Tensor, unused_ids: torch.Tensor | None, details: bool, num_likeliest: int
 ) -> TokenScores:
     """Scores of a chunk; `logits` (num_tokens, num_ids) are overwritten, `index` (num_tokens, 1) holds the targets."""
     target_logits = logits.gather(1, index)
@@ -206,7 +211,11 @@ def _score_chunk(
     entropy = total.log() - (weights * shifted.clamp(min=-1e30)).sum(dim=1) / total if details else None
     unused = weights[:, unused_ids].sum(dim=1) / total if unused_ids is not None else torch.zeros_like(total)
     rank = above + (equal + 1) // 2 if above is not None and equal is not None else None
-    return TokenScores(total.log() - shifted_target[:, 0], unused, entropy, rank)
+    scores = TokenScores(total.log() - shifted_target[:, 0], unused, entropy, rank)
+    if not num_likeliest:
+        return scores
+    likeliest, ids = weights.topk(min(num_likeliest, weights.shape[1]), dim=1)
+    return replace(scores, likeliest_ids=ids, likeliest=likeliest / total[:, None])
 
 
 def token_nll(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

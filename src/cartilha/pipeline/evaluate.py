@@ -272,8 +272,8 @@ def _labelled(add: Callable[[str, TokenRows], None], model: str) -> Callable[[To
 
 def evaluate_loaded(
     loaded: LoadedModel, documents: ScoredDocuments, protocol: Protocol, dtype: torch.dtype, title: str = "Evaluating"
-) -> Evaluation:
-    """Score prepared documents with a loaded model (validation during training)."""
+) -> tuple[Evaluation, np.ndarray]:
+    """Score prepared documents with a loaded model (validation during training): the figures, and each one's nll."""
     started = time.perf_counter()
     with progress(title, float(documents.num_tokens.sum()), "tokens") as advance:
         scores = score_in_shares(loaded.model, documents, protocol, dtype, advance=advance)
@@ -288,7 +288,8 @@ def evaluate_loaded(
     )
     for note in evaluation.notes:
         log.warning("%s", note)
-    return replace(evaluation, unused_rows_mass=None)  # not measured here: it would cost each validation a little
+    # The unused rows' mass is not measured here: it would cost each validation a little.
+    return replace(evaluation, unused_rows_mass=None), scores.nll
 
 
 def _prefix_id(token: str | None, tokenizer: TextTokenizer) -> int:

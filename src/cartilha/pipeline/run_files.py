@@ -50,6 +50,8 @@ class RunRecord:
         steps_per_epoch = max(1, values["packing"]["steps_per_epoch"])
         old["epochs"] = [row for row in old["epochs"] if row["epoch"] * steps_per_epoch <= step]
         old["evaluations"] = [row for row in old["evaluations"] if row["step"] <= step]
+        if old.get("comparison") and old["comparison"]["steps"][1] > step:
+            old["comparison"] = None
         old["resumed_from_step"] = [*old["resumed_from_step"], step]
         return cls(path, {**old, **values, "status": "running", "error": None})
 

@@ -14,20 +14,19 @@ import torch
 from cartilha.config import GenerateConfig, TrainConfig
 from cartilha.console import progress as show_progress
 from cartilha.errors import InterruptedRunError, OutOfMemoryError
-from cartilha.evaluation.continuation import continue_prompts
 from cartilha.evaluation.measures import Evaluation
 from cartilha.pipeline.evaluate import evaluate_loaded
 from cartilha.pipeline.model_card import model_card
 from cartilha.pipeline.run_files import (
     NoticeCollector,
     RunRecord,
-    add_samples,
     check_output,
     read_results,
     read_status,
     write_config,
 )
 from cartilha.pipeline.run_setup import Run, assemble, check, check_finished, facts
+from cartilha.pipeline.snapshots import take_snapshot
 from cartilha.runtime import (
     from_rank_0,
     gather_objects,
@@ -112,8 +111,7 @@ def _train(run: Run, record: RunRecord, notices: NoticeCollector, stop: StopRequ
     try:
         if run.step == 0:
             _measure(run, record, metrics, "Validation before training")
-            _write_samples(run)
-            seed_everything(run.config.seed)  # the texts have seeded torch's generators their own way
+            seed_everything(run.config.seed)
         for step in _steps(run):
             metrics.step(step)
             epoch_loss.step(step)
@@ -204,7 +202,7 @@ def _steps(run: Run) -> Iterator[StepRecord]:
 
 
 def _measure(run: Run, record: RunRecord, metrics: MetricsFile, title: str) -> Evaluation:
-    evaluation = evaluate_loaded(run.loaded, run.validation, run.protocol, run.dtype, title)
+    evaluation, nll = evaluate_loaded(run.loaded, run.validation, run.protocol, run.dtype, title)
     metrics.evaluation(run.step, run.num_epochs_done, evaluation.to_dict())
     record.add_evaluation(run.step, run.num_epochs_done, evaluation)
     bits = evaluation.bits_per_byte
@@ -216,25 +214,17 @@ def _measure(run: Run, record: RunRecord, metrics: MetricsFile, title: str) -> E
         f"{evaluation.total.num_tokens:,}",
         run.protocol.describe(),
     )
+    if world()[0] == 0:
+        take_snapshot(run, record, evaluation, nll)
     return evaluation
 
 
-def _write_samples(run: Run) -> None:
-    """Continue the prompts, without the dropout that training may have (in one process)."""
-    if world()[0] != 0:
-        return
-    run.loaded.model.train(False)
-    add_samples(run.path, run.step, continue_prompts(run.loaded, run.tokenizer, run.prompts))
-    run.loaded.model.train(run.config.dropout)
-
-
 def _finish(run: Run, record: RunRecord, notices: NoticeCollector) -> None:
-    """The last evaluation where no epoch's end has just made it, samples, the model, and the summary."""
+    """The last evaluation where no epoch's end has just made it, the model, and the summary."""
     if record.values["evaluations"][-1]["step"] != run.step:
         metrics = MetricsFile(run.path / "metrics.jsonl", run.step, LossWatch(run.state.progress))
         _measure(run, record, metrics, "Validation after training")
         metrics.close()
-    _write_samples(run)
     progress = run.state.progress
     record.values["settings"]["micro_batch_size"] = progress.micro_batch_size  # memory may have run out on the way
     record.update(

@@ -1,0 +1,94 @@
+"""What a run keeps beside each evaluation, so that the report can show the model growing.
+
+samples.jsonl holds the fixed prompts, continued; surprisal.parquet each token of a few held-out documents;
+evaluations/step-00000123.parquet the nll of each held-out document, as `compare --evaluations` reads it; `comparison`
+in results.json this evaluation against the one before training, document by document.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cartilha.evaluation.compare import compare_documents
+from cartilha.evaluation.continuation import continue_prompts
+from cartilha.evaluation.measures import Evaluation
+from cartilha.evaluation.saved import load_evaluation, save_evaluation
+from cartilha.evaluation.surprisal import add_surprisal, shown_documents
+from cartilha.pipeline.run_files import RunRecord, add_samples
+from cartilha.pipeline.run_setup import Run
+
+NUM_LISTED = 5  # documents that gained most, and that lost most
+TOKENS_OF_A_BEGINNING = 32  # by which a reader recognises a document
+
+
+def take_snapshot(run: Run, record: RunRecord, evaluation: Evaluation, nll: np.ndarray) -> None:
+    """Keep what the model writes and how it reads now (in one process).
+
+    Args:
+        run: At the step of the evaluation.
+        record: Takes the comparison with the evaluation before training.
+        evaluation: The one just made.
+        nll: Of each of the run's validation documents, nats.
+    """
+    save_evaluation(_saved(run.path, run.step), evaluation.to_dict(), run.validation, nll)
+    with _apart_from_training(run):
+        add_samples(run.path, run.step, continue_prompts(run.loaded, run.tokenizer, run.prompts))
+        add_surprisal(
+            run.path / "surprisal.parquet",
+            run.step,
+            run.loaded.model,
+            run.tokenizer,
+            shown_documents(run.validation),
+            run.protocol,
+            run.dtype,
+        )
+    if run.step:
+        record.update(comparison=_comparison(run, evaluation, nll))
+
+
+def _saved(path: Path, step: int) -> Path:
+    return path / "evaluations" / f"step-{step:08d}.parquet"
+
+
+@contextmanager
+def _apart_from_training(run: Run) -> Iterator[None]:
+    """Without the dropout that training may have, and without drawing from its random numbers."""
+    device = run.loaded.model.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        run.loaded.model.train(False)
+        try:
+            yield
+        finally:
+            run.loaded.model.train(run.config.dropout)
+
+
+def _comparison(run: Run, evaluation: Evaluation, nll: np.ndarray) -> dict[str, Any] | None:
+    """This evaluation against the one before training; None where the two cannot be paired."""
+    before = _saved(run.path, 0)
+    documents = run.validation
+    kept = np.flatnonzero(documents.round_trips & (documents.num_bytes > 0))
+    if not before.is_file() or len(kept) < 2 or not evaluation.bytes_are_meant:
+        return None
+    first = load_evaluation(before)
+    if first.text_hashes != documents.text_hashes or first.record["protocol"]["hash"] != run.protocol.hash:
+        return None
+    found = compare_documents(
+        first.nll[kept],
+        nll[kept],
+        documents.num_bytes[kept],
+        [documents.doc_ids[i] for i in kept],
+        domains=[documents.domains[i] for i in kept],
+        num_listed=NUM_LISTED,
+    ).to_dict()
+    place = {documents.doc_ids[i]: i for i in kept}
+    for row in [*found["gained_most"], *found["lost_most"]]:
+        i = place[row["doc_id"]]
+        row["domain"] = documents.domains[i]
+        row["begins"] = run.tokenizer.decode(documents.ids[i][:TOKENS_OF_A_BEGINNING]).rstrip("\ufffd")
+    return {"steps": [0, run.step], **found}
