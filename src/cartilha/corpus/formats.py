@@ -1,7 +1,8 @@
 """One reader a format: a file, or a part of one, to numbered records.
 
-A record is a mapping of column to value, or a `Fault` where it cannot be read. A reader holds one record at a time
-(Parquet: one small batch). Invalid bytes reach the record as lone surrogates, the marks of `lines`.
+A record is a mapping of column to value, a text alone that is known to be valid, or a `Fault` where it cannot be
+read. A reader holds one record at a time (Parquet: one small batch). Invalid bytes reach a mapping as lone surrogates,
+the marks of `lines`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ DOMAIN_KEYS = ("domain", "genre", "source")
 PARQUET_BATCH_ROWS = 256
 PARQUET_BUFFER_BYTES = 2**20
 
-Record = Mapping[str, Any] | Fault
+Record = str | Mapping[str, Any] | Fault
 Numbered = Iterator[tuple[int | str, Record]]  # the hub's rows are numbered within data files: "2:15"
 
 
@@ -118,7 +119,8 @@ def _read_txt(part: Part) -> Numbered:
         if isinstance(line, Fault):
             yield number, line
         else:
-            yield number, {part.text_column: line[:-1].removesuffix("\r") if line.endswith("\n") else line}
+            text = line[:-1].removesuffix("\r") if line.endswith("\n") else line
+            yield number, {part.text_column: text} if part.marks else text
 
 
 def _read_whole(part: Part) -> Numbered:

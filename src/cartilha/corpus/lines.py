@@ -102,7 +102,7 @@ def read_lines(
     r"""Lines with their numbers, split at `\n` only, which each but a last one ends with; no byte-order mark.
 
     Args:
-        source: A text file; what the system and the decompressors raise is left to `explain_faults`.
+        source: A text file; what the system and the decompressors raise is left to the caller.
         encoding: As `known_encoding` gives it.
         begin: Byte at which a line begins; not 0 only in plain files whose encoding `can_be_cut`.
         end: Byte after a line's end; None for the end of the file.
@@ -124,8 +124,16 @@ def read_lines(
             if number == 1:
                 if encoding == "utf-8":
                     _refuse_foreign_encoding(line, source)
-                line = line.removeprefix("\ufeff")
-            yield number, line if marks else judged(line, number, source, encoding)
+                line = type(line)(line.removeprefix("\ufeff"))
+            checked = marks or type(line) is not _Suspect
+            plain = str(line)
+            yield number, plain if checked else judged(plain, number, source, encoding)
+
+
+class _Suspect(str):
+    """A line that may hold marks of invalid bytes."""
+
+    __slots__ = ()
 
 
 def _cut_lines(stream: IO[bytes], encoding: str, length: int | None) -> Iterator[str | None]:
@@ -137,7 +145,12 @@ def _cut_lines(stream: IO[bytes], encoding: str, length: int | None) -> Iterator
         try:
             lines = block.decode(encoding).split("\n")
         except UnicodeDecodeError:
-            lines = [line.decode(encoding, MARK_INVALID) for line in block.split(b"\n")]
+            suspects = [_Suspect(line.decode(encoding, MARK_INVALID) + "\n") for line in block.split(b"\n")]
+            last = suspects.pop()[:-1]
+            yield from suspects
+            if last:
+                yield _Suspect(last)
+            continue
         last = lines.pop()
         for line in lines:
             yield line + "\n"
@@ -149,8 +162,10 @@ def _blocks(stream: IO[bytes], length: int | None) -> Iterator[bytes | None]:
     """Blocks of whole lines; None stands for a line that is too long, of which no more than a block is held."""
     parts: list[bytes] = []  # of a line that the next block goes on with
     held, left = 0, length
+    # `read` would hold back what comes before the place where a compressed file is cut off.
+    read = getattr(stream, "read1", stream.read)
     while left != 0:
-        block = stream.read(BLOCK_BYTES if left is None else min(BLOCK_BYTES, left))
+        block = read(BLOCK_BYTES if left is None else min(BLOCK_BYTES, left))
         if not block:
             break
         left = None if left is None else left - len(block)
@@ -180,7 +195,7 @@ def _wide_lines(stream: IO[bytes], source: SourceFile, encoding: str) -> Iterato
                         pass
                     yield None
                 else:
-                    yield line
+                    yield _Suspect(line)
         except UnicodeError as error:  # UTF-16 and UTF-32 without the mark that tells the byte order
             raise UserError(
                 f"{source.path} cannot be read as {encoding} ({error}); say --encoding {encoding}-le or {encoding}-be."

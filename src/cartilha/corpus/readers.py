@@ -209,12 +209,16 @@ def _open(piece: Piece, settings: ReadSettings) -> tuple[_Origin, Numbered]:
 
 
 def _document(
-    record: Mapping[str, Any], number: int | str, origin: _Origin, settings: ReadSettings, counts: ReadCounts
+    record: str | Mapping[str, Any], number: int | str, origin: _Origin, settings: ReadSettings, counts: ReadCounts
 ) -> Document | Fault | None:
     """The document in a record, or None where the text is empty, which is counted."""
-    if settings.text_column not in record:
+    if isinstance(record, str):
+        text: Any = record
+        labels: Mapping[str, Any] = {}
+    elif settings.text_column in record:
+        text, labels = record[settings.text_column], record
+    else:
         return missing_column(origin.at(number), settings.text_column, list(record))
-    text = record[settings.text_column]
     if text is None or (isinstance(text, str) and (not text or text.isspace())):
         counts.empty += 1
         return None
@@ -224,7 +228,7 @@ def _document(
             f"{origin.at(number)}: {settings.text_column!r} holds a {type(text).__name__}, not a text;"
             " name the one with the text by --text_column.",
         )
-    clean = without_surrogates(text)
+    clean = text if text is record else without_surrogates(text)
     if clean != text:
         if settings.invalid_bytes == "stop":
             return Fault(
@@ -236,10 +240,10 @@ def _document(
         counts.replaced_bytes_documents += 1
     if "\0" in clean:
         counts.nul_documents += 1
-    if len(record) == 1:  # no labels; most text files
+    if len(labels) <= 1:  # nothing beside the text
         return Document(clean, f"{origin.name}:{number}", origin.name, origin.domain)
     # A text column that is called `source` or `id` says nothing about the document.
-    labels = {key: record.get(key) for key in ("id", *DOMAIN_KEYS) if key != settings.text_column}
+    labels = {key: labels.get(key) for key in ("id", *DOMAIN_KEYS) if key != settings.text_column}
     domains = [value for key, value in labels.items() if key != "id" and isinstance(value, str) and value]
     given_id = labels.get("id")
     has_id = isinstance(given_id, (str, int)) and not isinstance(given_id, bool) and given_id != ""
