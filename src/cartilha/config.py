@@ -89,7 +89,15 @@ class TrainConfig:
     resume: Literal["never", "auto"] = option(
         "never", "auto: go on from the last checkpoint in the output directory, if there is one"
     )
+    allow_changes: bool = option(False, "with --resume auto: go on although corpus, model, batch or schedule changed")
     checkpoint_steps: int | None = option(None, "write a checkpoint every N steps, besides the one at each epoch's end")
+    checkpoint_minutes: float = option(10.0, "and whenever so many minutes have passed since the last one; 0 for never")
+    scratch: str = option(
+        "auto",
+        "write the run here first and copy it to --output, again and again if need be; auto: to the user's cache where "
+        "--output is on a network or cloud drive; none: never",
+    )
+    stop_file: str | None = option(None, "stop after the step, with a checkpoint, as soon as this file is there")
     validation_tokens: int = option(
         1_000_000, "validation before, during and after training scores about this many tokens"
     )

@@ -11,6 +11,7 @@ import importlib.metadata
 import logging
 import os
 import platform
+import random
 import shutil
 import sys
 import time
@@ -220,10 +221,16 @@ def from_rank_0(mine: T) -> T:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed torch on every device (dropout, fresh weights); the data order has generators of its own."""
+    """Seed torch on every device (dropout, fresh weights), and Python and numpy, which some models draw from.
+
+    The data order has generators of its own.
+    """
+    import numpy as np
     import torch
 
     torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
 
 
 def peak_memory_bytes(device_type: str) -> int:

@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import socket
 import sys
@@ -38,6 +39,14 @@ DISK_FAULTS = frozenset(
     )
     if hasattr(errno, name)
 )
+
+
+def system_error(error: BaseException) -> OSError | None:
+    """The operating system's error behind an exception, or None; safetensors writes its number into a message."""
+    if isinstance(error, OSError):
+        return error
+    code = re.search(r"os error (\d+)", str(error)) if type(error).__name__ == "SafetensorError" else None
+    return OSError(int(code[1]), os.strerror(int(code[1]))) if code else None
 
 
 def write_atomically(path: Path, data: str | bytes) -> None:

@@ -7,11 +7,15 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from runs import Left, start
 
 from cartilha.cli import main
 from cartilha.config import PrepareConfig
+from cartilha.model.forward import batch_nll
 from cartilha.pipeline.prepare import prepare
 
 SENTENCE = "a fazenda o café de manhã lia devagar menina água roça e cartilha não sabia ler nem escrever ainda"
@@ -101,3 +105,30 @@ def store(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("prepared") / "store"
     prepare(PrepareConfig(input=(str(corpus),), model="random:tiny", output=str(path)))
     return path
+
+
+@pytest.fixture(scope="module")
+def unbroken(store: Path, one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Left:
+    """A run of two epochs that nobody interrupted; not to be changed by a test."""
+    path = tmp_path_factory.mktemp("unbroken") / "run"
+    start(store, path)
+    return Left(path)
+
+
+@pytest.fixture
+def during_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[int, Callable[[], None]]], None]:
+    """Do something inside the n-th forward pass from now on (a step has one unless micro-batches are set)."""
+
+    def arrange(actions: dict[int, Callable[[], None]]) -> None:
+        count = 0
+
+        def patched(model: Any, batch: Any, dtype: torch.dtype) -> torch.Tensor:
+            nonlocal count
+            count += 1
+            if count in actions:
+                actions[count]()
+            return batch_nll(model, batch, dtype)
+
+        monkeypatch.setattr("cartilha.training.loop.batch_nll", patched)
+
+    return arrange

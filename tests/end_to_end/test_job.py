@@ -5,130 +5,30 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
-import shutil
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from runs import FLAGS, PROMPTS, SETTINGS, Left, assert_same_run, raising, start, terminate
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cartilha.config import EvaluateConfig, GenerateConfig, TrainConfig
-from cartilha.errors import InterruptedRunError, OutOfMemoryError, UserError
+from cartilha.config import EvaluateConfig, TrainConfig
+from cartilha.errors import InterruptedRunError, OutOfMemoryError
 from cartilha.model.forward import batch_nll
 from cartilha.pipeline.evaluate import evaluate
-from cartilha.pipeline.run_files import write_config
 from cartilha.pipeline.train import train
 from cartilha.runtime import cpu_has_bfloat16
 from cartilha.tokens.store import TokenStore
 
-SETTINGS = {"model": "random:tiny", "block_size": 32, "batch_tokens": 128, "epochs": 2, "lr": 3e-3, "dtype": "float32"}
-FLAGS = [part for name, value in SETTINGS.items() for part in (f"--{name}", value)]
-PROMPTS = GenerateConfig(prompt=("Era uma vez ", "a\u2028b"), max_new_tokens=8)
-TIMES = {"seconds", "tokens_per_second", "memory_bytes"}
 EVALUATION_KEYS = {
     *("perplexity", "word_perplexity", "bits_per_byte", "num_tokens", "num_bytes", "num_words", "num_documents"),
     *("protocol", "seconds"),
 }
-
-
-def start(store: Path, output: Path, **changes: Any) -> dict[str, Any]:
-    """Train; the contents of results.json."""
-    config = TrainConfig(**{**SETTINGS, "store": str(store), "output": str(output), **changes})
-    return train(config, prompts=PROMPTS).results
-
-
-@dataclass(frozen=True)
-class Left:
-    """What a run left on the disk."""
-
-    path: Path
-
-    @property
-    def results(self) -> dict[str, Any]:
-        return json.loads((self.path / "results.json").read_text(encoding="utf-8"))
-
-    def lines(self, name: str) -> list[dict[str, Any]]:
-        text = (self.path / name).read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.split("\n") if line]
-
-    @property
-    def steps(self) -> list[dict[str, Any]]:
-        return [line for line in self.lines("metrics.jsonl") if "evaluation" not in line]
-
-    @property
-    def losses(self) -> list[float]:
-        return [line["loss"] for line in self.steps]
-
-    @property
-    def weights(self) -> dict[str, torch.Tensor]:
-        return load_file(self.path / "model" / "model.safetensors")
-
-
-@pytest.fixture(scope="module")
-def unbroken(store: Path, one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Left:
-    """A run of two epochs that nobody interrupted; not to be changed by a test."""
-    path = tmp_path_factory.mktemp("unbroken") / "run"
-    start(store, path)
-    return Left(path)
-
-
-def without_times(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: without_times(item) for key, item in value.items() if key not in TIMES}
-    return [without_times(item) for item in value] if isinstance(value, list) else value
-
-
-def assert_same_run(run: Left, other: Left) -> None:
-    """The same metrics, figures, texts and weights, to the bit."""
-    assert without_times(run.lines("metrics.jsonl")) == without_times(other.lines("metrics.jsonl"))
-    assert run.lines("samples.jsonl") == other.lines("samples.jsonl")
-    assert pq.read_table(run.path / "surprisal.parquet").equals(pq.read_table(other.path / "surprisal.parquet"))
-    for name in ("status", "epochs", "evaluations", "comparison", "tokens"):
-        assert without_times(run.results[name]) == without_times(other.results[name]), name
-    weights, expected = run.weights, other.weights
-    assert weights.keys() == expected.keys()
-    assert all(torch.equal(weights[name], expected[name]) for name in weights)
-
-
-@pytest.fixture
-def during_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[int, Callable[[], None]]], None]:
-    """Do something inside the n-th forward pass from now on (a step has one unless micro-batches are set)."""
-
-    def arrange(actions: dict[int, Callable[[], None]]) -> None:
-        count = 0
-
-        def patched(model: Any, batch: Any, dtype: torch.dtype) -> torch.Tensor:
-            nonlocal count
-            count += 1
-            if count in actions:
-                actions[count]()
-            return batch_nll(model, batch, dtype)
-
-        monkeypatch.setattr("cartilha.training.loop.batch_nll", patched)
-
-    return arrange
-
-
-def raising(error: BaseException) -> Callable[[], None]:
-    def fail() -> None:
-        raise error
-
-    return fail
-
-
-def terminate() -> None:
-    signal.raise_signal(signal.SIGTERM)
 
 
 # The whole job
@@ -389,186 +289,6 @@ def test_dropout_does_not_depend_on_the_texts_written_before(store, tmp_path):
     for seed in (0, 1):
         train(replace(config, output=str(tmp_path / str(seed))), prompts=replace(PROMPTS, seed=seed))
     assert Left(tmp_path / "0").losses == Left(tmp_path / "1").losses
-
-
-# Interruptions
-
-
-def test_interrupted_and_resumed_equals_unbroken(cartilha, unbroken, store, tmp_path, during_step):
-    path = tmp_path / "run"
-    arguments = ["train", *FLAGS, "--store", store, "--output", path]
-    during_step({5: terminate})
-    outcome = cartilha(*arguments)
-    assert outcome.code == 75
-    assert "cartilha: Stopped after step 5 of " in outcome.err and "--resume auto" in outcome.err
-    assert "Traceback" not in outcome.err
-    run = Left(path)
-    assert run.results["status"] == "interrupted" and len(run.steps) == 5
-    assert not (path / "model").exists()
-    # Forget the texts of the default prompt: the run goes on with the prompts of the unbroken one.
-    shutil.copy(unbroken.path / "samples.jsonl", path / "samples.jsonl")
-    start(store, path, resume="auto")
-    assert run.results["resumed_from_step"] == [5]
-    assert_same_run(run, unbroken)
-
-
-@pytest.mark.parametrize("last_epoch_step", [False, True])
-def test_interrupted_twice_equals_unbroken(unbroken, store, tmp_path, during_step, last_epoch_step):
-    per_epoch = unbroken.results["packing"]["steps_per_epoch"]
-    first = per_epoch if last_epoch_step else 2
-    during_step({first: terminate, first + 3: terminate})
-    for _ in range(2):
-        with pytest.raises(InterruptedRunError):
-            start(store, tmp_path / "run", resume="auto")
-    start(store, tmp_path / "run", resume="auto")
-    run = Left(tmp_path / "run")
-    assert run.results["resumed_from_step"] == [first, first + 3]
-    assert_same_run(run, unbroken)
-
-
-def test_a_resumed_run_draws_the_same_dropout(store, tmp_path, during_step):
-    changes = {"model": "random:tiny-opt", "dropout": True, "epochs": 1}
-    start(store, tmp_path / "whole", **changes)
-    during_step({4: terminate})
-    with pytest.raises(InterruptedRunError):
-        start(store, tmp_path / "run", **changes)
-    torch.manual_seed(12345)
-    start(store, tmp_path / "run", **changes, resume="auto")
-    assert_same_run(Left(tmp_path / "run"), Left(tmp_path / "whole"))
-
-
-@pytest.mark.parametrize("damaged", [False, True])
-def test_killed_and_resumed_equals_unbroken(unbroken, store, tmp_path, during_step, damaged):
-    path = tmp_path / "killed"
-
-    def kill() -> None:
-        """What a kill at this moment would leave: a copy of the directory, with a torn line."""
-        shutil.copytree(tmp_path / "run", path)
-        with (path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write('{"step": 8, "loss"')
-
-    during_step({8: kill})
-    start(store, tmp_path / "run", checkpoint_steps=3)
-    run = Left(path)
-    assert run.results["status"] == "running"
-    assert [folder.name for folder in sorted((path / "checkpoints").iterdir())] == ["step-00000003", "step-00000006"]
-    if damaged:
-        (path / "checkpoints" / "step-00000006" / "optimizer.safetensors").write_bytes(b"")
-    start(store, path, resume="auto", checkpoint_steps=3)
-    assert run.results["resumed_from_step"] == [3 if damaged else 6]
-    assert ("step-00000006 is damaged" in " ".join(run.results["notices"])) is damaged
-    assert_same_run(run, unbroken)
-
-
-def test_killed_before_the_first_checkpoint_begins_anew(unbroken, store, tmp_path, during_step):
-    during_step({2: lambda: shutil.copytree(tmp_path / "run", tmp_path / "killed")})
-    start(store, tmp_path / "run")
-    with pytest.raises(UserError, match="holds a run already; go on with it by --resume auto"):
-        start(store, tmp_path / "killed")
-    start(store, tmp_path / "killed", resume="auto")
-    run = Left(tmp_path / "killed")
-    assert run.results["resumed_from_step"] == []
-    assert_same_run(run, unbroken)
-
-
-def test_killed_among_the_first_files_it_can_be_run_again(store, tmp_path, monkeypatch):
-    def write_and_die(path: Path, config: TrainConfig) -> None:
-        write_config(path, config)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("cartilha.pipeline.train.write_config", write_and_die)
-        start(store, tmp_path / "run", max_steps=1)
-    assert (tmp_path / "run" / "config.yaml").is_file()
-    assert start(store, tmp_path / "run", max_steps=1, resume="auto")["status"] == "finished"
-
-
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"lr": 1e-3}, "lr was 0.003, now 0.001"),
-        ({"seed": 1}, "seed was 0, now 1"),
-        ({"epochs": 3}, "num_steps was "),
-        ({"block_size": 64}, "block_size was 32, now 64"),
-        ({"batch_tokens": 64}, "batch_tokens was 128, now 64"),
-        ({"weight_decay": 0.0}, "weight_decay was 0.1, now 0.0"),
-        ({"dropout": True}, "dropout was False, now True"),
-        ({"model": "random:tiny-opt"}, "model was random:tiny, now random:tiny-opt"),
-    ],
-)
-def test_going_on_with_other_settings_is_refused_by_name(unbroken, stopped, store, tmp_path, changes, named):
-    for run in (unbroken.path, stopped):  # a finished run, and one that could go on
-        path = shutil.copytree(run, tmp_path / run.name)
-        with pytest.raises(UserError, match="other settings") as caught:
-            start(store, path, resume="auto", **changes)
-        assert named in str(caught.value)
-        assert (path / "results.json").read_bytes() == (run / "results.json").read_bytes()
-
-
-@pytest.fixture(scope="module")
-def stopped(store: Path, one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that was stopped after three steps; not to be changed by a test."""
-    path = tmp_path_factory.mktemp("stopped") / "stopped"
-    count = 0
-
-    def patched(model: Any, batch: Any, dtype: torch.dtype) -> torch.Tensor:
-        nonlocal count
-        count += 1
-        if count == 3:
-            terminate()
-        return batch_nll(model, batch, dtype)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(InterruptedRunError):
-        patch.setattr("cartilha.training.loop.batch_nll", patched)
-        start(store, path)
-    return path
-
-
-def test_another_store_is_another_setting(unbroken, cartilha, tmp_path, corpus):
-    other = tmp_path / "other-store"
-    assert cartilha("prepare", "--input", corpus, "--model", "random:tiny", "--output", other, "--seed", 9).code == 0
-    with pytest.raises(UserError, match="store was "):
-        start(other, shutil.copytree(unbroken.path, tmp_path / "run"), resume="auto")
-
-
-def test_what_does_not_decide_the_result_may_change(stopped, store, tmp_path, unbroken, monkeypatch):
-    monkeypatch.setattr("cartilha.runtime._fastest_cpu_dtype", lambda real: "bfloat16")
-    path = shutil.copytree(stopped, tmp_path / "run")
-    start(store, path, resume="auto", micro_batch_size=1, checkpoint_steps=5, dtype="auto")
-    run = Left(path)
-    assert run.results["settings"]["dtype"] == "float32"  # as the run began, whatever auto would choose today
-    assert run.losses == pytest.approx(unbroken.losses, rel=1e-4)
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows ends a process at once")
-def test_a_process_that_is_asked_to_stop_ends_with_75(store, tmp_path):
-    path = tmp_path / "run"
-    arguments = [*FLAGS, "--store", store, "--output", path, "--max_steps", 100_000]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "cartilha", "train", *map(str, arguments)],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        encoding="utf-8",
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    try:
-        deadline = time.monotonic() + 120
-        while not ((path / "metrics.jsonl").is_file() and Left(path).results["evaluations"] and num_lines(path) > 3):
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.1)
-        process.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 75
-    assert out == "" and "Traceback" not in err and "cartilha: Stopped after step " in err
-    run = Left(path)
-    assert run.results["status"] == "interrupted"
-    assert (path / "checkpoints" / f"step-{run.steps[-1]['step']:08d}" / "manifest.json").is_file()
-
-
-def num_lines(path: Path) -> int:
-    return (path / "metrics.jsonl").read_bytes().count(b"\n")
 
 
 # Failures

@@ -2,29 +2,42 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import math
+import random
 import shutil
-from collections.abc import Iterator
+import struct
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from cartilha.errors import UserError
 from cartilha.model.load import load_model
+from cartilha.storage import file_sha256, write_sealed_json
 from cartilha.training.checkpoint import (
     FILES,
     TrainingState,
     check_settings,
+    freeze,
     list_checkpoints,
     load_checkpoint,
     newest_sound_checkpoint,
     read_settings,
     save_checkpoint,
+    space_needed,
+    write_checkpoint,
 )
 from cartilha.training.loop import Progress
 from cartilha.training.optimizer import make_optimizer
+from cartilha.training.restore import check_scaler
 
 
 def fresh_state(seed: int) -> TrainingState:
@@ -187,3 +200,170 @@ def test_other_settings_are_refused_by_name():
 def test_state_is_plain_json_without_nan(run):
     text = (run / "checkpoints" / "step-00000002" / "state.json").read_text(encoding="utf-8")
     assert json.loads(text, parse_constant=pytest.fail)["progress"]["step"] == 2
+
+
+def test_the_best_is_kept_beside_the_newest(tmp_path):
+    state = fresh_state(0)
+    for step, loss in enumerate([None, 3.0, 2.0, None, 2.5, None, None, 2.0], 1):
+        take_step(state)
+        write_checkpoint(tmp_path, freeze(state, {}, copy=False), loss, keep=2)
+        kept = [int(path.name[5:]) for path in list_checkpoints(tmp_path)]
+        expected = {1: [1], 2: [1, 2], 3: [2, 3], 4: [3, 4], 5: [3, 4, 5], 6: [3, 5, 6], 7: [3, 6, 7], 8: [7, 8]}
+        assert kept == expected[step]  # of two equals the later one is the best
+
+
+def test_a_copied_snapshot_does_not_change_with_the_state(tmp_path):
+    state = fresh_state(0)
+    take_step(state)
+    copied, shared = freeze(state, {}, copy=True), freeze(state, {}, copy=False)
+    before, moments_before = weights(state), {name: tensor.clone() for name, tensor in copied.moments.items()}
+    take_step(state)
+    assert same(copied.weights, before) and same(copied.moments, moments_before)
+    assert not same(shared.weights, before), "nothing has changed: proves nothing"
+
+
+def test_every_stream_of_random_numbers_is_restored(tmp_path):
+    state = fresh_state(0)
+    path = save_checkpoint(tmp_path, state, {})
+
+    def drawn() -> list[float]:
+        return [
+            random.random(),
+            random.gauss(),
+            float(np.random.rand()),
+            float(np.random.randn()),
+            float(torch.rand(())),
+        ]
+
+    expected = drawn()
+    assert drawn() != expected
+    load_checkpoint(path, state)
+    assert drawn() == expected
+
+
+# A checkpoint from somebody else: its hashes are right and its contents a trap
+
+
+def reseal(path: Path) -> None:
+    """Give the manifest the hashes of the files as they are now."""
+    files = {n: {"size": (path / n).stat().st_size, "sha256": file_sha256(path / n)} for n in FILES}
+    write_sealed_json(path / "manifest.json", {"format_version": 1, "validation_loss": None, "files": files})
+
+
+def change_state(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    values = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    change(values)
+    (path / "state.json").write_text(json.dumps(values), encoding="utf-8")
+
+
+def change_tensors(path: Path, name: str, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    tensors = load_file(path / name)
+    change(tensors)
+    save_file(tensors, path / name)
+
+
+def huge_header(path: Path) -> None:
+    """A header that speaks of terabytes in a file of some bytes."""
+    header = {"model.norm.weight": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}
+    text = json.dumps(header).encode()
+    (path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + b"0" * 64)
+
+
+def endless_header(path: Path) -> None:
+    (path / "model.safetensors").write_bytes(struct.pack("<Q", 2**62) + b"{}")
+
+
+NORM = "model.norm.weight"
+TRAPS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "huge header": (huge_header, "cannot be used"),
+    "endless header": (endless_header, "cannot be used"),
+    "pickle": (lambda p: torch.save({}, p / "model.safetensors"), "cannot be used"),
+    "lacking weight": (lambda p: change_tensors(p, FILES[0], lambda t: t.pop(NORM)), f"{NORM} is missing"),
+    "other shape": (lambda p: change_tensors(p, FILES[0], lambda t: t.update({NORM: t[NORM][:9]})), r"F32 \[9\]"),
+    "other type": (lambda p: change_tensors(p, FILES[0], lambda t: t.update({NORM: t[NORM].half()})), "is F16"),
+    "strange moment": (lambda p: change_tensors(p, FILES[1], lambda t: t.update(x=torch.zeros(1))), "x is unknown"),
+    "short moment": (
+        lambda p: change_tensors(p, FILES[1], lambda t: t.update({f"{NORM}|exp_avg": torch.zeros(3)})),
+        r"F32 \[3\]",
+    ),
+    "negative step": (lambda p: change_state(p, lambda s: s["progress"].update(step=-1)), "step = -1"),
+    "step of words": (lambda p: change_state(p, lambda s: s["progress"].update(step="1")), "step = '1'"),
+    "endless loss": (lambda p: change_state(p, lambda s: s["progress"].update(epoch_nll=math.inf)), "epoch_nll = inf"),
+    "giant step": (lambda p: change_state(p, lambda s: s["progress"].update(step=2**80)), "step = 1e"),
+    "more progress": (lambda p: change_state(p, lambda s: s["progress"].update(more=1)), "other fields"),
+    "no progress": (lambda p: change_state(p, lambda s: s.pop("progress")), "progress"),
+    "scaler": (lambda p: change_state(p, lambda s: s.update(scaler={"scale": 2.0})), "another dtype"),
+    "short stream": (lambda p: change_state(p, lambda s: s["random"].update(torch="AAAA")), "cannot be used"),
+    "no base64": (lambda p: change_state(p, lambda s: s["random"].update(torch="é")), "cannot be used"),
+    "python's stream": (lambda p: change_state(p, lambda s: s["random"].update(python=[3, [1], None])), "cannot be"),
+    "numpy's stream": (
+        lambda p: change_state(p, lambda s: s["random"]["numpy"].__setitem__(1, [-1])),
+        "cannot be used",
+    ),
+}
+
+
+@pytest.mark.parametrize("trap", TRAPS)
+def test_a_trap_is_one_sentence_and_changes_no_weight(run, trap):
+    lay, named = TRAPS[trap]
+    path = run / "checkpoints" / "step-00000002"
+    lay(path)
+    reseal(path)
+    assert newest_sound_checkpoint(run) == path, "found damaged by its hash: proves nothing"
+    state = fresh_state(1)
+    before = weights(state)
+    with pytest.raises(UserError, match=named) as caught:
+        load_checkpoint(path, state)
+    assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
+    assert same(weights(state), before) and not state.optimizer.state and state.progress == Progress()
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "{}", '{"format_version": 2}', '{"format_version": 1, "settings": 3}'])
+def test_a_state_that_is_none_is_passed_over(run, warnings, text):
+    path = run / "checkpoints" / "step-00000002"
+    (path / "state.json").write_text(text)
+    reseal(path)
+    newest = newest_sound_checkpoint(run)
+    assert newest is not None and newest.name == "step-00000001"
+
+
+def test_a_scaler_of_nonsense_is_refused():
+    good = torch.amp.GradScaler("cpu", enabled=True).state_dict()
+    check_scaler(good, True)
+    for change in ({"scale": "2"}, {"scale": 0.0}, {"scale": math.nan}, {"growth_interval": -1}, {"more": 1}):
+        with pytest.raises(ValueError):
+            check_scaler({**good, **change}, True)
+    with pytest.raises(ValueError):
+        check_scaler(good, False)
+
+
+# The disk
+
+
+def test_a_disk_that_is_full_names_the_file_and_leaves_what_was_there(run, monkeypatch):
+    def full(tensors: Any, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    monkeypatch.setattr("cartilha.training.checkpoint.save_file", full)
+    state = fresh_state(0)
+    take_step(state)
+    with pytest.raises(OSError, match="No space left") as caught:
+        save_checkpoint(run, state, {})
+    assert caught.value.errno == errno.ENOSPC and caught.value.filename.endswith("model.safetensors")
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_the_space_that_a_run_needs_is_what_it_takes(tmp_path):
+    state = fresh_state(0)
+    num_parameters = sum(parameter.numel() for parameter in state.model.parameters())
+    at_first, checkpoint = space_needed(tmp_path, num_parameters)
+    for loss in (2.0, None, None, None):
+        take_step(state)
+        path = write_checkpoint(tmp_path, freeze(state, {}, copy=False), loss)
+        size = sum(file.stat().st_size for file in path.iterdir())
+        assert 0.3 * checkpoint < size <= checkpoint  # a tiny model's are mostly the allowance for small files
+    assert len(list_checkpoints(tmp_path)) == 3
+    later, _ = space_needed(tmp_path, num_parameters)
+    assert at_first > 4 * 12 * num_parameters and later == pytest.approx(at_first - 3 * size, abs=3000)

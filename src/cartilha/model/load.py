@@ -5,6 +5,7 @@ transformers 5 would load `facebook/opt-125m` in fp16, as its file has it; train
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import pickle
 import warnings
@@ -95,6 +96,15 @@ def context_length(model: PreTrainedModel) -> int:
     length = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     assert isinstance(length, int), f"{config.model_type} does not say its context length"
     return length
+
+
+def weights_hash(model: PreTrainedModel) -> str:
+    """A hash of all weights, by name and shape: says whether two models begin alike."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
 
 
 def _from_pretrained(ref: str, path: str) -> PreTrainedModel:

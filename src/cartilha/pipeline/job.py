@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -63,9 +64,17 @@ def run(config: RunConfig) -> RunResult:
     training = replace(config.train, model=config.model, store=prepared.store, output=str(run_path), resume="auto")
     try:
         trained = train(training, prompts=replace(config.generate, model=config.model))
-    finally:
+    except BaseException:
         if (run_path / "results.json").is_file():  # a failed or interrupted run is reported too
-            report = render_report([run_path], output / "report.html")
-            log.info("The report is %s.", report)
+            with suppress(OSError):  # where the disk is full, that is what the user must read
+                _report(run_path, output)
+        raise
+    report = _report(run_path, output)
     table = to_markdown(results_table([load_run(run_path)]), "en")
     return RunResult(prepared, trained, str(report), table, tuple(read_samples(run_path)))
+
+
+def _report(run_path: Path, output: Path) -> Path:
+    report = render_report([run_path], output / "report.html")
+    log.info("The report is %s.", report)
+    return report

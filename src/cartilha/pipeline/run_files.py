@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,12 @@ from cartilha.errors import UserError
 from cartilha.evaluation.continuation import Continuation
 from cartilha.evaluation.measures import Evaluation
 from cartilha.runtime import world
-from cartilha.storage import to_json, write_atomically, write_json
+from cartilha.storage import exclusive, parse_json, read_json, sweep_below, to_json, write_atomically, write_json
+
+log = logging.getLogger("cartilha")
 
 FORMAT_VERSION = 1
+LOCK = ".lock"
 
 
 class RunRecord:
@@ -46,13 +49,14 @@ class RunRecord:
     @classmethod
     def resume(cls, path: Path, step: int, values: dict[str, Any]) -> RunRecord:
         """The record of a run that goes on from a step: what came after that step is forgotten."""
-        old = json.loads((path / "results.json").read_text(encoding="utf-8"))
+        old = _history(path)
         steps_per_epoch = max(1, values["packing"]["steps_per_epoch"])
         old["epochs"] = [row for row in old["epochs"] if row["epoch"] * steps_per_epoch <= step]
         old["evaluations"] = [row for row in old["evaluations"] if row["step"] <= step]
         if old.get("comparison") and old["comparison"]["steps"][1] > step:
             old["comparison"] = None
         old["resumed_from_step"] = [*old["resumed_from_step"], step]
+        _note_another_machine(old, values)
         return cls(path, {**old, **values, "status": "running", "error": None})
 
     def update(self, **values: Any) -> None:
@@ -65,6 +69,33 @@ class RunRecord:
         """Append an evaluation; one of the same step (an epoch's end is the run's end) is replaced."""
         rows = [row for row in self.values["evaluations"] if row["step"] != step]
         self.update(evaluations=[*rows, {"step": step, "epoch": epoch, **evaluation.to_dict()}])
+
+
+def _history(path: Path) -> dict[str, Any]:
+    """What results.json says of the run so far; where it cannot be read, the run goes on without its history."""
+    start = RunRecord.begin(path, {}).values
+    try:
+        old = {**start, **read_results(path)}
+        steps = [row["epoch"] for row in old["epochs"]] + [row["step"] for row in old["evaluations"]]
+        lists = [old[name] for name in ("epochs", "evaluations", "resumed_from_step", "notices")]
+    except (UserError, KeyError, TypeError):
+        lists, steps = [], [None]
+    if not (all(isinstance(n, int) for n in steps) and all(isinstance(x, list) for x in lists)):
+        log.warning("%s/results.json is damaged: what it said of the steps before is lost.", path)
+        return start
+    return old
+
+
+def _note_another_machine(old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Say where the run goes on under other circumstances: its last bits may differ from the unbroken run's."""
+    before, now = (
+        {**(values.get("machine") or {}), **(values.get("versions") or {})} if isinstance(values, dict) else {}
+        for values in (old, new)
+    )
+    names = ("device_name", "threads", "cartilha", "torch", "transformers")
+    changed = [f"{n} was {before[n]}, now {now[n]}" for n in names if n in before and before[n] != now.get(n)]
+    if changed:
+        log.warning("The run goes on elsewhere (%s): rounding may differ in the last bits.", "; ".join(changed))
 
 
 class NoticeCollector(logging.Handler):
@@ -82,10 +113,9 @@ class NoticeCollector(logging.Handler):
 def read_status(run: Path) -> str | None:
     """The status in results.json, or None where there is no readable one."""
     try:
-        status = json.loads((run / "results.json").read_text(encoding="utf-8"))["status"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return str(read_results(run)["status"])
+    except (UserError, KeyError):
         return None
-    return str(status)
 
 
 def check_output(run: Path, resume: bool) -> None:
@@ -96,7 +126,7 @@ def check_output(run: Path, resume: bool) -> None:
     """
     if run.exists() and not run.is_dir():
         raise UserError(f"{run} is a file; name a directory for the run with --output.")
-    if not run.is_dir() or not any(run.iterdir()):
+    if not run.is_dir() or all(path.name == LOCK for path in run.iterdir()):
         return
     if not (run / "results.json").is_file():
         raise UserError(f"The directory {run} is not empty and holds no run; choose another --output.")
@@ -104,6 +134,25 @@ def check_output(run: Path, resume: bool) -> None:
         raise UserError(
             f"The directory {run} holds a run already; go on with it by --resume auto, or choose another --output."
         )
+
+
+@contextmanager
+def only_process(run: Path) -> Iterator[None]:
+    """Have the run's directory for this process alone, swept of what a killed one left half-written there.
+
+    Raises:
+        UserError: Another process has it, or it is a file.
+    """
+    if run.exists() and not run.is_dir():
+        raise UserError(f"{run} is a file; name a directory for the run with --output.")
+    run.mkdir(parents=True, exist_ok=True)
+    try:
+        with exclusive(run / LOCK, f"The run {run}"):
+            sweep_below(run)
+            yield
+    finally:
+        with suppress(OSError):  # nothing came of it: a mistake leaves no directory behind
+            run.rmdir()
 
 
 def write_config(run: Path, config: TrainConfig) -> None:
@@ -126,12 +175,27 @@ def read_samples(run: Path) -> list[dict[str, Any]]:
     path = run / "samples.jsonl"
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would split at U+2028, too
-    return [json.loads(line) for line in lines if line]
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):  # splitlines would split at U+2028, too
+        try:
+            row = parse_json(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+    return rows
 
 
 def read_results(run: Path) -> dict[str, Any]:
-    """The contents of results.json."""
-    values = json.loads((run / "results.json").read_text(encoding="utf-8"))
-    assert isinstance(values, dict)
+    """The contents of results.json.
+
+    Raises:
+        UserError: It is not there or not readable.
+    """
+    try:
+        values = read_json(run / "results.json")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{run}/results.json cannot be read ({error}).") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{run}/results.json holds no record of a run.")
     return values

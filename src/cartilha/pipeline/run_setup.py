@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from cartilha.config import GenerateConfig, TrainConfig
 from cartilha.errors import UserError
 from cartilha.evaluation.documents import ScoredDocuments, encode_documents, validation_subset
 from cartilha.evaluation.windows import Protocol, make_protocol
-from cartilha.model.load import LoadedModel, load_model
-from cartilha.pipeline.run_files import read_results
+from cartilha.model.load import LoadedModel, load_model, weights_hash
+from cartilha.pipeline.run_files import read_results, read_status
 from cartilha.runtime import (
     choose_device,
     choose_dtype,
@@ -36,6 +37,7 @@ from cartilha.training.checkpoint import (
     load_checkpoint,
     newest_sound_checkpoint,
     read_settings,
+    space_needed,
 )
 from cartilha.training.distributed import same_everywhere
 from cartilha.training.loop import Progress, Schedule
@@ -87,7 +89,8 @@ def check(config: TrainConfig) -> None:
             f"batch_tokens ({config.batch_tokens}) must be a multiple of block_size ({config.block_size}); "
             f"use --batch_tokens {lower}."
         )
-    smallest = {"epochs": 1, "max_steps": 1, "checkpoint_steps": 1, "validation_tokens": 1, "weight_decay": 0}
+    smallest = {"epochs": 1, "max_steps": 1, "checkpoint_steps": 1, "validation_tokens": 1}
+    smallest |= {"checkpoint_minutes": 0, "weight_decay": 0}
     for name, least in smallest.items():
         value = getattr(config, name)
         if value is not None and not value >= least:
@@ -143,26 +146,42 @@ def parse_share(text: str, name: str) -> float:
     return share
 
 
-def check_finished(config: TrainConfig, path: Path) -> None:
-    """Refuse to pass off a finished run as one of other settings; what a resume would refuse, without loading anything.
+def is_finished_as_asked(config: TrainConfig, path: Path) -> bool:
+    """Whether the run is finished and nothing is left to do; what a resume would refuse is refused without loading.
 
     Raises:
-        UserError: Naming what differs.
+        UserError: It is finished with other settings, which are named, or its results.json is damaged.
     """
+    if read_status(path) != "finished":
+        return False
     results = read_results(path)
-    recorded = {**results["settings"], "store": results["corpus"]["train_hash"]}
-    asked = ["model", "block_size", "batch_tokens", "warmup_fraction", "final_lr_fraction"]
-    asked += ["weight_decay", "max_grad_norm", "dropout", "seed"]
-    current = {name: getattr(config, name) for name in asked}
-    current["lr"] = resolve_lr(config.lr, recorded["num_parameters"])
-    current |= _embeddings_phase(config, current["lr"])
-    current["num_steps"] = config.max_steps or config.epochs * results["packing"]["steps_per_epoch"]
-    current["time_budget_s"] = parse_duration(config.time_budget)
+    try:
+        recorded = {**results["settings"], "store": results["corpus"]["train_hash"]}
+        lr = resolve_lr(config.lr, recorded["num_parameters"])
+        num_steps = config.max_steps or config.epochs * results["packing"]["steps_per_epoch"]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}/results.json is damaged ({error!r} in it); train into another --output.") from error
+    current = {**_asked(config, lr), "num_steps": num_steps}
     if config.dtype != "auto":
         current["dtype"] = config.dtype
     if (Path(config.store) / "store.json").is_file():  # it may have been removed since
         current["store"] = read_store_info(Path(config.store))["splits"]["train"]["corpus_hash"]
+    if config.allow_changes and any(recorded.get(name) != value for name, value in current.items()):
+        return False
     check_settings(recorded, current, path)
+    return True
+
+
+def _asked(config: TrainConfig, lr: float) -> dict[str, Any]:
+    """The settings that a resume must find unchanged, as far as the configuration alone says them."""
+    names = ["model", "block_size", "batch_tokens", "warmup_fraction", "final_lr_fraction", "weight_decay"]
+    names += ["max_grad_norm", "dropout", "seed", "validation_tokens"]
+    return {
+        **{name: getattr(config, name) for name in names},
+        "lr": lr,
+        **_embeddings_phase(config, lr),
+        "time_budget_s": parse_duration(config.time_budget),
+    }
 
 
 def assemble(config: TrainConfig, path: Path, prompts: GenerateConfig, resume: bool) -> Run:
@@ -199,21 +218,12 @@ def assemble(config: TrainConfig, path: Path, prompts: GenerateConfig, resume: b
     lr = resolve_lr(config.lr, loaded.num_parameters)
     num_steps = config.max_steps or config.epochs * sampler.steps_per_epoch
     settings = {
-        "model": config.model,
+        **_asked(config, lr),
+        "weights": weights_hash(loaded.model),
         "store": store.info["splits"]["train"]["corpus_hash"],
+        "validation": store.info["splits"]["validation"]["corpus_hash"],
         "tokenizer": store.fingerprint,
-        "block_size": config.block_size,
-        "batch_tokens": config.batch_tokens,
         "num_steps": num_steps,
-        "time_budget_s": parse_duration(config.time_budget),
-        "lr": lr,
-        **_embeddings_phase(config, lr),
-        "warmup_fraction": config.warmup_fraction,
-        "final_lr_fraction": config.final_lr_fraction,
-        "weight_decay": config.weight_decay,
-        "max_grad_norm": config.max_grad_norm,
-        "dropout": config.dropout,
-        "seed": config.seed,
         "dtype": str(dtype).removeprefix("torch."),
     }
     optimizer = make_optimizer(loaded.model, lr, config.weight_decay)
@@ -221,7 +231,7 @@ def assemble(config: TrainConfig, path: Path, prompts: GenerateConfig, resume: b
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     state = TrainingState(loaded.model, optimizer, scaler, Progress())
     if checkpoint is not None and recorded is not None:
-        check_settings(recorded, settings, path)
+        check_settings(recorded, settings, path, allow_changes=config.allow_changes)
         load_checkpoint(checkpoint, state)
         log.info("Going on from step %d (%s).", state.progress.step, checkpoint)
     _share_state(state, config.seed)
@@ -255,6 +265,21 @@ def assemble(config: TrainConfig, path: Path, prompts: GenerateConfig, resume: b
     )
 
 
+def check_space(run: Run) -> None:
+    """Refuse to begin what the disk cannot hold.
+
+    Raises:
+        UserError: Saying how much is needed and how much is free.
+    """
+    needed, checkpoint = space_needed(run.path, run.loaded.num_parameters)
+    free = shutil.disk_usage(run.path).free
+    if free < needed:
+        raise UserError(
+            f"The disk of {run.path} has {free / 1e9:.2f} GB left, and the run may need {needed / 1e9:.2f} GB (a "
+            f"checkpoint is {checkpoint / 1e9:.2f} GB); free some space or name another --output."
+        )
+
+
 def _embeddings_phase(config: TrainConfig, lr: float) -> dict[str, float]:
     """The first phase, as the schedule and the settings of a run have it."""
     rate = lr if config.embeddings_lr == "auto" else config.embeddings_lr
@@ -283,9 +308,9 @@ def _share_state(state: TrainingState, seed: int) -> None:
 
 
 def _micro_batch_size(
-    config: TrainConfig, loaded: LoadedModel, blocks_per_step: int, dtype: torch.dtype, proven: int
+    config: TrainConfig, loaded: LoadedModel, blocks_per_step: int, dtype: torch.dtype, in_force: int
 ) -> int:
-    """Asked for or planned; a resumed run's is not above what it went with before (0: it is no resumed run)."""
+    """Asked for or planned; a resumed run keeps the one in force (0: it is none), since another rounds otherwise."""
     num_ranks = world()[1]
     if num_ranks > blocks_per_step:
         log.warning(
@@ -296,16 +321,17 @@ def _micro_batch_size(
     share = -(-blocks_per_step // num_ranks)
     if config.micro_batch_size != "auto":
         size = min(config.micro_batch_size, share)
-    else:
-        size = plan_micro_batch(
-            loaded.model,
-            num_parameters=loaded.num_parameters,
-            block_size=config.block_size,
-            blocks_per_step=share,
-            dtype=dtype,
-            free_bytes=free_memory_bytes(loaded.model.device),
-        )
-    return min(size, proven) if proven else size
+        return min(size, in_force) if in_force else size
+    if in_force:
+        return min(in_force, share)
+    return plan_micro_batch(
+        loaded.model,
+        num_parameters=loaded.num_parameters,
+        block_size=config.block_size,
+        blocks_per_step=share,
+        dtype=dtype,
+        free_bytes=free_memory_bytes(loaded.model.device),
+    )
 
 
 def facts(run: Run) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 
 from cartilha.config import GenerateConfig, TrainConfig
 from cartilha.console import progress as show_progress
-from cartilha.errors import InterruptedRunError, OutOfMemoryError
+from cartilha.errors import InterruptedRunError, OutOfMemoryError, UserError
 from cartilha.evaluation.measures import Evaluation
 from cartilha.pipeline.evaluate import evaluate_loaded
 from cartilha.pipeline.model_card import model_card
@@ -21,11 +21,12 @@ from cartilha.pipeline.run_files import (
     NoticeCollector,
     RunRecord,
     check_output,
+    only_process,
     read_results,
-    read_status,
     write_config,
 )
-from cartilha.pipeline.run_setup import Run, assemble, check, check_finished, facts
+from cartilha.pipeline.run_setup import Run, assemble, check, check_space, facts, is_finished_as_asked
+from cartilha.pipeline.scratch import place_of_run
 from cartilha.pipeline.snapshots import take_snapshot
 from cartilha.runtime import (
     from_rank_0,
@@ -35,11 +36,12 @@ from cartilha.runtime import (
     seed_everything,
     world,
 )
-from cartilha.storage import new_directory, write_atomically
-from cartilha.training.checkpoint import newest_name, save_checkpoint
+from cartilha.storage import DISK_FAULTS, new_directory, system_error, write_atomically
+from cartilha.training.checkpoint import best_checkpoint, list_checkpoints, newest_name
 from cartilha.training.hooks import EpochLoss, MetricsFile, StopRequest, listening_for_stop
 from cartilha.training.loop import StepRecord, train_steps
 from cartilha.training.watch import LossWatch
+from cartilha.training.writer import CheckpointWriter, can_write_in_background
 
 log = logging.getLogger("cartilha")
 
@@ -75,39 +77,65 @@ def train(config: TrainConfig, *, prompts: GenerateConfig | None = None) -> Trai
         OutOfMemoryError: The device's memory did not suffice; the run is recorded so.
         InterruptedRunError: Asked to stop; a checkpoint is saved.
     """
-    path = Path(config.output)
-    resume = config.resume == "auto"
+    output, resume = Path(config.output), config.resume == "auto"
     check(config)
-    finished = False
-    if world()[0] == 0:  # of several processes, the first alone looks at the directory, and writes there
-        check_output(path, resume)
-        finished = resume and read_status(path) == "finished"
-    if from_rank_0(finished):
-        if world()[0] != 0:
-            return TrainResult(str(path), {}, True)
-        check_finished(config, path)
-        log.info("The run %s is finished: nothing to do.", path)
-        return TrainResult(str(path), read_results(path), True)
-    with _collecting_notices() as notices:
+    stop_file = Path(config.stop_file) if config.stop_file else None
+    if stop_file and stop_file.exists():
+        raise InterruptedRunError(f"The stop file {stop_file} is there: nothing was done; remove it and go on.")
+    with _collecting_notices() as notices, _place(config, resume) as path:
+        if path is None:
+            return _nothing_to_do(output)
         run = assemble(config, path, prompts or GenerateConfig(), resume)
         setting = facts(run)
         if world()[0] == 0:
-            path.mkdir(parents=True, exist_ok=True)
+            check_space(run)
             record = RunRecord.resume(path, run.step, setting) if run.step else RunRecord.begin(path, setting)
-            record.update()  # the first file: with it the directory is a run, which can be gone on with
-            write_config(path, config)
         record = from_rank_0(record if world()[0] == 0 else RunRecord(path, {}))
-        with _recording_failures(record, notices), listening_for_stop() as stop:
+        with _recording_failures(record, notices), listening_for_stop(stop_file) as stop:
+            record.update()  # the first file: with it the directory is a run, which can be gone on with
+            if world()[0] == 0:
+                write_config(path, config)
             _train(run, record, notices, stop)
-    return TrainResult(str(path), record.values, False)
+    return TrainResult(str(output), record.values, False)
+
+
+@contextmanager
+def _place(config: TrainConfig, resume: bool) -> Iterator[Path | None]:
+    """The run's directory, for this command alone; None where the run is finished as it was asked for.
+
+    Of several processes the first looks at the directory, holds its lock and writes there; the others are told.
+    """
+    output = Path(config.output)
+    with ExitStack() as stack:
+        path = None
+        if world()[0] == 0 and not (resume and is_finished_as_asked(config, output)):
+            path = stack.enter_context(place_of_run(config, resume))
+            stack.enter_context(only_process(path))
+            check_output(path, resume)
+            if resume and is_finished_as_asked(config, path):  # by whoever had it until now, or in the local copy
+                path = None
+        yield from_rank_0(path)
+
+
+def _nothing_to_do(path: Path) -> TrainResult:
+    if world()[0] != 0:
+        return TrainResult(str(path), {}, True)
+    log.info("The run %s is finished: nothing to do.", path)
+    return TrainResult(str(path), read_results(path), True)
 
 
 def _train(run: Run, record: RunRecord, notices: NoticeCollector, stop: StopRequest) -> None:
-    """Measure, train, measure; checkpoints at each epoch's end and every `checkpoint_steps`."""
+    """Measure, train, measure; a checkpoint at each epoch's end, whenever one is due, and before stopping."""
     _announce(run)
     watch = LossWatch(run.state.progress, scaled=run.state.scaler.is_enabled())
     metrics = MetricsFile(run.path / "metrics.jsonl", run.step, watch)
     epoch_loss = EpochLoss(run.state.progress)
+    writer = CheckpointWriter(
+        run.path,
+        every_steps=run.config.checkpoint_steps,
+        every_minutes=run.config.checkpoint_minutes,
+        background=can_write_in_background(run.loaded.model.device, run.loaded.num_parameters),
+    )
     try:
         if run.step == 0:
             _measure(run, record, metrics, "Validation before training")
@@ -117,40 +145,36 @@ def _train(run: Run, record: RunRecord, notices: NoticeCollector, stop: StopRequ
             epoch_loss.step(step)
             if watch.has_diverged:
                 raise watch.diverged(newest_name(run.path))
-            if step.ends_epoch:
-                train_loss, seconds = epoch_loss.finish()
-                evaluation = _measure(run, record, metrics, f"Validation after epoch {step.epoch}")
-                row = {
-                    "epoch": step.epoch,
-                    "train_loss": train_loss,
-                    "validation_loss": evaluation.total.nll / evaluation.total.num_tokens,
-                    "seconds": seconds,
-                }
-                record.update(epochs=[*record.values["epochs"], row])
-            every = run.config.checkpoint_steps
+            validation_loss = _end_epoch(run, record, metrics, epoch_loss, step) if step.ends_epoch else None
             last = run.schedule.is_over(step.step, step.total_seconds)
             # Read once: a request that comes while the checkpoint is written waits a step.
             stopping = any(gather_objects(stop.requested))
-            if step.ends_epoch or last or stopping or (every and step.step % every == 0):
+            if step.ends_epoch or last or stopping or writer.is_due(step.step):
                 epoch_loss.flush()
                 metrics.flush()
-                if world()[0] == 0:
-                    save_checkpoint(run.path, run.state, run.settings)
-            if last and step.step < run.schedule.num_steps:
-                log.info(
-                    "The time budget of %s is used up after step %d of %d; to go on, give a longer one.",
-                    run.config.time_budget,
-                    step.step,
-                    run.schedule.num_steps,
-                )
+                writer.write(run.state, run.settings, validation_loss)
             if stopping and not last:
+                writer.finish()
                 raise InterruptedRunError(
                     f"Stopped after step {step.step} of {run.schedule.num_steps}; a checkpoint is saved, "
                     "and the same command with --resume auto goes on from it."
                 )
+        writer.finish()
     finally:
+        writer.close()
         metrics.close()
+    record.update(checkpoint_seconds=writer.stall_s)
     _finish(run, record, notices)
+
+
+def _end_epoch(run: Run, record: RunRecord, metrics: MetricsFile, epoch_loss: EpochLoss, step: StepRecord) -> float:
+    """Validate and record the epoch that this step ends; returns the validation loss, in nats a token."""
+    train_loss, seconds = epoch_loss.finish()
+    evaluation = _measure(run, record, metrics, f"Validation after epoch {step.epoch}")
+    validation_loss = evaluation.total.nll / evaluation.total.num_tokens
+    row = {"epoch": step.epoch, "train_loss": train_loss, "validation_loss": validation_loss, "seconds": seconds}
+    record.update(epochs=[*record.values["epochs"], row])
+    return validation_loss
 
 
 def _announce(run: Run) -> None:
@@ -227,7 +251,14 @@ def _finish(run: Run, record: RunRecord, notices: NoticeCollector) -> None:
         metrics.close()
     progress = run.state.progress
     record.values["settings"]["micro_batch_size"] = progress.micro_batch_size  # memory may have run out on the way
+    if progress.step < run.schedule.num_steps:
+        log.info(
+            "The time budget of %s is used up after step %d of %d; a longer one with --allow_changes goes on.",
+            *(run.config.time_budget, progress.step, run.schedule.num_steps),
+        )
+    best = best_checkpoint(list_checkpoints(run.path))
     record.update(
+        best_checkpoint=best.name if best else None,
         steps=progress.step,
         skipped_steps=progress.skipped_steps,
         loss_spikes=progress.loss_spikes,
@@ -262,7 +293,8 @@ def _recording_failures(record: RunRecord, notices: NoticeCollector) -> Iterator
 
     def note(status: str, error: BaseException) -> None:
         found = list(dict.fromkeys([*record.values["notices"], *notices.notices]))
-        record.update(status=status, error=str(error) or type(error).__name__, notices=found)
+        with suppress(OSError):  # where the disk is at fault, this cannot be written either
+            record.update(status=status, error=str(error) or type(error).__name__, notices=found)
 
     try:
         yield
@@ -280,4 +312,11 @@ def _recording_failures(record: RunRecord, notices: NoticeCollector) -> Iterator
         ) from error
     except BaseException as error:
         note("failed", error)
-        raise
+        fault = system_error(error)
+        if fault is None or fault.errno not in DISK_FAULTS:
+            raise
+        newest = newest_name(record.path)
+        raise UserError(
+            f"The run cannot write to {fault.filename or record.path} ({fault.strerror}); free some space or mend the "
+            f"drive, and give the same command with --resume auto: it goes on from {newest or 'the beginning'}."
+        ) from error

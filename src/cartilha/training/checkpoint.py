@@ -4,13 +4,14 @@ checkpoints/step-00000123/
     model.safetensors      float32 weights, tied ones once
     optimizer.safetensors  Adam's moments and step counts, by parameter name
     state.json             progress, scaler, random state, settings that a resume must find unchanged
-    manifest.json          size and SHA-256 of the files above; written last
+    manifest.json          size and SHA-256 of the files above, and of itself; written last
+
+A checkpoint may come from somebody else: nothing in it is unpickled, and sizes, shapes and ranges are checked before it
+is used.
 """
 
 from __future__ import annotations
 
-import base64
-import json
 import logging
 import shutil
 from dataclasses import asdict, dataclass
@@ -18,16 +19,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from cartilha.errors import UserError
-from cartilha.storage import file_sha256, new_directory, write_json
+from cartilha.storage import (
+    file_sha256,
+    new_directory,
+    read_json,
+    read_sealed_json,
+    system_error,
+    write_json,
+    write_sealed_json,
+)
 from cartilha.training.loop import Progress
+from cartilha.training.restore import check_progress, check_scaler, check_tensors, read_tensors
+from cartilha.training.streams import random_state, restore_random_state
 
 log = logging.getLogger("cartilha")
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+FORMAT_VERSION = 1
+BYTES_PER_PARAMETER = 12  # weight and two moments, float32
+SMALL_FILES_BYTES = 2**20  # state.json, headers, tokenizer, metrics
+KEEP = 2  # newest checkpoints; the one with the best validation is kept besides
 
 
 @dataclass(frozen=True)
@@ -40,49 +56,129 @@ class TrainingState:
     progress: Progress
 
 
-def save_checkpoint(run: Path, state: TrainingState, settings: dict[str, Any], *, keep: int = 2) -> Path:
-    """Write a checkpoint of the state after its last step; older ones beyond `keep` are removed afterwards.
+@dataclass(frozen=True)
+class FrozenState:
+    """A state at rest: what a checkpoint of it holds, on the host.
+
+    Attributes:
+        step: Steps taken.
+        weights: By parameter name.
+        moments: The optimizer's tensors, by `parameter|key`.
+        values: The contents of state.json.
+    """
+
+    step: int
+    weights: dict[str, torch.Tensor]
+    moments: dict[str, torch.Tensor]
+    values: dict[str, Any]
+
+
+def freeze(state: TrainingState, settings: dict[str, Any], *, copy: bool) -> FrozenState:
+    """The state after its last step.
+
+    Args:
+        state: What to save.
+        settings: What a resume must find unchanged (`check_settings`), and what it goes on with.
+        copy: Copy tensors that are on the host already, so that training may go on while they are written.
+    """
+
+    def at_rest(tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor.detach()
+        return tensor.clone().contiguous() if copy and tensor.device.type == "cpu" else tensor.cpu().contiguous()
+
+    names: dict[torch.Tensor, str] = {parameter: name for name, parameter in state.model.named_parameters()}
+    return FrozenState(
+        step=state.progress.step,
+        weights={name: at_rest(parameter) for name, parameter in state.model.named_parameters()},
+        moments={
+            f"{names[parameter]}|{key}": at_rest(value)
+            for parameter, values in state.optimizer.state.items()
+            for key, value in values.items()
+        },
+        values={
+            "format_version": FORMAT_VERSION,
+            "progress": asdict(state.progress),
+            "scaler": state.scaler.state_dict(),
+            "random": random_state(),
+            "settings": settings,
+        },
+    )
+
+
+def write_checkpoint(run: Path, frozen: FrozenState, validation_loss: float | None = None, keep: int = KEEP) -> Path:
+    """Write a checkpoint; older ones are removed afterwards, but for the newest `keep` and the best.
 
     So are later ones: the run has gone on from before them because they are damaged.
 
     Args:
         run: The run's directory.
-        state: What to save.
-        settings: What a resume must find unchanged (`check_settings`), and what it goes on with (the dtype).
+        frozen: What to write.
+        validation_loss: Of this state, in nats a token, where it has just been measured: decides which one is the best.
         keep: Newest checkpoints to keep.
+
+    Raises:
+        OSError: The disk is full, gone, or not to be written to; the checkpoints that are there stay as they are.
     """
-    path = run / "checkpoints" / f"step-{state.progress.step:08d}"
-    names: dict[torch.Tensor, str] = {parameter: name for name, parameter in state.model.named_parameters()}
-    moments = {
-        f"{names[parameter]}|{key}": value.detach().cpu().contiguous()
-        for parameter, values in state.optimizer.state.items()
-        for key, value in values.items()
-    }
-    weights = {name: parameter.detach().cpu().contiguous() for name, parameter in state.model.named_parameters()}
+    path = run / "checkpoints" / f"step-{frozen.step:08d}"
     with new_directory(path, replace=True) as temporary:
-        save_file(weights, temporary / "model.safetensors")
-        save_file(moments, temporary / "optimizer.safetensors")
-        write_json(
-            temporary / "state.json",
-            {
-                "progress": asdict(state.progress),
-                "scaler": state.scaler.state_dict(),
-                "random": _random_state(),
-                "settings": settings,
-            },
-        )
-        sizes = {n: {"size": (temporary / n).stat().st_size, "sha256": file_sha256(temporary / n)} for n in FILES}
-        write_json(temporary / "manifest.json", sizes)
-    kept = [other for other in list_checkpoints(run) if other <= path][-keep:]
+        _save_tensors(frozen.weights, temporary / "model.safetensors")
+        _save_tensors(frozen.moments, temporary / "optimizer.safetensors")
+        write_json(temporary / "state.json", frozen.values)
+        files = {n: {"size": (temporary / n).stat().st_size, "sha256": file_sha256(temporary / n)} for n in FILES}
+        manifest = {"format_version": FORMAT_VERSION, "validation_loss": validation_loss, "files": files}
+        write_sealed_json(temporary / "manifest.json", manifest)
+    earlier = [other for other in list_checkpoints(run) if other <= path]
+    kept = {*earlier[-keep:], best_checkpoint(earlier)}
     for other in list_checkpoints(run):
         if other not in kept:
-            shutil.rmtree(other)
+            shutil.rmtree(other, ignore_errors=True)
     return path
+
+
+def save_checkpoint(run: Path, state: TrainingState, settings: dict[str, Any], *, keep: int = KEEP) -> Path:
+    """Freeze the state and write it, at once."""
+    return write_checkpoint(run, freeze(state, settings, copy=False), keep=keep)
+
+
+def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """`save_file`, whose errors become the system's own where one is behind them."""
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        fault = system_error(error)
+        if fault is None:
+            raise
+        raise OSError(fault.errno, fault.strerror, str(path)) from error
 
 
 def list_checkpoints(run: Path) -> list[Path]:
     """The run's checkpoints, oldest first; unfinished ones (temporary names) are not among them."""
-    return sorted((run / "checkpoints").glob("step-????????"))
+    return sorted(path for path in (run / "checkpoints").glob("step-????????") if path.name[5:].isdecimal())
+
+
+def best_checkpoint(paths: list[Path]) -> Path | None:
+    """The one with the lowest validation loss (the later of two equals), or None where none was validated."""
+    losses = {path: _validation_loss(path) for path in paths}
+    measured = [path for path in reversed(paths) if losses[path] is not None]
+    return min(measured, key=lambda path: losses[path] or 0.0, default=None)
+
+
+def _validation_loss(path: Path) -> float | None:
+    try:
+        loss = read_sealed_json(path / "manifest.json").get("validation_loss")
+    except (OSError, ValueError):
+        return None
+    return float(loss) if isinstance(loss, (int, float)) else None
+
+
+def space_needed(run: Path, num_parameters: int) -> tuple[int, int]:
+    """Bytes that a run's files still need at most, and bytes of one checkpoint.
+
+    Kept are the newest checkpoints and the best, while one more is written; then comes the model itself.
+    """
+    checkpoint = BYTES_PER_PARAMETER * num_parameters + SMALL_FILES_BYTES
+    there = sum(file.stat().st_size for path in list_checkpoints(run) for file in path.iterdir())
+    return max(checkpoint, (KEEP + 2) * checkpoint - there) + 4 * num_parameters + SMALL_FILES_BYTES, checkpoint
 
 
 def newest_name(run: Path) -> str | None:
@@ -93,78 +189,112 @@ def newest_name(run: Path) -> str | None:
 
 def newest_sound_checkpoint(run: Path) -> Path | None:
     """The newest checkpoint whose files have the recorded sizes and hashes; damaged ones are named and passed over."""
-    for path in reversed(list_checkpoints(run)):
+    found = list_checkpoints(run)
+    for path in reversed(found):
         fault = _fault(path)
         if fault is None:
             return path
         log.warning("The checkpoint %s is damaged (%s) and is passed over.", path.name, fault)
+    if found:
+        log.warning("No checkpoint of the run %s is sound: it begins anew.", run)
     return None
 
 
 def _fault(path: Path) -> str | None:
     try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        manifest = read_sealed_json(path / "manifest.json")
+    except (OSError, ValueError) as error:
+        return f"manifest.json: {error}"
+    try:
         for name in FILES:
-            if (path / name).stat().st_size != manifest[name]["size"]:
+            recorded = manifest["files"][name]
+            if (path / name).stat().st_size != recorded["size"]:
                 return f"{name} has another size"
-            if file_sha256(path / name) != manifest[name]["sha256"]:
+            if file_sha256(path / name) != recorded["sha256"]:
                 return f"{name} has another hash"
+        if not isinstance(_read_state(path)["settings"], dict):
+            return "state.json has no settings"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return str(error)
     return None
 
 
+def _read_state(path: Path) -> dict[str, Any]:
+    values = read_json(path / "state.json")
+    if not isinstance(values, dict) or values.get("format_version") != FORMAT_VERSION:
+        raise ValueError(f"state.json is not of format {FORMAT_VERSION}")
+    return values
+
+
 def read_settings(path: Path) -> dict[str, Any]:
     """The settings recorded in a sound checkpoint."""
-    settings = json.loads((path / "state.json").read_text(encoding="utf-8"))["settings"]
+    settings = _read_state(path)["settings"]
     assert isinstance(settings, dict)
     return settings
 
 
-def check_settings(recorded: dict[str, Any], current: dict[str, Any], run: Path) -> None:
+def check_settings(
+    recorded: dict[str, Any], current: dict[str, Any], run: Path, *, allow_changes: bool = False
+) -> None:
     """Refuse to resume with other settings than the run began with.
+
+    Args:
+        recorded: Of the checkpoint.
+        current: What is asked for now.
+        run: The run's directory, for the message.
+        allow_changes: Say what differs, and go on.
 
     Raises:
         UserError: Naming what differs.
     """
     changed = [name for name in current if recorded.get(name) != current[name]]
-    if changed:
-        differences = "; ".join(f"{name} was {recorded.get(name)}, now {current[name]}" for name in changed)
+    if not changed:
+        return
+    differences = "; ".join(f"{name} was {recorded.get(name)}, now {current[name]}" for name in changed)
+    if not allow_changes:
         raise UserError(
-            f"The run {run} cannot go on with other settings ({differences}); use the old ones or another --output."
+            f"The run {run} cannot go on with other settings ({differences}); use the old ones, another --output, "
+            "or --allow_changes."
         )
+    log.warning(
+        "The run %s goes on with other settings (%s): it is no longer the run of one command, and steps keep their "
+        "count whatever the data are now.",
+        *(run, differences),
+    )
 
 
 def load_checkpoint(path: Path, state: TrainingState) -> None:
-    """Restore a checkpoint into the state, in place."""
+    """Restore a checkpoint into the state, in place. Everything is checked before anything is changed.
+
+    Raises:
+        UserError: It is not a checkpoint of this model, or its contents make no sense.
+    """
     device = state.model.device
     parameters = dict(state.model.named_parameters())
-    weights = load_file(path / "model.safetensors", device=str(device))
-    assert weights.keys() == parameters.keys(), "the settings' model matches but its parameters do not"
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    try:
+        saved = _read_state(path)
+        progress = check_progress(saved["progress"])
+        check_tensors(path / "model.safetensors", shapes)
+        moments = {f"{name}|{key}": shape for name, shape in shapes.items() for key in ("exp_avg", "exp_avg_sq")}
+        moments |= {f"{name}|step": () for name in shapes}
+        check_tensors(path / "optimizer.safetensors", moments, all_there=False)
+        check_scaler(saved["scaler"], state.scaler.is_enabled())
+        restore_random_state(saved["random"])
+    except (OSError, ValueError, LookupError, TypeError, RuntimeError, OverflowError, SafetensorError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f"The checkpoint {path} cannot be used for this model ({reason[0].rstrip('.')}); "
+            "use the model and code that it was made with, or another --output."
+        ) from error
+    weights = read_tensors(path / "model.safetensors", device)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
-    for joined, value in load_file(path / "optimizer.safetensors").items():
+    for joined, value in read_tensors(path / "optimizer.safetensors", device).items():
         name, key = joined.rsplit("|", 1)
         # Fused AdamW keeps its step counts beside the parameters.
-        state.optimizer.state[parameters[name]][key] = value.to(device)
-    saved = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        state.optimizer.state[parameters[name]][key] = value
     state.scaler.load_state_dict(saved["scaler"])
-    for name, value in saved["progress"].items():
-        setattr(state.progress, name, value)
-    _restore_random_state(saved["random"])
-
-
-def _random_state() -> dict[str, Any]:
-    """States of torch's generators (dropout draws from them), base64."""
-    generators = [torch.get_rng_state()]
-    if torch.cuda.is_available():
-        generators += torch.cuda.get_rng_state_all()
-    return {"torch": [base64.b64encode(bytes(g.numpy().tobytes())).decode("ascii") for g in generators]}
-
-
-def _restore_random_state(saved: dict[str, Any]) -> None:
-    states = [torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8) for text in saved["torch"]]
-    torch.set_rng_state(states[0])
-    if torch.cuda.is_available() and len(states) == 1 + torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(states[1:])
+    for field, number in asdict(progress).items():
+        setattr(state.progress, field, number)

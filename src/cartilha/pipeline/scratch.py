@@ -1,0 +1,214 @@
+"""Runs on slow or vanishing drives: written on the local disk first, and copied to where they were asked for.
+
+A mounted cloud drive disconnects, a network share fills up. The run itself never waits for either: it writes to a local
+directory, and a thread copies what is new, again and again until it is there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+from cartilha.config import TrainConfig
+from cartilha.errors import UserError
+from cartilha.pipeline.run_files import check_output, read_status
+from cartilha.storage import new_directory, write_atomically
+from cartilha.tokens.sources import cache_directory
+from cartilha.training.checkpoint import list_checkpoints
+
+log = logging.getLogger("cartilha")
+
+NETWORK_DISKS = ("nfs", "cifs", "smb", "fuse", "9p", "davfs", "afp")
+COPY_EVERY_S = 60.0
+LAST_TRIES = 4  # at the end of a run, with growing pauses
+LAST_PAUSE_S = 2.0
+
+
+def is_on_network_disk(path: Path) -> bool:
+    """Whether a path lies on a network or cloud drive (not where the whole system does)."""
+    real = os.path.realpath(path)
+    best = None
+    for disk in psutil.disk_partitions(all=True):
+        inside = real == disk.mountpoint or real.startswith(disk.mountpoint.rstrip(os.sep) + os.sep)
+        if inside and (best is None or len(disk.mountpoint) >= len(best.mountpoint)):
+            best = disk
+    if best is None or best.mountpoint == os.sep or "overlay" in best.fstype:
+        return False
+    return best.fstype.lower().startswith(NETWORK_DISKS) or "remote" in best.opts
+
+
+def scratch_directory(config: TrainConfig) -> Path | None:
+    """Where a run is written first, or None where it is written straight to its output."""
+    if config.scratch == "none":
+        return None
+    output = Path(config.output)
+    root = cache_directory() / "runs" if config.scratch == "auto" else Path(config.scratch)
+    if config.scratch == "auto" and (not is_on_network_disk(output) or is_on_network_disk(root)):
+        return None
+    key = hashlib.sha256(os.fsencode(os.path.realpath(output))).hexdigest()[:16]
+    return root / key / output.name
+
+
+@contextmanager
+def place_of_run(config: TrainConfig, resume: bool) -> Iterator[Path]:
+    """The directory that the run is to be written to; while the block runs it is copied to `config.output`.
+
+    Raises:
+        UserError: At the end, where the output could not be written: the run is whole in the local directory then.
+    """
+    output, work = Path(config.output), scratch_directory(config)
+    if work is None:
+        yield output
+        return
+    check_output(output, resume)
+    _fetch(output, work, resume)
+    log.info("The run is written to %s first and copied to %s.", work, output)
+    copier = Copier(work, output)
+    copier.start()
+    try:
+        yield work
+    finally:
+        fault = copier.finish()
+    if fault is not None:
+        raise UserError(
+            f"The run is complete, but it cannot be copied to {output} ({fault}); it is whole in {work}: copy it from "
+            "there, or give the same command with --resume auto when the drive is back."
+        )
+
+
+def _fetch(output: Path, work: Path, resume: bool) -> None:
+    """Bring the local directory to where the run stands: the output's state, or the local one where that is further."""
+    if not resume:
+        shutil.rmtree(work, ignore_errors=True)
+        return
+    if read_status(output) is None:
+        if read_status(work) is not None:
+            log.warning("%s holds no run: going on with the local copy of it (%s).", output, work)
+        return
+    if _same_command(output, work) and _newest_step(work) >= _newest_step(output):
+        return
+    with new_directory(work, replace=True) as temporary:
+        shutil.copytree(output, temporary, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
+
+
+def _same_command(output: Path, work: Path) -> bool:
+    try:
+        return (output / "config.yaml").read_bytes() == (work / "config.yaml").read_bytes()
+    except OSError:
+        return False
+
+
+def _newest_step(run: Path) -> int:
+    found = list_checkpoints(run)
+    return int(found[-1].name.removeprefix("step-")) if found else -1
+
+
+class Copier:
+    """Copies a run's directory to its output whenever something in it is new, in a thread of its own.
+
+    Args:
+        work: The run.
+        output: The copy.
+    """
+
+    def __init__(self, work: Path, output: Path) -> None:
+        self._work, self._output = work, output
+        self._copied: dict[Path, tuple[int, int]] = {}
+        self._ended = threading.Event()
+        # A drive may hang for good: the thread must not keep the process alive.
+        self._thread = threading.Thread(target=self._keep_copying, name="copy", daemon=True)
+        self._fault: str | None = None
+
+    def start(self) -> None:
+        """Begin to copy."""
+        self._thread.start()
+
+    def finish(self, timeout_s: float = 600.0) -> str | None:
+        """Copy what is left, several times if need be; None when all is there, else what is wrong with the drive."""
+        self._ended.set()
+        self._thread.join(timeout_s)
+        return "it does not answer" if self._thread.is_alive() else self._fault
+
+    def _keep_copying(self) -> None:
+        while not self._ended.wait(COPY_EVERY_S):
+            self._try()
+        for attempt in range(LAST_TRIES):
+            time.sleep(LAST_PAUSE_S * attempt)
+            if self._try():
+                return
+
+    def _try(self) -> bool:
+        try:
+            self.copy()
+        except FileNotFoundError as error:
+            if self._work in Path(str(error.filename)).parents:  # an old checkpoint went while it was being copied
+                return False
+            self._note(error)
+        except OSError as error:
+            self._note(error)
+        else:
+            if self._fault is not None:
+                log.warning("%s can be written to again: the copy is up to date.", self._output)
+            self._fault = None
+        return self._fault is None
+
+    def _note(self, error: OSError) -> None:
+        if self._fault is None:
+            log.warning(
+                "%s cannot be written to (%s): the run goes on and is kept in %s; it is tried again every minute.",
+                *(self._output, error.strerror, self._work),
+            )
+        self._fault = error.strerror or str(error)
+
+    def copy(self) -> None:
+        """Copy what is new: checkpoints whole, then the other files, so that the output is a run at every instant.
+
+        Raises:
+            OSError: The drive is full, gone, or not to be written to.
+        """
+        here = list_checkpoints(self._work)
+        for path in here:
+            self._copy_directory(path, self._output / "checkpoints" / path.name, "manifest.json")
+        for path in sorted(self._work.rglob("*")):
+            parts = path.relative_to(self._work).parts
+            if path.is_file() and parts[0] not in ("checkpoints", "model") and not path.name.startswith("."):
+                self._copy_file(path, self._output.joinpath(*parts))
+        if (self._work / "model").is_dir():
+            self._copy_directory(self._work / "model", self._output / "model", "model.safetensors")
+        for path in list_checkpoints(self._output):
+            if here and path.name not in {other.name for other in here}:
+                shutil.rmtree(path)
+
+    def _copy_directory(self, source: Path, target: Path, decisive: str) -> None:
+        key = _state(source / decisive)
+        if self._copied.get(source) == key and target.is_dir():
+            return
+        if not (decisive == "manifest.json" and _same_bytes(source / decisive, target / decisive)):
+            with new_directory(target, replace=True) as temporary:
+                for file in source.iterdir():
+                    shutil.copyfile(file, temporary / file.name)
+        self._copied[source] = key
+
+    def _copy_file(self, source: Path, target: Path) -> None:
+        key = _state(source)
+        if self._copied.get(source) != key or not target.is_file():
+            write_atomically(target, source.read_bytes())
+            self._copied[source] = key
+
+
+def _state(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def _same_bytes(left: Path, right: Path) -> bool:
+    return right.is_file() and left.read_bytes() == right.read_bytes()

@@ -1,0 +1,104 @@
+"""When a checkpoint is due, and writing it while training goes on."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cartilha.runtime import free_memory_bytes, world
+from cartilha.training.checkpoint import BYTES_PER_PARAMETER, FrozenState, TrainingState, freeze, write_checkpoint
+
+log = logging.getLogger("cartilha")
+
+MAX_SHARE_OF_TIME = 0.03  # checkpoints by the clock wait so long that they cost no more than this
+
+
+class CheckpointWriter:
+    """Writes a run's checkpoints, in a thread of its own where the host has room for a copy of the state.
+
+    Args:
+        run: The run's directory.
+        every_steps: Write after every so many steps; None for never.
+        every_minutes: Write when so much time has passed since the last one; 0 for never.
+        background: Whether training may go on while a checkpoint is written.
+    """
+
+    def __init__(self, run: Path, *, every_steps: int | None, every_minutes: float, background: bool) -> None:
+        self._run = run
+        self._every_steps = every_steps
+        self._every_s = 60 * every_minutes
+        self._background = background
+        self._last = time.monotonic()
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self.stall_s = 0.0  # what training has waited for checkpoints
+
+    def is_due(self, step: int) -> bool:
+        """Whether a checkpoint is due after this step, by steps or by the clock."""
+        if world()[0] != 0:  # of several processes the first one writes
+            return False
+        if self._every_steps and step % self._every_steps == 0:
+            return True
+        return bool(self._every_s) and time.monotonic() - self._last >= self._every_s
+
+    def write(self, state: TrainingState, settings: dict[str, Any], validation_loss: float | None = None) -> None:
+        """Write a checkpoint of the state, after the one before is finished.
+
+        Raises:
+            OSError: This one, or the one before it, could not be written.
+        """
+        if world()[0] != 0:
+            return
+        started = time.monotonic()
+        self.finish()
+        frozen = freeze(state, settings, copy=self._background)
+        if self._background:
+            self._thread = threading.Thread(target=self._work, args=(frozen, validation_loss), name="checkpoint")
+            self._thread.start()
+        else:
+            write_checkpoint(self._run, frozen, validation_loss)
+        self._last = time.monotonic()
+        stall = self._last - started
+        self.stall_s += stall
+        if self._every_s and stall > MAX_SHARE_OF_TIME * self._every_s:
+            self._every_s = stall / MAX_SHARE_OF_TIME
+            minutes = self._every_s / 60
+            log.info("A checkpoint took %.1f s: the next one by the clock comes in %.0f minutes.", stall, minutes)
+
+    def _work(self, frozen: FrozenState, validation_loss: float | None) -> None:
+        try:
+            write_checkpoint(self._run, frozen, validation_loss)
+        except BaseException as error:  # raised in the thread that trains
+            self._error = error
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written.
+
+        Raises:
+            OSError: It could not be written.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def close(self) -> None:
+        """Wait, where another error is on its way already: one of the disk is only said."""
+        try:
+            self.finish()
+        except OSError as error:
+            log.warning("The last checkpoint could not be written (%s).", error.strerror)
+
+
+def can_write_in_background(device: torch.device, num_parameters: int) -> bool:
+    """Whether there is room for a copy of the state: on a GPU the host needs one in any case, on a CPU twice over."""
+    if device.type == "cuda":
+        return True
+    return free_memory_bytes(torch.device("cpu")) > 2 * BYTES_PER_PARAMETER * num_parameters
