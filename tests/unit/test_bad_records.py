@@ -10,6 +10,7 @@ import tracemalloc
 import types
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -168,6 +169,26 @@ def test_a_record_of_many_lines_and_a_file_as_one_document_have_the_limit_too(tm
     path = write(tmp_path / "b.txt", "linha\n" * 30)
     assert read(path, text_unit="file", on_error="skip")[1].skipped == {"too_long": 1}
     assert "b.txt is longer" in complaint(path, text_unit="file")
+
+
+def test_a_long_text_in_parquet(tmp_path, small_limit):
+    path = write_parquet(tmp_path / "a.parquet", text=["um", "x" * 101, "dois"])
+    assert "a.parquet, row 2 is longer" in complaint(path)
+    texts, counts = read(path, on_error="skip")
+    assert texts == ["um", "dois"] and counts.skipped == {"too_long": 1}
+
+
+def test_few_rows_of_long_texts_are_held_at_once(tmp_path):
+    random = np.random.default_rng(0)
+    text = random.integers(97, 123, (60, 1 << 20), np.uint8)
+    path = tmp_path / "a.parquet"
+    table = pa.table({"text": [row.tobytes().decode() for row in text]})
+    pq.write_table(table, path, use_dictionary=False, write_batch_size=1)  # pages are read whole
+    del table
+    pool = pa.default_memory_pool()
+    before = pool.bytes_allocated()
+    held = max(pool.bytes_allocated() - before for _ in read_documents([str(path)]))
+    assert 0 < held < 40 << 20  # of 63 million bytes
 
 
 def test_a_line_of_500_megabytes_takes_no_more_memory_than_the_limit(tmp_path):

@@ -21,6 +21,7 @@ from cartilha.errors import UserError
 
 DOMAIN_KEYS = ("domain", "genre", "source")
 PARQUET_BATCH_ROWS = 256
+PARQUET_BATCH_BYTES = 8 << 20  # of the text column; at least one row is read at a time
 PARQUET_BUFFER_BYTES = 2**20
 
 Record = str | Mapping[str, Any] | Fault
@@ -283,7 +284,10 @@ def _read_parquet(part: Part) -> Numbered:
                 return
             columns = [name for name in names if name in {part.text_column, "id", *DOMAIN_KEYS}]
             groups = range(part.begin, file.num_row_groups if part.end is None else part.end)
-            for batch in file.iter_batches(batch_size=PARQUET_BATCH_ROWS, columns=columns, row_groups=list(groups)):
+            rows = min(
+                [PARQUET_BATCH_ROWS, *(_batch_rows(file.metadata.row_group(n), part.text_column) for n in groups)]
+            )
+            for batch in file.iter_batches(batch_size=rows, columns=columns, row_groups=list(groups)):
                 values = [_column_values(column) for column in batch.columns]
                 for row in zip(*values, strict=True):
                     number += 1
@@ -299,6 +303,14 @@ def _read_parquet(part: Part) -> Numbered:
                 " rename it if it is of another kind, or go on without the rest of it by --on_error skip.",
             ),
         )
+
+
+def _batch_rows(group: Any, text_column: str) -> int:
+    """Rows of a row group whose texts are about `PARQUET_BATCH_BYTES`, if its rows are of one length."""
+    columns = [group.column(number) for number in range(group.num_columns)]
+    num_bytes = sum(column.total_uncompressed_size for column in columns if column.path_in_schema == text_column)
+    num_rows: int = group.num_rows * PARQUET_BATCH_BYTES // max(1, num_bytes)
+    return max(1, num_rows)
 
 
 def row_group_sizes(source: SourceFile) -> list[tuple[int, int]]:

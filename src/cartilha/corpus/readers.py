@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Literal
 
+from cartilha.corpus import lines
 from cartilha.corpus.document import Document
 from cartilha.corpus.formats import DOMAIN_KEYS, Numbered, Part, missing_column, read_records
 from cartilha.corpus.hub import read_hub
-from cartilha.corpus.lines import Fault, known_encoding, refuse_changed, without_surrogates
+from cartilha.corpus.lines import Fault, known_encoding, refuse_changed, too_long, without_surrogates
 from cartilha.corpus.primer import read_primer
 from cartilha.corpus.sources import HubSource, PrimerSource, Source, SourceFile, resolve_inputs
 from cartilha.errors import UserError
@@ -228,6 +229,8 @@ def _document(
             f"{origin.at(number)}: {settings.text_column!r} holds a {type(text).__name__}, not a text;"
             " name the one with the text by --text_column.",
         )
+    if len(text) > lines.MAX_DOCUMENT_BYTES:
+        return too_long(origin.at(number))
     clean = text if text is record else without_surrogates(text)
     if clean != text:
         if settings.invalid_bytes == "stop":
