@@ -56,6 +56,9 @@ COMMANDS = {
     "inspect": Command(
         configs.InspectConfig, ("cartilha.pipeline.inspect", "inspect"), "what a store, or the primer, holds"
     ),
+    "check": Command(
+        configs.CheckConfig, ("cartilha.pipeline.check", "check"), "is the set-up right, before the money is spent?"
+    ),
     "train": Command(
         configs.TrainConfig, ("cartilha.pipeline.train", "train"), "continue a model's training on a store"
     ),
@@ -92,7 +95,7 @@ class _Accumulate(Action):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code (0 done, 2 a user's error, 75 interrupted with a checkpoint)."""
+    """Run a command; the exit code is 0 (done), 2 (a user's error), 3 (a failed check) or 75 (interrupted, saved)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     _use_utf8()
     set_up_logging()
@@ -168,7 +171,7 @@ def _dispatch(arguments: list[str]) -> int:
         from cartilha.report.terminal import show
 
         show(name, result.to_dict())
-    return 0
+    return int(getattr(result, "exit_code", 0))
 
 
 def _overview() -> str:

@@ -98,9 +98,25 @@ class TrainConfig:
         "--output is on a network or cloud drive; none: never",
     )
     stop_file: str | None = option(None, "stop after the step, with a checkpoint, as soon as this file is there")
+    skip_checks: bool = option(False, "do not check text, vocabulary, attention, leaks, memory and disk before step 1")
     validation_tokens: int = option(
         1_000_000, "validation before, during and after training scores about this many tokens"
     )
+
+
+@dataclass(frozen=True)
+class CheckConfig:
+    """Whether model, text and machine are sound, before a training."""
+
+    model: str = option(DEFAULT_MODEL, MODEL_HELP)
+    store: str | None = option(None, "check with this store's text; without one, with the primer's")
+    quick: bool = option(False, "less text and fewer steps: under two minutes for the embedded model on two cores")
+    block_size: int = option(512, "tokens a block of the training to come")
+    batch_tokens: int = option(8192, "tokens an optimizer step of the training to come")
+    lr: float | Literal["auto"] = option("auto", "learning rate of the training to come")
+    output: str = option(".", "where the training would write (disk space is looked at there)")
+    dtype: Dtype = option("auto", "compute type")
+    device: Device = option("auto", "where to compute")
 
 
 @dataclass(frozen=True)

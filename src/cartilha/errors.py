@@ -15,6 +15,12 @@ class HubUnreachableError(UserError):
     """A model or dataset of the hub is needed and cannot be had from here."""
 
 
+class CheckFailedError(RuntimeError):
+    """A check of the set-up failed; nothing was trained."""
+
+    exit_code = 3
+
+
 class OutOfMemoryError(RuntimeError):
     """The device's memory did not suffice; the run is recorded with the status `out_of_memory`."""
 

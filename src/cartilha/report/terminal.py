@@ -18,6 +18,7 @@ def show(command: str, result: Values) -> None:
     {
         "prepare": _prepare,
         "inspect": _inspect,
+        "check": _check,
         "train": _train,
         "evaluate": _evaluate,
         "compare": _compare,
@@ -60,6 +61,24 @@ def _inspect(console: Console, result: Values) -> None:
     console.print(f"Settings: {settings}", markup=False)
     for row in result["first_documents"]:
         console.print(f"[{row['split']}] {row['doc_id']} ({row['num_tokens']} tokens): {row['begins']}", markup=False)
+
+
+_MARKS = {"passed": "[green]passed[/]", "failed": "[bold red]FAILED[/]", "not applicable": "[dim]n/a[/]"}
+
+
+def _check(console: Console, result: Values) -> None:
+    table = Table("check", "outcome", Column("measured", overflow="fold"), Column("s", justify="right"))
+    for row in result["checks"]:
+        table.add_row(row["name"], _MARKS[row["outcome"]], escape(row["measured"]), f"{row['seconds']:.1f}")
+    console.print(table)
+    for row in result["checks"]:
+        if row["outcome"] == "failed":
+            console.print(f"{row['name']}: expected {row['expected']}.", markup=False)
+            console.print(f"  {row['meaning']}", markup=False)
+            console.print(f"  What to do: {row['remedy']}", markup=False)
+    failed = result["num_failed"]
+    verdict = f"{failed} of {len(result['checks'])} checks failed" if failed else "All checks that apply passed"
+    console.print(f"{verdict}: {result['model']} on {result['store'] or 'the primer'}, {result['seconds']:.0f} s.")
 
 
 def _evaluate(console: Console, result: Values) -> None:

@@ -1,0 +1,46 @@
+"""Does it fit: the plan against the device's memory, the files against the disk."""
+
+from __future__ import annotations
+
+import shutil
+
+import torch
+
+from cartilha.checks.outcome import CheckResult, Judgement, Subject
+from cartilha.runtime import free_memory_bytes
+from cartilha.training.memory import activation_bytes_per_token, fixed_bytes
+
+STATE_BYTES = 12  # a parameter in a checkpoint: weight and two moments, float32
+KEPT_CHECKPOINTS = 3  # two are kept, and a third stands beside them while it is written
+
+
+def memory_and_disk(subject: Subject) -> CheckResult:
+    """The planned step fits the device, the checkpoints and the model fit the disk.
+
+    Catches the run that dies of memory at step 1, and the one that dies of a full disk at its first checkpoint.
+    """
+    words = Judgement(
+        "memory and disk",
+        "less than what is free",
+        "The run would end in an out-of-memory error or on a full disk.",
+        "Use a smaller --block_size or --micro_batch_size or a smaller model (cartilha plan shows what fits), or free "
+        "some disk space.",
+    )
+    loaded = subject.loaded
+    need = fixed_bytes(loaded.model, loaded.num_parameters, subject.dtype) + subject.micro_batch_size * (
+        subject.block_size * activation_bytes_per_token(loaded.model, subject.dtype)
+    )
+    free = free_memory_bytes(subject.device)
+    place = next(path for path in (subject.output, *subject.output.absolute().parents) if path.is_dir())
+    disk_need = loaded.num_parameters * (STATE_BYTES * KEPT_CHECKPOINTS + torch.float32.itemsize)
+    disk_free = shutil.disk_usage(place).free
+    return words.judge(
+        need <= free and disk_need <= disk_free,
+        f"memory: {need / 2**30:.1f} GiB beside the weights for micro-batches of {subject.micro_batch_size} x "
+        f"{subject.block_size}, {free / 2**30:.1f} GiB free; disk: {disk_need / 2**30:.1f} GiB, "
+        f"{disk_free / 2**30:.1f} GiB free",
+        memory_bytes=need,
+        free_memory_bytes=free,
+        disk_bytes=disk_need,
+        free_disk_bytes=disk_free,
+    )

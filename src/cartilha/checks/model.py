@@ -1,0 +1,300 @@
+"""Checks of the model's forward pass: where it starts, what a token may see, how exact the numbers are."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from cartilha.blocks.packing import IGNORE_INDEX, Batch, PackedStream, stack
+from cartilha.checks.outcome import CheckResult, Judgement, Subject
+from cartilha.evaluation.baselines import token_counts, unigram_nll
+from cartilha.evaluation.documents import encode_documents
+from cartilha.evaluation.nll import document_nll
+from cartilha.evaluation.windows import MAX_WINDOW, Protocol, make_protocol
+from cartilha.model.attention import use_document_attention
+from cartilha.model.forward import batch_nll, head_weight, hidden_states
+from cartilha.runtime import seed_everything
+
+PROBE_POSITIONS = 256  # a block for causality and isolation: the shorter, the cheaper
+START_TOKENS = 2048  # random tokens: the mean of their target logits is known to about 1 %
+START_TOLERANCE = 0.05  # of the perplexity
+UNCHANGED = 1e-3  # largest change of a logit that counts as none; another document moves them by whole units
+SAME_NLL = 1e-4  # relative difference of two ways to compute a sum in float32
+MAX_DRIFT = 0.01  # nats a token by which half precision may move the mean
+FP16_LARGEST = 65504.0
+SCORED_TOKENS, SCORED_TOKENS_QUICK = 20_000, 1500
+
+
+def start(subject: Subject) -> CheckResult:
+    """Fresh weights start where theory says, and pretrained ones below a unigram model.
+
+    A head with independent weights of standard deviation sigma over hidden states h makes normal logits of variance
+    sigma^2 |h|^2, so that the loss on unrelated targets is ln V + sigma^2 |h|^2 / 2, where |h|^2 is the hidden size d
+    after a final norm. With the head zeroed it is ln V exactly. Catches a loss that is shifted, masked or averaged
+    wrongly, and pretrained weights that did not load (their loss is that of fresh ones).
+    """
+    words = Judgement(
+        "start",
+        f"fresh weights: perplexity within {START_TOLERANCE:.0%} of exp(ln V + sigma^2 |h|^2 / 2), with a zero head V"
+        + ("" if subject.is_random else "; pretrained: below the unigram model"),
+        "The loss is computed wrongly, or the pretrained weights did not load.",
+        "Fetch the model's files again and compare its perplexity with the published one; if fresh weights start "
+        "elsewhere than theory says, report it with this output.",
+    )
+    found = _fresh_start(subject)
+    near_theory = abs(found["perplexity"] / found["theory"] - 1) <= START_TOLERANCE
+    exact = abs(found["zero_head"] / found["num_rows"] - 1) <= SAME_NLL
+    measured = (
+        f"fresh {found['perplexity']:,.0f} (theory {found['theory']:,.0f}), zero head {found['zero_head']:,.1f} "
+        f"(V = {found['num_rows']:,})"
+    )
+    if subject.is_random:
+        return words.judge(near_theory and exact, measured, **found)
+    own, unigram = _beside_unigram(subject)
+    measured += f"; pretrained {own:,.1f}, unigram {unigram:,.1f}"
+    return words.judge(near_theory and exact and own < unigram, measured, pretrained=own, unigram=unigram, **found)
+
+
+def _fresh_start(subject: Subject) -> dict[str, float]:
+    """Perplexities of fresh weights on random tokens, as they are and with the head zeroed, beside theory."""
+    seed_everything(0)
+    config = copy.deepcopy(subject.loaded.model.config)
+    with subject.device:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    assert isinstance(model, PreTrainedModel)
+    use_document_attention(model)
+    head = head_weight(model)
+    rows = len(head)
+    length = min(subject.loaded.context_length, 512)
+    generator = np.random.default_rng(0)
+    ids = generator.integers(0, rows, (max(1, START_TOKENS // length), length + 1))
+    batch = Batch(
+        ids[:, :-1], ids[:, 1:], np.tile(np.arange(length), (len(ids), 1)), np.full(len(ids), length, np.int64)
+    )
+    with torch.no_grad():
+        nll = float(batch_nll(model, batch, torch.float32)) / batch.num_targets
+        states = hidden_states(model, batch, torch.float32)
+        spread = float(head.std()) ** 2 * float(states.double().square().sum(-1).mean())
+        head.zero_()
+        zero = float(batch_nll(model, batch, torch.float32)) / batch.num_targets
+    return {
+        "perplexity": math.exp(nll),
+        "theory": rows * math.exp(spread / 2),
+        "zero_head": math.exp(zero),
+        "num_rows": rows,
+        "hidden_square": spread / float(head.shape[1]),
+    }
+
+
+def _beside_unigram(subject: Subject) -> tuple[float, float]:
+    """Perplexities of the model and of a unigram model of the training text, on the same held-out tokens."""
+    scored = encode_documents(subject.held_out, subject.tokenizer, first_tokens=_scored_each(subject))
+    nll = document_nll(subject.loaded.model, scored, _protocol(subject, torch.float32), torch.float32)
+    tokens = subject.store.tokens("train") if subject.store is not None else subject.stream(subject.training, 2).tokens
+    counts = token_counts(tokens, len(head_weight(subject.loaded.model)))
+    num_tokens = scored.num_tokens.sum()
+    return math.exp(nll.sum() / num_tokens), math.exp(unigram_nll(counts, scored.ids).sum() / num_tokens)
+
+
+def _scored_each(subject: Subject) -> int:
+    """Tokens of each held-out document, so that all of them cost about the same on any machine."""
+    total = SCORED_TOKENS_QUICK if subject.quick else SCORED_TOKENS
+    context = min(subject.loaded.context_length, MAX_WINDOW)
+    return max(2, min(context - 1, total // len(subject.held_out)))
+
+
+def _protocol(subject: Subject, dtype: torch.dtype) -> Protocol:
+    return make_protocol(
+        "full", None, None, prefix_id=subject.tokenizer.prefix_id, dtype=str(dtype).removeprefix("torch."),
+        context_length=subject.loaded.context_length,
+    )  # fmt: skip
+
+
+def causality(subject: Subject) -> CheckResult:
+    """Changing a token changes no logit before it, and does change those after it.
+
+    Catches a mask that is off by one, or missing: the model would read the answer.
+    """
+    words = Judgement(
+        "causality",
+        f"logits before the changed token move by less than {UNCHANGED:g} of their spread, those after it move",
+        "A position sees the token that it has to predict; every loss would be too good, and generation nonsense.",
+        "Do not train with this model and version of transformers; report it with this output.",
+    )
+    block = _probe_stream(subject, num_documents=1).block(0)
+    before = _logits(subject, stack([block]))
+    changed = int(block.segment_lengths[0]) // 2
+    block.input_ids[changed] = _another_id(subject, int(block.input_ids[changed]))
+    after = _logits(subject, stack([block]))
+    past = int(block.segment_lengths[0])
+    earlier, later = _largest_change(before, after, 0, changed), _largest_change(before, after, changed, past)
+    return words.judge(
+        earlier <= UNCHANGED < later,
+        f"token {changed} of {past} changed: at most {earlier:.1e} of the logits' spread before it, {later:.1e} after",
+        before=earlier,
+        after=later,
+    )
+
+
+def isolation(subject: Subject) -> CheckResult:
+    """Changing a document changes nothing in its neighbours in the block, which read as if they stood alone.
+
+    Catches packed documents that see each other, and positions that do not begin anew with each document.
+    """
+    words = Judgement(
+        "isolation",
+        f"neighbours move by less than {UNCHANGED:g} of the logits' spread, and equal the document alone",
+        "Packed documents see each other: training and perplexity would depend on what stands beside a text.",
+        "Do not train with this model and version of transformers; report it with this output.",
+    )
+    stream = _probe_stream(subject, num_documents=4)
+    block = stream.block(0)
+    edges = np.concatenate([[0], np.cumsum(block.segment_lengths)])
+    if len(edges) < 4:
+        return words.skip("the sample holds fewer than three documents with text")
+    before = _logits(subject, stack([block]))
+    first, past = int(edges[1]), int(edges[2])
+    for position in range(first, past):
+        block.input_ids[position] = _another_id(subject, int(block.input_ids[position]))
+    after = _logits(subject, stack([block]))
+    own = _largest_change(before, after, first, past)
+    beside = max(_largest_change(before, after, 0, first), _largest_change(before, after, past, int(edges[3])))
+    alone = _logits(subject, _row(block.input_ids[past : int(edges[3])]))
+    apart = float((alone - before[past : int(edges[3])]).abs().max() / before.std())
+    # Half precision rounds otherwise in rows of another length; that is no leak.
+    near = UNCHANGED if subject.dtype == torch.float32 else 0.5
+    return words.judge(
+        beside <= UNCHANGED < own and apart <= near,
+        f"neighbours moved by {beside:.1e} of the logits' spread (the document itself by {own:.1e}); packed against "
+        f"alone {apart:.1e}",
+        neighbours=beside,
+        itself=own,
+        packed_against_alone=apart,
+    )
+
+
+def _probe_stream(subject: Subject, num_documents: int) -> PackedStream:
+    """One block with the beginnings of a few held-out documents, each with its end token."""
+    length = min(PROBE_POSITIONS, subject.loaded.context_length)
+    documents = [document for document in subject.held_out if len(document.text) > 1][:num_documents]
+    return subject.stream(documents, length, max_tokens=max(2, length // max(1, len(documents)) - 2))
+
+
+def _row(input_ids: np.ndarray) -> Batch:
+    length = len(input_ids)
+    targets = np.full((1, length), IGNORE_INDEX, np.int64)
+    return Batch(input_ids[None], targets, np.arange(length)[None], np.array([length], np.int64))
+
+
+def _logits(subject: Subject, batch: Batch) -> torch.Tensor:
+    """Of the only row of a batch, float32, shape (row_length, num_rows)."""
+    model = subject.loaded.model
+    with torch.no_grad():
+        states = hidden_states(model, batch, subject.dtype)[0]
+        return states.float() @ head_weight(model).float().T
+
+
+def _another_id(subject: Subject, token: int) -> int:
+    """A text token that is not this one."""
+    return (token + 7919) % min(subject.tokenizer.num_ids, len(head_weight(subject.loaded.model)))
+
+
+def _largest_change(before: torch.Tensor, after: torch.Tensor, begin: int, end: int) -> float:
+    """Largest difference of a logit at positions begin to end - 1, in standard deviations of the logits."""
+    if begin >= end:
+        return 0.0
+    return float((after[begin:end] - before[begin:end]).abs().max() / before.std())
+
+
+def precision(subject: Subject) -> CheckResult:
+    """The compute dtype against float32: the drift in nats a token, and how near fp16 comes to overflowing.
+
+    Catches a dtype in which this model loses its accuracy, or overflows to infinity (fp16 ends at 65,504).
+    """
+    words = Judgement(
+        "precision",
+        f"mean nll within {MAX_DRIFT:g} nats a token of float32; in float16, activations below half of its range",
+        "In this compute type the model's numbers are not those of its weights.",
+        "Train and evaluate with --dtype float32, or --dtype bfloat16 where the hardware has it.",
+    )
+    largest = _largest_activation(subject)
+    share = largest / FP16_LARGEST
+    if subject.dtype == torch.float32:
+        return words.skip(
+            f"the run computes in float32 (in float16, activations would reach {share:.1%} of its range)",
+            largest_activation=largest,
+        )
+    scored = encode_documents(subject.held_out, subject.tokenizer, first_tokens=_scored_each(subject))
+    half, full = (
+        document_nll(subject.loaded.model, scored, _protocol(subject, dtype), dtype).sum()
+        for dtype in (subject.dtype, torch.float32)
+    )
+    drift = float(half - full) / int(scored.num_tokens.sum())
+    name = str(subject.dtype).removeprefix("torch.")
+    overflows = subject.dtype == torch.float16 and share > 0.5
+    return words.judge(
+        abs(drift) <= MAX_DRIFT and not overflows,
+        f"{name} drifts by {drift:+.1e} nats a token; activations up to {share:.1%} of float16's range",
+        drift=drift,
+        largest_activation=largest,
+    )
+
+
+def _largest_activation(subject: Subject) -> float:
+    """Largest absolute output of any module on a probe block, float32."""
+    largest = 0.0
+
+    def look(module: torch.nn.Module, inputs: object, output: object) -> None:
+        nonlocal largest
+        found = output[0] if isinstance(output, tuple) else output
+        if isinstance(found, torch.Tensor) and found.is_floating_point() and found.numel():
+            largest = max(largest, float(found.detach().abs().max()))
+
+    hooks = [module.register_forward_hook(look) for module in subject.loaded.model.base_model.modules()]
+    try:
+        with torch.no_grad():
+            hidden_states(subject.loaded.model, stack([_probe_stream(subject, 4).block(0)]), torch.float32)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return largest
+
+
+def truth(subject: Subject) -> CheckResult:
+    """The held-out nll through our path equals that of the plain transformers model, one document at a time.
+
+    Catches any fault of ours in packing, attention, shift, windows or loss: the peer shares none of it.
+    """
+    words = Judgement(
+        "truth",
+        f"total nats within {SAME_NLL:g} of transformers' own loss",
+        "Our figures are not those of the model; none of them can be trusted.",
+        "Do not use this model with this version; report it with this output.",
+    )
+    model = subject.loaded.model
+    scored = encode_documents(subject.held_out, subject.tokenizer, first_tokens=_scored_each(subject))
+    ours = float(document_nll(model, scored, _protocol(subject, torch.float32), torch.float32).sum())
+    theirs = 0.0
+    model.set_attn_implementation("sdpa")
+    try:
+        for ids in scored.ids:
+            inputs = torch.tensor([[subject.tokenizer.prefix_id, *ids.tolist()]], device=subject.device)
+            labels = inputs.clone()
+            labels[:, 0] = IGNORE_INDEX
+            with torch.no_grad():
+                theirs += float(model(input_ids=inputs, labels=labels).loss) * len(ids)
+    finally:
+        use_document_attention(model)
+    difference = ours / theirs - 1
+    return words.judge(
+        abs(difference) <= SAME_NLL,
+        f"{ours:,.3f} nats, transformers {theirs:,.3f} (relative difference {difference:+.1e}) over "
+        f"{int(scored.num_tokens.sum()):,} tokens",
+        ours=ours,
+        theirs=theirs,
+        num_tokens=int(scored.num_tokens.sum()),
+    )

@@ -1,0 +1,122 @@
+"""What a check works with and what it says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from cartilha.blocks.packing import PackedStream
+from cartilha.corpus.document import Document
+from cartilha.model.load import LoadedModel
+from cartilha.tokens.store import TokenStore
+from cartilha.tokens.tokenizer import TextTokenizer
+
+Outcome = Literal["passed", "failed", "not applicable"]
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """What a check found.
+
+    Attributes:
+        name: Of the check.
+        outcome: Passed, failed or not applicable.
+        measured: The figure that was found, in words.
+        expected: What a sound set-up gives.
+        meaning: What a failure means (where the check does not apply: why not).
+        remedy: What to do then.
+        figures: The numbers behind `measured`.
+        seconds: How long it took.
+    """
+
+    name: str
+    outcome: Outcome
+    measured: str
+    expected: str
+    meaning: str
+    remedy: str
+    figures: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is checked.
+
+    Attributes:
+        loaded: The model, in float32 and with attention within documents.
+        tokenizer: The model's own.
+        dtype: Compute dtype of the run to come.
+        held_out: A sample of the text that would be scored, at least two documents.
+        training: A sample of the text that would be trained on.
+        store: Where both come from; None where they come from the primer.
+        block_size: Tokens a block.
+        lr: Peak learning rate of the run to come.
+        micro_batch_size: Blocks a forward pass of the run to come.
+        output: Where the run would write.
+        quick: Less of everything.
+        is_random: Whether fresh weights were asked for (a `random:` model).
+    """
+
+    loaded: LoadedModel
+    tokenizer: TextTokenizer
+    dtype: torch.dtype
+    held_out: Sequence[Document]
+    training: Sequence[Document]
+    store: TokenStore | None
+    block_size: int
+    lr: float
+    micro_batch_size: int
+    output: Path
+    quick: bool
+    is_random: bool
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.loaded.model.device
+
+    def stream(self, documents: Sequence[Document], block_size: int, max_tokens: int | None = None) -> PackedStream:
+        """Documents packed in the order given, each cut to its first `max_tokens` tokens."""
+        ids = [tokens[:max_tokens] for tokens in self.tokenizer.encode([d.text for d in documents])]
+        lengths = np.array([len(tokens) for tokens in ids], np.int64)
+        return PackedStream(
+            np.concatenate([np.zeros(0, np.uint32), *ids]),
+            np.cumsum(lengths) - lengths,
+            lengths,
+            np.arange(len(ids)),
+            prefix_id=self.tokenizer.prefix_id,
+            end_id=self.tokenizer.end_id,
+            block_size=block_size,
+        )
+
+
+Check = Callable[[Subject], CheckResult]
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """The words of a check, written once; `judge` and `skip` fill in what was found."""
+
+    name: str
+    expected: str
+    meaning: str
+    remedy: str
+
+    def judge(self, passed: bool, measured: str, **figures: Any) -> CheckResult:
+        """Passed or failed, with what was measured."""
+        outcome: Outcome = "passed" if passed else "failed"
+        return CheckResult(self.name, outcome, measured, self.expected, self.meaning, self.remedy, figures)
+
+    def skip(self, reason: str, **figures: Any) -> CheckResult:
+        """Not applicable, and why."""
+        return CheckResult(self.name, "not applicable", reason, self.expected, reason, "", figures)
+
+    def instead(self, **words: str) -> Judgement:
+        """The same check with other words for this case."""
+        return replace(self, **words)

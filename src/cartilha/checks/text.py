@@ -1,0 +1,198 @@
+"""Checks of the text and its tokenizer: nothing here needs the model's weights."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+
+import numpy as np
+
+from cartilha.checks.outcome import CheckResult, Judgement, Subject
+from cartilha.corpus.english import english_sample
+from cartilha.corpus.near_duplicates import has_near_duplicate
+from cartilha.errors import UserError
+from cartilha.model.forward import head_weight
+from cartilha.tokens.tokenizer import TextTokenizer
+
+MAX_LOST_SHARE = 0.01  # of the bytes: beyond it the byte figures are refused (docs/measures.md)
+MAX_UNKNOWN_SHARE = 0.001
+MAX_NEAR_SHARE = 0.05
+IDS_A_READ = 1 << 22
+NEAR_SAMPLE = 200  # held-out documents whose near-duplicates are looked for
+NEAR_SECONDS, NEAR_SECONDS_QUICK = 60.0, 5.0  # how long the training side is gone through for them
+
+
+def round_trip(subject: Subject) -> CheckResult:
+    """decode(encode(text)) = text, and the store's tokens still say the text they were made from.
+
+    Catches a tokenizer that normalises, drops or replaces characters; unknown tokens; a store whose tokens belong to
+    another tokenizer or have been damaged. The fertility (tokens a word) tells what this language costs.
+    """
+    words = Judgement(
+        "round trip",
+        f"texts come back whole (at most {MAX_LOST_SHARE:.0%} of the bytes lost), no unknown tokens",
+        "The tokenizer does not keep this text, so that the model would read, and be scored on, another one.",
+        "Use the model's own tokenizer and look at the documents named; `cartilha prepare --overwrite` makes the store "
+        "anew.",
+    )
+    tokenizer = subject.tokenizer
+    texts = [document.text for document in subject.held_out]
+    ids = tokenizer.encode(texts)
+    lost = [
+        document
+        for document, decoded in zip(subject.held_out, tokenizer.decode_batch(ids), strict=True)
+        if decoded != document.text
+    ]
+    num_bytes = sum(len(text.encode()) for text in texts)
+    lost_share = sum(len(document.text.encode()) for document in lost) / max(1, num_bytes)
+    damaged = _damaged_share(subject)
+    num_tokens, unknown = sum(map(len, ids)), _unknown_id(tokenizer)
+    unknown_share = sum(int((tokens == unknown).sum()) for tokens in ids) / max(1, num_tokens)
+    here, english = _fertility(tokenizer, texts), _fertility(tokenizer, english_sample())
+    measured = (
+        f"{lost_share:.2%} of the bytes lost, {unknown_share:.2%} unknown tokens; {here[0]:.2f} tokens a word and "
+        f"{here[1]:.2f} bytes a token (English {english[0]:.2f} and {english[1]:.2f})"
+    )
+    if lost:
+        measured += f"; not kept: {', '.join(document.id for document in lost[:3])}"
+    if damaged:
+        measured += f"; {damaged:.1%} of the store's training documents do not say what they were made from"
+    return words.judge(
+        lost_share <= MAX_LOST_SHARE and damaged <= MAX_LOST_SHARE and unknown_share <= MAX_UNKNOWN_SHARE,
+        measured,
+        lost_share=lost_share,
+        damaged_share=damaged,
+        unknown_share=unknown_share,
+        tokens_per_word=here[0],
+        bytes_per_token=here[1],
+        english_tokens_per_word=english[0],
+        english_bytes_per_token=english[1],
+    )
+
+
+def _damaged_share(subject: Subject) -> float:
+    """Share of the training sample whose tokens decode to another text than the one that was hashed."""
+    if subject.store is None or not subject.training:
+        return 0.0
+    known = subject.store.labels("train")["text_hash"][: len(subject.training)]
+    pairs = zip(subject.training, known, strict=True)
+    return sum(document.text_hash != text_hash for document, text_hash in pairs) / len(subject.training)
+
+
+def _unknown_id(tokenizer: TextTokenizer) -> int:
+    """The id of the unknown token, or -1 where the tokenizer has none."""
+    model = json.loads(tokenizer.backend.to_str())["model"]
+    if isinstance(model.get("unk_id"), int):
+        return int(model["unk_id"])
+    found = tokenizer.backend.token_to_id(model["unk_token"]) if model.get("unk_token") else None
+    return -1 if found is None else found
+
+
+def _fertility(tokenizer: TextTokenizer, texts: list[str]) -> tuple[float, float]:
+    """Tokens a word (split at white space), bytes a token."""
+    num_tokens = sum(map(len, tokenizer.encode(texts)))
+    num_words = sum(len(text.split()) for text in texts)
+    return num_tokens / max(1, num_words), sum(len(text.encode()) for text in texts) / max(1, num_tokens)
+
+
+def vocabulary(subject: Subject) -> CheckResult:
+    """Every id has a row, and the store's ids are this tokenizer's: "do I have to adjust vocab_size?", answered.
+
+    Catches a store of another model's tokenizer, ids beyond the embedding, and special tokens without a row.
+    """
+    tokenizer, model = subject.tokenizer, subject.loaded.model
+    rows = int(head_weight(model).shape[0])
+    input_rows = int(model.get_input_embeddings().weight.shape[0])
+    tied = head_weight(model) is model.get_input_embeddings().weight
+    special = {name: getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
+    largest = max([tokenizer.num_ids - 1, *(i for i in special.values() if i is not None)])
+    used = set(tokenizer.backend.get_vocab(with_added_tokens=True).values())
+    num_unused = rows - len([i for i in used if i < rows])
+    store_largest = _largest_id(subject)
+    same = subject.store is None or subject.store.fingerprint == tokenizer.fingerprint()
+    passed = largest < min(rows, input_rows) and store_largest < min(rows, input_rows) and same
+    named = ", ".join(f"{name} {value}" for name, value in special.items() if value is not None)
+    measured = (
+        f"{tokenizer.num_ids:,} ids, {input_rows:,} embedding rows, head {'tied' if tied else f'of {rows:,} rows'}; "
+        f"{num_unused:,} rows that no token uses; {named}"
+    )
+    if subject.store is not None:
+        measured += f"; largest id in the store {store_largest:,}"
+    if not same:
+        measured += "; the store was made with another tokenizer"
+    words = Judgement(
+        "vocabulary",
+        "every id has a row"
+        + ("" if subject.store is None else ", and the store was made with this tokenizer")
+        + (
+            f" (do not adjust vocab_size: the {num_unused} spare rows do no harm and stay)"
+            if passed and num_unused
+            else ""
+        ),
+        "Model and tokens do not belong together: training would fail, or teach the model noise.",
+        "Prepare the store with this model's own tokenizer (cartilha prepare --model MODEL); never resize the "
+        "embedding to make the error go away.",
+    )
+    return words.judge(
+        passed,
+        measured,
+        num_ids=tokenizer.num_ids,
+        num_rows=rows,
+        num_unused_rows=num_unused,
+        tied_head=tied,
+        special_ids=special,
+        largest_store_id=None if subject.store is None else store_largest,
+        same_tokenizer=same,
+    )
+
+
+def _largest_id(subject: Subject) -> int:
+    """Of both sides of the store, read a few MB at a time; -1 without one."""
+    largest = -1
+    if subject.store is not None:
+        for tokens in (subject.store.tokens("train"), subject.store.tokens("validation")):
+            for begin in range(0, len(tokens), IDS_A_READ):
+                largest = max(largest, int(tokens[begin : begin + IDS_A_READ].max()))
+    return largest
+
+
+def leak(subject: Subject) -> CheckResult:
+    """No evaluation document is in training, word for word or nearly.
+
+    Catches a store whose sides were made by hand, or whose text holds copies: its held-out figures would flatter.
+    """
+    words = Judgement(
+        "leak",
+        f"no held-out document in training, at most {MAX_NEAR_SHARE:.0%} near-duplicates",
+        "The model is scored on text that it was trained on; the figures would be too good.",
+        "Prepare the store anew with --near_duplicates, which keeps copies on one side.",
+    )
+    if subject.store is None:
+        return words.skip("there is no store with a training side")
+    known = set(subject.store.labels("train")["text_hash"])
+    held_out = subject.store.labels("validation")["text_hash"]
+    exact = sum(text_hash in known for text_hash in held_out)
+    measured = f"{exact:,} of {len(held_out):,} held-out documents in training"
+    scored = [document.text for document in subject.held_out[:NEAR_SAMPLE]]
+    near: float | None = None
+    seen = 0
+
+    def training() -> Iterator[str]:
+        nonlocal seen
+        assert subject.store is not None
+        deadline = time.monotonic() + (NEAR_SECONDS_QUICK if subject.quick else NEAR_SECONDS)
+        for document in subject.store.read_documents("train"):
+            yield document.text
+            seen += 1
+            if time.monotonic() > deadline:
+                return
+
+    try:
+        near = float(np.mean(has_near_duplicate(scored, training())))
+        measured += f"; {near:.1%} of {len(scored)} have a near-duplicate among {seen:,} training documents"
+    except UserError as error:  # the extra is missing, and its sentence names it
+        measured += f"; near-duplicates not looked for ({error})"
+    return words.judge(
+        exact == 0 and (near or 0.0) <= MAX_NEAR_SHARE, measured, num_exact=exact, near_duplicate_share=near
+    )
