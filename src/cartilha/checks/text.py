@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 
 import numpy as np
+import torch
 
 from cartilha.checks.outcome import CheckResult, Judgement, Subject
 from cartilha.corpus.english import english_sample
@@ -77,7 +78,8 @@ def _damaged_share(subject: Subject) -> float:
         return 0.0
     known = subject.store.labels("train")["text_hash"][: len(subject.training)]
     pairs = zip(subject.training, known, strict=True)
-    return sum(document.text_hash != text_hash for document, text_hash in pairs) / len(subject.training)
+    differing: int = sum(document.text_hash != text_hash for document, text_hash in pairs)
+    return differing / len(subject.training)
 
 
 def _unknown_id(tokenizer: TextTokenizer) -> int:
@@ -103,8 +105,9 @@ def vocabulary(subject: Subject) -> CheckResult:
     """
     tokenizer, model = subject.tokenizer, subject.loaded.model
     rows = int(head_weight(model).shape[0])
-    input_rows = int(model.get_input_embeddings().weight.shape[0])
-    tied = head_weight(model) is model.get_input_embeddings().weight
+    embedding = model.get_input_embeddings().weight
+    assert isinstance(embedding, torch.Tensor)
+    input_rows, tied = len(embedding), head_weight(model) is embedding
     special = {name: getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
     largest = max([tokenizer.num_ids - 1, *(i for i in special.values() if i is not None)])
     used = set(tokenizer.backend.get_vocab(with_added_tokens=True).values())

@@ -27,7 +27,8 @@ SAME_GRADIENT = 1e-3  # relative, of two gradients; norms of sums in another ord
 OVERFIT_PERPLEXITY = 1.5
 OVERFIT_TEXTS, OVERFIT_TEXTS_QUICK = 100, 8
 OVERFIT_TOKENS, OVERFIT_TOKENS_QUICK = 128, 24  # of each text
-OVERFIT_PASSES, OVERFIT_PASSES_FRESH = 60, 600  # pretrained and fresh weights
+OVERFIT_PASSES = 600  # at most: fresh weights of a small model need about a hundred
+OVERFIT_PATIENCE = 15  # passes in which the loss must fall by a fiftieth, or learning has stopped
 OVERFIT_WEIGHT_DECAY = 0.0  # it works against what is asked for here
 
 
@@ -94,9 +95,8 @@ def overfit(subject: Subject) -> CheckResult:
     documents = subject.training[:texts]
     stream = subject.stream(documents, min(subject.block_size, 256, subject.loaded.context_length), max_tokens=length)
     sampler = _sampler(stream, blocks_per_step=min(8, len(stream)))
-    passes = OVERFIT_PASSES_FRESH if subject.is_random else OVERFIT_PASSES
-    num_steps = passes * sampler.steps_per_epoch
-    curve: list[float] = []
+    num_steps = OVERFIT_PASSES * sampler.steps_per_epoch
+    losses: list[float] = []
     with _weights_kept(subject.loaded.model):
         state = _state(subject, subject.lr, OVERFIT_WEIGHT_DECAY)
         nll = 0.0
@@ -105,10 +105,11 @@ def overfit(subject: Subject) -> CheckResult:
         for step in _steps(subject, state, sampler, schedule, subject.micro_batch_size):
             nll += float(step.loss) * step.num_targets
             if step.ends_epoch:
-                curve.append(_perplexity(nll / sampler.targets_per_epoch))
+                losses.append(nll / sampler.targets_per_epoch)
                 nll = 0.0
-                if not curve[-1] >= OVERFIT_PERPLEXITY:
+                if losses[-1] < math.log(OVERFIT_PERPLEXITY) or _has_stopped(losses):
                     break
+    curve = [_perplexity(loss) for loss in losses]
     shown = " -> ".join(f"{curve[i]:,.2f}" for i in sorted({0, len(curve) // 4, len(curve) // 2, len(curve) - 1}))
     return words.judge(
         curve[-1] < OVERFIT_PERPLEXITY,
@@ -118,6 +119,14 @@ def overfit(subject: Subject) -> CheckResult:
         num_tokens=sampler.targets_per_epoch,
         lr=subject.lr,
     )
+
+
+def _has_stopped(losses: list[float]) -> bool:
+    """Whether the loss is no number, or the last passes brought less than a fiftieth."""
+    if not math.isfinite(losses[-1]):
+        return True
+    before, latest = losses[:-OVERFIT_PATIENCE], losses[-OVERFIT_PATIENCE:]
+    return bool(before) and min(latest) > 0.98 * min(before)
 
 
 def _perplexity(loss: float) -> float:
@@ -248,13 +257,15 @@ def gradients(subject: Subject) -> CheckResult:
 
 
 def resume(subject: Subject) -> CheckResult:
-    """Three steps, with a stop after the second and a resume from disk, give the losses of an unbroken run.
+    """Three steps, with a stop after the first and a resume from disk, give the losses of an unbroken run.
+
+    The second step's update needs the moments of the first, and the third step's loss shows it.
 
     Catches a checkpoint that forgets weights, moments, schedule, scaler or the position in the data.
     """
     words = Judgement(
         "resume",
-        "the third step's loss equals the unbroken run's"
+        "the losses equal the unbroken run's"
         + (", bit for bit" if subject.device.type == "cpu" else f" to {SAME_GRADIENT:g}"),
         "A run that is interrupted and resumed would not be the run that was asked for.",
         "Report it with this output; until then do not resume runs.",
@@ -269,7 +280,7 @@ def resume(subject: Subject) -> CheckResult:
         losses = []
         for step in _steps(subject, state, sampler, schedule, 1):
             losses.append(float(step.loss))
-            if step.step == 2:
+            if step.step == 1:
                 break
         checkpoint = save_checkpoint(Path(directory), state, {})
         with torch.no_grad():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from cartilha.corpus.primer import read_primer
 from cartilha.errors import CheckFailedError, UserError
 from cartilha.model.load import load_model
 from cartilha.pipeline.held_out import model_tokenizer
+from cartilha.pipeline.run_setup import Run
 from cartilha.runtime import choose_device, choose_dtype, free_memory_bytes
 from cartilha.tokens.store import TokenStore
 from cartilha.training.memory import plan_micro_batch
@@ -130,14 +131,19 @@ def _broken(check: Check, error: Exception) -> CheckResult:
     )
 
 
-def refuse_if_failed(subject_of: Callable[[], Subject]) -> None:
+def refuse_if_failed(run: Run) -> None:
     """Run the cheap checks and stop a training whose set-up is wrong.
+
+    Args:
+        run: Assembled, and with nothing of it written yet.
 
     Raises:
         CheckFailedError: Naming the first check that failed, what it means, and the remedy.
     """
     began = time.monotonic()
-    results = run_checks(subject_of(), CHEAP_CHECKS)
+    run.loaded.model.train(False)  # dropout would move every logit
+    results = run_checks(_subject_of_run(run), CHEAP_CHECKS)
+    run.loaded.model.train(run.config.dropout)
     failed = [result for result in results if result.outcome == "failed"]
     if failed:
         first = failed[0]
@@ -147,6 +153,24 @@ def refuse_if_failed(subject_of: Callable[[], Subject]) -> None:
         )
     names = ", ".join(result.name for result in results if result.outcome == "passed")
     log.info("Checked before step 1: %s (%.1f s).", names, time.monotonic() - began)
+
+
+def _subject_of_run(run: Run) -> Subject:
+    held_out, trained_on = sample_documents(run.store, quick=True)
+    return Subject(
+        loaded=run.loaded,
+        tokenizer=run.tokenizer,
+        dtype=run.dtype,
+        held_out=held_out,
+        training=trained_on,
+        store=run.store,
+        block_size=run.config.block_size,
+        lr=run.schedule.peak_lr,
+        micro_batch_size=run.micro_batch_size,
+        output=run.path,
+        quick=True,
+        is_random=run.config.model.startswith("random:"),
+    )
 
 
 def _subject(config: CheckConfig) -> Subject:

@@ -15,6 +15,7 @@ from cartilha.config import GenerateConfig, TrainConfig
 from cartilha.console import progress as show_progress
 from cartilha.errors import InterruptedRunError, OutOfMemoryError, UserError
 from cartilha.evaluation.measures import Evaluation
+from cartilha.pipeline.check import refuse_if_failed
 from cartilha.pipeline.evaluate import evaluate_loaded
 from cartilha.pipeline.model_card import model_card
 from cartilha.pipeline.run_files import (
@@ -73,6 +74,7 @@ def train(config: TrainConfig, *, prompts: GenerateConfig | None = None) -> Trai
         prompts: Prompts that the model continues before and after; by default the default prompt.
 
     Raises:
+        CheckFailedError: The set-up is unsound (see `cartilha check`); nothing was written.
         UserError: Settings that cannot work, named before anything is computed.
         OutOfMemoryError: The device's memory did not suffice; the run is recorded so.
         InterruptedRunError: Asked to stop; a checkpoint is saved.
@@ -86,6 +88,8 @@ def train(config: TrainConfig, *, prompts: GenerateConfig | None = None) -> Trai
         if path is None:
             return _nothing_to_do(output)
         run = assemble(config, path, prompts or GenerateConfig(), resume)
+        if not config.skip_checks:
+            refuse_if_failed(run)
         setting = facts(run)
         if world()[0] == 0:
             check_space(run)

@@ -1,0 +1,395 @@
+"""Each check finds the fault that it is there for, and a sound set-up passes them all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, normalizers
+from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, OPTConfig
+
+from cartilha.blocks.packing import PackedStream, stack
+from cartilha.checks import machine, model, text, training
+from cartilha.checks.outcome import CheckResult, Subject
+from cartilha.corpus.document import Document
+from cartilha.corpus.primer import read_primer
+from cartilha.evaluation import nll as nll_module
+from cartilha.model import attention, forward
+from cartilha.model import loss as loss_module
+from cartilha.model.load import load_model, prepare_model
+from cartilha.pipeline.check import CHEAP_CHECKS, CHECKS, run_checks, sample_documents
+from cartilha.tokens.store import TokenStore, writing_store
+from cartilha.tokens.tokenizer import TextTokenizer, load_tokenizer
+from cartilha.training import checkpoint as checkpoint_module
+from cartilha.training import loop
+
+OPT_TOKENIZER = Path(__file__).parents[3] / "shared" / "opt_tokenizer"
+CPU = torch.device("cpu")
+
+
+def subject_of(loaded: Any, tokenizer: TextTokenizer, folder: Path, **changes: Any) -> Subject:
+    held_out, trained_on = sample_documents(None, quick=True)
+    subject = Subject(
+        loaded=loaded, tokenizer=tokenizer, dtype=torch.float32, held_out=held_out, training=trained_on, store=None,
+        block_size=128, lr=3e-3, micro_batch_size=2, output=folder, quick=True, is_random=True,
+    )  # fmt: skip
+    return replace(subject, **changes)
+
+
+@pytest.fixture()
+def fresh(tmp_path) -> Subject:
+    tokenizer = load_tokenizer("random:tiny")
+    return subject_of(load_model("random:tiny", CPU, tokenizer=tokenizer), tokenizer, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory) -> Iterator[Subject]:
+    """A tiny model that has learnt something: below a unigram model."""
+    tokenizer = load_tokenizer("random:tiny")
+    subject = subject_of(load_model("random:tiny", CPU, tokenizer=tokenizer), tokenizer, tmp_path_factory.mktemp("run"))
+    sampler = training._sampler(subject.stream(subject.training, 128), blocks_per_step=4)
+    for _ in training._steps(subject, training._state(subject, 0.02), sampler, loop.Schedule(150, 0.02, 0.1, 0.1), 4):
+        pass
+    yield replace(subject, is_random=False)
+
+
+@pytest.fixture()
+def store(tmp_path) -> TokenStore:
+    """The primer's first texts, split by hand."""
+    return TokenStore(made_store(tmp_path / "store", list(read_primer())[:30], leaked=0))
+
+
+def made_store(path: Path, documents: list[Document], leaked: int, tokenizer: TextTokenizer | None = None) -> Path:
+    """Ten documents held out, of which so many are trained on, too."""
+    with writing_store(path, tokenizer or load_tokenizer("random:tiny"), replace=False) as writer:
+        held_out, trained = documents[:10], documents[10:] + documents[:leaked]
+        writer.add("validation", held_out, [d.text_hash for d in held_out])
+        writer.add("train", trained, [d.text_hash for d in trained])
+        writer.finish({"inputs": [], "settings": {}, "dropped": {}})
+    return path
+
+
+def on_store(subject: Subject, store: TokenStore) -> Subject:
+    held_out, trained_on = sample_documents(store, quick=True)
+    return replace(subject, store=store, held_out=held_out, training=trained_on)
+
+
+def failed(results: list[CheckResult]) -> list[str]:
+    return [result.name for result in results if result.outcome == "failed"]
+
+
+# A sound set-up passes
+
+
+def architectures() -> dict[str, Any]:
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 512}
+    return {
+        "opt": lambda v: OPTConfig(vocab_size=v, word_embed_proj_dim=64, ffn_dim=128, **shape),
+        "gpt2": lambda v: GPT2Config(vocab_size=v, n_embd=64, n_layer=2, n_head=4, n_positions=512),
+        "llama": lambda v: LlamaConfig(vocab_size=v, intermediate_size=128, **shape),
+        "gpt_neox": lambda v: GPTNeoXConfig(vocab_size=v, intermediate_size=128, **shape),
+    }
+
+
+@pytest.mark.parametrize("name", list(architectures()))
+def test_no_false_alarm(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "OVERFIT_TEXTS_QUICK", 3)
+    if not OPT_TOKENIZER.is_dir():
+        pytest.skip("needs ../shared/opt_tokenizer, a real tokenizer")
+    tokenizer = load_tokenizer(str(OPT_TOKENIZER))
+    torch.manual_seed(1)
+    config = architectures()[name](50272)
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    loaded = prepare_model(plain, name, CPU, tokenizer)
+    before = {key: value.clone() for key, value in loaded.model.state_dict().items()}
+    results = run_checks(subject_of(loaded, tokenizer, tmp_path), CHECKS)
+    assert failed(results) == []
+    outcomes = {result.name: result.outcome for result in results}
+    assert {n for n, outcome in outcomes.items() if outcome == "not applicable"} == {"precision", "leak"}
+    for key, value in loaded.model.state_dict().items():
+        assert torch.equal(value, before[key]), "the checks put the weights back"
+    assert not list(tmp_path.iterdir()), "and leave no file"
+
+
+def test_a_taught_model_on_a_store_passes(taught, store):
+    results = run_checks(on_store(taught, store), CHECKS)
+    assert failed(results) == []
+    assert {r.name for r in results if r.outcome == "not applicable"} == {"precision"}
+    start = next(r for r in results if r.name == "start")
+    assert start.figures["pretrained"] < start.figures["unigram"] < start.figures["num_rows"]
+
+
+def test_every_result_says_what_it_means(fresh):
+    for result in run_checks(fresh, CHECKS):
+        assert result.name and result.measured and result.expected and result.meaning and result.seconds >= 0
+        assert result.remedy or result.outcome == "not applicable"
+
+
+# Planted faults
+
+
+def test_a_mask_that_is_off_by_one(fresh, monkeypatch):
+    plain = F.scaled_dot_product_attention
+
+    def sees_the_next(query, key, value, attn_mask=None, is_causal=False, **kwargs):
+        length = query.shape[2]
+        mask = torch.ones(length, length, dtype=torch.bool).tril(1)
+        return plain(query, key, value, attn_mask=mask, **kwargs)
+
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", sees_the_next)
+    assert failed(run_checks(fresh, (model.causality,))) == ["causality"]
+
+
+def test_a_mask_that_hides_the_token_itself(taught, monkeypatch):
+    plain = F.scaled_dot_product_attention
+
+    def sees_only_before(query, key, value, attn_mask=None, is_causal=False, **kwargs):
+        length = query.shape[2]
+        mask = torch.ones(length, length, dtype=torch.bool).tril(-1)
+        mask[0, 0] = True
+        return plain(query, key, value, attn_mask=mask, **kwargs)
+
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", sees_only_before)
+    # No future is seen, so that only the peer can tell; its own attention runs through the same function, unpatched.
+    monkeypatch.setattr(model, "_plain_nll", _with(monkeypatch, plain, model._plain_nll))
+    assert failed(run_checks(taught, (model.causality, model.truth))) == ["truth"]
+
+
+def _with(monkeypatch, plain, function):
+    def call(*arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(F, "scaled_dot_product_attention", plain)
+            return function(*arguments)
+
+    return call
+
+
+def test_documents_that_see_each_other(fresh, monkeypatch):
+    real = forward._segments
+
+    def one_segment(batch, device, dtype):
+        rows, length = batch.input_ids.shape
+        return replace(real(batch, device, dtype), lengths=(length,) * rows)
+
+    monkeypatch.setattr(forward, "_segments", one_segment)
+    assert failed(run_checks(fresh, (model.causality, model.isolation))) == ["isolation"]
+
+
+def test_positions_that_go_on_from_the_document_before(fresh, monkeypatch):
+    real = PackedStream.block
+
+    def counted_through(self, index):
+        block = real(self, index)
+        return replace(block, position_ids=np.arange(len(block.input_ids)))
+
+    tokenizer = fresh.tokenizer
+    learnt = replace(fresh, loaded=load_model("random:tiny-opt", CPU, tokenizer=tokenizer))  # learnt positions
+    assert failed(run_checks(learnt, (model.isolation,))) == []
+    monkeypatch.setattr(PackedStream, "block", counted_through)
+    assert failed(run_checks(learnt, (model.isolation,))) == ["isolation"]
+
+
+def test_labels_that_are_not_shifted_in_training(fresh, monkeypatch):
+    real = PackedStream.block
+
+    def unshifted(self, index):
+        block = real(self, index)
+        return replace(block, targets=np.where(block.targets >= 0, block.input_ids, block.targets))
+
+    monkeypatch.setattr(PackedStream, "block", unshifted)
+    assert failed(run_checks(fresh, (model.truth,))) == ["truth"]
+
+
+def test_labels_that_are_not_shifted_in_evaluation(fresh, monkeypatch):
+    real = nll_module._batch
+
+    def unshifted(*arguments):
+        batch = real(*arguments)
+        return replace(batch, targets=np.where(batch.targets >= 0, batch.input_ids, batch.targets))
+
+    monkeypatch.setattr(nll_module, "_batch", unshifted)
+    assert failed(run_checks(fresh, (model.truth,))) == ["truth"]
+
+
+def test_weights_left_random(taught, fresh):
+    assert failed(run_checks(taught, (model.start,))) == []
+    assert failed(run_checks(replace(fresh, is_random=False), (model.start,))) == ["start"]
+
+
+def test_a_tokenizer_of_another_model(taught):
+    """The same number of ids, other meanings: nothing but the start can tell."""
+    settings = taught.tokenizer.backend.to_str()
+    backend = Tokenizer.from_str(settings)
+    backend.normalizer = normalizers.Sequence(
+        [
+            normalizers.Replace(a, b)
+            for a, b in zip("abcdefghijklmnopqrstuvwxyz ", "QWERTYUIOPLKJHGFDSAZXCVBNM_", strict=True)
+        ]
+    )
+    other = replace(taught, tokenizer=replace(taught.tokenizer, backend=backend))
+    assert failed(run_checks(other, (model.start,))) == ["start"]
+
+
+def test_a_loss_of_the_wrong_size(fresh, monkeypatch):
+    monkeypatch.setattr(model, "batch_nll", lambda *arguments: forward.batch_nll(*arguments) * 1.02)
+    assert failed(run_checks(fresh, (model.start,))) == ["start"]
+
+
+def test_a_store_of_another_tokenizer(fresh, tmp_path):
+    backend = Tokenizer.from_str(fresh.tokenizer.backend.to_str())
+    backend.normalizer = normalizers.Lowercase()
+    other = replace(fresh.tokenizer, backend=backend)
+    store = TokenStore(made_store(tmp_path / "other", list(read_primer())[:30], 0, other))
+    results = run_checks(on_store(fresh, store), (text.round_trip, text.vocabulary))
+    assert failed(results) == ["round trip", "vocabulary"]
+    assert "another tokenizer" in results[1].measured
+
+
+def test_ids_without_a_row(fresh, store, monkeypatch):
+    tokens = store.tokens("train").copy()
+    tokens[7] = 259
+    monkeypatch.setattr(TokenStore, "tokens", lambda self, split: tokens)
+    assert failed(run_checks(on_store(fresh, store), (text.vocabulary,))) == ["vocabulary"]
+
+
+def test_tokens_that_say_something_else(fresh, store, monkeypatch):
+    tokens = np.roll(store.tokens("train"), 1)
+    monkeypatch.setattr(TokenStore, "tokens", lambda self, split: tokens)
+    assert failed(run_checks(on_store(fresh, store), (text.round_trip,))) == ["round trip"]
+
+
+def test_a_tokenizer_that_loses_text(fresh):
+    backend = Tokenizer.from_str(fresh.tokenizer.backend.to_str())
+    backend.normalizer = normalizers.StripAccents()
+    lossy = replace(fresh, tokenizer=replace(fresh.tokenizer, backend=backend))
+    backend.normalizer = normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()])
+    assert failed(run_checks(lossy, (text.round_trip,))) == ["round trip"]
+
+
+def test_a_leak(fresh, tmp_path):
+    store = TokenStore(made_store(tmp_path / "leaky", list(read_primer())[:30], leaked=1))
+    (result,) = run_checks(on_store(fresh, store), (text.leak,))
+    assert result.outcome == "failed" and "1 of 10" in result.measured
+
+
+def test_near_duplicates(fresh, tmp_path):
+    pytest.importorskip("rensa", reason="needs rensa (extra `text`)")
+    documents = list(read_primer())[:30]
+    copies = [replace(d, text=d.text.replace("que", "qual"), id=f"{d.id} again") for d in documents[:2]]
+    store = TokenStore(made_store(tmp_path / "near", documents + copies, leaked=0))
+    (result,) = run_checks(on_store(fresh, store), (text.leak,))
+    assert result.outcome == "failed" and result.figures["num_exact"] == 0
+    assert result.figures["near_duplicate_share"] == pytest.approx(0.2)
+
+
+def test_broken_accumulation(fresh, monkeypatch):
+    def mean_of_means(the_model, blocks, size, num_targets, dtype, scaler):
+        loss = torch.zeros(())
+        starts = range(0, len(blocks), size)
+        for begin in starts:
+            batch = stack(blocks[begin : begin + size])
+            share = forward.batch_nll(the_model, batch, dtype) / batch.num_targets / len(starts)
+            share.backward()
+            loss += share.detach()
+        return loss
+
+    assert failed(run_checks(fresh, (training.accumulation,))) == []
+    monkeypatch.setattr(loop, "_accumulate", mean_of_means)
+    assert failed(run_checks(fresh, (training.accumulation,))) == ["accumulation"]
+
+
+@pytest.mark.parametrize("fault", ["a gradient twice as large", "a chunk left out"])
+def test_a_broken_loss(fresh, monkeypatch, fault):
+    real = loss_module.chunk_kernel("cpu")
+
+    def doubled(logits, index, scored):
+        nll, gradient = real(logits, index, scored)
+        return nll, gradient * 2
+
+    def first_only(logits, index, scored):
+        return real(logits, index, scored * (torch.arange(len(scored))[:, None] < 32))
+
+    broken = doubled if fault.startswith("a gradient") else first_only
+    monkeypatch.setattr(loss_module, "chunk_kernel", lambda device: broken)
+    assert failed(run_checks(fresh, (training.loss,))) == ["loss"]
+
+
+@pytest.mark.parametrize("fault", ["frozen", "infinite"])
+def test_gradients_that_are_missing_or_not_finite(fresh, fault):
+    parameter = next(iter(fresh.loaded.model.parameters()))
+    if fault == "frozen":
+        parameter.requires_grad_(False)
+    else:
+        parameter.register_hook(lambda gradient: gradient * float("inf"))
+    (result,) = run_checks(fresh, (training.gradients,))
+    assert result.outcome == "failed"
+    assert "embed_tokens" in " ".join(result.figures["without" if fault == "frozen" else "infinite"])
+
+
+def test_a_rate_that_teaches_nothing(fresh):
+    (result,) = run_checks(replace(fresh, lr=1e-7), (training.overfit,))
+    assert result.outcome == "failed" and len(result.figures["curve"]) == training.OVERFIT_PATIENCE + 1
+
+
+def test_weights_that_do_not_move(fresh, monkeypatch):
+    monkeypatch.setattr(loop, "step_unless", lambda skip, optimizer: None)
+    assert failed(run_checks(fresh, (training.overfit,))) == ["overfit"]
+
+
+def test_a_checkpoint_that_forgets_the_moments(fresh, monkeypatch):
+    real = checkpoint_module.load_checkpoint
+
+    def forgetful(path, state):
+        real(path, state)
+        state.optimizer.state.clear()
+
+    assert failed(run_checks(fresh, (training.resume,))) == []
+    monkeypatch.setattr(training, "load_checkpoint", forgetful)
+    assert failed(run_checks(fresh, (training.resume,))) == ["resume"]
+
+
+def test_half_precision_that_drifts(fresh, monkeypatch):
+    half = replace(fresh, dtype=torch.bfloat16)
+    assert failed(run_checks(half, (model.precision,))) == []
+    real = model.document_nll
+
+    def drifting(the_model, documents, protocol, dtype):
+        shift = 0.02 * documents.num_tokens if dtype == torch.bfloat16 else 0.0
+        return real(the_model, documents, protocol, dtype) + shift
+
+    monkeypatch.setattr(model, "document_nll", drifting)
+    assert failed(run_checks(half, (model.precision,))) == ["precision"]
+
+
+def test_fp16_that_would_overflow(fresh, monkeypatch):
+    monkeypatch.setattr(model, "_largest_activation", lambda subject: 50_000.0)
+    monkeypatch.setattr(model, "document_nll", lambda the_model, documents, *rest: np.zeros(len(documents.ids)))
+    assert failed(run_checks(replace(fresh, dtype=torch.float16), (model.precision,))) == ["precision"]
+
+
+def test_too_little_memory_or_disk(fresh, monkeypatch):
+    assert failed(run_checks(fresh, (machine.memory_and_disk,))) == []
+    with monkeypatch.context() as patch:
+        patch.setattr(machine, "free_memory_bytes", lambda device: 1 << 20)
+        assert failed(run_checks(fresh, (machine.memory_and_disk,))) == ["memory and disk"]
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1 << 10}))
+    assert failed(run_checks(fresh, (machine.memory_and_disk,))) == ["memory and disk"]
+
+
+def test_a_check_that_breaks_has_failed(fresh, monkeypatch):
+    monkeypatch.setattr(model, "hidden_states", lambda *arguments: 1 / 0)
+    results = run_checks(fresh, CHEAP_CHECKS)
+    assert failed(results) == ["causality", "isolation"]
+    assert "ZeroDivisionError" in next(r.measured for r in results if r.name == "causality")
+
+
+def test_a_sample_without_text(fresh):
+    empty = replace(fresh, held_out=[Document("", "a", "a", "a"), Document("x", "b", "b", "b")])
+    results = run_checks(empty, (model.causality, model.isolation))
+    assert [result.outcome for result in results] == ["not applicable", "not applicable"]
