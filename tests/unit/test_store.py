@@ -15,7 +15,9 @@ from cartilha.corpus.document import Document
 from cartilha.corpus.splits import Split
 from cartilha.errors import UserError
 from cartilha.tokens import store as store_module
-from cartilha.tokens.store import TokenStore, batches, writing_store
+from cartilha.tokens import store_writer
+from cartilha.tokens.store import TokenStore, batches
+from cartilha.tokens.store_writer import writing_store
 from cartilha.tokens.tokenizer import TextTokenizer, load_tokenizer
 
 TRAIN = [
@@ -135,7 +137,7 @@ def test_a_side_without_tokens_can_be_read(tmp_path):
 
 
 def test_many_row_groups_are_one_table(tmp_path, monkeypatch):
-    monkeypatch.setattr(store_module, "ROWS_PER_GROUP", 2)
+    monkeypatch.setattr(store_writer, "ROWS_PER_GROUP", 2)
     documents = [Document(f"Texto {i}", str(i), "t", "t") for i in range(7)]
     path = write_store(tmp_path / "loja", documents, documents)
     assert pq.ParquetFile(path / "train.documents.parquet").num_row_groups == 4
@@ -216,6 +218,9 @@ def test_files_are_hashed_once_while_they_are_unchanged(path, monkeypatch):
     hashed = []
     real = store_module.file_sha256
     monkeypatch.setattr(store_module, "file_sha256", lambda file: hashed.append(file.name) or real(file))
+    TokenStore(path)
+    assert not hashed  # the writer hashed them a moment ago
+    (path / ".verified.json").unlink()
     TokenStore(path)
     assert len(hashed) == len(FILES)
     TokenStore(path)

@@ -121,10 +121,11 @@ def leak_rate(clusters: np.ndarray, validation: np.ndarray, train: np.ndarray | 
 
 
 def split_documents(
-    text_hashes: Sequence[str],
+    text_hashes: Sequence[str] | np.ndarray,
     rule: SplitRule,
     clusters: np.ndarray | None = None,
     given: np.ndarray | None = None,
+    own: np.ndarray | None = None,
 ) -> SplitResult:
     """Decide which documents are held out.
 
@@ -134,6 +135,7 @@ def split_documents(
         clusters: A number for each document that its near-duplicates share; None where they were not looked for.
         given: Whether each comes from the files that are to be held out, whatever the rule: bool, shape
             (num_documents,); None where there are none.
+        own: The position of each where it is known: float64, shape (num_documents,).
 
     Raises:
         UserError: No document is left to train on.
@@ -149,7 +151,8 @@ def split_documents(
         return _fixed(groups, given)
     if rule.documents is not None and rule.documents >= num_documents:
         raise UserError(f"{rule.documents} of {num_documents} documents are to be held out; leave some to train on.")
-    own = np.array([split_position(text_hash, rule.seed) for text_hash in text_hashes])
+    if own is None:
+        own = np.array([split_position(str(text_hash), rule.seed) for text_hash in text_hashes])
     sizes = np.bincount(groups)
     notes: list[str] = []
     if len(sizes) == 1:
@@ -158,9 +161,10 @@ def split_documents(
             " are split one by one."
         )
         groups, sizes = np.arange(num_documents), np.ones(num_documents, np.int64)
-    # A cluster stands where its document of the smallest hash does.
-    order = np.lexsort((np.array(text_hashes), groups))
-    positions = own[order[np.searchsorted(groups[order], np.arange(len(sizes)))]]
+    positions = own
+    if len(sizes) < num_documents:  # a cluster stands where its document of the smallest hash does
+        order = np.lexsort((np.asarray(text_hashes), groups))
+        positions = own[order[np.searchsorted(groups[order], np.arange(len(sizes)))]]
     if rule.documents is None:
         chosen, fraction = _below(positions, sizes, rule.fraction, notes)
         plain = own < _nearest(own, rule.fraction)

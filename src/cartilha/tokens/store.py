@@ -10,44 +10,25 @@ tokenizer/                       the exact files
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cartilha.corpus.document import Document
 from cartilha.corpus.splits import SPLITS, Split
 from cartilha.errors import UserError
-from cartilha.storage import file_sha256, new_directory, write_json
+from cartilha.storage import file_sha256, write_json
 from cartilha.tokens.tokenizer import TextTokenizer, load_tokenizer
 
 FORMAT_VERSION = 1
 MAX_UINT16_IDS = 65_536
-ROWS_PER_GROUP = 50_000
 STORE_KEYS = ("tokenizer_fingerprint", "prefix_id", "end_id", "num_ids", "dtype", "splits", "files")
-
-DOCUMENT_SCHEMA = pa.schema(
-    [
-        ("doc_id", pa.string()),
-        ("source", pa.string()),
-        ("domain", pa.string()),
-        ("start", pa.int64()),
-        ("num_tokens", pa.int64()),
-        ("num_bytes", pa.int64()),
-        ("num_chars", pa.int64()),
-        ("num_words", pa.int64()),
-        ("text_hash", pa.string()),
-        ("cluster", pa.int64()),
-    ]
-)
-TEXT_SCHEMA = pa.schema([("text_hash", pa.string()), ("text", pa.large_string())])
+VERDICT_NAME = ".verified.json"
 
 
 @dataclass(frozen=True)
@@ -169,7 +150,7 @@ def read_store_info(path: Path) -> dict[str, Any]:
 
 def _verify(path: Path, files: dict[str, dict[str, Any]]) -> None:
     """Compare sizes and hashes; a verdict file remembers (size, time of change), so that big files are hashed once."""
-    verdict_path = path / ".verified.json"
+    verdict_path = path / VERDICT_NAME
     try:
         verdict = json.loads(verdict_path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -179,11 +160,10 @@ def _verify(path: Path, files: dict[str, dict[str, Any]]) -> None:
         file = path / name
         if not file.is_file():
             raise UserError(f"The store {path} lacks its file {name}; prepare it again with --overwrite.")
-        status = file.stat()
-        key = [status.st_size, status.st_mtime_ns, expected["sha256"]]
+        key = verdict_key(file, expected["sha256"])
         if verdict.get(name) == key:
             continue
-        if status.st_size != expected["size"] or file_sha256(file) != expected["sha256"]:
+        if key[0] != expected["size"] or file_sha256(file) != expected["sha256"]:
             raise UserError(
                 f"The store's file {file} is damaged (its hash differs); prepare the store again with --overwrite."
             )
@@ -194,141 +174,10 @@ def _verify(path: Path, files: dict[str, dict[str, Any]]) -> None:
             write_json(verdict_path, verdict)
 
 
-@dataclass
-class _SplitWriter:
-    """Appends documents to one split's files and keeps its sums."""
-
-    tokens: BinaryIO
-    documents: pq.ParquetWriter
-    texts: pq.ParquetWriter | None
-    token_dtype: np.dtype[Any]
-    num_documents: int = 0
-    num_tokens: int = 0
-    num_bytes: int = 0
-    num_chars: int = 0
-    num_words: int = 0
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    text_rows: list[dict[str, str]] = field(default_factory=list)
-    hashes: Any = field(default_factory=hashlib.sha256)
-
-    def add(self, document: Document, text_hash: str, ids: np.ndarray) -> None:
-        num_bytes, num_chars = len(document.text.encode("utf-8")), len(document.text)
-        num_words = len(document.text.split())
-        self.tokens.write(ids.astype(self.token_dtype, copy=False).tobytes())
-        self.rows.append(
-            {
-                "doc_id": document.id,
-                "source": document.source,
-                "domain": document.domain,
-                "start": self.num_tokens,
-                "num_tokens": len(ids),
-                "num_bytes": num_bytes,
-                "num_chars": num_chars,
-                "num_words": num_words,
-                "text_hash": text_hash,
-                "cluster": self.num_documents,
-            }
-        )
-        if self.texts is not None:
-            self.text_rows.append({"text_hash": text_hash, "text": document.text})
-        self.hashes.update(text_hash.encode("ascii"))
-        self.num_documents += 1
-        self.num_tokens += len(ids)
-        self.num_bytes += num_bytes
-        self.num_chars += num_chars
-        self.num_words += num_words
-        if len(self.rows) >= ROWS_PER_GROUP:
-            self.flush()
-
-    def flush(self) -> None:
-        self.documents.write_table(pa.Table.from_pylist(self.rows, schema=DOCUMENT_SCHEMA))
-        self.rows.clear()
-        if self.texts is not None:
-            self.texts.write_table(pa.Table.from_pylist(self.text_rows, schema=TEXT_SCHEMA))
-            self.text_rows.clear()
-
-    def counts(self) -> SplitCounts:
-        return SplitCounts(
-            self.num_documents,
-            self.num_tokens,
-            self.num_bytes,
-            self.num_chars,
-            self.num_words,
-            self.hashes.hexdigest(),
-        )
-
-
-class StoreWriter:
-    """Writes a store into a temporary directory; see `writing_store`."""
-
-    def __init__(self, directory: Path, tokenizer: TextTokenizer) -> None:
-        self.directory = directory
-        self.tokenizer = tokenizer
-        self.token_dtype = np.dtype("<u2" if tokenizer.num_ids <= MAX_UINT16_IDS else "<u4")
-        self._stack = contextlib.ExitStack()
-        self._splits = {split: self._open(split) for split in SPLITS}
-
-    def _open(self, split: Split) -> _SplitWriter:
-        tokens = self._stack.enter_context((self.directory / f"{split}.tokens").open("wb"))
-        documents = self._parquet(f"{split}.documents.parquet", DOCUMENT_SCHEMA)
-        texts = self._parquet("validation.text.parquet", TEXT_SCHEMA) if split == "validation" else None
-        return _SplitWriter(tokens, documents, texts, self.token_dtype)
-
-    def _parquet(self, name: str, schema: pa.Schema) -> pq.ParquetWriter:
-        return self._stack.enter_context(pq.ParquetWriter(self.directory / name, schema, compression="zstd"))
-
-    def add(self, split: Split, documents: Sequence[Document], text_hashes: Sequence[str]) -> int:
-        """Tokenize documents and append them to a split; returns the number of tokens."""
-        ids = self.tokenizer.encode([document.text for document in documents])
-        for document, text_hash, document_ids in zip(documents, text_hashes, ids, strict=True):
-            self._splits[split].add(document, text_hash, document_ids)
-        return sum(len(document_ids) for document_ids in ids)
-
-    def counts(self) -> dict[Split, SplitCounts]:
-        """What each split holds so far."""
-        return {split: writer.counts() for split, writer in self._splits.items()}
-
-    def finish(self, made_from: dict[str, Any]) -> None:
-        """Close the files and write store.json.
-
-        Args:
-            made_from: What else store.json records: inputs, settings, counts of what was dropped and why.
-        """
-        for writer in self._splits.values():
-            writer.flush()
-        self.close()
-        self.tokenizer.save(self.directory / "tokenizer")
-        files = sorted(path for path in self.directory.rglob("*") if path.is_file())
-        info = {
-            "format_version": FORMAT_VERSION,
-            "tokenizer_fingerprint": self.tokenizer.fingerprint(),
-            "prefix_id": self.tokenizer.prefix_id,
-            "end_id": self.tokenizer.end_id,
-            "num_ids": self.tokenizer.num_ids,
-            "dtype": self.token_dtype.name,
-            "splits": {split: asdict(counts) for split, counts in self.counts().items()},
-            **made_from,
-            "files": {
-                file.relative_to(self.directory).as_posix(): {"size": file.stat().st_size, "sha256": file_sha256(file)}
-                for file in files
-            },
-        }
-        write_json(self.directory / "store.json", info)
-
-    def close(self) -> None:
-        """Close the files; safe to call twice."""
-        self._stack.close()
-
-
-@contextmanager
-def writing_store(path: Path, tokenizer: TextTokenizer, *, replace: bool) -> Iterator[StoreWriter]:
-    """A writer whose store appears at `path`, whole, when the block ends; a fault or a kill leaves what was there."""
-    with new_directory(path, replace=replace) as temporary:
-        writer = StoreWriter(temporary, tokenizer)
-        try:
-            yield writer
-        finally:
-            writer.close()
+def verdict_key(file: Path, sha256: str) -> list[Any]:
+    """What a verdict on a file holds for: its size, its time of change and the hash that it was found to have."""
+    status = file.stat()
+    return [status.st_size, status.st_mtime_ns, sha256]
 
 
 def batches(

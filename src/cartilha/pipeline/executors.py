@@ -1,0 +1,182 @@
+"""Where the work on shards is done: in this process, on this machine's cores, or on a Ray cluster.
+
+Each executor runs the same function on the same tasks and hands back results as they come, in no order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import types
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import Protocol, TypeVar
+
+from cartilha.errors import UserError
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+# What a worker imports before it is needed, by one process for all of them where the system can fork.
+PRELOAD = ["cartilha.pipeline.shard_work", "gigatoken", "awkward"]
+
+
+class Executor(Protocol):
+    """Runs a function on tasks."""
+
+    def map(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
+        """Results as they come. What the function raises is raised here, and no more is begun then."""
+        ...
+
+    def close(self) -> None:
+        """Let go of processes; safe to call twice."""
+
+
+class Inline:
+    """Does the work here, one task after the other."""
+
+    def map(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
+        """See `Executor`."""
+        for task in tasks:
+            yield function(task)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class Local:
+    """Does the work in processes of this machine, which begin to start at once and import while others prepare.
+
+    Args:
+        num_workers: How many.
+    """
+
+    def __init__(self, num_workers: int) -> None:
+        self._num_workers = num_workers
+        # Threads (of Arrow, rayon) do not survive a fork: workers come from a process that has none, or are new.
+        method = "forkserver" if sys.platform == "linux" else "spawn"
+        context = multiprocessing.get_context(method)
+        if method == "forkserver":
+            context.set_forkserver_preload(PRELOAD)
+        self._pool = ProcessPoolExecutor(num_workers, context, _begin)
+        with _without_main_module():
+            self._started = [self._pool.submit(_import_all) for _ in range(num_workers)]
+
+    def map(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
+        """See `Executor`."""
+        left = iter(tasks)
+        running: set[Future[Result]] = set()
+        try:
+            while True:
+                for task in left:
+                    running.add(self._pool.submit(function, task))
+                    if len(running) >= 2 * self._num_workers:
+                        break
+                if not running:
+                    return
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield future.result()
+        except BrokenProcessPool:
+            raise UserError(
+                "A process that prepared a part of the text was killed, perhaps for want of memory; run the same"
+                f" command again with fewer than {self._num_workers} --workers: what is done is kept."
+            ) from None
+        finally:
+            for future in running:
+                future.cancel()
+
+    def close(self) -> None:
+        """Wait for what is running and end the processes."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+class Ray:
+    """Does the work on a Ray cluster, or on a local one where no address is given.
+
+    Inputs and the store's directory must be reachable under the same paths from all of its machines.
+
+    Args:
+        address: Of the cluster (`auto`, `host:port`, `ray://host:port`); None starts one here.
+        num_workers: Tasks at a time; None for as many as there are cores.
+
+    Raises:
+        UserError: The extra is missing, or the cluster cannot be reached.
+    """
+
+    def __init__(self, address: str | None, num_workers: int | None) -> None:
+        try:
+            import ray
+        except ImportError:
+            raise UserError('The Ray executor needs an extra: pip install "cartilha[scale]"') from None
+        self._ray = ray
+        options = {} if address else {"num_cpus": num_workers, "include_dashboard": False}
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR", **options)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise UserError(
+                f"The Ray cluster at {address or 'this machine'} cannot be reached"
+                f" ({str(error).splitlines()[0]}); check --ray_address, or use --executor local."
+            ) from None
+        self._at_once = num_workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+    def map(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
+        """See `Executor`."""
+        ray = self._ray
+        remote = ray.remote(num_cpus=1, max_retries=2)(function)
+        left = iter(tasks)
+        running: list[object] = []
+        while True:
+            for task in left:
+                running.append(remote.remote(task))
+                if len(running) >= 2 * self._at_once:
+                    break
+            if not running:
+                return
+            done, running = ray.wait(running)
+            try:
+                yield ray.get(done[0])
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause from None
+            except ray.exceptions.RayError as error:
+                raise UserError(
+                    f"A Ray task was lost ({type(error).__name__}); look at the cluster and run the same command"
+                    " again: what is done is kept."
+                ) from None
+
+    def close(self) -> None:
+        """Disconnect."""
+        self._ray.shutdown()
+
+
+def _begin() -> None:
+    """A worker's first act: leave Ctrl-C to the parent, end when the parent is gone, and use one core."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def _import_all() -> None:
+    import importlib
+
+    for name in PRELOAD:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+
+
+@contextlib.contextmanager
+def _without_main_module() -> Iterator[None]:
+    """Workers started here do not run the caller's script again, which needs no `if __name__ == "__main__"` then."""
+    real = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = real

@@ -1,0 +1,198 @@
+"""Is gigatoken's way with this tokenizer the same as that of `tokenizers`? Hard cases and real text decide."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import sys
+import unicodedata
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from cartilha.tokens.encoder import Encoder, Proof, cut
+from cartilha.tokens.text_counts import ranges
+from cartilha.tokens.tokenizer import TextTokenizer
+
+log = logging.getLogger("cartilha")
+
+MAX_SAMPLE_BYTES = 500_000  # tokenizers encodes about 2 MB/s on a core
+MAX_SLOW_CODE_POINTS = 1000  # where more differ, the two are not the same tokenizer
+
+HARD_CASES = (
+    "Era uma vez, na fazenda São João, a irmã do Zé: «pão-de-ló, água e açúcar».",
+    "d'água l'été don't DON'T can't we'LL I'M they've 's 't 're 've 'm 'll 'd '' '",
+    "  dois  espaços \t e tabulação\n\n\n linhas \r\n fim   ",
+    "\x00\x01\x02\x04\x05\x0b\x0c\x1c\x1d\x1e\x1f\x7f\x80\x85\x9f\xa0\xad fim",
+    "1234567890 12,5 % 1.000.000,00 R$ 3²½Ⅷ٣४五 20.º 1ª 007 0x1F a1b2c3",
+    "👩‍👩‍👧‍👦 👍🏽 🇧🇷🇵🇹 ☺️ ❤️‍🔥 🫠 ✂︎ \U0001f9d1\U0001f3fe‍🚀",
+    "a\u0303o e\u0301 c\u0327 \u0301 \u0303a\u0302\u0301 nu\u0308 Z\u0351\u036b\u0343\u036a",
+    "Привет, мир! Γειά σου, Κόσμε. שָׁלוֹם עוֹלָם. مَرْحَبًا بِالعَالَم. नमस्ते दुनिया। สวัสดีชาวโลก",
+    "你好，世界。こんにちは、世界！ カタカナ ﾊﾝｶｸ 안녕하세요 세계 \u1112\u1161\u11ab\u1100\u1173\u11af ไทย ລາວ ខ្មែរ",
+    "\ufeffBOM \ufffd \u200b\u200c\u200d\u200e\u200f \u2028 \u2029 \u202f \u3000 \ue000 \uffff \U0010ffff \U000e0067",
+    "ǅ ǈ ﬁ ﬂ ß ẞ İ ı Ⓐ ª º µ Ω K Å ℃ ™ © ® … — – ‘’ “” ‹› ¿¡ ×÷ ∑∫√ ←→ █▓ ♪",
+    "https://exemplo.com.br/a?b=c&d=%20#e foo@bar.pt C:\\pasta\\ficheiro.txt <b>x</b> {\"a\": [1, 2]} a_b __init__",
+    "a" * 3000 + " " * 3000 + "!" * 300 + "9" * 300 + "ã" * 300 + "\n" * 300 + "b",
+    "palavraMuitoComprida" * 40 + "\u00a0\u00a0 \u00a0x",
+)  # fmt: skip
+
+
+def prove(tokenizer: TextTokenizer, documents: Sequence[str]) -> Encoder:
+    """The encoder for a tokenizer: the fast one where all of the sample agrees, else `tokenizers` and a line why.
+
+    Args:
+        tokenizer: What decides.
+        documents: The corpus's first documents, of which as many are compared as the sample's size allows.
+    """
+    whole_json = tokenizer.backend.to_str()
+    sample = [*HARD_CASES, *_with_literal_tokens(tokenizer), *_of_every_kind(), *_first(documents)]
+    num_bytes = sum(len(text.encode("utf-8")) for text in sample)
+
+    def encoder(proof: Proof, fast_json: str | None = None, split_numbers: bool = False) -> Encoder:
+        return Encoder(whole_json, fast_json, tokenizer.num_ids, proof, split_numbers)
+
+    def slow(reason: str) -> Encoder:
+        log.warning("Tokenizing with tokenizers, at about a twentieth of the speed, since gigatoken %s.", reason)
+        can_cut = _may_be_cut(slow_encoder, sample)
+        return encoder(Proof("tokenizers", reason, len(sample), num_bytes, (), can_cut))
+
+    slow_encoder = encoder(Proof("tokenizers", "", 0, 0))
+    try:
+        fast_json, split_numbers = for_fast_path(whole_json, tokenizer.num_ids)
+        fast = encoder(Proof("gigatoken", "", 0, 0), fast_json, split_numbers)
+        # What it cannot read it says by a RuntimeError, and by a panic where it meets a fault of its own.
+        expected, differing = _differing(slow_encoder, fast, sample)
+    except ImportError as error:
+        return slow(f"cannot be loaded ({error})")
+    except BaseException as error:
+        if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
+            raise
+        return slow(f"does not take this tokenizer ({(str(error) or type(error).__name__).splitlines()[0]})")
+    rare: tuple[tuple[int, int], ...] = ()
+    if differing:
+        rare = _characters_that_differ(slow_encoder, fast, [sample[i] for i in differing])
+        fast = encoder(Proof("gigatoken", "", 0, 0, rare), fast_json, split_numbers)
+        if not rare or _differing(slow_encoder, fast, sample, expected)[1]:
+            begins = sample[differing[0]][:40]
+            return slow(f"gives other ids for {len(differing)} of {len(sample)} texts, such as {begins!r}")
+    proof = Proof("gigatoken", "equal ids on the sample", len(sample), num_bytes, rare, _may_be_cut(fast, sample))
+    log.info(
+        "Tokenizing with gigatoken %s: equal ids to tokenizers on a sample of %d texts (%.1f MB).",
+        importlib.metadata.version("gigatoken"),
+        len(sample),
+        num_bytes / 1e6,
+    )
+    return encoder(proof, fast_json, split_numbers)
+
+
+def for_fast_path(whole_json: str, num_ids: int) -> tuple[str, bool]:
+    """The tokenizer as the fast path takes it, and whether numbers have to be split off before.
+
+    A literal special token is text, so these are left out. A vocabulary that lacks bytes (SmolLM2's lacks 13) would
+    be refused: the rows from `num_ids` on stand for them, and mark the documents that need `tokenizers`.
+    """
+    whole: dict[str, Any] = json.loads(whole_json)
+    whole["added_tokens"] = [token for token in whole["added_tokens"] if not token["special"]]
+    whole["post_processor"] = None
+    model = whole["model"]
+    if model.get("type") == "BPE" and not model.get("byte_fallback") and isinstance(model["vocab"], dict):
+        lacking = [character for character in byte_characters() if character not in model["vocab"]]
+        model["vocab"].update({character: num_ids + i for i, character in enumerate(lacking)})
+    steps = (whole["pre_tokenizer"] or {}).get("pretokenizers", [])
+    split_numbers = [step["type"] for step in steps] == ["Digits", "ByteLevel"] and steps[0]["individual_digits"]
+    # A splitter that also puts a space before its text would put one before each piece.
+    split_numbers = bool(split_numbers and not steps[1]["add_prefix_space"] and whole["normalizer"] is None)
+    if split_numbers:
+        whole["pre_tokenizer"] = steps[1]
+    return json.dumps(whole), split_numbers
+
+
+def byte_characters() -> list[str]:
+    """The printable characters that byte-level BPE (GPT-2's) writes the bytes 0 to 255 as."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    shifted = (256 + i for i in range(256))
+    return [chr(byte) if byte in printable else chr(next(shifted)) for byte in range(256)]
+
+
+def _with_literal_tokens(tokenizer: TextTokenizer) -> list[str]:
+    """The tokenizer's own added tokens as text, which may look like anything."""
+    added = [token.content for token in tokenizer.backend.get_added_tokens_decoder().values()]
+    return [f"{token} e {token}texto{token} <{token}>" for token in added[:64]]
+
+
+def _of_every_kind() -> list[str]:
+    """Characters of every block, and all marks, numbers and separators: what splitters class in different ways."""
+    categories = ((code_point, unicodedata.category(chr(code_point))) for code_point in range(0x80, 0x20000))
+    known = ((code_point, category) for code_point, category in categories if category not in ("Cn", "Cs"))
+    chosen = [code_point for code_point, category in known if category[0] in "MNZ" or code_point % 64 == 0]
+    parts = [_in_context(code_point) for code_point in chosen]
+    return ["".join(parts[i : i + 64]) for i in range(0, len(parts), 64)]
+
+
+def _in_context(code_point: int) -> str:
+    character = chr(code_point)
+    return f"a{character}b{character}1 {character}.{character}"
+
+
+def _first(documents: Sequence[str]) -> list[str]:
+    """Documents from the beginning, the last one cut, up to the sample's size."""
+    chosen: list[str] = []
+    left = MAX_SAMPLE_BYTES
+    for document in documents:
+        if left <= 0:
+            break
+        chosen.append(document[:left])
+        left -= len(chosen[-1].encode("utf-8"))
+    return chosen
+
+
+def _differing(
+    slow: Encoder, fast: Encoder, sample: Sequence[str], expected: list[np.ndarray] | None = None
+) -> tuple[list[np.ndarray], list[int]]:
+    """The ids that `tokenizers` gives, and the numbers of the texts for which the fast path gives others."""
+    texts = [text.encode("utf-8", "replace") for text in sample]
+    if expected is None:
+        expected = _split(slow, texts)
+    found = _split(fast, texts)
+    pairs = zip(expected, found, strict=True)
+    return expected, [i for i, (one, other) in enumerate(pairs) if not np.array_equal(one, other)]
+
+
+def _split(encoder: Encoder, texts: list[bytes]) -> list[np.ndarray]:
+    flat, num_tokens, _ = encoder.encode(texts)
+    return np.split(flat, np.cumsum(num_tokens)[:-1])
+
+
+def _characters_that_differ(slow: Encoder, fast: Encoder, texts: Sequence[str]) -> tuple[tuple[int, int], ...]:
+    """Characters that alone make a difference; their documents can go through `tokenizers`."""
+    code_points = sorted({ord(character) for text in texts for character in text if ord(character) >= 0x80})
+    differing = _differing(slow, fast, [_in_context(code_point) for code_point in code_points])[1]
+    return ranges(code_points[i] for i in differing) if len(differing) <= MAX_SLOW_CODE_POINTS else ()
+
+
+def _may_be_cut(encoder: Encoder, sample: Sequence[str]) -> bool:
+    """Whether pieces give the ids of the whole: shown on every text of the sample that can be cut."""
+    num_cuts = 0
+    for text in sample:
+        pieces = list(cut(iter([text]), 200))
+        if len(pieces) > 1 and all(_ends_between_letters(*pair) for pair in pairwise(pieces)):
+            whole, parts = (encoder.encode([p.encode("utf-8") for p in part])[0] for part in ([text], pieces))
+            if not np.array_equal(whole, parts):
+                return False
+            num_cuts += len(pieces) - 1
+    return num_cuts > 0
+
+
+def _ends_between_letters(left: str, right: str) -> bool:
+    return left[-1].isalpha() and right[0] == " " and right[1:2].isalpha()
+
+
+def fast_path_version() -> str:
+    """Gigatoken's version, for a store's record."""
+    try:
+        return importlib.metadata.version("gigatoken")
+    except importlib.metadata.PackageNotFoundError:
+        return f"not installed for {sys.platform}"
