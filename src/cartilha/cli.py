@@ -289,7 +289,7 @@ def _recipe_values(name: str) -> dict[str, Any]:
         if value is True:
             flags.append(f"--{key}")
         elif isinstance(value, list):
-            flags += [f"--{key}", *map(str, value)]
+            flags += [f"--{key}", *map(str, value)] if value else []
         elif value is not None and value is not False:
             flags.append(f"--{key}={value}")
     try:

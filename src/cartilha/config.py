@@ -37,13 +37,32 @@ class PrepareConfig:
     )
     output: str = option("", "the store to write (a directory)", required=True)
     validation_fraction: float = option(0.2, "share of the documents that is held out for validation")
+    validation_documents: int | None = option(None, "hold out this many documents instead")
+    validation_first: int | None = option(None, "hold out the first so many documents instead")
+    validation_input: tuple[str, ...] = option((), f"hold out these texts instead: {REF_HELP}")
     seed: int = option(0, "chooses which documents are held out")
+    weights: tuple[str, ...] = option(
+        (), "a number for each --input: the shares of the tokens that they are to have (0.95 0.05)"
+    )
+    clean: tuple[str, ...] = option(
+        ("none",), "web: all that text from the web needs; or cleaning steps by name; or none (extra text)"
+    )
+    language: str = option("pt", "the language that the cleaning step `language` keeps")
+    near_duplicates: bool = option(
+        False, "find near-duplicates and keep each cluster of them on one side of the split (extra text)"
+    )
+    rejects: str | None = option(None, "write what cleaning leaves out to this .jsonl file, with the reasons")
     limit_documents: int | None = option(None, "read at most this many documents")
     text_column: str = option("text", "the column or key that holds the text (.jsonl, .csv, .parquet, hf:)")
     encoding: str = option("utf-8", "encoding of text files")
     invalid_bytes: Literal["stop", "replace"] = option(
         "stop", "bytes that the encoding does not allow: stop and name the line, or put U+FFFD (counted)"
     )
+    on_error: Literal["stop", "skip"] = option("stop", "a faulty record: stop and name its place, or skip and count it")
+    text_unit: Literal["line", "file"] = option("line", "what is a document in a .txt file: a line, or the whole file")
+    workers: int | None = option(None, "processes that prepare; default all cores")
+    executor: Literal["local", "ray"] = option("local", "where they run: here, or on a Ray cluster (extra scale)")
+    ray_address: str | None = option(None, "of the Ray cluster; default a new one on this machine")
     overwrite: bool = option(False, "replace a store of another input, tokenizer or setting")
 
 

@@ -176,6 +176,13 @@ def compile_pays(device_type: str, compiler: bool) -> bool:
     return device_type == "cuda" and compiler
 
 
+def usable_cores() -> int:
+    """Cores that this process may use, which on a shared machine may be fewer than there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def world() -> tuple[int, int]:
     """This process's rank and the number of processes, as torchrun says; (0, 1) without it."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))

@@ -44,13 +44,15 @@ def nearest_fraction(text_hashes: Iterable[str], validation_fraction: float, see
         validation_fraction: The wanted share, strictly between 0 and 1.
         seed: The split's seed.
     """
-    return _nearest({split_position(text_hash, seed) for text_hash in text_hashes}, validation_fraction)
+    return _nearest([split_position(text_hash, seed) for text_hash in set(text_hashes)], validation_fraction)
 
 
-def _nearest(positions: Iterable[float], fraction: float) -> float:
-    ordered = sorted(positions)
-    assert len(ordered) >= 2, "one document cannot be split"
-    return min(max(fraction, (ordered[0] + ordered[1]) / 2), (ordered[-2] + ordered[-1]) / 2)
+def _nearest(positions: Sequence[float] | np.ndarray, fraction: float) -> float:
+    import numpy as np
+
+    assert len(positions) >= 2, "one document cannot be split"
+    ordered = np.sort(positions)
+    return float(min(max(fraction, (ordered[0] + ordered[1]) / 2), (ordered[-2] + ordered[-1]) / 2))
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,8 @@ def split_documents(
             " are split one by one."
         )
         groups, sizes = np.arange(num_documents), np.ones(num_documents, np.int64)
-    positions = own
+    positions = np.empty(len(sizes))
+    positions[groups] = own
     if len(sizes) < num_documents:  # a cluster stands where its document of the smallest hash does
         order = np.lexsort((np.asarray(text_hashes), groups))
         positions = own[order[np.searchsorted(groups[order], np.arange(len(sizes)))]]

@@ -6,6 +6,7 @@ Each executor runs the same function on the same tasks and hands back results as
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import signal
@@ -117,7 +118,7 @@ class Ray:
         self._ray = ray
         options = {} if address else {"num_cpus": num_workers, "include_dashboard": False}
         try:
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR", **options)
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise UserError(
                 f"The Ray cluster at {address or 'this machine'} cannot be reached"
@@ -158,9 +159,14 @@ def _begin() -> None:
     """A worker's first act: leave Ctrl-C to the parent, end when the parent is gone, and use one core."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _import_all() -> None:

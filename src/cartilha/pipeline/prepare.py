@@ -1,28 +1,53 @@
-"""`prepare`: text to a token store. Read, drop exact duplicates, hold out by hash, tokenize, write by rename."""
+"""`prepare`: text to a token store.
+
+    inputs -> shards -> work on each, on all cores (shard_work) -> what stays and where (assembly) -> the store
+
+A killed run leaves its finished shards in a work directory beside the store, and the same command goes on from there.
+The rename at the end is the only moment at which the store appears.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cartilha.config import PrepareConfig
-from cartilha.console import progress
-from cartilha.corpus.document import Document
-from cartilha.corpus.readers import ReadCounts, read_documents, resolve_inputs
-from cartilha.corpus.sources import PrimerSource, Source, SourceFile
-from cartilha.corpus.splits import SPLITS, Split, choose_split, nearest_fraction
+from cartilha.console import Advance, progress
+from cartilha.corpus.readers import ReadCounts, ReadSettings
+from cartilha.corpus.shards import Shard, read_shard, shards
+from cartilha.corpus.sources import HubSource, SourceFile
+from cartilha.corpus.splits import SPLITS, Split
 from cartilha.errors import UserError
-from cartilha.runtime import versions
-from cartilha.storage import file_sha256
-from cartilha.tokens.store import SplitCounts, TokenStore, batches, writing_store
+from cartilha.pipeline.assembly import Sides, decide, load_corpus, write_rejects, write_sides
+from cartilha.pipeline.executors import Executor, Inline, Local, Ray
+from cartilha.pipeline.made_from import describe, ready_store, settings_of
+from cartilha.pipeline.prepare_plan import Plan, plan
+from cartilha.pipeline.shard_work import ShardResult, ShardSettings, ShardTask, done_result, process_shard
+from cartilha.pipeline.work_directory import require_space, work_directory
+from cartilha.runtime import usable_cores, versions
+from cartilha.tokens.encoder import Encoder, load_encoder
+from cartilha.tokens.proof import MAX_SAMPLE_BYTES, fast_path_version, prove
+from cartilha.tokens.store import SplitCounts
+from cartilha.tokens.store_writer import token_dtype, writing_store
 from cartilha.tokens.tokenizer import TextTokenizer, load_tokenizer
 
 log = logging.getLogger("cartilha")
 
-SETTINGS = ("validation_fraction", "seed", "limit_documents", "text_column", "encoding", "invalid_bytes")
+SHARD_BYTES = 16 << 20
+INLINE_BYTES = 4 << 20  # less than this is done before processes have begun
+PROOF_DOCUMENTS = 2000
+# Text bytes in a byte of a file, for the disk preflight only.
+UNPACKED = {".gz": 4.0, ".zst": 4.0, ".parquet": 3.0}
+COMPRESSED_TEXT = 0.5  # zstd's share, on the safe side
+CLUSTER_MEMORY_BYTES = 512 << 20
 
 
 @dataclass(frozen=True)
@@ -34,12 +59,15 @@ class PrepareResult:
         splits: What each side holds.
         dropped: Documents left out, by reason.
         was_ready: Whether the same command had made it before.
+        leaks: With near-duplicates, the share of held-out documents that have one in training (`leak_rate`), and the
+            same had the split looked at each document alone (`plain_leak_rate`).
     """
 
     store: str
     splits: dict[Split, SplitCounts]
     dropped: dict[str, int]
     was_ready: bool
+    leaks: dict[str, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for `--json`."""
@@ -52,187 +80,239 @@ def prepare(config: PrepareConfig) -> PrepareResult:
     Raises:
         UserError: No input, a file that cannot be read, nothing to split, or a directory that holds something else.
     """
-    if not config.input:
-        raise UserError("There is no input; name files, a dataset or the primer with --input.")
-    if not config.output:
-        raise UserError("There is no place for the store; name a directory with --output.")
-    if not 0 < config.validation_fraction < 1:
-        raise UserError(f"The validation fraction must lie between 0 and 1, not {config.validation_fraction}.")
+    asked = plan(config)
     path = Path(config.output)
-    sources = resolve_inputs(config.input)
     tokenizer = load_tokenizer(config.model)
-    settings = {name: getattr(config, name) for name in SETTINGS}
-    if _is_ready(path, sources, settings, tokenizer, config.overwrite):
-        store = TokenStore(path)
+    settings = settings_of(config)
+    store = ready_store(path, asked.sources, asked.num_held_out, settings, tokenizer, config.overwrite)
+    if store is not None:
         log.info("The store %s was made by this same command before: nothing to do.", path)
-        return PrepareResult(str(path), store.counts, store.info["dropped"], True)
-    splits, dropped = _write(path, sources, settings, tokenizer, config)
+        return PrepareResult(str(path), store.counts, store.info["dropped"], True, store.info.get("leaks"))
+    identity = {
+        "settings": settings,
+        "rejects": bool(config.rejects),
+        "sources": [repr(source) for source in asked.sources],
+        "num_held_out": asked.num_held_out,
+        "tokenizer": tokenizer.fingerprint(),
+        "cartilha": versions()["cartilha"],
+    }
+    with work_directory(path, identity) as work, ThreadPoolExecutor(1) as aside:
+        inputs = aside.submit(describe, asked.sources, asked.num_held_out)
+        executor = _executor(config, asked)
+        try:
+            made = _do_shards(asked, config, tokenizer, executor, work)
+        finally:
+            executor.close()
+        result = _write(path, asked, config, tokenizer, made, {"inputs": inputs.result(), "settings": settings})
     for split in SPLITS:
-        counts = splits[split]
-        log.info(
-            "%s: %s documents, %s tokens, %s words (%.2f tokens a word, %.2f bytes a token)",
-            split,
-            f"{counts.num_documents:,}",
-            f"{counts.num_tokens:,}",
-            f"{counts.num_words:,}",
-            counts.num_tokens / max(1, counts.num_words),
-            counts.num_bytes / max(1, counts.num_tokens),
-        )
-    return PrepareResult(str(path), splits, dropped, False)
+        _log_counts(split, result.splits[split])
+    return result
+
+
+def _executor(config: PrepareConfig, asked: Plan) -> Executor:
+    """Processes begin to start here, and import while the tokenizer is proven."""
+    if config.executor == "ray":
+        return Ray(config.ray_address, config.workers)
+    num_workers = config.workers or usable_cores()
+    sizes = [source.size_bytes for source in asked.sources if isinstance(source, SourceFile)]
+    is_small = sum(sizes) < INLINE_BYTES and not any(isinstance(source, HubSource) for source in asked.sources)
+    return Inline() if num_workers == 1 or is_small else Local(num_workers)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """Finished shards, in order."""
+
+    tasks: list[ShardTask]
+    results: list[ShardResult]
+    encoder: Encoder
+
+    def read(self) -> ReadCounts:
+        """What was read, in sum."""
+        total = ReadCounts()
+        for result in self.results:
+            total.add(result.read_counts())
+        return total
+
+    def rejected(self) -> dict[str, int]:
+        """What cleaning left out, by reason."""
+        total: Counter[str] = Counter()
+        for result in self.results:
+            total.update(result.rejected)
+        return dict(total.most_common())
+
+
+def _do_shards(asked: Plan, config: PrepareConfig, tokenizer: TextTokenizer, executor: Executor, work: Path) -> _Made:
+    """Do, or find done, the work on all shards."""
+    parts = shards(asked.sources, asked.reading, SHARD_BYTES)
+    sample = list(islice(_documents(parts, asked.reading), PROOF_DOCUMENTS))
+    if (work / "encoder.json").is_file():
+        encoder = load_encoder(work)
+    else:
+        encoder = prove(tokenizer, sample)
+        encoder.save(work)
+    settings = ShardSettings(
+        reading=asked.reading,
+        steps=asked.steps,
+        cleaning=asked.cleaning,
+        with_signatures=config.near_duplicates,
+        keep_texts_below=_keep_texts_below(asked, config),
+        seed=config.seed,
+        with_rejects=bool(config.rejects),
+        dtype=token_dtype(tokenizer.num_ids).str,
+    )
+    tasks = [ShardTask(part, settings, work) for part in parts]
+    _check_space(work, tasks, sample, encoder)
+    with progress("Preparing", sum(part.num_bytes for part in parts) or None, "bytes") as advance:
+        if config.limit_documents is None:
+            results = _run(executor, tasks, advance)
+        else:
+            tasks, results = _run_up_to(
+                config.limit_documents, executor, tasks, advance, config.workers or usable_cores()
+            )
+    return _Made(tasks, results, encoder)
+
+
+def _documents(parts: list[Shard], reading: ReadSettings) -> Iterator[str]:
+    """Texts from the beginning of the input, as many as the tokenizer's proof takes."""
+    num_bytes = 0
+    for part in parts:
+        for document in read_shard(part, reading):
+            yield document.text
+            num_bytes += len(document.text)
+            if num_bytes > MAX_SAMPLE_BYTES:
+                return
+
+
+def _keep_texts_below(asked: Plan, config: PrepareConfig) -> float:
+    """Where nothing but a document's own position decides, the texts of the others are not kept."""
+    decided = not (config.near_duplicates or asked.weights or asked.num_held_out)
+    decided = decided and config.validation_documents is None and config.validation_first is None
+    return config.validation_fraction if decided else 2.0
+
+
+def _run(executor: Executor, tasks: list[ShardTask], advance: Advance) -> list[ShardResult]:
+    results = {task.shard.number: result for task in tasks if (result := done_result(task)) is not None}
+    advance(sum(result.num_bytes for result in results.values()))
+    for result in executor.map(process_shard, [task for task in tasks if task.shard.number not in results]):
+        results[result.number] = result
+        advance(result.num_bytes)
+    return [results[task.shard.number] for task in tasks]
+
+
+def _run_up_to(
+    limit: int, executor: Executor, tasks: list[ShardTask], advance: Advance, at_once: int
+) -> tuple[list[ShardTask], list[ShardResult]]:
+    """The shards that the first `limit` documents are in, the last one cut.
+
+    Several are done at a time, none of them further than the limit; the one that goes beyond it is done again.
+    """
+    chosen: list[ShardTask] = []
+    results: list[ShardResult] = []
+    for begin in range(0, len(tasks), at_once):
+        wave = [replace(task, limit=limit) for task in tasks[begin : begin + at_once]]
+        for task, result in zip(wave, _run(executor, wave, advance), strict=True):
+            if result.read["documents"] > limit:
+                task = replace(task, limit=limit)
+                result = _run(Inline(), [task], advance)[0]
+            chosen.append(task)
+            results.append(result)
+            limit -= result.read["documents"]
+            if limit == 0:
+                return chosen, results
+    return chosen, results
+
+
+def _check_space(work: Path, tasks: list[ShardTask], sample: list[str], encoder: Encoder) -> None:
+    """The disk must hold ids and held-out texts twice for a moment: in the shards and in the store."""
+    texts = [text[:100_000].encode("utf-8") for text in sample]
+    num_bytes = max(1, sum(map(len, texts)))
+    ids_a_byte = len(encoder.encode(texts)[0]) / num_bytes
+    settings = tasks[0].settings if tasks else None
+    if settings is None:
+        return
+    text_bytes = 0.0
+    for task in tasks:
+        if done_result(task) is None:
+            for piece in task.shard.pieces:
+                source = piece.source
+                suffix = (source.compression or source.format) if isinstance(source, SourceFile) else ""
+                text_bytes += UNPACKED.get(suffix, 1.0) * task.shard.num_bytes / len(task.shard.pieces)
+    kept = min(1.0, settings.keep_texts_below)
+    each = ids_a_byte * np.dtype(settings.dtype).itemsize + kept * COMPRESSED_TEXT
+    require_space(work, 2 * each * text_bytes)
 
 
 def _write(
-    path: Path, sources: list[Source], settings: dict[str, Any], tokenizer: TextTokenizer, config: PrepareConfig
-) -> tuple[dict[Split, SplitCounts], dict[str, int]]:
-    """One pass over the documents; where a side stays empty (tiny corpora), a second one with another fraction."""
-
-    def attempt(fraction: float) -> tuple[dict[Split, SplitCounts], dict[str, int]]:
-        read = ReadCounts()
-        documents = read_documents(
-            sources,
-            text_column=config.text_column,
-            encoding=config.encoding,
-            invalid_bytes=config.invalid_bytes,
-            limit_documents=config.limit_documents,
-            counts=read,
-        )
-        seen: set[str] = set()
-        num_duplicates = 0
-        with (
-            writing_store(path, tokenizer, replace=config.overwrite) as writer,
-            progress("Preparing", _total_bytes(sources), "bytes") as advance,
-        ):
-            for batch in batches(documents):
-                fresh = list(_without_duplicates(batch, seen))
-                num_duplicates += len(batch) - len(fresh)
-                for split in SPLITS:
-                    chosen = [(d, h) for d, h in fresh if choose_split(h, fraction, config.seed) == split]
-                    writer.add(split, [document for document, _ in chosen], [text_hash for _, text_hash in chosen])
-                advance(sum(len(document.text) for document in batch))
-            if not seen:
-                raise UserError(
-                    f"The input holds no text ({', '.join(config.input)}); check the files and --text_column."
-                )
-            if len(seen) == 1:
-                raise UserError(
-                    "The corpus is a single document, which cannot be split into training and validation; add more."
-                )
-            counts = writer.counts()
-            if any(counts[split].num_documents == 0 for split in SPLITS):
-                raise _EmptySideError(nearest_fraction(seen, config.validation_fraction, config.seed))
-            dropped = {
-                "exact_duplicates": num_duplicates,
-                "empty": read.empty,
-            }
-            if read.replaced_bytes_documents:
-                log.warning("Invalid bytes were replaced by U+FFFD in %d documents.", read.replaced_bytes_documents)
-            writer.finish(
-                {
-                    "inputs": [_describe(source) for source in sources],
-                    "settings": settings,
-                    "dropped": dropped,
-                    "num_documents_read": read.documents + read.empty,
-                    "num_documents_with_replaced_bytes": read.replaced_bytes_documents,
-                    "fraction_used": fraction,
-                    "versions": versions(),
-                }
-            )
-        if num_duplicates:
-            log.info("%d exact duplicates were left out.", num_duplicates)
-        return counts, dropped
-
-    return _with_both_sides(attempt, config.validation_fraction)
-
-
-class _EmptySideError(Exception):
-    """A fraction left one side of the split without documents; carries one that does not."""
-
-    def __init__(self, fraction: float) -> None:
-        super().__init__(fraction)
-        self.fraction = fraction
-
-
-def _with_both_sides(
-    attempt: Callable[[float], tuple[dict[Split, SplitCounts], dict[str, int]]], fraction: float
-) -> tuple[dict[Split, SplitCounts], dict[str, int]]:
-    try:
-        return attempt(fraction)
-    except _EmptySideError as empty:
-        log.warning(
-            "A fraction of %g holds out none or all of so few documents: %.3g is used instead.",
-            fraction,
-            empty.fraction,
-        )
-        return attempt(empty.fraction)
-
-
-def _without_duplicates(batch: list[Document], seen: set[str]) -> Iterator[tuple[Document, str]]:
-    for document in batch:
-        text_hash = document.text_hash
-        if text_hash not in seen:
-            seen.add(text_hash)
-            yield document, text_hash
-
-
-def _is_ready(
-    path: Path, sources: list[Source], settings: dict[str, Any], tokenizer: TextTokenizer, overwrite: bool
-) -> bool:
-    """Whether the store is there and was made so; one made otherwise is refused by name unless `overwrite`."""
-    if path.exists() and not path.is_dir():
-        raise UserError(f"{path} is a file; name a directory for the store with --output.")
-    if not path.is_dir() or not any(path.iterdir()):
-        return False
-    if not (path / "store.json").is_file():
-        raise UserError(f"The directory {path} is not empty and is no store; choose another --output.")
-    try:
-        info = TokenStore(path).info
-    except UserError:
-        if overwrite:
-            return False
-        raise
-    different = [name for name in settings if info["settings"].get(name) != settings[name]]
-    if info["tokenizer_fingerprint"] != tokenizer.fingerprint():
-        different.insert(0, "tokenizer")
-    if not _same_inputs(info["inputs"], sources):
-        different.insert(0, "input")
-    if not different:
-        return True
-    if overwrite:
-        return False
-    raise UserError(
-        f"The store {path} was made with another {', '.join(different)}; "
-        "choose another --output, or replace it with --overwrite."
+    path: Path, asked: Plan, config: PrepareConfig, tokenizer: TextTokenizer, made: _Made, record: dict[str, Any]
+) -> PrepareResult:
+    """Decide what stays and where, and write the store."""
+    read = made.read()
+    corpus = load_corpus(made.tasks, {source: number for number, source in enumerate(asked.sources)})
+    if not len(corpus.hashes):
+        raise UserError(f"The input holds no text ({', '.join(config.input)}); check the files and --text_column.")
+    sides = decide(
+        corpus,
+        asked.rule,
+        near_duplicates=config.near_duplicates,
+        weights=asked.weights,
+        given=asked.given,
+        memory_bytes=CLUSTER_MEMORY_BYTES,
     )
+    dropped = {**sides.dropped, "empty": read.empty, **dict(read.skipped), **made.rejected()}
+    leaks = None
+    if config.near_duplicates:
+        leaks = {"leak_rate": sides.split.leak_rate, "plain_leak_rate": sides.split.plain_leak_rate}
+    proof = made.encoder.proof
+    with writing_store(path, tokenizer, replace=config.overwrite) as writer:
+        write_sides(writer, corpus, sides)
+        writer.finish(
+            {
+                **record,
+                "dropped": dropped,
+                "num_documents_read": read.documents + read.empty + sum(read.skipped.values()),
+                "num_documents_with_replaced_bytes": read.replaced_bytes_documents,
+                "num_documents_with_nul": read.nul_documents,
+                "fraction_used": sides.split.fraction_used,
+                "leaks": leaks,
+                "notes": list(sides.split.notes),
+                "tokenization": {**proof.to_dict(), "gigatoken": fast_path_version()},
+                "versions": versions(),
+            }
+        )
+        counts = writer.counts()
+    if config.rejects:
+        write_rejects(Path(config.rejects), made.tasks)
+    _tell(read, sides, leaks)
+    return PrepareResult(str(path), counts, dropped, False, leaks)
 
 
-def _same_inputs(recorded: list[dict[str, Any]], sources: list[Source]) -> bool:
-    if len(recorded) != len(sources):
-        return False
-    for record, source in zip(recorded, sources, strict=True):
-        if isinstance(source, SourceFile):
-            if record.get("size") != source.size_bytes:
-                return False
-            # An unchanged time of change is trusted; after a copy or a touch the bytes decide.
-            if record.get("modified_ns") != source.modified_ns and record["sha256"] != file_sha256(Path(source.path)):
-                return False
-        elif record != _describe(source):
-            return False
-    return True
+def _tell(read: ReadCounts, sides: Sides, leaks: dict[str, float] | None) -> None:
+    if read.replaced_bytes_documents:
+        log.warning("Invalid bytes were replaced by U+FFFD in %d documents.", read.replaced_bytes_documents)
+    if read.nul_documents:
+        log.warning("%d documents hold NUL characters, which are kept.", read.nul_documents)
+    for reason, number in read.skipped.items():
+        log.warning("%d records were left out (%s), the first: %s", number, reason, read.first_skipped[reason])
+    for note in sides.split.notes:
+        log.warning("%s", note)
+    if sides.dropped["exact_duplicates"]:
+        log.info("%d exact duplicates were left out.", sides.dropped["exact_duplicates"])
+    if leaks:
+        log.info(
+            "%.2f %% of the held-out documents have a near-duplicate in training; a split that looked at each document"
+            " alone would have had %.2f %%.",
+            *(100 * leaks["leak_rate"], 100 * leaks["plain_leak_rate"]),
+        )
 
 
-def _describe(source: Source) -> dict[str, Any]:
-    if isinstance(source, SourceFile):
-        return {
-            "name": Path(source.path).name,
-            "size": source.size_bytes,
-            "modified_ns": source.modified_ns,
-            "sha256": file_sha256(Path(source.path)),
-        }
-    if isinstance(source, PrimerSource):
-        return {"name": "primer", "sha256": source.sha256}
-    return {"name": f"hf:{source.label}"}
-
-
-def _total_bytes(sources: list[Source]) -> float | None:
-    sizes = [source.size_bytes for source in sources if isinstance(source, SourceFile) and not source.compression]
-    return float(sum(sizes)) if len(sizes) == len(sources) else None
+def _log_counts(split: Split, counts: SplitCounts) -> None:
+    log.info(
+        "%s: %s documents, %s tokens, %s words (%.2f tokens a word, %.2f bytes a token)",
+        split,
+        f"{counts.num_documents:,}",
+        f"{counts.num_tokens:,}",
+        f"{counts.num_words:,}",
+        counts.num_tokens / max(1, counts.num_words),
+        counts.num_bytes / max(1, counts.num_tokens),
+    )

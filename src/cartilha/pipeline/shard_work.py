@@ -1,13 +1,13 @@
 """The work on one shard of the input: a pure function of the shard and the settings, on any core or machine.
 
-    shard -> read -> clean -> hash, count, tokenize -> files in a directory that appears by one rename
+shard -> read -> clean -> hash, count, tokenize -> files in a directory that appears by one rename
 
-    shard-00007/  tokens.bin        ids of all its documents, one after the other
-                  documents.arrow   a row a document
-                  texts.arrow       the texts that may be held out
-                  signatures.npy    with --near_duplicates
-                  rejects.jsonl     with --rejects
-                  done.json         what it was made from, and counts
+shard-00007/  tokens.bin        ids of all its documents, one after the other
+              documents.arrow   a row a document
+              texts.arrow       the texts that may be held out
+              signatures.npy    with --near_duplicates
+              rejects.jsonl     with --rejects
+              done.json         what it was made from, and counts
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class ShardResult:
 
 
 def done_result(task: ShardTask) -> ShardResult | None:
-    """The result of a task that was finished before, by this run or by one that was killed; None where there is none."""
+    """The result of a task that this run, or one that was killed, finished before; None where there is none."""
     try:
         mark = json.loads((task.directory / "done.json").read_text(encoding="utf-8"))
         sizes = {name: (task.directory / name).stat().st_size for name in mark["sizes"]}

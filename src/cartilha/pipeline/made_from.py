@@ -1,0 +1,121 @@
+"""What a store was made from, and whether the same command made it before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cartilha.config import PrepareConfig
+from cartilha.corpus.sources import PrimerSource, Source, SourceFile
+from cartilha.errors import UserError
+from cartilha.storage import file_sha256
+from cartilha.tokens.store import TokenStore
+from cartilha.tokens.tokenizer import TextTokenizer
+
+# What decides the bytes of a store; who does the work, and with how many processes, does not.
+SETTINGS = (
+    "validation_fraction",
+    "validation_documents",
+    "validation_first",
+    "seed",
+    "limit_documents",
+    "weights",
+    "clean",
+    "language",
+    "near_duplicates",
+    "text_column",
+    "text_unit",
+    "encoding",
+    "invalid_bytes",
+    "on_error",
+)
+
+
+def settings_of(config: PrepareConfig) -> dict[str, Any]:
+    """The settings that decide what is in the store, as plain values."""
+    values = {name: getattr(config, name) for name in SETTINGS}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def describe(sources: Sequence[Source], num_held_out: int = 0) -> list[dict[str, Any]]:
+    """The inputs as store.json records them; the files are read to hash them.
+
+    Args:
+        sources: In order.
+        num_held_out: So many of them, from the first, are given as the validation side.
+    """
+    found = [_describe(source) for source in sources]
+    return [{**entry, "held_out": True} if i < num_held_out else entry for i, entry in enumerate(found)]
+
+
+def _describe(source: Source) -> dict[str, Any]:
+    if isinstance(source, SourceFile):
+        return {
+            "name": Path(source.path).name,
+            "size": source.size_bytes,
+            "modified_ns": source.modified_ns,
+            "sha256": file_sha256(Path(source.path)),
+        }
+    if isinstance(source, PrimerSource):
+        return {"name": "primer", "sha256": source.sha256}
+    return {"name": f"hf:{source.label}"}
+
+
+def ready_store(
+    path: Path,
+    sources: Sequence[Source],
+    num_held_out: int,
+    settings: Mapping[str, Any],
+    tokenizer: TextTokenizer,
+    overwrite: bool,
+) -> TokenStore | None:
+    """The store that this same command made before; None where there is none.
+
+    Raises:
+        UserError: The place holds something else, or a store made otherwise that is not to be overwritten.
+    """
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file; name a directory for the store with --output.")
+    if not path.is_dir() or not any(path.iterdir()):
+        return None
+    if not (path / "store.json").is_file():
+        raise UserError(f"The directory {path} is not empty and is no store; choose another --output.")
+    try:
+        store = TokenStore(path)
+    except UserError:
+        if overwrite:
+            return None
+        raise
+    defaults = settings_of(PrepareConfig())  # of a setting that the store is older than
+    made_with = {name: store.info["settings"].get(name, defaults[name]) for name in settings}
+    different = [name for name in settings if made_with[name] != settings[name]]
+    if store.fingerprint != tokenizer.fingerprint():
+        different.insert(0, "tokenizer")
+    if not _same_inputs(store.info["inputs"], sources, num_held_out):
+        different.insert(0, "input")
+    if not different:
+        return store
+    if overwrite:
+        return None
+    raise UserError(
+        f"The store {path} was made with another {', '.join(different)}; "
+        "choose another --output, or replace it with --overwrite."
+    )
+
+
+def _same_inputs(recorded: list[dict[str, Any]], sources: Sequence[Source], num_held_out: int) -> bool:
+    if len(recorded) != len(sources):
+        return False
+    for number, (record, source) in enumerate(zip(recorded, sources, strict=True)):
+        if bool(record.get("held_out")) != (number < num_held_out):
+            return False
+        if isinstance(source, SourceFile):
+            if record.get("size") != source.size_bytes:
+                return False
+            # An unchanged time of change is trusted; after a copy or a touch the bytes decide.
+            if record.get("modified_ns") != source.modified_ns and record["sha256"] != file_sha256(Path(source.path)):
+                return False
+        elif {key: value for key, value in record.items() if key != "held_out"} != _describe(source):
+            return False
+    return True

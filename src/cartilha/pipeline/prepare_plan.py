@@ -1,0 +1,100 @@
+"""What `prepare` is asked to do, understood before anything is read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cartilha.config import PrepareConfig
+from cartilha.corpus.cleaning import WEB_STEPS, CleaningSettings, make_cleaner
+from cartilha.corpus.readers import ReadSettings
+from cartilha.corpus.sources import Source, resolve_inputs
+from cartilha.corpus.splits import SplitRule
+from cartilha.errors import UserError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be read, and what becomes of it.
+
+    Attributes:
+        sources: All of them; those that are held out as a whole first, so that a text that is on both sides stays
+            there.
+        num_held_out: How many those are.
+        weights: For each source the number of its input, and for each input its share of the tokens; None where all
+            of everything is taken.
+        rule: How many documents are held out.
+        reading: How records become documents.
+        steps: Cleaning steps.
+        cleaning: What they are told.
+    """
+
+    sources: list[Source]
+    num_held_out: int
+    weights: tuple[np.ndarray, np.ndarray] | None
+    rule: SplitRule
+    reading: ReadSettings
+    steps: tuple[str, ...]
+    cleaning: CleaningSettings
+
+    @property
+    def given(self) -> np.ndarray | None:
+        """For each source whether it is held out as a whole; None where the rule decides."""
+        return np.arange(len(self.sources)) < self.num_held_out if self.num_held_out else None
+
+
+def plan(config: PrepareConfig) -> Plan:
+    """Understand the settings.
+
+    Raises:
+        UserError: One of them makes no sense, or an input is not there.
+    """
+    if not config.input:
+        raise UserError("There is no input; name files, a dataset or the primer with --input.")
+    if not config.output:
+        raise UserError("There is no place for the store; name a directory with --output.")
+    rule = SplitRule(config.validation_fraction, config.validation_documents, config.validation_first, config.seed)
+    reading = ReadSettings(config.text_column, config.encoding, config.invalid_bytes, config.on_error, config.text_unit)
+    if config.limit_documents is not None and config.limit_documents < 1:
+        raise UserError(
+            f"--limit_documents is {config.limit_documents}; give 1 or more, or leave it out to read everything."
+        )
+    if config.workers is not None and config.workers < 1:
+        raise UserError(f"--workers is {config.workers}; give 1 or more, or leave it out to use all cores.")
+    if config.ray_address and config.executor != "ray":
+        raise UserError("--ray_address is for the Ray executor; add --executor ray.")
+    steps = tuple(step for name in config.clean for step in (WEB_STEPS if name == "web" else (name,)) if step != "none")
+    cleaning = CleaningSettings(language=config.language)
+    make_cleaner(steps, cleaning)  # refuses unknown steps and missing extras
+    if config.rejects and not steps:
+        raise UserError("--rejects takes what cleaning leaves out, and nothing is cleaned; add --clean web.")
+    held_out = resolve_inputs(config.validation_input) if config.validation_input else []
+    if held_out and (config.validation_documents is not None or config.validation_first is not None):
+        raise UserError("Hold out either given files or a number of documents, not both.")
+    sources = resolve_inputs([*held_out, *config.input])
+    weights = _weights(config.weights, config.input, sources[len(held_out) :], len(held_out))
+    return Plan(sources, len(held_out), weights, rule, reading, steps, cleaning)
+
+
+def _weights(
+    given: Sequence[str], refs: Sequence[str], sources: Sequence[Source], num_held_out: int
+) -> tuple[np.ndarray, np.ndarray] | None:
+    if not given:
+        return None
+    if num_held_out:
+        raise UserError("--weights and --validation_input do not go together; hold out a fraction instead.")
+    if len(given) != len(refs):
+        raise UserError(f"There are {len(given)} weights for {len(refs)} inputs; give one for each --input.")
+    try:
+        values = np.array([float(value) for value in given])
+    except ValueError:
+        raise UserError(f"Weights are numbers, such as 0.95 0.05, not {' '.join(given)}.") from None
+    if not (np.isfinite(values).all() and (values > 0).all()):
+        raise UserError(f"Weights must be above 0, not {' '.join(given)}; leave an input out to have none of it.")
+    owners: dict[Source, int] = {}
+    for number, ref in enumerate(refs):
+        for source in resolve_inputs([ref]):
+            owners.setdefault(source, number)
+    return np.array([owners[source] for source in sources]), values / values.sum()

@@ -1,0 +1,81 @@
+"""The directory beside a store in which it is prepared: what was done stays there when a run is killed."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cartilha.errors import UserError
+from cartilha.storage import exclusive, read_json, write_json
+
+log = logging.getLogger("cartilha")
+
+SPARE_BYTES = 32 << 20
+
+
+@contextmanager
+def work_directory(store: Path, identity: dict[str, Any]) -> Iterator[Path]:
+    """Hold the work directory of a store; it is removed when the block ends well.
+
+    Args:
+        store: The store that is to appear.
+        identity: What is prepared. Work that was left by another identity is removed, and a line says so.
+
+    Raises:
+        UserError: Another process prepares this store, or the disk is full.
+    """
+    work = store.with_name(f".{store.name}.work")
+    store.parent.mkdir(parents=True, exist_ok=True)
+    with exclusive(store.with_name(f".{store.name}.lock"), f"The store {store}"):
+        try:
+            _begin(work, identity)
+            yield work
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise UserError(
+                f"The disk of {store} is full; free some space and run the same command again: what is done is kept"
+                f" in {work.name} beside it."
+            ) from error
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _begin(work: Path, identity: dict[str, Any]) -> None:
+    mark = work / "identity.json"
+    if work.is_dir():
+        left: Any = None
+        with contextlib.suppress(OSError, ValueError):
+            left = read_json(mark)
+        if left == identity:
+            log.info("Going on with what an earlier run of this command left.")
+            for temporary in work.glob("*.tmp"):
+                shutil.rmtree(temporary, ignore_errors=True)
+            return
+        log.warning("An unfinished run with another input or other settings is removed (%s).", work.name)
+        shutil.rmtree(work)
+    work.mkdir()
+    write_json(mark, identity)
+
+
+def require_space(place: Path, needed_bytes: float) -> None:
+    """Refuse to begin what the disk cannot hold.
+
+    Raises:
+        UserError: Less is free than is needed.
+    """
+    free = shutil.disk_usage(place).free
+    if free < needed_bytes + SPARE_BYTES:
+        raise UserError(
+            f"About {_gigabytes(needed_bytes + SPARE_BYTES)} are needed while the store is written and"
+            f" {_gigabytes(free)} are free on the disk of {place}; free some, or choose another --output."
+        )
+
+
+def _gigabytes(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.2f} GB"
