@@ -289,7 +289,7 @@ def _recipe_values(name: str) -> dict[str, Any]:
         if value is True:
             flags.append(f"--{key}")
         elif isinstance(value, list):
-            flags += [f"--{key}", *map(str, value)] if value else []
+            flags += [f"--{key}", *map(str, value)]
         elif value is not None and value is not False:
             flags.append(f"--{key}={value}")
     try:
@@ -320,6 +320,8 @@ def _settable(settings: Any) -> dict[str, Any]:
         for stage, hidden in _SET_BY_JOB.items():
             for name in hidden:
                 del values[stage][name]
+            # A flag without values cannot be given.
+            values[stage] = {name: value for name, value in values[stage].items() if value != []}
     return values
 
 

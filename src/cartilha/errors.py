@@ -11,7 +11,11 @@ class UserError(ValueError):
     exit_code = 2
 
 
-class HubUnreachableError(UserError):
+class UnfinishedError(UserError):
+    """Something outside stopped the work half-way; what is done is kept, and the same command goes on."""
+
+
+class HubUnreachableError(UnfinishedError):
     """A model or dataset of the hub is needed and cannot be had from here."""
 
 

@@ -146,20 +146,35 @@ def test_the_flags_of_prepare(settings):
     given = settings(
         *("prepare", "--input", "a.txt", "b.txt", "--input", "c.txt", "--model", "random:tiny", "--output", "store"),
         *("--validation_fraction", "0.3", "--seed", "7", "--limit_documents", "5", "--text_column", "body"),
-        *("--encoding", "latin-1", "--invalid_bytes", "replace", "--overwrite"),
+        *("--encoding", "latin-1", "--invalid_bytes", "replace", "--overwrite", "--weights", "0.9", "0.1"),
+        *("--clean", "web", "--near_duplicates", "--rejects", "r.jsonl", "--workers", "3", "--on_error", "skip"),
+        *("--executor", "ray", "--ray_address", "auto", "--validation_documents", "9", "--text_unit", "file"),
     )
-    assert given == {
-        "input": ["a.txt", "b.txt", "c.txt"],
-        "model": "random:tiny",
-        "output": "store",
-        "validation_fraction": 0.3,
-        "seed": 7,
-        "limit_documents": 5,
-        "text_column": "body",
-        "encoding": "latin-1",
-        "invalid_bytes": "replace",
-        "overwrite": True,
-    }
+    assert (
+        given.items()
+        >= {
+            "input": ["a.txt", "b.txt", "c.txt"],
+            "model": "random:tiny",
+            "output": "store",
+            "validation_fraction": 0.3,
+            "validation_documents": 9,
+            "seed": 7,
+            "limit_documents": 5,
+            "text_column": "body",
+            "encoding": "latin-1",
+            "invalid_bytes": "replace",
+            "overwrite": True,
+            "weights": ["0.9", "0.1"],
+            "clean": ["web"],
+            "near_duplicates": True,
+            "rejects": "r.jsonl",
+            "workers": 3,
+            "on_error": "skip",
+            "executor": "ray",
+            "ray_address": "auto",
+            "text_unit": "file",
+        }.items()
+    )
 
 
 def test_the_flags_of_train(settings):

@@ -18,7 +18,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from typing import Protocol, TypeVar
 
-from cartilha.errors import UserError
+from cartilha.errors import UnfinishedError, UserError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -84,7 +84,7 @@ class Local:
                 for future in done:
                     yield future.result()
         except BrokenProcessPool:
-            raise UserError(
+            raise UnfinishedError(
                 "A process that prepared a part of the text was killed, perhaps for want of memory; run the same"
                 f" command again with fewer than {self._num_workers} --workers: what is done is kept."
             ) from None
@@ -145,7 +145,7 @@ class Ray:
             except ray.exceptions.RayTaskError as error:
                 raise error.cause from None
             except ray.exceptions.RayError as error:
-                raise UserError(
+                raise UnfinishedError(
                     f"A Ray task was lost ({type(error).__name__}); look at the cluster and run the same command"
                     " again: what is done is kept."
                 ) from None

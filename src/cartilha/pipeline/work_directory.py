@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cartilha.errors import UserError
+from cartilha.errors import UnfinishedError, UserError
 from cartilha.storage import exclusive, read_json, write_json
 
 log = logging.getLogger("cartilha")
@@ -36,10 +36,15 @@ def work_directory(store: Path, identity: dict[str, Any]) -> Iterator[Path]:
         try:
             _begin(work, identity)
             yield work
+        except UserError as error:
+            # A mistake in the input or the settings: mending it makes other work of it.
+            if not isinstance(error, UnfinishedError):
+                shutil.rmtree(work, ignore_errors=True)
+            raise
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            raise UserError(
+            raise UnfinishedError(
                 f"The disk of {store} is full; free some space and run the same command again: what is done is kept"
                 f" in {work.name} beside it."
             ) from error

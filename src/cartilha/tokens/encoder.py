@@ -158,7 +158,7 @@ def cut(texts: Iterator[str], max_chars: int = MAX_PIECE_CHARS) -> Iterator[str]
         rest += part
         begin = 0
         while len(rest) - begin > max_chars:
-            end = _last_cut(rest, begin + max_chars)
+            end = _last_cut(rest, begin, begin + max_chars)
             yield rest[begin:end]
             begin = end
         rest = rest[begin:]
@@ -166,10 +166,10 @@ def cut(texts: Iterator[str], max_chars: int = MAX_PIECE_CHARS) -> Iterator[str]
         yield rest
 
 
-def _last_cut(text: str, end: int) -> int:
-    """The last position before `end` where a space stands between letters; `end` where there is none near."""
-    place = end - 1
-    first = max(1, end - CUT_WINDOW_CHARS)
+def _last_cut(text: str, begin: int, end: int) -> int:
+    """The last position from `begin` to `end` where a space stands between letters; `end` where there is none near."""
+    first = max(begin + 1, end - CUT_WINDOW_CHARS)
+    place = end
     while (place := text.rfind(" ", first, place)) > 0:
         if text[place - 1].isalpha() and text[place + 1].isalpha():
             return place

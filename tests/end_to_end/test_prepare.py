@@ -1,0 +1,334 @@
+"""`prepare` on shards: the same bytes whoever does the work, nothing done twice, nothing half-true left."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections import namedtuple
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from cartilha.config import PrepareConfig
+from cartilha.corpus.primer import primer_texts
+from cartilha.errors import UnfinishedError, UserError
+from cartilha.pipeline import prepare as module
+from cartilha.pipeline import shard_work, work_directory
+from cartilha.pipeline.executors import Local
+from cartilha.pipeline.prepare import prepare
+from cartilha.tokens.store import TokenStore
+
+PRIMER = [text.text.replace("\n", " ") for text in primer_texts()]
+
+
+@pytest.fixture(scope="module")
+def lines(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Documents on 160 lines, five of them twice, one empty."""
+    path = tmp_path_factory.mktemp("lines") / "textos.txt"
+    path.write_text("\n".join([*PRIMER, "", *PRIMER[3:8], "Fim.", "Mais um </s> fim."]), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def config(lines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PrepareConfig:
+    """Twenty shards, done in this process."""
+    monkeypatch.setattr(module, "SHARD_BYTES", 15_000)
+    return PrepareConfig(input=(str(lines),), model="random:tiny", output=str(tmp_path / "store"), workers=1)
+
+
+def contents(store: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(store).as_posix(): path.read_bytes()
+        for path in sorted(store.rglob("*"))
+        if path.is_file() and path.name != ".verified.json"
+    }
+
+
+def documents(store: str | Path) -> dict[str, list[str]]:
+    """Texts of both sides, in order."""
+    opened = TokenStore(store)
+    return {split: [d.text for d in opened.read_documents(split)] for split in ("train", "validation")}
+
+
+def rows(store: str | Path, split: str) -> list[dict[str, Any]]:
+    return pq.read_table(Path(store) / f"{split}.documents.parquet").to_pylist()
+
+
+def test_the_same_bytes_whoever_does_the_work_and_however_it_is_cut(config, monkeypatch):
+    reference = contents(Path(prepare(config).store))
+    assert len(reference) >= 8 and len(documents(config.output)["validation"]) > 5
+    monkeypatch.setattr(module, "INLINE_BYTES", 0)
+    for number, (workers, shard_bytes) in enumerate([(2, 40_000), (1, 1 << 30)]):
+        monkeypatch.setattr(module, "SHARD_BYTES", shard_bytes)
+        other = replace(config, output=f"{config.output}-{number}", workers=workers)
+        prepare(other)
+        assert contents(Path(other.output)) == reference
+
+
+def test_ray_writes_the_same_bytes(config):
+    pytest.importorskip("ray", reason="needs the extra scale")
+    reference = contents(Path(prepare(config).store))
+    other = replace(config, output=f"{config.output}-ray", executor="ray", workers=2)
+    prepare(other)
+    assert contents(Path(other.output)) == reference
+
+
+def test_what_is_in_the_store(config):
+    result = prepare(config)
+    assert result.dropped["exact_duplicates"] == 5 and result.dropped["empty"] == 1
+    both = documents(config.output)
+    assert sorted(both["train"] + both["validation"]) == sorted({*PRIMER, "Fim.", "Mais um </s> fim."})
+    clusters = [row["cluster"] for split in both for row in rows(config.output, split)]
+    assert sorted(clusters) == list(range(152))
+    assert not list(Path(config.output).parent.glob(".store*"))  # no work directory, no lock
+    info = TokenStore(config.output).info
+    assert info["tokenization"]["backend"] == "gigatoken" and info["num_documents_read"] == 158
+
+
+class Counter:
+    """Counts the shards that are done, and stops as told."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, stop_after: int | None = None, error: Any = None) -> None:
+        self.numbers: list[int] = []
+        real = shard_work.process_shard
+
+        def process(task: Any) -> Any:
+            if len(self.numbers) == stop_after:
+                raise error
+            self.numbers.append(task.shard.number)
+            return real(task)
+
+        monkeypatch.setattr(module, "process_shard", process)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+def test_what_was_done_is_not_done_again(config, monkeypatch, error):
+    reference = contents(Path(prepare(replace(config, output=f"{config.output}-whole")).store))
+    first = Counter(monkeypatch, 7, error)
+    with pytest.raises((KeyboardInterrupt, UnfinishedError)) as caught:
+        prepare(config)
+    assert not Path(config.output).exists()
+    if caught.type is UnfinishedError:
+        assert "full" in str(caught.value) and "same command" in str(caught.value)
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "SHARD_BYTES", 15_000)
+    second = Counter(monkeypatch)
+    prepare(config)
+    assert len(first.numbers) == 7 and sorted(first.numbers + second.numbers) == list(range(len(second.numbers) + 7))
+    assert contents(Path(config.output)) == reference
+
+
+def test_a_shard_that_was_torn_is_done_again(config, monkeypatch):
+    Counter(monkeypatch, 3, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config)
+    work = Path(config.output).with_name(".store.work")
+    with (work / "shard-000001" / "tokens.bin").open("ab") as file:
+        file.write(b"x")
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "SHARD_BYTES", 15_000)
+    again = Counter(monkeypatch)
+    prepare(config)
+    assert 1 in again.numbers and 0 not in again.numbers
+
+
+def test_other_settings_begin_anew(config, monkeypatch, caplog):
+    Counter(monkeypatch, 3, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config)
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "SHARD_BYTES", 15_000)
+    again = Counter(monkeypatch)
+    prepare(replace(config, seed=1))
+    assert 0 in again.numbers and "unfinished" in caplog.text
+
+
+def test_a_mistake_in_the_input_leaves_nothing(config, lines, tmp_path):
+    broken = tmp_path / "broken.txt"
+    broken.write_bytes(lines.read_bytes() + b"\n\xff\n")
+    with pytest.raises(UserError, match="line 159"):
+        prepare(replace(config, input=(str(broken),)))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.txt"]
+    result = prepare(replace(config, input=(str(broken),), on_error="skip"))
+    assert result.dropped["invalid_bytes"] == 1
+
+
+SCRIPT = """
+import os, sys
+from cartilha.config import PrepareConfig
+from cartilha.pipeline import prepare as module, shard_work
+module.SHARD_BYTES, module.INLINE_BYTES = 15_000, 0
+real = shard_work.done_result
+result = module.prepare(PrepareConfig(input=(sys.argv[1],), model="random:tiny", output=sys.argv[2], workers=2))
+print(result.splits["train"].num_documents, [m for m in ("torch", "transformers") if m in sys.modules])
+"""
+
+
+def run_script(tmp_path: Path, *arguments: object) -> subprocess.Popen[str]:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT, encoding="utf-8")
+    command = [sys.executable, str(script), *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_a_plain_script_may_call_it_and_neither_torch_nor_transformers_is_loaded(lines, tmp_path):
+    """The script has no `if __name__ == "__main__"`, which processes of the usual kind would ask for."""
+    process = run_script(tmp_path, lines, tmp_path / "store")
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0 and output.splitlines()[-1].endswith(" []"), output
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
+def test_killed_for_good_it_goes_on(config, lines, tmp_path):
+    """The process is killed when some shards are there; its workers end too, and the same call finishes the work."""
+    store = tmp_path / "killed"
+    process = run_script(tmp_path, lines, store)
+    work = store.with_name(".killed.work")
+    while process.poll() is None and len(list(work.glob("shard-*[0-9]"))) < 3:
+        pass
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not store.exists() or list(store.iterdir())
+    second = run_script(tmp_path, lines, store)
+    assert second.wait(120) == 0, second.communicate()
+    assert contents(store) == contents(Path(prepare(config).store))
+    assert not work.exists()
+
+
+def _exit(number: int) -> int:
+    if number == 1:
+        os._exit(9)
+    return number
+
+
+def test_a_killed_worker_is_a_sentence():
+    executor = Local(2)
+    try:
+        with pytest.raises(UnfinishedError, match="--workers"):
+            list(executor.map(_exit, [0, 1, 2]))
+    finally:
+        executor.close()
+
+
+def test_a_second_run_does_nothing(config, monkeypatch):
+    first = prepare(config)
+    counter = Counter(monkeypatch)
+    again = prepare(config)
+    assert again.was_ready and not counter.numbers and again.splits == first.splits
+
+
+def test_a_disk_that_is_too_small_is_said_before(config, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(work_directory.shutil, "disk_usage", lambda _: usage(0, 0, 1_000_000))
+    with pytest.raises(UserError, match=r"GB are needed .* free"):
+        prepare(config)
+    assert not Path(config.output).exists()
+
+
+def test_a_disk_that_fills_while_the_store_is_written(config, monkeypatch):
+    def full(*_: object) -> Iterator[None]:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(module, "write_sides", full)
+    with pytest.raises(UnfinishedError, match="full"):
+        prepare(config)
+    assert [path.name for path in Path(config.output).parent.iterdir()] == [".store.work"]
+
+
+def test_the_first_documents_of_many_shards(config, monkeypatch):
+    whole = documents(prepare(config).store)
+    limited = replace(config, output=f"{config.output}-limited", limit_documents=70)
+    prepare(limited)
+    wanted = set(PRIMER[:70])
+    assert {split: [text for text in texts if text in wanted] for split, texts in whole.items()} == documents(
+        limited.output
+    )
+    monkeypatch.setattr(module, "INLINE_BYTES", 0)
+    two = replace(limited, output=f"{config.output}-two", workers=2)
+    prepare(two)
+    assert contents(Path(two.output)) == contents(Path(limited.output))
+
+
+def test_other_ways_to_hold_out(config, tmp_path):
+    prepare(replace(config, output=f"{config.output}-n", validation_documents=10))
+    assert len(documents(f"{config.output}-n")["validation"]) == 10
+    prepare(replace(config, output=f"{config.output}-first", validation_first=4))
+    assert documents(f"{config.output}-first")["validation"] == PRIMER[:4]
+    given = tmp_path / "given.txt"
+    given.write_text(f"{PRIMER[9]}\nUm texto novo.\n", encoding="utf-8")
+    prepare(replace(config, output=f"{config.output}-given", validation_input=(str(given),)))
+    both = documents(f"{config.output}-given")
+    assert both["validation"] == [PRIMER[9], "Um texto novo."] and PRIMER[9] not in both["train"]
+    with pytest.raises(UserError, match="not both"):
+        prepare(replace(config, validation_input=(str(given),), validation_first=4))
+
+
+def test_weights_are_shares_of_the_tokens(config, tmp_path):
+    english = tmp_path / "english.txt"
+    english.write_text("".join(f"A short line, number {i}, of English text.\n" for i in range(400)), encoding="utf-8")
+    weighted = replace(config, input=(*config.input, str(english)), weights=("0.9", "0.1"))
+    result = prepare(weighted)
+    tokens = {"textos.txt": 0, "english.txt": 0}
+    for split in ("train", "validation"):
+        for row in rows(config.output, split):
+            tokens[row["source"]] += row["num_tokens"]
+    assert tokens["english.txt"] / sum(tokens.values()) == pytest.approx(0.1, abs=0.03)
+    assert result.dropped["weights"] > 0
+    for weights, part in ((("1",), "1 weights for 2"), (("1", "x"), "numbers"), (("1", "0"), "above 0")):
+        with pytest.raises(UserError, match=part):
+            prepare(replace(weighted, weights=weights, overwrite=True))
+
+
+def test_near_duplicates_stay_on_one_side(config, tmp_path, caplog):
+    pytest.importorskip("rensa", reason="needs the extra text")
+    pytest.importorskip("duckdb", reason="needs the extra text")
+    copies = tmp_path / "copies.txt"
+    changed = [text.replace(" que ", " qual ", 1) for text in PRIMER if " que " in text and len(text) > 600]
+    copies.write_text("\n".join([*PRIMER, *changed]), encoding="utf-8")
+    caplog.set_level("INFO", "cartilha")
+    result = prepare(replace(config, input=(str(copies),), near_duplicates=True))
+    sides = {
+        row["doc_id"]: (split, row["cluster"])
+        for split in ("train", "validation")
+        for row in rows(config.output, split)
+    }
+    originals = [i for i, text in enumerate(PRIMER) if " que " in text and len(text) > 600]
+    pairs = [
+        (sides[f"copies.txt:{i + 1}"], sides[f"copies.txt:{len(PRIMER) + k + 1}"]) for k, i in enumerate(originals)
+    ]
+    assert len(pairs) > 20 and all(one == other for one, other in pairs)
+    assert {split for (split, _), _ in pairs} == {"train", "validation"}
+    assert result.leaks is not None and result.leaks["leak_rate"] == 0 < result.leaks["plain_leak_rate"]
+    assert "near-duplicate in training" in caplog.text
+
+
+def test_two_at_once_are_refused(config):
+    store = Path(config.output)
+    with work_directory.work_directory(store, {}):
+        code = textwrap.dedent(
+            f"""
+            from cartilha.config import PrepareConfig
+            from cartilha.pipeline.prepare import prepare
+            prepare(PrepareConfig(input=({config.input[0]!r},), model="random:tiny", output={config.output!r}))
+            """
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "in use by another process" in done.stderr
+
+
+def test_a_tokenizer_that_cannot_begin_a_text_is_refused(config, tmp_path):
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    plain = {"type": "BPE", "vocab": {"a": 0}, "merges": []}
+    (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": plain, "added_tokens": []}))
+    with pytest.raises(UserError, match="neither a bos nor an eos"):
+        prepare(replace(config, model=str(folder)))
