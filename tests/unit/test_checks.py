@@ -48,8 +48,14 @@ def fresh(tmp_path) -> Subject:
     return subject_of(load_model("random:tiny", CPU, tokenizer=tokenizer), tokenizer, tmp_path)
 
 
+@pytest.fixture()
+def taught(taught_once) -> Subject:
+    """One that has scored nothing yet."""
+    return replace(taught_once)
+
+
 @pytest.fixture(scope="module")
-def taught(tmp_path_factory) -> Iterator[Subject]:
+def taught_once(tmp_path_factory) -> Iterator[Subject]:
     """A tiny model that has learnt something: below a unigram model."""
     tokenizer = load_tokenizer("random:tiny")
     subject = subject_of(load_model("random:tiny", CPU, tokenizer=tokenizer), tokenizer, tmp_path_factory.mktemp("run"))
@@ -237,7 +243,13 @@ def test_a_tokenizer_of_another_model(taught):
 
 
 def test_a_loss_of_the_wrong_size(fresh, monkeypatch):
-    monkeypatch.setattr(model, "batch_nll", lambda *arguments: forward.batch_nll(*arguments) * 1.02)
+    real = model.token_scores
+
+    def larger(*arguments):
+        scores = real(*arguments)
+        return replace(scores, nll=scores.nll * 1.02)
+
+    monkeypatch.setattr(model, "token_scores", larger)
     assert failed(run_checks(fresh, (model.start,))) == ["start"]
 
 
@@ -364,13 +376,16 @@ def test_half_precision_that_drifts(fresh, monkeypatch):
         return real(the_model, documents, protocol, dtype) + shift
 
     monkeypatch.setattr(model, "document_nll", drifting)
-    assert failed(run_checks(half, (model.precision,))) == ["precision"]
+    assert failed(run_checks(replace(half), (model.precision,))) == ["precision"]
 
 
 def test_fp16_that_would_overflow(fresh, monkeypatch):
-    monkeypatch.setattr(model, "_largest_activation", lambda subject: 50_000.0)
     monkeypatch.setattr(model, "document_nll", lambda the_model, documents, *rest: np.zeros(len(documents.ids)))
-    assert failed(run_checks(replace(fresh, dtype=torch.float16), (model.precision,))) == ["precision"]
+    half = replace(fresh, dtype=torch.float16)
+    assert failed(run_checks(half, (model.precision,))) == []
+    with torch.no_grad():
+        fresh.loaded.model.model.layers[0].mlp.down_proj.weight.mul_(1e8)
+    assert failed(run_checks(half, (model.precision,))) == ["precision"]
 
 
 def test_too_little_memory_or_disk(fresh, monkeypatch):

@@ -12,11 +12,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from cartilha.blocks.packing import IGNORE_INDEX, Batch, PackedStream, stack
 from cartilha.checks.outcome import CheckResult, Judgement, Subject
 from cartilha.evaluation.baselines import token_counts, unigram_nll
-from cartilha.evaluation.documents import encode_documents
+from cartilha.evaluation.documents import ScoredDocuments, encode_documents
 from cartilha.evaluation.nll import document_nll
 from cartilha.evaluation.windows import MAX_WINDOW, Protocol, make_protocol
 from cartilha.model.attention import use_document_attention
 from cartilha.model.forward import batch_nll, head_weight, hidden_states
+from cartilha.model.loss import token_scores
 from cartilha.runtime import seed_everything
 
 PROBE_POSITIONS = 256  # a block for causality and isolation: the shorter, the cheaper
@@ -75,12 +76,13 @@ def _fresh_start(subject: Subject) -> dict[str, float]:
     batch = Batch(
         ids[:, :-1], ids[:, 1:], np.tile(np.arange(length), (len(ids), 1)), np.full(len(ids), length, np.int64)
     )
+    targets = torch.from_numpy(ids[:, 1:].reshape(-1)).to(subject.device)
     with torch.no_grad():
-        nll = float(batch_nll(model, batch, torch.float32)) / batch.num_targets
-        states = hidden_states(model, batch, torch.float32)
+        states = hidden_states(model, batch, torch.float32).flatten(0, 1)
+        nll = float(token_scores(states, head, targets, torch.float32).nll.double().mean())
         spread = float(head.std()) ** 2 * float(states.double().square().sum(-1).mean())
         head.zero_()
-        zero = float(batch_nll(model, batch, torch.float32)) / batch.num_targets
+        zero = float(token_scores(states, head, targets, torch.float32).nll.double().mean())
     return {
         "perplexity": math.exp(nll),
         "theory": rows * math.exp(spread / 2),
@@ -92,19 +94,27 @@ def _fresh_start(subject: Subject) -> dict[str, float]:
 
 def _beside_unigram(subject: Subject) -> tuple[float, float]:
     """Perplexities of the model and of a unigram model of the training text, on the same held-out tokens."""
-    scored = encode_documents(subject.held_out, subject.tokenizer, first_tokens=_scored_each(subject))
-    nll = document_nll(subject.loaded.model, scored, _protocol(subject, torch.float32), torch.float32)
+    scored = _sample(subject)
+    nll = _nll(subject, torch.float32)
     tokens = subject.store.tokens("train") if subject.store is not None else subject.stream(subject.training, 2).tokens
     counts = token_counts(tokens, len(head_weight(subject.loaded.model)))
     num_tokens = scored.num_tokens.sum()
     return math.exp(nll.sum() / num_tokens), math.exp(unigram_nll(counts, scored.ids).sum() / num_tokens)
 
 
-def _scored_each(subject: Subject) -> int:
-    """Tokens of each held-out document, so that all of them cost about the same on any machine."""
+def _sample(subject: Subject) -> ScoredDocuments:
+    """The beginning of each held-out document: so many tokens of each that they are affordable together."""
     total = SCORED_TOKENS_QUICK if subject.quick else SCORED_TOKENS
     context = min(subject.loaded.context_length, MAX_WINDOW)
-    return max(2, min(context - 1, total // len(subject.held_out)))
+    each = max(2, min(context - 1, total // len(subject.held_out)))
+    return encode_documents(subject.held_out, subject.tokenizer, first_tokens=each)
+
+
+def _nll(subject: Subject, dtype: torch.dtype) -> np.ndarray:
+    """Nats of each document of the sample in this compute dtype; scored once for all checks that ask."""
+    if dtype not in subject.scored:
+        subject.scored[dtype] = document_nll(subject.loaded.model, _sample(subject), _protocol(subject, dtype), dtype)
+    return subject.scored[dtype]
 
 
 def _protocol(subject: Subject, dtype: torch.dtype) -> Protocol:
@@ -231,12 +241,8 @@ def precision(subject: Subject) -> CheckResult:
             f"the run computes in float32 (in float16, activations would reach {share:.1%} of its range)",
             largest_activation=largest,
         )
-    scored = encode_documents(subject.held_out, subject.tokenizer, first_tokens=_scored_each(subject))
-    half, full = (
-        document_nll(subject.loaded.model, scored, _protocol(subject, dtype), dtype).sum()
-        for dtype in (subject.dtype, torch.float32)
-    )
-    drift = float(half - full) / int(scored.num_tokens.sum())
+    half, full = (_nll(subject, dtype).sum() for dtype in (subject.dtype, torch.float32))
+    drift = float(half - full) / int(_sample(subject).num_tokens.sum())
     name = str(subject.dtype).removeprefix("torch.")
     overflows = subject.dtype == torch.float16 and share > 0.5
     return words.judge(
@@ -279,8 +285,8 @@ def truth(subject: Subject) -> CheckResult:
         "Do not use this model with this version; report it with this output.",
     )
     model, tokenizer = subject.loaded.model, subject.tokenizer
-    scored = encode_documents(subject.held_out, tokenizer, first_tokens=_scored_each(subject))
-    ours = float(document_nll(model, scored, _protocol(subject, torch.float32), torch.float32).sum())
+    scored = _sample(subject)
+    ours = float(_nll(subject, torch.float32).sum())
     stream = _probe_stream(subject, num_documents=4)
     with torch.no_grad():
         trained = float(batch_nll(model, stack([stream.block(0)]), torch.float32))

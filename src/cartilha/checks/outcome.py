@@ -61,6 +61,7 @@ class Subject:
         output: Where the run would write.
         quick: Less of everything.
         is_random: Whether fresh weights were asked for (a `random:` model).
+        scored: Nats of the held-out sample by compute dtype, kept by the checks that share them.
     """
 
     loaded: LoadedModel
@@ -75,6 +76,7 @@ class Subject:
     output: Path
     quick: bool
     is_random: bool
+    scored: dict[torch.dtype, np.ndarray] = field(default_factory=dict, init=False)
 
     @property
     def device(self) -> torch.device:
