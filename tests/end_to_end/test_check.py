@@ -9,7 +9,7 @@ import pytest
 
 from cartilha.corpus.document import Document
 from cartilha.pipeline import check as check_module
-from cartilha.tokens.store import writing_store
+from cartilha.tokens.store_writer import writing_store
 from cartilha.tokens.tokenizer import load_tokenizer
 
 KEYS = {"name", "outcome", "measured", "expected", "meaning", "remedy", "figures", "seconds"}

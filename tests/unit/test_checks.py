@@ -24,7 +24,8 @@ from cartilha.model import attention, forward
 from cartilha.model import loss as loss_module
 from cartilha.model.load import load_model, prepare_model
 from cartilha.pipeline.check import CHEAP_CHECKS, CHECKS, run_checks, sample_documents
-from cartilha.tokens.store import TokenStore, writing_store
+from cartilha.tokens.store import TokenStore
+from cartilha.tokens.store_writer import writing_store
 from cartilha.tokens.tokenizer import TextTokenizer, load_tokenizer
 from cartilha.training import checkpoint as checkpoint_module
 from cartilha.training import loop
