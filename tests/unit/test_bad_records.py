@@ -298,3 +298,16 @@ def test_a_dataset_of_several_files_is_streamed_file_by_file(tmp_path):
     cut = shards(resolve_inputs([ref]), ReadSettings())
     assert len(cut) == 3 and all(shard.num_bytes == 0 for shard in cut)
     assert [d for shard in cut for d in read_shard(shard, ReadSettings())] == documents
+
+
+def test_shards_count_and_name_what_the_whole_does(tmp_path):
+    path = write(tmp_path / "a.txt", b"um\n\xe7\ndois\n\xe8\n" * 5)
+    _, whole = read(path, on_error="skip")
+    settings = ReadSettings(on_error="skip")
+    total = ReadCounts()
+    cut = shards(resolve_inputs([str(path)]), settings, 12)
+    for shard in cut:
+        counts = ReadCounts()
+        list(read_shard(shard, settings, counts))
+        total.add(counts)
+    assert len(cut) > 3 and total == whole and "line 2:" in total.first_skipped["invalid_bytes"]

@@ -121,3 +121,11 @@ def test_a_missing_extra_is_named(monkeypatch, tmp_path):
         monkeypatch.setitem(sys.modules, name, None)
         with pytest.raises(UserError, match=r"cartilha\[text\]"):
             work()
+
+
+def test_documents_that_share_a_part_are_proposed_and_not_taken(tmp_path, monkeypatch):
+    notice = " ".join(TEXTS[0].split()[:60])
+    texts = [f"{notice} {' '.join(text.split()[:200])}" for text in TEXTS[1:61]]
+    assert (clusters_of(texts, tmp_path) == np.arange(len(texts))).all()
+    monkeypatch.setattr(module, "MIN_SIMILARITY", 0.0)
+    assert len(set(clusters_of(texts, tmp_path).tolist())) < len(texts)  # not vacuous: some share a band
