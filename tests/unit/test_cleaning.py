@@ -11,7 +11,6 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from cartilha.corpus.boilerplate import ANCHORS, PHRASES
 from cartilha.corpus.cleaning import STEPS, WEB_STEPS, Cleaner, CleaningSettings, Rejected, make_cleaner
 from cartilha.corpus.document import Document
 from cartilha.corpus.primer import primer_texts
@@ -82,11 +81,10 @@ def test_boilerplate_lines_and_sentences_go(text, left):
     assert clean(text, "boilerplate") == (text if left is None else left)
 
 
-def test_each_phrase_holds_an_anchor():
+def test_each_phrase_is_found():
     for phrase in ("usamos cookies", "ative o javascript", "direitos reservados", "política de privacidade",
                    "termos de uso", "lorem ipsum", "deixe um comentário", "assine a newsletter", "compartilhe isso",
                    "clique aqui para ver", "privacy policy", "all rights reserved"):  # fmt: skip
-        assert PHRASES.search(phrase) and any(anchor in phrase for anchor in ANCHORS), phrase
         assert clean(f"Um.\n{phrase}\n", "boilerplate") == "Um.\n"
 
 

@@ -4,39 +4,32 @@ from __future__ import annotations
 
 import re
 
-# In lower case, as the phrases are. Each phrase holds one, so that a text without any is passed over at once.
-ANCHORS = (
-    "cookie",
-    "javascript",
-    "os reservados",
-    "rights reserved",
-    "privacidad",
-    "privacy policy",
-    "termos de ",
-    "lorem ipsum",
-    "comentário",
-    "newsletter",
-    "compartilh",
-    "clique aqui",
-)
-PHRASES = re.compile(
-    "|".join(
-        (
-            "(?:usa|usamos|utiliza|utilizamos|aceit[aeo]r?|política de|usa|utiliza|we use|uses?|accept(?: all)?)"
+PHRASE_CHARS = 40  # no phrase reaches further from its anchor
+
+# All in lower case. A phrase holds its anchor, so that a text without any anchor is passed over at once.
+PHRASES = {
+    anchor: re.compile("|".join(phrases))
+    for anchor, phrases in {
+        "cookie": (
+            "(?:usa|usamos|utiliza|utilizamos|aceit[aeo]r?|política de|we use|uses?|accept(?: all)?)"
             " (?:os |todos os |las )?cookies",
             "cookies? (?:policy|settings|notice)",
+        ),
+        "javascript": (
             "(?:ativ[ae]r?|habilit[ae]r?|enable|activ[ae]r?) (?:o |el )?javascript",
             "javascript (?:is |está |foi )?(?:disabled|required|desativado|desabilitado)",
-            "(?:direitos|derechos) (?:são )?reservados",
-            "rights reserved",
-            "(?:políticas?|avisos?) de privacidade?",
-            "privacy policy",
-            "termos de (?:uso|serviço|utilização)",
-            "lorem ipsum",
-            "(?:deixe|deixar|escreva|envie|publicar) (?:o |um |o seu |seu |o teu )?comentário\\b",
-            "(?:assine|inscreva-se|subscreva|receba|cadastre-se).{0,20}newsletter",
+        ),
+        "os reservados": ("(?:direitos|derechos) (?:são )?reservados",),
+        "rights reserved": ("rights reserved",),
+        "privacidad": ("(?:políticas?|avisos?) de privacidade?",),
+        "privacy policy": ("privacy policy",),
+        "termos de ": ("termos de (?:uso|serviço|utilização)",),
+        "lorem ipsum": ("lorem ipsum",),
+        "comentário": ("(?:deixe|deixar|escreva|envie|publicar) (?:o |um |o seu |seu |o teu )?comentário\\b",),
+        "newsletter": ("(?:assine|inscreva-se|subscreva|receba|cadastre-se).{0,20}newsletter",),
+        "compartilh": (
             "compartilh(?:e|ar) (?:isso|isto|no (?:face|twitter|whats)|no x|via|por e-?mail|este artigo|esta página)",
-            "clique aqui (?:para|e) ",
-        )
-    )
-)
+        ),
+        "clique aqui": ("clique aqui (?:para|e) ",),
+    }.items()
+}

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from cartilha.corpus.boilerplate import ANCHORS, PHRASES
+from cartilha.corpus.boilerplate import PHRASE_CHARS, PHRASES
 from cartilha.corpus.document import Document
 from cartilha.errors import UserError
 
@@ -27,9 +27,11 @@ MAX_REPEATED_NGRAMS = 0.15
 # Of `boilerplate`: what is longer is text that may well speak of cookies.
 MAX_BOILERPLATE_CHARS = 250
 _SENTENCE_ENDS = (". ", "! ", "? ")
-# Of `language`: this many characters tell it, taken from so many places; fewer letters than the least tell nothing.
-SAMPLE_CHARS = 240
-SAMPLE_PLACES = 3
+# Of `language`: a glance suffices for nearly all text in the wanted language (94 % of Portuguese, no Galician); else a
+# longer sample decides. Fewer letters than the least tell nothing.
+GLANCE_CHARS, GLANCE_PLACES = 120, 2
+SURE = 0.8
+SAMPLE_CHARS, SAMPLE_PLACES = 240, 3
 MIN_LETTERS = 20
 
 # What UTF-8 looks like that was read as Windows-1252 or Latin-1: a lead byte, then a continuation byte.
@@ -151,8 +153,8 @@ def _boilerplate(settings: CleaningSettings) -> Step:
         lowered = text.lower()
         if len(lowered) != len(text):  # a few capitals have two small letters
             lowered = text
-        found = sorted({_segment(text, place) for anchor in ANCHORS for place in _places(lowered, anchor)})
-        found = [(begin, end) for begin, end in found if PHRASES.search(lowered, begin, end)]
+        found = sorted({_segment(text, place) for place in _phrases(lowered)})
+        found = [(begin, end) for begin, end in found if begin < end]
         if not found:
             return text
         kept, done = [], 0
@@ -166,11 +168,14 @@ def _boilerplate(settings: CleaningSettings) -> Step:
     return step
 
 
-def _places(text: str, phrase: str) -> Iterator[int]:
-    place = text.find(phrase)
-    while place >= 0:
-        yield place
-        place = text.find(phrase, place + len(phrase))
+def _phrases(lowered: str) -> Iterator[int]:
+    """Places in a text in lower case where a phrase is."""
+    for anchor, phrases in PHRASES.items():
+        place = lowered.find(anchor)
+        while place >= 0:
+            if phrases.search(lowered, max(0, place - PHRASE_CHARS), place + len(anchor) + PHRASE_CHARS):
+                yield place
+            place = lowered.find(anchor, place + len(anchor))
 
 
 def _segment(text: str, place: int) -> tuple[int, int]:
@@ -223,33 +228,35 @@ def _repeated_ngrams(settings: CleaningSettings) -> Step:
 
 def _language(settings: CleaningSettings) -> Step:
     """Keeps texts in one language, as told by py3langid from a sample; what has no letters to tell by is kept."""
-    classify = _identifier().classify
+    identifier = _identifier()
     wanted = settings.language
-    if wanted not in _identifier().labels:
+    if wanted not in identifier.labels:
         raise UserError(f"There is no language {wanted!r} to keep; give an ISO 639-1 code such as pt, gl or es.")
 
     def step(text: str) -> str:
-        sample = _sample(text)
-        if sum(map(str.isalpha, sample)) < MIN_LETTERS:
+        found, confidence = identifier.classify(_sample(text, GLANCE_CHARS, GLANCE_PLACES))
+        if found == wanted and confidence > SURE:
             return text
-        found = classify(sample)[0]
-        return text if found == wanted else _Reason(f"language:{found}")
+        sample = _sample(text, SAMPLE_CHARS, SAMPLE_PLACES)
+        found = identifier.classify(sample)[0]
+        if found == wanted or sum(map(str.isalpha, sample)) < MIN_LETTERS:
+            return text
+        return _Reason(f"language:{found}")
 
     return step
 
 
-def _sample(text: str) -> str:
+def _sample(text: str, num_chars: int, num_places: int) -> str:
     """A bounded part of the text, from several places, for a page's head and foot are often in another language."""
-    if len(text) <= 2 * SAMPLE_CHARS:
-        return text[:SAMPLE_CHARS]
-    size = SAMPLE_CHARS // SAMPLE_PLACES
-    stride = len(text) // SAMPLE_PLACES
+    if len(text) <= 2 * num_chars:
+        return text[:num_chars]
+    size, stride = num_chars // num_places, len(text) // num_places
     return " ".join(text[begin : begin + size] for begin in range((stride - size) // 2, len(text) - size, stride))
 
 
 @lru_cache(maxsize=1)
 def _identifier() -> Any:
-    return _extra("py3langid.langid").LanguageIdentifier.from_model_file("data/model.npz.xz")
+    return _extra("py3langid.langid").LanguageIdentifier.from_model_file("data/model.npz.xz", norm_probs=True)
 
 
 def _extra(name: str) -> Any:
