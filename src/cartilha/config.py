@@ -121,6 +121,7 @@ class TrainConfig:
     validation_tokens: int = option(
         1_000_000, "validation before, during and after training scores about this many tokens"
     )
+    tracker: str = option("none", "mirror metrics.jsonl to tensorboard, trackio (extra trackers), or a plug-in's name")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Protocol
 
 from rich.console import Console
@@ -28,11 +29,17 @@ class Advance(Protocol):
         """Add `amount` of work."""
 
 
+@cache
+def terminal() -> Console:
+    """The terminal behind standard error: one for lines and bars alike, so that none writes over another."""
+    return Console(stderr=True)
+
+
 def set_up_logging() -> None:
     """Send the project's log lines to standard error, a line each (called by the command line only)."""
     handler: logging.Handler
     if sys.stderr.isatty():
-        handler = RichHandler(console=Console(stderr=True), show_time=False, show_path=False, show_level=False)
+        handler = RichHandler(console=terminal(), show_time=False, show_path=False, show_level=False)
     else:
         handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
@@ -63,7 +70,7 @@ def progress(title: str, total: float | None, unit: str) -> Iterator[Advance]:
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
         )
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        with Progress(*columns, console=terminal(), transient=True) as bar:
             task = bar.add_task(title, total=total, note="")
             started = time.monotonic()
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -118,3 +122,36 @@ def test_a_character_of_several_tokens_belongs_to_the_last():
     assert len(texts) == len(text.encode()) and "".join(texts) == text
     assert texts[1:3] == ["", "ã"] and texts[-5:] == ["", "", "", "\N{GRINNING FACE}", "!"]
     assert token_texts(TOKENIZER, ids[:2])[-1] == "\ufffd"  # a text that is cut inside a character says so
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
+def test_on_a_terminal_a_panel_is_drawn_and_leaves_lines_whole(run, tmp_path):
+    import pty
+
+    arguments = ["--model", "random:tiny", "--store", run.parent / "store", "--output", tmp_path / "run", "--json"]
+    arguments += ["--block_size", 64, "--batch_tokens", 512, "--max_steps", 8, "--tracker", "tensorboard"]
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cartilha", "train", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        stdin=theirs,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "110", "LINES": "40", "TERM": "xterm-256color"},
+    )
+    os.close(theirs)
+    seen = b""
+    while True:
+        try:
+            part = os.read(ours, 65536)
+        except OSError:  # Linux's way to say that the other side is closed
+            break
+        if not part:
+            break
+        seen += part
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, seen
+    assert json.loads(out)["status"] == "finished"  # standard output has the result alone
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", seen.decode("utf-8"))
+    for part in ("step 8 of 8", "nats/token", "tokens/s", "time left", "GB", "Era uma vez"):
+        assert part in text
+    assert "Traceback" not in text and any((tmp_path / "run" / "tensorboard").iterdir())

@@ -27,7 +27,7 @@ NUM_LISTED = 5  # documents that gained most, and that lost most
 TOKENS_OF_A_BEGINNING = 32  # by which a reader recognises a document
 
 
-def take_snapshot(run: Run, record: RunRecord, evaluation: Evaluation, nll: np.ndarray) -> None:
+def take_snapshot(run: Run, record: RunRecord, evaluation: Evaluation, nll: np.ndarray) -> list[tuple[str, str]]:
     """Keep what the model writes and how it reads now (in one process).
 
     Args:
@@ -35,10 +35,14 @@ def take_snapshot(run: Run, record: RunRecord, evaluation: Evaluation, nll: np.n
         record: Takes the comparison with the evaluation before training.
         evaluation: The one just made.
         nll: Of each of the run's validation documents, nats.
+
+    Returns:
+        Each prompt, and it with what the model wrote.
     """
     save_evaluation(_saved(run.path, run.step), evaluation.to_dict(), run.validation, nll)
     with _apart_from_training(run):
-        add_samples(run.path, run.step, continue_prompts(run.loaded, run.tokenizer, run.prompts))
+        samples = continue_prompts(run.loaded, run.tokenizer, run.prompts)
+        add_samples(run.path, run.step, samples)
         add_surprisal(
             run.path / "surprisal.parquet",
             run.step,
@@ -50,6 +54,7 @@ def take_snapshot(run: Run, record: RunRecord, evaluation: Evaluation, nll: np.n
         )
     if run.step:
         record.update(comparison=_comparison(run, evaluation, nll))
+    return [(sample.prompt, sample.text) for sample in samples]
 
 
 def _saved(path: Path, step: int) -> Path:

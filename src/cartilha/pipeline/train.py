@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from cartilha.config import GenerateConfig, TrainConfig
-from cartilha.console import progress as show_progress
 from cartilha.errors import InterruptedRunError, OutOfMemoryError, UserError
 from cartilha.evaluation.measures import Evaluation
 from cartilha.pipeline.check import refuse_if_failed
 from cartilha.pipeline.evaluate import evaluate_loaded
+from cartilha.pipeline.live import training_view
 from cartilha.pipeline.model_card import model_card
 from cartilha.pipeline.run_files import (
     NoticeCollector,
@@ -41,6 +41,7 @@ from cartilha.storage import DISK_FAULTS, new_directory, system_error, write_ato
 from cartilha.training.checkpoint import best_checkpoint, list_checkpoints, newest_name
 from cartilha.training.hooks import EpochLoss, MetricsFile, StopRequest, listening_for_stop
 from cartilha.training.loop import StepRecord, train_steps
+from cartilha.training.trackers import TrackedRun, check_tracker, open_tracker
 from cartilha.training.watch import LossWatch
 from cartilha.training.writer import CheckpointWriter, can_write_in_background
 
@@ -81,6 +82,7 @@ def train(config: TrainConfig, *, prompts: GenerateConfig | None = None) -> Trai
     """
     output, resume = Path(config.output), config.resume == "auto"
     check(config)
+    check_tracker(config.tracker)
     stop_file = Path(config.stop_file) if config.stop_file else None
     if stop_file and stop_file.exists():
         raise InterruptedRunError(f"The stop file {stop_file} is there: nothing was done; remove it and go on.")
@@ -132,7 +134,9 @@ def _train(run: Run, record: RunRecord, notices: NoticeCollector, stop: StopRequ
     """Measure, train, measure; a checkpoint at each epoch's end, whenever one is due, and before stopping."""
     _announce(run)
     watch = LossWatch(run.state.progress, scaled=run.state.scaler.is_enabled())
-    metrics = MetricsFile(run.path / "metrics.jsonl", run.step, watch)
+    tracked = TrackedRun(run.path, run.step, run.settings)
+    tracker = open_tracker(run.config.tracker, tracked) if world()[0] == 0 else None
+    metrics = MetricsFile(run.path / "metrics.jsonl", run.step, watch, tracker)
     epoch_loss = EpochLoss(run.state.progress)
     writer = CheckpointWriter(
         run.path,
@@ -144,7 +148,7 @@ def _train(run: Run, record: RunRecord, notices: NoticeCollector, stop: StopRequ
         if run.step == 0:
             _measure(run, record, metrics, "Validation before training")
             seed_everything(run.config.seed)
-        for step in _steps(run):
+        for step in _steps(run, record):
             metrics.step(step)
             epoch_loss.step(step)
             if watch.has_diverged:
@@ -164,11 +168,11 @@ def _train(run: Run, record: RunRecord, notices: NoticeCollector, stop: StopRequ
                     "and the same command with --resume auto goes on from it."
                 )
         writer.finish()
+        record.update(checkpoint_seconds=writer.stall_s)
+        _finish(run, record, notices, metrics)
     finally:
         writer.close()
         metrics.close()
-    record.update(checkpoint_seconds=writer.stall_s)
-    _finish(run, record, notices)
 
 
 def _end_epoch(run: Run, record: RunRecord, metrics: MetricsFile, epoch_loss: EpochLoss, step: StepRecord) -> float:
@@ -205,12 +209,10 @@ def _announce(run: Run) -> None:
     )
 
 
-def _steps(run: Run) -> Iterator[StepRecord]:
-    """The loop, with progress shown."""
-    left = run.schedule.num_steps - run.step
-    previous: StepRecord | None = None
-    with show_progress("Training", float(left), "steps") as advance:
-        for record in train_steps(
+def _steps(run: Run, record: RunRecord) -> Iterator[StepRecord]:
+    """The loop, shown as it goes."""
+    with training_view(run.path, record, run.schedule, f"Training {run.config.model}") as show:
+        for step in train_steps(
             run.loaded.model,
             run.state.optimizer,
             run.sampler,
@@ -221,12 +223,8 @@ def _steps(run: Run) -> Iterator[StepRecord]:
             max_grad_norm=run.config.max_grad_norm,
             scaler=run.state.scaler,
         ):
-            rate = record.num_targets / record.seconds
-            # The loss shown is the step before's: this one's may still be on its way from the device.
-            shown = "" if previous is None else f"loss {float(previous.loss):.3f}, "
-            advance(1.0, f"{shown}{rate:,.0f} tokens/s")
-            previous = record
-            yield record
+            show(step)
+            yield step
 
 
 def _measure(run: Run, record: RunRecord, metrics: MetricsFile, title: str) -> Evaluation:
@@ -243,16 +241,14 @@ def _measure(run: Run, record: RunRecord, metrics: MetricsFile, title: str) -> E
         run.protocol.describe(),
     )
     if world()[0] == 0:
-        take_snapshot(run, record, evaluation, nll)
+        metrics.texts(run.step, take_snapshot(run, record, evaluation, nll))
     return evaluation
 
 
-def _finish(run: Run, record: RunRecord, notices: NoticeCollector) -> None:
+def _finish(run: Run, record: RunRecord, notices: NoticeCollector, metrics: MetricsFile) -> None:
     """The last evaluation where no epoch's end has just made it, the model, and the summary."""
     if record.values["evaluations"][-1]["step"] != run.step:
-        metrics = MetricsFile(run.path / "metrics.jsonl", run.step, LossWatch(run.state.progress))
         _measure(run, record, metrics, "Validation after training")
-        metrics.close()
     progress = run.state.progress
     record.values["settings"]["micro_batch_size"] = progress.micro_batch_size  # memory may have run out on the way
     if progress.step < run.schedule.num_steps:

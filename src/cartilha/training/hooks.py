@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -16,6 +16,7 @@ from typing import IO, Any
 from cartilha.runtime import world
 from cartilha.storage import to_json
 from cartilha.training.loop import Progress, StepRecord
+from cartilha.training.trackers import Tracker, figures_of
 from cartilha.training.watch import LossWatch
 
 
@@ -26,12 +27,14 @@ class MetricsFile:
         path: The file; lines after `resumed_step` (and a torn last line) are dropped when a run is resumed.
         resumed_step: Steps already taken.
         watch: Judges each step as it is written; its marks stand in the step's line.
+        tracker: Mirrors what is written.
     """
 
-    def __init__(self, path: Path, resumed_step: int, watch: LossWatch) -> None:
+    def __init__(self, path: Path, resumed_step: int, watch: LossWatch, tracker: Tracker | None = None) -> None:
         # Of several processes one writes.
         self._file: IO[str] = _open_at(path, resumed_step) if world()[0] == 0 else open(os.devnull, "w")  # noqa: SIM115
         self._watch = watch
+        self._tracker = tracker
         self._pending: StepRecord | None = None
 
     def step(self, record: StepRecord) -> None:
@@ -67,11 +70,21 @@ class MetricsFile:
     def _write(self, line: dict[str, Any]) -> None:
         self._file.write(to_json(line) + "\n")
         self._file.flush()
+        if self._tracker is not None:
+            self._tracker.log(line["step"], figures_of(line))
+
+    def texts(self, step: int, texts: Sequence[tuple[str, str]]) -> None:
+        """Hand prompts and what the model made of them after `step` to the tracker; samples.jsonl has them already."""
+        if self._tracker is not None:
+            for number, (prompt, text) in enumerate(texts, 1):
+                self._tracker.text(step, f"samples/{number} {prompt.strip()}", text)
 
     def close(self) -> None:
         """Write what is held back and close the file."""
         self.flush()
         self._file.close()
+        if self._tracker is not None:
+            self._tracker.close()
 
 
 def _open_at(path: Path, resumed_step: int) -> IO[str]:

@@ -1,0 +1,174 @@
+"""What a person sees during training: one panel on a terminal, a plain line now and then elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.columns import Columns
+from rich.console import RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from cartilha.console import PLAIN_INTERVAL_S, terminal
+from cartilha.pipeline.run_files import RunRecord, read_samples
+from cartilha.training.loop import Schedule, StepRecord
+
+log = logging.getLogger("cartilha")
+
+SAMPLE_CHARS = 240
+RECENT = 0.1  # weight of the newest step in the means that are shown
+
+
+class Show(Protocol):
+    """Takes each step's record as it comes."""
+
+    def __call__(self, step: StepRecord) -> None:
+        """Show it; waits for no device."""
+
+
+@dataclass
+class TrainingStatus:
+    """What is known of a run after its latest step.
+
+    Attributes:
+        title: What is trained.
+        schedule: Of the run.
+        step: Steps taken.
+        loss: Recent mean of the training loss, nats a token; a step late, so that no device is waited for.
+        seconds_per_step: Recent mean.
+    """
+
+    title: str
+    schedule: Schedule
+    step: int = 0
+    epoch: int = 1
+    loss: float | None = None
+    tokens_per_second: float | None = None
+    seconds_per_step: float | None = None
+    seconds: float = 0.0
+    memory_bytes: int | None = None
+    validation_perplexity: float | None = None
+    sample: str = ""
+    _previous: StepRecord | None = None
+
+    def update(self, step: StepRecord) -> None:
+        """Take a step."""
+        if self._previous is not None:
+            loss = float(self._previous.loss)
+            self.loss = _mean(self.loss, loss) if math.isfinite(loss) else self.loss
+        self._previous = step
+        self.step, self.epoch, self.memory_bytes = step.step, step.epoch, step.memory_bytes
+        self.seconds = step.total_seconds
+        self.seconds_per_step = _mean(self.seconds_per_step, step.seconds)
+        self.tokens_per_second = _mean(self.tokens_per_second, step.num_targets / step.seconds)
+
+    def read(self, path: Path, results: dict[str, Any]) -> None:
+        """Take the last evaluation and the last text from what the run has recorded."""
+        evaluations = results.get("evaluations") or [{}]
+        self.validation_perplexity = evaluations[-1].get("perplexity")
+        samples = read_samples(path)
+        # A terminal obeys control characters; a text of a model may hold any.
+        shown = "".join(c if c.isprintable() else " " for c in samples[-1]["text"]) if samples else ""
+        self.sample = shown[:SAMPLE_CHARS] + ("…" if len(shown) > SAMPLE_CHARS else "")
+
+    @property
+    def seconds_left(self) -> float | None:
+        """By steps or by the time budget, whichever ends first; without evaluations."""
+        if self.seconds_per_step is None:
+            return None
+        left = (self.schedule.num_steps - self.step) * self.seconds_per_step
+        budget = self.schedule.time_budget_s
+        return left if budget is None else min(left, max(0.0, budget - self.seconds))
+
+    def figures(self) -> dict[str, str]:
+        """Name and text of each figure that is known."""
+        found = {"epoch": str(self.epoch)}
+        if self.loss is not None:
+            found["loss"] = f"{self.loss:.3f} nats/token"
+            found["perplexity"] = f"{math.exp(min(self.loss, 700)):,.2f}"
+        if self.validation_perplexity is not None:
+            found["validation"] = f"perplexity {self.validation_perplexity:,.2f}"
+        if self.tokens_per_second is not None:
+            found["speed"] = f"{self.tokens_per_second:,.0f} tokens/s"
+        if self.memory_bytes is not None:
+            found["memory"] = f"{self.memory_bytes / 1e9:.2f} GB"
+        if self.seconds_left is not None:
+            found["time left"] = _clock(self.seconds_left)
+        return found
+
+    def line(self) -> str:
+        """All of it in one line, for a log."""
+        figures = ", ".join(f"{name} {text}" for name, text in self.figures().items())
+        return f"Step {self.step:,} of {self.schedule.num_steps:,}: {figures}"
+
+    def __rich__(self) -> RenderableType:
+        """The panel."""
+        total = self.schedule.num_steps
+        figures = [
+            Text.assemble((f"{name} ", "dim"), (text, "bold"), no_wrap=True) for name, text in self.figures().items()
+        ]
+        rows = Table.grid(expand=True)  # a bar ends no line of its own accord: a row does
+        rows.add_row(ProgressBar(total=total, completed=self.step))
+        rows.add_row(Columns(figures, padding=(0, 3)))
+        if self.sample:
+            rows.add_row(Text(self.sample, style="italic"))
+        return Panel(rows, title=Text(f"{self.title}: step {self.step:,} of {total:,}"), title_align="left")
+
+
+@contextmanager
+def training_view(path: Path, record: RunRecord, schedule: Schedule, title: str) -> Iterator[Show]:
+    """Show a run while the block lasts.
+
+    Args:
+        path: The run's directory, where the last text is read.
+        record: Of the run, with its evaluations.
+        schedule: How long it lasts.
+        title: What is trained.
+    """
+    status = TrainingStatus(title, schedule)
+    stale = True
+
+    def take(step: StepRecord) -> None:
+        nonlocal stale
+        if stale:
+            status.read(path, record.values)
+        status.update(step)
+        stale = step.ends_epoch  # an evaluation follows
+
+    if not log.isEnabledFor(logging.INFO) or not log.handlers:
+        yield lambda step: None
+    elif sys.stderr.isatty():
+        with Live(status, console=terminal(), transient=True, refresh_per_second=4):
+            yield take
+    else:
+        last = time.monotonic()
+
+        def say(step: StepRecord) -> None:
+            nonlocal last
+            take(step)
+            if time.monotonic() - last >= PLAIN_INTERVAL_S:
+                last = time.monotonic()
+                log.info("%s", status.line())
+
+        yield say
+
+
+def _mean(old: float | None, new: float) -> float:
+    return new if old is None else old + RECENT * (new - old)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

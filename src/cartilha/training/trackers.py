@@ -1,0 +1,198 @@
+"""Mirrors of metrics.jsonl: TensorBoard, Trackio, or a plug-in; the file stays the truth.
+
+A tracker is anything with the three methods of `Tracker`. One of your own is a function that makes it, named in your
+package's entry points (group `cartilha.trackers`); docs/trackers.md has one of a page. A tracker that fails is left
+out from then on, with one line: the run goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, Protocol
+
+from cartilha.errors import UserError
+
+log = logging.getLogger("cartilha")
+
+ENTRY_POINTS = "cartilha.trackers"
+STEP_FIGURES = ("loss", "lr", "grad_norm", "tokens_per_second", "memory_bytes", "epoch", "tokens")
+EVALUATION_FIGURES = ("loss", "perplexity", "word_perplexity", "bits_per_byte", "bits_per_char")
+
+
+class Tracker(Protocol):
+    """Takes what a run records."""
+
+    def log(self, step: int, figures: Mapping[str, float]) -> None:
+        """Take figures of a step: `train/loss`, `validation/bits_per_byte`, `validation/bits_per_byte/DOMAIN` ..."""
+
+    def text(self, step: int, name: str, text: str) -> None:
+        """Take a text that the model wrote after that step."""
+
+    def close(self) -> None:
+        """Write what is held back; nothing comes after."""
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """What a tracker is told at the beginning.
+
+    Attributes:
+        path: The run's directory; trackers that write files put them in a folder of their own there.
+        resumed_step: Steps already taken: what was logged after it is repeated.
+        settings: The run's settings.
+    """
+
+    path: Path
+    resumed_step: int
+    settings: Mapping[str, Any]
+
+
+class _TensorBoard:
+    """Event files in RUN/tensorboard; those of steps that a resume repeats are purged."""
+
+    def __init__(self, run: TrackedRun) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        purge = run.resumed_step + 1 if run.resumed_step else None
+        self._writer = SummaryWriter(str(run.path / "tensorboard"), purge_step=purge)
+        if not run.resumed_step:
+            rows = "\n".join(f"    {name}: {value}" for name, value in run.settings.items())
+            self._writer.add_text("settings", rows, 0)
+
+    def log(self, step: int, figures: Mapping[str, float]) -> None:
+        for name, value in figures.items():
+            self._writer.add_scalar(name, value, step)
+
+    def text(self, step: int, name: str, text: str) -> None:
+        self._writer.add_text(name, text, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Trackio:
+    """A local Trackio project named after the directory that holds the run; `trackio show` opens it."""
+
+    def __init__(self, run: TrackedRun) -> None:
+        import trackio
+
+        path = run.path.resolve()
+        with redirect_stdout(sys.stderr):  # it speaks on standard output, which `--json` has to itself
+            self._run = trackio.init(
+                project=path.parent.name or "cartilha",
+                name=path.name,
+                config=dict(run.settings),
+                resume="allow" if run.resumed_step else "never",
+                embed=False,
+            )
+
+    def log(self, step: int, figures: Mapping[str, float]) -> None:
+        self._run.log(dict(figures), step=step)
+
+    def text(self, step: int, name: str, text: str) -> None:
+        self._run.log({name: text}, step=step)
+
+    def close(self) -> None:
+        with redirect_stdout(sys.stderr):
+            self._run.finish()
+
+
+_OURS: dict[str, Callable[[TrackedRun], Tracker]] = {"tensorboard": _TensorBoard, "trackio": _Trackio}
+
+
+def check_tracker(name: str) -> None:
+    """Refuse a tracker that is not there, before anything is computed.
+
+    Raises:
+        UserError: Neither ours nor a plug-in has that name.
+    """
+    if name != "none" and name not in _OURS and name not in _plug_ins():
+        known = ", ".join(["none", *_OURS, *_plug_ins()])
+        raise UserError(f"There is no tracker {name!r}; choose from {known}, or install a plug-in (docs/trackers.md).")
+
+
+def open_tracker(name: str, run: TrackedRun) -> Tracker | None:
+    """The tracker of that name, made safe; None for `none`.
+
+    Raises:
+        UserError: It is not installed.
+    """
+    if name == "none":
+        return None
+    make = _OURS[name] if name in _OURS else _plug_ins()[name]
+    try:
+        return _Careful(name, make(run))
+    except ImportError as error:
+        raise UserError(
+            f"The tracker {name} is not installed ({error}); install it with: pip install 'cartilha[trackers]'"
+        ) from error
+    except Exception as error:  # no server, no permission ...: better said now than after a night
+        raise UserError(
+            f"The tracker {name} could not be started ({type(error).__name__}: {error}); mend that, or leave it out."
+        ) from error
+
+
+def _plug_ins() -> dict[str, Callable[[TrackedRun], Tracker]]:
+    return {point.name: _loader(point) for point in entry_points(group=ENTRY_POINTS)}
+
+
+def _loader(point: Any) -> Callable[[TrackedRun], Tracker]:
+    def make(run: TrackedRun) -> Tracker:
+        tracker: Tracker = point.load()(run)
+        return tracker
+
+    return make
+
+
+class _Careful:
+    """A tracker whose failures cost the mirror and not the run."""
+
+    def __init__(self, name: str, tracker: Tracker) -> None:
+        self._name = name
+        self._tracker: Tracker | None = tracker
+
+    def log(self, step: int, figures: Mapping[str, float]) -> None:
+        self._call(lambda tracker: tracker.log(step, figures))
+
+    def text(self, step: int, name: str, text: str) -> None:
+        self._call(lambda tracker: tracker.text(step, name, text))
+
+    def close(self) -> None:
+        self._call(lambda tracker: tracker.close())
+
+    def _call(self, act: Callable[[Tracker], None]) -> None:
+        if self._tracker is None:
+            return
+        try:
+            act(self._tracker)
+        except Exception as error:  # whatever a server or a disk far away does
+            self._tracker = None
+            log.warning(
+                "The tracker %s failed (%s: %s) and is left out from here on; metrics.jsonl has everything.",
+                self._name,
+                type(error).__name__,
+                error,
+            )
+
+
+def figures_of(line: Mapping[str, Any]) -> dict[str, float]:
+    """What a line of metrics.jsonl holds for a tracker; a number that is not finite is left out."""
+    evaluation = line.get("evaluation")
+    named = (
+        _evaluation_figures(evaluation) if evaluation else ((f"train/{name}", line.get(name)) for name in STEP_FIGURES)
+    )
+    return {name: float(value) for name, value in named if isinstance(value, (int, float)) and math.isfinite(value)}
+
+
+def _evaluation_figures(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name in EVALUATION_FIGURES:
+        yield f"validation/{name}", evaluation.get(name)
+    for domain, figures in evaluation.get("domains", {}).items():
+        yield f"validation/bits_per_byte/{domain}", figures.get("bits_per_byte")
