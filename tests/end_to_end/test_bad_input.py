@@ -206,7 +206,7 @@ def cut_texts(store: Path) -> None:
         (lambda store: write(store / "store.json", "{"), "store.json is damaged"),
         (lambda store: write(store / "store.json", "{}"), "store.json is damaged"),
         (lambda store: write(store / "store.json", '{"format_version": 99}'), "has format 99"),
-        (lambda store: write(store / "store.json", '{"format_version": 1}'), "store.json lacks"),
+        (lambda store: write(store / "store.json", '{"format_version": 1}'), "store.json is damaged"),
     ],
 )
 def test_an_unreadable_store_and_its_remedy(refused: Refused, cartilha, corpus, tmp_path, damage, named):

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import psutil
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -14,8 +18,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from cartilha.corpus.document import Document
 from cartilha.corpus.splits import Split
 from cartilha.errors import UserError
+from cartilha.storage import file_sha256, write_sealed_json
 from cartilha.tokens import store as store_module
-from cartilha.tokens import store_writer
+from cartilha.tokens import store_checks, store_writer
 from cartilha.tokens.store import TokenStore, batches
 from cartilha.tokens.store_writer import writing_store
 from cartilha.tokens.tokenizer import TextTokenizer, load_tokenizer
@@ -216,11 +221,17 @@ def test_a_missing_file_is_named(path, name):
 
 def test_files_are_hashed_once_while_they_are_unchanged(path, monkeypatch):
     hashed = []
-    real = store_module.file_sha256
-    monkeypatch.setattr(store_module, "file_sha256", lambda file: hashed.append(file.name) or real(file))
+    real = store_checks.file_sha256
+
+    def hash_and_note(file: Path) -> str:
+        if file.name != "store.json":  # small, and read each time
+            hashed.append(file.name)
+        return real(file)
+
+    monkeypatch.setattr(store_checks, "file_sha256", hash_and_note)
     TokenStore(path)
     assert not hashed  # the writer hashed them a moment ago
-    (path / ".verified.json").unlink()
+    store_checks._verdict_path(path).unlink()
     TokenStore(path)
     assert len(hashed) == len(FILES)
     TokenStore(path)
@@ -234,7 +245,7 @@ def test_a_store_that_cannot_keep_its_verdict_opens(path, monkeypatch):
     def refuse(*_):
         raise PermissionError("read-only")
 
-    monkeypatch.setattr(store_module, "write_json", refuse)
+    monkeypatch.setattr(store_checks, "write_json", refuse)
     assert TokenStore(path).counts["train"].num_documents == len(TRAIN)
 
 
@@ -246,15 +257,18 @@ def test_no_store(path, tmp_path):
     assert "is not a store" in complaint(tmp_path / "vazia")
 
 
-def edit_info(path: Path, **changes: object) -> None:
-    info = json.loads((path / "store.json").read_text(encoding="utf-8")) | changes
-    (path / "store.json").write_text(json.dumps(info), encoding="utf-8")
+def edit_info(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change store.json as somebody would who means it: its hash of itself is right again."""
+    info = json.loads((path / "store.json").read_text(encoding="utf-8"))
+    del info["sha256"]
+    change(info)
+    write_sealed_json(path / "store.json", info)
 
 
 def test_a_newer_format_is_refused(path):
-    edit_info(path, format_version=store_module.FORMAT_VERSION)
+    edit_info(path, lambda info: info.update(settings="others"))
     TokenStore(path)
-    edit_info(path, format_version=store_module.FORMAT_VERSION + 1)
+    edit_info(path, lambda info: info.update(format_version=store_module.FORMAT_VERSION + 1))
     assert "has format 2, this version reads 1" in complaint(path)
 
 
@@ -264,12 +278,129 @@ def test_a_store_json_that_cannot_be_read(path, text):
     assert f"{path}/store.json is damaged" in complaint(path) and "--overwrite" in complaint(path)
 
 
-@pytest.mark.parametrize("key", store_module.STORE_KEYS)
+@pytest.mark.parametrize("key", store_checks.STORE_KEYS)
 def test_a_store_json_that_lacks_a_part(path, key):
-    info = json.loads((path / "store.json").read_text(encoding="utf-8"))
-    del info[key]
-    (path / "store.json").write_text(json.dumps(info), encoding="utf-8")
+    edit_info(path, lambda info: info.pop(key))
     assert f"store.json lacks {key}" in complaint(path)
+
+
+def test_every_flipped_bit_of_store_json_is_found(path):
+    file = path / "store.json"
+    data = file.read_bytes()
+    for bit in range(0, 8 * len(data), 7):  # every bit of a byte in turn, and every byte
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(flipped)
+        assert "store.json" in complaint(path) or "has format" in complaint(path)
+    file.write_bytes(data)
+    TokenStore(path)
+
+
+# A store from somebody else: its hashes are right and its contents a trap
+
+
+def rehash(path: Path) -> None:
+    def change(info: dict[str, Any]) -> None:
+        for name, entry in info["files"].items():
+            entry.update(size=(path / name).stat().st_size, sha256=file_sha256(path / name))
+
+    edit_info(path, change)
+
+
+def change_table(path: Path, name: str, change: Callable[[dict[str, list[Any]]], Any], schema: Any = None) -> None:
+    table = pq.read_table(path / name)
+    columns = table.to_pydict()
+    change(columns)
+    pq.write_table(pa.table(columns, schema=schema or table.schema), path / name)
+
+
+def in_split(**changes: Any) -> Callable[[Path], None]:
+    return lambda path: edit_info(path, lambda info: info["splits"]["train"].update(changes))
+
+
+def in_info(**changes: Any) -> Callable[[Path], None]:
+    return lambda path: edit_info(path, lambda info: info.update(changes))
+
+
+def in_files(name: str) -> Callable[[Path], None]:
+    return lambda path: edit_info(path, lambda info: info["files"].update({name: {"size": 1, "sha256": "0"}}))
+
+
+def in_documents(change: Callable[[dict[str, list[Any]]], Any]) -> Callable[[Path], None]:
+    return lambda path: change_table(path, "train.documents.parquet", change)
+
+
+def large_id(path: Path) -> None:
+    tokens = np.fromfile(path / "train.tokens", "<u2")
+    tokens[3] = 259  # random:tiny has 259 ids
+    tokens.tofile(path / "train.tokens")
+
+
+def million_rows(path: Path) -> None:
+    """A table whose rows cost nothing on the disk."""
+    columns = {name: [0] * 10**6 for name in store_checks.NUMBERS} | {n: [""] * 10**6 for n in store_checks.LABELS}
+    pq.write_table(pa.table(columns), path / "train.documents.parquet")
+
+
+def endless_labels(path: Path) -> None:
+    """A label of 8 MB that each of 50,000 documents has: kilobytes on the disk, terabytes when spelt out."""
+    rows = 50_000
+    columns: dict[str, Any] = {name: [0] * rows for name in store_checks.NUMBERS}
+    repeated = pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), pa.array(["x" * 2**23]))
+    columns |= {name: repeated for name in store_checks.LABELS}
+    pq.write_table(pa.table(columns), path / "train.documents.parquet", compression="zstd")
+    in_split(num_documents=rows)(path)
+
+
+TRAPS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "an id beyond the tokenizer": (large_id, "has the id 259"),
+    "more tokens than there are": (in_split(num_tokens=10**12), "does not hold 1,000,000,000,000 tokens"),
+    "more documents than there are": (in_split(num_documents=10**9), "has 3 rows, not 1,000,000,000"),
+    "more text than there is": (in_split(num_bytes=10**9), "do not add up"),
+    "rows for nothing": (million_rows, "has 1,000,000 rows"),
+    "endless labels": (endless_labels, "GB of memory"),
+    "documents that overlap": (in_documents(lambda c: c["start"].__setitem__(1, 0)), "one behind the other"),
+    "negative lengths": (in_documents(lambda c: c["num_tokens"].__setitem__(0, -5)), "negative"),
+    "no lengths": (in_documents(lambda c: c["num_tokens"].__setitem__(0, None)), "without numbers"),
+    "a count of words": (in_split(num_tokens="3"), "num_tokens is '3'"),
+    "a negative count": (in_split(num_tokens=-1), "num_tokens is -1"),
+    "a strange dtype": (in_info(dtype="object"), "object"),
+    "no ids": (in_info(num_ids=0), "num_ids is 0"),
+    "too many ids": (in_info(num_ids=2**40), "num_ids is"),
+    "a prefix beyond the ids": (in_info(prefix_id=259), "prefix_id is 259"),
+    "no splits": (in_info(splits={}), "train"),
+    "splits that are a list": (in_info(splits=[]), "makes no sense"),
+    "files outside": (in_files("../corpus.txt"), "lies outside"),
+    "files at the root": (in_files("/etc/passwd"), "lies outside"),
+    "files nobody hashed": (in_info(files={}), "no hash of train.tokens"),
+    "a table that is none": (lambda path: (path / "train.documents.parquet").write_bytes(b"PAR1" * 9), "contradicts"),
+    "other texts": (
+        lambda path: change_table(path, "validation.text.parquet", lambda c: c["text"].__setitem__(0, "curto")),
+        "bytes of text",
+    ),
+}
+
+
+@pytest.mark.parametrize("trap", TRAPS)
+def test_a_trap_is_one_sentence(path, trap):
+    lay, named = TRAPS[trap]
+    before = psutil.Process().memory_info().rss
+    lay(path)
+    if "files" not in trap:
+        rehash(path)
+    sentence = complaint(path)
+    assert named in sentence and "--overwrite" in sentence and "\n" not in sentence
+    assert psutil.Process().memory_info().rss - before < 2**30
+
+
+def test_a_verdict_that_came_with_the_store_counts_for_nothing(path):
+    large_id(path)
+    rehash(path)
+    files = {name: (path / name).stat() for name in FILES}
+    info = json.loads((path / "store.json").read_text(encoding="utf-8"))
+    forged = {n: [s.st_size, s.st_mtime_ns, info["files"][n]["sha256"]] for n, s in files.items()}
+    (path / ".verified.json").write_text(json.dumps(forged), encoding="utf-8")
+    assert "has the id 259" in complaint(path)
 
 
 # All or nothing

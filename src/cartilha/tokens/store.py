@@ -9,8 +9,6 @@ tokenizer/                       the exact files
 
 from __future__ import annotations
 
-import contextlib
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +19,11 @@ import pyarrow.parquet as pq
 
 from cartilha.corpus.document import Document
 from cartilha.corpus.splits import SPLITS, Split
-from cartilha.errors import UserError
-from cartilha.storage import file_sha256, write_json
+from cartilha.tokens import store_checks
 from cartilha.tokens.tokenizer import TextTokenizer, load_tokenizer
 
 FORMAT_VERSION = 1
 MAX_UINT16_IDS = 65_536
-STORE_KEYS = ("tokenizer_fingerprint", "prefix_id", "end_id", "num_ids", "dtype", "splits", "files")
-VERDICT_NAME = ".verified.json"
 
 
 @dataclass(frozen=True)
@@ -69,7 +64,7 @@ class TokenStore:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.info = read_store_info(self.path)
-        _verify(self.path, self.info["files"])
+        store_checks.verify_store(self.path, self.info)
         self.counts = {split: SplitCounts(**self.info["splits"][split]) for split in SPLITS}
         self.fingerprint: str = self.info["tokenizer_fingerprint"]
         self.prefix_id: int = self.info["prefix_id"]
@@ -129,55 +124,7 @@ def read_store_info(path: Path) -> dict[str, Any]:
     Raises:
         UserError: There is none, or it cannot be read.
     """
-    if not (path / "store.json").is_file():
-        what = "is not a store" if path.is_dir() else "does not exist"
-        raise UserError(f"{path} {what}; make one with: cartilha prepare --input FILE --model MODEL --output {path}")
-    try:
-        info = json.loads((path / "store.json").read_text(encoding="utf-8"))
-        version = info["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}/store.json is damaged ({error}); prepare the store again with --overwrite.") from error
-    if version != FORMAT_VERSION:
-        raise UserError(
-            f"The store {path} has format {version}, this version reads {FORMAT_VERSION}; prepare it with --overwrite."
-        )
-    assert isinstance(info, dict)
-    lacking = [key for key in STORE_KEYS if key not in info]
-    if lacking:
-        raise UserError(f"{path}/store.json lacks {', '.join(lacking)}; prepare the store again with --overwrite.")
-    return info
-
-
-def _verify(path: Path, files: dict[str, dict[str, Any]]) -> None:
-    """Compare sizes and hashes; a verdict file remembers (size, time of change), so that big files are hashed once."""
-    verdict_path = path / VERDICT_NAME
-    try:
-        verdict = json.loads(verdict_path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        verdict = {}
-    changed = False
-    for name, expected in files.items():
-        file = path / name
-        if not file.is_file():
-            raise UserError(f"The store {path} lacks its file {name}; prepare it again with --overwrite.")
-        key = verdict_key(file, expected["sha256"])
-        if verdict.get(name) == key:
-            continue
-        if key[0] != expected["size"] or file_sha256(file) != expected["sha256"]:
-            raise UserError(
-                f"The store's file {file} is damaged (its hash differs); prepare the store again with --overwrite."
-            )
-        verdict[name] = key
-        changed = True
-    if changed:
-        with contextlib.suppress(OSError):  # a store on a read-only disk is verified at each opening
-            write_json(verdict_path, verdict)
-
-
-def verdict_key(file: Path, sha256: str) -> list[Any]:
-    """What a verdict on a file holds for: its size, its time of change and the hash that it was found to have."""
-    status = file.stat()
-    return [status.st_size, status.st_mtime_ns, sha256]
+    return store_checks.read_store_info(path, FORMAT_VERSION)
 
 
 def batches(

@@ -19,8 +19,9 @@ import pyarrow.parquet as pq
 
 from cartilha.corpus.document import Document
 from cartilha.corpus.splits import SPLITS, Split
-from cartilha.storage import file_sha256, new_directory, write_json
-from cartilha.tokens.store import FORMAT_VERSION, MAX_UINT16_IDS, VERDICT_NAME, SplitCounts, verdict_key
+from cartilha.storage import file_sha256, new_directory, write_sealed_json
+from cartilha.tokens.store import FORMAT_VERSION, MAX_UINT16_IDS, SplitCounts
+from cartilha.tokens.store_checks import remember_verdict
 from cartilha.tokens.tokenizer import TextTokenizer
 
 ROWS_PER_GROUP = 50_000
@@ -143,6 +144,7 @@ class StoreWriter:
         self.tokenizer = tokenizer
         self.token_dtype = token_dtype(tokenizer.num_ids)
         self.splits = {split: SplitWriter(directory, split, self.token_dtype) for split in SPLITS}
+        self.files: dict[str, dict[str, Any]] = {}
 
     def add(self, split: Split, documents: Sequence[Document], text_hashes: Sequence[str]) -> int:
         """Tokenize documents and append them to a split, each a cluster by itself; returns the number of tokens."""
@@ -197,10 +199,8 @@ class StoreWriter:
             **made_from,
             "files": files,
         }
-        write_json(self.directory / "store.json", info)
-        # The hashes are of what was written a moment ago: the first opening need not read it all again.
-        verdict = {name: verdict_key(self.directory / name, entry["sha256"]) for name, entry in files.items()}
-        write_json(self.directory / VERDICT_NAME, verdict)
+        write_sealed_json(self.directory / "store.json", info)
+        self.files = files
 
     def close(self) -> None:
         """Close the files; safe to call twice."""
@@ -217,3 +217,5 @@ def writing_store(path: Path, tokenizer: TextTokenizer, *, replace: bool) -> Ite
             yield writer
         finally:
             writer.close()
+    # The hashes are of what was written a moment ago: the first opening need not read it all again.
+    remember_verdict(path, writer.files)
