@@ -199,7 +199,8 @@ def test_killed_for_good_it_goes_on(config, lines, tmp_path):
     process.wait()
     assert not store.exists() or list(store.iterdir())
     second = run_script(tmp_path, lines, store)
-    assert second.wait(120) == 0, second.communicate()
+    output = second.communicate(timeout=300)[0]
+    assert second.returncode == 0, output
     assert contents(store) == contents(Path(prepare(config).store))
     assert not work.exists()
 

@@ -21,6 +21,7 @@ from cartilha.pipeline.shard_work import DOCUMENTS_SCHEMA, TEXTS_SCHEMA, ShardTa
 from cartilha.tokens.store_writer import ROW_SCHEMA, SplitWriter, StoreWriter
 
 COPY_TOKENS = 4 << 20  # tokens copied at a time
+MASKED_TOKENS = 100  # shorter documents than this are picked by a mask
 
 
 @dataclass(frozen=True)
@@ -227,7 +228,11 @@ def _tokens(task: ShardTask, num_tokens: np.ndarray, own: np.ndarray) -> Iterato
         chosen = own[first:last]
         if chosen.all():
             yield from np.array_split(part, max(1, len(part) // COPY_TOKENS))
-        elif chosen.any():
+        elif len(part) > MASKED_TOKENS * len(chosen):  # long documents: copy them, run by run
+            edges = np.flatnonzero(np.diff(chosen, prepend=False, append=False))
+            bounds = np.concatenate(([0], ends[first:last] - begin))[edges].tolist()
+            yield np.concatenate([part[:0], *(part[a:b] for a, b in zip(bounds[::2], bounds[1::2], strict=True))])
+        else:
             yield part[np.repeat(chosen, num_tokens[first:last])]
         first = last
 

@@ -65,11 +65,17 @@ class Local:
         if method == "forkserver":
             context.set_forkserver_preload(PRELOAD)
         self._pool = ProcessPoolExecutor(num_workers, context, _begin)
+        self._start = threading.Thread(target=self._start_workers)
+        self._start.start()
+
+    def _start_workers(self) -> None:
         with _without_main_module():
-            self._started = [self._pool.submit(_import_all) for _ in range(num_workers)]
+            for _ in range(self._num_workers):
+                self._pool.submit(_import_all)
 
     def map(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
         """See `Executor`."""
+        self._start.join()
         left = iter(tasks)
         running: set[Future[Result]] = set()
         try:
@@ -94,6 +100,7 @@ class Local:
 
     def close(self) -> None:
         """Wait for what is running and end the processes."""
+        self._start.join()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 

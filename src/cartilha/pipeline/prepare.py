@@ -101,9 +101,9 @@ def prepare(config: PrepareConfig) -> PrepareResult:
         executor = _executor(config, asked)
         try:
             made = _do_shards(asked, config, tokenizer, executor, work)
+            result = _write(path, asked, config, tokenizer, made, {"inputs": inputs.result(), "settings": settings})
         finally:
             executor.close()
-        result = _write(path, asked, config, tokenizer, made, {"inputs": inputs.result(), "settings": settings})
     for split in SPLITS:
         _log_counts(split, result.splits[split])
     return result

@@ -34,7 +34,6 @@ from cartilha.corpus.readers import ReadCounts, ReadSettings, read_piece
 from cartilha.corpus.shards import Shard
 from cartilha.corpus.signatures import save_signatures, signatures
 from cartilha.corpus.splits import split_position
-from cartilha.storage import write_json
 from cartilha.tokens.encoder import MAX_PIECE_CHARS, Encoder, cut, load_encoder
 from cartilha.tokens.store import batches
 
@@ -167,7 +166,7 @@ def process_shard(task: ShardTask) -> ShardResult:
             result = writer.finish(read)
         sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
         mark = {"identity": task.identity, "sizes": sizes, "result": vars(result)}
-        write_json(temporary / "done.json", mark)
+        (temporary / "done.json").write_text(json.dumps(mark), encoding="utf-8")
         shutil.rmtree(task.directory, ignore_errors=True)
         temporary.replace(task.directory)
     except BaseException:
@@ -219,7 +218,7 @@ class _Writer:
             path = self._directory / "rejects.jsonl"
             self._rejects = self._stack.enter_context(path.open("w", encoding="utf-8"))
         self._documents = self._arrow("documents.arrow", DOCUMENTS_SCHEMA, None)
-        self._texts = self._arrow("texts.arrow", TEXTS_SCHEMA, "zstd")
+        self._texts = self._arrow("texts.arrow", TEXTS_SCHEMA, "lz4")
         return self
 
     def __exit__(self, *_: object) -> None:

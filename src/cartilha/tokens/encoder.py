@@ -10,6 +10,7 @@ lacks.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -132,6 +133,13 @@ class Encoder:
             self._slow.encode_special_tokens = True
         encodings = self._slow.encode_batch_fast([text.decode("utf-8") for text in texts], add_special_tokens=False)
         return [np.array(encoding.ids, np.uint32) for encoding in encodings]
+
+    def with_proof(self, proof: Proof) -> Encoder:
+        """This encoder, with what was proven of it."""
+        other = copy.copy(self)
+        other.proof = proof
+        other._classes = CharacterClasses(proof.slow_code_points)
+        return other
 
     def save(self, directory: Path) -> None:
         """Write what `load_encoder` needs."""

@@ -19,7 +19,7 @@ from cartilha.tokens.tokenizer import TextTokenizer
 
 log = logging.getLogger("cartilha")
 
-MAX_SAMPLE_BYTES = 500_000  # tokenizers encodes about 2 MB/s on a core
+MAX_SAMPLE_BYTES = 300_000  # tokenizers encodes about 2 MB/s on a core
 MAX_SLOW_CODE_POINTS = 1000  # where more differ, the two are not the same tokenizer
 
 HARD_CASES = (
@@ -51,18 +51,15 @@ def prove(tokenizer: TextTokenizer, documents: Sequence[str]) -> Encoder:
     sample = [*HARD_CASES, *_with_literal_tokens(tokenizer), *_of_every_kind(), *_first(documents)]
     num_bytes = sum(len(text.encode("utf-8")) for text in sample)
 
-    def encoder(proof: Proof, fast_json: str | None = None, split_numbers: bool = False) -> Encoder:
-        return Encoder(whole_json, fast_json, tokenizer.num_ids, proof, split_numbers)
-
     def slow(reason: str) -> Encoder:
         log.warning("Tokenizing with tokenizers, at about a twentieth of the speed, since gigatoken %s.", reason)
         can_cut = _may_be_cut(slow_encoder, sample)
-        return encoder(Proof("tokenizers", reason, len(sample), num_bytes, (), can_cut))
+        return slow_encoder.with_proof(Proof("tokenizers", reason, len(sample), num_bytes, (), can_cut))
 
-    slow_encoder = encoder(Proof("tokenizers", "", 0, 0))
+    slow_encoder = Encoder(whole_json, None, tokenizer.num_ids, Proof("tokenizers", "", 0, 0))
     try:
         fast_json, split_numbers = for_fast_path(whole_json, tokenizer.num_ids)
-        fast = encoder(Proof("gigatoken", "", 0, 0), fast_json, split_numbers)
+        fast = Encoder(whole_json, fast_json, tokenizer.num_ids, Proof("gigatoken", "", 0, 0), split_numbers)
         # What it cannot read it says by a RuntimeError, and by a panic where it meets a fault of its own.
         expected, differing = _differing(slow_encoder, fast, sample)
     except ImportError as error:
@@ -74,7 +71,7 @@ def prove(tokenizer: TextTokenizer, documents: Sequence[str]) -> Encoder:
     rare: tuple[tuple[int, int], ...] = ()
     if differing:
         rare = _characters_that_differ(slow_encoder, fast, [sample[i] for i in differing])
-        fast = encoder(Proof("gigatoken", "", 0, 0, rare), fast_json, split_numbers)
+        fast = fast.with_proof(Proof("gigatoken", "", 0, 0, rare))
         if not rare or _differing(slow_encoder, fast, sample, expected)[1]:
             begins = sample[differing[0]][:40]
             return slow(f"gives other ids for {len(differing)} of {len(sample)} texts, such as {begins!r}")
@@ -85,7 +82,7 @@ def prove(tokenizer: TextTokenizer, documents: Sequence[str]) -> Encoder:
         len(sample),
         num_bytes / 1e6,
     )
-    return encoder(proof, fast_json, split_numbers)
+    return fast.with_proof(proof)
 
 
 def for_fast_path(whole_json: str, num_ids: int) -> tuple[str, bool]:
