@@ -71,6 +71,11 @@ class InspectConfig:
     """What a store, or the primer, holds."""
 
     what: str = option("", "a store's directory, or primer", required=True, positional=True)
+    document: str | None = option(None, "show this document: its id, or its number (from 0) on the side of --split")
+    block: int | None = option(None, "show this block (from 0) of the first epoch, with the documents in it")
+    split: Literal["train", "validation"] = option("train", "side that --document and --block look at")
+    block_size: int = option(512, "tokens a block, for --block")
+    seed: int = option(0, "order of the documents, for --block: that of the training")
 
 
 @dataclass(frozen=True)

@@ -215,7 +215,9 @@ def test_the_flags_of_report_and_inspect(settings):
         "output": "p.html",
         "language": "auto",
     }
-    assert settings("inspect", "store") == {"what": "store"}
+    given = settings("inspect", "store", "--block", "3", "--block_size", "64", "--split", "validation", "--seed", "2")
+    assert given.items() >= {"what": "store", "block": 3, "block_size": 64, "split": "validation", "seed": 2}.items()
+    assert settings("inspect", "store", "--document", "a.txt:3")["document"] == "a.txt:3"
 
 
 def test_what_is_not_given_keeps_its_default_and_lists_are_replaced(settings):

@@ -1,43 +1,69 @@
-"""`inspect`: what a store, or the primer, holds."""
+"""`inspect`: what a store, or the primer, holds; and any document or block of it, decoded with its boundaries."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from cartilha.blocks.packing import PackedStream
+from cartilha.blocks.sampler import epoch_order
 from cartilha.config import InspectConfig
 from cartilha.corpus.primer import PrimerCount, primer_table
-from cartilha.corpus.splits import SPLITS
+from cartilha.corpus.splits import SPLITS, Split
+from cartilha.errors import UserError
 from cartilha.tokens.store import TokenStore
+from cartilha.tokens.summary import summarize
 
 
 @dataclass(frozen=True)
 class InspectResult:
-    """What there is: the facts of a store, or the primer's texts by genre and variety (one of the two)."""
+    """What there is: the facts of a store, or the primer's texts by genre and variety (one of the two).
+
+    Attributes:
+        store: What store.json records, but for the hashes of the files.
+        primer: The primer's table.
+        summary: Numbers of the store.
+        first_documents: How the first documents of each side begin.
+        document: The document asked for.
+        block: The block asked for: what it is, and its `segments`, one for each piece of a document.
+    """
 
     store: dict[str, Any] | None
     primer: tuple[PrimerCount, ...] | None
+    summary: dict[str, Any] | None = None
     first_documents: tuple[dict[str, Any], ...] = ()
+    document: dict[str, Any] | None = None
+    block: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for `--json`."""
         if self.primer is not None:
             return {"primer": [asdict(count) for count in self.primer]}
-        return {"store": self.store, "first_documents": list(self.first_documents)}
+        whole = {"store": self.store, "summary": self.summary, "first_documents": list(self.first_documents)}
+        asked = {"document": self.document, "block": self.block}
+        return whole | {name: value for name, value in asked.items() if value is not None}
 
 
 def inspect(config: InspectConfig) -> InspectResult:
     """Look at a store or at the primer.
 
     Raises:
-        UserError: The directory is no store.
+        UserError: The directory is no store, or it has no such document or block.
     """
+    asked = config.document is not None or config.block is not None
     if config.what == "primer" and not Path("primer").is_dir():
+        if asked:
+            raise UserError("The primer has no documents and blocks to look at before it is prepared; name a store.")
         return InspectResult(None, tuple(primer_table()))
     store = TokenStore(config.what)
+    document = None if config.document is None else _document(store, config.document, config.split)
+    block = None if config.block is None else _block(store, config)
     facts = {key: value for key, value in store.info.items() if key != "files"}
-    return InspectResult(facts, None, tuple(_first_documents(store)))
+    return InspectResult(facts, None, asdict(summarize(store)), tuple(_first_documents(store)), document, block)
 
 
 def _first_documents(store: TokenStore, num_documents: int = 3, num_tokens: int = 24) -> list[dict[str, Any]]:
@@ -59,3 +85,85 @@ def _first_documents(store: TokenStore, num_documents: int = 3, num_tokens: int 
                 }
             )
     return rows
+
+
+def _document(store: TokenStore, asked: str, split: Split) -> dict[str, Any]:
+    """A document by its id, on either side, or by its number on one."""
+    for side in (split, *(other for other in SPLITS if other != split)):
+        ids = store.labels(side)["doc_id"]
+        if asked in ids:
+            return _described(store, side, ids.index(asked))
+    number = int(asked) if asked.isdecimal() else -1
+    num_documents = store.counts[split].num_documents
+    if not 0 <= number < num_documents:
+        raise UserError(
+            f"{store.path} has no document {asked!r}; give an id, or a number from 0 to {num_documents - 1} for one of"
+            f" the {split} side (--split)."
+        )
+    return _described(store, split, number)
+
+
+def _described(store: TokenStore, split: Split, number: int) -> dict[str, Any]:
+    table, labels, tokenizer = store.documents(split), store.labels(split), store.tokenizer()
+    begin, num_tokens = int(table.start[number]), int(table.num_tokens[number])
+    ids = store.tokens(split)[begin : begin + num_tokens]
+    return {
+        "split": split,
+        "number": number,
+        **{name: labels[name][number] for name in ("doc_id", "source", "domain", "text_hash")},
+        **{name: int(getattr(table, name)[number]) for name in ("num_tokens", "num_bytes", "num_chars", "num_words")},
+        "first_token": begin,
+        "text": next(islice(store.read_documents(split, first=number), 1)).text,
+        "tokens": tokenizer.decode_batch([ids[i : i + 1] for i in range(num_tokens)]),
+    }
+
+
+def _block(store: TokenStore, config: InspectConfig) -> dict[str, Any]:
+    """A block of the first epoch, as training with this seed and block size packs it."""
+    if config.block_size < 1:
+        raise UserError(f"--block_size is {config.block_size}; give 1 or more.")
+    table, labels, tokenizer = store.documents(config.split), store.labels(config.split), store.tokenizer()
+    order = epoch_order(len(table.start), config.seed, 0)
+    stream = PackedStream(
+        store.tokens(config.split),
+        table.start,
+        table.num_tokens,
+        order,
+        prefix_id=store.prefix_id,
+        end_id=store.end_id,
+        block_size=config.block_size,
+    )
+    assert config.block is not None
+    if not 0 <= config.block < len(stream):
+        raise UserError(
+            f"{store.path} has {len(stream):,} blocks of {config.block_size} in an epoch; --block {config.block} is not"
+            f" from 0 to {len(stream) - 1}."
+        )
+    block = stream.block(config.block)
+    position = config.block * config.block_size
+    ends = np.cumsum(block.segment_lengths)
+    segments: list[dict[str, Any]] = []
+    for begin, end in zip(ends - block.segment_lengths, ends, strict=True):
+        if position + begin >= stream.num_inputs:
+            segments.append({"padding": int(end - begin)})
+            continue
+        place = int(np.searchsorted(stream.offsets, position + begin, side="right")) - 1
+        document = int(order[place])
+        segments.append(
+            {
+                "document": document,
+                "doc_id": labels["doc_id"][document],
+                "num_inputs": int(end - begin),
+                "from_the_beginning": bool(stream.offsets[place] == position + begin),
+                "to_the_end": bool(stream.offsets[place + 1] <= position + end + 1),
+                "text": tokenizer.decode(block.input_ids[begin:end]),
+            }
+        )
+    return {
+        "block": config.block,
+        "num_blocks": len(stream),
+        "block_size": config.block_size,
+        "split": config.split,
+        "seed": config.seed,
+        "segments": segments,
+    }

@@ -11,6 +11,8 @@ from rich.table import Column, Table
 
 Values = Mapping[str, Any]
 
+MAX_DOMAINS = 20
+
 
 def show(command: str, result: Values) -> None:
     """Print a command's result (its `to_dict()`) to standard output."""
@@ -37,6 +39,9 @@ def _prepare(console: Console, result: Values) -> None:
     console.print(table)
     dropped = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in result["dropped"].items() if count)
     console.print(f"Left out: {dropped or 'nothing'}.", markup=False)
+    if result.get("leaks"):
+        shares = (100 * result["leaks"][name] for name in ("leak_rate", "plain_leak_rate"))
+        console.print("Held out with a near-duplicate in training: {:.2f} %; a plain split: {:.2f} %".format(*shares))
     if result["store"]:
         console.print(f"Store: {result['store']}{' (it was ready)' if result['was_ready'] else ''}", markup=False)
 
@@ -51,16 +56,70 @@ def _inspect(console: Console, result: Values) -> None:
         table.add_row("all", "", *(f"{total:,}" for total in totals))
         console.print(table)
         return
-    store = result["store"]
-    _prepare(console, {"splits": store["splits"], "dropped": store["dropped"], "store": "", "was_ready": False})
+    if "document" in result or "block" in result:
+        _look(console, result)
+        return
+    store, summary = result["store"], result["summary"]
+    _prepare(console, {**store, "store": "", "was_ready": False})
     settings = ", ".join(f"{name} {value}" for name, value in store["settings"].items())
     console.print(
         f"Tokenizer: {store['tokenizer_fingerprint'][:12]}, {store['num_ids']:,} ids, {store['dtype']}", markup=False
     )
     console.print(f"Inputs: {', '.join(item['name'] for item in store['inputs'])}", markup=False)
     console.print(f"Settings: {settings}", markup=False)
+    _summary(console, summary)
     for row in result["first_documents"]:
         console.print(f"[{row['split']}] {row['doc_id']} ({row['num_tokens']} tokens): {row['begins']}", markup=False)
+
+
+def _summary(console: Console, summary: Values) -> None:
+    console.print(
+        f"{summary['tokens_per_word']:.2f} tokens a word, {summary['bytes_per_token']:.2f} bytes a token", markup=False
+    )
+    lengths = Table("tokens of a document", "documents", "share of the tokens")
+    total = max(1, sum(row["tokens"] for row in summary["lengths"]))
+    for row in summary["lengths"]:
+        share = row["tokens"] / total
+        name = f"{row['from_tokens']:,} to {row['to_tokens']:,}"
+        lengths.add_row(name, f"{row['documents']:,}", f"{100 * share:5.1f} % {'█' * round(40 * share)}")
+    console.print(lengths)
+    domains = Table("domain", "documents", "held out", "tokens", "tokens/word")
+    for row in summary["domains"][:MAX_DOMAINS]:
+        numbers = [f"{row[f'num_{name}']:,}" for name in ("documents", "validation_documents", "tokens")]
+        domains.add_row(escape(row["domain"]), *numbers, f"{row['num_tokens'] / max(1, row['num_words']):.2f}")
+    console.print(domains)
+    if len(summary["domains"]) > MAX_DOMAINS:
+        console.print(f"... and {len(summary['domains']) - MAX_DOMAINS:,} more (--json has all)", markup=False)
+    kept = ", ".join(f"{100 * share:.1f} % at {length}" for length, share in summary["kept_by_truncation"].items())
+    console.print(f"Left of the tokens if documents were truncated: {kept}. Packing keeps all of them.", markup=False)
+    clusters = summary["clusters"]
+    if clusters["clusters"]:
+        console.print("{clusters:,} clusters of near-duplicates, of {documents:,} documents".format(**clusters))
+
+
+def _look(console: Console, result: Values) -> None:
+    """A document or a block, as a person reads it."""
+    if "document" in result:
+        row = result["document"]
+        numbers = ", ".join(f"{row[f'num_{name}']:,} {name}" for name in ("tokens", "words", "chars", "bytes"))
+        console.print(f"[{row['split']} {row['number']}] {row['doc_id']} ({row['domain']}): {numbers}", markup=False)
+        console.print(row["text"], markup=False)
+        console.print(f"Tokens: {'|'.join(row['tokens'])}", markup=False)
+    if "block" in result:
+        block = result["block"]
+        console.print(
+            f"Block {block['block']} of {block['num_blocks']:,} ({block['block_size']} inputs, {block['split']},"
+            f" seed {block['seed']})",
+            markup=False,
+        )
+        for row in block["segments"]:
+            if "padding" in row:
+                console.print(f"--- padding: {row['padding']} inputs", markup=False)
+                continue
+            begins = "begins" if row["from_the_beginning"] else "goes on"
+            ends = "ends" if row["to_the_end"] else "is cut"
+            title = f"--- {row['doc_id']}: {row['num_inputs']} inputs; {begins} here and {ends} here"
+            console.print(title, row["text"], sep="\n", markup=False)
 
 
 _MARKS = {"passed": "[green]passed[/]", "failed": "[bold red]FAILED[/]", "not applicable": "[dim]n/a[/]"}
