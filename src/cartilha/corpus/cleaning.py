@@ -34,13 +34,15 @@ SURE = 0.8
 SAMPLE_CHARS, SAMPLE_PLACES = 240, 3
 MIN_LETTERS = 20
 
-# What UTF-8 looks like that was read as Windows-1252 or Latin-1: a lead byte, then a continuation byte.
-_MOJIBAKE = re.compile(
-    f"[\xc2-\xf4][\x80-\xbf{bytes(set(range(128, 160)) - {129, 141, 143, 144, 157}).decode('cp1252')}]"
-)
 # Controls but for tab and line feed; what has no width; marks of text direction; Unicode's own line ends.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u200b\u200e\u200f\u2028-\u202e\u2060\u2066-\u2069\ufeff]")
 _LINE_ENDS = re.compile("\r\n?|[\x0b\x0c\x85\u2028\u2029]")
+# Tests on the UTF-8 bytes, each of which begins with a fixed byte, are several times faster than on the text.
+_CONTROL_BYTES = bytes((byte < 32 and byte not in b"\t\n") or byte == 127 for byte in range(256))
+_C1_BYTES = re.compile(rb"\xc2[\x80-\x9f\xad]")
+_NO_WIDTH_BYTES = re.compile(rb"\xe2(?:\x80[\x8b\x8e\x8f\xa8-\xae]|\x81[\xa0\xa6-\xa9])")
+# UTF-8 that was read as Latin-1 or Windows-1252: a letter from U+00C0 to U+00FF, then a sign that no letter follows so.
+_MOJIBAKE_BYTES = re.compile(rb"\xc3[\x82-\xb4][\xc2\xc5\xc6\xcb\xe2]")
 
 
 @dataclass(frozen=True)
@@ -130,8 +132,8 @@ def _mojibake(settings: CleaningSettings) -> Step:
     ftfy = _extra("ftfy")
 
     def step(text: str) -> str:
-        # ftfy reads some 5 MB/s, the test 200.
-        return ftfy.fix_encoding(text) if _MOJIBAKE.search(text) else text
+        # ftfy reads some 5 MB/s, the test 400.
+        return ftfy.fix_encoding(text) if _MOJIBAKE_BYTES.search(text.encode("utf-8")) else text
 
     return step
 
@@ -143,7 +145,14 @@ def _nfc(settings: CleaningSettings) -> Step:
 
 def _control(settings: CleaningSettings) -> Step:
     """Removes control characters and what has no width; other line ends become line feeds."""
-    return lambda text: _CONTROLS.sub("", _LINE_ENDS.sub("\n", text)) if _CONTROLS.search(text) else text
+
+    def step(text: str) -> str:
+        data = text.encode("utf-8")
+        found = b"\1" in data.translate(_CONTROL_BYTES) or b"\xef\xbb\xbf" in data
+        found = found or bool(_C1_BYTES.search(data) or _NO_WIDTH_BYTES.search(data))
+        return _CONTROLS.sub("", _LINE_ENDS.sub("\n", text)) if found else text
+
+    return step
 
 
 def _boilerplate(settings: CleaningSettings) -> Step:
@@ -256,7 +265,11 @@ def _sample(text: str, num_chars: int, num_places: int) -> str:
 
 @lru_cache(maxsize=1)
 def _identifier() -> Any:
-    return _extra("py3langid.langid").LanguageIdentifier.from_model_file("data/model.npz.xz", norm_probs=True)
+    langid = _extra("py3langid.langid")
+    identifier = langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
+    # As float16 the weights are converted at each call, which takes a third of its time; 57 MB instead of 28.
+    identifier.nb_ptc = identifier.nb_ptc.astype("float32")
+    return identifier
 
 
 def _extra(name: str) -> Any:
