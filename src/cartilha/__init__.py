@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from cartilha.config import (
         CompareConfig,
         EvaluateConfig,
+        ExploreConfig,
         GenerateConfig,
         InspectConfig,
         PrepareConfig,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from cartilha.errors import UserError
     from cartilha.pipeline.compare import compare
     from cartilha.pipeline.evaluate import evaluate
+    from cartilha.pipeline.explore import explore
     from cartilha.pipeline.generate import generate
     from cartilha.pipeline.inspect import inspect
     from cartilha.pipeline.job import run
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CompareConfig",
     "EvaluateConfig",
+    "ExploreConfig",
     "GenerateConfig",
     "InspectConfig",
     "PrepareConfig",
@@ -46,6 +49,7 @@ __all__ = [
     "UserError",
     "compare",
     "evaluate",
+    "explore",
     "generate",
     "inspect",
     "prepare",
@@ -60,7 +64,7 @@ _HOMES = {
     "run": "cartilha.pipeline.job",
     **{
         name: f"cartilha.pipeline.{name}"
-        for name in ("compare", "evaluate", "generate", "inspect", "prepare", "report", "train")
+        for name in ("compare", "evaluate", "explore", "generate", "inspect", "prepare", "report", "train")
     },
 }
 

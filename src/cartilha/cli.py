@@ -72,6 +72,9 @@ COMMANDS = {
     ),
     "generate": Command(configs.GenerateConfig, ("cartilha.pipeline.generate", "generate"), "text written by a model"),
     "report": Command(configs.ReportConfig, ("cartilha.pipeline.report", "report"), "one offline page about runs"),
+    "explore": Command(
+        configs.ExploreConfig, ("cartilha.pipeline.explore", "explore"), "a local page: models token by token, a store"
+    ),
 }
 
 

@@ -215,6 +215,21 @@ class ReportConfig:
 
 
 @dataclass(frozen=True)
+class ExploreConfig:
+    """A local page: what models expect token by token, and what a store holds. Ctrl-C ends it."""
+
+    models: tuple[str, ...] = option((), f"one model or two, side by side: {MODEL_HELP}")
+    store: str | None = option(None, "also walk through this store's documents and blocks")
+    port: int = option(7860, "of this machine (127.0.0.1); 0 takes any that is free")
+    no_browser: bool = option(False, "do not open the page in a browser")
+    language: Literal["auto", "en", "pt"] = option(
+        "auto", "language for browsers that ask for neither English nor Portuguese; auto follows the locale"
+    )
+    dtype: Dtype = option("auto", "compute type")
+    device: Device = option("auto", "where to compute")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """The whole job: prepare, measure, train, measure again, generate, report."""
 

@@ -26,6 +26,7 @@ def show(command: str, result: Values) -> None:
         "compare": _compare,
         "generate": _generate,
         "report": _report,
+        "explore": lambda console, result: None,  # everything was said while the page was there
         "run": _run,
         "demo": _run,
     }[command](console, result)

@@ -1,0 +1,111 @@
+"""Tokens as something a person can read: pieces of the text, and single tokens by themselves.
+
+A byte-level token may be a part of a character (an emoji is often three or four tokens). In a text such parts are
+numbered (`1/3`, `2/3`, `3/3`); alone, a token that is no whole character is shown by its bytes.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cartilha.tokens.tokenizer import TextTokenizer
+
+_PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+# How byte-level BPE writes each byte as one character (GPT-2's table).
+_BYTES = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + i): byte for i, byte in enumerate(_OTHERS)}
+_UNSEEN = ("Cc", "Cf", "Co", "Cn", "Zl", "Zp")  # Unicode categories: controls, format marks, unassigned, separators
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a token covers of its text.
+
+    Attributes:
+        text: The characters; those of a character that several tokens share are with each of them.
+        start: Of the first character in the text.
+        end: One past the last; where tokens share a character, all of them have its start and end.
+        part: 1 for the first of the tokens that share a character, and so on; 0 for a token that shares none.
+        num_parts: How many tokens share it; 0 for none.
+    """
+
+    text: str
+    start: int
+    end: int
+    part: int = 0
+    num_parts: int = 0
+
+
+def text_pieces(text: str, offsets: Sequence[tuple[int, int]]) -> list[Piece]:
+    """The piece of each token; together they are the whole text.
+
+    Args:
+        text: What was tokenized.
+        offsets: Characters [start, end) of each token, as `tokenizers` gives them: in order, possibly without the space
+            before a word, and the same for all tokens of one character.
+    """
+    groups: list[list[int]] = []  # tokens that share a character
+    spans: list[tuple[int, int]] = []
+    covered = 0
+    for number, (start, end) in enumerate(offsets):
+        if groups and (end <= covered or start < covered):
+            groups[-1].append(number)
+            spans[-1] = (spans[-1][0], max(covered, end))
+        else:
+            groups.append([number])
+            spans.append((covered, max(covered, end)))
+        covered = spans[-1][1]
+    if spans:
+        spans[-1] = (spans[-1][0], len(text))  # what a tokenizer drops at the end belongs to nobody else
+    pieces = []
+    for group, (start, end) in zip(groups, spans, strict=True):
+        shared = len(group) if len(group) > 1 else 0
+        pieces += [
+            Piece(text[start:end], start, end, part if shared else 0, shared) for part in range(1, 1 + len(group))
+        ]
+    return pieces
+
+
+def token_label(tokenizer: TextTokenizer, token_id: int) -> str:
+    """One token by itself: its text, its bytes in hexadecimal where they are no whole characters, or its name.
+
+    Rows of the head that no token uses have no text: they are shown as `[row N]`.
+    """
+    token = tokenizer.backend.id_to_token(token_id)
+    if token is None:
+        return f"[row {token_id}]"
+    special = tokenizer.backend.get_added_tokens_decoder().get(token_id)
+    if special is not None:
+        return str(special.content)
+    known = token_bytes(token)
+    if known is not None:
+        try:
+            return known.decode("utf-8")
+        except UnicodeDecodeError:
+            return "".join(f"<{byte:02X}>" for byte in known)
+    return token.replace("▁", " ")
+
+
+def token_bytes(token: str) -> bytes | None:
+    """The bytes that a token stands for, or None where its spelling does not say (a SentencePiece word, say)."""
+    byte = re.fullmatch(r"<0x([0-9A-F]{2})>", token)
+    if byte is not None:
+        return bytes([int(byte[1], 16)])
+    if token and all(character in _BYTES for character in token):
+        return bytes(_BYTES[character] for character in token)
+    return None
+
+
+_DRAWN = {" ": "␣", "\n": "↵", "\t": "⇥", "\r": "␍", "\u00a0": "⍽"}
+
+
+def visible(label: str) -> str:
+    """A token's text with its blanks and control characters drawn, for tables and buttons."""
+    return "".join(
+        _DRAWN.get(character)
+        or (f"<U+{ord(character):04X}>" if unicodedata.category(character) in _UNSEEN else character)
+        for character in label
+    )

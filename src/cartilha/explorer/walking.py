@@ -1,0 +1,178 @@
+"""Walking through a store: its documents as tokens, and the blocks that a training sees, with their boundaries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from cartilha.blocks.packing import IGNORE_INDEX, PackedStream
+from cartilha.blocks.sampler import epoch_order
+from cartilha.corpus.splits import Split
+from cartilha.explorer.pieces import token_label
+from cartilha.explorer.wording import Refusal
+from cartilha.tokens.store import TokenStore
+
+MAX_SHOWN_TOKENS = 2000
+MAX_BLOCK_SIZE = 8192
+MAX_CHARACTER_BYTES = 4  # of UTF-8: so many tokens may share a character
+
+Kind = Literal["prefix", "text", "end", "padding"]
+
+
+@dataclass(frozen=True)
+class StoreToken:
+    """A token as it lies in a store or block: what it says, and whether it is text, prefix, end or padding."""
+
+    token_id: int
+    text: str
+    kind: Kind
+
+
+@dataclass(frozen=True)
+class StoredDocument:
+    """A document of a store.
+
+    Attributes:
+        tokens: The first `MAX_SHOWN_TOKENS` of them.
+    """
+
+    number: int
+    num_documents: int
+    doc_id: str
+    source: str
+    domain: str
+    num_tokens: int
+    num_bytes: int
+    num_words: int
+    tokens: tuple[StoreToken, ...]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The piece of one document (or the padding) that lies in a block."""
+
+    tokens: tuple[StoreToken, ...]
+    begins: bool
+    ends: bool
+
+
+@dataclass(frozen=True)
+class StoredBlock:
+    """A block as training sees it.
+
+    Attributes:
+        number: From 0.
+        num_blocks: In an epoch.
+        segments: What attention keeps apart, in order.
+        num_targets: Positions that are scored: all but those that hold an end token or padding.
+    """
+
+    number: int
+    num_blocks: int
+    segments: tuple[Segment, ...]
+    num_targets: int
+
+
+class StoreWalk:
+    """An open store to be walked through. Only the tokens looked at are read.
+
+    Raises:
+        UserError: The directory is no store, or a damaged one.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.store = TokenStore(path)
+        self.tokenizer = self.store.tokenizer()
+
+    def document(self, split: Split, number: int) -> StoredDocument:
+        """A document of a side by its number (from 0; beyond the ends the first or the last).
+
+        Raises:
+            Refusal: That side has no documents.
+            OSError: The store is gone.
+        """
+        table, labels = self.store.documents(split), self.store.labels(split)
+        if not len(table.start):
+            raise Refusal("no_documents")
+        number = min(max(number, 0), len(table.start) - 1)
+        start, num_tokens = int(table.start[number]), int(table.num_tokens[number])
+        ids = self.store.tokens(split)[start : start + min(num_tokens, MAX_SHOWN_TOKENS)]
+        return StoredDocument(
+            number,
+            len(table.start),
+            labels["doc_id"][number],
+            labels["source"][number],
+            labels["domain"][number],
+            num_tokens,
+            int(table.num_bytes[number]),
+            int(table.num_words[number]),
+            self._text_tokens(np.asarray(ids)),
+        )
+
+    def block(self, number: int, block_size: int, seed: int = 0, epoch: int = 0) -> StoredBlock:
+        """A block of the training side, packed as `cartilha train` packs it for this seed and epoch.
+
+        Raises:
+            Refusal: No such block size, or nothing to train on.
+        """
+        if not 1 <= block_size <= MAX_BLOCK_SIZE:
+            raise Refusal("bad_block_size", limit=MAX_BLOCK_SIZE, block_size=block_size)
+        table = self.store.documents("train")
+        if not len(table.start):
+            raise Refusal("no_documents")
+        stream = PackedStream(
+            self.store.tokens("train"),
+            table.start,
+            table.num_tokens,
+            epoch_order(len(table.start), seed, epoch),
+            prefix_id=self.store.prefix_id,
+            end_id=self.store.end_id,
+            block_size=block_size,
+        )
+        number = min(max(number, 0), len(stream) - 1)
+        block = stream.block(number)
+        past = np.cumsum(block.segment_lengths)
+        num_padding = max(0, (number + 1) * block_size - stream.num_inputs)
+        segments = []
+        for begin, end in zip(past - block.segment_lengths, past, strict=True):
+            if num_padding and end == block_size:
+                padding = StoreToken(self.store.end_id, "", "padding")
+                segments.append(Segment((padding,) * num_padding, False, False))
+                continue
+            first = number * block_size + int(begin)
+            document = int(np.searchsorted(stream.offsets, first, side="right")) - 1
+            segments.append(
+                self._segment(
+                    block.input_ids[begin:end],
+                    begins=first == int(stream.offsets[document]),
+                    ends=number * block_size + int(end) == int(stream.offsets[document + 1]),
+                )
+            )
+        return StoredBlock(number, len(stream), tuple(segments), int((block.targets != IGNORE_INDEX).sum()))
+
+    def _segment(self, ids: np.ndarray, *, begins: bool, ends: bool) -> Segment:
+        # Where the two ids are one (OPT's </s>), only the place says which is meant.
+        text = ids[int(begins) : len(ids) - int(ends)]
+        head = (self._mark(int(ids[0]), "prefix"),) if begins else ()
+        tail = (self._mark(int(ids[-1]), "end"),) if ends else ()
+        return Segment((*head, *self._text_tokens(text), *tail), begins, ends)
+
+    def _mark(self, token_id: int, kind: Kind) -> StoreToken:
+        return StoreToken(token_id, token_label(self.tokenizer, token_id), kind)
+
+    def _text_tokens(self, ids: np.ndarray) -> tuple[StoreToken, ...]:
+        """Tokens with the text that each adds; of tokens that share a character the last one shows it."""
+        tokens: list[StoreToken] = []
+        waiting: list[int] = []
+        for token_id in ids.tolist():
+            waiting.append(token_id)
+            together = self.tokenizer.decode(waiting)
+            if "\ufffd" not in together or len(waiting) >= MAX_CHARACTER_BYTES:
+                label = token_label(self.tokenizer, token_id) if len(waiting) == 1 else together
+                tokens += [StoreToken(i, "", "text") for i in waiting[:-1]]
+                tokens.append(StoreToken(token_id, label, "text"))
+                waiting = []
+        tokens += [StoreToken(i, token_label(self.tokenizer, i), "text") for i in waiting]
+        return tuple(tokens)

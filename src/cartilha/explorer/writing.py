@@ -1,0 +1,122 @@
+"""Writing with a model: token by token by hand, and greedy, sampled and beam search side by side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from cartilha.config import GenerateConfig
+from cartilha.evaluation.continuation import continue_prompts
+from cartilha.explorer.choices import Expectation, LogitReader, Shaping, expect, shaped_probabilities
+from cartilha.explorer.reading import Reader
+from cartilha.explorer.wording import Refusal
+
+NUM_BEAMS = 4
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A text that is being written token by token.
+
+    Attributes:
+        prompt_ids: The tokens that it began with.
+        chosen: The tokens chosen since.
+    """
+
+    prompt_ids: tuple[int, ...]
+    chosen: tuple[int, ...] = ()
+
+    @property
+    def ids(self) -> np.ndarray:
+        """All tokens so far."""
+        return np.array([*self.prompt_ids, *self.chosen], np.int64)
+
+    def with_token(self, token_id: int) -> Draft:
+        """The text with one token more."""
+        return replace(self, chosen=(*self.chosen, token_id))
+
+    def without_last(self) -> Draft:
+        """The text without the token chosen last."""
+        return replace(self, chosen=self.chosen[:-1])
+
+
+@dataclass(frozen=True)
+class Continuations:
+    """What a model writes after one prompt in three ways; each without the prompt."""
+
+    greedy: str
+    sampled: str
+    beam: str
+
+
+def begin(reader: Reader, prompt: str) -> Draft:
+    """A draft that begins with a prompt; spaces at its end are left out, as tokens bring the space before them."""
+    ids = reader.tokenizer.encode([prompt.rstrip(" ")])[0]
+    return Draft(tuple(int(i) for i in ids))
+
+
+def has_ended(reader: Reader, draft: Draft) -> bool:
+    """Whether the end token was chosen."""
+    return bool(draft.chosen) and draft.chosen[-1] == reader.tokenizer.end_id
+
+
+def written(reader: Reader, draft: Draft) -> tuple[str, str]:
+    """The prompt and what was written after it, as text; an end token is left out."""
+    chosen = draft.chosen[:-1] if has_ended(reader, draft) else draft.chosen
+    prompt = reader.tokenizer.decode(draft.prompt_ids)
+    # Decoded together: a byte-level token alone may be half a character.
+    whole = reader.tokenizer.decode([*draft.prompt_ids, *chosen])
+    return (prompt, whole[len(prompt) :]) if whole.startswith(prompt) else ("", whole)
+
+
+def alternatives(logits: LogitReader, draft: Draft, shaping: Shaping, num_shown: int = 10) -> Expectation:
+    """What may come next.
+
+    Raises:
+        Refusal: The text fills the model's context.
+    """
+    _check_room(logits.reader, draft)
+    return expect(logits(draft.ids, len(draft.ids)), shaping, num_shown=num_shown)
+
+
+def likeliest(logits: LogitReader, draft: Draft) -> Draft:
+    """The draft with the likeliest token."""
+    _check_room(logits.reader, draft)
+    return draft.with_token(int(np.argmax(logits(draft.ids, len(draft.ids)))))
+
+
+def drawn(logits: LogitReader, draft: Draft, shaping: Shaping, generator: np.random.Generator) -> Draft:
+    """The draft with a token drawn from the shaped probabilities."""
+    _check_room(logits.reader, draft)
+    probabilities = shaped_probabilities(logits(draft.ids, len(draft.ids)), shaping)
+    return draft.with_token(int(generator.choice(len(probabilities), p=probabilities)))
+
+
+def _check_room(reader: Reader, draft: Draft) -> None:
+    if len(draft.ids) + 1 >= reader.loaded.context_length:
+        raise Refusal("full", context=reader.loaded.context_length)
+
+
+def continuations(reader: Reader, prompt: str, num_tokens: int, shaping: Shaping, seed: int) -> Continuations:
+    """Greedy, sampled and beam search from the same prompt, by the code of `cartilha generate`.
+
+    Raises:
+        Refusal: The prompt does not fit the model's context.
+    """
+    num_prompt = 1 + len(begin(reader, prompt).ids)  # with the prefix
+    if num_prompt + num_tokens > reader.loaded.context_length:
+        raise Refusal("too_long", num_tokens=num_prompt, num_new=num_tokens, context=reader.loaded.context_length)
+    base = GenerateConfig(prompt=(prompt,), max_new_tokens=num_tokens, seed=seed)
+    sampled = replace(
+        base,
+        do_sample=True,
+        temperature=shaping.temperature,
+        top_k=shaping.top_k or reader.vocabulary_size,
+        top_p=shaping.top_p,
+    )
+    texts = []
+    for settings in (base, sampled, replace(base, num_beams=NUM_BEAMS)):
+        with reader.lock:
+            texts.append(continue_prompts(reader.loaded, reader.tokenizer, settings)[0].text[len(prompt) :])
+    return Continuations(*texts)

@@ -1,0 +1,74 @@
+"""`explore`: a local page to look at what models find likely, and to walk through a store."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from cartilha.config import EvaluateConfig, ExploreConfig
+from cartilha.errors import UserError
+from cartilha.explorer.reading import Reader
+from cartilha.explorer.session import Explorer
+from cartilha.explorer.walking import StoreWalk
+from cartilha.pipeline.evaluate import ready_model
+from cartilha.pipeline.held_out import HeldOut
+from cartilha.report.wording import choose_language
+from cartilha.tokens.store import TokenStore
+
+MAX_MODELS = 2
+
+
+@dataclass(frozen=True)
+class ExploreResult:
+    """Where the page was, and with what."""
+
+    address: str
+    models: tuple[str, ...]
+    store: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for `--json`."""
+        return asdict(self)
+
+
+def explore(config: ExploreConfig) -> ExploreResult:
+    """Serve the page on this machine until it is interrupted.
+
+    Raises:
+        UserError: Nothing to explore, a model or store that cannot be opened, a port that is taken, or the extra
+            `explorer` is missing.
+    """
+    if not config.models and not config.store:
+        raise UserError("There is nothing to explore; name one or two models with --models, or a store with --store.")
+    if len(config.models) > MAX_MODELS:
+        raise UserError(f"The page compares {MAX_MODELS} models at most, not {len(config.models)}; leave some out.")
+    # A port that is taken and a missing extra are said before anything is loaded.
+    try:
+        from cartilha.explorer.app import listen, serve
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("cartilha"):
+            raise
+        raise UserError('The explorer needs an extra: pip install "cartilha[explorer]"') from error
+    with listen(config.port) as socket:
+        explorer = open_explorer(config)
+        address = serve(explorer, socket, default=choose_language(config.language), open_browser=not config.no_browser)
+    return ExploreResult(address, config.models, config.store)
+
+
+def open_explorer(config: ExploreConfig) -> Explorer:
+    """Load the models and open the store.
+
+    Raises:
+        UserError: One of them is not there, or damaged.
+    """
+    store = TokenStore(config.store) if config.store else None
+    readers = {letter: _reader(ref, store, config) for letter, ref in zip("AB", config.models, strict=False)}
+    return Explorer(readers, StoreWalk(config.store) if config.store else None)
+
+
+def _reader(ref: str, store: TokenStore | None, config: ExploreConfig) -> Reader:
+    # As `cartilha evaluate` gets a model ready, so that the figures are the same.
+    settings = EvaluateConfig(dtype=config.dtype, device=config.device)
+    # What is typed is nobody's store: that is asked only for the tokenizer that a random: model may lack.
+    ready = ready_model(ref, HeldOut(settings, store if ref.startswith("random:") else None, None), settings)
+    return Reader(ready.loaded, ready.tokenizer, ready.protocol, ready.dtype)
