@@ -21,7 +21,7 @@ import psutil
 from cartilha.config import TrainConfig
 from cartilha.errors import UserError
 from cartilha.pipeline.run_files import check_output, read_status
-from cartilha.storage import new_directory, write_atomically
+from cartilha.storage import new_directory, sweep_below, write_atomically
 from cartilha.tokens.sources import cache_directory
 from cartilha.training.checkpoint import list_checkpoints
 
@@ -187,6 +187,7 @@ class Copier:
         for path in list_checkpoints(self._output):
             if here and path.name not in {other.name for other in here}:
                 shutil.rmtree(path)
+        sweep_below(self._output)  # what a copy that the drive broke off has left
 
     def _copy_directory(self, source: Path, target: Path, decisive: str) -> None:
         key = _state(source / decisive)

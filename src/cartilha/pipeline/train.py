@@ -87,22 +87,28 @@ def train(config: TrainConfig, *, prompts: GenerateConfig | None = None) -> Trai
     if stop_file and stop_file.exists():
         raise InterruptedRunError(f"The stop file {stop_file} is there: nothing was done; remove it and go on.")
     with _collecting_notices() as notices, _place(config, resume) as path:
-        if path is None:
-            return _nothing_to_do(output)
-        run = assemble(config, path, prompts or GenerateConfig(), resume)
-        if not config.skip_checks:
-            refuse_if_failed(run)
-        setting = facts(run)
+        record = None if path is None else _run(config, path, prompts or GenerateConfig(), notices, stop_file)
+    return _nothing_to_do(output) if record is None else TrainResult(str(output), record.values, False)
+
+
+def _run(
+    config: TrainConfig, path: Path, prompts: GenerateConfig, notices: NoticeCollector, stop_file: Path | None
+) -> RunRecord:
+    """Set up and train in a directory that this command has for itself."""
+    run = assemble(config, path, prompts, config.resume == "auto")
+    if not config.skip_checks:
+        refuse_if_failed(run)
+    setting = facts(run)
+    if world()[0] == 0:
+        check_space(run)
+        record = RunRecord.resume(path, run.step, setting) if run.step else RunRecord.begin(path, setting)
+    record = from_rank_0(record if world()[0] == 0 else RunRecord(path, {}))
+    with _recording_failures(record, notices), listening_for_stop(stop_file) as stop:
+        record.update()  # the first file: with it the directory is a run, which can be gone on with
         if world()[0] == 0:
-            check_space(run)
-            record = RunRecord.resume(path, run.step, setting) if run.step else RunRecord.begin(path, setting)
-        record = from_rank_0(record if world()[0] == 0 else RunRecord(path, {}))
-        with _recording_failures(record, notices), listening_for_stop(stop_file) as stop:
-            record.update()  # the first file: with it the directory is a run, which can be gone on with
-            if world()[0] == 0:
-                write_config(path, config)
-            _train(run, record, notices, stop)
-    return TrainResult(str(output), record.values, False)
+            write_config(path, config)
+        _train(run, record, notices, stop)
+    return record
 
 
 @contextmanager
