@@ -53,6 +53,11 @@ class PrepareConfig:
     )
     rejects: str | None = option(None, "write what cleaning leaves out to this .jsonl file, with the reasons")
     limit_documents: int | None = option(None, "read at most this many documents")
+    shuffle: bool = option(
+        False,
+        "read the input's parts (1 MB of text, a row group, a file) in an order drawn from the seed: a limit takes"
+        " documents from everywhere, not from the head",
+    )
     text_column: str = option("text", "the column or key that holds the text (.jsonl, .csv, .parquet, hf:)")
     encoding: str = option("utf-8", "encoding of text files")
     invalid_bytes: Literal["stop", "replace"] = option(

@@ -333,3 +333,16 @@ def test_a_tokenizer_that_cannot_begin_a_text_is_refused(config, tmp_path):
     (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": plain, "added_tokens": []}))
     with pytest.raises(UserError, match="neither a bos nor an eos"):
         prepare(replace(config, model=str(folder)))
+
+
+def test_a_shuffled_limit_takes_documents_from_everywhere(config, lines, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "SHUFFLED_BYTES", 4_000)
+    places = {}
+    for name, seed, shuffle in (("head", 0, False), ("zero", 0, True), ("again", 0, True), ("one", 1, True)):
+        output = str(tmp_path / name)
+        prepare(replace(config, output=output, limit_documents=30, seed=seed, shuffle=shuffle))
+        both = documents(output)
+        places[name] = sorted(PRIMER.index(text) for text in [*both["train"], *both["validation"]] if text in PRIMER)
+    assert places["head"] == list(range(30))
+    assert max(places["zero"]) > 60 and places["zero"] == places["again"] != places["one"]
+    assert contents(tmp_path / "zero") == contents(tmp_path / "again")

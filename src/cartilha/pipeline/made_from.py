@@ -20,6 +20,7 @@ SETTINGS = (
     "validation_first",
     "seed",
     "limit_documents",
+    "shuffle",
     "weights",
     "clean",
     "language",

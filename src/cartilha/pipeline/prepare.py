@@ -22,7 +22,7 @@ import numpy as np
 from cartilha.config import PrepareConfig
 from cartilha.console import Advance, progress
 from cartilha.corpus.readers import ReadCounts, ReadSettings
-from cartilha.corpus.shards import Shard, read_shard, shards
+from cartilha.corpus.shards import Shard, read_shard, shards, shuffled
 from cartilha.corpus.sources import HubSource, SourceFile
 from cartilha.corpus.splits import SPLITS, Split
 from cartilha.errors import UserError
@@ -42,6 +42,7 @@ from cartilha.tokens.tokenizer import TextTokenizer, load_tokenizer
 log = logging.getLogger("cartilha")
 
 SHARD_BYTES = 16 << 20
+SHUFFLED_BYTES = 1 << 20
 INLINE_BYTES = 4 << 20  # less than this is done before processes have begun
 PROOF_DOCUMENTS = 2000
 # Text bytes in a byte of a file, for the disk preflight only.
@@ -144,7 +145,9 @@ class _Made:
 
 def _do_shards(asked: Plan, config: PrepareConfig, tokenizer: TextTokenizer, executor: Executor, work: Path) -> _Made:
     """Do, or find done, the work on all shards."""
-    parts = shards(asked.sources, asked.reading, SHARD_BYTES)
+    parts = shards(asked.sources, asked.reading, SHUFFLED_BYTES if config.shuffle else SHARD_BYTES)
+    if config.shuffle:
+        parts = shuffled(parts, config.seed)
     sample = list(islice(_documents(parts, asked.reading), PROOF_DOCUMENTS))
     if (work / "encoder.json").is_file():
         encoder = load_encoder(work)
