@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         ExploreConfig,
         GenerateConfig,
         InspectConfig,
+        PlanConfig,
         PrepareConfig,
         ReportConfig,
         RunConfig,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from cartilha.pipeline.generate import generate
     from cartilha.pipeline.inspect import inspect
     from cartilha.pipeline.job import run
+    from cartilha.pipeline.plan import plan
     from cartilha.pipeline.prepare import prepare
     from cartilha.pipeline.report import report
     from cartilha.pipeline.train import train
@@ -42,6 +44,7 @@ __all__ = [
     "ExploreConfig",
     "GenerateConfig",
     "InspectConfig",
+    "PlanConfig",
     "PrepareConfig",
     "ReportConfig",
     "RunConfig",
@@ -52,6 +55,7 @@ __all__ = [
     "explore",
     "generate",
     "inspect",
+    "plan",
     "prepare",
     "report",
     "run",
@@ -64,7 +68,7 @@ _HOMES = {
     "run": "cartilha.pipeline.job",
     **{
         name: f"cartilha.pipeline.{name}"
-        for name in ("compare", "evaluate", "explore", "generate", "inspect", "prepare", "report", "train")
+        for name in ("compare", "evaluate", "explore", "generate", "inspect", "plan", "prepare", "report", "train")
     },
 }
 

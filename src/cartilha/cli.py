@@ -59,6 +59,11 @@ COMMANDS = {
     "check": Command(
         configs.CheckConfig, ("cartilha.pipeline.check", "check"), "is the set-up right, before the money is spent?"
     ),
+    "plan": Command(
+        configs.PlanConfig,
+        ("cartilha.pipeline.plan", "plan"),
+        "memory, speed, hours and money of a training, before a card is rented",
+    ),
     "train": Command(
         configs.TrainConfig, ("cartilha.pipeline.train", "train"), "continue a model's training on a store"
     ),

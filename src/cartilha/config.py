@@ -112,6 +112,12 @@ class TrainConfig:
     weight_decay: float = option(0.1, "decoupled weight decay of the matrices (AdamW)")
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
     dropout: bool = option(False, "keep the dropout that the model's configuration asks for")
+    loss: Literal["nll", "perplexity"] = option(
+        "nll", "what is minimised; perplexity is an experiment (docs/measures.md says what it does)"
+    )
+    gradient_checkpointing: bool = option(
+        False, "compute each layer a second time instead of keeping it: less memory, about a third slower"
+    )
     seed: int = option(0, "order of the documents, and fresh weights of random: models")
     dtype: Dtype = option("auto", "compute type; the weights themselves stay float32")
     device: Device = option("auto", "where to train")
@@ -147,6 +153,23 @@ class CheckConfig:
     output: str = option(".", "where the training would write (disk space is looked at there)")
     dtype: Dtype = option("auto", "compute type")
     device: Device = option("auto", "where to compute")
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """What training takes, before any card is rented: memory, speed, hours, money."""
+
+    model: str = option(DEFAULT_MODEL, MODEL_HELP)
+    store: str | None = option(None, "the store that would be trained on: its tokens make the time of an epoch")
+    device: tuple[str, ...] = option(
+        (), "auto (this machine), cpu (a laptop), t4, l4, a100-40gb, a100-80gb, h100; default all of them"
+    )
+    block_size: int | None = option(None, "tokens a block; default 256, 512, 1024 and 2048, as the context allows")
+    batch_tokens: int = option(8192, "tokens an optimizer step")
+    epochs: int = option(1, "passes over the training documents")
+    price_per_hour: float | None = option(None, "of the card, in any currency: gives the price of the training")
+    gradient_checkpointing: bool = option(False, "plan with each layer computed a second time instead of kept")
+    skip_probe: bool = option(False, "do not run a few steps here; this machine's speed is then an estimate, too")
 
 
 @dataclass(frozen=True)

@@ -307,6 +307,17 @@ def free_memory_bytes(device: torch.device) -> int:
     return available
 
 
+def available_memory_bytes(device: torch.device) -> int:
+    """Memory that this process may have in all: what is free, and what it holds already."""
+    if device.type == "cuda":
+        import torch
+
+        return free_memory_bytes(device) + int(torch.cuda.memory_reserved(device))
+    import psutil
+
+    return free_memory_bytes(device) + int(psutil.Process().memory_info().rss)
+
+
 def describe_machine(device: torch.device) -> dict[str, Any]:
     """The machine in words and numbers, for the provenance of a result."""
     import psutil

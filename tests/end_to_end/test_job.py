@@ -67,7 +67,7 @@ def test_a_whole_recipe_in_seconds_and_again_does_nothing(cartilha, refused, cor
     assert "| run | 32 | 3 steps | 4 |" in result["table"] and "finished" in result["table"]
     assert {path.name for path in (tmp_path / "job").iterdir()} == {"store", "run", "report.html"}
     files = {"config.yaml", "metrics.jsonl", "results.json", "samples.jsonl", "checkpoints", "model"}
-    files |= {"surprisal.parquet", "evaluations"}
+    files |= {"surprisal.parquet", "evaluations", "plan.json"}
     assert {path.name for path in run.path.iterdir()} == files
     assert [line["prompt"] for line in run.lines("samples.jsonl")] == ["Era uma vez"] * 2
 

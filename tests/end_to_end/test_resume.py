@@ -254,12 +254,12 @@ def test_a_model_whose_weights_changed_is_another_model(store, tmp_path, during_
 
 
 def test_the_micro_batch_in_force_goes_on_whatever_would_be_planned_now(store, tmp_path, during_step, monkeypatch):
-    monkeypatch.setattr("cartilha.pipeline.run_setup.plan_micro_batch", lambda *_, **__: 1)
+    monkeypatch.setattr("cartilha.pipeline.run_plan.largest_micro_batch", lambda *_, **__: 1)
     start(store, tmp_path / "whole")
     during_step({6: terminate})  # a step has four forward passes now
     with pytest.raises(InterruptedRunError):
         start(store, tmp_path / "run")
-    monkeypatch.setattr("cartilha.pipeline.run_setup.plan_micro_batch", lambda *_, **__: 4)
+    monkeypatch.setattr("cartilha.pipeline.run_plan.largest_micro_batch", lambda *_, **__: 4)
     start(store, tmp_path / "run", resume="auto")
     assert_same_run(Left(tmp_path / "run"), Left(tmp_path / "whole"))
     with pytest.raises(AssertionError):  # not vacuous: with another micro-batch the bits are others

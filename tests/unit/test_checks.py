@@ -392,7 +392,7 @@ def test_fp16_that_would_overflow(fresh, monkeypatch):
 def test_too_little_memory_or_disk(fresh, monkeypatch):
     assert failed(run_checks(fresh, (machine.memory_and_disk,))) == []
     with monkeypatch.context() as patch:
-        patch.setattr(machine, "free_memory_bytes", lambda device: 1 << 20)
+        patch.setattr(machine, "available_memory_bytes", lambda device: 1 << 20)
         assert failed(run_checks(fresh, (machine.memory_and_disk,))) == ["memory and disk"]
     monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1 << 10}))
     assert failed(run_checks(fresh, (machine.memory_and_disk,))) == ["memory and disk"]

@@ -383,14 +383,14 @@ def test_random_opt_has_opts_shape():
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(load._opt_125m())
     assert sum(parameter.numel() for parameter in model.parameters()) == 125_239_296
-    assert context_length(model) == 2048
+    assert context_length(model.config) == 2048
 
 
 def test_random_smollm2_has_its_shape():
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(load._smollm2_135m())
     assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
-    assert context_length(model) == 8192
+    assert context_length(model.config) == 8192
 
 
 @pytest.mark.parametrize("ref", ["random:", "random:huge", "random:opt-125M"])

@@ -7,8 +7,10 @@ import shutil
 import torch
 
 from cartilha.checks.outcome import CheckResult, Judgement, Subject
-from cartilha.runtime import free_memory_bytes
-from cartilha.training.memory import activation_bytes_per_token, fixed_bytes
+from cartilha.model.attention import choose_kernel
+from cartilha.runtime import available_memory_bytes
+from cartilha.training.devices import PROGRAM_BYTES
+from cartilha.training.memory import MemoryModel
 
 STATE_BYTES = 12  # a parameter in a checkpoint: weight and two moments, float32
 KEPT_CHECKPOINTS = 3  # two are kept, and a third stands beside them while it is written
@@ -27,17 +29,18 @@ def memory_and_disk(subject: Subject) -> CheckResult:
         "some disk space.",
     )
     loaded = subject.loaded
-    need = fixed_bytes(loaded.model, loaded.num_parameters, subject.dtype) + subject.micro_batch_size * (
-        subject.block_size * activation_bytes_per_token(loaded.model, subject.dtype)
-    )
-    free = free_memory_bytes(subject.device)
+    capability = torch.cuda.get_device_capability(subject.device) if subject.device.type == "cuda" else None
+    kernel = choose_kernel(subject.device.type, capability, subject.dtype)
+    model = MemoryModel(loaded.model.config, subject.dtype, kernel, overhead_bytes=PROGRAM_BYTES)
+    need = model.step(subject.micro_batch_size, subject.block_size, accumulates=True).total
+    free = available_memory_bytes(subject.device)
     place = next(path for path in (subject.output, *subject.output.absolute().parents) if path.is_dir())
     disk_need = loaded.num_parameters * (STATE_BYTES * KEPT_CHECKPOINTS + torch.float32.itemsize)
     disk_free = shutil.disk_usage(place).free
     return words.judge(
         need <= free and disk_need <= disk_free,
-        f"memory: {need / 2**30:.1f} GiB beside the weights for micro-batches of {subject.micro_batch_size} x "
-        f"{subject.block_size}, {free / 2**30:.1f} GiB free; disk: {disk_need / 2**30:.1f} GiB, "
+        f"memory: {need / 2**30:.1f} GiB for micro-batches of {subject.micro_batch_size} x "
+        f"{subject.block_size}, {free / 2**30:.1f} GiB available; disk: {disk_need / 2**30:.1f} GiB, "
         f"{disk_free / 2**30:.1f} GiB free",
         memory_bytes=need,
         free_memory_bytes=free,

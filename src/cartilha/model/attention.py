@@ -41,7 +41,8 @@ SUPPORTED_MODEL_TYPES = (
     "phi3",
 )
 
-Kernel = Literal["varlen", "segments", "mask"]
+# `kept` computes nothing: it keeps what flash attention keeps for its backward pass (for the memory plan).
+Kernel = Literal["varlen", "segments", "mask", "kept"]
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,8 @@ def document_attention(
         output = _varlen(query, key, value, segments, scaling, sliding_window)
     elif segments.kernel == "segments":
         output = _per_segment(query, key, value, segments, scaling, dropout, sliding_window, repeats)
+    elif segments.kernel == "kept":
+        output = _KeptByFlashAttention.apply(query, key, value)
     else:
         mask = segments.mask(sliding_window)
         attended = F.scaled_dot_product_attention(
@@ -212,6 +215,21 @@ def _per_segment(
             )
             outputs.append(attended[0].transpose(0, 1))
     return torch.cat(outputs).to(query.dtype)
+
+
+class _KeptByFlashAttention(torch.autograd.Function):
+    """Keeps queries, keys, values, outputs and the softmax's normaliser; the values themselves are meaningless."""
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        output = query.transpose(1, 2).contiguous()
+        ctx.save_for_backward(query, key, value, output, output.new_empty(query.shape[:3], dtype=torch.float32))
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        query, key, value, *_ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
 AttentionInterface.register(ATTENTION_NAME, document_attention)

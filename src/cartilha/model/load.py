@@ -15,7 +15,15 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LlamaConfig, OPTConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    OPTConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
 from cartilha.errors import HubUnreachableError, UserError
@@ -87,12 +95,11 @@ def prepare_model(
     model.to(device)
     model.eval()
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    return LoadedModel(model, ref, context_length(model), num_parameters)
+    return LoadedModel(model, ref, context_length(model.config), num_parameters)
 
 
-def context_length(model: PreTrainedModel) -> int:
-    """Most positions that the model takes."""
-    config = model.config
+def context_length(config: PretrainedConfig) -> int:
+    """Most positions that a model of this configuration takes."""
     length = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     assert isinstance(length, int), f"{config.model_type} does not say its context length"
     return length
@@ -134,8 +141,38 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:200]
 
 
+def model_config(ref: str, tokenizer: TextTokenizer | None = None) -> PretrainedConfig:
+    """The configuration of a MODEL argument, without its weights.
+
+    Raises:
+        UserError: No such model, or one that cannot be read.
+        HubUnreachableError: A hub model cannot be had.
+    """
+    source = resolve_model(ref)
+    if source.kind == "random":
+        config = _random_config(source, tokenizer)
+    else:
+        path = _converted_gguf(source) if source.kind == "gguf" else source.path
+        try:
+            config = AutoConfig.from_pretrained(str(path) if path is not None else source.name, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            if path is None and isinstance(error, OSError):
+                raise HubUnreachableError(unreachable_message(ref)) from error
+            raise UserError(f"{ref} holds no model that can be loaded ({_first_line(error)}).") from error
+    assert isinstance(config, PretrainedConfig)
+    return config
+
+
 def _random_model(source: ModelSource, tokenizer: TextTokenizer | None, seed: int) -> PreTrainedModel:
     """Fresh weights in a known shape; embedding rows and special ids follow the tokenizer."""
+    config = _random_config(source, tokenizer)
+    seed_everything(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def _random_config(source: ModelSource, tokenizer: TextTokenizer | None) -> Any:
     makers = {"tiny": _tiny_llama, "tiny-opt": _tiny_opt, "opt-125m": _opt_125m, "smollm2-135m": _smollm2_135m}
     if source.name not in makers:
         raise UserError(
@@ -151,10 +188,7 @@ def _random_model(source: ModelSource, tokenizer: TextTokenizer | None, seed: in
             config.vocab_size = max(rows, config.vocab_size) if config.vocab_size - rows < 64 else rows
     elif source.name.startswith("tiny"):
         config.bos_token_id, config.eos_token_id, config.pad_token_id = 256, 257, 258
-    seed_everything(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    assert isinstance(model, PreTrainedModel)
-    return model
+    return config
 
 
 def _tiny_llama() -> Any:

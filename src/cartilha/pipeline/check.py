@@ -20,10 +20,10 @@ from cartilha.corpus.primer import read_primer
 from cartilha.errors import CheckFailedError, UserError
 from cartilha.model.load import load_model
 from cartilha.pipeline.held_out import model_tokenizer
+from cartilha.pipeline.run_plan import plan_run, this_machine
 from cartilha.pipeline.run_setup import Run
-from cartilha.runtime import choose_device, choose_dtype, free_memory_bytes
+from cartilha.runtime import choose_device, choose_dtype
 from cartilha.tokens.store import TokenStore
-from cartilha.training.memory import plan_micro_batch
 from cartilha.training.optimizer import resolve_lr
 
 log = logging.getLogger("cartilha")
@@ -188,13 +188,13 @@ def _subject(config: CheckConfig) -> Subject:
             f"tokens); use --block_size {loaded.context_length} or less."
         )
     dtype = choose_dtype(config.dtype, device)
-    micro_batch_size = plan_micro_batch(
-        loaded.model,
+    plan = plan_run(
+        loaded.model.config,
+        this_machine(device, dtype),
         num_parameters=loaded.num_parameters,
         block_size=config.block_size,
         blocks_per_step=max(1, config.batch_tokens // config.block_size),
-        dtype=dtype,
-        free_bytes=free_memory_bytes(device),
+        micro_batch_size=None,
     )
     return Subject(
         loaded=loaded,
@@ -205,7 +205,7 @@ def _subject(config: CheckConfig) -> Subject:
         store=store,
         block_size=config.block_size,
         lr=resolve_lr(config.lr, loaded.num_parameters),
-        micro_batch_size=micro_batch_size,
+        micro_batch_size=plan.micro_batch_size,
         output=Path(config.output),
         quick=config.quick,
         is_random=config.model.startswith("random:"),

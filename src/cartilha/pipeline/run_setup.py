@@ -17,8 +17,10 @@ from cartilha.config import GenerateConfig, TrainConfig
 from cartilha.errors import UserError
 from cartilha.evaluation.documents import ScoredDocuments, encode_documents, validation_subset
 from cartilha.evaluation.windows import Protocol, make_protocol
-from cartilha.model.load import LoadedModel, load_model, weights_hash
+from cartilha.model.checkpointing import checkpoint_layers
+from cartilha.model.load import LoadedModel, load_model, model_config, weights_hash
 from cartilha.pipeline.run_files import read_results, read_status
+from cartilha.pipeline.run_plan import RunPlan, plan_run, this_machine
 from cartilha.runtime import (
     choose_device,
     choose_dtype,
@@ -41,8 +43,9 @@ from cartilha.training.checkpoint import (
 )
 from cartilha.training.distributed import same_everywhere
 from cartilha.training.loop import Progress, Schedule
-from cartilha.training.memory import plan_micro_batch
+from cartilha.training.memory import check_states_fit
 from cartilha.training.optimizer import allocate_states, make_optimizer, resolve_lr
+from cartilha.training.trace import count_parameters
 
 log = logging.getLogger("cartilha")
 
@@ -59,12 +62,17 @@ class Run:
     dtype: torch.dtype
     sampler: BlockSampler
     schedule: Schedule
-    micro_batch_size: int
+    plan: RunPlan
     state: TrainingState
     protocol: Protocol
     validation: ScoredDocuments
     prompts: GenerateConfig
     settings: dict[str, Any]
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Blocks a forward pass, to begin with."""
+        return self.plan.micro_batch_size
 
     @property
     def step(self) -> int:
@@ -175,7 +183,7 @@ def is_finished_as_asked(config: TrainConfig, path: Path) -> bool:
 def _asked(config: TrainConfig, lr: float) -> dict[str, Any]:
     """The settings that a resume must find unchanged, as far as the configuration alone says them."""
     names = ["model", "block_size", "batch_tokens", "warmup_fraction", "final_lr_fraction", "weight_decay"]
-    names += ["max_grad_norm", "dropout", "seed", "validation_tokens"]
+    names += ["max_grad_norm", "dropout", "loss", "seed", "validation_tokens"]
     return {
         **{name: getattr(config, name) for name in names},
         "lr": lr,
@@ -196,6 +204,7 @@ def assemble(config: TrainConfig, path: Path, prompts: GenerateConfig, resume: b
     dtype = choose_dtype(recorded["dtype"] if recorded and config.dtype == "auto" else config.dtype, device)
     dtype = from_rank_0(dtype)
     seed_everything(config.seed)
+    _refuse_what_cannot_fit(config, tokenizer, device)
     loaded = load_model(config.model, device, tokenizer=tokenizer, seed=config.seed)
     if config.block_size > loaded.context_length:
         raise UserError(
@@ -203,6 +212,8 @@ def assemble(config: TrainConfig, path: Path, prompts: GenerateConfig, resume: b
             f"tokens); use --block_size {loaded.context_length} or less."
         )
     loaded.model.train(config.dropout)
+    if config.gradient_checkpointing:
+        checkpoint_layers(loaded.model)
     documents = store.documents("train")
     blocks_per_step = config.batch_tokens // config.block_size
     sampler = BlockSampler(
@@ -256,7 +267,7 @@ def assemble(config: TrainConfig, path: Path, prompts: GenerateConfig, resume: b
             settings["time_budget_s"],
             **_embeddings_phase(config, lr),
         ),
-        micro_batch_size=_micro_batch_size(config, loaded, blocks_per_step, dtype, state.progress.micro_batch_size),
+        plan=_plan(config, loaded, blocks_per_step, dtype, state.progress.micro_batch_size),
         state=state,
         protocol=protocol,
         validation=encode_documents(chosen, tokenizer),
@@ -307,10 +318,15 @@ def _share_state(state: TrainingState, seed: int) -> None:
     same_everywhere(state.model, state.optimizer, seed)
 
 
-def _micro_batch_size(
-    config: TrainConfig, loaded: LoadedModel, blocks_per_step: int, dtype: torch.dtype, in_force: int
-) -> int:
-    """Asked for or planned; a resumed run keeps the one in force (0: it is none), since another rounds otherwise."""
+def _refuse_what_cannot_fit(config: TrainConfig, tokenizer: TextTokenizer, device: torch.device) -> None:
+    """Before the weights are loaded, which would already take a part of what is not there."""
+    num_parameters = count_parameters(model_config(config.model, tokenizer))
+    name = "this machine" if device.type == "cpu" else f"this machine's {device.type} device"
+    check_states_fit(num_parameters, free_memory_bytes(device), config.model, name)
+
+
+def _plan(config: TrainConfig, loaded: LoadedModel, blocks_per_step: int, dtype: torch.dtype, in_force: int) -> RunPlan:
+    """The run's plan; a resumed run keeps its micro-batch in force (0: it is none), since another rounds otherwise."""
     num_ranks = world()[1]
     if num_ranks > blocks_per_step:
         log.warning(
@@ -319,18 +335,17 @@ def _micro_batch_size(
             blocks_per_step,
         )
     share = -(-blocks_per_step // num_ranks)
+    asked = min(in_force, share) if in_force else None
     if config.micro_batch_size != "auto":
-        size = min(config.micro_batch_size, share)
-        return min(size, in_force) if in_force else size
-    if in_force:
-        return min(in_force, share)
-    return plan_micro_batch(
-        loaded.model,
+        asked = min(config.micro_batch_size, asked or share)
+    return plan_run(
+        loaded.model.config,
+        this_machine(loaded.model.device, dtype),
         num_parameters=loaded.num_parameters,
         block_size=config.block_size,
         blocks_per_step=share,
-        dtype=dtype,
-        free_bytes=free_memory_bytes(loaded.model.device),
+        micro_batch_size=asked,
+        checkpointing=config.gradient_checkpointing,
     )
 
 

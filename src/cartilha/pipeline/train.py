@@ -37,7 +37,7 @@ from cartilha.runtime import (
     seed_everything,
     world,
 )
-from cartilha.storage import DISK_FAULTS, new_directory, system_error, write_atomically
+from cartilha.storage import DISK_FAULTS, new_directory, system_error, write_atomically, write_json
 from cartilha.training.checkpoint import best_checkpoint, list_checkpoints, newest_name
 from cartilha.training.hooks import EpochLoss, MetricsFile, StopRequest, listening_for_stop
 from cartilha.training.loop import StepRecord, train_steps
@@ -107,6 +107,7 @@ def _run(
         record.update()  # the first file: with it the directory is a run, which can be gone on with
         if world()[0] == 0:
             write_config(path, config)
+            write_json(path / "plan.json", run.plan.values)
         _train(run, record, notices, stop)
     return record
 
@@ -228,6 +229,7 @@ def _steps(run: Run, record: RunRecord) -> Iterator[StepRecord]:
             micro_batch_size=run.micro_batch_size,
             max_grad_norm=run.config.max_grad_norm,
             scaler=run.state.scaler,
+            loss_kind=run.config.loss,
         ):
             show(step)
             yield step

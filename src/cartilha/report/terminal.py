@@ -21,6 +21,7 @@ def show(command: str, result: Values) -> None:
         "prepare": _prepare,
         "inspect": _inspect,
         "check": _check,
+        "plan": _plan,
         "train": _train,
         "evaluate": _evaluate,
         "compare": _compare,
@@ -139,6 +140,43 @@ def _check(console: Console, result: Values) -> None:
     failed = result["num_failed"]
     verdict = f"{failed} of {len(result['checks'])} checks failed" if failed else "All checks that apply passed"
     console.print(f"{verdict}: {result['model']} on {result['store'] or 'the primer'}, {result['seconds']:.0f} s.")
+
+
+def _plan(console: Console, result: Values) -> None:
+    gib = 2**30
+    console.print(
+        f"{result['model']}: {result['num_parameters'] / 1e6:,.1f} M parameters; weights, gradients and AdamW's states "
+        f"{result['state_bytes'] / gib:.2f} GiB; checkpoints up to {result['disk_bytes'] / gib:.1f} GiB of disk",
+        markup=False,
+    )
+    sizes = list(dict.fromkeys(row["micro_batch_size"] for row in result["rows"]))
+    right = [Column(title, justify="right") for title in ("block", *(f"x {size}" for size in sizes))]
+    table = Table("GiB by micro-batch", *right)
+    for device, block in dict.fromkeys((row["device"], row["block_size"]) for row in result["rows"]):
+        rows = [row for row in result["rows"] if (row["device"], row["block_size"]) == (device, block)]
+        cells = [f"{row['memory_bytes'] / gib:.1f}" if row["fits"] else "-" for row in rows]
+        table.add_row(device, str(block), *cells)
+    console.print(table)
+    titles = ("block", "micro-batch", "tokens/s", "an epoch", "hours", "price")
+    table = Table(f"steps of {result['batch_tokens']:,} tokens", *(Column(name, justify="right") for name in titles))
+    for row in result["recommended"]:
+        rate = row["tokens_per_second"]
+        about = "~" if row["estimated"] else ""
+        epoch = f"{row['seconds_per_epoch'] / 60:,.0f} min" if row["seconds_per_epoch"] else ""
+        cells = [str(row["block_size"]), str(row["micro_batch_size"]) if row["fits"] else "does not fit"]
+        cells += [f"{about}{rate:,.0f}" if rate else "", epoch]
+        cells += [f"{row[name]:,.2f}" if row[name] is not None else "" for name in ("hours", "price")]
+        table.add_row(row["device"], *cells)
+    console.print(table)
+    parts = {"weights": "weights", "gradients": "gradients", "optimizer_states": "AdamW", "activations": "activations"}
+    parts |= {"logits_chunk": "logits", "overhead": "overhead"}
+    table = Table("GiB of it", *(Column(title, justify="right") for title in ("block", *parts.values())))
+    for row in {row["device"]: row for row in reversed(result["recommended"]) if row["block_size"] <= 512}.values():
+        table.add_row(row["device"], str(row["block_size"]), *(f"{row['memory'][part] / gib:.2f}" for part in parts))
+    console.print(table)
+    console.print(
+        "~: an estimate, from the device's peak and the share of it that is expected. -: does not fit.", markup=False
+    )
 
 
 def _evaluate(console: Console, result: Values) -> None:

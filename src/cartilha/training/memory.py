@@ -1,63 +1,191 @@
-"""How many blocks a forward pass may hold: activations estimated from the model's shape against the free memory."""
+"""How much memory a training step takes, and how many blocks a forward pass may hold.
+
+Weights, gradients and AdamW's two moments are float32: 16 bytes a parameter, whatever the batch. What a step keeps
+besides is traced (`trace.py`) and is a straight line in the number of tokens, as soon as they fill a chunk of logits.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig
 
-from cartilha.model.forward import head_weight
+from cartilha.errors import UserError
+from cartilha.model.attention import Kernel
 from cartilha.model.loss import CHUNK_TOKENS
+from cartilha.training.trace import StepBytes, count_parameters, traced_step
 
-ADAM_STATE_BYTES = 12  # gradient and two moments of a parameter, float32; the weights themselves are already there
-SAFETY = 0.8  # share of the free memory that is planned with
-MAX_MICRO_TOKENS_CPU = 4096  # beyond this a CPU gains nothing and its caches lose
-MAX_MICRO_TOKENS_GPU = 32_768
+BYTES_PER_PARAMETER = 16  # weight, gradient, and AdamW's two moments, all float32
+HEADROOM = 1.05  # allocators hand out memory in pieces and cannot use all of what lies between them
+SAFETY = 0.95  # of what is free: other programs breathe, too
 
 
-def activation_bytes_per_token(model: PreTrainedModel, dtype: torch.dtype) -> int:
-    """Bytes that the backward pass keeps for a token, estimated from the layers' widths.
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes that a process holds at the peak of a training step.
 
-    A layer keeps about its inputs to each matrix, normalised states, attention inputs and the feed-forward's hidden
-    states, here counted as 12 hidden sizes and 4 feed-forward sizes, of which half stay float32 under autocast.
+    Attributes:
+        weights: Float32 master weights.
+        gradients: Of all parameters, float32.
+        optimizer_states: AdamW's two moments, float32.
+        activations: What the forward pass keeps for the backward pass.
+        logits_chunk: One chunk of logits with its gradients, and the temporaries at the peak.
+        overhead: The program, the device's context, and what the allocator cannot use.
     """
-    config = model.config
-    hidden = int(config.hidden_size)
-    inner = next(
-        int(getattr(config, name))
-        for name in ("intermediate_size", "ffn_dim", "n_inner", "hidden_size")
-        if getattr(config, name, None)
-    )
-    if config.model_type == "gpt2" and getattr(config, "n_inner", None) is None:
-        inner = 4 * hidden
-    values = int(config.num_hidden_layers) * (12 * hidden + 4 * inner)
-    bytes_per_value = 4 if dtype == torch.float32 else 3
-    return values * bytes_per_value
+
+    weights: int
+    gradients: int
+    optimizer_states: int
+    activations: int
+    logits_chunk: int
+    overhead: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return (
+            self.weights + self.gradients + self.optimizer_states + self.activations + self.logits_chunk + self.overhead
+        )
 
 
-def fixed_bytes(model: PreTrainedModel, num_parameters: int, dtype: torch.dtype) -> int:
-    """Bytes that training takes whatever the micro-batch: gradients, moments, the cast weights, one chunk of logits."""
-    head = head_weight(model)
-    num_ids = head.shape[0]
-    compute = torch.finfo(dtype).bits // 8
-    chunk = CHUNK_TOKENS * num_ids * (8 + compute)
-    head_gradient = head.numel() * 4
-    cast = 0 if dtype == torch.float32 else num_parameters * compute
-    return num_parameters * ADAM_STATE_BYTES + chunk + head_gradient + cast
+class MemoryModel:
+    """The memory of training steps of one model on one kind of device.
+
+    Args:
+        config: The model's.
+        dtype: Compute dtype.
+        kernel: How attention is computed there.
+        overhead_bytes: The program and the device's context.
+        checkpointing: Whether activations are computed twice instead of kept.
+    """
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        dtype: torch.dtype,
+        kernel: Kernel,
+        *,
+        overhead_bytes: int,
+        checkpointing: bool = False,
+    ) -> None:
+        self._config = config
+        self._dtype = dtype
+        self._kernel = kernel
+        self._overhead = overhead_bytes
+        self._checkpointing = checkpointing
+        self.num_parameters = count_parameters(config)
+
+    def step(self, micro_batch_size: int, block_size: int, *, accumulates: bool) -> StepMemory:
+        """Memory of a step with micro-batches of this many blocks.
+
+        Args:
+            micro_batch_size: Blocks a forward pass.
+            block_size: Tokens a block.
+            accumulates: Whether a step has several micro-batches, so that gradients are there beside activations.
+        """
+        states = 4 * self.num_parameters
+        kept = self._traced(micro_batch_size, block_size)
+        mask = self._mask_bytes(micro_batch_size, block_size)
+        if accumulates:
+            gradients, peak = float(states), max(kept.body, kept.end)
+        elif kept.body >= states - kept.head + kept.end:
+            # At the peak the head's gradient alone is there, and is traced: the others come while activations go.
+            gradients, peak = 0.0, kept.body
+        else:
+            gradients, peak = states - kept.head, kept.end
+        unusable = self._unusable(gradients + peak, kept, interleaved=states if accumulates else 0)
+        activations = min(kept.activations, peak)
+        return StepMemory(
+            weights=states,
+            gradients=round(gradients),
+            optimizer_states=2 * states,
+            activations=round(activations + mask),
+            logits_chunk=round(peak - activations),
+            overhead=round(
+                self._overhead + unusable + (HEADROOM - 1) * (3 * states * (self._kernel != "segments") + mask)
+            ),
+        )
+
+    def _unusable(self, moving: float, kept: StepBytes, interleaved: float) -> float:
+        """Memory that the allocator holds and cannot use.
+
+        CUDA's caching allocator wastes little of such regular steps. glibc's heap, told to keep what is freed
+        (`runtime.keep_freed_memory`), is left with holes of the size of the head's gradient, and gradients that settle
+        among the activations of a step's first micro-batch keep the next one's from fitting: fitted to measurements
+        (docs/log.md), as `benchmarks/plan_memory.py` prints them.
+        """
+        loss = (HEADROOM - 1) * moving
+        if self._kernel == "segments":
+            loss += 2.2 * kept.head + 0.6 * min(interleaved, kept.activations)
+        return loss
+
+    def _traced(self, rows: int, row_length: int) -> StepBytes:
+        """Traced where the tokens do not fill a chunk of logits; beyond that on the line through two larger points."""
+        full = -(-CHUNK_TOKENS // row_length)
+        if rows <= full:
+            return self._trace(rows, row_length)
+        return self._trace(full, row_length).toward(self._trace(2 * full, row_length), rows / full - 1)
+
+    def _trace(self, rows: int, row_length: int) -> StepBytes:
+        """What is kept depends on the number of tokens alone: one long row stands for all that have as many."""
+        kernel: Kernel = "segments" if self._kernel == "segments" else "kept"
+        tokens = rows * row_length
+        return traced_step(self._config, 1, tokens, self._dtype, kernel, self._checkpointing)
+
+    def _mask_bytes(self, rows: int, row_length: int) -> float:
+        """A mask of who sees whom, once as booleans and once as what is added to the scores."""
+        if self._kernel != "mask":
+            return 0.0
+        return rows * row_length**2 * (1 + torch.finfo(self._dtype).bits / 8)
 
 
-def plan_micro_batch(
-    model: PreTrainedModel,
-    *,
-    num_parameters: int,
-    block_size: int,
-    blocks_per_step: int,
-    dtype: torch.dtype,
-    free_bytes: int,
+def largest_micro_batch(
+    model: MemoryModel, *, block_size: int, blocks_per_step: int, available_bytes: int, max_tokens: int
 ) -> int:
-    """The largest micro-batch (in blocks, at least 1) planned to fit; a divisor of the step where one is near."""
-    room = SAFETY * free_bytes - fixed_bytes(model, num_parameters, dtype)
-    per_block = activation_bytes_per_token(model, dtype) * block_size
-    limit = MAX_MICRO_TOKENS_CPU if model.device.type == "cpu" else MAX_MICRO_TOKENS_GPU
-    fitting = max(1, min(int(room // per_block), limit // block_size, blocks_per_step))
-    divisors = [size for size in range(1, fitting + 1) if blocks_per_step % size == 0]
-    return divisors[-1] if divisors[-1] * 2 > fitting else fitting
+    """The largest micro-batch (in blocks) planned to fit, a divisor of the step where one is near; 0 if none fits.
+
+    Args:
+        model: Says what a step takes.
+        block_size: Tokens a block.
+        blocks_per_step: Blocks of a step, which is the most that makes sense.
+        available_bytes: Memory for everything that the model counts, overhead included.
+        max_tokens: Tokens beyond which a larger micro-batch brings nothing.
+    """
+
+    def fits(size: int) -> bool:
+        return model.step(size, block_size, accumulates=size < blocks_per_step).total <= SAFETY * available_bytes
+
+    most = max(1, min(blocks_per_step, max_tokens // block_size))
+    if not fits(1):
+        return 0
+    low, high = 1, most
+    while low < high:  # the largest that fits: more blocks never take less memory
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    if low < most and fits(most):  # the whole step at once needs no gradients beside its activations
+        low = most
+    divisors = [size for size in range(1, low + 1) if blocks_per_step % size == 0]
+    return divisors[-1] if divisors[-1] * 2 > low else low
+
+
+def check_states_fit(num_parameters: int, available_bytes: int, ref: str, device: str) -> None:
+    """Refuse a model whose weights, gradients and AdamW states alone are more than the device has.
+
+    Raises:
+        UserError: With the arithmetic, and how large a model may be.
+    """
+    needed = num_parameters * BYTES_PER_PARAMETER
+    if needed > available_bytes:
+        most = available_bytes / BYTES_PER_PARAMETER
+        raise UserError(
+            f"Training {ref} cannot fit on {device}: its {show_count(num_parameters)} parameters take "
+            f"{BYTES_PER_PARAMETER} bytes each (float32 weight, gradient and two AdamW moments), "
+            f"{needed / 2**30:.1f} GiB before any text, and there are {available_bytes / 2**30:.1f} GiB; "
+            f"up to {show_count(round(0.8 * most))} parameters would fit."
+        )
+
+
+def show_count(number: int) -> str:
+    """A count of parameters as people write it: 125.2 M, 6.9 B."""
+    return f"{number / 1e9:.1f} B" if number >= 1e9 else f"{number / 1e6:.1f} M"

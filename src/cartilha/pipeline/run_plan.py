@@ -1,0 +1,156 @@
+"""What this machine can do, and the plan of one run: its micro-batch, and what memory and time it should take."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from cartilha.model.attention import choose_kernel
+from cartilha.runtime import available_memory_bytes, cpu_matmul_rate
+from cartilha.training.devices import (
+    GIB,
+    MAX_TOKENS_CPU,
+    MAX_TOKENS_GPU,
+    PROGRAM_BYTES,
+    DeviceFacts,
+    flops_per_token,
+)
+from cartilha.training.memory import MemoryModel, StepMemory, largest_micro_batch
+
+log = logging.getLogger("cartilha")
+
+
+def this_machine(device: torch.device, dtype: torch.dtype) -> DeviceFacts:
+    """The machine that this runs on: its free memory, and its rate of matrix products, measured in a moment.
+
+    Memory that this process holds already counts as available: the plan counts it, too.
+    """
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        capability = torch.cuda.get_device_capability(device)
+        return DeviceFacts(
+            name=properties.name,
+            memory_bytes=available_memory_bytes(device),
+            dtype=dtype,
+            kernel=choose_kernel("cuda", capability, dtype),
+            peak_flops=_cuda_matmul_flops(device, dtype),
+            share=0.5,  # of what matrix products alone reach
+            overhead_bytes=64 * 2**20,  # workspaces; the context is there already and is not free any more
+            max_tokens=MAX_TOKENS_GPU,
+        )
+    return DeviceFacts(
+        name="this machine",
+        memory_bytes=available_memory_bytes(device),
+        dtype=dtype,
+        kernel=choose_kernel(device.type, None, dtype),
+        peak_flops=1e9 * cpu_matmul_rate(str(dtype).removeprefix("torch.")),
+        share=0.65,
+        overhead_bytes=PROGRAM_BYTES,
+        max_tokens=MAX_TOKENS_CPU,
+    )
+
+
+def _cuda_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of a large matrix product, without waiting for anything between products."""
+    size, repeats = 4096, 20
+    left = torch.ones(size, size, device=device, dtype=dtype)
+    left @ left
+    torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    for _ in range(repeats):
+        left @ left
+    torch.cuda.synchronize(device)
+    return repeats * 2 * size**3 / (time.perf_counter() - started)
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run is expected to take, made before its first step.
+
+    Attributes:
+        micro_batch_size: Blocks a forward pass.
+        memory: Of a step, by its parts; None where the architecture could not be traced.
+        tokens_per_second: Estimated from the machine's rate of matrix products.
+        values: What plan.json holds.
+    """
+
+    micro_batch_size: int
+    memory: StepMemory | None
+    tokens_per_second: float
+    values: dict[str, Any]
+
+
+def plan_run(
+    config: PretrainedConfig,
+    facts: DeviceFacts,
+    *,
+    num_parameters: int,
+    block_size: int,
+    blocks_per_step: int,
+    micro_batch_size: int | None,
+    checkpointing: bool = False,
+) -> RunPlan:
+    """Plan a run on this machine.
+
+    Args:
+        config: The model's.
+        facts: Of the machine.
+        num_parameters: Of the model.
+        block_size: Tokens a block.
+        blocks_per_step: Blocks of a step that this process takes.
+        micro_batch_size: Asked for; None to choose the largest that fits.
+        checkpointing: Whether activations are computed twice instead of kept.
+    """
+    rate = facts.peak_flops * facts.share / flops_per_token(config, num_parameters, block_size)
+    memory, size = None, micro_batch_size or 1
+    try:
+        model = MemoryModel(
+            config, facts.dtype, facts.kernel, overhead_bytes=facts.overhead_bytes, checkpointing=checkpointing
+        )
+        if micro_batch_size is None:
+            size = _choose(model, facts, block_size, blocks_per_step)
+        memory = model.step(size, block_size, accumulates=size < blocks_per_step)
+    except Exception as error:  # an architecture may do something that tensors without contents cannot follow
+        log.warning(
+            "The memory of a step could not be planned (%s): %s; name another with --micro_batch_size.",
+            (str(error).strip().splitlines() or [type(error).__name__])[0],
+            f"micro-batches of {size} blocks are tried",
+        )
+    values = {
+        "device": facts.name,
+        "available_bytes": facts.memory_bytes,
+        "block_size": block_size,
+        "micro_batch_size": size,
+        "num_parameters": num_parameters,
+        "flops_per_token": flops_per_token(config, num_parameters, block_size),
+        "memory_bytes": memory.total if memory else None,
+        "memory": asdict(memory) if memory else None,
+        "tokens_per_second": rate,
+        "estimated": True,
+    }
+    return RunPlan(size, memory, rate, values)
+
+
+def _choose(model: MemoryModel, facts: DeviceFacts, block_size: int, blocks_per_step: int) -> int:
+    size = largest_micro_batch(
+        model,
+        block_size=block_size,
+        blocks_per_step=blocks_per_step,
+        available_bytes=facts.memory_bytes,
+        max_tokens=facts.max_tokens,
+    )
+    if size == 0:
+        needed = model.step(1, block_size, accumulates=blocks_per_step > 1).total
+        log.warning(
+            "One block of %d tokens is planned to take %.1f GiB of the %.1f that are free: it is tried all the same; a "
+            "smaller --block_size or --gradient_checkpointing takes less.",
+            block_size,
+            needed / GIB,
+            facts.memory_bytes / GIB,
+        )
+    return max(1, size)

@@ -1,0 +1,68 @@
+"""What known cards hold and compute, and how much a token costs: enough to plan before one is rented."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PretrainedConfig
+
+from cartilha.model.attention import Kernel
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class DeviceFacts:
+    """A device as the plan sees it.
+
+    Attributes:
+        name: As `--device` takes it.
+        memory_bytes: What programs can use of it.
+        dtype: Compute dtype there.
+        kernel: How attention is computed there.
+        peak_flops: Operations a second of dense matrix products in that dtype: the maker's figure, or measured.
+        share: Of the peak that training is expected to reach, counted by 6N + attention.
+        overhead_bytes: The program and the device's context.
+        max_tokens: Tokens a forward pass beyond which a larger micro-batch brings nothing.
+    """
+
+    name: str
+    memory_bytes: int
+    dtype: torch.dtype
+    kernel: Kernel
+    peak_flops: float
+    share: float
+    overhead_bytes: int
+    max_tokens: int
+
+
+CONTEXT_BYTES = int(0.6 * GIB)  # CUDA's context with its kernels, and the workspaces of the matrix products
+PROGRAM_BYTES = int(0.37 * GIB)  # Python, torch and transformers, resident in the machine's own memory
+MAX_TOKENS_CPU = 4096  # beyond this a CPU gains nothing and its caches lose
+MAX_TOKENS_GPU = 32_768
+
+# Memory is what nvidia-smi shows as total. The shares are cautious: of an A100 the exercise's own rule (40 %), of an
+# H100 what llm.c publishes for this size (468 k tokens/s, 35 % by 6N), of a T4 less, for want of flash attention.
+_KNOWN = (
+    DeviceFacts("t4", int(14.75 * GIB), torch.float16, "mask", 65e12, 0.25, CONTEXT_BYTES, MAX_TOKENS_GPU),
+    DeviceFacts("l4", int(22.5 * GIB), torch.bfloat16, "varlen", 121e12, 0.35, CONTEXT_BYTES, MAX_TOKENS_GPU),
+    DeviceFacts("a100-40gb", int(39.4 * GIB), torch.bfloat16, "varlen", 312e12, 0.40, CONTEXT_BYTES, MAX_TOKENS_GPU),
+    DeviceFacts("a100-80gb", int(79.2 * GIB), torch.bfloat16, "varlen", 312e12, 0.40, CONTEXT_BYTES, MAX_TOKENS_GPU),
+    DeviceFacts("h100", int(79.1 * GIB), torch.bfloat16, "varlen", 989e12, 0.35, CONTEXT_BYTES, MAX_TOKENS_GPU),
+    # A laptop of 16 GiB, of which a browser has its part, with eight AVX2 cores.
+    DeviceFacts("cpu", 10 * GIB, torch.float32, "segments", 0.5e12, 0.60, PROGRAM_BYTES, MAX_TOKENS_CPU),
+)
+KNOWN_DEVICES = {facts.name: facts for facts in _KNOWN}
+
+
+def attention_flops_per_token(config: PretrainedConfig, block_size: int) -> int:
+    """Of scores and weighted sums in training: 12 L d T (arXiv:2204.02311, appendix B), causality ignored."""
+    heads = int(config.num_attention_heads)
+    head_size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    return 12 * int(config.num_hidden_layers) * heads * head_size * block_size
+
+
+def flops_per_token(config: PretrainedConfig, num_parameters: int, block_size: int) -> int:
+    """Operations a token of training: 6 a parameter (2 forward, 4 backward; arXiv:2001.08361), and attention's."""
+    return 6 * num_parameters + attention_flops_per_token(config, block_size)

@@ -1,0 +1,200 @@
+"""What a training step keeps in memory, found by running the real code on tensors that have shapes and no contents.
+
+torch's fake tensors go through the very forward pass, loss and backward pass of training; a dispatch mode counts the
+bytes of the storages that are alive. No formula for an architecture has to be written, and none can be forgotten: what
+the code keeps is what is counted. A step keeps so much a token, so much a layer, and that is where it is cut short:
+models of one and of two layers are traced, and the rest is a straight line.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from cartilha.model.attention import Kernel, Segments, use_document_attention
+from cartilha.model.checkpointing import checkpoint_layers
+from cartilha.model.forward import head_weight
+from cartilha.model.loss import linear_cross_entropy
+
+
+@dataclass(frozen=True)
+class StepBytes:
+    """Bytes that a step of gradients holds beyond weights, gradients and optimizer states.
+
+    Attributes:
+        activations: What the forward pass keeps for the backward pass (cast copies of the weights among it).
+        body: The most that is alive until the gradient has come back to the embeddings, activations included; it is a
+            straight line in layers and tokens.
+        end: The most that is alive after that: the embeddings' own gradients, in models whose vocabulary is large.
+        head: The head's weights, and so of its gradient.
+    """
+
+    activations: float
+    body: float
+    end: float
+    head: float
+
+    def toward(self, other: StepBytes, distance: float) -> StepBytes:
+        """The point on the line from this one (distance 0) through another one (distance 1)."""
+        return StepBytes(
+            self.activations + distance * (other.activations - self.activations),
+            self.body + distance * (other.body - self.body),
+            self.end + distance * (other.end - self.end),
+            self.head,
+        )
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages that operations make, as long as they are alive.
+
+    Args:
+        others: Tensors that were there before, whose views are not counted either.
+    """
+
+    def __init__(self, others: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known = {tensor.untyped_storage()._cdata for tensor in others}
+
+    def add(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._known:
+            self._known.add(key)
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._remove, key, storage.nbytes())
+
+    def _remove(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+    def restart(self) -> int:
+        """The peak so far; the next one begins with what is alive now."""
+        peak, self.peak = self.peak, self.now
+        return peak
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, torch.Tensor):
+                self.add(value)
+        return result
+
+
+def count_parameters(config: PretrainedConfig) -> int:
+    """Parameters of a model of this configuration, tied ones once; nothing is allocated."""
+    with FakeTensorMode():
+        model = AutoModelForCausalLM.from_config(_copied(config))
+        return sum(parameter.numel() for parameter in model.parameters())
+
+
+def traced_step(
+    config: PretrainedConfig, rows: int, row_length: int, dtype: torch.dtype, kernel: Kernel, checkpointing: bool
+) -> StepBytes:
+    """Trace a forward and backward pass over `rows` blocks of one document each.
+
+    Gradients are taken to be there already, as in every micro-batch but a step's first.
+
+    Args:
+        config: Of the model; not changed.
+        rows: Blocks a forward pass.
+        row_length: Tokens a block.
+        dtype: Compute dtype.
+        kernel: How attention is computed; `kept` stands for every flash attention.
+        checkpointing: Whether the layers' activations are computed a second time instead of kept.
+    """
+    num_layers = int(config.num_hidden_layers)
+    key = json.dumps(_copied(config).to_dict(), sort_keys=True, default=str)
+    one = _traced(key, 1, rows, row_length, dtype, kernel, checkpointing)
+    if num_layers == 1:
+        return one
+    return one.toward(_traced(key, 2, rows, row_length, dtype, kernel, checkpointing), num_layers - 1)
+
+
+@functools.lru_cache(maxsize=256)
+def _traced(
+    config_json: str,
+    num_layers: int,
+    rows: int,
+    row_length: int,
+    dtype: torch.dtype,
+    kernel: Kernel,
+    checkpointing: bool,
+) -> StepBytes:
+    settings = _shortened(json.loads(config_json), num_layers)
+    config = AutoConfig.for_model(**settings)
+    with FakeTensorMode(allow_non_fake_inputs=True), _threads_as_before():
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        use_document_attention(model)
+        model.eval()
+        if checkpointing:
+            checkpoint_layers(model)
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        resident = [*model.parameters(), *(p.grad for p in model.parameters() if p.grad is not None), *model.buffers()]
+        with _LiveBytes(resident) as live:
+            return _pass(model, live, rows, row_length, dtype, kernel)
+
+
+def _pass(
+    model: PreTrainedModel, live: _LiveBytes, rows: int, row_length: int, dtype: torch.dtype, kernel: Kernel
+) -> StepBytes:
+    """Forward and backward."""
+    body: list[int] = []
+
+    def gradient_arrives(module: torch.nn.Module, arguments: Any, embedded: torch.Tensor) -> None:
+        embedded.register_hook(lambda gradient: body.append(live.restart()))
+
+    model.get_input_embeddings().register_forward_hook(gradient_arrives)
+    ids = torch.zeros(rows, row_length, dtype=torch.long)
+    positions, targets = torch.zeros_like(ids), torch.zeros_like(ids)
+    segments = Segments((row_length,) * rows, row_length, torch.device("cpu"), kernel)
+    with nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype):
+        output = model.base_model(input_ids=ids, position_ids=positions, use_cache=False, segments=segments)
+    hidden = output.last_hidden_state.flatten(0, 1)
+    del output
+    kept = float(live.now)
+    loss = linear_cross_entropy(hidden, head_weight(model), targets.flatten(), dtype)
+    del hidden
+    loss.backward()
+    assert len(body) == 1, "the gradient comes back to the embeddings once"
+    return StepBytes(kept, body[0], live.peak, 4.0 * head_weight(model).numel())
+
+
+def _copied(config: PretrainedConfig) -> PretrainedConfig:
+    """A copy: models must not share a configuration."""
+    return copy.deepcopy(config)
+
+
+def _shortened(settings: dict[str, Any], num_layers: int) -> dict[str, Any]:
+    """The settings of the same model with fewer layers; lists with an entry a layer are cut, too."""
+    names = [name for name in ("num_hidden_layers", "n_layer", "num_layers") if isinstance(settings.get(name), int)]
+    before = settings[names[0]]
+    cut = {
+        name: value[:num_layers] if isinstance(value, list) and len(value) == before else value
+        for name, value in settings.items()
+    }
+    return {**cut, **dict.fromkeys(names, num_layers)}
+
+
+@contextmanager
+def _threads_as_before() -> Iterator[None]:
+    """Fresh weights draw from torch's generator even where they are fake; training's own draws must not notice."""
+    before = torch.get_rng_state()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before)

@@ -1,0 +1,132 @@
+"""`plan` from the command line, and the plan that a run keeps."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from cartilha.config import GenerateConfig, TrainConfig
+from cartilha.pipeline.train import train
+
+ROW_KEYS = {"device", "block_size", "micro_batch_size", "memory_bytes", "fits", "tokens_per_second", "estimated"}
+TINY = ["--model", "random:tiny"]
+
+
+def planned(cartilha, *arguments: object) -> dict:
+    outcome = cartilha("plan", *arguments, "--json")
+    assert outcome.code == 0, outcome.err
+    return json.loads(outcome.out)
+
+
+def test_a_plan_has_a_row_for_each_device_block_size_and_micro_batch(cartilha, store):
+    result = planned(cartilha, *TINY, "--store", store, "--price_per_hour", 2, "--skip_probe", "--epochs", 3)
+    rows = result["rows"]
+    assert all(row.keys() >= ROW_KEYS for row in rows)
+    places = {(row["device"], row["block_size"], row["micro_batch_size"]) for row in rows}
+    devices = {"this machine", "cpu", "t4", "l4", "a100-40gb", "a100-80gb", "h100"}
+    assert len(places) == len(rows) == 7 * 3 * 6  # 2048 is beyond its context
+    assert {device for device, _, _ in places} == devices
+    assert all(row["fits"] and row["estimated"] and row["tokens_per_second"] > 0 for row in rows)
+    for row in rows:
+        parts = {"weights", "gradients", "optimizer_states", "activations", "logits_chunk", "overhead"}
+        assert row["memory"].keys() == parts and sum(row["memory"].values()) == row["memory_bytes"]
+        hours = result["train_tokens"] / row["tokens_per_second"] / 3600
+        assert row["hours"] == pytest.approx(hours) and row["price"] == pytest.approx(2 * hours)
+        assert row["seconds_per_epoch"] == pytest.approx(3600 * hours / 3)
+    assert result["state_bytes"] == 16 * result["num_parameters"]
+    assert {(row["device"], row["block_size"]) for row in result["recommended"]} == {place[:2] for place in places}
+
+
+def test_a_plan_is_readable_in_a_terminal(cartilha):
+    outcome = cartilha("plan", *TINY, "--device", "t4", "--block_size", 256, "--price_per_hour", 1)
+    assert outcome.code == 0
+    for part in ("t4", "256", "M parameters", "~", "weights"):
+        assert part in outcome.out
+
+
+def test_this_machine_is_probed_and_the_rest_estimated(cartilha):
+    result = planned(cartilha, *TINY, "--device", "auto", "h100")
+    probed = {(row["device"], row["block_size"]) for row in result["rows"] if not row["estimated"]}
+    assert probed == {("this machine", 512)}
+    rates = {row["block_size"]: row["tokens_per_second"] for row in result["rows"] if row["device"] == "this machine"}
+    assert rates[256] > rates[512] > rates[1024] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--device", "t5"], "There is no device 't5' to plan for; choose from auto, t4,"),
+        (["--block_size", 4096], "beyond the context of random:tiny (1024 tokens); use --block_size 1024 or less"),
+        (["--block_size", 1], "block size of 1 is too small"),
+        (
+            ["--block_size", 256, "--batch_tokens", 300],
+            "must be a multiple of block_size (256); use --batch_tokens 256",
+        ),
+        (["--epochs", 0], "epochs must be 1 or more"),
+        (["--price_per_hour", -1], "price_per_hour must be 0 or more"),
+        (["--model", "random:huge"], "There is no architecture random:huge"),
+        (["--store", "nowhere"], "nowhere"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_sentence(refused, arguments, sentence):
+    assert sentence in refused("plan", *TINY, "--skip_probe", "--device", "cpu", *arguments)
+
+
+def test_a_model_that_fits_nowhere_is_refused_with_the_arithmetic(refused, tmp_path):
+    from transformers import LlamaConfig
+
+    LlamaConfig(vocab_size=32_000, hidden_size=4096, num_hidden_layers=32, num_attention_heads=32,
+                intermediate_size=11008).save_pretrained(tmp_path)  # fmt: skip
+    sentence = refused("plan", "--model", tmp_path, "--device", "t4", "l4")
+    assert "6.7 B parameters take 16 bytes each" in sentence and "100.4 GiB" in sentence and "l4" in sentence
+    assert "parameters would fit" in sentence
+
+
+def test_training_a_model_that_cannot_fit_is_refused_before_anything_is_written(refused, store, tmp_path, monkeypatch):
+    monkeypatch.setattr("cartilha.pipeline.run_setup.free_memory_bytes", lambda device: 2**20)
+    sentence = refused("train", *TINY, "--store", store, "--output", tmp_path / "run", "--block_size", 32)
+    assert "cannot fit" in sentence and "16 bytes each" in sentence
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_keeps_its_plan_and_keeps_to_it(store, tmp_path):
+    config = TrainConfig(
+        model="random:tiny", store=str(store), output=str(tmp_path / "run"), block_size=32, batch_tokens=128,
+        max_steps=2, dtype="float32",
+    )  # fmt: skip
+    results = train(config, prompts=GenerateConfig(prompt=("a",), max_new_tokens=2)).results
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text(encoding="utf-8"))
+    assert plan["micro_batch_size"] == results["settings"]["micro_batch_size"] == 4
+    assert plan["memory_bytes"] == sum(plan["memory"].values()) > 0
+    assert plan["tokens_per_second"] > 0 and plan["estimated"] is True
+    # The test process holds much else: only the order of magnitude can be looked at here (the benchmark has the ratio).
+    assert 0.1 < plan["memory_bytes"] / results["memory_bytes"] < 10
+
+
+def test_an_architecture_that_cannot_be_traced_begins_with_one_block(store, tmp_path, monkeypatch, caplog):
+    def broken(*arguments: object, **settings: object) -> None:
+        raise RuntimeError("an operation without a shape")
+
+    monkeypatch.setattr("cartilha.pipeline.run_plan.MemoryModel", broken)
+    config = TrainConfig(
+        model="random:tiny", store=str(store), output=str(tmp_path / "run"), block_size=32, batch_tokens=128,
+        max_steps=1, dtype="float32",
+    )  # fmt: skip
+    results = train(config, prompts=GenerateConfig(prompt=("a",), max_new_tokens=2)).results
+    assert results["settings"]["micro_batch_size"] == 1
+    assert any("could not be planned (an operation without a shape)" in notice for notice in results["notices"])
+
+
+def test_gradient_checkpointing_changes_no_loss(store, tmp_path):
+    losses = []
+    for checkpointing in (False, True):
+        path = tmp_path / str(checkpointing)
+        config = TrainConfig(
+            model="random:tiny-opt", store=str(store), output=str(path), block_size=32, batch_tokens=128, max_steps=3,
+            dtype="float32", gradient_checkpointing=checkpointing,
+        )  # fmt: skip
+        train(config, prompts=GenerateConfig(prompt=("a",), max_new_tokens=2))
+        text = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        losses.append([json.loads(line)["loss"] for line in text if "evaluation" not in line])
+    assert losses[0] == losses[1]
