@@ -26,6 +26,7 @@ import psutil
 
 PEER = """
 import sys
+from itertools import chain
 from datasets import load_dataset
 from transformers import AutoTokenizer
 
@@ -39,7 +40,7 @@ def tokenize(batch):
 
 
 def group(batch):
-    joined = {name: sum(values, []) for name, values in batch.items()}
+    joined = {name: list(chain(*values)) for name, values in batch.items()}
     total = len(joined["input_ids"]) // 512 * 512
     blocks = {name: [values[i : i + 512] for i in range(0, total, 512)] for name, values in joined.items()}
     blocks["labels"] = blocks["input_ids"].copy()
@@ -83,7 +84,7 @@ def measure(command: list[str], environment: dict[str, str]) -> tuple[float, flo
             except psutil.Error:
                 continue
         peak = max(peak, held)
-        time.sleep(0.05)
+        time.sleep(0.2)
     seconds = time.perf_counter() - started
     assert process.returncode == 0, process.stderr.read().decode()
     return seconds, peak / 1e9

@@ -273,6 +273,26 @@ def test_other_ways_to_hold_out(config, tmp_path):
         prepare(replace(config, validation_input=(str(given),), validation_first=4))
 
 
+def test_a_long_document_is_cut_for_the_tokenizer_alone(config, monkeypatch, tmp_path):
+    """Its tokens, words and characters are those of the whole, a word that has no place to cut included."""
+    path = tmp_path / "long.txt"
+    texts = [" ".join(PRIMER), "ç" * 9000 + " fim", *PRIMER[:5]]
+    path.write_text("\n".join(texts), encoding="utf-8")
+    reference = replace(config, input=(str(path),), output=f"{config.output}-whole")
+    prepare(reference)
+    monkeypatch.setattr(shard_work, "BATCH_CHARS", 1000)
+    monkeypatch.setattr(shard_work, "MAX_PIECE_CHARS", 1000)
+    real = shard_work.cut
+    monkeypatch.setattr(shard_work, "cut", lambda texts: real(texts, 1000))
+    pieces = replace(config, input=(str(path),))
+    prepare(pieces)
+    assert contents(Path(pieces.output)) == contents(Path(reference.output))
+    found = {
+        row["num_chars"]: row["num_words"] for split in ("train", "validation") for row in rows(config.output, split)
+    }
+    assert found[len(texts[0])] == len(texts[0].split()) and found[len(texts[1])] == 2
+
+
 def test_weights_are_shares_of_the_tokens(config, tmp_path):
     english = tmp_path / "english.txt"
     english.write_text("".join(f"A short line, number {i}, of English text.\n" for i in range(400)), encoding="utf-8")

@@ -23,7 +23,7 @@ from cartilha.errors import UserError
 
 MARK_INVALID = "cartilha.mark"  # the name of the decoders' error handler below
 BLOCK_BYTES = 1 << 20
-MAX_DOCUMENT_BYTES = 64 << 20  # beyond any document; as text it may take four times as much memory
+MAX_DOCUMENT_BYTES = 16 << 20  # beyond any document; the work on one takes some twenty times as much memory
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
 # What UTF-8 makes of another encoding's byte-order mark; the longer one first, for it begins with the shorter.

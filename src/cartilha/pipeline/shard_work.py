@@ -267,13 +267,15 @@ class _Writer:
 
     def _add_long(self, text: str) -> np.ndarray:
         """A text that is too long to be encoded at once: the sums of its pieces, shape (4, 1)."""
-        num_tokens = num_bytes = 0
+        sums = np.zeros(4, np.int64)
+        last = " "
         for piece in cut(iter([text])):
-            ids, _, counts = self._encoder.encode([piece.encode("utf-8")])
+            ids, num_tokens, counts = self._encoder.encode([piece.encode("utf-8")])
             self._write_ids(ids)
-            num_tokens += len(ids)
-            num_bytes += int(counts.num_bytes[0])
-        return np.array([[num_tokens], [num_bytes], [len(text)], [len(text.split())]])
+            sums += np.concatenate([num_tokens, counts.num_bytes, counts.num_chars, counts.num_words])
+            sums[3] -= not (last.isspace() or piece[0].isspace())  # a word that had to be cut counts once
+            last = piece[-1]
+        return sums[:, None]
 
     def _write_ids(self, ids: np.ndarray) -> None:
         self._tokens.write(np.ascontiguousarray(ids, np.dtype(self.task.settings.dtype)).view(np.uint8).data)
