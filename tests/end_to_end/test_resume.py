@@ -278,7 +278,7 @@ def test_checkpoints_in_the_background_change_nothing_and_the_best_is_kept(unbro
     monkeypatch.setattr("cartilha.training.writer.write_checkpoint", slowly)
     start(store, tmp_path / "run", checkpoint_steps=1)
     run = Left(tmp_path / "run")
-    assert written == [("checkpoint", step + 1) for step in range(len(run.steps))]
+    assert written == [("checkpoint_0", step + 1) for step in range(len(run.steps))]
     assert_same_run(run, unbroken)
     losses = [row["validation_loss"] for row in run.results["epochs"]]
     assert losses[1] < losses[0] and run.results["best_checkpoint"] == f"step-{len(run.steps):08d}"

@@ -11,6 +11,18 @@ import yaml
 
 from cartilha.errors import UserError
 
+MAX_RECIPE_BYTES = 1_000_000
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Plain values only: no Python objects, and no aliases, of which a few lines may make gigabytes."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Compose a node, unless it refers to another."""
+        if self.check_event(yaml.events.AliasEvent):
+            raise yaml.constructor.ConstructorError(None, None, "a recipe has no aliases (*name)")
+        return super().compose_node(parent, index)
+
 
 def recipe_names() -> list[str]:
     """The names of the built-in recipes."""
@@ -34,11 +46,15 @@ def read_recipe(name: str) -> dict[str, Any]:
             hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(names)}, or give a YAML file."
             raise UserError(f"There is no recipe {name!r}; {hint}")
         try:
+            if path.stat().st_size > MAX_RECIPE_BYTES:
+                raise UserError(f"The recipe {name} is larger than {MAX_RECIPE_BYTES // 1000} kB: that is no recipe.")
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"The recipe {name} cannot be read ({error}).") from error
     try:
-        values = yaml.safe_load(text)
+        values = yaml.load(text, _PlainLoader)
+    except RecursionError as error:
+        raise UserError(f"The recipe {name} is nested too deeply.") from error
     except (yaml.YAMLError, ValueError) as error:  # a ValueError is a date that does not exist
         where = str(error).splitlines()[-1].strip()
         raise UserError(f"The recipe {name} is not valid YAML ({where}).") from error

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from cartilha.runtime import free_memory_bytes, world
-from cartilha.training.checkpoint import BYTES_PER_PARAMETER, FrozenState, TrainingState, freeze, write_checkpoint
+from cartilha.training.checkpoint import BYTES_PER_PARAMETER, TrainingState, freeze, write_checkpoint
 
 log = logging.getLogger("cartilha")
 
@@ -32,10 +32,10 @@ class CheckpointWriter:
         self._run = run
         self._every_steps = every_steps
         self._every_s = 60 * every_minutes
-        self._background = background
         self._last = time.monotonic()
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        # One thread for all of them: each new one would take an arena of memory of its own.
+        self._thread = ThreadPoolExecutor(1, "checkpoint") if background else None
+        self._writing: Future[Path] | None = None
         self.stall_s = 0.0  # what training has waited for checkpoints
 
     def is_due(self, step: int) -> bool:
@@ -56,10 +56,9 @@ class CheckpointWriter:
             return
         started = time.monotonic()
         self.finish()
-        frozen = freeze(state, settings, copy=self._background)
-        if self._background:
-            self._thread = threading.Thread(target=self._work, args=(frozen, validation_loss), name="checkpoint")
-            self._thread.start()
+        frozen = freeze(state, settings, copy=self._thread is not None)
+        if self._thread is not None:
+            self._writing = self._thread.submit(write_checkpoint, self._run, frozen, validation_loss)
         else:
             write_checkpoint(self._run, frozen, validation_loss)
         self._last = time.monotonic()
@@ -70,24 +69,15 @@ class CheckpointWriter:
             minutes = self._every_s / 60
             log.info("A checkpoint took %.1f s: the next one by the clock comes in %.0f minutes.", stall, minutes)
 
-    def _work(self, frozen: FrozenState, validation_loss: float | None) -> None:
-        try:
-            write_checkpoint(self._run, frozen, validation_loss)
-        except BaseException as error:  # raised in the thread that trains
-            self._error = error
-
     def finish(self) -> None:
         """Wait for the checkpoint that is being written.
 
         Raises:
             OSError: It could not be written.
         """
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
     def close(self) -> None:
         """Wait, where another error is on its way already: one of the disk is only said."""
@@ -95,6 +85,8 @@ class CheckpointWriter:
             self.finish()
         except OSError as error:
             log.warning("The last checkpoint could not be written (%s).", error.strerror)
+        if self._thread is not None:
+            self._thread.shutdown()
 
 
 def can_write_in_background(device: torch.device, num_parameters: int) -> bool:
