@@ -239,7 +239,10 @@ class ReportConfig:
 
     runs: tuple[str, ...] = option((), "run directories", required=True, positional=True)
     output: str = option("report.html", "the page to write")
-    language: Literal["auto", "en", "pt"] = option("auto", "language that the page opens in; auto follows the locale")
+    language: Literal["auto", "en", "pt"] = option(
+        "auto", "language that the page opens in; auto follows the reader's browser"
+    )
+    figures: str | None = option(None, "also write the figures into this directory, as SVG and PNG (extra report)")
 
 
 @dataclass(frozen=True)

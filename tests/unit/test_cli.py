@@ -214,6 +214,7 @@ def test_the_flags_of_report_and_inspect(settings):
         "runs": ["a", "b"],
         "output": "p.html",
         "language": "auto",
+        "figures": None,
     }
     given = settings("inspect", "store", "--block", "3", "--block_size", "64", "--split", "validation", "--seed", "2")
     assert given.items() >= {"what": "store", "block": 3, "block_size": 64, "split": "validation", "seed": 2}.items()

@@ -7,21 +7,29 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterator
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
 from cartilha.errors import UserError
-from cartilha.report import chart, html, tables
+from cartilha.report import chart, html, surprisal, tables
 from cartilha.report.html import render_report
+from cartilha.report.images import write_figures
 from cartilha.report.results import STATUSES, Settings, load_run
+from cartilha.report.samples import sample_series
 from cartilha.report.tables import footnotes, results_table, to_csv, to_markdown
-from cartilha.report.wording import LANGUAGES, Wording, choose_language
+from cartilha.report.wording import LANGUAGES, Language, Wording, choose_language
 
 
 def evaluation(
@@ -91,7 +99,34 @@ def make_run(path: Path, steps: int = 10, **results: Any) -> Path:
     texts = [{"step": step, "prompt": "Era uma vez ", "text": text, "mode": "greedy"} for step, text in samples]
     (path / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in texts), encoding="utf-8")
     (path / "config.yaml").write_text("model: random:tiny\ntrain:\n  block_size: 512\n  epochs: 2\n", encoding="utf-8")
+    plan = {"micro_batch_size": 4, "memory_bytes": 4_000_000_000, "available_bytes": None, "tokens_per_second": 310.5}
+    (path / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
+    write_surprisal(path, (0, steps // 2, steps), ["Era", " uma", " vez"])
     return path
+
+
+def write_surprisal(path: Path, steps: Sequence[int], texts: Sequence[str], num_documents: int = 2) -> None:
+    """surprisal.parquet with the columns that the evaluation writes."""
+    rows = [
+        {
+            "step": step,
+            "document": document,
+            "doc_id": f"lição-{document}",
+            "position": position,
+            "token_id": position,
+            "text": text,
+            "nll": 1.0 + position + 1 / (1 + step),
+            "entropy": 1.5,
+            "rank": 1 + position,
+            "likeliest_ids": list(range(5)),
+            "likeliest_texts": [text, " o", " a", "\n", "\ufffd"],
+            "likeliest_probabilities": [0.3, 0.2, 0.1, 0.05, 0.04],
+        }
+        for step in steps
+        for document in range(num_documents)
+        for position, text in enumerate(texts)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), path / "surprisal.parquet")
 
 
 def page_of(*runs: Path, language: str = "en") -> str:
@@ -130,6 +165,15 @@ def markdown_cells(table: str) -> Iterator[list[str]]:
             yield [cell.strip() for cell in re.split(r"(?<!\\)(?:\\\\)*\|", line)[1:-1]]
 
 
+RUN_FILES = ("results.json", "metrics.jsonl", "samples.jsonl", "config.yaml", "plan.json", "surprisal.parquet")
+
+
+def cells_of(row: tables.Row, language: Language = "en") -> dict[str, str]:
+    """The texts of a table of this row alone."""
+    wanted = tables.columns([row])
+    return dict(zip((column.key for column in wanted), tables.cells(row, wanted, language), strict=True))
+
+
 # Reading
 
 
@@ -142,7 +186,7 @@ def test_a_whole_run_is_read(tmp_path: Path) -> None:
     assert [step.step for step in run.steps] == list(range(1, 11))
 
 
-@pytest.mark.parametrize("name", ["results.json", "metrics.jsonl", "samples.jsonl", "config.yaml"])
+@pytest.mark.parametrize("name", RUN_FILES)
 def test_any_file_may_be_missing_and_is_named(tmp_path: Path, name: str) -> None:
     path = make_run(tmp_path / "run")
     (path / name).unlink()
@@ -234,7 +278,8 @@ def test_every_status_is_a_row(tmp_path: Path, status: str) -> None:
     (row,) = results_table([load_run(path)])
     assert row.status == status
     assert (row.perplexity, row.bits_per_byte, row.seconds_per_epoch) == (None, None, None)  # not those before training
-    cells = dict(zip(tables.COLUMNS, list(markdown_cells(to_markdown([row], "en")))[2], strict=True))
+    cells = cells_of(row)
+    assert list(markdown_cells(to_markdown([row], "en")))[2] == list(cells.values())
     assert cells["status"] == status.replace("_", " ")
     assert cells["perplexity"] == cells["bits_per_byte"] == cells["time_per_epoch"] == "-"
     assert (cells["seq_length"], cells["epochs"], cells["batch"], cells["device"]) == ("512", "2", "8", "Xeon")
@@ -259,7 +304,7 @@ def test_the_figures_of_a_finished_run(tmp_path: Path) -> None:
 def test_a_figure_from_before_the_end_says_so(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", status="interrupted", evaluations=[evaluation(0), evaluation(5, 50.0)])
     (row,) = results_table([load_run(run)])
-    assert tables.cells(row, "en")["status"] == "interrupted (figures of step 5)"
+    assert cells_of(row)["status"] == "interrupted (figures of step 5)"
     assert "step 5 of 10" in page_of(run)
 
 
@@ -271,7 +316,7 @@ def test_a_part_of_an_epoch_gives_no_time_per_epoch(tmp_path: Path) -> None:
     (path / "results.json").write_text(json.dumps(record), encoding="utf-8")
     (row,) = results_table([load_run(path)])
     assert row.seconds_per_epoch == 610.0
-    assert tables.cells(row, "en")["epochs"] == "8 steps"
+    assert cells_of(row)["epochs"] == "8 steps"
 
 
 MISMATCHES = {
@@ -289,11 +334,20 @@ def test_what_was_measured_differently_is_marked(tmp_path: Path, what: str) -> N
     assert [row.mark for row in rows] == ["a", "b", "a"]
     markdown = to_markdown(rows, "en")
     assert "cannot be compared" in markdown
-    assert [cells[6][-3:] for cells in list(markdown_cells(markdown))[2:]] == ["(a)", "(b)", "(a)"]
-    assert [cells[7][-3:] for cells in list(markdown_cells(markdown))[2:]] == ["(a)", "(b)", "(a)"]
-    assert [fields["comparable_group"] for fields in csv.DictReader(io.StringIO(to_csv(rows)))] == ["a", "b", "a"]
+    headings, _, *lines = markdown_cells(markdown)
+    columns = {heading: [cells[i] != "" for cells in lines] for i, heading in enumerate(headings) if "(" in heading}
+    assert columns == {  # no column holds figures of both
+        "val perplexity (a)": [True, False, True],
+        "val perplexity (b)": [False, True, False],
+        "val bits per byte (a)": [True, False, True],
+        "val bits per byte (b)": [False, True, False],
+    }
+    fields = list(csv.DictReader(io.StringIO(to_csv(rows))))
+    assert [row["comparable_group"] for row in fields] == ["a", "b", "a"] and "val_perplexity" not in fields[0]
+    assert [row["val_perplexity_a"] != "" for row in fields] == [True, False, True]
+    assert [row["val_bits_per_byte_b"] != "" for row in fields] == [False, True, False]
     page = page_of(*paths)
-    assert page.count("<sup>a</sup>") == 2 * (4 + 1) and page.count("<sup>b</sup>") == 2 * (2 + 1)
+    assert "val perplexity (a)</th>" in page and "val perplexity (b)</th>" in page
     assert "cannot be compared" in page and "não podem ser comparados" in page
 
 
@@ -308,15 +362,25 @@ def test_what_was_measured_alike_is_not_marked(tmp_path: Path) -> None:
     failed = make_run(tmp_path / "c", status="failed", evaluations=[], corpus={})  # no figure, so nothing to compare
     paths = [make_run(tmp_path / "a"), make_run(tmp_path / "b"), failed]
     assert "cannot be compared" not in page_of(*paths)
-    assert "<sup>" not in page_of(*paths)
+    assert "val perplexity</th>" in page_of(*paths)
 
 
-def test_other_tokenizers_mark_the_perplexity_alone(tmp_path: Path) -> None:
+def test_other_tokenizers_part_the_perplexities_alone(tmp_path: Path) -> None:
     other = make_run(tmp_path / "b", corpus={"validation_hash": "cafe", "tokenizer_fingerprint": "llama"})
     rows = results_table([load_run(make_run(tmp_path / "a")), load_run(other)])
-    assert [tables.marks(row, "perplexity") for row in rows] == [("†",), ("†",)]
-    assert [tables.marks(row, "bits_per_byte") for row in rows] == [(), ()]
-    assert [mark for mark, _ in footnotes(rows, "en")] == ["†"]
+    titles = [column.title(Wording("en")) for column in tables.columns(rows)[6:]]
+    assert titles == ["val perplexity (a)", "val perplexity (b)", "val bits per byte", "status"]
+    assert [mark for mark, _ in footnotes(rows, "en")] == ["", "", "a", "b"]
+    assert "only bits per byte can" in to_markdown(rows, "en") and "tokenizer llama" in to_markdown(rows, "en")
+
+
+def test_bits_of_two_tokenizers_share_a_column_that_a_third_run_may_not(tmp_path: Path) -> None:
+    other = {"validation_hash": "cafe", "tokenizer_fingerprint": "llama"}
+    third = {"evaluations": [evaluation(0, hash="ffff"), evaluation(10, hash="ffff")]}
+    paths = [make_run(tmp_path / "a"), make_run(tmp_path / "b", corpus=other), make_run(tmp_path / "c", **third)]
+    rows = results_table([load_run(path) for path in paths])
+    titles = [column.title(Wording("en")) for column in tables.columns(rows)[9:11]]
+    assert titles == ["val bits per byte (a, b)", "val bits per byte (c)"]
 
 
 @pytest.mark.parametrize("name", ["a|b", "a\\|b", "a\nb | c", "<b>x</b>", "`|`"])
@@ -347,14 +411,19 @@ def test_what_a_run_says_stays_text(tmp_path: Path) -> None:
     first, last = evaluation(0), evaluation(10, 30.0)
     first["protocol"] = last["protocol"] = {**first["protocol"], "name": evil, "hash": evil}
     plain = Elements(page_of(make_run(tmp_path / "plain")))
+    first["domains"] = last["domains"] = {evil: {"bits_per_byte": 2.0}}
+    change = {"doc_id": evil, "domain": evil, "begins": evil, "num_bytes": 3}
+    fields["comparison"] = {"steps": [0, 10], "gained_most": [change], "lost_most": [change]}
     path = make_run(tmp_path / "run", evaluations=[first, last], **fields)
     (path / "config.yaml").write_text(evil, encoding="utf-8")
+    write_surprisal(path, (0, 10), [evil])
     samples = [{"step": step, "prompt": evil, "text": evil + evil, "mode": evil} for step in (0, 10)]
     (path / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in samples), encoding="utf-8")
     elements = Elements(page_of(path))
     assert elements.text.count(evil) > 20  # the test does not pass for want of the text
-    assert [tag for tag, _ in elements.tags].count("script") == 1
-    assert {tag for tag, _ in elements.tags} <= {tag for tag, _ in plain.tags} | {"p", "sup"}
+    scripts = [attributes.get("type") for tag, attributes in elements.tags if tag == "script"]
+    assert scripts == ["application/json", None]
+    assert {tag for tag, _ in elements.tags} <= {tag for tag, _ in plain.tags} | {"p"}
     assert not [name for _, attributes in elements.tags for name in attributes if name.startswith("on")]
 
 
@@ -401,11 +470,22 @@ def test_samples_stand_side_by_side(tmp_path: Path) -> None:
     with (path / "samples.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"step": 5, "prompt": "Só", "text": "Só depois", "mode": "greedy"}\n')
         file.write('{"step": 5, "prompt": "Só", "text": "Só \\ud800 meio", "mode": "sample"}\n')
-    first, second, _ = html.sample_pairs(load_run(path).samples)
+    first, second, third = sample_series(load_run(path).samples)
     assert first.before is not None and first.after is not None
     assert (first.before.prompt, first.before.rest, first.after.rest) == ("Era uma vez", " the farm", " uma menina")
     assert second.before is None and second.after is not None  # the first of two later texts is not one from before
-    assert "Só</mark> ? meio" in page_of(path)
+    assert [text.step for text in first.texts] == [0, 10] and third.mode == "sample"
+    page = page_of(path)
+    assert 'Só</mark><span class="rest"> ? meio' in page
+    found = script_data(page)["runs"][0]["samples"]
+    assert found["steps"] == [0, 5, 10]
+    assert found["texts"][0] == [["Era uma vez", " the farm"], None, ["Era uma vez", " uma menina"]]
+
+
+def script_data(page: str) -> Any:
+    """What the page's script draws."""
+    (found,) = re.findall('<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    return json.loads(found)
 
 
 def test_a_long_run_gives_a_small_page(tmp_path: Path) -> None:
@@ -430,6 +510,103 @@ def test_a_run_that_goes_on_and_one_with_nothing(tmp_path: Path) -> None:
         assert part in text
     (empty / "metrics.jsonl").write_text('{"step": 1, "loss": 4.5, "lr": 0.0}\n', encoding="utf-8")
     assert "<circle" in page_of(empty)  # a curve of one step is a point
+
+
+def test_the_figures_of_the_result_stand_with_their_intervals(tmp_path: Path) -> None:
+    last = evaluation(10, 32.5, 1.7913, bits_per_byte_interval=[1.71, 1.87])
+    comparison = {
+        "steps": [0, 10],
+        "bits_per_byte_difference": -0.519,
+        "bits_per_byte_difference_interval": [-0.6, -0.44],
+        "p_value": 0.0002,
+        "share_improved": 0.93,
+        "num_documents": 451,
+        "gained_most": [
+            {"doc_id": "d-7", "begins": "Naquele tempo", "bits_per_byte_first": 3.0, "bits_per_byte_second": 1.5}
+        ],
+        "lost_most": [],
+    }
+    path = make_run(tmp_path / "run", evaluations=[evaluation(0), last], comparison=comparison)
+    text = Elements(page_of(path)).text
+    assert "95% interval: 1.710 to 1.870" in text and "intervalo de 95%: 1,710 a 1,870" in text
+    assert "−0.519 bits per byte (95% interval −0.600 to −0.440), p = 0.0002; 93% of 451 documents improved" in text
+    assert "Naquele tempo" in text and "None lost." in text and "intervals are rough" not in text
+    stale = make_run(tmp_path / "stale", evaluations=[evaluation(0), last], comparison={**comparison, "steps": [0, 5]})
+    assert "documents improved" not in page_of(stale)  # it is of another step than the figures beside it
+
+
+def test_domains_positions_plan_and_epochs_are_shown(tmp_path: Path) -> None:
+    more = {"domains": {"conto": {"perplexity": 40.0, "bits_per_byte": 2.5, "num_documents": 3, "num_bytes": 999}}}
+    more |= {"positions": [{"from": 0, "loss": 6.0, "num_tokens": 3}, {"from": 1, "loss": 4.0, "num_tokens": 3}]}
+    after = {**more, "domains": {"conto": {**more["domains"]["conto"], "bits_per_byte": 2.0}}}
+    path = make_run(tmp_path / "run", evaluations=[evaluation(0, **more), evaluation(10, 32.5, **after)])
+    page = page_of(path)
+    text = Elements(page).text
+    for part in (
+        "conto",
+        "−20.0%",
+        "By domain",
+        "4.0 GB",
+        "4.2 GB",
+        "310",
+        "planned",
+        "Loss by position",
+        "Loss by epoch",
+    ):
+        assert part in text, part
+    titles = re.findall('aria-label="([^"]*)"', page)
+    assert {"Loss by step", "Loss by epoch", "Loss by position in the document", "Throughput"} <= set(titles)
+    for unit in ("loss (nats per token)", "tokens/s", "perplexity (per token, logarithmic)", "×10⁻⁴"):
+        assert unit in text
+    other = evaluation(0, hash="ffff", **more)
+    page = page_of(make_run(tmp_path / "b", evaluations=[other, evaluation(10, 32.5, **after)]))
+    assert "−20.0%" not in page  # domains of another protocol are not set against each other
+
+
+def test_a_section_says_which_file_it_lacks(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run")
+    for name in ("samples.jsonl", "surprisal.parquet", "plan.json", "metrics.jsonl"):
+        (path / name).unlink()
+    text = Elements(page_of(path)).text
+    assert "No generated text is recorded. (samples.jsonl is not there.)" in text
+    assert "No token's surprisal is recorded. (surprisal.parquet is not there.)" in text
+    assert "No plan is recorded. (plan.json is not there.)" in text and "(Não há plan.json.)" in text
+    (path / "surprisal.parquet").write_bytes(b"PAR1 not at all")
+    assert "surprisal.parquet (not readable)" in load_run(path).missing
+
+
+def test_surprisal_is_in_bits_with_every_alternative(tmp_path: Path) -> None:
+    found = script_data(page_of(make_run(tmp_path / "run")))["runs"][0]["surprisal"]
+    assert found["steps"] == [0, 5, 10] and [one["id"] for one in found["documents"]] == ["lição-0", "lição-1"]
+    document = found["documents"][0]
+    assert [found["texts"][i] for i in document["tokens"]] == ["Era", " uma", " vez"]
+    assert len(document["scores"]) == 3 and len(document["scores"][0]) == 3
+    bits, rank, *likeliest = document["scores"][0][1]
+    assert bits == round(1000 * 3.0 / math.log(2)) and rank == 2
+    assert [found["texts"][i] for i in likeliest[::2]] == [" uma", " o", " a", "\n", "\ufffd"]
+    assert likeliest[1::2] == [3000, 2000, 1000, 500, 400]
+
+
+def test_ten_long_runs_stay_below_five_megabytes_and_five_seconds(tmp_path: Path) -> None:
+    paths = [make_run(tmp_path / f"run-{i}", steps=3000) for i in range(10)]
+    write_surprisal(paths[0], range(0, 3001, 200), [f" palavra{i}" for i in range(160)], 4)
+    lines = [{"step": 200 * step, "prompt": f"p{p}", "text": "a" * 4000} for step in range(16) for p in range(5)]
+    (paths[0] / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    for path in paths[1:]:
+        for name in ("surprisal.parquet", "samples.jsonl"):
+            shutil.copy(paths[0] / name, path / name)
+    started = time.process_time()
+    page = page_of(*paths)
+    assert time.process_time() - started < 5
+    assert len(page.encode()) < 5_000_000
+    for run in script_data(page)["runs"]:
+        assert run["surprisal"]["steps"][0] == 0 and run["surprisal"]["steps"][-1] == 3000
+
+
+def test_steps_are_thinned_evenly_with_both_ends() -> None:
+    assert surprisal._spread(3, 12) == [0, 1, 2]
+    found = surprisal._spread(100, 12)
+    assert len(found) == 12 and (found[0], found[-1]) == (0, 99)
 
 
 # Numbers and curves
@@ -464,3 +641,27 @@ def test_ticks_cover_the_values(low: float, high: float) -> None:
     assert values[0] <= low + 1e-12 and values[-1] >= high - 1e-12
     assert 2 <= len(values) <= 8
     assert len({f"{value:.{decimals}f}" for value in values}) == len(values)
+
+
+# Figures for slides
+
+
+def test_figures_are_written_as_svg_and_png(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    pytest.importorskip("vl_convert", reason="needs vl-convert-python (extra report)")
+    runs = [load_run(make_run(tmp_path / "a", name="../a b<script>")), load_run(make_run(tmp_path / "b"))]
+    files = write_figures(runs, tmp_path / "figuras", Wording("pt"))
+    assert {path.name for path in (tmp_path / "figuras").iterdir()} == {path.name for path in files}
+    names = {path.stem for path in files}
+    assert names >= {"1-a_b_script-loss", "2-b-loss", "2-b-learning-rate", "2-b-speed", "2-b-loss-by-epoch"}
+    assert {path.suffix for path in files} == {".svg", ".png"} and len(files) == 2 * len(names)
+    for path in files:
+        content = path.read_bytes()
+        if path.suffix == ".svg":
+            text = "".join(ElementTree.fromstring(content).itertext())
+            assert "passo" in text or "época" in text
+        else:
+            assert content.startswith(b"\x89PNG") and int.from_bytes(content[16:20], "big") >= 1380
+    monkeypatch.setitem(sys.modules, "vl_convert", None)
+    with caplog.at_level("WARNING", logger="cartilha"):
+        files = write_figures(runs[:1], tmp_path / "svg", Wording("en"))
+    assert {path.suffix for path in files} == {".svg"} and "pip install 'cartilha[report]'" in caplog.text

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from cartilha.config import ReportConfig
 from cartilha.errors import UserError
 from cartilha.report.html import render_report
+from cartilha.report.images import write_figures
 from cartilha.report.results import load_run
 from cartilha.report.tables import results_table, to_markdown
+from cartilha.report.wording import Wording, choose_language
 
 
 @dataclass(frozen=True)
 class ReportResult:
-    """Where the page is, and its results table as Markdown."""
+    """Where the page is, its results table as Markdown, and the files of its figures where they were asked for."""
 
     report: str
     table: str
+    figures: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for `--json`."""
@@ -34,4 +38,7 @@ def report(config: ReportConfig) -> ReportResult:
         raise UserError("Name one or more run directories: cartilha report RUN... --output report.html")
     path = render_report(config.runs, config.output, config.language)
     runs = [load_run(run) for run in config.runs]
-    return ReportResult(str(path), to_markdown(results_table(runs), "en"))
+    figures = (
+        write_figures(runs, Path(config.figures), Wording(choose_language(config.language))) if config.figures else []
+    )
+    return ReportResult(str(path), to_markdown(results_table(runs), "en"), tuple(map(str, figures)))

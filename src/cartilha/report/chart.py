@@ -19,7 +19,7 @@ class Series:
     """One curve of a chart.
 
     Attributes:
-        css_class: `train`, `raw` or `validation`: its colour and stroke in the style sheet.
+        css_class: `train`, `raw`, `validation`, `before` or `plan`: its colour and stroke in the style sheet.
         tips: With one text a point, the points are drawn and carry these as tooltips.
     """
 
@@ -31,12 +31,19 @@ class Series:
 
 @dataclass(frozen=True)
 class Axis:
-    """An axis: its label with the unit, how a tick's value is written, and whether it must begin at 0."""
+    """An axis: its label with the unit, how a tick's value is written, and whether it must begin at 0.
+
+    Attributes:
+        other: A second label and writing of the same ticks, which the page shows instead on request.
+        names: Ticks at these places only, each with its text.
+    """
 
     label: str
     tick: Callable[[float, int], str]
     from_zero: bool = False
     whole: bool = False
+    other: tuple[str, Callable[[float], str]] | None = None
+    names: Sequence[tuple[float, str]] = ()
 
 
 def smooth(ys: Floats) -> Floats:
@@ -74,7 +81,7 @@ def line_chart(series: Sequence[Series], x: Axis, y: Axis, title: str, width: in
     all_y = np.concatenate([np.asarray(one.ys, dtype=np.float64) for one in series])
     x_ticks, x_decimals = ticks(float(all_x.min()), float(all_x.max()), whole=x.whole)
     y_ticks, y_decimals = ticks(0.0 if y.from_zero else float(all_y.min()), float(all_y.max()), whole=y.whole)
-    x_low, x_high = min(x_ticks[0], float(all_x.min())), float(all_x.max())
+    x_low, x_high = float(all_x.min()) if x.names else min(x_ticks[0], float(all_x.min())), float(all_x.max())
     if x_high == x_low:
         x_high = x_low + 1
 
@@ -91,21 +98,27 @@ def line_chart(series: Sequence[Series], x: Axis, y: Axis, title: str, width: in
     ]
     for value in y_ticks:
         parts.append(f'<path class="grid" d="M{left} {at_y(value)}H{width - right}"/>')
-        parts.append(
-            f'<text x="{left - 8}" y="{at_y(value)}" dy=".35em" class="end">{escape(y.tick(value, y_decimals))}</text>'
-        )
-    for value in x_ticks:
-        if value <= x_high:
-            tick = f'<path class="tick" d="M{at_x(value)} {height - bottom}v5"/>'
-            label = escape(x.tick(value, x_decimals))
-            parts.append(f'{tick}<text x="{at_x(value)}" y="{height - bottom + 25}" class="mid">{label}</text>')
+        place = f'x="{left - 8}" y="{at_y(value)}" dy=".35em"'
+        parts.append(_either(place, "end", y.tick(value, y_decimals), y.other and y.other[1](value)))
+    named = x.names or [(value, x.tick(value, x_decimals)) for value in x_ticks if value <= x_high]
+    for value, name in named:
+        tick = f'<path class="tick" d="M{at_x(value)} {height - bottom}v5"/>'
+        parts.append(f'{tick}<text x="{at_x(value)}" y="{height - bottom + 25}" class="mid">{escape(name)}</text>')
     parts.append(f'<path class="axis" d="M{left} {height - bottom}H{width - right}"/>')
-    parts.append(f'<text class="label" x="2" y="17">{escape(y.label)}</text>')
+    parts.append(_either('x="2" y="17"', "label", y.label, y.other and y.other[0]))
     parts.append(f'<text class="label end" x="{width - right}" y="{height - 6}">{escape(x.label)}</text>')
     for one in series:
         points = [(at_x(float(a)), at_y(float(b))) for a, b in zip(one.xs, one.ys, strict=True)]
         parts.append(_curve(one, points))
     return Markup("".join([*parts, "</svg>"]))  # every text above is escaped
+
+
+def _either(place: str, css_class: str, text: str, other: str | None) -> str:
+    """A text of the drawing, and the one that stands there instead on request."""
+    if other is None:
+        return f'<text {place} class="{css_class}">{escape(text)}</text>'
+    first = f'<text {place} class="{css_class} first">{escape(text)}</text>'
+    return f'{first}<text {place} class="{css_class} other">{escape(other)}</text>'
 
 
 def _curve(series: Series, points: list[tuple[float, float]]) -> str:

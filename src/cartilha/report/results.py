@@ -6,23 +6,21 @@ readable becomes None or empty, and `RunRecord.missing` names it; only a path th
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 
 from cartilha.errors import UserError
+from cartilha.report.lenient import fill, integer, items, mapping, number, read_lines, read_object, read_text, text
+from cartilha.report.surprisal import Surprisal, read_surprisal
 
 FORMAT_VERSION = 1
 RUN_FILES = ("results.json", "metrics.jsonl", "samples.jsonl", "config.yaml")
 EXPECTED_KEYS = ("status", "settings", "corpus", "packing", "epochs", "evaluations", "machine", "versions")
 STATUSES = ("running", "finished", "interrupted", "out_of_memory", "failed")
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -120,6 +118,60 @@ class Protocol:
 
 
 @dataclass(frozen=True)
+class DomainFigures:
+    """The measures of one domain."""
+
+    perplexity: float | None = None
+    bits_per_byte: float | None = None
+    num_documents: int | None = None
+    num_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class PositionLoss:
+    """Mean loss (nats a token) of the tokens from a position in their documents up to the next record's."""
+
+    begin: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class DocumentChange:
+    """A held-out document before and after; `begins` is its beginning."""
+
+    doc_id: str | None = None
+    domain: str | None = None
+    begins: str | None = None
+    num_bytes: int | None = None
+    bits_per_byte_first: float | None = None
+    bits_per_byte_second: float | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The evaluation of `step` against the one before training, document by document."""
+
+    step: int | None = None
+    bits_per_byte_difference: float | None = None
+    bits_per_byte_difference_interval: tuple[float, float] | None = None
+    p_value: float | None = None
+    share_improved: float | None = None
+    num_documents: int | None = None
+    gained_most: tuple[DocumentChange, ...] = ()
+    lost_most: tuple[DocumentChange, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the run was expected to take (plan.json)."""
+
+    micro_batch_size: int | None = None
+    memory_bytes: int | None = None
+    available_bytes: int | None = None
+    tokens_per_second: float | None = None
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """The measures of the model at one step, and what they were measured on."""
 
@@ -129,6 +181,7 @@ class Evaluation:
     perplexity: float | None = None
     word_perplexity: float | None = None
     bits_per_byte: float | None = None
+    bits_per_byte_interval: tuple[float, float] | None = None
     bits_per_char: float | None = None
     num_tokens: int | None = None
     num_bytes: int | None = None
@@ -138,6 +191,8 @@ class Evaluation:
     seconds: float | None = None
     protocol: Protocol = field(default_factory=Protocol)
     baselines: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    domains: Mapping[str, DomainFigures] = field(default_factory=dict)
+    positions: tuple[PositionLoss, ...] = ()
 
     def comparable_with(self, other: Evaluation) -> bool:
         """Whether both scored the same amount of text by the same protocol; what is not recorded is not comparable."""
@@ -170,6 +225,9 @@ class RunRecord:
     evaluations: tuple[Evaluation, ...] = ()
     steps: tuple[StepRecord, ...] = ()
     samples: tuple[Sample, ...] = ()
+    comparison: Comparison | None = None
+    surprisal: Surprisal | None = None
+    plan: Plan | None = None
     tokens_per_second: float | None = None
     memory_bytes: int | None = None
     seconds: float | None = None
@@ -192,7 +250,7 @@ class RunRecord:
     @property
     def device_name(self) -> str | None:
         """The device as people call it, else its type."""
-        return _text(self.machine.get("device_name")) or self.settings.device
+        return text(self.machine.get("device_name")) or self.settings.device
 
     def _headline(self) -> tuple[Evaluation | None, Evaluation | None]:
         """The latest pair that may be compared; without one, the first and the last as they are."""
@@ -218,27 +276,30 @@ def load_run(path: str | Path) -> RunRecord:
         raise UserError(f"{path} is not a run directory: it has none of {', '.join(RUN_FILES)}.")
     missing: list[str] = []
     results = _read_results(directory, missing)
-    metrics = _read_lines(directory / "metrics.jsonl", missing)
-    config = _read_text(directory / "config.yaml", missing)
-    machine, versions = _mapping(results.get("machine")), _mapping(results.get("versions"))
-    status = _text(results.get("status"))
+    metrics = read_lines(directory / "metrics.jsonl", missing)
+    config = read_text(directory / "config.yaml", missing)
+    machine, versions = mapping(results.get("machine")), mapping(results.get("versions"))
+    status = text(results.get("status"))
     return RunRecord(
         path=directory,
-        name=_text(results.get("name")) or directory.resolve().name,
+        name=text(results.get("name")) or directory.resolve().name,
         status=status if status in STATUSES else "unknown",
-        error=_text(results.get("error")),
-        resumed_from_step=tuple(step for step in map(_integer, _list(results.get("resumed_from_step"))) if step),
-        settings=_fill(Settings, results.get("settings") or _settings_of_config(config)),
-        corpus=_fill(Corpus, results.get("corpus")),
-        packing=_fill(Packing, results.get("packing")),
-        epochs=tuple(_fill(EpochRecord, epoch) for epoch in _list(results.get("epochs"))),
+        error=text(results.get("error")),
+        resumed_from_step=tuple(step for step in map(integer, items(results.get("resumed_from_step"))) if step),
+        settings=fill(Settings, results.get("settings") or _settings_of_config(config)),
+        corpus=fill(Corpus, results.get("corpus")),
+        packing=fill(Packing, results.get("packing")),
+        epochs=tuple(fill(EpochRecord, epoch) for epoch in items(results.get("epochs"))),
         evaluations=_evaluations(results, metrics),
         steps=_steps(metrics),
-        samples=tuple(_fill(Sample, line) for line in _read_lines(directory / "samples.jsonl", missing)),
-        tokens_per_second=_number(results.get("tokens_per_second")),
-        memory_bytes=_integer(results.get("memory_bytes")),
-        seconds=_number(results.get("seconds")),
-        notices=tuple(str(notice) for notice in _list(results.get("notices"))),
+        samples=tuple(fill(Sample, line) for line in read_lines(directory / "samples.jsonl", missing)),
+        comparison=_comparison(results),
+        surprisal=read_surprisal(directory / "surprisal.parquet", missing),
+        plan=None if (plan := read_object(directory / "plan.json", missing)) is None else fill(Plan, plan),
+        tokens_per_second=number(results.get("tokens_per_second")),
+        memory_bytes=integer(results.get("memory_bytes")),
+        seconds=number(results.get("seconds")),
+        notices=tuple(str(notice) for notice in items(results.get("notices"))),
         machine=machine,
         versions=versions,
         config=config,
@@ -247,17 +308,10 @@ def load_run(path: str | Path) -> RunRecord:
 
 
 def _read_results(directory: Path, missing: list[str]) -> dict[str, Any]:
-    text = _read_text(directory / "results.json", missing)
-    if text is None:
+    results = read_object(directory / "results.json", missing)
+    if results is None:
         return {}
-    try:
-        results = json.loads(text)
-    except ValueError:
-        results = None
-    if not isinstance(results, dict):
-        missing.append("results.json (not readable)")
-        return {}
-    version = _integer(results.get("format_version"))
+    version = integer(results.get("format_version"))
     if version is not None and version > FORMAT_VERSION:
         raise UserError(
             f"{directory} was written by a newer cartilha (format {version}, this one reads {FORMAT_VERSION}); "
@@ -267,59 +321,32 @@ def _read_results(directory: Path, missing: list[str]) -> dict[str, Any]:
     return results
 
 
-def _read_text(path: Path, missing: list[str]) -> str | None:
-    try:
-        return path.read_bytes().decode("utf-8", errors="replace")  # a torn line may end inside a character
-    except OSError:
-        missing.append(path.name)
-        return None
-
-
-def _read_lines(path: Path, missing: list[str]) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file; a line that a kill or a full disk tore is left out and counted."""
-    records, torn = [], 0
-    for line in (_read_text(path, missing) or "").split("\n"):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if isinstance(record, dict):
-            records.append(record)
-        else:
-            torn += 1
-    if torn:
-        missing.append(f"{path.name}: {torn} unreadable line{'s' if torn > 1 else ''}")
-    return records
-
-
 def _settings_of_config(config: str | None) -> dict[str, Any]:
     """The training settings of `config.yaml`, for a run that wrote no `results.json`."""
     try:
-        loaded = _mapping(yaml.safe_load(config or ""))
+        loaded = mapping(yaml.safe_load(config or ""))
     except (yaml.YAMLError, ValueError):  # a ValueError is a date that does not exist
         return {}
-    return {**loaded, **_mapping(loaded.get("train"))}
+    return {**loaded, **mapping(loaded.get("train"))}
 
 
 def _steps(metrics: list[dict[str, Any]]) -> tuple[StepRecord, ...]:
     by_step: dict[int, StepRecord] = {}
     for line in metrics:
         if "evaluation" not in line:
-            record = _fill(StepRecord, line)
+            record = fill(StepRecord, line)
             if record.step is not None:
                 by_step[record.step] = record
     return tuple(by_step[step] for step in sorted(by_step))
 
 
 def _evaluations(results: dict[str, Any], metrics: list[dict[str, Any]]) -> tuple[Evaluation, ...]:
-    found = [_evaluation(_mapping(raw)) for raw in _list(results.get("evaluations"))]
+    found = [_evaluation(mapping(raw)) for raw in items(results.get("evaluations"))]
     known = {evaluation.step for evaluation in found}
     extra: dict[int | None, Evaluation] = {}
     for line in metrics:
         if "evaluation" in line:
-            evaluation = _evaluation({**_mapping(line["evaluation"]), **_position(line)})
+            evaluation = _evaluation({**mapping(line["evaluation"]), **_position(line)})
             if evaluation.step not in known:
                 extra[evaluation.step] = evaluation
     return tuple(sorted([*found, *extra.values()], key=lambda evaluation: evaluation.step or 0))
@@ -331,43 +358,35 @@ def _position(line: dict[str, Any]) -> dict[str, Any]:
 
 def _evaluation(raw: dict[str, Any]) -> Evaluation:
     baselines = {
-        name: {key: number for key, value in _mapping(figures).items() if (number := _number(value)) is not None}
-        for name, figures in _mapping(raw.get("baselines")).items()
+        name: {key: figure for key, value in mapping(figures).items() if (figure := number(value)) is not None}
+        for name, figures in mapping(raw.get("baselines")).items()
     }
-    return _fill(Evaluation, raw, protocol=_fill(Protocol, raw.get("protocol")), baselines=baselines)
+    return fill(
+        Evaluation,
+        raw,
+        protocol=fill(Protocol, raw.get("protocol")),
+        baselines=baselines,
+        domains={name: fill(DomainFigures, figures) for name, figures in mapping(raw.get("domains")).items()},
+        positions=_positions(raw),
+    )
 
 
-def _number(value: Any) -> float | None:
-    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return float(value) if plain and math.isfinite(value) else None
+def _positions(raw: dict[str, Any]) -> tuple[PositionLoss, ...]:
+    found = [
+        (integer(mapping(row).get("from")), number(mapping(row).get("loss"))) for row in items(raw.get("positions"))
+    ]
+    return tuple(PositionLoss(begin, loss) for begin, loss in found if begin is not None and loss is not None)
 
 
-def _integer(value: Any) -> int | None:
-    number = _number(value)
-    return None if number is None else int(number)
-
-
-def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) else None
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    return {str(key): item for key, item in value.items()} if isinstance(value, dict) else {}
-
-
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
-
-
-_READERS = {"int | None": _integer, "float | None": _number, "str | None": _text}
-
-
-def _fill(cls: type[T], raw: Any, **ready: Any) -> T:
-    """A record from a mapping: each field by its declared type, None where the value is absent or of another type."""
-    source = raw if isinstance(raw, dict) else {}
-    values = {
-        item.name: _READERS[str(item.type)](source.get(item.name))
-        for item in fields(cls)  # type: ignore[arg-type]
-        if item.name not in ready
-    }
-    return cls(**values, **ready)
+def _comparison(results: dict[str, Any]) -> Comparison | None:
+    raw = mapping(results.get("comparison"))
+    steps = items(raw.get("steps"))
+    if len(steps) != 2:
+        return None
+    return fill(
+        Comparison,
+        raw,
+        step=integer(steps[1]),
+        gained_most=tuple(fill(DocumentChange, row) for row in items(raw.get("gained_most"))),
+        lost_most=tuple(fill(DocumentChange, row) for row in items(raw.get("lost_most"))),
+    )

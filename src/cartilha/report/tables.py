@@ -1,7 +1,8 @@
 """The results table: one row a run, whatever became of it, as rows, Markdown or CSV.
 
-Perplexities that were measured differently look alike, and that is how wrong tables come about. So rows whose
-protocol or validation text differ carry different letters in every form of the table, and footnotes say what differs.
+Perplexities that were measured differently look alike, and that is how wrong tables come about. So figures of another
+protocol or validation text (and perplexities of another tokenizer) never stand in one column: each group of comparable
+runs has columns of its own, with a letter, in every form of the table, and footnotes say what differs.
 """
 
 from __future__ import annotations
@@ -16,8 +17,27 @@ from dataclasses import dataclass, field, replace
 from cartilha.report.results import Protocol, RunRecord
 from cartilha.report.wording import Language, Wording
 
-COLUMNS = ("run", "seq_length", "epochs", "batch", "device", "time_per_epoch", "perplexity", "bits_per_byte", "status")
-TOKENIZER_MARK = "†"
+SETTINGS = ("run", "seq_length", "epochs", "batch", "device", "time_per_epoch")
+FIGURES = ("perplexity", "bits_per_byte")
+TEXT_COLUMNS = ("run", "device", "status")
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table; `marks` are the letters of the rows that have figures in it, none where all may."""
+
+    key: str
+    marks: tuple[str, ...] = ()
+
+    def title(self, say: Wording) -> str:
+        """Its heading."""
+        title = say(f"column_{self.key}")
+        return f"{title} ({', '.join(self.marks)})" if self.marks else title
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it holds words rather than numbers."""
+        return self.key in TEXT_COLUMNS
 
 
 @dataclass(frozen=True)
@@ -29,8 +49,7 @@ class Row:
         batch: Blocks an optimizer step.
         seconds_per_epoch: Mean over the epochs that were completed.
         step: The step that the figures are of.
-        mark: A letter; only figures with the same one may be compared. Empty where all of the table's may be.
-        own_tokenizer: The rows' tokenizers differ, so that token perplexities may not be compared at all.
+        mark: A letter; only perplexities with the same one may be compared. Empty where all of the table's may be.
     """
 
     name: str
@@ -50,7 +69,6 @@ class Row:
     validation_hash: str | None = None
     tokenizer_fingerprint: str | None = None
     mark: str = ""
-    own_tokenizer: bool = False
 
     @property
     def has_figures(self) -> bool:
@@ -64,19 +82,33 @@ def results_table(runs: Sequence[RunRecord]) -> list[Row]:
     groups: dict[tuple[object, ...], str] = {}
     for index, row in enumerate(rows):
         if row.has_figures:
-            key = _measured_on(row, index)
+            key = (_measured_on(row, index), row.tokenizer_fingerprint)
             groups.setdefault(key, string.ascii_lowercase[len(groups) % 26] * (len(groups) // 26 + 1))
-    tokenizers = {row.tokenizer_fingerprint for row in rows if row.has_figures}
+    if len(groups) < 2:
+        return rows
     return [
-        replace(
-            row,
-            mark=groups[_measured_on(row, index)] if len(groups) > 1 else "",
-            own_tokenizer=len(tokenizers) > 1,
-        )
-        if row.has_figures
-        else row
+        replace(row, mark=groups[_measured_on(row, index), row.tokenizer_fingerprint]) if row.has_figures else row
         for index, row in enumerate(rows)
     ]
+
+
+def columns(rows: Sequence[Row]) -> list[Column]:
+    """The columns that the rows need: perplexity and bits per byte once for each group that may be compared."""
+    return [
+        *(Column(key) for key in SETTINGS),
+        *(Column("perplexity", marks) for marks in _groups(rows, by_tokenizer=True)),
+        *(Column("bits_per_byte", marks) for marks in _groups(rows, by_tokenizer=False)),
+        Column("status"),
+    ]
+
+
+def _groups(rows: Sequence[Row], *, by_tokenizer: bool) -> list[tuple[str, ...]]:
+    """The marks that share a column; one group without marks where all do."""
+    found: dict[object, dict[str, None]] = {}
+    for index, row in enumerate(rows):
+        if row.mark:
+            found.setdefault(row.mark if by_tokenizer else _measured_on(row, index), {})[row.mark] = None
+    return [tuple(marks) for marks in found.values()] if len(found) > 1 else [()]
 
 
 def _row(run: RunRecord) -> Row:
@@ -122,11 +154,11 @@ def _measured_on(row: Row, index: int) -> tuple[object, ...]:
     return (row.protocol.hash, row.validation_hash, row.num_bytes)
 
 
-def cells(row: Row, language: Language) -> dict[str, str]:
-    """The row's texts by column, without marks."""
+def cells(row: Row, wanted: Sequence[Column], language: Language) -> list[str]:
+    """The row's text for each column; nothing in the columns of runs that it may not be compared with."""
     say = Wording(language)
     epochs = say("num_steps", steps=say.number(row.max_steps)) if row.max_steps else say.number(row.epochs)
-    return {
+    texts = {
         "run": row.name,
         "seq_length": say.number(row.block_size),
         "epochs": epochs,
@@ -137,6 +169,7 @@ def cells(row: Row, language: Language) -> dict[str, str]:
         "bits_per_byte": say.bits(row.bits_per_byte),
         "status": status_text(row, say),
     }
+    return ["" if column.marks and row.mark not in column.marks else texts[column.key] for column in wanted]
 
 
 def status_text(row: Row, say: Wording) -> str:
@@ -147,28 +180,26 @@ def status_text(row: Row, say: Wording) -> str:
     return status
 
 
-def marks(row: Row, column: str) -> tuple[str, ...]:
-    """The footnote marks of a row's cell."""
-    figure = {"perplexity": row.perplexity, "bits_per_byte": row.bits_per_byte}.get(column)
-    if figure is None:
-        return ()
-    tokenizer = (TOKENIZER_MARK,) if row.own_tokenizer and column == "perplexity" else ()
-    return ((row.mark,) if row.mark else ()) + tokenizer
-
-
 def footnotes(rows: Sequence[Row], language: Language) -> list[tuple[str, str]]:
-    """Mark and text of each footnote; the first, without a mark, says why there are letters."""
+    """Mark and text of each footnote; those without a mark say why there are letters."""
     say = Wording(language)
     notes = {row.mark: _measured_text(row, say) for row in rows if row.mark}
-    found = [("", say("not_comparable")), *sorted(notes.items(), key=lambda note: (len(note[0]), note[0]))]
-    tokenizers = [(TOKENIZER_MARK, say("different_tokenizers"))] if any(row.own_tokenizer for row in rows) else []
-    return (found if notes else []) + tokenizers
+    if not notes:
+        return []
+    different = len({row.tokenizer_fingerprint for row in rows if row.mark}) > 1
+    sorted_notes = sorted(notes.items(), key=lambda note: (len(note[0]), note[0]))
+    why = [("", say("not_comparable")), *([("", say("different_tokenizers"))] if different else [])]
+    return [*why, *sorted_notes]
 
 
 def _measured_text(row: Row, say: Wording) -> str:
     validation = (row.validation_hash or say("not_recorded"))[:16]
     return say(
-        "measured_on", protocol=protocol_text(row.protocol, say), validation=validation, bytes=say.number(row.num_bytes)
+        "measured_on",
+        protocol=protocol_text(row.protocol, say),
+        validation=validation,
+        bytes=say.number(row.num_bytes),
+        tokenizer=(row.tokenizer_fingerprint or say("not_recorded"))[:12],
     )
 
 
@@ -181,16 +212,9 @@ def protocol_text(protocol: Protocol, say: Wording) -> str:
 def to_markdown(rows: Sequence[Row], language: Language) -> str:
     """A GitHub-flavoured Markdown table with its footnotes below; numbers as the language writes them."""
     say = Wording(language)
-    numeric = set(COLUMNS) - {"run", "device", "status"}
-    lines = [
-        [say(f"column_{column}") for column in COLUMNS],
-        ["---:" if column in numeric else "---" for column in COLUMNS],
-    ]
-    for row in rows:
-        texts = cells(row, language)
-        lines.append(
-            [" ".join([_escape(texts[column]), *(f"({mark})" for mark in marks(row, column))]) for column in COLUMNS]
-        )
+    wanted = columns(rows)
+    lines = [[column.title(say) for column in wanted], ["---" if column.is_text else "---:" for column in wanted]]
+    lines += [[_escape(text) for text in cells(row, wanted, language)] for row in rows]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
     notes = footnotes(rows, language)
     if not notes:
@@ -206,17 +230,30 @@ def _escape(text: str) -> str:
 def to_csv(rows: Sequence[Row]) -> str:
     """The table for programs: decimal points, seconds, an empty field where there is no figure.
 
-    `comparable_group` is the rows' mark: figures of different groups must not be compared.
+    Where not all runs may be compared, each group has columns of its own: `val_perplexity_a`, `val_perplexity_b`.
     """
+    wanted = columns(rows)
+    records = [_csv_fields(row, wanted) for row in rows]
     out = io.StringIO()
-    writer = csv.DictWriter(out, list(_csv_fields(Row("", ""))), lineterminator="\n")
+    writer = csv.DictWriter(out, list(_csv_fields(Row("", ""), wanted)), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(_csv_fields(row) for row in rows)
+    writer.writerows(records)
     return out.getvalue()
 
 
-def _csv_fields(row: Row) -> dict[str, object]:
+def _csv_fields(row: Row, wanted: Sequence[Column]) -> dict[str, object]:
     perplexity = None if row.perplexity is None else Wording("en").perplexity(row.perplexity).replace(",", "")
+    texts = {
+        "perplexity": perplexity,
+        "bits_per_byte": None if row.bits_per_byte is None else f"{row.bits_per_byte:.3f}",
+    }
+    figures = {
+        "_".join([f"val_{column.key}", *column.marks]): (
+            None if column.marks and row.mark not in column.marks else texts[column.key]
+        )
+        for column in wanted
+        if column.key in FIGURES
+    }
     return {
         "run": row.name,
         "seq_length": row.block_size,
@@ -225,8 +262,7 @@ def _csv_fields(row: Row) -> dict[str, object]:
         "batch": row.batch,
         "device": row.device,
         "seconds_per_epoch": None if row.seconds_per_epoch is None else round(row.seconds_per_epoch, 1),
-        "val_perplexity": perplexity,
-        "val_bits_per_byte": None if row.bits_per_byte is None else f"{row.bits_per_byte:.3f}",
+        **figures,
         "status": row.status,
         "step": row.step,
         "protocol": row.protocol.name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -337,6 +338,8 @@ def _generate(console: Console, result: Values) -> None:
 def _report(console: Console, result: Values) -> None:
     console.print(result["table"], markup=False)
     console.print(f"Report: {result['report']}", markup=False)
+    if result["figures"]:
+        console.print(f"Figures: {len(result['figures'])} files in {Path(result['figures'][0]).parent}", markup=False)
 
 
 def _number(value: float | None, digits: int) -> str:

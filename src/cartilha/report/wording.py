@@ -42,6 +42,10 @@ class Wording:
         """The text of that key, its `{name}` filled in."""
         return _strings()[key][self.language].format(**values)
 
+    def template(self, key: str) -> str:
+        """The text of that key with its `{name}` left open, for the page's script."""
+        return _strings()[key][self.language]
+
     def number(self, value: float | None, decimals: int = 0) -> str:
         """With a fixed number of decimals and separators between thousands."""
         if value is None:
@@ -59,6 +63,17 @@ class Wording:
     def bits(self, value: float | None) -> str:
         """Bits per byte or per character, with three decimals."""
         return self.number(value, 3)
+
+    def signed(self, value: float | None) -> str:
+        """A difference of bits per byte, with its sign."""
+        text = self.bits(value)
+        return text if value is None or text.startswith("−") else f"+{text}"
+
+    def p_value(self, value: float | None) -> str:
+        """With two significant digits."""
+        if value is None:
+            return ABSENT
+        return self.number(value, 4 if value < 0.01 else 2)
 
     def percent(self, share: float | None, decimals: int = 1) -> str:
         """A share as per cent."""

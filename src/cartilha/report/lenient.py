@@ -1,0 +1,108 @@
+"""Values of files that anything may have written: of the type that is wanted, or None."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def number(value: Any) -> float | None:
+    """A finite number."""
+    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if plain and math.isfinite(value) else None
+
+
+def integer(value: Any) -> int | None:
+    """A number as a whole one."""
+    found = number(value)
+    return None if found is None else int(found)
+
+
+def text(value: Any) -> str | None:
+    """A text."""
+    return value if isinstance(value, str) else None
+
+
+def mapping(value: Any) -> dict[str, Any]:
+    """A mapping with its keys as texts; empty where it is none."""
+    return {str(key): item for key, item in value.items()} if isinstance(value, dict) else {}
+
+
+def items(value: Any) -> list[Any]:
+    """A list; empty where it is none."""
+    return value if isinstance(value, list) else []
+
+
+def interval(value: Any) -> tuple[float, float] | None:
+    """Two finite bounds."""
+    bounds = [number(bound) for bound in items(value)]
+    if len(bounds) != 2 or bounds[0] is None or bounds[1] is None:
+        return None
+    return bounds[0], bounds[1]
+
+
+_READERS = {
+    "int | None": integer,
+    "float | None": number,
+    "str | None": text,
+    "tuple[float, float] | None": interval,
+}
+
+
+def fill(cls: type[T], raw: Any, **ready: Any) -> T:
+    """A record from a mapping: each field by its declared type, None where the value is absent or of another type."""
+    source = raw if isinstance(raw, dict) else {}
+    values = {
+        item.name: _READERS[str(item.type)](source.get(item.name))
+        for item in fields(cls)  # type: ignore[arg-type]
+        if item.name not in ready
+    }
+    return cls(**values, **ready)
+
+
+def read_text(path: Path, missing: list[str]) -> str | None:
+    """A file's text; where there is none, its name joins `missing`."""
+    try:
+        return path.read_bytes().decode("utf-8", errors="replace")  # a torn line may end inside a character
+    except OSError:
+        missing.append(path.name)
+        return None
+
+
+def read_object(path: Path, missing: list[str]) -> dict[str, Any] | None:
+    """The object in a JSON file; where there is none, `missing` says so."""
+    found = read_text(path, missing)
+    if found is None:
+        return None
+    try:
+        value = json.loads(found)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        missing.append(f"{path.name} (not readable)")
+        return None
+    return value
+
+
+def read_lines(path: Path, missing: list[str]) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file; a line that a kill or a full disk tore is left out and counted."""
+    records, torn = [], 0
+    for line in (read_text(path, missing) or "").split("\n"):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if isinstance(record, dict):
+            records.append(record)
+        else:
+            torn += 1
+    if torn:
+        missing.append(f"{path.name}: {torn} unreadable line{'s' if torn > 1 else ''}")
+    return records
