@@ -184,6 +184,8 @@ def test_a_phone_shows_everything_without_scrolling_sideways(visit: Any, address
     first, second = (page.locator(f"#tokens-{letter}").bounding_box() for letter in "AB")
     assert second["y"] >= first["y"] + first["height"]  # one above the other
     assert first["width"] > 300
+    table = page.locator("#choices-A .scroll")
+    assert table.evaluate("place => place.scrollWidth - place.clientWidth") <= 0
     stays_at_home(visited, address)
 
 

@@ -208,7 +208,8 @@ def candidates(
         token=f"“{visible(token_label(reader.tokenizer, shown.token_id))}”",
         logit=say.number(shown.logit, 2),
         normaliser=say.number(expectation.log_normaliser, 2),
-        log_probability=say.number(shown.logit - expectation.log_normaliser, 2),
+        # Of the rounded numbers: whoever does it by hand has only those.
+        log_probability=say.number(round(shown.logit, 2) - round(expectation.log_normaliser, 2), 2),
         probability=say.probability(shown.probability),
     )
     left = say("left", num_left=say.number(expectation.num_left), num_ids=say.number(reader.vocabulary_size))
