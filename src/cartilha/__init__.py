@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         ReportConfig,
         RunConfig,
         TrainConfig,
+        VocabConfig,
     )
     from cartilha.errors import UserError
     from cartilha.pipeline.compare import compare
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from cartilha.pipeline.prepare import prepare
     from cartilha.pipeline.report import report
     from cartilha.pipeline.train import train
+    from cartilha.pipeline.vocab import vocab
 
 __all__ = [
     "CompareConfig",
@@ -50,6 +52,7 @@ __all__ = [
     "RunConfig",
     "TrainConfig",
     "UserError",
+    "VocabConfig",
     "compare",
     "evaluate",
     "explore",
@@ -60,6 +63,7 @@ __all__ = [
     "report",
     "run",
     "train",
+    "vocab",
 ]
 
 _HOMES = {
@@ -68,7 +72,18 @@ _HOMES = {
     "run": "cartilha.pipeline.job",
     **{
         name: f"cartilha.pipeline.{name}"
-        for name in ("compare", "evaluate", "explore", "generate", "inspect", "plan", "prepare", "report", "train")
+        for name in (
+            "compare",
+            "evaluate",
+            "explore",
+            "generate",
+            "inspect",
+            "plan",
+            "prepare",
+            "report",
+            "train",
+            "vocab",
+        )
     },
 }
 

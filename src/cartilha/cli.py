@@ -76,6 +76,11 @@ COMMANDS = {
         configs.CompareConfig, ("cartilha.pipeline.compare", "compare"), "two models on the same documents"
     ),
     "generate": Command(configs.GenerateConfig, ("cartilha.pipeline.generate", "generate"), "text written by a model"),
+    "vocab": Command(
+        configs.VocabConfig,
+        ("cartilha.pipeline.vocab", "vocab"),
+        "what a text costs under a model's vocabulary; extend it; whether that pays",
+    ),
     "report": Command(configs.ReportConfig, ("cartilha.pipeline.report", "report"), "one offline page about runs"),
     "explore": Command(
         configs.ExploreConfig, ("cartilha.pipeline.explore", "explore"), "a local page: models token by token, a store"
@@ -84,7 +89,7 @@ COMMANDS = {
 
 
 # What writes files and would write them twice under torchrun.
-_ONE_PROCESS = ("demo", "run", "prepare")
+_ONE_PROCESS = ("demo", "run", "prepare", "vocab")
 
 
 class _Parser(ArgumentParser):

@@ -234,6 +234,22 @@ class GenerateConfig:
 
 
 @dataclass(frozen=True)
+class VocabConfig:
+    """What a text costs under a model's vocabulary, a vocabulary extended for it, or advice whether that pays."""
+
+    model: str = option(DEFAULT_MODEL, MODEL_HELP)
+    input: tuple[str, ...] = option((), REF_HELP, required=True)
+    extend: int | None = option(None, "add this many tokens learnt on the text; every old id, row and merge stays")
+    output: str = option("", "with --extend: the directory for the extended model and tokenizer")
+    advise: bool = option(False, "train keep, +4,000 and +8,000 for the same time on a sample, and recommend one")
+    time_budget: str = option("20m", "with --advise: training time, shared by the three (20m, 1h30m)")
+    limit_documents: int | None = option(None, "read at most this many documents")
+    text_column: str = option("text", "the column or key that holds the text (.jsonl, .csv, .parquet, hf:)")
+    seed: int = option(0, "with --advise: which documents are held out, and the order of training")
+    device: Device = option("auto", "with --advise: where to train")
+
+
+@dataclass(frozen=True)
 class ReportConfig:
     """One offline page about one or more runs."""
 

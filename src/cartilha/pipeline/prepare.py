@@ -154,6 +154,9 @@ def _do_shards(asked: Plan, config: PrepareConfig, tokenizer: TextTokenizer, exe
     else:
         encoder = prove(tokenizer, sample)
         encoder.save(work)
+    dtype = token_dtype(tokenizer.num_ids)
+    if dtype.itemsize > 2:
+        log.info("The tokenizer has %s ids: the store takes 4 bytes a token instead of 2.", f"{tokenizer.num_ids:,}")
     settings = ShardSettings(
         reading=asked.reading,
         steps=asked.steps,
@@ -162,7 +165,7 @@ def _do_shards(asked: Plan, config: PrepareConfig, tokenizer: TextTokenizer, exe
         keep_texts_below=_keep_texts_below(asked, config),
         seed=config.seed,
         with_rejects=bool(config.rejects),
-        dtype=token_dtype(tokenizer.num_ids).str,
+        dtype=dtype.str,
     )
     tasks = [ShardTask(part, settings, work) for part in parts]
     _check_space(work, tasks, sample, encoder)

@@ -1,0 +1,115 @@
+"""Rows for the tokens that extend a vocabulary, made of the rows of the tokens that they replace."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from cartilha.errors import HubUnreachableError, UserError
+from cartilha.model.forward import head_weight
+from cartilha.model.load import LoadedModel, context_length, load_model
+from cartilha.tokens.sources import resolve_model
+from cartilha.tokens.tokenizer import TextTokenizer
+
+ROWS_MULTIPLE = 8  # what tensor cores take whole
+LEANING = 0.5  # each piece weighs this much of its neighbour, where input rows and head are apart
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What a vocabulary costs in a model.
+
+    Attributes:
+        num_rows: Rows of the token embeddings, used or not.
+        width: Numbers in a row.
+        is_tied: Whether the head is the same matrix.
+        num_parameters: Of the whole model, tied weights counted once.
+        context_length: Most positions that the model takes.
+    """
+
+    num_rows: int
+    width: int
+    is_tied: bool
+    num_parameters: int
+    context_length: int
+
+    @property
+    def row_parameters(self) -> int:
+        """Parameters that a new row adds."""
+        return self.width * (1 if self.is_tied else 2)
+
+    def relative_cost(self, num_new_rows: int) -> float:
+        """Matrix products for a token with so many more rows, against those without (6 x parameters, the head's in)."""
+        body = self.num_parameters - self.num_rows * self.row_parameters
+        head = self.num_rows * self.width
+        return (body + head + num_new_rows * self.width) / (body + head)
+
+
+def model_shape(ref: str, tokenizer: TextTokenizer) -> ModelShape | None:
+    """The shape of a MODEL argument; weights are not read where its config.json tells.
+
+    None where there is no model to it: a folder with nothing but a tokenizer.
+    """
+    source = resolve_model(ref)
+    if source.kind in ("random", "gguf"):
+        return shape_of(load_model(ref, torch.device("cpu"), tokenizer=tokenizer).model)
+    try:
+        config = AutoConfig.from_pretrained(str(source.path or source.name), trust_remote_code=False)
+        with torch.device("meta"):
+            return shape_of(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+    except (OSError, ValueError, KeyError, HubUnreachableError):
+        return None
+
+
+def shape_of(model: PreTrainedModel) -> ModelShape:
+    """The shape of a loaded model."""
+    rows, head = input_rows(model), head_weight(model)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    return ModelShape(rows.shape[0], rows.shape[1], rows is head, num_parameters, context_length(model.config))
+
+
+def input_rows(model: PreTrainedModel) -> torch.Tensor:
+    """The token embeddings, shape (num_rows, width)."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, torch.Tensor)
+    return weight
+
+
+def extend_embeddings(loaded: LoadedModel, pieces: Sequence[Sequence[int]], first_id: int) -> None:
+    """Give a model rows for new tokens, in place; spare rows from `first_id` on are taken first, and old rows stay.
+
+    A new row is the mean of the rows of the tokens that it replaces. Where the head is a matrix of its own, the mean
+    leans to the last piece on the input side (what the model has read there, it will have read now) and to the first in
+    the head (what it predicts there, it is to predict now). Tied rows must do both, and the plain mean does it best
+    (docs/log.md has the figures).
+
+    Args:
+        loaded: On the CPU, float32.
+        pieces: Ids of the tokens that each new one replaces.
+        first_id: Id of the first new token.
+
+    Raises:
+        UserError: The model has fewer rows than the old tokens need.
+    """
+    model = loaded.model
+    old_rows = head_weight(model).shape[0]
+    if first_id > old_rows:
+        raise UserError(
+            f"{loaded.ref} has {old_rows} rows for a tokenizer of {first_id} ids; they do not belong together."
+        )
+    num_needed = first_id + len(pieces)
+    if num_needed > old_rows:
+        num_needed = -(-num_needed // ROWS_MULTIPLE) * ROWS_MULTIPLE
+        model.resize_token_embeddings(num_needed, mean_resizing=False)
+    inputs, head = input_rows(model), head_weight(model)
+    sides = [(inputs, 1.0)] if inputs is head else [(inputs, 1 / LEANING), (head, LEANING)]
+    with torch.no_grad():
+        for matrix, ratio in sides:
+            # The mean row stands for no token: its logit is an average one, far below those of likely tokens.
+            matrix[old_rows:] = matrix[:old_rows].mean(dim=0)
+            for i, ids in enumerate(pieces):
+                weights = torch.tensor([ratio**place for place in range(len(ids))], dtype=matrix.dtype)
+                matrix[first_id + i] = (weights / weights.sum()) @ matrix[list(ids)]

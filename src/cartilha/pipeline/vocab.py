@@ -1,0 +1,187 @@
+"""`vocab`: what a text costs under a model's vocabulary, and the model with a vocabulary extended for it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cartilha.config import VocabConfig
+from cartilha.console import progress
+from cartilha.corpus.document import Document
+from cartilha.corpus.english import english_sample
+from cartilha.corpus.readers import read_documents
+from cartilha.corpus.splits import choose_split
+from cartilha.errors import UserError
+from cartilha.model.embeddings import ModelShape, model_shape
+from cartilha.pipeline.vocab_advice import advise
+from cartilha.pipeline.vocab_extension import learn_extension, write_extension
+from cartilha.tokens.fertility import FertilityCounter
+from cartilha.tokens.store import batches
+from cartilha.tokens.tokenizer import TextTokenizer, load_tokenizer
+from cartilha.tokens.vocabulary import (
+    check_extendable,
+    count_words,
+    extend,
+    first_new_tokens,
+    learn_merges,
+    num_tokens,
+)
+
+SIZES = (1000, 2000, 4000, 8000)  # extensions that the report reckons up
+HELD_OUT = 0.2  # of the documents, for what an extension saves on text that it was not learnt on
+TRAINING_BYTES = 16  # of a parameter: weight, gradient and two moments, float32
+
+
+@dataclass(frozen=True)
+class VocabResult:
+    """The report, with the extension where it was asked for, or the advice.
+
+    Attributes:
+        report: Figures of the text under the vocabulary as it is (docs/vocabulary.md); None with `--advise`.
+        extension: What was added and written, with `--extend`.
+        advice: What was tried and is recommended, with `--advise`.
+    """
+
+    report: dict[str, Any] | None = None
+    extension: dict[str, Any] | None = None
+    advice: dict[str, Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for `--json`."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Text:
+    """What one pass over the text gathers: its figures, and its words as the tokenizer's splitter writes them."""
+
+    figures: FertilityCounter
+    learnt_on: Counter[str]
+    held_out: Counter[str]
+    num_words_held_out: int
+    num_documents: int
+
+
+def vocab(config: VocabConfig) -> VocabResult:
+    """Report on a vocabulary, extend it, or advise.
+
+    Raises:
+        UserError: No text, a tokenizer that cannot be extended, or a text too small to learn so many merges.
+    """
+    _check(config)
+    if config.advise:
+        return VocabResult(advice=advise(config))
+    tokenizer = load_tokenizer(config.model)
+    if config.extend is not None:
+        check_extendable(tokenizer, config.model)
+    text = _read(config, tokenizer)
+    report = _report(config.model, tokenizer, text)
+    if config.extend is None:
+        return VocabResult(report)
+    learnt = learn_extension(tokenizer, text.learnt_on + text.held_out, config.extend)
+    origin = {"input": list(config.input), "num_documents": text.num_documents}
+    return VocabResult(report, extension=write_extension(config.model, tokenizer, learnt, Path(config.output), origin))
+
+
+def _check(config: VocabConfig) -> None:
+    if not config.input:
+        raise UserError("There is no text; name files, a dataset or the primer with --input.")
+    if config.advise and config.extend is not None:
+        raise UserError("--advise tries several sizes by itself; leave out either it or --extend.")
+    if config.extend is None:
+        return
+    if config.extend < 1:
+        raise UserError(f"--extend must be 1 or more, not {config.extend}.")
+    if not config.output:
+        raise UserError("There is no place for the extended model; name a directory with --output.")
+    if Path(config.output).is_file() or (Path(config.output).is_dir() and any(Path(config.output).iterdir())):
+        raise UserError(f"{config.output} holds something already; choose another --output for the extended model.")
+
+
+def _read(config: VocabConfig, tokenizer: TextTokenizer) -> _Text:
+    byte_level = why_not_extendable(tokenizer, config.model) is None
+    figures = FertilityCounter(tokenizer, after_space=byte_level)
+    words = {"train": Counter[str](), "validation": Counter[str]()}
+    num_words = num_documents = 0
+    with progress("Reading", None, "characters") as advance:
+        for batch in batches(_documents(config)):
+            figures.add(batch)
+            for document in batch:
+                side = choose_split(document.text_hash, HELD_OUT, 0)
+                if byte_level:
+                    words[side].update(count_words(tokenizer, [document.text]))
+                num_words += len(document.text.split()) if side == "validation" else 0
+            num_documents += len(batch)
+            advance(sum(len(document.text) for document in batch))
+    if not num_documents:
+        raise UserError(f"The input holds no text ({', '.join(config.input)}); check the files and --text_column.")
+    return _Text(figures, words["train"], words["validation"], num_words, num_documents)
+
+
+def _documents(config: VocabConfig) -> Iterator[Document]:
+    return read_documents(config.input, text_column=config.text_column, limit_documents=config.limit_documents)
+
+
+def why_not_extendable(tokenizer: TextTokenizer, name: str) -> str | None:
+    """The sentence that `--extend` would be refused with, or None."""
+    try:
+        check_extendable(tokenizer, name)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _report(model: str, tokenizer: TextTokenizer, text: _Text) -> dict[str, Any]:
+    reason = why_not_extendable(tokenizer, model)
+    english = FertilityCounter(tokenizer, after_space=reason is None)
+    english.add([Document(line, str(i), "english", "english") for i, line in enumerate(english_sample())])
+    shape = model_shape(model, tokenizer)
+    total = text.figures.total()
+    fertility = total.to_dict()["tokens_per_word"]
+    return {
+        "model": model,
+        "num_ids": tokenizer.num_ids,
+        "num_rows": None if shape is None else shape.num_rows,
+        "num_spare_rows": None if shape is None else max(0, shape.num_rows - tokenizer.num_ids),
+        "share_of_ids_used": float((text.figures.id_counts > 0).mean()),
+        "total": total.to_dict(),
+        "domains": {name: figures.to_dict() for name, figures in text.figures.by_domain().items()},
+        "english": english.total().to_dict(),
+        "words_in_context": None if shape is None else shape.context_length / fertility,
+        "words": [asdict(word) for word in text.figures.costliest_words()],
+        "letters": [asdict(letter) for letter in text.figures.costliest_letters()],
+        "sizes": [] if reason is not None else _sizes(tokenizer, text, shape),
+        "not_extendable": reason,
+    }
+
+
+def _sizes(tokenizer: TextTokenizer, text: _Text, shape: ModelShape | None) -> list[dict[str, Any]]:
+    """What extensions of several sizes would save, on documents that they are not learnt on, and cost."""
+    if not text.learnt_on or not text.held_out:
+        return []
+    merges, before = learn_merges(tokenizer, text.learnt_on, max(SIZES))
+    num_learnt = sum(merge.is_new for merge in merges)
+    old_tokens = num_tokens(tokenizer, text.held_out)
+    rows = []
+    for size in (size for size in SIZES if size <= num_learnt):
+        extended = extend(tokenizer, first_new_tokens(merges, size), before).tokenizer
+        new_tokens = num_tokens(extended, text.held_out)
+        row: dict[str, Any] = {
+            "num_new": size,
+            "tokens_per_word": new_tokens / max(1, text.num_words_held_out),
+            "share_of_tokens": new_tokens / old_tokens,
+        }
+        if shape is not None:
+            new_rows = max(0, tokenizer.num_ids + size - shape.num_rows)
+            row |= {
+                "words_in_context": shape.context_length / row["tokens_per_word"],
+                "share_of_time": new_tokens / old_tokens * shape.relative_cost(new_rows),
+                "new_parameters": new_rows * shape.row_parameters,
+                "share_of_parameters": new_rows * shape.row_parameters / shape.num_parameters,
+                "training_bytes": new_rows * shape.row_parameters * TRAINING_BYTES,
+            }
+        rows.append(row)
+    return rows

@@ -1,0 +1,98 @@
+"""A model with an extended vocabulary, written so that transformers loads it with no code of ours."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cartilha.errors import UserError
+from cartilha.model.embeddings import extend_embeddings, shape_of
+from cartilha.model.load import load_model
+from cartilha.pipeline.model_card import OPT_LICENCE
+from cartilha.storage import new_directory, write_atomically, write_json
+from cartilha.tokens.sources import resolve_model
+from cartilha.tokens.store import MAX_UINT16_IDS
+from cartilha.tokens.tokenizer import TextTokenizer
+from cartilha.tokens.vocabulary import Extension, extend, learn_merges, save_extended
+
+log = logging.getLogger("cartilha")
+
+
+def learn_extension(tokenizer: TextTokenizer, words: Counter[str], num_new: int) -> Extension:
+    """Learn exactly so many new tokens.
+
+    Raises:
+        UserError: The text has not that many pairs that occur twice.
+    """
+    merges, before = learn_merges(tokenizer, words, num_new)
+    found = sum(merge.is_new for merge in merges)
+    if found < num_new:
+        remedy = f"use --extend {found}, or more text" if found else "give more text"
+        raise UserError(
+            f"The text is too small for {num_new:,} new tokens: only {found:,} pairs occur twice or more; {remedy}."
+        )
+    return extend(tokenizer, merges, before)
+
+
+def write_extension(
+    ref: str, base: TextTokenizer, learnt: Extension, output: Path, origin: dict[str, Any]
+) -> dict[str, Any]:
+    """Write the extended tokenizer and model, whole or not at all; returns what extension.json records."""
+    record: dict[str, Any] = {
+        "model": ref,
+        **origin,
+        "num_new": len(learnt.pieces),
+        "first_id": learnt.first_id,
+        "num_ids": learnt.tokenizer.num_ids,
+        "tokens_before": learnt.num_tokens_before,
+        "tokens_after": learnt.num_tokens,
+        "tokenizer_before": base.fingerprint(),
+        "tokenizer_after": learnt.tokenizer.fingerprint(),
+    }
+    if base.num_ids <= MAX_UINT16_IDS < learnt.tokenizer.num_ids:
+        log.warning(
+            "The vocabulary grows beyond %s ids: stores made with it take 4 bytes a token instead of 2.",
+            f"{MAX_UINT16_IDS:,}",
+        )
+    with new_directory(output) as temporary:
+        if _has_weights(ref):
+            loaded = load_model(ref, torch.device("cpu"), tokenizer=base)
+            before = shape_of(loaded.model)
+            extend_embeddings(loaded, learnt.pieces, learnt.first_id)
+            shape = shape_of(loaded.model)
+            record |= {
+                "num_rows_before": before.num_rows,
+                "num_rows": shape.num_rows,
+                "num_parameters_before": before.num_parameters,
+                "num_parameters": shape.num_parameters,
+            }
+            loaded.model.save_pretrained(temporary)
+            write_atomically(temporary / "README.md", _card(record))
+        else:
+            log.warning("%s holds no weights: the tokenizer alone is extended.", ref)
+        save_extended(base, learnt.tokenizer, temporary)
+        write_json(temporary / "extension.json", record)
+    return {**record, "output": str(output)}
+
+
+def _has_weights(ref: str) -> bool:
+    source = resolve_model(ref)
+    if source.kind != "directory":
+        return True
+    assert source.path is not None
+    return any(file.suffix in (".safetensors", ".bin") for file in source.path.iterdir())
+
+
+def _card(record: dict[str, Any]) -> str:
+    licence = OPT_LICENCE if "opt" in record["model"].lower() else "See the base model's licence."
+    return f"""# {record["model"]}, {record["num_new"]:,} tokens more
+
+The vocabulary of `{record["model"]}` extended by {record["num_new"]:,} continued byte-pair merges with Cartilha; the
+new rows are means of those of the tokens that they replace, and no weight has been trained since: train it before use.
+
+{licence}
+"""

@@ -1,0 +1,146 @@
+"""What a text costs under a tokenizer: tokens a word, bytes a token, words in many pieces, letters that are cut.
+
+Tokens a word (fertility) is the tokens of whole texts over what white space separates, as everywhere in this project.
+Pieces of a single word are counted on words of letters alone, as they stand after a space.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from cartilha.corpus.document import Document
+from cartilha.tokens.tokenizer import TextTokenizer
+
+MANY_PIECES = 3
+WORD = re.compile(r"[^\W\d_]+")
+
+
+@dataclass(frozen=True)
+class Fertility:
+    """One domain's figures, or the whole text's.
+
+    Attributes:
+        num_words: What white space separates.
+        share_in_pieces: Of the words of letters (every occurrence counts), those that take three tokens or more.
+    """
+
+    num_documents: int
+    num_words: int
+    num_bytes: int
+    num_tokens: int
+    share_in_pieces: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, with the two ratios."""
+        ratios = {
+            "tokens_per_word": self.num_tokens / max(1, self.num_words),
+            "bytes_per_token": self.num_bytes / max(1, self.num_tokens),
+        }
+        return {**asdict(self), **ratios}
+
+
+@dataclass(frozen=True)
+class CostlyWord:
+    """A word and the tokens that it is cut into, as text (a part of a character shows as U+FFFD)."""
+
+    word: str
+    count: int
+    pieces: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class CostlyLetter:
+    """A letter beyond a to z.
+
+    Attributes:
+        count: How often it occurs in words.
+        share_apart: Of these, where it is a token of its own, or its bytes lie in two tokens.
+        tokens_per_word: Mean over the words that have it (every occurrence counts).
+    """
+
+    letter: str
+    count: int
+    share_apart: float
+    tokens_per_word: float
+
+
+class FertilityCounter:
+    """Gathers the figures while documents stream by."""
+
+    def __init__(self, tokenizer: TextTokenizer, *, after_space: bool) -> None:
+        self._tokenizer = tokenizer
+        self._prefix = " " if after_space else ""
+        self._words: dict[str, Counter[str]] = defaultdict(Counter)
+        self._sums: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(4, np.int64))
+        self.id_counts = np.zeros(tokenizer.num_ids, np.int64)
+
+    def add(self, documents: Sequence[Document]) -> None:
+        """Take some documents."""
+        encoded = self._tokenizer.encode([document.text for document in documents])
+        for document, ids in zip(documents, encoded, strict=True):
+            text = document.text
+            self._sums[document.domain] += (1, len(text.split()), len(text.encode("utf-8")), len(ids))
+            self._words[document.domain].update(WORD.findall(text))
+            self.id_counts += np.bincount(ids, minlength=len(self.id_counts))
+
+    def by_domain(self) -> dict[str, Fertility]:
+        """Each domain's figures, by name."""
+        pieces = self._pieces(self._all_words())
+        return {name: _fertility(self._sums[name], self._words[name], pieces) for name in sorted(self._sums)}
+
+    def total(self) -> Fertility:
+        """The whole text's figures."""
+        words = self._all_words()
+        return _fertility(sum(self._sums.values(), np.zeros(4, np.int64)), words, self._pieces(words))
+
+    def costliest_words(self, num_words: int = 20) -> list[CostlyWord]:
+        """The words that cost most tokens beyond one each, over all of their occurrences."""
+        words = self._all_words()
+        pieces = self._pieces(words)
+        order = sorted(words, key=lambda word: (-words[word] * (pieces[word] - 1), word))[:num_words]
+        backend = self._tokenizer.backend
+        found = []
+        for word in order:
+            ids = backend.encode(self._prefix + word, add_special_tokens=False).ids
+            found.append(CostlyWord(word, words[word], tuple(self._tokenizer.decode([i]) for i in ids)))
+        return found
+
+    def costliest_letters(self, num_letters: int = 20) -> list[CostlyLetter]:
+        """The letters beyond ASCII that stand apart most often, by occurrences."""
+        words = {word: count for word, count in self._all_words().items() if not word.isascii()}
+        encodings = self._tokenizer.backend.encode_batch(
+            [self._prefix + word for word in words], add_special_tokens=False
+        )
+        seen, apart, tokens, in_words = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
+        for (word, count), encoding in zip(words.items(), encodings, strict=True):
+            begins = len(self._prefix)
+            for place, letter in enumerate(word, begins):
+                if letter.isascii():
+                    continue
+                inside = [(a, b) for a, b in encoding.offsets if a <= place < b]
+                seen[letter] += count
+                apart[letter] += count * (len(inside) > 1 or inside == [(place, place + 1)])
+            for letter in {letter for letter in word if not letter.isascii()}:
+                tokens[letter] += count * len(encoding.ids)
+                in_words[letter] += count
+        order = sorted(seen, key=lambda letter: (-apart[letter], letter))[:num_letters]
+        return [CostlyLetter(x, seen[x], apart[x] / seen[x], tokens[x] / in_words[x]) for x in order]
+
+    def _all_words(self) -> Counter[str]:
+        return sum(self._words.values(), Counter[str]())
+
+    def _pieces(self, words: Counter[str]) -> dict[str, int]:
+        encoded = self._tokenizer.encode([self._prefix + word for word in words])
+        return {word: len(ids) for word, ids in zip(words, encoded, strict=True)}
+
+
+def _fertility(sums: np.ndarray, words: Counter[str], pieces: dict[str, int]) -> Fertility:
+    in_pieces = sum(count for word, count in words.items() if pieces[word] >= MANY_PIECES)
+    num_documents, num_words, num_bytes, num_tokens = map(int, sums)
+    return Fertility(num_documents, num_words, num_bytes, num_tokens, in_pieces / max(1, words.total()))

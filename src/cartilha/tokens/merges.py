@@ -1,0 +1,132 @@
+"""Byte-pair merges learnt on a corpus on top of those that a tokenizer has (Sennrich et al. 2016, arXiv:1508.07909).
+
+Ordinary BPE training, begun where the tokenizer's own ended: each word of the corpus is first cut as the tokenizer cuts
+it, then the most frequent pair of neighbours becomes a token, again and again. Counts are kept up to date word by word,
+so that a merge costs what it touches.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+
+Pair = tuple[int, int]
+
+LEAST_COUNT = 2  # a pair that occurs once says nothing about the next text
+
+
+@dataclass(frozen=True)
+class Merge:
+    """A learnt merge.
+
+    Attributes:
+        left: Id of the left part; right likewise.
+        result: Id of the token that it makes; another merge may have made the same one from other parts.
+        is_new: Whether this merge is the first to make it.
+        num_tokens: Tokens of the whole corpus once it is applied.
+    """
+
+    left: int
+    right: int
+    result: int
+    is_new: bool
+    num_tokens: int
+
+
+class MergeLearner:
+    """Learns merges one by one; iterate for as many as are wanted.
+
+    At any time `words` is what the tokenizer with the merges so far would make of each word: a merge can bring together
+    two tokens that an earlier one joins, and those are joined at once, as encoding does it.
+
+    Args:
+        word_counts: How often each word occurs, as the tokenizer's splitter writes it.
+        tokenize: A word's ids under the tokenizer as it is.
+        token_ids: Every token of the tokenizer and its id, added ones included: no pair is joined to one of these, for
+            its row means something else.
+        first_id: Of the first new token.
+        whole_words: Whether a word that is a token is never cut (`ignore_merges`, as Llama 3's tokenizer has it).
+    """
+
+    def __init__(
+        self,
+        word_counts: Mapping[str, int],
+        tokenize: Callable[[str], list[int]],
+        token_ids: Mapping[str, int],
+        first_id: int,
+        *,
+        whole_words: bool = False,
+    ) -> None:
+        self.counts = list(word_counts.values())
+        self.words = [tokenize(word) for word in word_counts]
+        self.num_tokens = sum(len(w) * n for w, n in zip(self.words, self.counts, strict=True))
+        self._tokens = {i: token for token, i in token_ids.items()}
+        self._taken = set(token_ids)
+        self._new_ids: dict[str, int] = {}
+        self._first_id = first_id
+        self._index = {word: i for i, word in enumerate(word_counts)} if whole_words else {}
+        self._ranks: dict[Pair, tuple[int, int]] = {}  # of the learnt merges: rank and resulting id
+        self._pair_counts: dict[Pair, int] = defaultdict(int)
+        self._places: dict[Pair, set[int]] = defaultdict(set)
+        for i, word in enumerate(self.words):
+            self._count(i, word, self.counts[i])
+        self._heap = [(-count, pair) for pair, count in self._pair_counts.items() if count >= LEAST_COUNT]
+        heapq.heapify(self._heap)
+
+    def __iter__(self) -> Iterator[Merge]:
+        """Merges in the order of their ranks, until no pair occurs twice."""
+        while self._heap:
+            negative, pair = heapq.heappop(self._heap)
+            count = self._pair_counts.get(pair, 0)
+            if count != -negative:  # the entry is of before some merge
+                if count >= LEAST_COUNT:
+                    heapq.heappush(self._heap, (-count, pair))
+                continue
+            token = self._tokens[pair[0]] + self._tokens[pair[1]]
+            if token in self._taken:
+                continue
+            yield self._merge(pair, token)
+
+    def _merge(self, pair: Pair, token: str) -> Merge:
+        is_new = token not in self._new_ids
+        result = self._new_ids.setdefault(token, self._first_id + len(self._new_ids))
+        self._tokens[result] = token
+        self._ranks[pair] = (len(self._ranks), result)
+        changed: set[Pair] = set()
+        for i in self._places.pop(pair, ()):
+            self._replace(i, self._joined(self.words[i]), changed)
+        if is_new and token in self._index:
+            self._replace(self._index[token], [result], changed)
+        for other in changed:
+            if self._pair_counts[other] >= LEAST_COUNT:
+                heapq.heappush(self._heap, (-self._pair_counts[other], other))
+        return Merge(*pair, result, is_new, self.num_tokens)
+
+    def _joined(self, word: list[int]) -> list[int]:
+        """The word with every learnt merge applied: the lowest rank first, the leftmost of equal ones."""
+        word = list(word)
+        while True:
+            found = [(*self._ranks[p], i) for i, p in enumerate(pairwise(word)) if p in self._ranks]
+            if not found:
+                return word
+            _, result, place = min(found, key=lambda merge: (merge[0], merge[2]))
+            word[place : place + 2] = [result]
+
+    def _replace(self, i: int, new: list[int], changed: set[Pair]) -> None:
+        old, count = self.words[i], self.counts[i]
+        if new == old:
+            return
+        self.num_tokens -= (len(old) - len(new)) * count
+        self._count(i, old, -count)
+        self._count(i, new, count)
+        changed.update(pairwise(new))
+        self.words[i] = new
+
+    def _count(self, i: int, word: list[int], count: int) -> None:
+        for pair in pairwise(word):
+            self._pair_counts[pair] += count
+            if count > 0:
+                self._places[pair].add(i)

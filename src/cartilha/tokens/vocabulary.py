@@ -1,0 +1,185 @@
+"""A byte-level BPE tokenizer extended by merges learnt on a corpus; every id, token and merge that it had stays.
+
+Encoding with the extended tokenizer first does all that the old one does, because the old merges rank before the new
+ones, and then joins what the new merges join. So no text costs more tokens than before, in no language, and a text
+survives decode(encode(text)) where it did before.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from cartilha.errors import UserError
+from cartilha.storage import write_json
+from cartilha.tokens.merges import Merge, MergeLearner
+from cartilha.tokens.tokenizer import TextTokenizer
+
+SUPPORTED = "byte-level BPE (OPT, GPT-2, Llama 3, SmolLM, Qwen)"
+OUTDATED_FILES = ("vocab.json", "merges.txt", "added_tokens.json", "tokenizer.model")  # tokenizer.json has it all
+
+
+@dataclass(frozen=True)
+class Extension:
+    """A tokenizer with new tokens.
+
+    Attributes:
+        tokenizer: The extended one.
+        first_id: Of the new tokens, which have consecutive ids.
+        pieces: For each new token the ids of the old ones that it replaces, at least two.
+        num_tokens: Tokens of the text it was learnt on, afterwards; num_tokens_before with the old tokenizer.
+    """
+
+    tokenizer: TextTokenizer
+    first_id: int
+    pieces: tuple[tuple[int, ...], ...]
+    num_tokens: int
+    num_tokens_before: int
+
+
+def check_extendable(tokenizer: TextTokenizer, name: str) -> None:
+    """Refuse tokenizers of other kinds.
+
+    Raises:
+        UserError: Naming the kind.
+    """
+    description = _described(tokenizer.backend)
+    model = description["model"]
+    kind = None
+    if model["type"] != "BPE":
+        kind = model["type"]
+    elif model.get("byte_fallback"):
+        kind = "BPE with byte fallback, as SentencePiece makes it"
+    elif not _has_byte_level(description["pre_tokenizer"]) or not _has_byte_level(description["decoder"]):
+        kind = "BPE over characters, not bytes"
+    elif model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+        kind = "BPE with marks inside or at the end of words"
+    if kind is not None:
+        raise UserError(
+            f"The tokenizer of {name} is of the kind {kind}, whose vocabulary cannot be extended here; "
+            f"choose a model with {SUPPORTED}."
+        )
+
+
+def count_words(tokenizer: TextTokenizer, texts: Iterable[str]) -> Counter[str]:
+    """How often each word occurs, cut and written as the tokenizer's own splitter does it."""
+    backend, counts = tokenizer.backend, Counter[str]()
+    for text in texts:
+        normalized = backend.normalizer.normalize_str(text) if backend.normalizer is not None else text
+        counts.update(word for word, _ in backend.pre_tokenizer.pre_tokenize_str(normalized))
+    return counts
+
+
+def num_tokens(tokenizer: TextTokenizer, word_counts: Counter[str]) -> int:
+    """Tokens of a text of which `count_words` has counted the words."""
+    model = tokenizer.backend.model
+    return sum(count * len(model.tokenize(word)) for word, count in word_counts.items())
+
+
+def learn_merges(tokenizer: TextTokenizer, word_counts: Counter[str], num_new: int) -> tuple[list[Merge], int]:
+    """Merges that make up to `num_new` new tokens, and the tokens of the text before them.
+
+    Fewer come back where no pair is left that occurs twice.
+    """
+    model = tokenizer.backend.model
+    learner = MergeLearner(
+        word_counts,
+        lambda word: [token.id for token in model.tokenize(word)],
+        tokenizer.backend.get_vocab(with_added_tokens=True),
+        tokenizer.num_ids,
+        whole_words=bool(_described(tokenizer.backend)["model"].get("ignore_merges")),
+    )
+    before, merges, found = learner.num_tokens, [], 0
+    for merge in learner if num_new else ():
+        merges.append(merge)
+        found += merge.is_new
+        if found == num_new:
+            break
+    return merges, before
+
+
+def extend(tokenizer: TextTokenizer, merges: Sequence[Merge], num_tokens_before: int) -> Extension:
+    """The tokenizer with the merges appended, which `learn_merges` has learnt for it."""
+    description = _described(tokenizer.backend)
+    vocabulary = description["model"]["vocab"]
+    # Beside the model's vocabulary, tokenizers would number the added tokens anew, from the vocabulary's size on.
+    for token in description["added_tokens"]:
+        vocabulary.setdefault(token["content"], token["id"])
+    first_id = tokenizer.num_ids
+    names = {i: token for token, i in vocabulary.items()}
+    pieces: dict[int, tuple[int, ...]] = {}
+    as_text = any(isinstance(merge, str) for merge in description["model"]["merges"])
+    for merge in merges:
+        left, right = names[merge.left], names[merge.right]
+        description["model"]["merges"].append(f"{left} {right}" if as_text else [left, right])
+        if merge.is_new:
+            names[merge.result] = left + right
+            vocabulary[left + right] = merge.result
+            pieces[merge.result] = (*pieces.get(merge.left, (merge.left,)), *pieces.get(merge.right, (merge.right,)))
+    backend = Tokenizer.from_str(json.dumps(description))
+    backend.encode_special_tokens = True
+    return Extension(
+        replace(tokenizer, backend=backend, directory=None),
+        first_id,
+        tuple(pieces.values()),
+        merges[-1].num_tokens if merges else num_tokens_before,
+        num_tokens_before,
+    )
+
+
+def first_new_tokens(merges: Sequence[Merge], num_new: int) -> Sequence[Merge]:
+    """The merges up to the one that makes the last of the first `num_new` tokens."""
+    found = 0
+    for i, merge in enumerate(merges):
+        found += merge.is_new
+        if found == num_new:
+            return merges[: i + 1]
+    return merges
+
+
+def save_extended(base: TextTokenizer, extended: TextTokenizer, directory: Path) -> None:
+    """Write the extended tokenizer so that `AutoTokenizer` loads it, with the settings that the base's files have."""
+    base.save(directory)
+    for name in OUTDATED_FILES:
+        (directory / name).unlink(missing_ok=True)
+    config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+    # Other classes build a splitter of their own instead of taking the one in tokenizer.json.
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    description = _described(extended.backend)
+    if description["post_processor"] is None and config.get("add_bos_token") and base.bos_id is not None:
+        description["post_processor"] = _begins_with(base.bos_id, str(base.backend.id_to_token(base.bos_id)))
+    write_json(directory / "tokenizer.json", description)
+    write_json(directory / "tokenizer_config.json", config)
+
+
+def _begins_with(token_id: int, token: str) -> dict[str, Any]:
+    """What `add_bos_token` means to the classes that read vocab.json and merges.txt, as tokenizer.json says it."""
+    special, text = {"SpecialToken": {"id": token, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    second = [{"SpecialToken": {"id": token, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
+    return {
+        "type": "TemplateProcessing",
+        "single": [special, text],
+        "pair": [special, text, *second],
+        "special_tokens": {token: {"id": token, "ids": [token_id], "tokens": [token]}},
+    }
+
+
+def _described(backend: Tokenizer) -> dict[str, Any]:
+    description = json.loads(backend.to_str())
+    assert isinstance(description, dict)
+    return description
+
+
+def _has_byte_level(part: Any) -> bool:
+    """Whether a pre-tokenizer's or decoder's description has a ByteLevel step."""
+    if isinstance(part, list):
+        return any(map(_has_byte_level, part))
+    if not isinstance(part, dict):
+        return False
+    return part.get("type") == "ByteLevel" or any(map(_has_byte_level, part.values()))
