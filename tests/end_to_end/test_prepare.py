@@ -22,9 +22,9 @@ from cartilha.config import PrepareConfig
 from cartilha.corpus.primer import primer_texts
 from cartilha.errors import UnfinishedError, UserError
 from cartilha.pipeline import prepare as module
-from cartilha.pipeline import shard_work, work_directory
-from cartilha.pipeline.executors import Local
 from cartilha.pipeline.prepare import prepare
+from cartilha.preparation import shard_work, work_directory
+from cartilha.preparation.executors import Local
 from cartilha.tokens.store import TokenStore
 
 PRIMER = [text.text.replace("\n", " ") for text in primer_texts()]
@@ -165,7 +165,8 @@ def test_a_mistake_in_the_input_leaves_nothing(config, lines, tmp_path):
 SCRIPT = """
 import os, sys
 from cartilha.config import PrepareConfig
-from cartilha.pipeline import prepare as module, shard_work
+from cartilha.pipeline import prepare as module
+from cartilha.preparation import shard_work
 module.SHARD_BYTES, module.INLINE_BYTES = 15_000, 0
 real = shard_work.done_result
 result = module.prepare(PrepareConfig(input=(sys.argv[1],), model="random:tiny", output=sys.argv[2], workers=2))

@@ -26,12 +26,12 @@ from cartilha.corpus.shards import Shard, read_shard, shards, shuffled
 from cartilha.corpus.sources import HubSource, SourceFile
 from cartilha.corpus.splits import SPLITS, Split
 from cartilha.errors import UserError
-from cartilha.pipeline.assembly import Sides, decide, load_corpus, write_rejects, write_sides
-from cartilha.pipeline.executors import Executor, Inline, Local, Ray
-from cartilha.pipeline.made_from import describe, ready_store, settings_of
-from cartilha.pipeline.prepare_plan import Plan, plan
-from cartilha.pipeline.shard_work import ShardResult, ShardSettings, ShardTask, done_result, process_shard
-from cartilha.pipeline.work_directory import require_space, work_directory
+from cartilha.preparation.assembly import Sides, decide, load_corpus, write_rejects, write_sides
+from cartilha.preparation.executors import Executor, Inline, Local, Ray
+from cartilha.preparation.made_from import describe, ready_store, settings_of
+from cartilha.preparation.plan import Plan, plan
+from cartilha.preparation.shard_work import ShardResult, ShardSettings, ShardTask, done_result, process_shard
+from cartilha.preparation.work_directory import require_space, work_directory
 from cartilha.runtime import usable_cores, versions
 from cartilha.tokens.encoder import Encoder, load_encoder
 from cartilha.tokens.proof import MAX_SAMPLE_BYTES, fast_path_version, prove

@@ -24,7 +24,7 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 # What a worker imports before it is needed, by one process for all of them where the system can fork.
-PRELOAD = ["cartilha.pipeline.shard_work", "gigatoken", "awkward"]
+PRELOAD = ["cartilha.preparation.shard_work", "gigatoken", "awkward"]
 
 
 class Executor(Protocol):

@@ -17,7 +17,7 @@ import pyarrow as pa
 from cartilha.corpus.clusters import cluster
 from cartilha.corpus.splits import Split, SplitResult, SplitRule, split_documents
 from cartilha.errors import UserError
-from cartilha.pipeline.shard_work import DOCUMENTS_SCHEMA, TEXTS_SCHEMA, ShardTask
+from cartilha.preparation.shard_work import DOCUMENTS_SCHEMA, TEXTS_SCHEMA, ShardTask
 from cartilha.tokens.store_writer import ROW_SCHEMA, SplitWriter, StoreWriter
 
 COPY_TOKENS = 4 << 20  # tokens copied at a time
