@@ -71,8 +71,11 @@ def test_without_gradio_the_install_command_is_named(monkeypatch: pytest.MonkeyP
         explore(ExploreConfig(models=("random:tiny",)))
 
 
-def test_the_server_answers_this_machine_alone_and_sends_its_policy() -> None:
+def test_the_server_answers_this_machine_alone_and_sends_its_policy(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("gradio")
+    asked: list[object] = []
+    resolve = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: (asked.append(a[0]), resolve(*a, **k))[1])
     from starlette.testclient import TestClient
 
     from cartilha.explorer.app import create_app
@@ -90,6 +93,7 @@ def test_the_server_answers_this_machine_alone_and_sends_its_policy() -> None:
             assert client.get(path).status_code == 403, path
         assert client.post("/pt/gradio_api/upload", files={"files": b"a"}).status_code == 403
         assert client.get("/openapi.json").status_code == 404
+    assert set(asked) <= {"127.0.0.1", "localhost", None}  # nothing was looked up elsewhere
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
