@@ -195,6 +195,8 @@ class Chaos:
     def _content(self, file: Path, place: Path) -> Any:
         if file.name in ("manifest.json",):  # holds the hash of state.json, which holds seconds
             return None
+        if file.name == "plan.json":  # says how much memory was free just then
+            return sorted(json.loads(file.read_text(encoding="utf-8")))
         if file.suffix == ".json":
             return self._plain(json.loads(file.read_text(encoding="utf-8")), place)
         if file.suffix == ".jsonl":

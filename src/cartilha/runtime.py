@@ -261,7 +261,7 @@ def keep_freed_memory() -> bool:
     """Have glibc keep freed memory for the next tensor instead of giving it back to the system; once a process.
 
     By default each large tensor on a CPU is mapped afresh, and the kernel clears its pages again at every layer, which
-    costs about a tenth of a forward pass (docs/log.md). The peak does not change, memory between the peaks does.
+    costs about a tenth of a forward pass (docs/log.md). In training the peak grows by a few per cent.
 
     Returns:
         Whether the C library took it; elsewhere than with glibc nothing is changed.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -22,6 +23,12 @@ def _autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManage
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
+def _to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A copy on the device; to a CUDA device from pinned memory, so that the host need not wait for it."""
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def hidden_states(model: PreTrainedModel, batch: Batch, dtype: torch.dtype) -> torch.Tensor:
     """Last hidden states of a batch of packed documents, shape (num_rows, row_length, hidden_size).
 
@@ -35,8 +42,8 @@ def hidden_states(model: PreTrainedModel, batch: Batch, dtype: torch.dtype) -> t
     assert body is not model, f"{type(model).__name__} has no body apart from its head"
     with _autocast(device, dtype):
         output = body(
-            input_ids=torch.from_numpy(batch.input_ids).to(device, non_blocking=True),
-            position_ids=torch.from_numpy(batch.position_ids).to(device, non_blocking=True),
+            input_ids=_to_device(batch.input_ids, device),
+            position_ids=_to_device(batch.position_ids, device),
             use_cache=False,
             segments=_segments(batch, device, dtype),
         )
@@ -56,7 +63,7 @@ def head_weight(model: PreTrainedModel) -> torch.Tensor:
 def batch_nll(model: PreTrainedModel, batch: Batch, dtype: torch.dtype) -> torch.Tensor:
     """Summed nll of a batch's targets, differentiable: scalar float32, in nats."""
     states = hidden_states(model, batch, dtype)
-    targets = torch.from_numpy(batch.targets).to(states.device, non_blocking=True)
+    targets = _to_device(batch.targets, states.device)
     return linear_cross_entropy(states.flatten(0, 1), head_weight(model), targets.flatten(), dtype)
 
 
