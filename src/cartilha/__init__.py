@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cartilha.config import (
+        CheckConfig,
         CompareConfig,
         EvaluateConfig,
         ExploreConfig,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
         VocabConfig,
     )
     from cartilha.errors import UserError
+    from cartilha.pipeline.check import check
     from cartilha.pipeline.compare import compare
     from cartilha.pipeline.evaluate import evaluate
     from cartilha.pipeline.explore import explore
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from cartilha.pipeline.vocab import vocab
 
 __all__ = [
+    "CheckConfig",
     "CompareConfig",
     "EvaluateConfig",
     "ExploreConfig",
@@ -53,6 +56,7 @@ __all__ = [
     "TrainConfig",
     "UserError",
     "VocabConfig",
+    "check",
     "compare",
     "evaluate",
     "explore",
@@ -67,24 +71,10 @@ __all__ = [
 ]
 
 _HOMES = {
+    **{name: f"cartilha.pipeline.{name}" for name in __all__ if name.islower()},
     **{name: "cartilha.config" for name in __all__ if name.endswith("Config")},
     "UserError": "cartilha.errors",
     "run": "cartilha.pipeline.job",
-    **{
-        name: f"cartilha.pipeline.{name}"
-        for name in (
-            "compare",
-            "evaluate",
-            "explore",
-            "generate",
-            "inspect",
-            "plan",
-            "prepare",
-            "report",
-            "train",
-            "vocab",
-        )
-    },
 }
 
 

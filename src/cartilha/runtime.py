@@ -20,11 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from cartilha.errors import UserError
-from cartilha.storage import file_sha256 as file_sha256
-from cartilha.storage import new_directory as new_directory
-from cartilha.storage import to_json as to_json
-from cartilha.storage import write_atomically as write_atomically
-from cartilha.storage import write_json as write_json
 
 if TYPE_CHECKING:
     import torch

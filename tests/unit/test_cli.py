@@ -433,3 +433,13 @@ def test_a_recipe_that_is_no_text_is_refused(refused, tmp_path):
     path.write_bytes(b"model: \xff\xfe\x00")
     assert "minha.yaml" in refused("run", str(path))
     assert "YAML file" in refused("run", str(tmp_path))
+
+
+def test_every_command_is_a_function_of_the_package():
+    import cartilha
+    from cartilha.cli import COMMANDS
+
+    for name, command in COMMANDS.items():
+        if name != "demo":  # a recipe that `run` takes
+            assert getattr(cartilha, name).__module__ == command.home[0]
+            assert getattr(cartilha, command.config.__name__) is command.config

@@ -9,11 +9,9 @@ import torch
 from cartilha.checks.outcome import CheckResult, Judgement, Subject
 from cartilha.model.attention import choose_kernel
 from cartilha.runtime import available_memory_bytes
+from cartilha.training.checkpoint import space_needed
 from cartilha.training.devices import PROGRAM_BYTES
 from cartilha.training.memory import MemoryModel
-
-STATE_BYTES = 12  # a parameter in a checkpoint: weight and two moments, float32
-KEPT_CHECKPOINTS = 3  # two are kept, and a third stands beside them while it is written
 
 
 def memory_and_disk(subject: Subject) -> CheckResult:
@@ -35,7 +33,7 @@ def memory_and_disk(subject: Subject) -> CheckResult:
     need = model.step(subject.micro_batch_size, subject.block_size, accumulates=True).total
     free = available_memory_bytes(subject.device)
     place = next(path for path in (subject.output, *subject.output.absolute().parents) if path.is_dir())
-    disk_need = loaded.num_parameters * (STATE_BYTES * KEPT_CHECKPOINTS + torch.float32.itemsize)
+    disk_need, _ = space_needed(subject.output, loaded.num_parameters)
     disk_free = shutil.disk_usage(place).free
     return words.judge(
         need <= free and disk_need <= disk_free,

@@ -7,12 +7,12 @@ import time
 from collections.abc import Iterator
 
 import numpy as np
-import torch
 
 from cartilha.checks.outcome import CheckResult, Judgement, Subject
 from cartilha.corpus.english import english_sample
 from cartilha.corpus.near_duplicates import has_near_duplicate
 from cartilha.errors import UserError
+from cartilha.model.embeddings import input_rows
 from cartilha.model.forward import head_weight
 from cartilha.tokens.tokenizer import TextTokenizer
 
@@ -105,20 +105,19 @@ def vocabulary(subject: Subject) -> CheckResult:
     """
     tokenizer, model = subject.tokenizer, subject.loaded.model
     rows = int(head_weight(model).shape[0])
-    embedding = model.get_input_embeddings().weight
-    assert isinstance(embedding, torch.Tensor)
-    input_rows, tied = len(embedding), head_weight(model) is embedding
+    embedding = input_rows(model)
+    num_input_rows, tied = len(embedding), head_weight(model) is embedding
     special = {name: getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
     largest = max([tokenizer.num_ids - 1, *(i for i in special.values() if i is not None)])
     used = set(tokenizer.backend.get_vocab(with_added_tokens=True).values())
     num_unused = rows - len([i for i in used if i < rows])
     store_largest = _largest_id(subject)
     same = subject.store is None or subject.store.fingerprint == tokenizer.fingerprint()
-    passed = largest < min(rows, input_rows) and store_largest < min(rows, input_rows) and same
+    passed = largest < min(rows, num_input_rows) and store_largest < min(rows, num_input_rows) and same
     named = ", ".join(f"{name} {value}" for name, value in special.items() if value is not None)
     measured = (
-        f"{tokenizer.num_ids:,} ids, {input_rows:,} embedding rows, head {'tied' if tied else f'of {rows:,} rows'}; "
-        f"{num_unused:,} rows that no token uses; {named}"
+        f"{tokenizer.num_ids:,} ids, {num_input_rows:,} embedding rows, head "
+        f"{'tied' if tied else f'of {rows:,} rows'}; {num_unused:,} rows that no token uses; {named}"
     )
     if subject.store is not None:
         measured += f"; largest id in the store {store_largest:,}"

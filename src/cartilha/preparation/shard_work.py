@@ -36,19 +36,14 @@ from cartilha.corpus.signatures import save_signatures, signatures
 from cartilha.corpus.splits import split_position
 from cartilha.tokens.encoder import MAX_PIECE_CHARS, Encoder, cut, load_encoder
 from cartilha.tokens.store import batches
+from cartilha.tokens.store_writer import ROW_SCHEMA
 
 BATCH_CHARS = 2 << 20
 BATCH_DOCUMENTS = 20_000
 
 DOCUMENTS_SCHEMA = pa.schema(
     [
-        ("doc_id", pa.string()),
-        ("source", pa.string()),
-        ("domain", pa.string()),
-        ("num_tokens", pa.int64()),
-        ("num_bytes", pa.int64()),
-        ("num_chars", pa.int64()),
-        ("num_words", pa.int64()),
+        *list(ROW_SCHEMA)[:7],  # what a store knows of a document
         ("text_hash", pa.binary(16)),
         ("position", pa.float64()),
         ("piece", pa.int32()),  # number of the shard's piece that it was read from
