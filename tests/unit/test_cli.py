@@ -440,6 +440,7 @@ def test_every_command_is_a_function_of_the_package():
     from cartilha.cli import COMMANDS
 
     for name, command in COMMANDS.items():
-        if name != "demo":  # a recipe that `run` takes
+        # `demo` is a recipe that `run` takes; `report` is hidden by the package of its name once that is imported.
+        if name not in ("demo", "report"):
             assert getattr(cartilha, name).__module__ == command.home[0]
             assert getattr(cartilha, command.config.__name__) is command.config
