@@ -171,6 +171,8 @@ def test_the_switch_keeps_the_text_and_colours_follow_the_scheme(visit: Any, add
         page.locator("#switch").click()
         page.wait_for_selector("h1:has-text('Explorador')")
         page.wait_for_selector("#choices-B table")
+        page.wait_for_timeout(1000)  # an answer to the text's own change would take the table away
+        assert page.locator("#choices-B table").count() == 1
         assert page.locator("#text textarea").input_value() == "Sertão"
         assert page.locator("#tokens-A .tokens").inner_text().startswith("Sert")
         stays_at_home(visited, address)

@@ -91,6 +91,14 @@ def build_page(explorer: Explorer, language: Language) -> gr.Blocks:
     return page
 
 
+def _quiet(tab: str) -> dict[str, Any]:
+    """How a tab's events are answered: without a spinner, unnamed, and one at a time.
+
+    Two at a time, the answer to an earlier event could arrive over that of a later one.
+    """
+    return {"show_progress": "hidden", "api_visibility": "private", "concurrency_id": tab, "concurrency_limit": 1}
+
+
 def _sliders(say: PageWording) -> _Sliders:
     with gr.Row(elem_classes="sliders"):
         temperature = gr.Slider(0.1, 2.0, 1.0, step=0.05, label=say("temperature"), info=say("temperature_info"))
@@ -145,7 +153,7 @@ def _reading_tab(page: gr.Blocks, explorer: Explorer, say: PageWording) -> None:
 
     def opened(text: str | None, *values: float) -> list[Any]:
         spot = session.most_surprising(explorer, text)
-        return [text, *show(text, spot), spot, *choices(text, spot, *values)]
+        return [text, text, *show(text, spot), spot, *choices(text, spot, *values)]
 
     def pick(letter: str) -> Any:
         def picked(text: str | None, event: gr.EventData, *values: float) -> list[Any]:
@@ -155,13 +163,12 @@ def _reading_tab(page: gr.Blocks, explorer: Explorer, say: PageWording) -> None:
         return picked
 
     outputs = [shown, notices, *texts.values(), chart, spot, *tables.values()]
-    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    quiet = _quiet("reading")
     # gradio's `input` is not told of pasted text; `change` is.
     text.change(typed, [text, shown, *sliders.all], outputs, trigger_mode="always_last", **quiet)
     # The text that was there before the language was switched, if any.
-    page.load(None, [text], [text], js="(text) => window.cartilhaKept() ?? text", **quiet).then(
-        opened, [text, *sliders.all], outputs, **quiet
-    )
+    kept = "(text, ...sliders) => [window.cartilhaKept() ?? text, ...sliders]"
+    page.load(opened, [text, *sliders.all], [text, *outputs], js=kept, **quiet)
     for letter, one in texts.items():
         one.click(pick(letter), [text, *sliders.all], [spot, *tables.values()], **quiet)
     for slider in sliders.all:
@@ -220,7 +227,7 @@ def _writing_tab(page: gr.Blocks, explorer: Explorer, say: PageWording) -> None:
         return session.show_three_ways(explorer, say, prompt, int(num_tokens), _shaping(*values))
 
     outputs = [draft, text, table]
-    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    quiet = _quiet("writing")
     beginning, going_on = [letter, prompt, *sliders.all], [letter, draft, *sliders.all]
     page.load(begin, beginning, outputs, **quiet)
     prompt.change(begin, beginning, outputs, trigger_mode="always_last", **quiet)
@@ -266,7 +273,7 @@ def _store_tab(page: gr.Blocks, explorer: Explorer, say: PageWording) -> None:
         return [*show(what, 1, *values), visible, visible, visible]
 
     inputs, outputs = [what, number, *settings], [number, shown]
-    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    quiet = _quiet("store")
     page.load(show, inputs, outputs, **quiet)
     what.change(change, [what, *settings], [*outputs, *settings], **quiet)
     for one in (number, *settings):
