@@ -224,7 +224,7 @@ def write(arguments: argparse.Namespace, arms: list[Arm], *, final: bool = False
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """The curves of a result as a file that stands alone."""
-    from cartilha.report.chart import Axis, Series, line_chart
+    from cartilha.reporting.chart import Axis, Series, line_chart
 
     series, rules, legend = [], "", ""
     for i, arm in enumerate(result["arms"]):

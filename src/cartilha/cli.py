@@ -181,7 +181,7 @@ def _dispatch(arguments: list[str]) -> int:
     if as_json:
         print(to_json(result.to_dict(), indent=2))
     else:
-        from cartilha.report.terminal import show
+        from cartilha.reporting.terminal import show
 
         show(name, result.to_dict())
     return int(getattr(result, "exit_code", 0))

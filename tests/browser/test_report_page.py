@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cartilha.report.html import render_report
+from cartilha.reporting.html import render_report
 
 EVIL = "</script><script>document.title='broken'</script><img src=x onerror=\"document.title='broken'\">"
 STEPS = (0, 10, 20)

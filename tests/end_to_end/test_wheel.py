@@ -38,7 +38,7 @@ def test_the_wheel_holds_the_data(installed):
     texts = {"corpus/primer/texts.jsonl", "corpus/english/texts.txt"}
     wanted = {"recipes/demo.yaml", "recipes/opt-125m-pt.yaml", "py.typed"} | texts
     assert {f"cartilha/{name}" for name in wanted} <= names
-    assert any(name.startswith("cartilha/report/templates/") for name in names)
+    assert any(name.startswith("cartilha/reporting/templates/") for name in names)
     assert not any(name.startswith(("tests/", "benchmarks/")) for name in names)
 
 

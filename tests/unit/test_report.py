@@ -23,13 +23,13 @@ import pytest
 import yaml
 
 from cartilha.errors import UserError
-from cartilha.report import chart, html, surprisal, tables
-from cartilha.report.html import render_report
-from cartilha.report.images import write_figures
-from cartilha.report.results import STATUSES, Settings, load_run
-from cartilha.report.samples import sample_series
-from cartilha.report.tables import footnotes, results_table, to_csv, to_markdown
-from cartilha.report.wording import LANGUAGES, Language, Wording, choose_language
+from cartilha.reporting import chart, html, surprisal, tables
+from cartilha.reporting.html import render_report
+from cartilha.reporting.images import write_figures
+from cartilha.reporting.results import STATUSES, Settings, load_run
+from cartilha.reporting.samples import sample_series
+from cartilha.reporting.tables import footnotes, results_table, to_csv, to_markdown
+from cartilha.reporting.wording import LANGUAGES, Language, Wording, choose_language
 
 
 def evaluation(

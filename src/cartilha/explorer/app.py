@@ -24,7 +24,7 @@ from cartilha.errors import UserError
 from cartilha.explorer.page import build_page, script, stylesheet, theme
 from cartilha.explorer.session import Explorer
 from cartilha.explorer.wording import preferred_language
-from cartilha.report.wording import LANGUAGES, Language
+from cartilha.reporting.wording import LANGUAGES, Language
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send

@@ -14,7 +14,7 @@ from cartilha.explorer.choices import Shaping
 from cartilha.explorer.session import DraftView, Explorer, Spot, What
 from cartilha.explorer.wording import PageWording
 from cartilha.explorer.writing import Draft
-from cartilha.report.wording import Language
+from cartilha.reporting.wording import Language
 
 FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif")
 MONOSPACE = ("ui-monospace", "SF Mono", "Cascadia Mono", "Menlo", "Consolas", "Liberation Mono", "monospace")

@@ -9,7 +9,7 @@ from importlib import resources
 import yaml
 
 from cartilha.errors import UserError
-from cartilha.report.wording import Language, Wording
+from cartilha.reporting.wording import Language, Wording
 
 
 @cache

@@ -12,7 +12,7 @@ from cartilha.explorer.session import Explorer
 from cartilha.explorer.walking import StoreWalk
 from cartilha.pipeline.evaluate import ready_model
 from cartilha.pipeline.held_out import HeldOut
-from cartilha.report.wording import choose_language
+from cartilha.reporting.wording import choose_language
 from cartilha.tokens.store import TokenStore
 
 MAX_MODELS = 2

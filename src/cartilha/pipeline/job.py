@@ -13,9 +13,9 @@ from cartilha.errors import UserError
 from cartilha.pipeline.prepare import PrepareResult, prepare
 from cartilha.pipeline.run_files import read_samples
 from cartilha.pipeline.train import TrainResult, train
-from cartilha.report.html import render_report
-from cartilha.report.results import load_run
-from cartilha.report.tables import results_table, to_markdown
+from cartilha.reporting.html import render_report
+from cartilha.reporting.results import load_run
+from cartilha.reporting.tables import results_table, to_markdown
 
 log = logging.getLogger("cartilha")
 

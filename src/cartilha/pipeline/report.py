@@ -8,11 +8,11 @@ from typing import Any
 
 from cartilha.config import ReportConfig
 from cartilha.errors import UserError
-from cartilha.report.html import render_report
-from cartilha.report.images import write_figures
-from cartilha.report.results import load_run
-from cartilha.report.tables import results_table, to_markdown
-from cartilha.report.wording import Wording, choose_language
+from cartilha.reporting.html import render_report
+from cartilha.reporting.images import write_figures
+from cartilha.reporting.results import load_run
+from cartilha.reporting.tables import results_table, to_markdown
+from cartilha.reporting.wording import Wording, choose_language
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ import string
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from cartilha.report.results import Protocol, RunRecord
-from cartilha.report.wording import Language, Wording
+from cartilha.reporting.results import Protocol, RunRecord
+from cartilha.reporting.wording import Language, Wording
 
 SETTINGS = ("run", "seq_length", "epochs", "batch", "device", "time_per_epoch")
 FIGURES = ("perplexity", "bits_per_byte")

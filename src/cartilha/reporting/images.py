@@ -9,9 +9,9 @@ from pathlib import Path
 
 from markupsafe import escape
 
-from cartilha.report.figures import Figure, run_figures
-from cartilha.report.results import RunRecord
-from cartilha.report.wording import Wording
+from cartilha.reporting.figures import Figure, run_figures
+from cartilha.reporting.results import RunRecord
+from cartilha.reporting.wording import Wording
 from cartilha.storage import write_atomically
 
 log = logging.getLogger("cartilha")

@@ -14,8 +14,8 @@ from typing import Any
 import yaml
 
 from cartilha.errors import UserError
-from cartilha.report.lenient import fill, integer, items, mapping, number, read_lines, read_object, read_text, text
-from cartilha.report.surprisal import Surprisal, read_surprisal
+from cartilha.reporting.lenient import fill, integer, items, mapping, number, read_lines, read_object, read_text, text
+from cartilha.reporting.surprisal import Surprisal, read_surprisal
 
 FORMAT_VERSION = 1
 RUN_FILES = ("results.json", "metrics.jsonl", "samples.jsonl", "config.yaml")

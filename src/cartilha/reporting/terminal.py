@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
+
+from cartilha.reporting.terminal_measures import bits, protocol_line, show_comparison, show_evaluations
+from cartilha.reporting.terminal_vocabulary import show_vocabulary
 
 Values = Mapping[str, Any]
 
@@ -24,12 +27,12 @@ def show(command: str, result: Values) -> None:
         "check": _check,
         "plan": _plan,
         "train": _train,
-        "evaluate": _evaluate,
-        "compare": _compare,
+        "evaluate": show_evaluations,
+        "compare": show_comparison,
         "generate": _generate,
         "report": _report,
         "explore": lambda console, result: None,  # everything was said while the page was there
-        "vocab": _vocab,
+        "vocab": show_vocabulary,
         "run": _run,
         "demo": _run,
     }[command](console, result)
@@ -181,130 +184,11 @@ def _plan(console: Console, result: Values) -> None:
     )
 
 
-def _evaluate(console: Console, result: Values) -> None:
-    models = result["models"]
-    table = Table("", *(Column(escape(row["model"]), justify="right", overflow="fold") for row in models))
-    for title, cell in _FIGURES:
-        cells = [cell(row) for row in models]
-        if any(cells):
-            table.add_row(title, *cells)
-    console.print(table)
-    protocols = [protocol_line(row["protocol"]) for row in models]
-    if len(set(protocols)) == 1:
-        console.print(f"Protocol: {protocols[0]}", markup=False)
-    for row, protocol in zip(models, protocols, strict=True):
-        if len(models) > 1:
-            console.print(f"{row['model']}{'' if len(set(protocols)) == 1 else f': {protocol}'}", markup=False)
-        if row.get("contamination") is not None:
-            share = f"{row['contamination']:.1%}"
-            console.print(f"  {share} of the documents are in the store's training side, word for word", markup=False)
-        if row.get("dtype_drift") is not None:
-            drift = f"{row['dtype_drift']['nats_per_token']:+.1e}"
-            console.print(f"  {row['protocol']['dtype']} against float32: {drift} nats a token", markup=False)
-        if row.get("near_duplicates") is not None:
-            console.print(f"  {row['near_duplicates']:.1%} of the documents have a near-duplicate there", markup=False)
-        for name, domain in row["domains"].items() if len(row["domains"]) > 1 else ():
-            figures = f"perplexity {domain['perplexity']:,.2f}, bits per byte {_number(domain['bits_per_byte'], 4)}"
-            console.print(f"  {name}: {figures} ({domain['num_documents']} documents)", markup=False)
-        for task, metrics in (row.get("tasks") or {}).items():
-            found = ", ".join(f"{k} {v:.4g}" for k, v in metrics.items() if isinstance(v, float))
-            console.print(f"  {task}: {found}", markup=False)
-    if len(models) > 1:
-        console.print("Models with different tokenizers compare by bits per byte, not by perplexity.", markup=False)
-
-
-def _interval(row: Values) -> str:
-    bounds = row.get("bits_per_byte_interval")
-    if bounds is None or None in bounds:
-        return ""
-    return f"[{bounds[0]:.4f}, {bounds[1]:.4f}]"
-
-
-def _baseline(name: str) -> Callable[[Values], str]:
-    """A cell with a baseline's bits per byte, and its perplexity where it has one."""
-
-    def cell(row: Values) -> str:
-        found = row["baselines"].get(name)
-        if found is None or found["bits_per_byte"] is None:
-            return ""
-        perplexity = f" (perplexity {found['perplexity']:,.0f})" if found.get("perplexity") else ""
-        return f"{found['bits_per_byte']:.4f}{perplexity}"
-
-    return cell
-
-
-def _continuation(name: str, digits: int) -> Callable[[Values], str]:
-    """A cell with a measure of the continuations beside its floor (another document's continuation)."""
-
-    def cell(row: Values) -> str:
-        found = row.get("continuations")
-        if not found or found[name] is None:
-            return ""
-        floor = found["floor"][name] if found["floor"] else None
-        return f"{found[name]:.{digits}f}" + ("" if floor is None else f" (floor {floor:.{digits}f})")
-
-    return cell
-
-
-_FIGURES: tuple[tuple[str, Callable[[Values], str]], ...] = (
-    ("perplexity", lambda row: f"{row['perplexity']:,.2f}"),
-    ("bits per byte", lambda row: _number(row["bits_per_byte"], 4)),
-    ("  95 % interval", _interval),
-    ("bits per character", lambda row: _number(row["bits_per_char"], 4)),
-    ("word perplexity", lambda row: _number(row["word_perplexity"], 1)),
-    ("macro bits per byte", lambda row: _number(row["macro"]["bits_per_byte"], 4)),
-    ("tokens", lambda row: f"{row['num_tokens']:,}"),
-    ("documents", lambda row: f"{row['num_documents']:,}"),
-    ("mass on unused rows", lambda row: f"{row['unused_rows_mass']:.1e}" if row["unused_rows_mass"] else ""),
-    ("uniform model", _baseline("uniform")),
-    ("unigram model", _baseline("unigram")),
-    ("xz", _baseline("xz")),
-    ("xz, primed", _baseline("xz_primed")),
-    ("zstd", _baseline("zstd")),
-    ("zstd, primed", _baseline("zstd_primed")),
-    ("chrF", _continuation("chrf", 1)),
-    ("BLEU", _continuation("bleu", 2)),
-    ("ROUGE-L", _continuation("rouge_l", 3)),
-    ("distinct-2", _continuation("distinct_2", 3)),
-    ("repeated 4-grams", _continuation("repeated_4grams", 3)),
-    ("tokens/s", lambda row: f"{row['tokens_per_second']:,.0f}" if row["tokens_per_second"] else ""),
-)
-
-
-def _compare(console: Console, result: Values) -> None:
-    first, second = result["models"]
-    low, high = result["bits_per_byte_difference_interval"]
-    table = Table("model", Column("bits per byte", justify="right"), "protocol")
-    for name, bits, protocol in zip(
-        (first, second),
-        (result["bits_per_byte_first"], result["bits_per_byte_second"]),
-        result["protocols"],
-        strict=True,
-    ):
-        table.add_row(escape(name), f"{bits:.4f}", protocol_line(protocol))
-    console.print(table)
-    interval = "" if low is None or high is None else f", 95 % interval [{low:+.4f}, {high:+.4f}]"
-    console.print(
-        f"Second minus first: {result['bits_per_byte_difference']:+.4f} bits per byte{interval}, "
-        f"p = {result['p_value']:.4g}; {result['share_improved']:.0%} of {result['num_documents']} documents improved.",
-        markup=False,
-    )
-    for title, rows in (("Gained most", result["gained_most"]), ("Lost most", result["lost_most"])):
-        for row in rows[:3]:
-            change = f"{row['bits_per_byte_first']:.3f} -> {row['bits_per_byte_second']:.3f}"
-            console.print(f"{title}: {row['doc_id']} ({row['num_bytes']:,} bytes): {change}", markup=False)
-
-
-def protocol_line(protocol: Values) -> str:
-    """The protocol in a few words: it goes with every number."""
-    return f"{protocol['name']}, {protocol['window']}/{protocol['stride']}, {protocol['dtype']}, {protocol['hash']}"
-
-
 def _train(console: Console, result: Values) -> None:
     before, after = result["evaluations"][0], result["evaluations"][-1]
     table = Table("", "perplexity", "bits/byte", title=f"{escape(result['settings']['model'])}: {result['status']}")
     for name, row in (("before", before), ("after", after)):
-        table.add_row(name, f"{row['perplexity']:,.2f}", _number(row["bits_per_byte"], 4))
+        table.add_row(name, f"{row['perplexity']:,.2f}", bits(row["bits_per_byte"], 4))
     change = after["perplexity"] / before["perplexity"] - 1
     table.add_row("change", f"{change:+.1%}", _difference(before["bits_per_byte"], after["bits_per_byte"]))
     console.print(table)
@@ -341,62 +225,6 @@ def _report(console: Console, result: Values) -> None:
     console.print(f"Report: {result['report']}", markup=False)
     if result["figures"]:
         console.print(f"Figures: {len(result['figures'])} files in {Path(result['figures'][0]).parent}", markup=False)
-
-
-def _vocab(console: Console, result: Values) -> None:
-    if result["advice"] is not None:
-        table = Table("vocabulary", "bits/byte", "against keep", "tokens", "English")
-        for row in result["advice"]["tried"]:
-            change, english = f"{row['difference']:+.4f}", f"{row['difference_english']:+.4f}"
-            share = f"{row['share_of_tokens'] - 1:+.0%}"
-            table.add_row(f"+{row['num_new']:,}", f"{row['bits_per_byte']:.4f}", change, share, english)
-        console.print(table)
-        for sentence in result["advice"]["sentences"]:
-            console.print(sentence, markup=False)
-        return
-    report = result["report"]
-    table = Table("text", "words", "tokens/word", "bytes/token", "words in 3 or more pieces")
-    rows = {**report["domains"], "all": report["total"], "(English)": report["english"]}
-    for name, row in rows.items():
-        figures = [f"{row['tokens_per_word']:.2f}", f"{row['bytes_per_token']:.2f}", f"{row['share_in_pieces']:.1%}"]
-        table.add_row(escape(name), f"{row['num_words']:,}", *figures)
-    console.print(table)
-    spare = "" if report["num_rows"] is None else f", {report['num_spare_rows']} rows of the model are spare"
-    used = f"{report['share_of_ids_used']:.0%} of them in this text"
-    console.print(f"{report['num_ids']:,} ids, {used}{spare}.", markup=False)
-    words = ", ".join(f"{'|'.join(row['pieces']).strip()} ({row['count']:,})" for row in report["words"][:10])
-    letters = ", ".join(f"{row['letter']} {row['share_apart']:.0%}" for row in report["letters"][:10])
-    console.print(f"Words that cost most: {words}", markup=False)
-    console.print(f"Letters cut or on their own: {letters}", markup=False)
-    if report["sizes"]:
-        console.print(_vocab_sizes(report["sizes"]))
-    if report["not_extendable"]:
-        console.print(report["not_extendable"], markup=False)
-    if result["extension"] is not None:
-        row = result["extension"]
-        change = f"{row['tokens_after'] / row['tokens_before'] - 1:+.1%}"
-        console.print(
-            f"Extended by {row['num_new']:,} tokens ({change} tokens of this text): {row['output']}", markup=False
-        )
-
-
-def _vocab_sizes(rows: Sequence[Values]) -> Table:
-    title = "Extended, on documents that the new tokens were not learnt on"
-    table = Table("new tokens", "tokens/word", "tokens", "words in context", "time", "parameters", title=title)
-    for row in rows:
-        costs = ["", "", ""]
-        if "new_parameters" in row:
-            more = f"+{row['new_parameters'] / 1e6:.1f} M ({row['share_of_parameters']:+.1%})"
-            costs = [f"{row['words_in_context']:,.0f}", f"{row['share_of_time'] - 1:+.0%}", more]
-        fertility, tokens = f"{row['tokens_per_word']:.2f}", f"{row['share_of_tokens'] - 1:+.0%}"
-        table.add_row(f"+{row['num_new']:,}", fertility, tokens, *costs)
-    return table
-
-
-def _number(value: float | None, digits: int) -> str:
-    if value is None:
-        return "refused"
-    return f"{value:,.{digits}f}" if value < 1e7 else f"{value:.3g}"
 
 
 def _difference(before: float | None, after: float | None) -> str:

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from cartilha.report import tables
-from cartilha.report.chart import Axis, Series, line_chart, smooth, thin
-from cartilha.report.results import Evaluation, RunRecord, StepRecord
-from cartilha.report.wording import Wording
+from cartilha.reporting import tables
+from cartilha.reporting.chart import Axis, Series, line_chart, smooth, thin
+from cartilha.reporting.results import Evaluation, RunRecord, StepRecord
+from cartilha.reporting.wording import Wording
 
 SMALL = (460, 260)  # width and height of the drawings that stand two in a row
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")

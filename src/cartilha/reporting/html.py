@@ -21,12 +21,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from cartilha.errors import UserError
-from cartilha.report import tables
-from cartilha.report.figures import run_figures
-from cartilha.report.results import DomainFigures, RunRecord, load_run
-from cartilha.report.samples import SampleSeries, sample_series
-from cartilha.report.surprisal import MAX_STEPS, page_data
-from cartilha.report.wording import LANGUAGES, Wording, choose_language
+from cartilha.reporting import tables
+from cartilha.reporting.figures import run_figures
+from cartilha.reporting.results import DomainFigures, RunRecord, load_run
+from cartilha.reporting.samples import SampleSeries, sample_series
+from cartilha.reporting.surprisal import MAX_STEPS, page_data
+from cartilha.reporting.wording import LANGUAGES, Wording, choose_language
 from cartilha.storage import write_atomically
 
 MAX_PROMPTS = 24
@@ -73,7 +73,7 @@ def render_report(run_paths: Sequence[str | Path], output: str | Path, language:
 def render_page(runs: Sequence[RunRecord], opening: Wording, *, fixed: bool = True) -> str:
     """The page as text, opening in the language of `opening`; unless it is fixed, the reader's browser may choose."""
     environment = Environment(
-        loader=PackageLoader("cartilha.report"),
+        loader=PackageLoader("cartilha.reporting"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -99,7 +99,7 @@ def render_page(runs: Sequence[RunRecord], opening: Wording, *, fixed: bool = Tr
 
 
 def _template_file(name: str) -> str:
-    return (resources.files("cartilha.report") / "templates" / name).read_text(encoding="utf-8")
+    return (resources.files("cartilha.reporting") / "templates" / name).read_text(encoding="utf-8")
 
 
 def _script_data(runs: Sequence[RunRecord], series: Sequence[list[SampleSeries]]) -> Markup:

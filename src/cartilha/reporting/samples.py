@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cartilha.report.results import Sample
+from cartilha.reporting.results import Sample
 
 MAX_SAMPLE_CHARS = 8000
 

@@ -1,0 +1,140 @@
+"""Evaluations and comparisons as a person reads them in a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Column, Table
+
+Values = Mapping[str, Any]
+
+
+def show_evaluations(console: Console, result: Values) -> None:
+    """A column a model, a row a figure; below, what goes with a single model."""
+    models = result["models"]
+    table = Table("", *(Column(escape(row["model"]), justify="right", overflow="fold") for row in models))
+    for title, cell in _FIGURES:
+        cells = [cell(row) for row in models]
+        if any(cells):
+            table.add_row(title, *cells)
+    console.print(table)
+    protocols = [protocol_line(row["protocol"]) for row in models]
+    if len(set(protocols)) == 1:
+        console.print(f"Protocol: {protocols[0]}", markup=False)
+    for row, protocol in zip(models, protocols, strict=True):
+        if len(models) > 1:
+            console.print(f"{row['model']}{'' if len(set(protocols)) == 1 else f': {protocol}'}", markup=False)
+        if row.get("contamination") is not None:
+            share = f"{row['contamination']:.1%}"
+            console.print(f"  {share} of the documents are in the store's training side, word for word", markup=False)
+        if row.get("dtype_drift") is not None:
+            drift = f"{row['dtype_drift']['nats_per_token']:+.1e}"
+            console.print(f"  {row['protocol']['dtype']} against float32: {drift} nats a token", markup=False)
+        if row.get("near_duplicates") is not None:
+            console.print(f"  {row['near_duplicates']:.1%} of the documents have a near-duplicate there", markup=False)
+        for name, domain in row["domains"].items() if len(row["domains"]) > 1 else ():
+            figures = f"perplexity {domain['perplexity']:,.2f}, bits per byte {bits(domain['bits_per_byte'], 4)}"
+            console.print(f"  {name}: {figures} ({domain['num_documents']} documents)", markup=False)
+        for task, metrics in (row.get("tasks") or {}).items():
+            found = ", ".join(f"{k} {v:.4g}" for k, v in metrics.items() if isinstance(v, float))
+            console.print(f"  {task}: {found}", markup=False)
+    if len(models) > 1:
+        console.print("Models with different tokenizers compare by bits per byte, not by perplexity.", markup=False)
+
+
+def _interval(row: Values) -> str:
+    bounds = row.get("bits_per_byte_interval")
+    if bounds is None or None in bounds:
+        return ""
+    return f"[{bounds[0]:.4f}, {bounds[1]:.4f}]"
+
+
+def _baseline(name: str) -> Callable[[Values], str]:
+    """A cell with a baseline's bits per byte, and its perplexity where it has one."""
+
+    def cell(row: Values) -> str:
+        found = row["baselines"].get(name)
+        if found is None or found["bits_per_byte"] is None:
+            return ""
+        perplexity = f" (perplexity {found['perplexity']:,.0f})" if found.get("perplexity") else ""
+        return f"{found['bits_per_byte']:.4f}{perplexity}"
+
+    return cell
+
+
+def _continuation(name: str, digits: int) -> Callable[[Values], str]:
+    """A cell with a measure of the continuations beside its floor (another document's continuation)."""
+
+    def cell(row: Values) -> str:
+        found = row.get("continuations")
+        if not found or found[name] is None:
+            return ""
+        floor = found["floor"][name] if found["floor"] else None
+        return f"{found[name]:.{digits}f}" + ("" if floor is None else f" (floor {floor:.{digits}f})")
+
+    return cell
+
+
+_FIGURES: tuple[tuple[str, Callable[[Values], str]], ...] = (
+    ("perplexity", lambda row: f"{row['perplexity']:,.2f}"),
+    ("bits per byte", lambda row: bits(row["bits_per_byte"], 4)),
+    ("  95 % interval", _interval),
+    ("bits per character", lambda row: bits(row["bits_per_char"], 4)),
+    ("word perplexity", lambda row: bits(row["word_perplexity"], 1)),
+    ("macro bits per byte", lambda row: bits(row["macro"]["bits_per_byte"], 4)),
+    ("tokens", lambda row: f"{row['num_tokens']:,}"),
+    ("documents", lambda row: f"{row['num_documents']:,}"),
+    ("mass on unused rows", lambda row: f"{row['unused_rows_mass']:.1e}" if row["unused_rows_mass"] else ""),
+    ("uniform model", _baseline("uniform")),
+    ("unigram model", _baseline("unigram")),
+    ("xz", _baseline("xz")),
+    ("xz, primed", _baseline("xz_primed")),
+    ("zstd", _baseline("zstd")),
+    ("zstd, primed", _baseline("zstd_primed")),
+    ("chrF", _continuation("chrf", 1)),
+    ("BLEU", _continuation("bleu", 2)),
+    ("ROUGE-L", _continuation("rouge_l", 3)),
+    ("distinct-2", _continuation("distinct_2", 3)),
+    ("repeated 4-grams", _continuation("repeated_4grams", 3)),
+    ("tokens/s", lambda row: f"{row['tokens_per_second']:,.0f}" if row["tokens_per_second"] else ""),
+)
+
+
+def show_comparison(console: Console, result: Values) -> None:
+    """Two models on the same documents."""
+    first, second = result["models"]
+    low, high = result["bits_per_byte_difference_interval"]
+    table = Table("model", Column("bits per byte", justify="right"), "protocol")
+    for name, bits, protocol in zip(
+        (first, second),
+        (result["bits_per_byte_first"], result["bits_per_byte_second"]),
+        result["protocols"],
+        strict=True,
+    ):
+        table.add_row(escape(name), f"{bits:.4f}", protocol_line(protocol))
+    console.print(table)
+    interval = "" if low is None or high is None else f", 95 % interval [{low:+.4f}, {high:+.4f}]"
+    console.print(
+        f"Second minus first: {result['bits_per_byte_difference']:+.4f} bits per byte{interval}, "
+        f"p = {result['p_value']:.4g}; {result['share_improved']:.0%} of {result['num_documents']} documents improved.",
+        markup=False,
+    )
+    for title, rows in (("Gained most", result["gained_most"]), ("Lost most", result["lost_most"])):
+        for row in rows[:3]:
+            change = f"{row['bits_per_byte_first']:.3f} -> {row['bits_per_byte_second']:.3f}"
+            console.print(f"{title}: {row['doc_id']} ({row['num_bytes']:,} bytes): {change}", markup=False)
+
+
+def protocol_line(protocol: Values) -> str:
+    """The protocol in a few words: it goes with every number."""
+    return f"{protocol['name']}, {protocol['window']}/{protocol['stride']}, {protocol['dtype']}, {protocol['hash']}"
+
+
+def bits(value: float | None, digits: int) -> str:
+    """A measure, or that it was refused."""
+    if value is None:
+        return "refused"
+    return f"{value:,.{digits}f}" if value < 1e7 else f"{value:.3g}"

@@ -1,0 +1,63 @@
+"""What a vocabulary costs, as a person reads it in a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+Values = Mapping[str, Any]
+
+
+def show_vocabulary(console: Console, result: Values) -> None:
+    """The report on a vocabulary, what an extension changed, or the advice."""
+    if result["advice"] is not None:
+        table = Table("vocabulary", "bits/byte", "against keep", "tokens", "English")
+        for row in result["advice"]["tried"]:
+            change, english = f"{row['difference']:+.4f}", f"{row['difference_english']:+.4f}"
+            share = f"{row['share_of_tokens'] - 1:+.0%}"
+            table.add_row(f"+{row['num_new']:,}", f"{row['bits_per_byte']:.4f}", change, share, english)
+        console.print(table)
+        for sentence in result["advice"]["sentences"]:
+            console.print(sentence, markup=False)
+        return
+    report = result["report"]
+    table = Table("text", "words", "tokens/word", "bytes/token", "words in 3 or more pieces")
+    rows = {**report["domains"], "all": report["total"], "(English)": report["english"]}
+    for name, row in rows.items():
+        figures = [f"{row['tokens_per_word']:.2f}", f"{row['bytes_per_token']:.2f}", f"{row['share_in_pieces']:.1%}"]
+        table.add_row(escape(name), f"{row['num_words']:,}", *figures)
+    console.print(table)
+    spare = "" if report["num_rows"] is None else f", {report['num_spare_rows']} rows of the model are spare"
+    used = f"{report['share_of_ids_used']:.0%} of them in this text"
+    console.print(f"{report['num_ids']:,} ids, {used}{spare}.", markup=False)
+    words = ", ".join(f"{'|'.join(row['pieces']).strip()} ({row['count']:,})" for row in report["words"][:10])
+    letters = ", ".join(f"{row['letter']} {row['share_apart']:.0%}" for row in report["letters"][:10])
+    console.print(f"Words that cost most: {words}", markup=False)
+    console.print(f"Letters cut or on their own: {letters}", markup=False)
+    if report["sizes"]:
+        console.print(_vocab_sizes(report["sizes"]))
+    if report["not_extendable"]:
+        console.print(report["not_extendable"], markup=False)
+    if result["extension"] is not None:
+        row = result["extension"]
+        change = f"{row['tokens_after'] / row['tokens_before'] - 1:+.1%}"
+        console.print(
+            f"Extended by {row['num_new']:,} tokens ({change} tokens of this text): {row['output']}", markup=False
+        )
+
+
+def _vocab_sizes(rows: Sequence[Values]) -> Table:
+    title = "Extended, on documents that the new tokens were not learnt on"
+    table = Table("new tokens", "tokens/word", "tokens", "words in context", "time", "parameters", title=title)
+    for row in rows:
+        costs = ["", "", ""]
+        if "new_parameters" in row:
+            more = f"+{row['new_parameters'] / 1e6:.1f} M ({row['share_of_parameters']:+.1%})"
+            costs = [f"{row['words_in_context']:,.0f}", f"{row['share_of_time'] - 1:+.0%}", more]
+        fertility, tokens = f"{row['tokens_per_word']:.2f}", f"{row['share_of_tokens'] - 1:+.0%}"
+        table.add_row(f"+{row['num_new']:,}", fertility, tokens, *costs)
+    return table
