@@ -21,6 +21,7 @@ from cartilha.evaluation.continuation import Continuation, continue_prompts, des
 from cartilha.model.attention import ATTENTION_NAME
 from cartilha.model.forward import batch_nll, head_weight
 from cartilha.model.load import LoadedModel, load_model, prepare_model
+from cartilha.reporting.wording import Wording
 from cartilha.tokens.tokenizer import TextTokenizer, load_tokenizer
 
 CPU = torch.device("cpu")
@@ -343,3 +344,10 @@ def test_modes_are_told_apart():
     modes = [describe_mode(config) for config in settings]
     assert modes[:2] == ["greedy", "beam search (4)"] and "temperature 0.8" in modes[2]
     assert all(one != other for one, other in itertools.combinations(modes, 2))
+    portuguese = Wording("pt")
+    assert [portuguese.mode(mode) for mode in modes] == [
+        "guloso",
+        "busca em feixe (4)",
+        "sorteado (temperatura 0,8, top-k 50, top-p 0,95)",
+    ]
+    assert portuguese.mode("of another tool") == "of another tool"

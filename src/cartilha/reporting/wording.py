@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import locale
 import os
+import re
 from functools import cache
 from importlib import resources
 from typing import Literal
@@ -13,6 +14,15 @@ import yaml
 Language = Literal["en", "pt"]
 LANGUAGES: tuple[Language, ...] = ("en", "pt")
 ABSENT = "-"
+
+# What `evaluation.continuation.describe_mode` writes into samples.jsonl, by the key of its words here.
+_MODES = {
+    "mode_greedy": re.compile("greedy"),
+    "mode_beam": re.compile(r"beam search \((?P<beams>\d+)\)"),
+    "mode_sampled": re.compile(
+        r"sampled \(temperature (?P<temperature>\S+), top_k (?P<top_k>\S+), top_p (?P<top_p>\S+)\)"
+    ),
+}
 
 
 def choose_language(name: str) -> Language:
@@ -96,6 +106,14 @@ class Wording:
         if minutes < 60:
             return f"{minutes} min {rest} s" if minutes else f"{rest} s"
         return f"{minutes // 60} h {minutes % 60} min"
+
+    def mode(self, mode: str) -> str:
+        """How a sample was chosen (`describe_mode` in the evaluation); what is none of ours is shown as it is."""
+        for key, pattern in _MODES.items():
+            if found := pattern.fullmatch(mode):
+                point = "." if self.language == "en" else ","
+                return self(key, **{name: value.replace(".", point) for name, value in found.groupdict().items()})
+        return mode
 
     def size(self, num_bytes: float | None) -> str:
         """A number of bytes in a decimal unit."""
