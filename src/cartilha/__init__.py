@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         InspectConfig,
         PlanConfig,
         PrepareConfig,
+        PushConfig,
         ReportConfig,
         RunConfig,
         TrainConfig,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from cartilha.pipeline.job import run
     from cartilha.pipeline.plan import plan
     from cartilha.pipeline.prepare import prepare
+    from cartilha.pipeline.push import push
     from cartilha.pipeline.report import report
     from cartilha.pipeline.train import train
     from cartilha.pipeline.vocab import vocab
@@ -51,6 +53,7 @@ __all__ = [
     "InspectConfig",
     "PlanConfig",
     "PrepareConfig",
+    "PushConfig",
     "ReportConfig",
     "RunConfig",
     "TrainConfig",
@@ -64,6 +67,7 @@ __all__ = [
     "inspect",
     "plan",
     "prepare",
+    "push",
     "report",
     "run",
     "train",

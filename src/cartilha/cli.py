@@ -85,11 +85,12 @@ COMMANDS = {
     "explore": Command(
         configs.ExploreConfig, ("cartilha.pipeline.explore", "explore"), "a local page: models token by token, a store"
     ),
+    "push": Command(configs.PushConfig, ("cartilha.pipeline.push", "push"), "a model onto the hub, with its card"),
 }
 
 
 # What writes files and would write them twice under torchrun.
-_ONE_PROCESS = ("demo", "run", "prepare", "vocab")
+_ONE_PROCESS = ("demo", "run", "prepare", "vocab", "push")
 
 
 class _Parser(ArgumentParser):

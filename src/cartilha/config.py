@@ -262,6 +262,15 @@ class ReportConfig:
 
 
 @dataclass(frozen=True)
+class PushConfig:
+    """A run's trained model onto the Hugging Face hub, with its model card."""
+
+    run: str = option("", "the run's directory", required=True, positional=True)
+    name: str = option("", "the repository: USER/NAME", required=True, positional=True)
+    public: bool = option(False, "whoever likes may read a repository that is made now; else it is private")
+
+
+@dataclass(frozen=True)
 class ExploreConfig:
     """A local page: what models expect token by token, and what a store holds. Ctrl-C ends it."""
 

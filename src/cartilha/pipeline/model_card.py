@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 OPT_LICENCE = (
@@ -20,19 +22,23 @@ def model_card(results: dict[str, Any]) -> str:
         else "See the base model's licence. / Veja a licença do modelo de base."
     )
     protocol = after["protocol"]
+    base = settings["model"]
+    # The hub links a base model by its id; a directory's path is nobody else's business.
+    on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base) is not None and not Path(base).exists()
+    base_line = f"base_model: {base}\n" if on_hub else ""
+    shown = base if on_hub or base.startswith(("package:", "random:")) else Path(base).name
     return f"""---
 language: pt
-base_model: {settings["model"]}
-library_name: transformers
+{base_line}library_name: transformers
 pipeline_tag: text-generation
 tags: [cartilha, continued-pretraining, portuguese]
 ---
 
 # {results["name"]}
 
-`{settings["model"]}`, trained on with Cartilha on {corpus["num_train_documents"]:,} Portuguese documents
+`{shown}`, trained on with Cartilha on {corpus["num_train_documents"]:,} Portuguese documents
 ({corpus["num_train_tokens"]:,} tokens; {results["tokens"]:,} targets seen). /
-`{settings["model"]}`, treinado adiante com o Cartilha em {corpus["num_train_documents"]:,} documentos em português.
+`{shown}`, treinado adiante com o Cartilha em {corpus["num_train_documents"]:,} documentos em português.
 
 | held-out text / texto reservado | before / antes | after / depois |
 |---|---|---|

