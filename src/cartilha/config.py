@@ -118,6 +118,9 @@ class TrainConfig:
     gradient_checkpointing: bool = option(
         False, "compute each layer a second time instead of keeping it: less memory, about a third slower"
     )
+    compile: Literal["auto", "always", "never"] = option(
+        "auto", "compile the model (torch.compile): auto does on a GPU, for runs of 100 steps and more"
+    )
     seed: int = option(0, "order of the documents, and fresh weights of random: models")
     dtype: Dtype = option("auto", "compute type; the weights themselves stay float32")
     device: Device = option("auto", "where to train")

@@ -122,12 +122,12 @@ def during_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[int, Callable
     def arrange(actions: dict[int, Callable[[], None]]) -> None:
         count = 0
 
-        def patched(model: Any, batch: Any, dtype: torch.dtype) -> torch.Tensor:
+        def patched(model: Any, batch: Any, dtype: torch.dtype, body: Any) -> torch.Tensor:
             nonlocal count
             count += 1
             if count in actions:
                 actions[count]()
-            return batch_nll(model, batch, dtype)
+            return batch_nll(model, batch, dtype, body)
 
         monkeypatch.setattr("cartilha.training.loop.batch_nll", patched)
 

@@ -388,9 +388,9 @@ def test_a_step_that_is_no_number_changes_no_weight_and_is_counted(store, tmp_pa
     weights: list[torch.Tensor] = []
     spoilt = (2, 3, 5)
 
-    def patched(model: Any, batch: Any, dtype: torch.dtype) -> torch.Tensor:
+    def patched(model: Any, batch: Any, dtype: torch.dtype, body: Any) -> torch.Tensor:
         weights.append(model.get_input_embeddings().weight.detach().clone())
-        loss = batch_nll(model, batch, dtype)
+        loss = batch_nll(model, batch, dtype, body)
         return loss * bad if len(weights) in spoilt else loss
 
     monkeypatch.setattr("cartilha.training.loop.batch_nll", patched)

@@ -143,12 +143,12 @@ def stopped(store: Path, one_thread: None, tmp_path_factory: pytest.TempPathFact
     path = tmp_path_factory.mktemp("stopped") / "stopped"
     count = 0
 
-    def patched(model: Any, batch: Any, dtype: torch.dtype) -> torch.Tensor:
+    def patched(model: Any, batch: Any, dtype: torch.dtype, body: Any) -> torch.Tensor:
         nonlocal count
         count += 1
         if count == 3:
             terminate()
-        return batch_nll(model, batch, dtype)
+        return batch_nll(model, batch, dtype, body)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(InterruptedRunError):
         patch.setattr("cartilha.training.loop.batch_nll", patched)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from cartilha.blocks.packing import IGNORE_INDEX, Batch, PackedStream, stack
@@ -141,9 +142,9 @@ def use_kernel(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
 
 
 def take_the_document_mask_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    def one_segment_a_row(batch: Batch, device: torch.device, dtype: torch.dtype) -> Segments:
+    def one_segment_a_row(batch: Batch, device: torch.device, dtype: torch.dtype, body: Any) -> Segments:
         num_rows, row_length = batch.input_ids.shape
-        return Segments((row_length,) * num_rows, row_length, device, "segments")
+        return Segments.of((row_length,) * num_rows, row_length, device, "segments")
 
     monkeypatch.setattr(forward, "_segments", one_segment_a_row)
 
@@ -207,12 +208,18 @@ def test_the_mask_kernel_agrees_with_the_segments_kernel(name, monkeypatch):
     expected = gradients(model, loss)
     use_kernel(monkeypatch, "mask")
     # Counted, so that the first kernel is not compared with itself.
-    asked: list[int | None] = []
-    mask = Segments.mask
-    monkeypatch.setattr(Segments, "mask", lambda self, window: asked.append(window) or mask(self, window))
+    masks: list[torch.Tensor] = []
+    computed = F.scaled_dot_product_attention
+
+    def counted(*inputs: torch.Tensor, attn_mask: torch.Tensor, **rest: Any) -> torch.Tensor:
+        masks.append(attn_mask)
+        return computed(*inputs, attn_mask=attn_mask, **rest)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
     torch.testing.assert_close(scored_nll(model, batch, torch.float32), nll, rtol=1e-5, atol=2e-5)
-    assert len(asked) == model.config.num_hidden_layers
-    assert (WINDOW in asked) == (name in WINDOWED)
+    assert len(masks) == model.config.num_hidden_layers
+    seen = min(int(mask.sum(dim=-1).max()) for mask in masks)
+    assert seen == (WINDOW if name in WINDOWED else max(batch.segment_lengths))
     assert_same_gradients(gradients(model, batch_nll(model, batch, torch.float32)), expected)
 
 

@@ -180,9 +180,9 @@ def _with(monkeypatch, plain, function):
 def test_documents_that_see_each_other(fresh, monkeypatch):
     real = forward._segments
 
-    def one_segment(batch, device, dtype):
+    def one_segment(batch, device, dtype, body):
         rows, length = batch.input_ids.shape
-        return replace(real(batch, device, dtype), lengths=(length,) * rows)
+        return replace(real(batch, device, dtype, body), lengths=(length,) * rows)
 
     monkeypatch.setattr(forward, "_segments", one_segment)
     assert failed(run_checks(fresh, (model.causality, model.isolation))) == ["isolation"]
@@ -302,7 +302,7 @@ def test_near_duplicates(fresh, tmp_path):
 
 
 def test_broken_accumulation(fresh, monkeypatch):
-    def mean_of_means(the_model, blocks, size, num_targets, dtype, scaler):
+    def mean_of_means(the_model, blocks, size, num_targets, dtype, scaler, body):
         loss = torch.zeros(())
         starts = range(0, len(blocks), size)
         for begin in starts:

@@ -77,9 +77,9 @@ def failing_passes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
     def arrange(*numbers: int, error: type[BaseException] = torch.OutOfMemoryError) -> list[int]:
         rows: list[int] = []
 
-        def patched(model, batch, dtype):
+        def patched(model, batch, dtype, body):
             rows.append(len(batch.input_ids))
-            value = batch_nll(model, batch, dtype)  # dropout is drawn before memory runs out
+            value = batch_nll(model, batch, dtype, body)  # dropout is drawn before memory runs out
             if len(rows) in numbers:
                 raise error("DefaultCPUAllocator: can't allocate memory")
             return value
@@ -137,7 +137,7 @@ def test_a_micro_batch_larger_than_the_step_is_halved_from_what_the_step_holds(f
 
 
 def test_any_other_error_is_not_taken_for_a_lack_of_memory(failing_passes, monkeypatch):
-    def broken(model, batch, dtype):
+    def broken(model, batch, dtype, body):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
     monkeypatch.setattr(loop, "batch_nll", broken)

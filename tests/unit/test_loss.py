@@ -7,12 +7,14 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cartilha.blocks.packing import IGNORE_INDEX
 from cartilha.model import loss as loss_module
-from cartilha.model.loss import chunk_kernel, linear_cross_entropy, token_nll, with_fallback
+from cartilha.model.compiling import CompiledOrPlain
+from cartilha.model.loss import chunk_kernel, fused_nll_and_gradient, linear_cross_entropy, nll_and_gradient, token_nll
 from cartilha.runtime import compile_pays
 
 CHUNK, HIDDEN, NUM_IDS = 8, 16, 37
@@ -237,18 +239,68 @@ def test_a_compilation_that_fails_is_said_once_and_the_plain_code_goes_on(caplog
         raise RuntimeError("Cannot find a working triton installation.\nand a long trace")
 
     plain = chunk_kernel("cpu")
-    kernel = with_fallback(broken, plain)
+    kernel = CompiledOrPlain(broken, plain, "The loss")
     arguments = torch.randn(5, 11), torch.randint(0, 11, (5, 1)), torch.ones(5, 1)
     expected = plain(arguments[0].clone(), *arguments[1:])
     for _ in range(2):
         found = kernel(arguments[0].clone(), *arguments[1:])
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    assert caplog.text.count("computing it plainly") == 1 and "long trace" not in caplog.text
+    assert caplog.text.count("The loss could not be compiled") == 1 and "long trace" not in caplog.text
+
+
+def test_a_lack_of_memory_is_no_failure_to_compile(caplog):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    kernel = CompiledOrPlain(full, chunk_kernel("cpu"), "The loss")
+    with pytest.raises(torch.OutOfMemoryError):
+        kernel(torch.randn(2, 3), torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1))
+    assert kernel.is_compiled and not caplog.text
 
 
 def test_a_compiled_kernel_is_used_while_it_works():
     calls = []
     plain = chunk_kernel("cpu")
-    kernel = with_fallback(lambda *arguments: calls.append(1) or plain(*arguments), lambda *arguments: 1 / 0)
+    kernel = CompiledOrPlain(lambda *arguments: calls.append(1) or plain(*arguments), lambda *arguments: 1 / 0, "It")
     kernel(torch.randn(2, 3), torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1))
     assert calls == [1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_form_that_is_compiled_computes_the_same(dtype):
+    logits = (torch.randn(40, NUM_IDS) * 4).to(dtype)
+    index, scored = torch.randint(0, NUM_IDS, (40, 1)), (torch.arange(40) % 3 > 0).float()[:, None]
+    found = fused_nll_and_gradient(logits.clone(), index, scored)
+    expected = nll_and_gradient(logits.clone(), index, scored)
+    assert found[0].dtype == torch.float32 and found[1].dtype == expected[1].dtype == dtype
+    assert found[1].float().abs().sum() > 10 and not found[1][::3].any()
+    torch.testing.assert_close(found[0], expected[0])
+    # Near the target softmax - 1 is rounded once in either form, at another place: an ulp of the compute dtype.
+    torch.testing.assert_close(found[1], expected[1], rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_the_form_that_is_compiled_has_one_graph_for_full_and_partial_chunks():
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(fused_nll_and_gradient, backend=counter, fullgraph=True)
+    for rows in (8, 8, 3, 5, 8):
+        compiled(torch.randn(rows, NUM_IDS), torch.zeros(rows, 1, dtype=torch.long), torch.ones(rows, 1))
+    assert counter.frame_count == 2  # full chunks, and all others together
+
+
+def test_products_are_added_in_float32_where_the_hardware_can(monkeypatch):
+    assert not loss_module.sums_in_float32("cpu", torch.bfloat16)
+    hidden, weight, targets = problem(5 * CHUNK)
+    rounded = with_gradients(lambda h, w: linear_cross_entropy(h, w, targets, torch.bfloat16), hidden, weight)[2]
+    asked = []
+
+    def added(total, left, right, *, out_dtype, out):
+        asked.append(out_dtype)
+        return out.copy_(total + left.float() @ right.float())
+
+    monkeypatch.setattr(loss_module, "sums_in_float32", lambda *hardware: True)
+    monkeypatch.setattr(torch, "addmm", added)
+    found = with_gradients(lambda h, w: linear_cross_entropy(h, w, targets, torch.bfloat16), hidden, weight)[2]
+    assert asked == [torch.float32] * 5
+    torch.testing.assert_close(found, rounded, rtol=0.02, atol=0.02)
+    assert not torch.equal(found, rounded)

@@ -13,8 +13,8 @@ Three ways to compute the same thing, chosen from the hardware:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -47,37 +47,65 @@ Kernel = Literal["varlen", "segments", "mask", "kept"]
 
 @dataclass(frozen=True)
 class Segments:
-    """Where the pieces of documents of a batch begin and end.
+    """Where the pieces of documents of a batch begin and end, in the form that the kernel takes.
+
+    Tensors of one shape for all batches, apart from `lengths`, which the CPU's kernel alone has: a compiled model
+    would be compiled anew for every Python value that changes.
 
     Attributes:
-        lengths: Of each segment in row-major order; they sum to the batch's num_rows * row_length.
         row_length: Positions a row; no segment crosses a row's end.
-        device: Where masks and boundaries are needed.
         kernel: How attention is computed.
+        lengths: For `segments`: of each segment in row-major order; they sum to the batch's num_rows * row_length.
+        boundaries: For `varlen`: cumulative lengths from 0, int32, shape (capacity + 1,); the total is repeated at the
+            end, as segments of no length.
+        mask: For `mask`: True where a query may look, shape (num_rows, 1, row_length, row_length).
     """
 
-    lengths: tuple[int, ...]
     row_length: int
-    device: torch.device
     kernel: Kernel
+    lengths: tuple[int, ...] = ()
+    boundaries: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
 
-    @cached_property
-    def boundaries(self) -> torch.Tensor:
-        """Cumulative lengths from 0, int32, shape (num_segments + 1,)."""
-        cumulative = np.concatenate([[0], np.cumsum(self.lengths)])
-        return torch.from_numpy(cumulative.astype(np.int32)).to(self.device, non_blocking=True)
+    @classmethod
+    def of(
+        cls, lengths: Sequence[int], row_length: int, device: torch.device, kernel: Kernel, capacity: int = 0
+    ) -> Segments:
+        """The segments of these lengths.
 
-    def mask(self, sliding_window: int | None) -> torch.Tensor:
-        """True where a query may look: shape (num_rows, 1, row_length, row_length)."""
-        cache: dict[int | None, torch.Tensor] = self.__dict__.setdefault("_masks", {})
-        if sliding_window not in cache:
-            segment = torch.repeat_interleave(
-                torch.arange(len(self.lengths), device=self.device), torch.tensor(self.lengths, device=self.device)
-            ).view(-1, 1, self.row_length, 1)
-            cache[sliding_window] = (segment == segment.transpose(2, 3)) & causal_mask(
-                self.row_length, sliding_window, self.device
-            )
-        return cache[sliding_window]
+        Args:
+            lengths: In row-major order.
+            row_length: Positions a row.
+            device: Where the model is.
+            kernel: How attention is computed.
+            capacity: Segments that `boundaries` has room for at least, so that batches with fewer have the same shape.
+        """
+        if kernel == "segments":
+            return cls(row_length, kernel, lengths=tuple(lengths))
+        if kernel == "varlen":
+            return cls(row_length, kernel, boundaries=_boundaries(lengths, capacity, device))
+        if kernel == "mask":
+            return cls(row_length, kernel, mask=_block_mask(lengths, row_length, device))
+        return cls(row_length, kernel)
+
+
+def _boundaries(lengths: Sequence[int], capacity: int, device: torch.device) -> torch.Tensor:
+    cumulative = np.zeros(max(capacity, len(lengths)) + 1, np.int32)
+    cumulative[1 : len(lengths) + 1] = np.cumsum(lengths)
+    cumulative[len(lengths) + 1 :] = cumulative[len(lengths)]
+    return to_device(cumulative, device)
+
+
+def _block_mask(lengths: Sequence[int], row_length: int, device: torch.device) -> torch.Tensor:
+    numbers = np.repeat(np.arange(len(lengths)), lengths)
+    segment = to_device(numbers, device).view(-1, 1, row_length, 1)
+    return (segment == segment.transpose(2, 3)) & causal_mask(row_length, None, device)
+
+
+def to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A copy on the device; to a CUDA device from pinned memory, so that the host need not wait for it."""
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def causal_mask(length: int, sliding_window: int | None, device: torch.device) -> torch.Tensor:
@@ -136,7 +164,10 @@ def document_attention(
     elif segments.kernel == "kept":
         output = _KeptByFlashAttention.apply(query, key, value)
     else:
-        mask = segments.mask(sliding_window)
+        mask = segments.mask
+        assert mask is not None
+        if sliding_window is not None and sliding_window < row_length:
+            mask = mask & causal_mask(row_length, sliding_window, mask.device)
         attended = F.scaled_dot_product_attention(
             query, _repeat(key, repeats), _repeat(value, repeats), attn_mask=mask, dropout_p=dropout, scale=scaling
         )
@@ -165,6 +196,7 @@ def _varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     boundaries = segments.boundaries
+    assert boundaries is not None
     # The longest segment is bounded by the row, a constant: a changing maximum would recompile a compiled model.
     longest = segments.row_length
     dtype = query.dtype if query.dtype != torch.float32 else torch.get_autocast_dtype("cuda")

@@ -4,48 +4,49 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from cartilha.blocks.packing import Batch
-from cartilha.model.attention import Segments, choose_kernel
+from cartilha.model.attention import Segments, choose_kernel, to_device
+from cartilha.model.compiling import CompiledBody
 from cartilha.model.loss import TokenScores, linear_cross_entropy, token_scores
 
 
-def _segments(batch: Batch, device: torch.device, dtype: torch.dtype) -> Segments:
+def _segments(batch: Batch, device: torch.device, dtype: torch.dtype, body: CompiledBody | None = None) -> Segments:
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     kernel = choose_kernel(device.type, capability, dtype)
-    return Segments(tuple(batch.segment_lengths.tolist()), batch.input_ids.shape[1], device, kernel)
+    lengths, capacity = batch.segment_lengths.tolist(), 0
+    if body is not None and body.is_compiled:
+        capacity = body.capacity(len(lengths))
+        if kernel == "segments":  # one call a segment is another graph for every batch
+            kernel = "mask"
+    return Segments.of(lengths, batch.input_ids.shape[1], device, kernel, capacity)
 
 
 def _autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
-def _to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
-    """A copy on the device; to a CUDA device from pinned memory, so that the host need not wait for it."""
-    tensor = torch.from_numpy(values)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
-def hidden_states(model: PreTrainedModel, batch: Batch, dtype: torch.dtype) -> torch.Tensor:
+def hidden_states(
+    model: PreTrainedModel, batch: Batch, dtype: torch.dtype, body: CompiledBody | None = None
+) -> torch.Tensor:
     """Last hidden states of a batch of packed documents, shape (num_rows, row_length, hidden_size).
 
     Args:
         model: With `use_document_attention`.
         batch: Blocks; documents do not see each other.
         dtype: Compute dtype of the body (autocast over float32 weights).
+        body: The model's, compiled; by default it is computed plainly.
     """
     device = model.device
-    body = model.base_model
-    assert body is not model, f"{type(model).__name__} has no body apart from its head"
+    assert model.base_model is not model, f"{type(model).__name__} has no body apart from its head"
     with _autocast(device, dtype):
-        output = body(
-            input_ids=_to_device(batch.input_ids, device),
-            position_ids=_to_device(batch.position_ids, device),
+        output = (body or model.base_model)(
+            input_ids=to_device(batch.input_ids, device),
+            position_ids=to_device(batch.position_ids, device),
             use_cache=False,
-            segments=_segments(batch, device, dtype),
+            segments=_segments(batch, device, dtype, body),
         )
     states = output.last_hidden_state
     assert isinstance(states, torch.Tensor)
@@ -60,10 +61,12 @@ def head_weight(model: PreTrainedModel) -> torch.Tensor:
     return head.weight
 
 
-def batch_nll(model: PreTrainedModel, batch: Batch, dtype: torch.dtype) -> torch.Tensor:
-    """Summed nll of a batch's targets, differentiable: scalar float32, in nats."""
-    states = hidden_states(model, batch, dtype)
-    targets = _to_device(batch.targets, states.device)
+def batch_nll(
+    model: PreTrainedModel, batch: Batch, dtype: torch.dtype, body: CompiledBody | None = None
+) -> torch.Tensor:
+    """Summed nll of a batch's targets, differentiable: scalar float32, in nats; see `hidden_states`."""
+    states = hidden_states(model, batch, dtype, body)
+    targets = to_device(batch.targets, states.device)
     return linear_cross_entropy(states.flatten(0, 1), head_weight(model), targets.flatten(), dtype)
 
 

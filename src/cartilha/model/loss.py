@@ -8,7 +8,6 @@ hidden states and of the head. Matrix products run in the compute dtype, reducti
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,9 +15,8 @@ from typing import Any
 import torch
 
 from cartilha.blocks.packing import IGNORE_INDEX
+from cartilha.model.compiling import CompiledOrPlain
 from cartilha.runtime import compile_pays, has_cxx_compiler
-
-log = logging.getLogger("cartilha")
 
 CHUNK_TOKENS = 1024
 
@@ -34,22 +32,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         nll = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        # One buffer for all chunks, worked on in place: fresh memory costs more than the arithmetic (docs/log.md).
-        buffer = hidden.new_empty((min(CHUNK_TOKENS, len(targets)), len(weight)), dtype=torch.float32)
+        # One buffer for all chunks: fresh memory costs more than the arithmetic (docs/log.md).
+        buffer = hidden.new_empty((min(CHUNK_TOKENS, len(targets)), len(weight)), dtype=dtype)
         for begin in range(0, len(targets), CHUNK_TOKENS):
             rows = slice(begin, begin + CHUNK_TOKENS)
             states = hidden[rows].to(dtype)
             scored = (targets[rows] != IGNORE_INDEX)[:, None]
             index = targets[rows, None].where(scored, 0)
-            logits = _product_into(buffer[: len(states)], states, head.T)
+            logits = torch.mm(states, head.T, out=buffer[: len(states)])
             chunk_nll, grad_logits = chunk_kernel(hidden.device.type)(logits, index, scored.float())
             nll += chunk_nll
-            grad_logits = grad_logits.to(dtype)
             grad_hidden[rows] = grad_logits @ head
-            if dtype == torch.float32:
-                grad_weight.addmm_(grad_logits.T, states)
-            else:
-                grad_weight += grad_logits.T @ states
+            _add_product(grad_weight, grad_logits.T, states)
         ctx.save_for_backward(grad_hidden, grad_weight)
         return nll
 
@@ -68,28 +62,31 @@ ChunkKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.T
 def chunk_kernel(device_type: str) -> ChunkKernel:
     """How a chunk's softmax and gradient are computed: fused by torch.compile where that pays, plainly elsewhere."""
     if not compile_pays(device_type, has_cxx_compiler()):
-        return _nll_and_gradient
-    return with_fallback(torch.compile(_nll_and_gradient, dynamic=True), _nll_and_gradient)
+        return nll_and_gradient
+    # The last chunk may have fewer rows than the others: the second size makes the rows, and them alone, symbolic.
+    return CompiledOrPlain(torch.compile(fused_nll_and_gradient), nll_and_gradient, "The loss")
 
 
-def with_fallback(compiled: ChunkKernel, plain: ChunkKernel) -> ChunkKernel:
-    """The compiled kernel until it fails (at its first call, as a rule); then the plain one, and a line says so."""
-    broken = False
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Add `left @ right` to `total`, which is float32; the product is not rounded before where that can be had."""
+    if left.dtype == torch.float32:
+        total.addmm_(left, right)
+    elif sums_in_float32(left.device.type, left.dtype):
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    else:
+        total += left @ right
 
-    def kernel(logits: torch.Tensor, index: torch.Tensor, scored: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        nonlocal broken
-        if not broken:
-            try:
-                return compiled(logits, index, scored)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:
-                broken = True
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                log.warning("The loss could not be compiled (%s): computing it plainly, a little slower.", reason)
-        return plain(logits, index, scored)
 
-    return kernel
+@functools.cache
+def sums_in_float32(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether half-precision products can be added to a float32 matrix at once, as CUDA can: found by doing it."""
+    factor = torch.full((16, 16), 1 / 16, dtype=dtype, device=device_type)
+    total = torch.ones(16, 16, device=device_type)
+    try:
+        torch.addmm(total, factor, factor, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return bool((total == 1 + 1 / 16).all())
 
 
 def _product_into(buffer: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -99,21 +96,42 @@ def _product_into(buffer: torch.Tensor, left: torch.Tensor, right: torch.Tensor)
     return buffer.copy_(left @ right)
 
 
-def _nll_and_gradient(
+def nll_and_gradient(
     logits: torch.Tensor, index: torch.Tensor, scored: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Summed nll and its gradient by the logits: softmax minus one-hot, zero in rows that are not scored.
 
     Args:
-        logits: Shape (num_tokens, num_ids), float32; overwritten by the gradient.
+        logits: Shape (num_tokens, num_ids), in the compute dtype; overwritten by the gradient.
         index: The target of each row, shape (num_tokens, 1).
         scored: 1 where the row counts, else 0, shape (num_tokens, 1), float32.
+
+    Returns:
+        The nll, a float32 scalar, and the gradient, in the compute dtype.
     """
-    target_logits = logits.gather(1, index)
-    highest = logits.amax(dim=1, keepdim=True)
-    total = logits.sub_(highest).exp_().sum(dim=1, keepdim=True)
+    work = logits.float()  # the logits themselves in float32: one buffer, worked on in place
+    target_logits = work.gather(1, index)
+    highest = work.amax(dim=1, keepdim=True)
+    total = work.sub_(highest).exp_().sum(dim=1, keepdim=True)
     nll = (scored * (total.log() + highest - target_logits)).sum()
-    return nll, logits.mul_(scored / total).scatter_add_(1, index, -scored)
+    return nll, logits.copy_(work.mul_(scored / total).scatter_add_(1, index, -scored))
+
+
+def fused_nll_and_gradient(
+    logits: torch.Tensor, index: torch.Tensor, scored: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`nll_and_gradient` to be compiled: nothing but reductions along rows and elementwise steps.
+
+    So the logits are read and the gradient is written in the compute dtype, and float32 exists in registers alone; a
+    scatter would bring a float32 copy into memory.
+    """
+    work = logits.float()
+    highest = work.amax(dim=1, keepdim=True)
+    weights = (work - highest).exp()
+    total = weights.sum(dim=1, keepdim=True)
+    is_target = torch.arange(work.shape[1], device=work.device) == index
+    nll = (scored * (total.log() + highest - work.gather(1, index))).sum()
+    return nll, (weights * (scored / total) - is_target * scored).to(logits.dtype)
 
 
 def linear_cross_entropy(

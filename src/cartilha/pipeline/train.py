@@ -14,6 +14,7 @@ import torch
 from cartilha.config import GenerateConfig, TrainConfig
 from cartilha.errors import InterruptedRunError, OutOfMemoryError, UserError
 from cartilha.evaluation.measures import Evaluation
+from cartilha.model.compiling import training_body
 from cartilha.pipeline.check import refuse_if_failed
 from cartilha.pipeline.evaluate import evaluate_loaded
 from cartilha.pipeline.live import training_view
@@ -230,6 +231,7 @@ def _steps(run: Run, record: RunRecord) -> Iterator[StepRecord]:
             max_grad_norm=run.config.max_grad_norm,
             scaler=run.state.scaler,
             loss_kind=run.config.loss,
+            body=training_body(run.loaded.model, run.config.compile, run.schedule.num_steps),
         ):
             show(step)
             yield step

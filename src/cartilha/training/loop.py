@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from cartilha.blocks.packing import Block, stack
 from cartilha.blocks.sampler import BlockSampler
+from cartilha.model.compiling import CompiledBody
 from cartilha.model.forward import batch_nll
 from cartilha.runtime import is_out_of_memory, peak_memory_bytes, world
 from cartilha.training.distributed import agree, sum_over_ranks
@@ -162,6 +163,7 @@ def train_steps(
     max_grad_norm: float,
     scaler: torch.amp.GradScaler,
     loss_kind: LossKind = "nll",
+    body: CompiledBody | None = None,
 ) -> Iterator[StepRecord]:
     """Train from `progress.step` to the schedule's end, yielding after each step.
 
@@ -180,6 +182,7 @@ def train_steps(
         max_grad_norm: Gradients are clipped to this norm.
         scaler: Enabled for fp16 only.
         loss_kind: `perplexity` differentiates exp(mean nll) of the whole step (docs/measures.md).
+        body: The model's, compiled; micro-batches of the usual size go through it.
     """
     progress.micro_batch_size = micro_batch_size
     pace = _OneStepAhead(model.device)
@@ -193,7 +196,7 @@ def train_steps(
             parameters = choose_trained(model, optimizer, embeddings_only=embeddings_only)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            loss = _gradients(model, data.blocks, data.num_targets, progress, dtype, scaler)
+            loss = _gradients(model, data.blocks, data.num_targets, progress, dtype, scaler, body)
             sum_over_ranks(parameters, loss)
             scaler.unscale_(optimizer)
             if loss_kind == "perplexity":  # d exp(loss) = exp(loss) d loss, with the loss of the whole step
@@ -233,25 +236,32 @@ def _gradients(
     progress: Progress,
     dtype: torch.dtype,
     scaler: torch.amp.GradScaler,
+    body: CompiledBody | None,
 ) -> torch.Tensor:
     """Add up the gradients of the blocks' share of the step's mean nll, and return that share.
 
     Where memory runs out the micro-batch is halved and the step's gradients are made anew, from the same random state:
-    no weight has moved, so the step comes out the same up to rounding.
+    no weight has moved, so the step comes out the same up to rounding. So they are where the compiled body fails in the
+    backward pass, plainly then. A micro-batch with fewer rows than usual, as at an epoch's end, is not worth a graph.
     """
     before = _random_state(model.device)
     while True:
         size = min(progress.micro_batch_size, len(blocks))
+        usual = body if size == progress.micro_batch_size else None
         try:
-            return _accumulate(model, blocks, size, num_targets, dtype, scaler)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error) or size <= 1:
+            return _accumulate(model, blocks, size, num_targets, dtype, scaler, usual)
+        except Exception as error:
+            out_of_memory = is_out_of_memory(error)
+            plainly = usual is not None and usual.give_up(error)
+            if not plainly and (not out_of_memory or size <= 1):
                 raise
         # Outside of the handler: the error's traceback held on to the tensors of the pass that failed.
         model.zero_grad(set_to_none=True)
         if model.device.type == "cuda":
             torch.cuda.empty_cache()
         _set_random_state(model.device, before)
+        if not out_of_memory:
+            continue
         progress.micro_batch_size = (size + 1) // 2
         log.warning(
             "Memory ran out in step %d with micro-batches of %d blocks: going on with %d, and more of them; "
@@ -269,11 +279,13 @@ def _accumulate(
     num_targets: int,
     dtype: torch.dtype,
     scaler: torch.amp.GradScaler,
+    body: CompiledBody | None,
 ) -> torch.Tensor:
     loss = torch.zeros((), device=model.device)
     for begin in range(0, len(blocks), max(1, micro_batch_size)):
         batch = stack(blocks[begin : begin + micro_batch_size])
-        share = batch_nll(model, batch, dtype) / num_targets
+        usual = body if len(batch.input_ids) == micro_batch_size else None
+        share = batch_nll(model, batch, dtype, usual) / num_targets
         scaler.scale(share).backward()
         loss += share.detach()
     return loss

@@ -161,7 +161,7 @@ def _pass(
     model.get_input_embeddings().register_forward_hook(gradient_arrives)
     ids = torch.zeros(rows, row_length, dtype=torch.long)
     positions, targets = torch.zeros_like(ids), torch.zeros_like(ids)
-    segments = Segments((row_length,) * rows, row_length, torch.device("cpu"), kernel)
+    segments = Segments.of((row_length,) * rows, row_length, torch.device("cpu"), kernel)
     with nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype):
         output = model.base_model(input_ids=ids, position_ids=positions, use_cache=False, segments=segments)
     hidden = output.last_hidden_state.flatten(0, 1)

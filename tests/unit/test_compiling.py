@@ -1,0 +1,285 @@
+"""The compiled body: one graph for all batches, the same figures as plain code, and plain code where it fails."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
+from torch._dynamo.utils import counters
+from torch.nn.attention import varlen
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from cartilha.blocks.packing import Batch, PackedStream, stack
+from cartilha.blocks.sampler import BlockSampler
+from cartilha.model import forward
+from cartilha.model.attention import causal_mask, use_document_attention
+from cartilha.model.checkpointing import checkpoint_layers
+from cartilha.model.compiling import CompiledBody, training_body
+from cartilha.model.forward import batch_nll
+from cartilha.training.loop import Progress, Schedule, train_steps
+from cartilha.training.optimizer import make_optimizer
+
+NUM_IDS, BLOCK = 61, 24
+GLU = {"intermediate_size": 48, "num_key_value_heads": 2}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "gpt2": {},
+    "llama": GLU,
+    "qwen2": {**GLU, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    "gemma": {**GLU, "head_dim": 16},
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    """No graph of one test serves another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+    torch.set_num_threads(threads)
+
+
+def tiny(name: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        name,
+        vocab_size=NUM_IDS,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        pad_token_id=1,
+        bos_token_id=2,
+        eos_token_id=3,
+        **ARCHITECTURES[name],
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    use_document_attention(model)
+    return model.eval()
+
+
+def packed(lengths: list[int], rows: int = 2) -> Batch:
+    tokens = np.random.default_rng(len(lengths)).integers(4, NUM_IDS, sum(lengths))
+    start = np.cumsum([0, *lengths[:-1]])
+    stream = PackedStream(
+        tokens, start, np.array(lengths), np.arange(len(lengths)), prefix_id=2, end_id=3, block_size=BLOCK
+    )
+    return stack([stream.block(row) for row in range(rows)])
+
+
+# As many rows, cut otherwise each time: no two have the same number of segments.
+BATCHES = [packed(lengths) for lengths in ([60], [30, 10, 20], [7, 1, 9, 20, 2, 12, 5], [4] * 12)]
+
+
+def gradients(
+    model: PreTrainedModel, batch: Batch, body: CompiledBody | None, dtype: torch.dtype = torch.float32
+) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss = batch_nll(model, batch, dtype, body)
+    loss.backward()
+    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    return {"loss": loss.detach(), **found}
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def attention_weights(
+    query: torch.Tensor, key: torch.Tensor, boundaries: torch.Tensor, scale: float | None, window: list[int]
+) -> tuple[torch.Tensor, float]:
+    """Softmax over what each query may see, shape (heads, tokens, tokens), float32; and the scale."""
+    factor = scale or query.shape[2] ** -0.5
+    repeated = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    scores = torch.einsum("qhd,khd->hqk", query.float(), repeated.float()) * factor
+    segment = torch.repeat_interleave(torch.arange(len(boundaries) - 1), boundaries.diff())
+    mask = causal_mask(len(query), None if window[0] < 0 else window[0] + 1, query.device)
+    return scores.masked_fill(~(mask & (segment[:, None] == segment)), -torch.inf).softmax(-1), factor
+
+
+@pytest.fixture(scope="module")
+def varlen_on_cpu() -> list[int]:
+    """Kernels for torch's own operator on the device that has none; gives the numbers of boundaries that it saw."""
+    seen: list[int] = []
+
+    @varlen._varlen_attn.register_kernel("cpu")
+    def forward_kernel(q, k, v, cu_q, cu_k, max_q, max_k, is_causal, scale, window, *defaults):
+        assert cu_q.dtype == torch.int32 and int(cu_q[-1]) == len(q) and max_q == BLOCK
+        assert window[1] == 0 and is_causal == (window[0] == -1)
+        seen.append(len(cu_q))
+        weights, _ = attention_weights(q, k, cu_q, scale, window)
+        values = v.float().repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+        output = torch.empty_like(q).copy_(torch.einsum("hqk,khd->qhd", weights, values))
+        return output, torch.zeros(q.shape[1], len(q)), torch.zeros(2, dtype=torch.uint64)
+
+    @varlen._varlen_attn_backward.register_kernel("cpu")
+    def backward_kernel(grad, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, is_causal, rng, scale=None, window=None):
+        # Below autograd, so written out: the derivative of softmax(q k') v.
+        weights, factor = attention_weights(q, k, cu_q, scale, window)
+        repeats, grad = q.shape[1] // k.shape[1], grad.float()
+        keys, values = (heads.float().repeat_interleave(repeats, dim=1) for heads in (k, v))
+        by_weights = torch.einsum("qhd,khd->hqk", grad, values)
+        by_scores = weights * (by_weights - (by_weights * weights).sum(-1, keepdim=True)) * factor
+        grad_q = torch.einsum("hqk,khd->qhd", by_scores, keys)
+        grad_k = torch.einsum("hqk,qhd->khd", by_scores, q.float())
+        grad_v = torch.einsum("hqk,qhd->khd", weights, grad)
+        shared = [heads.unflatten(1, (-1, repeats)).sum(2) for heads in (grad_k, grad_v)]
+        return tuple(torch.empty_like(x).copy_(y) for x, y in zip((q, k, v), (grad_q, *shared), strict=True))
+
+    return seen
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_one_graph_serves_all_batches(name):
+    model, counter = tiny(name), CompileCounter()
+    body = CompiledBody(model, counter)
+    for batch in BATCHES:
+        assert_same(gradients(model, batch, body), gradients(model, batch, None))
+    assert body.is_compiled and counter.frame_count == 1
+    assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("name", ["opt", "qwen2"])
+def test_one_graph_serves_all_batches_with_variable_length_attention(name, varlen_on_cpu, monkeypatch):
+    model, counter = tiny(name), CompileCounterWithBackend("aot_eager")
+    expected = [gradients(model, batch, None, torch.bfloat16) for batch in BATCHES]
+    monkeypatch.setattr(forward, "choose_kernel", lambda *hardware: "varlen")
+    body = CompiledBody(model, counter)
+    assert body.capacity(max(len(batch.segment_lengths) for batch in BATCHES)) == 16
+    varlen_on_cpu.clear()
+    for batch, exact in zip(BATCHES, expected, strict=True):
+        found = gradients(model, batch, body, torch.bfloat16)
+        assert found["loss"].item() == pytest.approx(exact["loss"].item(), rel=1e-3)
+        for name, gradient in exact.items():
+            assert (found[name] - gradient).norm() < 0.1 * gradient.norm() + 1e-3, name
+    assert body.is_compiled and counter.frame_count == 1
+    assert not counters["graph_break"]
+    assert varlen_on_cpu == [17] * 2 * len(BATCHES)  # a fixed number of boundaries, in both layers
+
+
+def test_python_values_that_change_would_make_a_graph_each(monkeypatch):
+    made = forward._segments
+    monkeypatch.setattr(forward, "_segments", lambda batch, device, dtype, body: made(batch, device, dtype))
+    model, counter = tiny("opt"), CompileCounter()
+    body = CompiledBody(model, counter)
+    for batch in BATCHES[:2]:
+        batch_nll(model, batch, torch.float32, body)
+    assert counter.frame_count > 1, "the tests above could not see what they are there for"
+
+
+def test_another_shape_is_another_graph_and_no_more():
+    model, counter = tiny("opt"), CompileCounter()
+    body = CompiledBody(model, counter)
+    for rows in (2, 1, 2, 1):
+        batch = packed([7, 1, 9, 20, 2, 12, 5], rows)
+        assert_same(gradients(model, batch, body), gradients(model, batch, None))
+    assert body.is_compiled and counter.frame_count == 2
+
+
+def test_layers_that_are_computed_twice_are_compiled_too():
+    plain, model, counter = tiny("opt"), tiny("opt"), CompileCounterWithBackend("aot_eager")
+    checkpoint_layers(model)
+    body = CompiledBody(model, counter)
+    for batch in BATCHES[:3]:
+        assert_same(gradients(model, batch, body), gradients(plain, batch, None))
+    assert body.is_compiled and counter.frame_count == 1 and not counters["graph_break"]
+
+
+def test_room_for_segments_grows_in_powers_of_two_and_never_shrinks():
+    body = CompiledBody(tiny("opt"), "eager")
+    assert [body.capacity(n) for n in (100, 90, 128, 129, 600, 3)] == [128, 128, 128, 256, 1024, 1024]
+
+
+def train(model: PreTrainedModel, body: CompiledBody | None, micro_batch_size: int = 2) -> list[float]:
+    lengths = np.array([7, 1, 9, 20, 2, 12, 5, 30, 11, 3] * 3)
+    tokens = np.random.default_rng(0).integers(4, NUM_IDS, lengths.sum())
+    sampler = BlockSampler(
+        tokens, np.cumsum([0, *lengths[:-1]]), lengths, prefix_id=2, end_id=3, block_size=BLOCK, blocks_per_step=5,
+        seed=0,
+    )  # fmt: skip
+    records = train_steps(
+        model, make_optimizer(model, 1e-2, 0.1), sampler, Schedule(5, 1e-2, 0.1, 0.1), Progress(),
+        dtype=torch.float32, micro_batch_size=micro_batch_size, max_grad_norm=1.0,
+        scaler=torch.amp.GradScaler("cpu", enabled=False), body=body,
+    )  # fmt: skip
+    return [record.loss.item() for record in records]
+
+
+def test_training_compiles_the_usual_micro_batch_alone():
+    counter = CompileCounter()
+    model = tiny("opt")
+    found = train(model, CompiledBody(model, counter))
+    assert found == pytest.approx(train(tiny("opt"), None), rel=1e-5)
+    assert counter.frame_count == 1  # 5 blocks are 2 + 2 + 1: the last one is computed plainly
+
+
+def backward_fails(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+    raise RuntimeError("PTXAS failed\nand a long trace")
+
+
+@pytest.mark.parametrize("when", ["forward", "backward"])
+def test_a_body_that_cannot_be_compiled_is_computed_plainly(when, caplog):
+    backend = backward_fails if when == "forward" else aot_autograd(fw_compiler=as_it_is, bw_compiler=backward_fails)
+    model = tiny("opt")
+    body = CompiledBody(model, backend)
+    with caplog.at_level(logging.WARNING, "cartilha"):
+        found = train(model, body)
+    assert found == pytest.approx(train(tiny("opt"), None), rel=1e-5)
+    assert not body.is_compiled
+    assert caplog.text.count("The model could not be compiled") == 1
+    assert "PTXAS failed" in caplog.text and "long trace" not in caplog.text
+
+
+def as_it_is(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+    from functorch.compile import make_boxed_func
+
+    return make_boxed_func(graph.forward)
+
+
+def test_memory_that_runs_out_halves_the_micro_batch_of_a_compiled_body(monkeypatch):
+    counter = CompileCounter()
+    model = tiny("opt")
+    body = CompiledBody(model, counter)
+    rows: list[int] = []
+
+    def patched(model: Any, batch: Batch, dtype: torch.dtype, body: CompiledBody | None) -> torch.Tensor:
+        rows.append(len(batch.input_ids))
+        loss = batch_nll(model, batch, dtype, body)
+        if len(rows) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return loss
+
+    monkeypatch.setattr("cartilha.training.loop.batch_nll", patched)
+    found = train(model, body)
+    assert rows[:3] == [2, 2, 1] and set(rows[2:]) == {1}
+    assert body.is_compiled and counter.frame_count == 2
+    monkeypatch.undo()
+    assert found == pytest.approx(train(tiny("opt"), None), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("device", "choice", "num_steps", "compiler", "compiled"),
+    [
+        ("cuda", "auto", 100, True, True),
+        ("cuda", "auto", 99, True, False),
+        ("cuda", "auto", 100, False, False),
+        ("cuda", "never", 100, True, False),
+        ("cpu", "auto", 100, True, False),
+        ("cpu", "always", 1, True, True),
+    ],
+)
+def test_the_body_is_compiled_where_it_pays(device, choice, num_steps, compiler, compiled, monkeypatch):
+    monkeypatch.setattr("cartilha.model.compiling.has_cxx_compiler", lambda: compiler)
+    monkeypatch.setattr(PreTrainedModel, "device", torch.device(device))
+    assert (training_body(tiny("opt"), choice, num_steps) is not None) is compiled
