@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import errno
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections import namedtuple
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -164,6 +167,7 @@ def test_a_mistake_in_the_input_leaves_nothing(config, lines, tmp_path):
 
 SCRIPT = """
 import os, sys
+print("begins")
 from cartilha.config import PrepareConfig
 from cartilha.pipeline import prepare as module
 from cartilha.preparation import shard_work
@@ -186,6 +190,7 @@ def test_a_plain_script_may_call_it_and_neither_torch_nor_transformers_is_loaded
     process = run_script(tmp_path, lines, tmp_path / "store")
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 0 and output.splitlines()[-1].endswith(" []"), output
+    assert output.count("begins") == 1  # no worker runs the script again
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
@@ -204,6 +209,25 @@ def test_killed_for_good_it_goes_on(config, lines, tmp_path):
     assert second.returncode == 0, output
     assert contents(store) == contents(Path(prepare(config).store))
     assert not work.exists()
+
+
+def test_all_workers_begin_even_where_the_first_is_quick(monkeypatch):
+    """The pool would start the second when it has work for it, and that one would run the caller's script again."""
+    real = ProcessPoolExecutor.submit
+
+    def slowly(self: Any, *rest: Any) -> Any:
+        future = real(self, *rest)
+        time.sleep(1.5)
+        return future
+
+    monkeypatch.setattr(ProcessPoolExecutor, "submit", slowly)
+    before = set(multiprocessing.active_children())
+    executor = Local(2)
+    try:
+        executor._start.join()
+        assert len(set(multiprocessing.active_children()) - before) == 2
+    finally:
+        executor.close()
 
 
 def _exit(number: int) -> int:

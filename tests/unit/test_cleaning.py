@@ -30,7 +30,7 @@ PROSE = (
 
 def clean(text: str, *steps: str, **settings) -> str:
     """The text after the steps, or the reason of its rejection."""
-    found = make_cleaner(steps, CleaningSettings(**settings))(Document(text, "1", "s", "d"))
+    found = make_cleaner(steps, CleaningSettings(**settings))([Document(text, "1", "s", "d")])[0]
     return f"rejected: {found.reason}" if isinstance(found, Rejected) else found.text
 
 
@@ -38,7 +38,7 @@ def test_the_primer_passes_unchanged():
     cleaner = make_cleaner(WEB_STEPS)
     for text in primer_texts():
         document = Document(text.text, text.id, "primer", text.genre)
-        assert cleaner(document) is document
+        assert cleaner([document])[0] is document
 
 
 def test_nothing_is_done_that_was_not_asked_for():
@@ -137,7 +137,7 @@ def test_steps_run_in_their_own_order_and_travel_by_their_settings():
     again = pickle.loads(pickle.dumps(cleaner))
     assert isinstance(again, Cleaner) and (again.steps, again.settings) == (cleaner.steps, cleaner.settings)
     document = Document("e\u0301é", "1", "s", "d")  # three characters before, two after
-    assert again(document) == Rejected(document, "short")
+    assert again([document]) == [Rejected(document, "short")]
     with pytest.raises(UserError, match=r"'html'.*mojibake, control, nfc"):
         make_cleaner(["html"])
 
@@ -152,9 +152,9 @@ def test_a_missing_extra_is_named(monkeypatch):
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 def test_what_mends_mends_for_good(text):
     cleaner = make_cleaner(["nfc", "control"])
-    once = cleaner(Document(text, "1", "s", "d"))
+    (once,) = cleaner([Document(text, "1", "s", "d")])
     assert isinstance(once, Document)
-    assert cleaner(once) == once
+    assert cleaner([once]) == [once]
     assert unicodedata.is_normalized("NFC", once.text) and json.dumps(once.text)
     assert not any(unicodedata.category(sign) == "Cc" and sign not in "\t\n" for sign in once.text)
 

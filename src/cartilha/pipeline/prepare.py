@@ -11,7 +11,8 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -21,8 +22,8 @@ import numpy as np
 
 from cartilha.config import PrepareConfig
 from cartilha.console import Advance, progress
-from cartilha.corpus.readers import ReadCounts, ReadSettings
-from cartilha.corpus.shards import Shard, read_shard, shards, shuffled
+from cartilha.corpus.readers import Piece, ReadCounts, read_piece
+from cartilha.corpus.shards import Shard, shards, shuffled
 from cartilha.corpus.sources import HubSource, SourceFile
 from cartilha.corpus.splits import SPLITS, Split
 from cartilha.errors import UserError
@@ -83,12 +84,31 @@ def prepare(config: PrepareConfig) -> PrepareResult:
     """
     asked = plan(config)
     path = Path(config.output)
-    tokenizer = load_tokenizer(config.model)
-    settings = settings_of(config)
-    store = ready_store(path, asked.sources, asked.num_held_out, settings, tokenizer, config.overwrite)
-    if store is not None:
-        log.info("The store %s was made by this same command before: nothing to do.", path)
-        return PrepareResult(str(path), store.counts, store.info["dropped"], True, store.info.get("leaks"))
+    with ExitStack() as stack:
+        # Processes begin to start here, and import while the tokenizer is loaded; a store may make them needless.
+        executor = None if (path / "store.json").exists() else stack.enter_context(closing(_executor(config, asked)))
+        tokenizer = load_tokenizer(config.model)
+        settings = settings_of(config)
+        store = ready_store(path, asked.sources, asked.num_held_out, settings, tokenizer, config.overwrite)
+        if store is not None:
+            log.info("The store %s was made by this same command before: nothing to do.", path)
+            return PrepareResult(str(path), store.counts, store.info["dropped"], True, store.info.get("leaks"))
+        executor = executor or stack.enter_context(closing(_executor(config, asked)))
+        result = _make(path, asked, config, tokenizer, settings, executor)
+    for split in SPLITS:
+        _log_counts(split, result.splits[split])
+    return result
+
+
+def _make(
+    path: Path,
+    asked: Plan,
+    config: PrepareConfig,
+    tokenizer: TextTokenizer,
+    settings: dict[str, Any],
+    executor: Executor,
+) -> PrepareResult:
+    """Make the store, in a work directory that stays where the making is interrupted."""
     identity = {
         "settings": settings,
         "rejects": bool(config.rejects),
@@ -97,21 +117,17 @@ def prepare(config: PrepareConfig) -> PrepareResult:
         "tokenizer": tokenizer.fingerprint(),
         "cartilha": versions()["cartilha"],
     }
-    with work_directory(path, identity) as work, ThreadPoolExecutor(1) as aside:
-        inputs = aside.submit(describe, asked.sources, asked.num_held_out)
-        executor = _executor(config, asked)
-        try:
-            made = _do_shards(asked, config, tokenizer, executor, work)
-            result = _write(path, asked, config, tokenizer, made, {"inputs": inputs.result(), "settings": settings})
-        finally:
-            executor.close()
-    for split in SPLITS:
-        _log_counts(split, result.splits[split])
-    return result
+    with work_directory(path, identity) as work, ThreadPoolExecutor(2) as aside:
+        shard_bytes = SHUFFLED_BYTES if config.shuffle else SHARD_BYTES
+        parts = aside.submit(shards, asked.sources, asked.reading, shard_bytes)  # counts lines
+        made = _do_shards(asked, config, tokenizer, executor, work, parts)
+        inputs = aside.submit(
+            describe, asked.sources, asked.num_held_out
+        )  # hashes files, beside two threads that write
+        return _write(path, asked, config, tokenizer, made, settings, inputs)
 
 
 def _executor(config: PrepareConfig, asked: Plan) -> Executor:
-    """Processes begin to start here, and import while the tokenizer is proven."""
     if config.executor == "ray":
         return Ray(config.ray_address, config.workers)
     num_workers = config.workers or usable_cores()
@@ -143,12 +159,16 @@ class _Made:
         return dict(total.most_common())
 
 
-def _do_shards(asked: Plan, config: PrepareConfig, tokenizer: TextTokenizer, executor: Executor, work: Path) -> _Made:
+def _do_shards(
+    asked: Plan,
+    config: PrepareConfig,
+    tokenizer: TextTokenizer,
+    executor: Executor,
+    work: Path,
+    being_cut: Future[list[Shard]],
+) -> _Made:
     """Do, or find done, the work on all shards."""
-    parts = shards(asked.sources, asked.reading, SHUFFLED_BYTES if config.shuffle else SHARD_BYTES)
-    if config.shuffle:
-        parts = shuffled(parts, config.seed)
-    sample = list(islice(_documents(parts, asked.reading), PROOF_DOCUMENTS))
+    sample = list(islice(_documents(asked), PROOF_DOCUMENTS))
     if (work / "encoder.json").is_file():
         encoder = load_encoder(work)
     else:
@@ -167,6 +187,7 @@ def _do_shards(asked: Plan, config: PrepareConfig, tokenizer: TextTokenizer, exe
         with_rejects=bool(config.rejects),
         dtype=dtype.str,
     )
+    parts = shuffled(being_cut.result(), config.seed) if config.shuffle else being_cut.result()
     tasks = [ShardTask(part, settings, work) for part in parts]
     _check_space(work, tasks, sample, encoder)
     with progress("Preparing", sum(part.num_bytes for part in parts) or None, "bytes") as advance:
@@ -179,11 +200,11 @@ def _do_shards(asked: Plan, config: PrepareConfig, tokenizer: TextTokenizer, exe
     return _Made(tasks, results, encoder)
 
 
-def _documents(parts: list[Shard], reading: ReadSettings) -> Iterator[str]:
+def _documents(asked: Plan) -> Iterator[str]:
     """Texts from the beginning of the input, as many as the tokenizer's proof takes."""
     num_bytes = 0
-    for part in parts:
-        for document in read_shard(part, reading):
+    for source in asked.sources:
+        for document in read_piece(Piece(source), asked.reading, ReadCounts()):
             yield document.text
             num_bytes += len(document.text)
             if num_bytes > MAX_SAMPLE_BYTES:
@@ -250,7 +271,13 @@ def _check_space(work: Path, tasks: list[ShardTask], sample: list[str], encoder:
 
 
 def _write(
-    path: Path, asked: Plan, config: PrepareConfig, tokenizer: TextTokenizer, made: _Made, record: dict[str, Any]
+    path: Path,
+    asked: Plan,
+    config: PrepareConfig,
+    tokenizer: TextTokenizer,
+    made: _Made,
+    settings: dict[str, Any],
+    inputs: Future[list[dict[str, Any]]],
 ) -> PrepareResult:
     """Decide what stays and where, and write the store."""
     read = made.read()
@@ -274,7 +301,8 @@ def _write(
         write_sides(writer, corpus, sides)
         writer.finish(
             {
-                **record,
+                "inputs": inputs.result(),
+                "settings": settings,
                 "dropped": dropped,
                 "num_documents_read": read.documents + read.empty + sum(read.skipped.values()),
                 "num_documents_with_replaced_bytes": read.replaced_bytes_documents,

@@ -16,6 +16,7 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.synchronize import Barrier
 from typing import Protocol, TypeVar
 
 from cartilha.errors import UnfinishedError, UserError
@@ -23,8 +24,12 @@ from cartilha.errors import UnfinishedError, UserError
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-# What a worker imports before it is needed, by one process for all of them where the system can fork.
-PRELOAD = ["cartilha.preparation.shard_work", "gigatoken", "awkward"]
+# What a worker imports before it is needed, by one process for all of them where the system can fork. Arrow imports
+# pandas, where that is installed, to see whether a list is one of its; that takes a third of a second.
+PRELOAD = ["cartilha.preparation.shard_work", "gigatoken", "awkward", "pandas"]
+
+
+START_S = 60.0  # after which work begins with the processes that are there
 
 
 class Executor(Protocol):
@@ -64,11 +69,12 @@ class Local:
         context = multiprocessing.get_context(method)
         if method == "forkserver":
             context.set_forkserver_preload(PRELOAD)
-        self._pool = ProcessPoolExecutor(num_workers, context, _begin)
+        self._pool = ProcessPoolExecutor(num_workers, context, _begin, (context.Barrier(num_workers),))
         self._start = threading.Thread(target=self._start_workers)
         self._start.start()
 
     def _start_workers(self) -> None:
+        """Have all processes begin: the pool starts one only where it knows of none that is idle."""
         with _without_main_module():
             for _ in range(self._num_workers):
                 self._pool.submit(_import_all)
@@ -162,8 +168,13 @@ class Ray:
         self._ray.shutdown()
 
 
-def _begin() -> None:
+_all_begun: Barrier | None = None  # in a worker: of all workers
+
+
+def _begin(all_begun: Barrier) -> None:
     """A worker's first act: leave Ctrl-C to the parent, end when the parent is gone, and use one core."""
+    global _all_begun
+    _all_begun = all_begun
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -177,8 +188,12 @@ def _end_with_parent() -> None:
 
 
 def _import_all() -> None:
+    """Import, and be busy until all workers are: each has begun then."""
     import importlib
 
+    assert _all_begun is not None
+    with contextlib.suppress(threading.BrokenBarrierError):
+        _all_begun.wait(START_S)
     for name in PRELOAD:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)

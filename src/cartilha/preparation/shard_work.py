@@ -38,7 +38,7 @@ from cartilha.tokens.encoder import MAX_PIECE_CHARS, Encoder, cut, load_encoder
 from cartilha.tokens.store import batches
 from cartilha.tokens.store_writer import ROW_SCHEMA
 
-BATCH_CHARS = 2 << 20
+BATCH_CHARS = 1 << 20  # the arrays over a batch should fit into a core's cache
 BATCH_DOCUMENTS = 20_000
 
 DOCUMENTS_SCHEMA = pa.schema(
@@ -154,10 +154,13 @@ def process_shard(task: ShardTask) -> ShardResult:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
+        cleaner = make_cleaner(task.settings.steps, task.settings.cleaning) if task.settings.steps else None
+        read, pieces = ReadCounts(), list[int]()
         with _Writer(task, temporary) as writer:
-            read = ReadCounts()
-            for batch in batches(_documents(task, read, writer), BATCH_CHARS, BATCH_DOCUMENTS):
-                writer.add(batch)
+            for batch in batches(_documents(task, read, pieces), BATCH_CHARS, BATCH_DOCUMENTS):
+                cleaned = zip(batch if cleaner is None else cleaner(batch), pieces[: len(batch)], strict=True)
+                del pieces[: len(batch)]
+                writer.add_or_reject(list(cleaned))
             result = writer.finish(read)
         sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
         mark = {"identity": task.identity, "sizes": sizes, "result": vars(result)}
@@ -170,20 +173,15 @@ def process_shard(task: ShardTask) -> ShardResult:
     return result
 
 
-def _documents(task: ShardTask, read: ReadCounts, writer: _Writer) -> Iterator[Document]:
-    """The shard's documents that cleaning leaves, and for each the number of its piece, which the writer takes."""
-    cleaner = make_cleaner(task.settings.steps, task.settings.cleaning) if task.settings.steps else None
+def _documents(task: ShardTask, read: ReadCounts, pieces: list[int]) -> Iterator[Document]:
+    """The shard's documents; to `pieces` goes for each the number of its piece."""
     for number, piece in enumerate(task.shard.pieces):
         left = None if task.limit is None else task.limit - read.documents
         if left == 0:
             return
         for document in islice(read_piece(piece, task.settings.reading, read), left):
-            cleaned = document if cleaner is None else cleaner(document)
-            if isinstance(cleaned, Rejected):
-                writer.reject(cleaned)
-            else:
-                writer.pieces.append(number)
-                yield cleaned
+            pieces.append(number)
+            yield document
 
 
 @functools.lru_cache(maxsize=1)
@@ -204,7 +202,6 @@ class _Writer:
         self._rejected: Counter[str] = Counter()
         self._signatures: list[np.ndarray] = []
         self._lowest: tuple[float, int, bytes] | None = None  # position, row and text that are not kept anyway
-        self.pieces: list[int] = []  # of the documents that are about to be added
 
     def __enter__(self) -> _Writer:
         self._tokens = self._stack.enter_context((self._directory / "tokens.bin").open("wb"))
@@ -224,14 +221,27 @@ class _Writer:
         options = pa.ipc.IpcWriteOptions(compression=compression)
         return self._stack.enter_context(pa.ipc.new_file(file, schema, options=options))
 
-    def reject(self, rejected: Rejected) -> None:
+    def add_or_reject(self, cleaned: list[tuple[Document | Rejected, int]]) -> None:
+        """Take what is left of a batch, each with the number of its piece."""
+        documents: list[Document] = []
+        pieces: list[int] = []
+        for found, piece in cleaned:
+            if isinstance(found, Rejected):
+                self._reject(found)
+            else:
+                documents.append(found)
+                pieces.append(piece)
+        if documents:
+            self._add(documents, pieces)
+
+    def _reject(self, rejected: Rejected) -> None:
         self._rejected[rejected.reason] += 1
         if self._rejects is not None:
             document = rejected.document
             row = {"id": document.id, "source": document.source, "reason": rejected.reason, "text": document.text}
             self._rejects.write(json.dumps(row, ensure_ascii=False) + "\n")
 
-    def add(self, documents: list[Document]) -> None:
+    def _add(self, documents: list[Document], pieces: list[int]) -> None:
         """Hash, count and tokenize a batch, and write what came of it."""
         settings = self.task.settings
         texts = [document.text.encode("utf-8") for document in documents]
@@ -250,9 +260,8 @@ class _Writer:
             *(pa.array(row, pa.int64()) for row in numbers),
             pa.array(hashes, pa.binary(16)),
             pa.array(positions),
-            pa.array(self.pieces[: len(documents)], pa.int32()),
+            pa.array(pieces, pa.int32()),
         ]
-        del self.pieces[: len(documents)]
         self._documents.write_batch(pa.record_batch(columns, schema=DOCUMENTS_SCHEMA))
         self._keep_texts(texts, positions)
         if settings.with_signatures:

@@ -16,12 +16,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from cartilha.storage import write_atomically
 from cartilha.tokens.text_counts import CharacterClasses, TextCounts, count_texts, number_boundaries
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 # Longer texts are cut at the last space between two letters in a piece: memory stays bounded.
 MAX_PIECE_CHARS = 4 << 20
@@ -64,15 +67,22 @@ class Encoder:
         proof: What was proven.
         split_numbers: Whether the fast path is to get each numeric character by itself, since its own splitter lacks
             that step (SmolLM2's and StarCoder's).
+        slow: The `tokenizers` object of `whole_json` where there is one already; it is made when it is needed.
     """
 
     def __init__(
-        self, whole_json: str, fast_json: str | None, num_ids: int, proof: Proof, split_numbers: bool = False
+        self,
+        whole_json: str,
+        fast_json: str | None,
+        num_ids: int,
+        proof: Proof,
+        split_numbers: bool = False,
+        slow: Tokenizer | None = None,
     ) -> None:
         self._split_numbers = split_numbers
         self.whole_json, self.fast_json, self.num_ids, self.proof = whole_json, fast_json, num_ids, proof
         self._classes = CharacterClasses(proof.slow_code_points)
-        self._slow: Any = None
+        self._slow = slow
         self._fast: Any = None
         if fast_json is not None:
             from gigatoken.gigatoken_rs import load_hf_json

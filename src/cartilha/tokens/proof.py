@@ -56,10 +56,11 @@ def prove(tokenizer: TextTokenizer, documents: Sequence[str]) -> Encoder:
         can_cut = _may_be_cut(slow_encoder, sample)
         return slow_encoder.with_proof(Proof("tokenizers", reason, len(sample), num_bytes, (), can_cut))
 
-    slow_encoder = Encoder(whole_json, None, tokenizer.num_ids, Proof("tokenizers", "", 0, 0))
+    backend = tokenizer.backend  # set so that special tokens in text stay text
+    slow_encoder = Encoder(whole_json, None, tokenizer.num_ids, Proof("tokenizers", "", 0, 0), slow=backend)
     try:
         fast_json, split_numbers = for_fast_path(whole_json, tokenizer.num_ids)
-        fast = Encoder(whole_json, fast_json, tokenizer.num_ids, Proof("gigatoken", "", 0, 0), split_numbers)
+        fast = Encoder(whole_json, fast_json, tokenizer.num_ids, Proof("gigatoken", "", 0, 0), split_numbers, backend)
         # What it cannot read it says by a RuntimeError, and by a panic where it meets a fault of its own.
         expected, differing = _differing(slow_encoder, fast, sample)
     except ImportError as error:

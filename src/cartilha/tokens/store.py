@@ -134,6 +134,9 @@ def batches(
     batch: list[Document] = []
     num_chars = 0
     for document in documents:
+        if batch and len(document.text) > max_chars:  # a long one is a batch by itself
+            yield batch
+            batch, num_chars = [], 0
         batch.append(document)
         num_chars += len(document.text)
         if num_chars >= max_chars or len(batch) >= max_documents:

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import psutil
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cartilha.corpus.splits import SPLITS
@@ -235,6 +234,8 @@ def _check_memory(path: Path, num_bytes: int) -> None:
 
 def _text_bytes(column: Any) -> int:
     """Bytes of a column's texts when they are spelt out; a dictionary may repeat a long one without end."""
+    import pyarrow.compute as pc  # takes a tenth of a second, and `prepare` has no need of it
+
     if pa.types.is_dictionary(column.type):
         lengths = pc.cast(pc.binary_length(column.dictionary), pa.int64())
         return int(pc.sum(lengths.take(column.indices)).as_py() or 0)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 _SPACE, _RARE, _NUMBER, _UNKNOWN = 1, 2, 4, 128
-_ASCII_SPACES = bytes(byte < 0x80 and chr(byte).isspace() for byte in range(256))
+_ASCII_SPACES = [byte for byte in range(0x80) if chr(byte).isspace()]
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,9 @@ class CharacterClasses:
 
     Rare is what this Python's Unicode tables do not know: libraries of another age class such characters otherwise.
 
+    Attributes:
+        kinds: For `bytes.translate`: 1 for ASCII whitespace, 2 for what begins a character that may be of any class.
+
     Args:
         more_rare: Ranges of code points (first, last), beyond ASCII, that count as rare too.
     """
@@ -46,6 +49,10 @@ class CharacterClasses:
         self._classes = np.full(0x110000, _UNKNOWN, np.uint8)
         for first, last in more_rare:
             self._classes[first : last + 1] = [_RARE | _class(i) for i in range(first, last + 1)]
+        # The letters U+00C0 to U+00FF, which all begin with the byte 0xC3, are passed over: usually none has a class.
+        plain = () if self.of(np.arange(0xC0, 0x100)).any() else (0xC3,)
+        leads = [byte for byte in range(0xC2, 0xF5) if byte not in plain]
+        self.kinds = bytes(1 if byte in _ASCII_SPACES else 2 * (byte in leads) for byte in range(256))
 
     def of(self, code_points: np.ndarray) -> np.ndarray:
         """Bit 1: whitespace to `str.split`; bit 2: rare; bit 3: a number. Shape of the code points, uint8."""
@@ -72,26 +79,34 @@ def count_texts(texts: Sequence[bytes], classes: CharacterClasses) -> TextCounts
         classes: Kept from call to call.
     """
     num_bytes = np.fromiter(map(len, texts), np.int64, len(texts))
+    if not len(texts):
+        return TextCounts(num_bytes, num_bytes, num_bytes, np.zeros(0, bool))
     joined = b" ".join((b"", *texts, b""))  # a space before each text, so that its first word begins like all others
     starts = np.concatenate(([0], np.cumsum(num_bytes + 1)))  # of these spaces; the last one only ends
     data = np.frombuffer(joined, np.uint8)
-    is_space = np.frombuffer(bytearray(joined.translate(_ASCII_SPACES)), np.uint8)
-    leads = np.flatnonzero(data >= 0xC2)
+    kinds = np.frombuffer(joined.translate(classes.kinds), np.uint8)
+    is_space = kinds == 1
+    leads = np.flatnonzero(kinds == 2)
     code_points, widths = _decode(data, leads)
     found = classes.of(code_points)
     wide = np.flatnonzero(found & _SPACE)
     for column in range(3):  # all bytes of a whitespace character: none has four
-        is_space[leads[wide[widths[wide] > column]] + column] = 1
-    word_begins = 1 + np.flatnonzero(is_space[:-1] > is_space[1:])
+        is_space[leads[wide[widths[wide] > column]] + column] = True
+    word_begins = is_space[:-1] > is_space[1:]
+    continues = data.view(np.int8) < -64  # the bytes 0x80 to 0xBF
     is_rare = np.zeros(len(texts), bool)
     is_rare[np.searchsorted(starts, leads[np.flatnonzero(found & _RARE)], side="right") - 1] = True
-    extra_bytes = np.concatenate(([0], np.cumsum(widths - 1, dtype=np.int64)))  # before each character that has any
     return TextCounts(
         num_bytes,
-        num_bytes - np.diff(extra_bytes[np.searchsorted(leads, starts)]),
-        np.diff(np.searchsorted(word_begins, starts)),
+        num_bytes - _sums(continues, starts),
+        _sums(word_begins, starts),
         is_rare,
     )
+
+
+def _sums(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """How many of the values are true from each start to the next: int64, one less than the starts."""
+    return np.add.reduceat(values.view(np.uint8), starts[:-1], dtype=np.int32).astype(np.int64)
 
 
 def _decode(data: np.ndarray, leads: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -12,6 +12,7 @@ import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +60,9 @@ class TextTokenizer:
         assert end is not None, "load_tokenizer refuses tokenizers with neither"
         return end
 
-    @property
+    @cached_property
     def num_ids(self) -> int:
-        """One more than the largest id that a token has."""
+        """One more than the largest id that a token has; looked up once, for it takes a thirtieth of a second."""
         return 1 + max(self.backend.get_vocab(with_added_tokens=True).values())
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
