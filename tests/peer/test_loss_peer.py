@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from cartilha.blocks.packing import IGNORE_INDEX, Batch, PackedStream, stack
-from cartilha.errors import UserError
 from cartilha.model import forward
 from cartilha.model.attention import SUPPORTED_MODEL_TYPES, Segments, choose_kernel, use_document_attention
 from cartilha.model.forward import batch_nll, scored_nll
@@ -285,21 +284,3 @@ def test_the_kernel_follows_the_hardware():
     assert choose_kernel("cuda", (9, 0), torch.float32) == "mask"
     assert choose_kernel("cuda", (7, 5), torch.float16) == "mask"
     assert choose_kernel("mps", None, torch.float32) == "mask"
-
-
-@pytest.mark.parametrize(
-    ("model_type", "settings"),
-    [
-        ("gemma2", {**GLU, "head_dim": 16}),  # soft caps
-        ("gemma3_text", {**GLU, "head_dim": 16}),
-        ("bloom", {}),  # biases for distances
-        ("gpt_oss", {**GLU, "head_dim": 16, "num_local_experts": 2, "num_experts_per_tok": 1}),  # sinks
-    ],
-)
-def test_an_unsupported_type_is_refused_by_name(model_type, settings):
-    config = AutoConfig.for_model(model_type, **{**COMMON, **settings})
-    model = AutoModelForCausalLM.from_config(config)
-    before = model.config._attn_implementation
-    with pytest.raises(UserError, match=rf"type {model_type} are not supported.*\bllama\b"):
-        use_document_attention(model)
-    assert model.config._attn_implementation == before

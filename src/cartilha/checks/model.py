@@ -15,7 +15,7 @@ from cartilha.evaluation.baselines import token_counts, unigram_nll
 from cartilha.evaluation.documents import ScoredDocuments, encode_documents
 from cartilha.evaluation.nll import document_nll
 from cartilha.evaluation.windows import MAX_WINDOW, Protocol, make_protocol
-from cartilha.model.attention import use_document_attention
+from cartilha.model.attention import transformers_attention, use_document_attention
 from cartilha.model.forward import batch_nll, head_weight, hidden_states
 from cartilha.model.loss import token_scores
 from cartilha.runtime import seed_everything
@@ -294,12 +294,9 @@ def truth(subject: Subject) -> CheckResult:
         [*stream.tokens[begin : begin + length].tolist(), tokenizer.end_id]
         for begin, length in zip(stream.start, stream.num_tokens, strict=True)
     ]
-    model.set_attn_implementation("sdpa")
-    try:
+    with transformers_attention(model):
         theirs = sum(_plain_nll(subject, ids.tolist()) for ids in scored.ids)
         plain = sum(_plain_nll(subject, ids) for ids in packed)
-    finally:
-        use_document_attention(model)
     differences = (ours / theirs - 1, trained / plain - 1)
     return words.judge(
         max(map(abs, differences)) <= SAME_NLL,

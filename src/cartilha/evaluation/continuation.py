@@ -9,7 +9,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from cartilha.config import GenerateConfig
 from cartilha.errors import UserError
-from cartilha.model.attention import use_document_attention
+from cartilha.model.attention import transformers_attention
 from cartilha.model.forward import head_weight
 from cartilha.model.load import LoadedModel
 from cartilha.runtime import seed_everything
@@ -66,11 +66,8 @@ def continue_prompts(loaded: LoadedModel, tokenizer: TextTokenizer, config: Gene
     if config.do_sample and (config.temperature <= 0 or not 0 < config.top_p <= 1 or config.top_k < 1):
         raise UserError("Sampling needs temperature above 0, top_k of 1 or more, and top_p above 0 and at most 1.")
     seed_everything(config.seed)
-    loaded.model.set_attn_implementation("sdpa")
-    try:
+    with transformers_attention(loaded.model):
         return [_continue(loaded, tokenizer, prompt, config) for prompt in config.prompt]
-    finally:
-        use_document_attention(loaded.model)
 
 
 @torch.inference_mode()

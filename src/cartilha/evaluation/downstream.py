@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from cartilha.errors import UserError
-from cartilha.model.attention import use_document_attention
+from cartilha.model.attention import transformers_attention
 from cartilha.model.load import LoadedModel
 from cartilha.tokens.tokenizer import TextTokenizer
 
@@ -66,23 +66,21 @@ def run_tasks(loaded: LoadedModel, tokenizer: TextTokenizer, tasks: Sequence[str
 
     names = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
     special = {name: tokenizer.backend.id_to_token(i) for name, i in names.items() if i is not None}
-    loaded.model.set_attn_implementation("sdpa")
-    try:
-        harness = HFLM(
-            pretrained=loaded.model,
-            tokenizer=PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend, **special),
-            max_length=loaded.context_length,
-            add_bos_token=False,
-            batch_size=8,
-        )
-        chosen = [yaml.safe_load(Path(task).read_text("utf-8")) if _is_file(task) else task for task in tasks]
-        results = lm_eval.simple_evaluate(model=harness, tasks=chosen, bootstrap_iters=1000)
-    except Exception as error:
-        raise UserError(
-            f"lm-evaluation-harness could not run {', '.join(tasks)} ({str(error).splitlines()[0][:200]}); "
-            "its tasks need their datasets from the hub."
-        ) from error
-    finally:
-        use_document_attention(loaded.model)
+    with transformers_attention(loaded.model):
+        try:
+            harness = HFLM(
+                pretrained=loaded.model,
+                tokenizer=PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend, **special),
+                max_length=loaded.context_length,
+                add_bos_token=False,
+                batch_size=8,
+            )
+            chosen = [yaml.safe_load(Path(task).read_text("utf-8")) if _is_file(task) else task for task in tasks]
+            results = lm_eval.simple_evaluate(model=harness, tasks=chosen, bootstrap_iters=1000)
+        except Exception as error:
+            raise UserError(
+                f"lm-evaluation-harness could not run {', '.join(tasks)} ({str(error).splitlines()[0][:200]}); "
+                "its tasks need their datasets from the hub."
+            ) from error
     assert results is not None
     return {task: dict(results["results"][task]) for task in results["results"]}

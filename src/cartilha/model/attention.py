@@ -2,7 +2,7 @@
 
 transformers hands a registered attention function no mask, so this one honours causality, the scale and a sliding
 window itself. The boundaries of the documents travel explicitly with each call (`Segments`); an architecture with
-something this function does not know (soft caps, sinks, biases) is refused by name rather than computed wrongly.
+something this function does not know (soft caps, sinks, biases) keeps its own and runs one document a row (`rows.py`).
 
 Three ways to compute the same thing, chosen from the hardware:
   varlen    CUDA of capability 8 and above in half precision: torch's variable-length flash attention.
@@ -13,16 +13,17 @@ Three ways to compute the same thing, chosen from the hardware:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
-from cartilha.errors import UserError
+from cartilha.model.rows import refuse_what_cannot_run
 
 ATTENTION_NAME = "cartilha_documents"
 
@@ -267,16 +268,29 @@ class _KeptByFlashAttention(torch.autograd.Function):
 AttentionInterface.register(ATTENTION_NAME, document_attention)
 
 
+def knows_attention(config: PretrainedConfig) -> bool:
+    """Whether models of this configuration run on packed documents; others run one document a row."""
+    return str(config.model_type) in SUPPORTED_MODEL_TYPES
+
+
 def use_document_attention(model: PreTrainedModel) -> None:
-    """Switch a model, in place, to attention within documents.
+    """Switch a model, in place, to attention within documents; one whose attention is not known keeps its own.
 
     Raises:
-        UserError: The architecture is not among those for which this attention is proven right.
+        UserError: It is no plain decoder of text.
     """
-    model_type = str(model.config.model_type)
-    if model_type not in SUPPORTED_MODEL_TYPES:
-        raise UserError(
-            f"Models of the type {model_type} are not supported: packed documents would see each other or come out "
-            f"wrong; supported are {', '.join(SUPPORTED_MODEL_TYPES)}."
-        )
-    model.set_attn_implementation(ATTENTION_NAME)
+    if knows_attention(model.config):
+        model.set_attn_implementation(ATTENTION_NAME)
+    else:
+        refuse_what_cannot_run(model)
+
+
+@contextmanager
+def transformers_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Within it the model attends as transformers' own does: for generation, and wherever no boundaries are given."""
+    if knows_attention(model.config):
+        model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        use_document_attention(model)

@@ -13,6 +13,7 @@ from typing import Any, Generic, Literal, ParamSpec, TypeVar
 import torch
 from transformers import PreTrainedModel
 
+from cartilha.model.attention import knows_attention
 from cartilha.runtime import compile_pays, has_cxx_compiler, is_out_of_memory
 
 log = logging.getLogger("cartilha")
@@ -97,6 +98,8 @@ def training_body(model: PreTrainedModel, choice: CompileChoice, num_steps: int)
         choice: `auto` compiles where it pays: on CUDA, with a compiler, for runs that are long enough.
         num_steps: Of the whole run, so that a resumed one computes as before.
     """
+    if not knows_attention(model.config):  # rows of other lengths in every batch would be another graph each
+        return None
     if choice == "never" or (choice == "auto" and num_steps < MIN_STEPS_TO_COMPILE):
         return None
     if choice == "auto" and not compile_pays(model.device.type, has_cxx_compiler()):

@@ -8,9 +8,10 @@ import torch
 from transformers import PreTrainedModel
 
 from cartilha.blocks.packing import Batch
-from cartilha.model.attention import Segments, choose_kernel, to_device
+from cartilha.model.attention import Segments, choose_kernel, knows_attention, to_device
 from cartilha.model.compiling import CompiledBody
 from cartilha.model.loss import TokenScores, linear_cross_entropy, token_scores
+from cartilha.model.rows import states_in_rows
 
 
 def _segments(batch: Batch, device: torch.device, dtype: torch.dtype, body: CompiledBody | None = None) -> Segments:
@@ -42,6 +43,8 @@ def hidden_states(
     device = model.device
     assert model.base_model is not model, f"{type(model).__name__} has no body apart from its head"
     with _autocast(device, dtype):
+        if not knows_attention(model.config):
+            return states_in_rows(model, batch)
         output = (body or model.base_model)(
             input_ids=to_device(batch.input_ids, device),
             position_ids=to_device(batch.position_ids, device),

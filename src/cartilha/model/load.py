@@ -27,7 +27,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from cartilha.errors import HubUnreachableError, UserError
-from cartilha.model.attention import use_document_attention
+from cartilha.model.attention import knows_attention, use_document_attention
+from cartilha.model.rows import prove_rows
 from cartilha.runtime import keep_freed_memory, seed_everything
 from cartilha.storage import new_directory
 from cartilha.tokens.sources import ModelSource, conversion_directory, resolve_model, unreachable_message
@@ -94,15 +95,31 @@ def prepare_model(
         keep_freed_memory()
     model.to(device)
     model.eval()
+    if not knows_attention(model.config):
+        prove_rows(model)
+        log.warning(
+            "The attention of models of the type %s is not known here: each document is computed in a row of its own, "
+            "which is slower than packed rows; the figures are the same.",
+            model.config.model_type,
+        )
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     return LoadedModel(model, ref, context_length(model.config), num_parameters)
 
 
 def context_length(config: PretrainedConfig) -> int:
-    """Most positions that a model of this configuration takes."""
-    length = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    assert isinstance(length, int), f"{config.model_type} does not say its context length"
-    return length
+    """Most positions that a model of this configuration takes.
+
+    Raises:
+        UserError: It does not say.
+    """
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+        length = getattr(config, name, None)
+        if isinstance(length, int) and length > 0:
+            return length
+    raise UserError(
+        f"The configuration of this model of the type {config.model_type} does not say how many tokens it takes; add "
+        '"max_position_embeddings" to its config.json.'
+    )
 
 
 def weights_hash(model: PreTrainedModel) -> str:

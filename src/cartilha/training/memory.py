@@ -12,7 +12,7 @@ import torch
 from transformers import PretrainedConfig
 
 from cartilha.errors import UserError
-from cartilha.model.attention import Kernel
+from cartilha.model.attention import Kernel, knows_attention
 from cartilha.model.loss import CHUNK_TOKENS
 from cartilha.training.trace import StepBytes, count_parameters, traced_step
 
@@ -128,14 +128,15 @@ class MemoryModel:
         return self._trace(full, row_length).toward(self._trace(2 * full, row_length), rows / full - 1)
 
     def _trace(self, rows: int, row_length: int) -> StepBytes:
-        """What is kept depends on the number of tokens alone: one long row stands for all that have as many."""
+        """Packed, what is kept depends on the number of tokens alone: one long row stands for all that have as many."""
         kernel: Kernel = "segments" if self._kernel == "segments" else "kept"
-        tokens = rows * row_length
-        return traced_step(self._config, 1, tokens, self._dtype, kernel, self._checkpointing)
+        if knows_attention(self._config):
+            rows, row_length = 1, rows * row_length
+        return traced_step(self._config, rows, row_length, self._dtype, kernel, self._checkpointing)
 
     def _mask_bytes(self, rows: int, row_length: int) -> float:
         """A mask of who sees whom, once as booleans and once as what is added to the scores."""
-        if self._kernel != "mask":
+        if self._kernel != "mask" or not knows_attention(self._config):
             return 0.0
         return rows * row_length**2 * (1 + torch.finfo(self._dtype).bits / 8)
 

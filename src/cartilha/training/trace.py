@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from cartilha.model.attention import Kernel, Segments, use_document_attention
+from cartilha.model.attention import Kernel, Segments, knows_attention, use_document_attention
 from cartilha.model.checkpointing import checkpoint_layers
 from cartilha.model.forward import head_weight
 from cartilha.model.loss import linear_cross_entropy
@@ -161,9 +161,13 @@ def _pass(
     model.get_input_embeddings().register_forward_hook(gradient_arrives)
     ids = torch.zeros(rows, row_length, dtype=torch.long)
     positions, targets = torch.zeros_like(ids), torch.zeros_like(ids)
-    segments = Segments.of((row_length,) * rows, row_length, torch.device("cpu"), kernel)
+    if knows_attention(model.config):
+        segments = Segments.of((row_length,) * rows, row_length, torch.device("cpu"), kernel)
+        arguments: dict[str, Any] = {"position_ids": positions, "segments": segments}
+    else:
+        arguments = {"attention_mask": torch.ones_like(ids)}
     with nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype):
-        output = model.base_model(input_ids=ids, position_ids=positions, use_cache=False, segments=segments)
+        output = model.base_model(input_ids=ids, use_cache=False, **arguments)
     hidden = output.last_hidden_state.flatten(0, 1)
     del output
     kept = float(live.now)
