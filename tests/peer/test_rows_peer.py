@@ -20,6 +20,7 @@ from cartilha.blocks.packing import Batch
 from cartilha.errors import UserError
 from cartilha.model import forward, rows
 from cartilha.model.attention import knows_attention
+from cartilha.model.compiling import training_body
 from cartilha.model.forward import batch_nll, scored_nll
 from cartilha.model.load import prepare_model
 from cartilha.model.rows import RowGroup, row_groups
@@ -106,6 +107,10 @@ def test_half_precision_is_near(caplog):
     batch = pack(LENGTHS, block_size=24)
     exact, half = (scored_nll(model, batch, dtype) for dtype in (torch.float32, torch.bfloat16))
     assert 0 < (half - exact).abs().mean() < 0.05
+
+
+def test_it_is_not_compiled(caplog):
+    assert training_body(loaded("bloom", caplog), "always", 10_000) is None
 
 
 # The rows themselves
