@@ -8,6 +8,8 @@ import json
 import logging
 import os
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +22,7 @@ from safetensors import SafetensorError
 from cartilha.cli import main
 from cartilha.config import PrepareConfig, TrainConfig
 from cartilha.errors import UserError
+from cartilha.pipeline import prepare as prepare_module
 from cartilha.pipeline import scratch
 from cartilha.pipeline.prepare import prepare
 from cartilha.pipeline.train import train
@@ -295,3 +298,88 @@ def logging_as_before() -> Iterator[None]:
     before = logger.handlers[:], logger.level, logger.propagate
     yield
     logger.handlers[:], logger.level, logger.propagate = before
+
+
+# A disk that really fills up, while text is prepared
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 48 MB in memory."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", str(place)]
+    if sys.platform != "linux" or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount a small disk (root on Linux)")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def fill(disk: Path, leave: int) -> None:
+    """Somebody else fills the disk."""
+    with (disk / "ballast").open("wb") as file:
+        for size in (1 << 20, 4096):
+            while shutil.disk_usage(disk).free >= leave + size:
+                file.write(bytes(size))
+                file.flush()
+
+
+@pytest.mark.parametrize(
+    ("moment", "workers"), [("_check_space", 1), ("_check_space", 2), ("load_corpus", 1), ("write_sides", 1)]
+)
+def test_a_disk_that_fills_while_text_is_prepared(small_disk, tmp_path, capfd, monkeypatch, moment, workers):
+    """Full before the shards, before what is decided, and inside of the store's writing, with near-duplicates."""
+    monkeypatch.setattr(prepare_module, "SHARD_BYTES", 200_000)
+    monkeypatch.setattr(prepare_module, "INLINE_BYTES", 0)
+    path = tmp_path / "textos.txt"
+    path.write_text("".join(f"{n} {'era uma vez um café ' * (n % 60)}{n}\n" for n in range(2500)), "utf-8")
+    other = small_disk / "tese.txt"
+    other.write_text("anos de trabalho")
+    command = [
+        "prepare",
+        "--input",
+        str(path),
+        "--model",
+        "random:tiny",
+        "--workers",
+        str(workers),
+        "--near_duplicates",
+    ]
+    assert main([*command, "--output", str(tmp_path / "reference")]) == 0
+    real = getattr(prepare_module, moment)
+
+    def and_fill(*rest: Any, **more: Any) -> Any:
+        if moment != "_check_space":
+            fill(small_disk, 300_000)
+            return real(*rest, **more)
+        result = real(*rest, **more)
+        fill(small_disk, 1_000_000)
+        return result
+
+    capfd.readouterr()
+    store = small_disk / "store"
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, moment, and_fill)
+        code = main([*command, "--output", str(store)])
+    err = capfd.readouterr().err
+    said = [line for line in err.splitlines() if line.startswith("cartilha:")]
+    assert code == 2 and len(said) == 1 and "Traceback" not in err, err
+    assert "is full" in said[0] and "same command" in said[0]
+    assert not store.exists() and other.read_text() == "anos de trabalho"
+    done = list((small_disk / ".store.work").glob("shard-*/done.json"))
+    assert done
+    (small_disk / "ballast").unlink()
+    redone: list[int] = []
+    real_shard = prepare_module.process_shard
+    if workers == 1:
+        monkeypatch.setattr(
+            prepare_module, "process_shard", lambda t: (redone.append(t.shard.number), real_shard(t))[1]
+        )
+    assert main([*command, "--output", str(store)]) == 0, capfd.readouterr().err
+    assert not {f"shard-{number:06d}" for number in redone} & {p.parent.name for p in done}
+    for p in (tmp_path / "reference").rglob("*.*"):
+        if p.is_file() and p.name != ".verified.json":
+            assert (store / p.relative_to(tmp_path / "reference")).read_bytes() == p.read_bytes(), p.name
+    assert sorted(p.name for p in small_disk.iterdir()) == ["store", "tese.txt"]

@@ -92,6 +92,8 @@ def prepare(config: PrepareConfig) -> PrepareResult:
         store = ready_store(path, asked.sources, asked.num_held_out, settings, tokenizer, config.overwrite)
         if store is not None:
             log.info("The store %s was made by this same command before: nothing to do.", path)
+            if config.rejects and not Path(config.rejects).exists():
+                log.warning("%s is not written, for nothing is cleaned now; add --overwrite.", config.rejects)
             return PrepareResult(str(path), store.counts, store.info["dropped"], True, store.info.get("leaks"))
         executor = executor or stack.enter_context(closing(_executor(config, asked)))
         result = _make(path, asked, config, tokenizer, settings, executor)
@@ -297,6 +299,8 @@ def _write(
     if config.near_duplicates:
         leaks = {"leak_rate": sides.split.leak_rate, "plain_leak_rate": sides.split.plain_leak_rate}
     proof = made.encoder.proof
+    if config.rejects:  # before the store appears, for then the same command has nothing to do
+        write_rejects(Path(config.rejects), made.tasks)
     with writing_store(path, tokenizer, replace=config.overwrite) as writer:
         write_sides(writer, corpus, sides)
         writer.finish(
@@ -315,8 +319,6 @@ def _write(
             }
         )
         counts = writer.counts()
-    if config.rejects:
-        write_rejects(Path(config.rejects), made.tasks)
     _tell(read, sides, leaks)
     return PrepareResult(str(path), counts, dropped, False, leaks)
 

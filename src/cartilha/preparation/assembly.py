@@ -181,7 +181,10 @@ def _thin(corpus: Corpus, stays: np.ndarray, inputs: np.ndarray, shares: np.ndar
     of_document = inputs[corpus.sources]
     tokens = np.bincount(of_document[stays], corpus.num_tokens[stays], len(shares))
     if not tokens.all():
-        raise UserError("One of the weighted inputs holds no text; leave it out, with its weight.")
+        raise UserError(
+            "One of the weighted inputs gave no text; leave it out, with its weight, or, where --limit_documents ends"
+            " before it, add --shuffle or give a larger limit."
+        )
     total = (tokens / shares).min()
     draw = (corpus.hashes[:, 1] >> np.uint64(11)) / 2.0**53
     return np.asarray(draw < (total * shares / tokens)[of_document])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -70,6 +71,8 @@ def plan(config: PrepareConfig) -> Plan:
     make_cleaner(steps, cleaning)  # refuses unknown steps and missing extras
     if config.rejects and not steps:
         raise UserError("--rejects takes what cleaning leaves out, and nothing is cleaned; add --clean web.")
+    if config.rejects and (Path(config.rejects).is_dir() or not Path(config.rejects).parent.is_dir()):
+        raise UserError(f"--rejects {config.rejects} cannot be written; name a file in a folder that is there.")
     held_out = resolve_inputs(config.validation_input) if config.validation_input else []
     if held_out and (config.validation_documents is not None or config.validation_first is not None):
         raise UserError("Hold out either given files or a number of documents, not both.")
