@@ -15,7 +15,6 @@ import argparse
 import hashlib
 import importlib
 import json
-import math
 import os
 import random
 import shutil
@@ -63,23 +62,19 @@ def _load_libraries() -> None:
 
 
 def differing(name: str, found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
-    """The files that differ: by a bit in what is prepared and trained, by 1e-5 in the figures of an evaluation.
-
-    One evaluation of about sixty of the same model differed from the others, for a reason that is not known.
-    """
-    alike = _close if name == "evaluate" else lambda one, other: one == other
-    return sorted(key for key in {*found, *expected} if not alike(found.get(key), expected.get(key)))
+    """Where the contents of two commands' files differ, to the bit: each place, with both values."""
+    return _differences(expected, found, "")
 
 
-def _close(one: Any, other: Any) -> bool:
-    """Equal, numbers to 1e-5."""
-    if isinstance(one, float) and isinstance(other, float):
-        return math.isclose(one, other, rel_tol=1e-5, abs_tol=1e-6)
+def _differences(one: Any, other: Any, place: str) -> list[str]:
     if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(_close(one[key], other[key]) for key in one)
-    if isinstance(one, list) and isinstance(other, list):
-        return len(one) == len(other) and all(map(_close, one, other))
-    return bool(one == other)
+        keys = sorted({*one, *other})
+        return [found for key in keys for found in _differences(one.get(key), other.get(key), f"{place} {key}")]
+    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        pairs = enumerate(zip(one, other, strict=True))
+        return [found for at, (left, right) in pairs for found in _differences(left, right, f"{place}[{at}]")]
+    same = one == other or (one != one and other != other)
+    return [] if same else [f"{place.strip()}: {str(one)[:60]} against {str(other)[:60]}"]
 
 
 class Chaos:
@@ -150,7 +145,7 @@ class Chaos:
             assert self.finish(name, again) == 0, f"{name} failed the second time: see {again.with_suffix('.log')}"
             parts = differing(name, self.contents(name, again), self.expected[name])
             assert not parts, (
-                f"{name} is not the same twice over ({', '.join(parts)}): there is nothing to compare with"
+                f"{name} is not the same twice over ({'; '.join(parts[:12])}): there is nothing to compare with"
             )
 
     def trial(self, name: str, number: int) -> None:
@@ -197,7 +192,7 @@ class Chaos:
             return
         found = self.contents(name, place)
         if parts := differing(name, found, self.expected[name]):
-            self.faults.append(f"{place.name}: other contents in {', '.join(sorted(parts))}")
+            self.faults.append(f"{place.name}: {len(parts)} places differ: {'; '.join(parts[:12])}")
         left = [path.name for path in place.rglob(".*") if path.name != ".verified.json"]
         if left:
             self.faults.append(f"{place.name}: {', '.join(left)} left behind")

@@ -11,6 +11,7 @@ Names are imported when they are first used, so that `import cartilha` loads nei
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -43,6 +44,10 @@ if TYPE_CHECKING:
     from cartilha.pipeline.report import report
     from cartilha.pipeline.train import train
     from cartilha.pipeline.vocab import vocab
+
+# Read when pyarrow is loaded. Arrow's own allocator (mimalloc) keeps a little more at every evaluation of a run,
+# for good; the system's gives it back, and `prepare` is as fast with it (docs/log.md, experiment 26).
+os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
 
 __all__ = [
     "CheckConfig",

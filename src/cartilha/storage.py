@@ -50,19 +50,25 @@ def system_error(error: BaseException) -> OSError | None:
 
 
 def write_atomically(path: Path, data: str | bytes) -> None:
-    """Write under a temporary name, flush to the disk and rename: a reader finds the old file or the new one, whole."""
+    """Write a file that appears whole or not at all: see `new_file`."""
+    with new_file(path) as temporary:
+        temporary.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside `path` that, flushed to the disk, takes its place when the block ends.
+
+    A reader finds the old file or the new one, whole. The directory is made.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     _sweep(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            _try_lock(file.fileno())
-            file.write(data.encode("utf-8") if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-            if sys.platform != "win32":  # there an open file cannot be renamed
-                temporary.replace(path)
-        if sys.platform == "win32":
+        temporary.touch()
+        with _held(temporary):
+            yield temporary
+            _flush_to_disk(temporary)
             temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -172,12 +178,12 @@ def _is_abandoned(path: Path) -> bool:
 
 
 @contextmanager
-def _held(directory: Path) -> Iterator[None]:
-    """Hold a directory's lock while the block runs (not on Windows, where directories have none)."""
+def _held(path: Path) -> Iterator[None]:
+    """Hold a file's or directory's lock while the block runs (not on Windows, where an open file cannot be renamed)."""
     if sys.platform == "win32":
         yield
         return
-    descriptor = os.open(directory, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         _try_lock(descriptor)
         yield

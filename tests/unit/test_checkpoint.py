@@ -367,3 +367,17 @@ def test_the_space_that_a_run_needs_is_what_it_takes(tmp_path):
     assert len(list_checkpoints(tmp_path)) == 3
     later, _ = space_needed(tmp_path, num_parameters)
     assert at_first > 4 * 12 * num_parameters and later == pytest.approx(at_first - 3 * size, abs=3000)
+
+
+def test_what_becomes_of_the_file_does_not_matter_once_it_is_loaded(run):
+    """Tensors are mapped from their file: whoever wrote into it, or took it away, would reach into the run."""
+    state = fresh_state(1)
+    path = newest_sound_checkpoint(run)
+    load_checkpoint(path, state)
+    before = weights(state), moments(state)
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        size = (path / name).stat().st_size
+        with (path / name).open("rb+") as file:  # the same file, not another one under its name
+            file.write(b"\x7f" * size)
+    assert same(weights(state), before[0])
+    assert all(torch.equal(left, right) for left, right in zip(moments(state), before[1], strict=True))

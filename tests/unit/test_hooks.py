@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import os
 import signal
 import threading
 from pathlib import Path
@@ -91,6 +93,32 @@ def test_a_resumed_run_continues_without_gap_or_repeat_and_drops_a_torn_line(tmp
     resumed.close()
     assert steps(path) == list(range(10))
     assert "evaluation" in lines(path)[0]
+
+
+def test_steps_that_the_file_has_lost_are_said(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    metrics = MetricsFile(path, 0, LossWatch(Progress()))
+    for step in (1, 2, 3, 6, 7):
+        metrics.step(record(step))
+    metrics.evaluation(5, 1, {"perplexity": 9.0})
+    metrics.close()
+    with caplog.at_level(logging.WARNING, "cartilha"):
+        MetricsFile(path, 3, LossWatch(Progress())).close()
+        assert not caplog.messages
+        path.write_text(json.dumps({"step": 2}) + "\n" + "[" * 100_000 + "\n", encoding="utf-8")
+        MetricsFile(path, 3, LossWatch(Progress())).close()
+    assert len(caplog.messages) == 1 and "has lost 2 of the 3 steps" in caplog.messages[0]
+
+
+def test_a_checkpoints_steps_are_on_the_disk_before_it_is(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    metrics = MetricsFile(path, 0, LossWatch(Progress()))
+    metrics.step(record(1))
+    durable: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: durable.extend(steps(path)))
+    metrics.sync()
+    metrics.close()
+    assert durable == [1]
 
 
 def test_a_run_that_begins_anew_drops_the_lines_of_the_one_before(tmp_path):

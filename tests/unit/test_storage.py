@@ -22,6 +22,7 @@ from cartilha.storage import (
     exclusive,
     file_sha256,
     new_directory,
+    new_file,
     read_json,
     read_sealed_json,
     sweep_below,
@@ -80,6 +81,23 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
 
 
 # Directories
+
+
+def test_a_new_file_that_others_write_appears_when_it_is_done(tmp_path):
+    path = tmp_path / "a" / "tabela.parquet"
+    with new_file(path) as temporary:
+        temporary.write_bytes(b"old")
+        assert not path.exists()
+    with pytest.raises(KeyError), new_file(path) as temporary:
+        temporary.write_bytes(b"half")
+        raise KeyError
+    assert path.read_bytes() == b"old" and [found.name for found in path.parent.iterdir()] == [path.name]
+    with new_file(path) as temporary:
+        temporary.write_bytes(b"new")
+        with new_file(path.with_name("other")) as other:  # whoever writes there sweeps only what nobody writes
+            sweep_below(tmp_path)
+            other.write_bytes(b"")
+    assert path.read_bytes() == b"new"
 
 
 def test_a_new_directory_appears_when_it_is_done(tmp_path):

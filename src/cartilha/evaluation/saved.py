@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from cartilha.errors import UserError
 from cartilha.evaluation.documents import ScoredDocuments
 from cartilha.evaluation.nll import TokenRows
-from cartilha.storage import to_json
+from cartilha.storage import new_file, to_json
 
 METADATA_KEY = b"cartilha.evaluation"
 
@@ -92,7 +92,7 @@ def save_evaluation(path: Path, record: dict[str, Any], documents: ScoredDocumen
         },
         schema=DOCUMENT_SCHEMA.with_metadata({METADATA_KEY: to_json(record).encode("utf-8")}),
     )
-    with replacing(path) as temporary:
+    with new_file(path) as temporary:
         pq.write_table(table, temporary, compression="zstd")
 
 
@@ -146,17 +146,5 @@ def token_file(path: Path) -> Iterator[TokenFile]:
     Columns: model, document (number in the corpus, from 0, empty documents counted), position (from 0), token_id, nll
     and entropy in nats, rank (1 = likeliest). Rows are in the order of scoring, not of the corpus.
     """
-    with replacing(path) as temporary, pq.ParquetWriter(temporary, TOKEN_SCHEMA, compression="zstd") as writer:
+    with new_file(path) as temporary, pq.ParquetWriter(temporary, TOKEN_SCHEMA, compression="zstd") as writer:
         yield TokenFile(writer)
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` that takes its place when the block ends; its directory is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 
 from cartilha.evaluation.documents import ScoredDocuments
 from cartilha.evaluation.nll import TokenRows, score_documents
-from cartilha.evaluation.saved import replacing
 from cartilha.evaluation.windows import Protocol
+from cartilha.storage import new_file
 from cartilha.tokens.tokenizer import TextTokenizer
 
 NUM_DOCUMENTS = 4
@@ -103,7 +103,7 @@ def add_surprisal(
     if path.is_file():
         old = pq.read_table(path, schema=SURPRISAL_SCHEMA)
         table = pa.concat_tables([old.filter(pa.compute.less(old["step"], step)), table])
-    with replacing(path) as temporary:
+    with new_file(path) as temporary:
         pq.write_table(table, temporary, compression="zstd")
 
 

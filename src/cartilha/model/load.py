@@ -151,7 +151,19 @@ def _from_pretrained(ref: str, path: str) -> PreTrainedModel:
         # transformers would give them random values and go on.
         names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise UserError(f"{ref} lacks {len(missing)} of its model's weights ({names}); fetch its files again.")
+    _take_into_memory(model)
     return model
+
+
+@torch.no_grad()
+def _take_into_memory(model: PreTrainedModel) -> None:
+    """Copy the weights out of the file that they are mapped from.
+
+    Whoever writes into that file would change the model, and a drive that goes away, or a shorter file, end the process
+    (SIGBUS) at the next weight that is looked at.
+    """
+    for tensor in {*model.parameters(), *model.buffers()}:
+        tensor.data = tensor.data.clone()
 
 
 def _first_line(error: Exception) -> str:

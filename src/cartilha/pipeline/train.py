@@ -167,7 +167,7 @@ def _train(run: Run, record: RunRecord, notices: NoticeCollector, stop: StopRequ
             stopping = any(gather_objects(stop.requested))
             if step.ends_epoch or last or stopping or writer.is_due(step.step):
                 epoch_loss.flush()
-                metrics.flush()
+                metrics.sync()
                 writer.write(run.state, run.settings, validation_loss)
             if stopping and not last:
                 writer.finish()

@@ -293,8 +293,12 @@ def load_checkpoint(path: Path, state: TrainingState) -> None:
             parameter.copy_(weights[name])
     for joined, value in read_tensors(path / "optimizer.safetensors", device).items():
         name, key = joined.rsplit("|", 1)
-        # Fused AdamW keeps its step counts beside the parameters.
-        state.optimizer.state[parameters[name]][key] = value
+        # Fused AdamW keeps its step counts beside the parameters. A copy, since what is read is mapped from the file.
+        moments_there = state.optimizer.state[parameters[name]]
+        if key in moments_there:
+            moments_there[key].copy_(value)
+        else:
+            moments_there[key] = value.clone()
     state.scaler.load_state_dict(saved["scaler"])
     for field, number in asdict(progress).items():
         setattr(state.progress, field, number)

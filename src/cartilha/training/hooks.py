@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import math
 import os
 import signal
@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from cartilha.runtime import world
-from cartilha.storage import to_json
+from cartilha.storage import parse_json, to_json, write_atomically
 from cartilha.training.loop import Progress, StepRecord
 from cartilha.training.trackers import Tracker, figures_of
 from cartilha.training.watch import LossWatch
+
+log = logging.getLogger("cartilha")
 
 
 class MetricsFile:
@@ -79,6 +81,12 @@ class MetricsFile:
             for number, (prompt, text) in enumerate(texts, 1):
                 self._tracker.text(step, f"samples/{number} {prompt.strip()}", text)
 
+    def sync(self) -> None:
+        """Write what is held back, to the disk itself: a checkpoint's steps must not be lost where it is kept."""
+        self.flush()
+        if world()[0] == 0:
+            os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Write what is held back and close the file."""
         self.flush()
@@ -89,17 +97,22 @@ class MetricsFile:
 
 def _open_at(path: Path, resumed_step: int) -> IO[str]:
     """The metrics file, cut after the last line of the steps already taken, open for appending."""
-    kept = []
+    kept, steps = [], set()
     if resumed_step and path.is_file():
-        for line in path.read_text(encoding="utf-8").split("\n"):  # splitlines would split at U+2028, too
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):  # splitlines would split at U+2028
             try:
-                if json.loads(line)["step"] <= resumed_step:
+                values = parse_json(line)
+                if values["step"] <= resumed_step:
                     kept.append(line + "\n")
+                    steps |= {values["step"]} if "evaluation" not in values else set()
             except (ValueError, KeyError, TypeError):
                 continue  # torn by a kill
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)
+    lacking = resumed_step - len(steps)
+    if lacking > 0:
+        log.warning(
+            "%s has lost %d of the %d steps before this one: their curve has a gap.", path, lacking, resumed_step
+        )
+    write_atomically(path, "".join(kept))
     return path.open("a", encoding="utf-8")
 
 
