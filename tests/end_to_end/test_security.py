@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import pickle
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from cartilha.model.load import load_model
 from cartilha.pipeline.recipes import read_recipe
 
 SECRET = "hf_ThisIsTheSecretOfTheEnvironment"
@@ -71,13 +73,34 @@ def test_a_pickle_in_a_models_weights_is_not_run(refused, corpus, tmp_path):
     assert not mark.exists()
 
 
+AUTO_MAP = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+
+
+def add_code(folder: Path, mark: Path) -> None:
+    (folder / "code.py").write_text(f"open({str(mark)!r}, 'w')\nclass Config: pass\nclass Model: pass\n")
+
+
 def test_code_that_comes_with_a_model_is_not_run(refused, corpus, tmp_path):
     mark = tmp_path / "it-ran"
-    auto_map = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
-    folder = model_folder(tmp_path / "model", model_type="unheard-of", auto_map=auto_map)
-    (folder / "code.py").write_text(f"open({str(mark)!r}, 'w')\nclass Config: pass\nclass Model: pass\n")
-    refused("evaluate", "--model", folder, "--input", corpus)
+    folder = model_folder(tmp_path / "model", model_type="unheard-of", auto_map=AUTO_MAP)
+    add_code(folder, mark)
+    for command in (["evaluate", "--model", folder, "--input", corpus], ["plan", "--model", folder]):
+        sentence = refused(*command)
+        assert "code that comes with it, which is never run" in sentence and "trust_remote_code" not in sentence
     assert not mark.exists()
+
+
+def test_of_a_model_of_a_known_type_the_code_is_left_alone_and_that_is_said(tmp_path, caplog):
+    mark = tmp_path / "it-ran"
+    model = load_model("random:tiny", torch.device("cpu")).model
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps({**config, "auto_map": AUTO_MAP}), encoding="utf-8")
+    add_code(tmp_path, mark)
+    with caplog.at_level(logging.WARNING, "cartilha"):
+        loaded = load_model(str(tmp_path), torch.device("cpu")).model
+    assert type(loaded) is type(model) and not mark.exists()
+    assert "comes with code of its own, which is not run: LlamaForCausalLM reads it." in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -166,6 +166,28 @@ def test_where_all_are_damaged_there_is_none(run, warnings):
     assert "step-00000001" in warnings.text and "step-00000002" in warnings.text
 
 
+def of_the_first_version(path: Path) -> None:
+    manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    (path / "manifest.json").write_text(json.dumps(manifest["files"]), encoding="utf-8")
+
+
+def of_a_later_version(path: Path) -> None:
+    manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    del manifest["sha256"]
+    write_sealed_json(path / "manifest.json", {**manifest, "format_version": 2})
+
+
+@pytest.mark.parametrize("rewrite", [of_the_first_version, of_a_later_version])
+def test_another_versions_checkpoints_are_no_damage_and_no_run_begins_over_them(run, warnings, rewrite):
+    first, second = list_checkpoints(run)
+    rewrite(second)
+    assert newest_sound_checkpoint(run) == first and "damaged" not in warnings.text
+    flip_byte(first / "model.safetensors")
+    with pytest.raises(UserError, match=r"written by another version of cartilha: step-00000002 \("):
+        newest_sound_checkpoint(run)
+    assert list_checkpoints(run) == [first, second]
+
+
 def test_an_unfinished_checkpoint_is_not_seen(run):
     (run / "checkpoints" / ".step-00000003.77.tmp").mkdir()
     assert [path.name for path in list_checkpoints(run)] == ["step-00000001", "step-00000002"]

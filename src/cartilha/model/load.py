@@ -143,9 +143,11 @@ def _from_pretrained(ref: str, path: str) -> PreTrainedModel:
             raise UserError(f"{ref} holds no model that can be loaded ({_first_line(error)}).") from error
         raise HubUnreachableError(unreachable_message(ref)) from error
     except (ValueError, KeyError, RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError) as error:
-        raise UserError(f"{ref} cannot be loaded as a causal language model ({_first_line(error)}).") from error
+        raise UserError(f"{ref} cannot be loaded as a causal language model ({_reason(error)}).") from error
     model, report = result
     assert isinstance(model, PreTrainedModel)
+    if getattr(model.config, "auto_map", None):
+        log.warning("%s comes with code of its own, which is not run: %s reads it.", ref, type(model).__name__)
     missing = sorted(report["missing_keys"])
     if missing:
         # transformers would give them random values and go on.
@@ -164,6 +166,13 @@ def _take_into_memory(model: PreTrainedModel) -> None:
     """
     for tensor in {*model.parameters(), *model.buffers()}:
         tensor.data = tensor.data.clone()
+
+
+def _reason(error: Exception) -> str:
+    """Transformers' reason; of a model with code of its own it says how to run that, which is not done here."""
+    if "custom code" in str(error):
+        return "it needs code that comes with it, which is never run: choose a model of a type that transformers knows"
+    return _first_line(error)
 
 
 def _first_line(error: Exception) -> str:
@@ -187,7 +196,7 @@ def model_config(ref: str, tokenizer: TextTokenizer | None = None) -> Pretrained
         except (OSError, ValueError) as error:
             if path is None and isinstance(error, OSError):
                 raise HubUnreachableError(unreachable_message(ref)) from error
-            raise UserError(f"{ref} holds no model that can be loaded ({_first_line(error)}).") from error
+            raise UserError(f"{ref} holds no model that can be loaded ({_reason(error)}).") from error
     assert isinstance(config, PretrainedConfig)
     return config
 

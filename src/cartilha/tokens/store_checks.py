@@ -44,10 +44,16 @@ def read_store_info(path: Path, version: int) -> dict[str, Any]:
         what = "is not a store" if path.is_dir() else "does not exist"
         raise UserError(f"{path} {what}; make one with: cartilha prepare --input FILE --model MODEL --output {path}")
     try:
-        found = read_json(path / "store.json")["format_version"]
+        unchecked = read_json(path / "store.json")
+        found = unchecked["format_version"]
         if found != version:
             raise UserError(
                 f"The store {path} has format {found}, this version reads {version}; prepare it with --overwrite."
+            )
+        if "sha256" not in unchecked and all(key in unchecked for key in STORE_KEYS):
+            raise UserError(
+                f"The store {path} was made by an older version (its store.json has no hash of its own); make it anew "
+                "from the same input with: cartilha prepare --overwrite."
             )
         info = read_sealed_json(path / "store.json")
     except (OSError, ValueError, KeyError, TypeError) as error:

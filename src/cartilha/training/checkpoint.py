@@ -188,16 +188,41 @@ def newest_name(run: Path) -> str | None:
 
 
 def newest_sound_checkpoint(run: Path) -> Path | None:
-    """The newest checkpoint whose files have the recorded sizes and hashes; damaged ones are named and passed over."""
+    """The newest checkpoint whose files have the recorded sizes and hashes; damaged ones are named and passed over.
+
+    Raises:
+        UserError: There are only checkpoints that another version wrote: a run that began anew would remove them.
+    """
     found = list_checkpoints(run)
+    others = []
     for path in reversed(found):
+        if other := _other_version(path):
+            others.append(f"{path.name} ({other})")
+            continue
         fault = _fault(path)
         if fault is None:
             return path
         log.warning("The checkpoint %s is damaged (%s) and is passed over.", path.name, fault)
+    if others:
+        raise UserError(
+            f"The checkpoints of the run {run} were written by another version of cartilha: {', '.join(others)}; go on "
+            "with that version, or train into another --output."
+        )
     if found:
         log.warning("No checkpoint of the run %s is sound: it begins anew.", run)
     return None
+
+
+def _other_version(path: Path) -> str | None:
+    """What tells a checkpoint of another version from a damaged one, or None."""
+    try:
+        manifest = read_json(path / "manifest.json")
+        if isinstance(manifest, dict) and manifest.keys() == set(FILES):
+            return "its manifest has no hash of its own, as those of the first version"
+        version = read_sealed_json(path / "manifest.json").get("format_version")
+    except (OSError, ValueError):
+        return None
+    return None if version == FORMAT_VERSION else f"format {version}, this version reads {FORMAT_VERSION}"
 
 
 def _fault(path: Path) -> str | None:
