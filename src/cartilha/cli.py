@@ -23,7 +23,7 @@ from jsonargparse import SUPPRESS, ArgumentParser
 from cartilha import config as configs
 from cartilha.console import set_up_logging
 from cartilha.errors import UserError
-from cartilha.storage import DISK_FAULTS
+from cartilha.storage import DISK_FAULTS, system_error
 
 log = logging.getLogger("cartilha")
 
@@ -124,17 +124,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("cartilha: stopped.", file=sys.stderr)
         return 130
-    except OSError as error:
-        if error.errno not in DISK_FAULTS:
-            raise
-        place = error.filename2 or error.filename
-        print(
-            f"cartilha: Nothing can be written{f' to {place}' if place else ''} ({error.strerror}); "
-            "check the path, its permissions and the free space.",
-            file=sys.stderr,
-        )
-        return 2
-    except RuntimeError as error:
+    except Exception as error:
+        fault = system_error(error)
+        if fault is not None and fault.errno in DISK_FAULTS:
+            place = fault.filename2 or fault.filename
+            print(
+                f"cartilha: Nothing can be written{f' to {place}' if place else ''} ({fault.strerror}); "
+                "check the path, its permissions and the free space.",
+                file=sys.stderr,
+            )
+            return 2
         exit_code = getattr(error, "exit_code", None)
         if exit_code is None:
             raise

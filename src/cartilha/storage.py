@@ -70,10 +70,17 @@ def new_file(path: Path) -> Iterator[Path]:
             yield temporary
             _flush_to_disk(temporary)
             temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
-        raise
+        raise _named(error, path) from error.__cause__
     _flush_directory(path.parent)
+
+
+def _named(error: BaseException, path: Path) -> BaseException:
+    """The error, with the path where the system's error names none: a full disk is met in the middle of a file."""
+    if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+        return OSError(error.errno, os.strerror(error.errno), str(path))
+    return error
 
 
 @contextmanager
@@ -101,9 +108,9 @@ def new_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
                 if path.is_dir() and not any(path.iterdir()):
                     path.rmdir()
                 temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        raise _named(error, path) from error.__cause__
     _flush_directory(path.parent)
 
 
@@ -242,11 +249,16 @@ def exclusive(path: Path, what: str) -> Iterator[None]:
         try:
             yield
         finally:
-            if sys.platform != "win32":
-                path.unlink(missing_ok=True)
+            if sys.platform != "win32":  # where an open file cannot be removed
+                _remove_lock(path)
     if sys.platform == "win32":
-        with contextlib.suppress(OSError):
-            path.unlink(missing_ok=True)
+        _remove_lock(path)
+
+
+def _remove_lock(path: Path) -> None:
+    """Remove a lock file; a disk that has turned read-only keeps it, and has a more telling error on its way."""
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
 
 
 def _open_lock(path: Path, what: str) -> IO[str]:
