@@ -1,0 +1,113 @@
+"""One way to train, timed in this process: ours, the HF Trainer as its users run it, packed, and tuned.
+
+ours       packed, masked, fused loss, fused AdamW; compiled on CUDA
+hf_users   one text a row, cut and padded; the Trainer's own defaults, but for the compute dtype
+hf_packed  rows full of text, the defaults otherwise
+hf_tuned   the same rows, no dropout, sdpa, fused AdamW, torch.compile where a C++ compiler is there
+"""
+
+from __future__ import annotations
+
+import tempfile
+from typing import Any
+
+import torch
+
+from training_speed.setup import Clock, Shape, make_sampler, model_config, packed_rows, padded_rows
+
+VARIANTS = ("ours", "hf_users", "hf_packed", "hf_tuned")
+
+
+def measure(shape: Shape, variant: str, dtype: str, compiled: bool = True) -> dict[str, Any]:
+    """Train a few steps and say how fast.
+
+    Returns:
+        `tokens_per_second`: of each window, tokens of text (padding does not count); `text_share` of the positions;
+        `losses` of the first and last step where the variant gives them; peak memory in bytes.
+    """
+    if shape.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    result = _ours(shape, dtype, compiled) if variant == "ours" else _trainer(shape, variant, dtype, compiled)
+    rates = [rate * result["text_share"] for rate in result.pop("positions_per_second")]
+    return {"variant": variant, "dtype": dtype, "tokens_per_second": rates, **result, **peak_memory(shape.device)}
+
+
+def peak_memory(device: str) -> dict[str, int]:
+    if device == "cuda":
+        return {
+            "allocated_bytes": torch.cuda.max_memory_allocated(),
+            "peak_bytes": torch.cuda.max_memory_reserved(),
+        }
+    from cartilha.runtime import peak_memory_bytes
+
+    return {"peak_bytes": peak_memory_bytes(device)}
+
+
+def train_ours(shape: Shape, dtype: str, compiled: bool, kernel: str | None = None) -> Any:
+    """An iterator over the records of our training; one a step."""
+    from cartilha.model import forward
+    from cartilha.model.compiling import training_body
+    from cartilha.model.load import load_model
+    from cartilha.training.loop import Progress, Schedule, train_steps
+    from cartilha.training.optimizer import allocate_states, make_optimizer
+
+    if kernel:
+        forward.choose_kernel = lambda *hardware: kernel
+    loaded = load_model(f"random:{shape.model}", torch.device(shape.device))
+    optimizer = make_optimizer(loaded.model, 1e-5, 0.1)
+    allocate_states(optimizer)
+    return train_steps(
+        loaded.model, optimizer, make_sampler(shape), Schedule(shape.num_steps, 1e-5, 0.0, 1.0), Progress(),
+        dtype=getattr(torch, dtype), micro_batch_size=shape.micro_batch, max_grad_norm=1.0,
+        scaler=torch.amp.GradScaler(shape.device, enabled=dtype == "float16"),
+        body=training_body(loaded.model, "always" if compiled and shape.device == "cuda" else "never", 0),
+    )  # fmt: skip
+
+
+def _ours(shape: Shape, dtype: str, compiled: bool) -> dict[str, Any]:
+    clock, losses = Clock(shape), []
+    for record in train_ours(shape, dtype, compiled):
+        clock.step()
+        losses.append(record.loss)
+    sampler = make_sampler(shape)
+    return {
+        "positions_per_second": clock.positions_per_second(),
+        "text_share": 1 - sampler.padding_share,
+        "losses": [losses[0].item(), losses[-1].item()],
+    }
+
+
+def _trainer(shape: Shape, variant: str, dtype: str, compiled: bool) -> dict[str, Any]:
+    from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+    from cartilha.runtime import has_cxx_compiler
+
+    clock, losses = Clock(shape), []
+
+    class Listener(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            clock.step()
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            losses.extend(value for key, value in (logs or {}).items() if key == "train_loss")
+
+    tuned = variant == "hf_tuned"
+    config = model_config(shape)
+    config.dropout = 0.0 if tuned else config.dropout
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    rows, share = padded_rows(shape) if variant == "hf_users" else (packed_rows(shape), 1.0)
+    rows = (rows * (-(-shape.micro_batch * (shape.num_steps + 1) // len(rows))))[: shape.micro_batch * 1000]
+    compiling = tuned and compiled and has_cxx_compiler()
+    with tempfile.TemporaryDirectory() as folder:
+        settings = TrainingArguments(
+            folder, per_device_train_batch_size=shape.micro_batch, max_steps=shape.num_steps, report_to=[],
+            use_cpu=shape.device == "cpu", bf16=dtype == "bfloat16", fp16=dtype == "float16", save_strategy="no",
+            disable_tqdm=True, logging_strategy="no", torch_compile=compiling,
+            **({"optim": "adamw_torch_fused"} if tuned else {}),
+        )  # fmt: skip
+        Trainer(model=model, args=settings, train_dataset=rows, callbacks=[Listener()]).train()
+    return {
+        "positions_per_second": clock.positions_per_second(), "text_share": share, "compiled": compiling,
+        "losses": losses,
+    }  # fmt: skip

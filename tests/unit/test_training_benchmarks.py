@@ -1,0 +1,158 @@
+"""The training benchmarks run and can fail: the one for GPUs has to be right at its first run on one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def importable() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    sys.path.insert(0, str(BENCHMARKS))
+    yield
+    sys.path.remove(str(BENCHMARKS))
+    torch.set_num_threads(threads)
+
+
+def tiny(**more: Any) -> dict[str, Any]:
+    from training_speed.setup import Shape
+
+    return dataclasses.asdict(Shape(model="tiny-opt", block_size=32, micro_batch=2, windows=1, **more))
+
+
+@pytest.mark.parametrize("variant", ["ours", "hf_users", "hf_packed", "hf_tuned"])
+def test_every_way_to_train_is_timed(variant):
+    from training_speed.sections import compute
+
+    found = compute("train", {"shape": tiny(longest=20), "variant": variant, "dtype": "float32", "compiled": False})
+    assert len(found["tokens_per_second"]) == 1 and found["tokens_per_second"][0] > 0
+    assert 0.5 < found["text_share"] <= 1 and (found["text_share"] < 1) == (variant in ("hf_users", "ours"))
+    assert found["losses"] and all(5 < loss < 6 for loss in found["losses"])  # ln 259 = 5.56
+    assert found["peak_bytes"] > 0
+
+
+def test_padding_is_not_counted_as_text():
+    from training_speed.setup import PAD_ID, Shape, padded_rows
+
+    rows, share = padded_rows(Shape(**tiny(longest=20)))
+    kept = sum(int(row["attention_mask"].sum()) for row in rows)
+    assert share == kept / (32 * len(rows)) and share < 0.7
+    for row in rows:
+        padding = row["attention_mask"] == 0
+        assert (row["labels"][padding] == -100).all() and (row["input_ids"][padding] == PAD_ID).all()
+
+
+def test_numerics_agree():
+    from training_speed.sections import compute
+
+    found = compute("numerics", {"shape": tiny(), "dtype": "bfloat16"})
+    assert "failed" not in found and len(found["checks"]) == 6
+
+
+@pytest.mark.parametrize("fault", ["the future is seen", "a gradient twice as large"])
+def test_numerics_find_a_fault(fault, monkeypatch):
+    from training_speed.sections import compute
+
+    if fault == "the future is seen":
+        monkeypatch.setattr(
+            "cartilha.model.attention.causal_mask", lambda length, window, device: torch.ones(length, length).bool()
+        )
+    else:
+        from cartilha.model.loss import nll_and_gradient
+
+        def doubled(*arguments):
+            nll, gradient = nll_and_gradient(*arguments)
+            return nll, gradient * 2
+
+        monkeypatch.setattr("cartilha.model.loss.chunk_kernel", lambda device: doubled)
+    assert compute("numerics", {"shape": tiny(), "dtype": "bfloat16"})["failed"].startswith("numerics: ")
+
+
+def test_memory_kernels_and_noise_are_measured():
+    from training_speed.sections import compute
+
+    memory = compute("memory", {"shape": tiny(), "dtype": "float32", "kernel": "segments", "limit_gib": None})
+    assert memory["fits"] and memory["planned_bytes"] > 0 and memory["peak_bytes"] > 0
+    gemm = compute("gemm", {"shape": tiny(), "dtype": "float32"})
+    assert gemm["gemm_flops"] > 1e6 and gemm["known_peak"] is None
+    loss = compute("loss_kernel", {"shape": tiny(), "dtype": "float32", "chunks": [16, 64]})
+    assert [row["chunk_tokens"] for row in loss["rows"]] == [16, 64] and loss["rows"][0]["seconds"] > 0
+    attention = compute("attention_kernel", {"shape": tiny(), "dtype": "float32", "kernels": ["segments", "mask"]})
+    assert [row["kernel"] for row in attention["rows"]] == ["segments", "mask"] and attention["floor_s"] > 0
+    noise = compute("noise", {"shape": tiny(), "dtype": "float32", "compiled": False})
+    assert noise == {"largest_difference": 0.0, "equal_steps": 2, "steps": 2}
+
+
+def test_the_cost_of_a_token():
+    from training_speed.flops import flops_per_token, known_peak
+    from training_speed.setup import Shape, model_config
+
+    config = model_config(Shape())
+    products, with_attention = flops_per_token(config, 512)
+    assert products == 6 * (12 * (4 * 768**2 + 2 * 768 * 3072) + 50272 * 768)
+    assert with_attention - products == 6 * 12 * 768 * 512
+    assert known_peak("NVIDIA A100-SXM4-40GB") == 312e12 and known_peak("NVIDIA H100 80GB HBM3") == 989e12
+    assert known_peak("NVIDIA L4") == 121e12 and known_peak("a card of tomorrow") is None
+
+
+def test_a_section_that_fails_or_takes_too_long_is_recorded():
+    from training_speed.sections import run
+
+    assert "KeyError" in run("nothing of the kind", {"shape": tiny()}, 60)["failed"]
+    assert run("gemm", {"shape": tiny(), "dtype": "float32"}, 0.01)["failed"] == "more than 0 s"
+
+
+def test_what_is_measured_on_a_gpu():
+    import train_gpu
+    from training_speed.setup import Shape
+
+    base = Shape(device="cuda", windows=4, window=10, warmup=4)
+    sections = train_gpu.plan(base, "bfloat16", flash=True, quick=False)
+    titles = [title for title, *_ in sections]
+    assert titles[0] == "numerics"
+    for shape in ("512 x 32", "1024 x 16", "2048 x 8"):
+        assert [t for t in titles if t.startswith(f"speed {shape} ")] == [
+            f"speed {shape} {variant}" for variant in ("ours", "hf_users", "hf_tuned")
+        ]
+    for row in ("512 x 4 in 15", "512 x 8 in 15", "1024 x 16 in 15", "2048 x 8 in 15", "1024 x 16 in 39"):
+        assert f"memory {row} GiB, float16, mask" in titles and f"memory {row} GiB, bfloat16, varlen" in titles
+    assert titles[-4:] == ["products", "loss alone", "attention alone", "two equal runs"]
+
+
+@pytest.mark.parametrize("broken", ["numerics", "memory 64 x 4 in None GiB, float32, segments", None])
+def test_a_failed_section_is_recorded_and_the_rest_goes_on(broken, tmp_path, monkeypatch, capsys):
+    import train_gpu
+
+    titles = []
+
+    def fake(section: str, settings: dict[str, Any], limit_s: float) -> dict[str, Any]:
+        titles.append(section)
+        if broken and broken.startswith(section):
+            return {"failed": "it broke"}
+        if section == "train":
+            return {"tokens_per_second": [50.0], "text_share": 0.5, "peak_bytes": 2**30}
+        return {"gemm_flops": 1e9, "known_peak": None} if section == "gemm" else {"checks": []}
+
+    monkeypatch.setattr(train_gpu, "run", fake)
+    monkeypatch.setattr(sys, "argv", ["train_gpu.py", "--device", "cpu", "--quick", "--output", str(tmp_path)])
+    if broken:
+        with pytest.raises(SystemExit, match="failed: "):
+            train_gpu.main()
+    else:
+        train_gpu.main()
+    (written,) = tmp_path.glob("train_cpu_*.json")
+    sections = json.loads(written.read_text(encoding="utf-8"))["sections"]
+    assert len(sections) == len(titles) == 9
+    assert [s["title"] for s in sections if "failed" in s] == ([broken] if broken else [])
+    assert "tokens/s" in capsys.readouterr().out
