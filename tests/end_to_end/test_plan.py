@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from functools import partialmethod
 
 import pytest
 
+import cartilha.pipeline.train as train_module
 from cartilha.config import GenerateConfig, TrainConfig
+from cartilha.pipeline.run_setup import assemble
 from cartilha.pipeline.train import train
+from cartilha.training.memory import SAFETY, MemoryModel
 
 ROW_KEYS = {"device", "block_size", "micro_batch_size", "memory_bytes", "fits", "tokens_per_second", "estimated"}
 TINY = ["--model", "random:tiny"]
@@ -29,7 +34,15 @@ def test_a_plan_has_a_row_for_each_device_block_size_and_micro_batch(cartilha, s
     assert {device for device, _, _ in places} == devices
     assert all(row["fits"] and row["estimated"] and row["tokens_per_second"] > 0 for row in rows)
     for row in rows:
-        parts = {"weights", "gradients", "optimizer_states", "activations", "logits_chunk", "overhead"}
+        parts = {
+            "weights",
+            "gradients",
+            "optimizer_states",
+            "activations",
+            "logits_chunk",
+            "overhead",
+            "checkpoint_copy",
+        }
         assert row["memory"].keys() == parts and sum(row["memory"].values()) == row["memory_bytes"]
         hours = result["train_tokens"] / row["tokens_per_second"] / 3600
         assert row["hours"] == pytest.approx(hours) and row["price"] == pytest.approx(2 * hours)
@@ -102,6 +115,54 @@ def test_a_run_keeps_its_plan_and_keeps_to_it(store, tmp_path):
     assert plan["tokens_per_second"] > 0 and plan["estimated"] is True
     # The test process holds much else: only the order of magnitude can be looked at here (the benchmark has the ratio).
     assert 0.1 < plan["memory_bytes"] / results["memory_bytes"] < 10
+
+
+@pytest.mark.parametrize(
+    ("changes", "copies"),
+    [
+        ({"epochs": 1}, 0),  # its only checkpoint comes when nothing is left to do
+        ({"epochs": 2}, 1),
+        ({"epochs": 1, "checkpoint_steps": 1}, 1),
+        ({"epochs": 1, "checkpoint_minutes": 1e-9}, 1),
+    ],
+)
+def test_a_copy_that_is_written_while_training_goes_on_is_planned(store, tmp_path, changes, copies):
+    config = TrainConfig(model="random:tiny", store=str(store), output=str(tmp_path), block_size=32,
+                         batch_tokens=128, dtype="float32", **changes)  # fmt: skip
+    run = assemble(config, tmp_path, GenerateConfig(), False)
+    assert run.plan.memory.checkpoint_copy == copies * 12 * run.loaded.num_parameters
+    assert run.plan.values["memory_bytes"] == run.plan.memory_bytes and run.plan.background_checkpoints
+
+
+def test_without_room_for_the_copy_training_waits_for_checkpoints(store, tmp_path, monkeypatch, caplog):
+    config = TrainConfig(model="random:tiny", store=str(store), output=str(tmp_path / "run"), block_size=32,
+                         batch_tokens=128, dtype="float32", epochs=2)  # fmt: skip
+    plan = assemble(config, tmp_path, GenerateConfig(), False).plan
+    without = plan.memory_bytes - plan.memory.checkpoint_copy
+    backgrounds = []
+    monkeypatch.setattr(train_module.CheckpointWriter, "__init__", partialmethod(note_background, backgrounds))
+    for room, background in ((without + 1000, False), (plan.memory_bytes + 1000, True)):
+        free = int(room / SAFETY)
+        monkeypatch.setattr("cartilha.pipeline.run_plan.available_memory_bytes", lambda device, free=free: free)
+        with pytest.raises(StopIteration):
+            train(replace(config, output=str(tmp_path / str(background))))
+        assert backgrounds.pop() is background
+
+
+def note_background(self: object, backgrounds: list[bool], *arguments: object, **settings: object) -> None:
+    backgrounds.append(bool(settings["background"]))
+    raise StopIteration
+
+
+def test_the_step_is_traced_once(store, tmp_path, monkeypatch):
+    """The check before step 1 takes the plan's figure."""
+    asked = []
+    step = MemoryModel.step
+    monkeypatch.setattr(MemoryModel, "step", lambda *a, **o: asked.append(o) or step(*a, **o))
+    config = TrainConfig(model="random:tiny", store=str(store), output=str(tmp_path / "run"), block_size=32,
+                         batch_tokens=128, max_steps=1, dtype="float32", micro_batch_size=2)  # fmt: skip
+    train(config, prompts=GenerateConfig(prompt=("a",), max_new_tokens=2))
+    assert len(asked) == 1
 
 
 def test_an_architecture_that_cannot_be_traced_begins_with_one_block(store, tmp_path, monkeypatch, caplog):

@@ -38,7 +38,7 @@ def subject_of(loaded: Any, tokenizer: TextTokenizer, folder: Path, **changes: A
     held_out, trained_on = sample_documents(None, quick=True)
     subject = Subject(
         loaded=loaded, tokenizer=tokenizer, dtype=torch.float32, held_out=held_out, training=trained_on, store=None,
-        block_size=128, lr=3e-3, micro_batch_size=2, output=folder, quick=True, is_random=True,
+        block_size=128, lr=3e-3, micro_batch_size=2, planned_bytes=2**24, output=folder, quick=True, is_random=True,
     )  # fmt: skip
     return replace(subject, **changes)
 
@@ -394,6 +394,7 @@ def test_too_little_memory_or_disk(fresh, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(machine, "available_memory_bytes", lambda device: 1 << 20)
         assert failed(run_checks(fresh, (machine.memory_and_disk,))) == ["memory and disk"]
+        assert failed(run_checks(replace(fresh, planned_bytes=None), (machine.memory_and_disk,))) == []
     monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1 << 10}))
     assert failed(run_checks(fresh, (machine.memory_and_disk,))) == ["memory and disk"]
 

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import shutil
 
-import torch
-
 from cartilha.checks.outcome import CheckResult, Judgement, Subject
-from cartilha.model.attention import choose_kernel
 from cartilha.runtime import available_memory_bytes
 from cartilha.training.checkpoint import space_needed
-from cartilha.training.devices import PROGRAM_BYTES
-from cartilha.training.memory import MemoryModel
 
 
 def memory_and_disk(subject: Subject) -> CheckResult:
@@ -26,18 +21,14 @@ def memory_and_disk(subject: Subject) -> CheckResult:
         "Use a smaller --block_size or --micro_batch_size or a smaller model (cartilha plan shows what fits), or free "
         "some disk space.",
     )
-    loaded = subject.loaded
-    capability = torch.cuda.get_device_capability(subject.device) if subject.device.type == "cuda" else None
-    kernel = choose_kernel(subject.device.type, capability, subject.dtype)
-    model = MemoryModel(loaded.model.config, subject.dtype, kernel, overhead_bytes=PROGRAM_BYTES)
-    need = model.step(subject.micro_batch_size, subject.block_size, accumulates=True).total
-    free = available_memory_bytes(subject.device)
+    need, free = subject.planned_bytes, available_memory_bytes(subject.device)
     place = next(path for path in (subject.output, *subject.output.absolute().parents) if path.is_dir())
-    disk_need, _ = space_needed(subject.output, loaded.num_parameters)
+    disk_need, _ = space_needed(subject.output, subject.loaded.num_parameters)
     disk_free = shutil.disk_usage(place).free
+    wanted = "not planned" if need is None else f"{need / 2**30:.1f} GiB"
     return words.judge(
-        need <= free and disk_need <= disk_free,
-        f"memory: {need / 2**30:.1f} GiB for micro-batches of {subject.micro_batch_size} x "
+        (need or 0) <= free and disk_need <= disk_free,
+        f"memory: {wanted} for micro-batches of {subject.micro_batch_size} x "
         f"{subject.block_size}, {free / 2**30:.1f} GiB available; disk: {disk_need / 2**30:.1f} GiB, "
         f"{disk_free / 2**30:.1f} GiB free",
         memory_bytes=need,

@@ -58,6 +58,7 @@ class Subject:
         block_size: Tokens a block.
         lr: Peak learning rate of the run to come.
         micro_batch_size: Blocks a forward pass of the run to come.
+        planned_bytes: Memory that the run is planned to take; None where it could not be planned.
         output: Where the run would write.
         quick: Less of everything.
         is_random: Whether fresh weights were asked for (a `random:` model).
@@ -73,6 +74,7 @@ class Subject:
     block_size: int
     lr: float
     micro_batch_size: int
+    planned_bytes: int | None
     output: Path
     quick: bool
     is_random: bool

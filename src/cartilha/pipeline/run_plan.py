@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 
 from cartilha.model.attention import choose_kernel
 from cartilha.runtime import available_memory_bytes, cpu_matmul_rate
+from cartilha.training.checkpoint import BYTES_PER_PARAMETER as CHECKPOINT_BYTES_PER_PARAMETER
 from cartilha.training.devices import (
     GIB,
     MAX_TOKENS_CPU,
@@ -20,7 +21,7 @@ from cartilha.training.devices import (
     DeviceFacts,
     flops_per_token,
 )
-from cartilha.training.memory import MemoryModel, StepMemory, largest_micro_batch
+from cartilha.training.memory import SAFETY, MemoryModel, StepMemory, largest_micro_batch
 
 log = logging.getLogger("cartilha")
 
@@ -77,12 +78,33 @@ class RunPlan:
         memory: Of a step, by its parts; None where the architecture could not be traced.
         tokens_per_second: Estimated from the machine's rate of matrix products.
         values: What plan.json holds.
+        background_checkpoints: Whether training may go on while a checkpoint is written.
     """
 
     micro_batch_size: int
     memory: StepMemory | None
     tokens_per_second: float
     values: dict[str, Any]
+    background_checkpoints: bool = True
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """Of all parts together."""
+        return self.memory.total if self.memory else None
+
+    def with_checkpoints(self, facts: DeviceFacts, num_parameters: int) -> RunPlan:
+        """Of a run on a CPU that goes on after a checkpoint: the copy that is written meets the next step's peak.
+
+        Where there is no room for both, checkpoints are written while training waits.
+        """
+        if self.memory is None:
+            return self
+        copied = replace(self.memory, checkpoint_copy=CHECKPOINT_BYTES_PER_PARAMETER * num_parameters)
+        if copied.total > SAFETY * facts.memory_bytes:
+            log.info("There is no memory for a copy of the state: training waits while checkpoints are written.")
+            return replace(self, background_checkpoints=False)
+        values = {**self.values, "memory_bytes": copied.total, "memory": asdict(copied)}
+        return replace(self, memory=copied, values=values)
 
 
 def plan_run(
@@ -110,7 +132,12 @@ def plan_run(
     memory, size = None, micro_batch_size or 1
     try:
         model = MemoryModel(
-            config, facts.dtype, facts.kernel, overhead_bytes=facts.overhead_bytes, checkpointing=checkpointing
+            config,
+            facts.dtype,
+            facts.kernel,
+            overhead_bytes=facts.overhead_bytes,
+            checkpointing=checkpointing,
+            num_parameters=num_parameters,
         )
         if micro_batch_size is None:
             size = _choose(model, facts, block_size, blocks_per_step)

@@ -267,7 +267,7 @@ def assemble(config: TrainConfig, path: Path, prompts: GenerateConfig, resume: b
             settings["time_budget_s"],
             **_embeddings_phase(config, lr),
         ),
-        plan=_plan(config, loaded, blocks_per_step, dtype, state.progress.micro_batch_size),
+        plan=_plan(config, loaded, sampler, dtype, num_steps, state.progress.micro_batch_size),
         state=state,
         protocol=protocol,
         validation=encode_documents(chosen, tokenizer),
@@ -325,9 +325,11 @@ def _refuse_what_cannot_fit(config: TrainConfig, tokenizer: TextTokenizer, devic
     check_states_fit(num_parameters, free_memory_bytes(device), config.model, name)
 
 
-def _plan(config: TrainConfig, loaded: LoadedModel, blocks_per_step: int, dtype: torch.dtype, in_force: int) -> RunPlan:
+def _plan(
+    config: TrainConfig, loaded: LoadedModel, sampler: BlockSampler, dtype: torch.dtype, num_steps: int, in_force: int
+) -> RunPlan:
     """The run's plan; a resumed run keeps its micro-batch in force (0: it is none), since another rounds otherwise."""
-    num_ranks = world()[1]
+    num_ranks, blocks_per_step = world()[1], sampler.blocks_per_step
     if num_ranks > blocks_per_step:
         log.warning(
             "%d processes share steps of %d blocks, so that some have nothing to do; use a larger --batch_tokens.",
@@ -338,15 +340,22 @@ def _plan(config: TrainConfig, loaded: LoadedModel, blocks_per_step: int, dtype:
     asked = min(in_force, share) if in_force else None
     if config.micro_batch_size != "auto":
         asked = min(config.micro_batch_size, asked or share)
-    return plan_run(
+    machine = this_machine(loaded.model.device, dtype)
+    plan = plan_run(
         loaded.model.config,
-        this_machine(loaded.model.device, dtype),
+        machine,
         num_parameters=loaded.num_parameters,
         block_size=config.block_size,
         blocks_per_step=share,
         micro_batch_size=asked,
         checkpointing=config.gradient_checkpointing,
     )
+    by_clock = 60 * config.checkpoint_minutes * num_ranks * plan.tokens_per_second / config.batch_tokens
+    steps_between = [sampler.steps_per_epoch, config.checkpoint_steps, by_clock]
+    goes_on_after_one = any(steps and steps < num_steps for steps in steps_between)
+    if loaded.model.device.type == "cuda" or world()[0] != 0 or not goes_on_after_one:
+        return plan
+    return plan.with_checkpoints(machine, loaded.num_parameters)
 
 
 def facts(run: Run) -> dict[str, Any]:

@@ -150,7 +150,8 @@ def _train(run: Run, record: RunRecord, notices: NoticeCollector, stop: StopRequ
         run.path,
         every_steps=run.config.checkpoint_steps,
         every_minutes=run.config.checkpoint_minutes,
-        background=can_write_in_background(run.loaded.model.device, run.loaded.num_parameters),
+        background=run.plan.background_checkpoints
+        and can_write_in_background(run.loaded.model.device, run.loaded.num_parameters),
     )
     try:
         if run.step == 0:

@@ -38,7 +38,9 @@ class DeviceFacts:
 
 
 CONTEXT_BYTES = int(0.6 * GIB)  # CUDA's context with its kernels, and the workspaces of the matrix products
-PROGRAM_BYTES = int(0.37 * GIB)  # Python, torch and transformers, resident in the machine's own memory
+PROGRAM_BYTES = int(
+    0.5 * GIB
+)  # Python, torch, transformers, pyarrow and pandas, resident when step 1 begins (docs/log.md)
 MAX_TOKENS_CPU = 4096  # beyond this a CPU gains nothing and its caches lose
 MAX_TOKENS_GPU = 32_768
 

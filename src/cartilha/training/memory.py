@@ -32,6 +32,7 @@ class StepMemory:
         activations: What the forward pass keeps for the backward pass.
         logits_chunk: One chunk of logits with its gradients, and the temporaries at the peak.
         overhead: The program, the device's context, and what the allocator cannot use.
+        checkpoint_copy: The state as it was, written while training goes on; on a GPU the host has it.
     """
 
     weights: int
@@ -40,13 +41,12 @@ class StepMemory:
     activations: int
     logits_chunk: int
     overhead: int
+    checkpoint_copy: int = 0
 
     @property
     def total(self) -> int:
         """All of it."""
-        return (
-            self.weights + self.gradients + self.optimizer_states + self.activations + self.logits_chunk + self.overhead
-        )
+        return sum(vars(self).values())
 
 
 class MemoryModel:
@@ -58,6 +58,7 @@ class MemoryModel:
         kernel: How attention is computed there.
         overhead_bytes: The program and the device's context.
         checkpointing: Whether activations are computed twice instead of kept.
+        num_parameters: Where it is known; counted otherwise.
     """
 
     def __init__(
@@ -68,13 +69,14 @@ class MemoryModel:
         *,
         overhead_bytes: int,
         checkpointing: bool = False,
+        num_parameters: int | None = None,
     ) -> None:
         self._config = config
         self._dtype = dtype
         self._kernel = kernel
         self._overhead = overhead_bytes
         self._checkpointing = checkpointing
-        self.num_parameters = count_parameters(config)
+        self.num_parameters = num_parameters or count_parameters(config)
 
     def step(self, micro_batch_size: int, block_size: int, *, accumulates: bool) -> StepMemory:
         """Memory of a step with micro-batches of this many blocks.

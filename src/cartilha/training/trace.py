@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from cartilha.model.attention import Kernel, Segments, knows_attention, use_document_attention
 from cartilha.model.checkpointing import checkpoint_layers
 from cartilha.model.forward import head_weight
-from cartilha.model.loss import linear_cross_entropy
+from cartilha.model.loss import linear_cross_entropy, sums_in_float32
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,7 @@ def _traced(
     kernel: Kernel,
     checkpointing: bool,
 ) -> StepBytes:
+    sums_in_float32("cpu", dtype)  # found by doing it, and remembered: not with tensors without contents
     settings = _shortened(json.loads(config_json), num_layers)
     config = AutoConfig.for_model(**settings)
     with FakeTensorMode(allow_non_fake_inputs=True), _threads_as_before():
