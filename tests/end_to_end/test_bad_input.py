@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 Refused = Callable[..., str]
@@ -268,6 +269,23 @@ def test_an_unreadable_store_and_its_remedy(refused: Refused, cartilha, corpus, 
 def test_settings_that_cannot_work(refused: Refused, store, tmp_path, options, parts):
     sentence = refused("train", *TINY, "--store", store, "--output", tmp_path / "run", *options)
     assert all(part in sentence for part in parts), sentence
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_device_that_is_not_there(refused: Refused, store, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for command in (["train", "--output", tmp_path / "run"], ["evaluate"], ["check"]):
+        sentence = refused(*command, *TINY, "--store", store, "--device", "cuda")
+        assert sentence.startswith("The device cuda is not available on this machine; use --device auto or one of: cpu")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_bfloat16_where_it_would_be_emulated(refused: Refused, store, tmp_path, monkeypatch, command):
+    monkeypatch.setattr("cartilha.runtime.cpu_has_bfloat16", lambda: False)
+    output = ["--output", tmp_path / "run"] if command == "train" else []
+    sentence = refused(command, *TINY, "--store", store, *output, "--device", "cpu", "--dtype", "bfloat16")
+    assert sentence == "This cpu device has no bfloat16 in hardware; use --dtype auto or one of: float32."
     assert not (tmp_path / "run").exists()
 
 

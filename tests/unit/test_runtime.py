@@ -88,6 +88,19 @@ def test_a_device_that_is_not_there_is_refused_with_those_that_are(devices):
         choose_device("mps")
 
 
+def test_more_processes_than_gpus_are_refused_with_the_number_that_fits(devices, monkeypatch):
+    devices("cuda")
+    taken = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "3"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    assert choose_device("auto") == torch.device("cuda", 1) and taken == [1]
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match=r"more processes here than there are GPUs \(2\); use --nproc-per-node 2\.$"):
+        choose_device("cuda")
+
+
 def test_a_t4_is_given_float16_and_refused_bfloat16(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
     device = torch.device("cuda")

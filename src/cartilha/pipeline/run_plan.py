@@ -92,14 +92,25 @@ class RunPlan:
         """Of all parts together."""
         return self.memory.total if self.memory else None
 
-    def with_checkpoints(self, facts: DeviceFacts, num_parameters: int) -> RunPlan:
-        """Of a run on a CPU that goes on after a checkpoint: the copy that is written meets the next step's peak.
+    def with_checkpoints(self, facts: DeviceFacts, num_parameters: int, *, goes_on: bool) -> RunPlan:
+        """The plan with the copy of the state that is written in the background, on a CPU.
 
-        Where there is no room for both, checkpoints are written while training waits.
+        In a run that goes on after a checkpoint the copy meets the next step's peak. The last checkpoint's takes what
+        the step has given back, and counts where it is more. Without room, training waits for its checkpoints.
+
+        Args:
+            facts: Of the machine.
+            num_parameters: Of the model.
+            goes_on: Whether steps follow the first checkpoint.
         """
         if self.memory is None:
             return self
-        copied = replace(self.memory, checkpoint_copy=CHECKPOINT_BYTES_PER_PARAMETER * num_parameters)
+        own = self.memory
+        copy = CHECKPOINT_BYTES_PER_PARAMETER * num_parameters
+        if not goes_on:
+            given_back = own.gradients + own.activations + own.logits_chunk + own.overhead - facts.overhead_bytes
+            copy = max(0, copy - given_back)
+        copied = replace(own, checkpoint_copy=copy)
         if copied.total > SAFETY * facts.memory_bytes:
             log.info("There is no memory for a copy of the state: training waits while checkpoints are written.")
             return replace(self, background_checkpoints=False)

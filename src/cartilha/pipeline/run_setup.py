@@ -352,10 +352,10 @@ def _plan(
     )
     by_clock = 60 * config.checkpoint_minutes * num_ranks * plan.tokens_per_second / config.batch_tokens
     steps_between = [sampler.steps_per_epoch, config.checkpoint_steps, by_clock]
-    goes_on_after_one = any(steps and steps < num_steps for steps in steps_between)
-    if loaded.model.device.type == "cuda" or world()[0] != 0 or not goes_on_after_one:
+    if loaded.model.device.type == "cuda" or world()[0] != 0:  # a card's copy is in the host; the first process writes
         return plan
-    return plan.with_checkpoints(machine, loaded.num_parameters)
+    goes_on = any(steps and steps < num_steps for steps in steps_between)
+    return plan.with_checkpoints(machine, loaded.num_parameters, goes_on=goes_on)
 
 
 def facts(run: Run) -> dict[str, Any]:
