@@ -177,6 +177,12 @@ def test_every_rejected_document_is_written_once_with_its_reason(cartilha, refus
     assert "is not written" in cartilha(*prepare, "--rejects", rejects).err and not rejects.exists()
 
 
+def test_cleaning_that_leaves_nothing_is_named(refused: Refused, tmp_path):
+    (tmp_path / "curtos.txt").write_text("um\ndois\ntrês\n", encoding="utf-8")
+    prepare = ["prepare", "--input", tmp_path / "curtos.txt", "--model", "random:tiny", "--output", tmp_path / "store"]
+    assert "left out all 3 documents (3 short)" in refused(*prepare, "--clean", "short")
+
+
 def test_weights_are_what_training_sees_and_are_drawn_the_same_way_again(
     cartilha, refused: Refused, tmp_path, monkeypatch
 ):

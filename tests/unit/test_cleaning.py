@@ -138,7 +138,7 @@ def test_steps_run_in_their_own_order_and_travel_by_their_settings():
     assert isinstance(again, Cleaner) and (again.steps, again.settings) == (cleaner.steps, cleaner.settings)
     document = Document("e\u0301é", "1", "s", "d")  # three characters before, two after
     assert again([document]) == [Rejected(document, "short")]
-    with pytest.raises(UserError, match=r"'html'.*mojibake, control, nfc"):
+    with pytest.raises(UserError, match=r"'html'.*web .*mojibake, control, nfc"):
         make_cleaner(["html"])
 
 

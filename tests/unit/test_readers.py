@@ -210,6 +210,16 @@ def test_csv_quoting_and_row_numbers(tmp_path):
     assert counts.empty == 1
 
 
+def test_csv_with_semicolons_is_told_by_its_header(tmp_path):
+    """As spreadsheets write it where numbers have a decimal comma."""
+    path = tmp_path / "a.csv"
+    for text in ('id;text\n1;um, dois\n2;"três; quatro"\n', '"id";"text"\n1;"um, dois"\n2;"três; quatro"\n'):
+        path.write_text(text, encoding="utf-8")
+        assert [d.text for d in read_documents([str(path)])] == ["um, dois", "três; quatro"]
+    path.write_text("a;b,text\n1,um; dois\n", encoding="utf-8")  # a semicolon in a name separates nothing
+    assert [d.text for d in read_documents([str(path)])] == ["um; dois"]
+
+
 def test_tsv_and_a_very_long_field(tmp_path):
     long = "á" * 200_000  # beyond the csv module's own limit
     assert texts(write(tmp_path / "a.tsv", f"id\ttext\n1\ta, b\n2\t{long}\n")) == ["a, b", long]

@@ -89,7 +89,7 @@ class Cleaner:
     def __init__(self, steps: Sequence[str], settings: CleaningSettings) -> None:
         unknown = [step for step in steps if step not in _MAKERS]
         if unknown:
-            raise UserError(f"There is no cleaning step {unknown[0]!r}; choose from {', '.join(STEPS)}.")
+            raise UserError(f"There is no cleaning step {unknown[0]!r}; choose web (all) or from {', '.join(STEPS)}.")
         self.steps = tuple(step for step in STEPS if step in steps)
         self.settings = settings
         self._applied = [(step, _MAKERS[step](settings)) for step in self.steps]

@@ -225,7 +225,7 @@ class _TooLongError(Exception):
 def _read_csv(part: Part) -> Numbered:
     csv.field_size_limit(lines.MAX_DOCUMENT_BYTES)
     feed = _CsvLines(part)
-    rows = csv.reader(feed, delimiter="\t" if part.source.format == ".tsv" else ",", strict=True)
+    rows = csv.reader(feed, delimiter=_delimiter(part), strict=True)
     header: list[str] | None = None
     number = -1
     while True:
@@ -256,6 +256,17 @@ def _read_csv(part: Part) -> Numbered:
             feed.begin_again()
         else:
             yield number, dict(zip(header, row, strict=True)) if row else {part.text_column: None}
+
+
+def _delimiter(part: Part) -> str:
+    """A semicolon where the header has the text's column so, as spreadsheets write it where the comma is decimal."""
+    if part.source.format == ".tsv":
+        return "\t"
+    _, header = next(part.lines(marks=True), (1, ""))
+    if isinstance(header, Fault) or ";" not in header:
+        return ","
+    by_sign = {sign: next(csv.reader([header], delimiter=sign), []) for sign in ",;"}
+    return ";" if part.text_column in by_sign[";"] and part.text_column not in by_sign[","] else ","
 
 
 def _broken_csv(part: Part, number: int, feed: _CsvLines, reason: str) -> Fault:

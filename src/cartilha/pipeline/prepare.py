@@ -284,6 +284,13 @@ def _write(
     """Decide what stays and where, and write the store."""
     read = made.read()
     corpus = load_corpus(made.tasks, {source: number for number, source in enumerate(asked.sources)})
+    rejected = made.rejected()
+    if not len(corpus.hashes) and rejected:
+        reasons = ", ".join(f"{number:,} {reason}" for reason, number in rejected.items())
+        raise UserError(
+            f"Cleaning left out all {sum(rejected.values()):,} documents ({reasons}); name fewer steps with --clean, or"
+            " another --language."
+        )
     if not len(corpus.hashes):
         raise UserError(f"The input holds no text ({', '.join(config.input)}); check the files and --text_column.")
     sides = decide(
@@ -294,7 +301,7 @@ def _write(
         given=asked.given,
         memory_bytes=CLUSTER_MEMORY_BYTES,
     )
-    dropped = {**sides.dropped, "empty": read.empty, **dict(read.skipped), **made.rejected()}
+    dropped = {**sides.dropped, "empty": read.empty, **dict(read.skipped), **rejected}
     leaks = None
     if config.near_duplicates:
         leaks = {"leak_rate": sides.split.leak_rate, "plain_leak_rate": sides.split.plain_leak_rate}

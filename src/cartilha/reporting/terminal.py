@@ -69,7 +69,10 @@ def _inspect(console: Console, result: Values) -> None:
         return
     store, summary = result["store"], result["summary"]
     _prepare(console, {**store, "store": "", "was_ready": False})
-    settings = ", ".join(f"{name} {value}" for name, value in store["settings"].items())
+    chosen = {name: value for name, value in store["settings"].items() if value not in (None, False, [], ["none"])}
+    settings = ", ".join(
+        f"{name} {' '.join(value) if isinstance(value, list) else value}" for name, value in chosen.items()
+    )
     console.print(
         f"Tokenizer: {store['tokenizer_fingerprint'][:12]}, {store['num_ids']:,} ids, {store['dtype']}", markup=False
     )
