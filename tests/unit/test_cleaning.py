@@ -122,7 +122,7 @@ def test_other_languages_are_rejected_by_name():
         assert clean(text, "language", language=code) == text
     assert clean("123 456 789", "language") == "123 456 789"  # nothing to tell by
     with pytest.raises(UserError, match="'xx'"):
-        make_cleaner(["language"], CleaningSettings(language="xx"))
+        clean(PROSE, "language", language="xx")
 
 
 def test_language_is_told_from_several_places():

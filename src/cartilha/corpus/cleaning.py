@@ -263,15 +263,13 @@ def _repeated_ngrams(settings: CleaningSettings) -> Step:
 
 def _language(settings: CleaningSettings) -> Step:
     """Keeps texts in one language, as told by py3langid from a sample; what has no letters to tell by is kept."""
-    try:
-        identifier = load_identifier()
-    except ImportError:
-        raise _missing_extra() from None
+    _extra("py3langid")
     wanted = settings.language
-    if wanted not in identifier.labels:
-        raise UserError(f"There is no language {wanted!r} to keep; give an ISO 639-1 code such as pt, gl or es.")
 
     def step(texts: Sequence[str]) -> list[Found]:
+        identifier = load_identifier()  # here, for it takes half a second and only those who clean need it
+        if wanted not in identifier.labels:
+            raise UserError(f"There is no language {wanted!r} to keep; give an ISO 639-1 code such as pt, gl or es.")
         glances = languages(identifier, [_sample(text, GLANCE_CHARS, GLANCE_PLACES) for text in texts])
         result: list[Found] = list(texts)
         doubtful = [i for i, (found, share) in enumerate(glances) if not (found == wanted and share > SURE)]
@@ -298,11 +296,7 @@ def _extra(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise _missing_extra() from None
-
-
-def _missing_extra() -> UserError:
-    return UserError('Cleaning needs an extra: pip install "cartilha[text]"')
+        raise UserError('Cleaning needs an extra: pip install "cartilha[text]"') from None
 
 
 _MAKERS: dict[str, Callable[[CleaningSettings], Step]] = {

@@ -134,8 +134,9 @@ def _executor(config: PrepareConfig, asked: Plan) -> Executor:
         return Ray(config.ray_address, config.workers)
     num_workers = config.workers or usable_cores()
     sizes = [source.size_bytes for source in asked.sources if isinstance(source, SourceFile)]
+    imports = ["cartilha.corpus.language_model"] if "language" in asked.steps else []
     is_small = sum(sizes) < INLINE_BYTES and not any(isinstance(source, HubSource) for source in asked.sources)
-    return Inline() if num_workers == 1 or is_small else Local(num_workers)
+    return Inline() if num_workers == 1 or is_small else Local(num_workers, imports)
 
 
 @dataclass(frozen=True)

@@ -60,15 +60,17 @@ class Local:
 
     Args:
         num_workers: How many.
+        imports: More modules to import at once.
     """
 
-    def __init__(self, num_workers: int) -> None:
+    def __init__(self, num_workers: int, imports: Sequence[str] = ()) -> None:
         self._num_workers = num_workers
+        self._imports = [*PRELOAD, *imports]
         # Threads (of Arrow, rayon) do not survive a fork: workers come from a process that has none, or are new.
         method = "forkserver" if sys.platform == "linux" else "spawn"
         context = multiprocessing.get_context(method)
         if method == "forkserver":
-            context.set_forkserver_preload(PRELOAD)
+            context.set_forkserver_preload(self._imports)
         self._pool = ProcessPoolExecutor(num_workers, context, _begin, (context.Barrier(num_workers),))
         self._start = threading.Thread(target=self._start_workers)
         self._start.start()
@@ -77,7 +79,7 @@ class Local:
         """Have all processes begin: the pool starts one only where it knows of none that is idle."""
         with _without_main_module():
             for _ in range(self._num_workers):
-                self._pool.submit(_import_all)
+                self._pool.submit(_import_all, self._imports)
 
     def map(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
         """See `Executor`."""
@@ -187,14 +189,14 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _import_all() -> None:
+def _import_all(names: Sequence[str]) -> None:
     """Import, and be busy until all workers are: each has begun then."""
     import importlib
 
     assert _all_begun is not None
     with contextlib.suppress(threading.BrokenBarrierError):
         _all_begun.wait(START_S)
-    for name in PRELOAD:
+    for name in names:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
 
