@@ -24,3 +24,11 @@ def test_the_rows_of_the_exercise(row):
     assert (config.train.block_size, config.train.batch_tokens // block_size, config.train.epochs) == ROWS[row]
     assert (block_size, batch, epochs) == ROWS[row]
     assert config.prepare.limit_documents == 250_000 and config.prepare.validation_fraction == 0.2
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_text_of_the_web_is_cleaned_but_for_the_rows_of_the_exercise(name):
+    """Those repeat what was done there."""
+    prepare = _job_settings("run", {"recipe": name}).prepare
+    is_web = any(ref.startswith("hf:") for ref in prepare.input) and not name.startswith("exercise-row-")
+    assert ("web" in prepare.clean) == prepare.near_duplicates == is_web
