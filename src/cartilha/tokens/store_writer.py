@@ -26,6 +26,7 @@ from cartilha.tokens.tokenizer import TextTokenizer
 
 ROWS_PER_GROUP = 50_000
 TEXT_GROUP_BYTES = 16 << 20
+TEXT_LEVEL = 3  # a quarter smaller than level 1 for half as much time again
 
 # What a writer is given for each document; `start` is its own.
 ROW_SCHEMA = pa.schema(
@@ -61,7 +62,7 @@ class SplitWriter:
         self._token_hash = hashlib.sha256()
         self._documents = self._parquet(directory / f"{split}.documents.parquet", DOCUMENT_SCHEMA)
         text_path = directory / "validation.text.parquet"
-        self._texts = self._parquet(text_path, TEXT_SCHEMA) if split == "validation" else None
+        self._texts = self._parquet(text_path, TEXT_SCHEMA, TEXT_LEVEL) if split == "validation" else None
         self._rows: list[pa.Table] = []
         self._num_rows = 0
         self._held_texts: list[tuple[str, bytes]] = []
@@ -69,8 +70,8 @@ class SplitWriter:
         self._hashes = hashlib.sha256()
         self._sums = dict.fromkeys(("num_documents", "num_tokens", "num_bytes", "num_chars", "num_words"), 0)
 
-    def _parquet(self, path: Path, schema: pa.Schema) -> pq.ParquetWriter:
-        return self._stack.enter_context(pq.ParquetWriter(path, schema, compression="zstd"))
+    def _parquet(self, path: Path, schema: pa.Schema, level: int = 1) -> pq.ParquetWriter:
+        return self._stack.enter_context(pq.ParquetWriter(path, schema, compression="zstd", compression_level=level))
 
     def add_rows(self, rows: pa.Table) -> None:
         """Append documents' rows (`ROW_SCHEMA`); their tokens and texts come in the same order."""
