@@ -10,6 +10,7 @@ import random
 import shutil
 import struct
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -357,6 +358,22 @@ def test_a_scaler_of_nonsense_is_refused():
             check_scaler({**good, **change}, True)
     with pytest.raises(ValueError):
         check_scaler(good, False)
+
+
+def test_the_scalers_state_is_restored(tmp_path):
+    def scaled(init_scale: float) -> TrainingState:
+        scaler = torch.amp.GradScaler("cpu", enabled=True, init_scale=init_scale, growth_interval=3)
+        return replace(fresh_state(0), scaler=scaler)
+
+    state, restored = scaled(512.0), scaled(65536.0)
+    for _ in range(5):  # one growth, and two steps towards the next
+        state.scaler.scale(torch.ones(()))
+        take_step(state)
+        state.scaler._check_inf_per_device(state.optimizer)
+        state.scaler.update()
+    load_checkpoint(save_checkpoint(tmp_path, state, {}), restored)
+    assert state.scaler.get_scale() == 1024.0
+    assert restored.scaler.state_dict() == state.scaler.state_dict()
 
 
 # The disk
