@@ -443,3 +443,16 @@ def test_every_command_is_a_function_of_the_package():
         if name != "demo":  # a recipe that `run` takes
             assert getattr(cartilha, name).__module__ == command.home[0]
             assert getattr(cartilha, command.config.__name__) is command.config
+
+
+def test_ctrl_c_while_the_modules_are_loaded_is_one_line(capsys, monkeypatch):
+    from cartilha.__main__ import main as entry
+
+    class Interrupting:
+        def find_spec(self, name: str, *rest: object) -> None:
+            if name == "cartilha.cli":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "cartilha.cli", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Interrupting(), *sys.meta_path])
+    assert entry() == 130 and capsys.readouterr().err == "cartilha: stopped.\n"
