@@ -159,15 +159,21 @@ def test_the_mask_of_long_blocks_is_counted():
 # The micro-batch
 
 
+@pytest.fixture
+def few_traces(monkeypatch):
+    """For what looks at the search alone: a smaller chunk begins the straight line at two blocks."""
+    monkeypatch.setattr(memory_module, "CHUNK_TOKENS", 128)
+
+
 @pytest.mark.parametrize("blocks_per_step", [1, 2, 12, 13, 22, 64])
-def test_more_memory_never_plans_a_smaller_micro_batch(blocks_per_step):
+def test_more_memory_never_plans_a_smaller_micro_batch(blocks_per_step, few_traces):
     found = model()
     sizes = [planned(found, 2**power, blocks_per_step=blocks_per_step) for power in range(10, 40)]
     assert sizes[0] == 0 and sizes[-1] == blocks_per_step
     assert all(smaller <= larger for smaller, larger in itertools.pairwise(sizes))
 
 
-def test_what_is_planned_fits_and_the_next_size_does_not():
+def test_what_is_planned_fits_and_the_next_size_does_not(few_traces):
     found = model()
     for size in (1, 3, 7, 11):
         free = found.step(size, 64, accumulates=True).total / memory_module.SAFETY
@@ -175,7 +181,7 @@ def test_what_is_planned_fits_and_the_next_size_does_not():
         assert planned(found, free - 1000, blocks_per_step=23) < size
 
 
-def test_a_divisor_of_the_step_is_preferred_where_one_is_near():
+def test_a_divisor_of_the_step_is_preferred_where_one_is_near(few_traces):
     found = model()
     room_for_five = found.step(5, 64, accumulates=True).total / memory_module.SAFETY + 1000
     assert planned(found, room_for_five, blocks_per_step=24) == 4
