@@ -200,7 +200,7 @@ def _varlen(
     assert boundaries is not None
     # The longest segment is bounded by the row, a constant: a changing maximum would recompile a compiled model.
     longest = segments.row_length
-    dtype = query.dtype if query.dtype != torch.float32 else torch.get_autocast_dtype("cuda")
+    dtype = query.dtype if query.dtype != torch.float32 else torch.get_autocast_dtype(query.device.type)
     window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
     output = varlen_attn(
         _flat(query).to(dtype),
