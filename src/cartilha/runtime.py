@@ -15,6 +15,7 @@ import random
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -338,14 +339,21 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def versions() -> dict[str, str]:
-    """Versions of what a number depends on."""
+# What the ids of a text depend on; torch has no part in them.
+TEXT_PACKAGES = ("cartilha", "tokenizers", "numpy", "pyarrow")
+MODEL_PACKAGES = ("cartilha", "torch", "transformers", "tokenizers", "numpy", "pyarrow")
+
+
+def versions(packages: Sequence[str] = MODEL_PACKAGES) -> dict[str, str]:
+    """Versions of what a number depends on: Python's and those of these packages."""
     found = {"python": platform.python_version()}
-    for name in ("cartilha", "torch", "transformers", "tokenizers", "numpy", "pyarrow"):
+    for name in packages:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
-    if "torch" in sys.modules:  # its own version names the build (+cpu, +cu130), which the package's does not
+    if (
+        "torch" in found and "torch" in sys.modules
+    ):  # its own version names the build (+cpu, +cu130), which the package's does not
         found["torch"] = str(sys.modules["torch"].__version__)
     return found

@@ -12,6 +12,7 @@ import torch
 from cartilha import runtime
 from cartilha.errors import UserError
 from cartilha.runtime import (
+    TEXT_PACKAGES,
     choose_device,
     choose_dtype,
     cpu_has_bfloat16,
@@ -181,3 +182,5 @@ def test_versions_name_what_a_number_depends_on():
     found = versions()
     assert found["torch"] == torch.__version__ and found["numpy"] == np.__version__
     assert "not installed" not in found.values()
+    # torch's differs with what was imported before, and so would the bytes of a store.
+    assert "torch" not in versions(TEXT_PACKAGES) and versions(TEXT_PACKAGES).items() <= found.items()

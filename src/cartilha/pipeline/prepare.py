@@ -33,7 +33,7 @@ from cartilha.preparation.made_from import describe, ready_store, settings_of
 from cartilha.preparation.plan import Plan, plan
 from cartilha.preparation.shard_work import ShardResult, ShardSettings, ShardTask, done_result, process_shard
 from cartilha.preparation.work_directory import require_space, work_directory
-from cartilha.runtime import usable_cores, versions
+from cartilha.runtime import TEXT_PACKAGES, usable_cores, versions
 from cartilha.tokens.encoder import Encoder, load_encoder
 from cartilha.tokens.proof import MAX_SAMPLE_BYTES, fast_path_version, prove
 from cartilha.tokens.store import SplitCounts
@@ -117,7 +117,7 @@ def _make(
         "sources": [repr(source) for source in asked.sources],
         "num_held_out": asked.num_held_out,
         "tokenizer": tokenizer.fingerprint(),
-        "cartilha": versions()["cartilha"],
+        "cartilha": versions(("cartilha",))["cartilha"],
     }
     with work_directory(path, identity) as work, ThreadPoolExecutor(2) as aside:
         shard_bytes = SHUFFLED_BYTES if config.shuffle else SHARD_BYTES
@@ -323,7 +323,7 @@ def _write(
                 "leaks": leaks,
                 "notes": list(sides.split.notes),
                 "tokenization": {**proof.to_dict(), "gigatoken": fast_path_version()},
-                "versions": versions(),
+                "versions": versions(TEXT_PACKAGES),
             }
         )
         counts = writer.counts()
