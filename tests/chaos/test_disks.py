@@ -16,42 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors import SafetensorError
 
 from cartilha.cli import main
-from cartilha.config import PrepareConfig, TrainConfig
+from cartilha.config import TrainConfig
 from cartilha.errors import UserError
 from cartilha.pipeline import prepare as prepare_module
 from cartilha.pipeline import scratch
-from cartilha.pipeline.prepare import prepare
 from cartilha.pipeline.train import train
 from cartilha.training.checkpoint import list_checkpoints, newest_sound_checkpoint
 from cartilha.training.loop import train_steps
 
 FAULTS = {"full": errno.ENOSPC, "quota": errno.EDQUOT, "read-only": errno.EROFS}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("corpus") / "textos.txt"
-    path.write_text("".join(f"Texto {n}: a fazenda, {'o café ' * (n % 5)}ontem.\n" for n in range(20)), "utf-8")
-    return path
-
-
-@pytest.fixture(scope="module")
-def store(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("store") / "store"
-    prepare(PrepareConfig(input=(str(corpus),), model="random:tiny", output=str(path)))
-    return path
 
 
 def flags(store: Path, output: Path, **changes: object) -> list[str]:

@@ -12,11 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from cartilha.cli import main
-from cartilha.config import PrepareConfig
-from cartilha.pipeline.prepare import prepare
 from cartilha.training.checkpoint import newest_sound_checkpoint
 from cartilha.training.loop import train_steps
 
@@ -54,23 +51,6 @@ def mount(tmp_path: Path) -> Iterator[Callable[..., Path]]:
     yield mount
     for place in mounted:
         subprocess.run(["umount", "-l", place], capture_output=True)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("store")
-    lines = (f"Texto {n}: a fazenda, {'o café ' * (n % 5)}ontem.\n" for n in range(20))
-    (folder / "textos.txt").write_text("".join(lines), encoding="utf-8")
-    prepare(PrepareConfig(input=(str(folder / "textos.txt"),), model="random:tiny", output=str(folder / "store")))
-    return folder / "store"
 
 
 def train(store: Path, run: Path) -> list[str]:

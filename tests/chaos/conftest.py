@@ -1,0 +1,34 @@
+"""What the tests of disks share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from cartilha.config import PrepareConfig
+from cartilha.pipeline.prepare import prepare
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("corpus") / "textos.txt"
+    path.write_text("".join(f"Texto {n}: a fazenda, {'o café ' * (n % 5)}ontem.\n" for n in range(20)), "utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def store(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("store") / "store"
+    prepare(PrepareConfig(input=(str(corpus),), model="random:tiny", output=str(path)))
+    return path
