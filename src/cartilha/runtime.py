@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from cartilha.errors import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 log = logging.getLogger("cartilha")
@@ -337,6 +338,14 @@ def _cpu_name() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A copy on the device; to a CUDA device from pinned memory, so that the host need not wait for it."""
+    import torch
+
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 # What the ids of a text depend on; torch has no part in them.

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from cartilha.model.rows import refuse_what_cannot_run
+from cartilha.runtime import to_device
 
 ATTENTION_NAME = "cartilha_documents"
 
@@ -101,12 +102,6 @@ def _block_mask(lengths: Sequence[int], row_length: int, device: torch.device) -
     numbers = np.repeat(np.arange(len(lengths)), lengths)
     segment = to_device(numbers, device).view(-1, 1, row_length, 1)
     return (segment == segment.transpose(2, 3)) & causal_mask(row_length, None, device)
-
-
-def to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
-    """A copy on the device; to a CUDA device from pinned memory, so that the host need not wait for it."""
-    tensor = torch.from_numpy(values)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def causal_mask(length: int, sliding_window: int | None, device: torch.device) -> torch.Tensor:

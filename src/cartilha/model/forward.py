@@ -8,10 +8,11 @@ import torch
 from transformers import PreTrainedModel
 
 from cartilha.blocks.packing import Batch
-from cartilha.model.attention import Segments, choose_kernel, knows_attention, to_device
+from cartilha.model.attention import Segments, choose_kernel, knows_attention
 from cartilha.model.compiling import CompiledBody
 from cartilha.model.loss import TokenScores, linear_cross_entropy, token_scores
 from cartilha.model.rows import states_in_rows
+from cartilha.runtime import to_device
 
 
 def _segments(batch: Batch, device: torch.device, dtype: torch.dtype, body: CompiledBody | None = None) -> Segments:

@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_L
 
 from cartilha.blocks.packing import Batch
 from cartilha.errors import UserError
+from cartilha.runtime import to_device
 
 PROBE_TOKENS = 16
 SAME_STATES = 1e-3  # of their spread; what a position sees and should not moves them by far more
@@ -64,14 +65,14 @@ def states_in_rows(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     found, places = [], []
     for group in row_groups(batch.segment_lengths):
         output = model.base_model(
-            input_ids=torch.from_numpy(ids[group.source]).to(model.device),
-            attention_mask=torch.from_numpy(group.real.astype(np.int64)).to(model.device),
+            input_ids=to_device(ids[group.source], model.device),
+            attention_mask=to_device(group.real.astype(np.int64), model.device),
             use_cache=False,
         )
-        kept = torch.from_numpy(np.flatnonzero(group.real)).to(model.device)
+        kept = to_device(np.flatnonzero(group.real), model.device)
         found.append(output.last_hidden_state.flatten(0, 1)[kept])
         places.append(group.source[group.real])
-    back = torch.from_numpy(np.argsort(np.concatenate(places))).to(model.device)
+    back = to_device(np.argsort(np.concatenate(places)), model.device)
     return torch.cat(found)[back].view(*batch.input_ids.shape, -1)
 
 

@@ -123,9 +123,8 @@ def _make(
         shard_bytes = SHUFFLED_BYTES if config.shuffle else SHARD_BYTES
         parts = aside.submit(shards, asked.sources, asked.reading, shard_bytes)  # counts lines
         made = _do_shards(asked, config, tokenizer, executor, work, parts)
-        inputs = aside.submit(
-            describe, asked.sources, asked.num_held_out
-        )  # hashes files, beside two threads that write
+        # Hashes the files, while the store is written.
+        inputs = aside.submit(describe, asked.sources, asked.num_held_out)
         return _write(path, asked, config, tokenizer, made, settings, inputs)
 
 
