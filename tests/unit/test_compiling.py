@@ -18,7 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from cartilha.blocks.packing import Batch, PackedStream, stack
 from cartilha.blocks.sampler import BlockSampler
 from cartilha.model import forward
-from cartilha.model.attention import causal_mask, use_document_attention
+from cartilha.model.attention import use_document_attention
+from cartilha.model.segment_attention import causal_mask
 from cartilha.model.checkpointing import checkpoint_layers
 from cartilha.model.compiling import CompiledBody, training_body
 from cartilha.model.forward import batch_nll

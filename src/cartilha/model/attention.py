@@ -6,9 +6,9 @@ something this function does not know (soft caps, sinks, biases) keeps its own a
 
 Three ways to compute the same thing, chosen from the hardware:
   varlen    CUDA of capability 8 and above in half precision: torch's variable-length flash attention.
-  segments  CPU: one causal call a segment, so that neither other documents nor the future cost anything. In bf16 the
-            CPU's attention is slower than in float32 (docs/log.md), so the inputs are computed in float32.
-  mask      elsewhere (T4, MPS): one call with a block mask.
+  segments  CPU: one causal call a segment, so that neither other documents nor the future cost anything
+            (`segment_attention.py`).
+  mask      elsewhere (T4, MPS), and with dropout on a CPU: one call with a block mask.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from cartilha.model.rows import refuse_what_cannot_run
+from cartilha.model.segment_attention import HAS_KERNELS, SegmentAttention, causal_mask
 from cartilha.runtime import to_device
 
 ATTENTION_NAME = "cartilha_documents"
@@ -104,13 +105,6 @@ def _block_mask(lengths: Sequence[int], row_length: int, device: torch.device) -
     return (segment == segment.transpose(2, 3)) & causal_mask(row_length, None, device)
 
 
-def causal_mask(length: int, sliding_window: int | None, device: torch.device) -> torch.Tensor:
-    """True where position i may look at j: i - window < j <= i; shape (length, length)."""
-    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)[None, :]
-    visible = distance >= 0
-    return visible if sliding_window is None else visible & (distance < sliding_window)
-
-
 def choose_kernel(device_type: str, capability: tuple[int, int] | None, dtype: torch.dtype) -> Kernel:
     """How attention is computed on this hardware in this compute dtype."""
     if device_type == "cuda" and capability is not None and capability >= (8, 0) and dtype != torch.float32:
@@ -155,13 +149,14 @@ def document_attention(
     repeats = num_heads // key.shape[1]
     if segments.kernel == "varlen":
         output = _varlen(query, key, value, segments, scaling, sliding_window)
-    elif segments.kernel == "segments":
-        output = _per_segment(query, key, value, segments, scaling, dropout, sliding_window, repeats)
+    elif segments.kernel == "segments" and HAS_KERNELS and not dropout:
+        output = SegmentAttention.apply(query, key, value, segments.lengths, scaling, sliding_window)
     elif segments.kernel == "kept":
         output = _KeptByFlashAttention.apply(query, key, value)
     else:
         mask = segments.mask
-        assert mask is not None
+        if mask is None:
+            mask = _block_mask(segments.lengths, row_length, query.device)
         if sliding_window is not None and sliding_window < row_length:
             mask = mask & causal_mask(row_length, sliding_window, mask.device)
         attended = F.scaled_dot_product_attention(
@@ -211,38 +206,6 @@ def _varlen(
     )
     assert isinstance(output, torch.Tensor)
     return output
-
-
-def _per_segment(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    segments: Segments,
-    scaling: float | None,
-    dropout: float,
-    sliding_window: int | None,
-    repeats: int,
-) -> torch.Tensor:
-    compute = torch.float32 if query.dtype == torch.bfloat16 else query.dtype
-    # split, not slices: its backward is one concatenation, where each slice would fill a whole gradient with zeros.
-    pieces = zip(*(_flat(heads).to(compute).split(segments.lengths) for heads in (query, key, value)), strict=True)
-    outputs = []
-    with torch.autocast(query.device.type, enabled=False):
-        for q, k, v in pieces:
-            q, k, v = (heads.transpose(0, 1)[None] for heads in (q, k, v))
-            windowed = sliding_window is not None and q.shape[2] > sliding_window
-            mask = causal_mask(q.shape[2], sliding_window, q.device) if windowed else None
-            attended = F.scaled_dot_product_attention(
-                q,
-                _repeat(k, repeats),
-                _repeat(v, repeats),
-                attn_mask=mask,
-                dropout_p=dropout,
-                is_causal=mask is None,
-                scale=scaling,
-            )
-            outputs.append(attended[0].transpose(0, 1))
-    return torch.cat(outputs).to(query.dtype)
 
 
 class _KeptByFlashAttention(torch.autograd.Function):

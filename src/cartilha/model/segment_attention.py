@@ -1,0 +1,115 @@
+"""Attention within documents on a CPU: one causal call a segment, of which the output is kept once.
+
+Called through `scaled_dot_product_attention`, every segment's output stays for the backward pass, and the rows that
+they are put together to stay a second time, for the product that follows: 7 % of what OPT-125M keeps. Here the kernels
+that torch's function would choose are called by themselves, forward and backward, and read and fill whole rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+# Chosen by scaled_dot_product_attention on a CPU. They know no dropout, and their names begin with an underscore.
+HAS_KERNELS = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward")
+
+
+class SegmentAttention(torch.autograd.Function):
+    """Causal attention within each segment, differentiable once in queries, keys and values.
+
+    Takes queries of shape (num_rows, num_heads, row_length, head_size), keys and values with a divisor of their heads,
+    the segments' lengths in row-major order, the factor of the scores, and the positions that a query sees at most
+    (None: all). Gives (num_rows, row_length, num_heads, head_size) in the queries' dtype. bf16 is computed in float32:
+    the CPU's attention is slower in bf16 (docs/log.md).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        lengths: Sequence[int],
+        scaling: float | None,
+        sliding_window: int | None,
+    ) -> torch.Tensor:
+        query, key, value = (_rows_of_numbers(heads) for heads in (query, key, value))
+        output = query.new_empty(query.transpose(1, 2).shape)
+        normalisers = []
+        for row, positions in _segments(lengths, query.shape[2]):
+            q, k, v = (_segment(heads, row, positions, query.shape[1]) for heads in (query, key, value))
+            mask = _window_mask(q, sliding_window)
+            attended, normaliser = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                q, k, v, 0.0, mask is None, attn_mask=mask, scale=scaling
+            )
+            output[row, positions] = attended[0].transpose(0, 1)
+            normalisers.append(normaliser)
+        ctx.save_for_backward(query, key, value, output, *normalisers)
+        ctx.lengths, ctx.scaling, ctx.sliding_window = lengths, scaling, sliding_window
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query, key, value, output, *normalisers = ctx.saved_tensors
+        grad_output = _rows_of_numbers(grad_outputs[0])
+        gradients = [torch.empty_like(heads) for heads in (query, key, value)]
+        num_heads, row_length = query.shape[1:3]
+        segments = _segments(ctx.lengths, row_length)
+        for (row, positions), normaliser in zip(segments, normalisers, strict=True):
+            q, k, v = (_segment(heads, row, positions, num_heads) for heads in (query, key, value))
+            by_output, attended = (
+                _segment(rows.transpose(1, 2), row, positions, num_heads) for rows in (grad_output, output)
+            )
+            mask = _window_mask(q, ctx.sliding_window)
+            by_segment = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                by_output, q, k, v, attended, normaliser, 0.0, mask is None, attn_mask=mask, scale=ctx.scaling
+            )
+            for gradient, by_heads in zip(gradients, by_segment, strict=True):
+                gradient[row, :, positions] = _summed(by_heads[0], gradient.shape[1])
+        return *gradients, None, None, None
+
+
+def _rows_of_numbers(heads: torch.Tensor) -> torch.Tensor:
+    """With the last dimension in one piece, as the kernels read it."""
+    return heads if heads.stride(-1) == 1 else heads.contiguous()
+
+
+def _segments(lengths: Sequence[int], row_length: int) -> Iterator[tuple[int, slice]]:
+    """The row of each segment, and its positions there."""
+    begin = 0
+    for length in lengths:
+        row, offset = divmod(begin, row_length)
+        yield row, slice(offset, offset + length)
+        begin += length
+
+
+def _segment(heads: torch.Tensor, row: int, positions: slice, num_heads: int) -> torch.Tensor:
+    """A segment in the dtype of the kernels, shape (1, num_heads, length, head_size)."""
+    piece = heads[row : row + 1, :, positions]
+    if piece.dtype == torch.bfloat16:
+        piece = piece.float()
+    return piece if piece.shape[1] == num_heads else piece.repeat_interleave(num_heads // piece.shape[1], dim=1)
+
+
+def _summed(heads: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """The gradient of heads that were repeated: the sum of their copies', shape (num_heads, length, head_size)."""
+    return heads if len(heads) == num_heads else heads.unflatten(0, (num_heads, -1)).sum(dim=1)
+
+
+def _window_mask(query: torch.Tensor, sliding_window: int | None) -> torch.Tensor | None:
+    """What is added to the scores of a segment longer than the window; None where plain causality does."""
+    length = query.shape[2]
+    if sliding_window is None or length <= sliding_window:
+        return None
+    return torch.full((length, length), -torch.inf, dtype=query.dtype).masked_fill_(
+        causal_mask(length, sliding_window, query.device), 0.0
+    )
+
+
+def causal_mask(length: int, sliding_window: int | None, device: torch.device) -> torch.Tensor:
+    """True where position i may look at j: i - window < j <= i; shape (length, length)."""
+    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)[None, :]
+    visible = distance >= 0
+    return visible if sliding_window is None else visible & (distance < sliding_window)
