@@ -149,6 +149,7 @@ def test_a_mask_that_is_off_by_one(fresh, monkeypatch):
         mask = torch.ones(length, length, dtype=torch.bool).tril(1)
         return plain(query, key, value, attn_mask=mask, **kwargs)
 
+    monkeypatch.setattr(attention, "HAS_KERNELS", False)
     monkeypatch.setattr(attention.F, "scaled_dot_product_attention", sees_the_next)
     assert failed(run_checks(fresh, (model.causality,))) == ["causality"]
 
@@ -162,6 +163,7 @@ def test_a_mask_that_hides_the_token_itself(taught, monkeypatch):
         mask[0, 0] = True
         return plain(query, key, value, attn_mask=mask, **kwargs)
 
+    monkeypatch.setattr(attention, "HAS_KERNELS", False)
     monkeypatch.setattr(attention.F, "scaled_dot_product_attention", sees_only_before)
     # No future is seen, so that only the peer can tell; its own attention runs through the same function, unpatched.
     monkeypatch.setattr(model, "_plain_nll", _with(monkeypatch, plain, model._plain_nll))

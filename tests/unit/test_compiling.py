@@ -19,10 +19,10 @@ from cartilha.blocks.packing import Batch, PackedStream, stack
 from cartilha.blocks.sampler import BlockSampler
 from cartilha.model import forward
 from cartilha.model.attention import use_document_attention
-from cartilha.model.segment_attention import causal_mask
 from cartilha.model.checkpointing import checkpoint_layers
 from cartilha.model.compiling import CompiledBody, training_body
 from cartilha.model.forward import batch_nll
+from cartilha.model.segment_attention import causal_mask
 from cartilha.training.loop import Progress, Schedule, train_steps
 from cartilha.training.optimizer import make_optimizer
 

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from cartilha.blocks.packing import IGNORE_INDEX
 from cartilha.model import loss as loss_module
+from cartilha.model import products
 from cartilha.model.compiling import CompiledOrPlain
 from cartilha.model.loss import chunk_kernel, fused_nll_and_gradient, linear_cross_entropy, nll_and_gradient, token_nll
 from cartilha.runtime import compile_pays
@@ -289,16 +290,16 @@ def test_the_form_that_is_compiled_has_one_graph_for_full_and_partial_chunks():
 
 
 def test_products_are_added_in_float32_where_the_hardware_can(monkeypatch):
-    assert not loss_module.sums_in_float32("cpu", torch.bfloat16)
+    assert not products.sums_in_float32("cpu", torch.bfloat16)
     hidden, weight, targets = problem(5 * CHUNK)
     rounded = with_gradients(lambda h, w: linear_cross_entropy(h, w, targets, torch.bfloat16), hidden, weight)[2]
     asked = []
 
-    def added(total, left, right, *, out_dtype, out):
+    def added(total, left, right, *, out_dtype, alpha, out):
         asked.append(out_dtype)
-        return out.copy_(total + left.float() @ right.float())
+        return out.copy_(total + alpha * left.float() @ right.float())
 
-    monkeypatch.setattr(loss_module, "sums_in_float32", lambda *hardware: True)
+    monkeypatch.setattr(products, "sums_in_float32", lambda *hardware: True)
     monkeypatch.setattr(torch, "addmm", added)
     found = with_gradients(lambda h, w: linear_cross_entropy(h, w, targets, torch.bfloat16), hidden, weight)[2]
     assert asked == [torch.float32] * 5

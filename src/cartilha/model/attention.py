@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from cartilha.model.rows import refuse_what_cannot_run
-from cartilha.model.segment_attention import HAS_KERNELS, SegmentAttention, causal_mask
+from cartilha.model.segment_attention import HAS_KERNELS, causal_mask, segment_attention
 from cartilha.runtime import to_device
 
 ATTENTION_NAME = "cartilha_documents"
@@ -150,7 +150,7 @@ def document_attention(
     if segments.kernel == "varlen":
         output = _varlen(query, key, value, segments, scaling, sliding_window)
     elif segments.kernel == "segments" and HAS_KERNELS and not dropout:
-        output = SegmentAttention.apply(query, key, value, segments.lengths, scaling, sliding_window)
+        output = segment_attention(query, key, value, segments.lengths, scaling, sliding_window)
     elif segments.kernel == "kept":
         output = _KeptByFlashAttention.apply(query, key, value)
     else:

@@ -7,12 +7,17 @@ the mode decides dropout and nothing else.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
 
+import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from cartilha.errors import UserError
+from cartilha.model.weight_gradients import same_again
 
 
 def checkpoint_layers(model: PreTrainedModel) -> None:
@@ -28,5 +33,12 @@ def checkpoint_layers(model: PreTrainedModel) -> None:
             "leave it out."
         )
     for layer in layers:
-        # Without reentry: saved tensors are tracked one by one, and arguments may be anything (our segments).
-        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+        layer.forward = functools.partial(_computed_twice, layer.forward)
+
+
+def _computed_twice(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    # Without reentry: saved tensors are tracked one by one, and arguments may be anything (our segments).
+    again = None if torch.compiler.is_compiling() else same_again()
+    if again is None:
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), again), **kwargs)

@@ -8,6 +8,7 @@ hidden states and of the head. Matrix products run in the compute dtype, reducti
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,21 +17,32 @@ import torch
 
 from cartilha.blocks.packing import IGNORE_INDEX
 from cartilha.model.compiling import CompiledOrPlain
+from cartilha.model.products import add_product
+from cartilha.model.weight_gradients import factor_in_place, gradient_of
 from cartilha.runtime import compile_pays, has_cxx_compiler
 
 CHUNK_TOKENS = 1024
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """sum over scored tokens of -ln softmax(hidden @ weight.T)[target], with the gradients made in the forward pass."""
+    """sum over scored tokens of -ln softmax(hidden @ weight.T)[target], with the gradients made in the forward pass.
+
+    Where the factor that the nll will be multiplied by is known, the weight's is added to `weight.grad` at once.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        dtype: torch.dtype,
+        known_factor: float | None,
     ) -> torch.Tensor:
         head = weight.detach().to(dtype)
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        in_place = known_factor is not None
+        grad_weight = gradient_of(weight) if in_place else torch.zeros_like(weight, dtype=torch.float32)
         nll = torch.zeros((), dtype=torch.float32, device=hidden.device)
         # One buffer for all chunks: fresh memory costs more than the arithmetic (docs/log.md).
         buffer = hidden.new_empty((min(CHUNK_TOKENS, len(targets)), len(weight)), dtype=dtype)
@@ -43,8 +55,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             chunk_nll, grad_logits = chunk_kernel(hidden.device.type)(logits, index, scored.float())
             nll += chunk_nll
             grad_hidden[rows] = grad_logits @ head
-            _add_product(grad_weight, grad_logits.T, states)
-        ctx.save_for_backward(grad_hidden, grad_weight)
+            add_product(grad_weight, grad_logits.T, states, 1.0 if known_factor is None else known_factor)
+        ctx.known_factor = known_factor
+        ctx.save_for_backward(grad_hidden, None if in_place else grad_weight)
         return nll
 
     @staticmethod
@@ -52,7 +65,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.saved_tensors
         (scale,) = grad_outputs
         # In place: both tensors are ours alone and are not needed again.
-        return grad_hidden.mul_(scale), grad_weight.mul_(scale), None, None
+        grad_hidden.mul_(scale)
+        if grad_weight is not None:
+            return grad_hidden, grad_weight.mul_(scale), None, None, None
+        if type(scale) is torch.Tensor:  # not one without contents, as when memory is traced
+            found = float(scale)
+            assert not math.isfinite(found) or math.isclose(found, ctx.known_factor, rel_tol=1e-5), found
+        return grad_hidden, None, None, None, None
 
 
 ChunkKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -65,28 +84,6 @@ def chunk_kernel(device_type: str) -> ChunkKernel:
         return nll_and_gradient
     # The last chunk may have fewer rows than the others: the second size makes the rows, and them alone, symbolic.
     return CompiledOrPlain(torch.compile(fused_nll_and_gradient), nll_and_gradient, "The loss")
-
-
-def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """Add `left @ right` to `total`, which is float32; the product is not rounded before where that can be had."""
-    if left.dtype == torch.float32:
-        total.addmm_(left, right)
-    elif sums_in_float32(left.device.type, left.dtype):
-        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
-    else:
-        total += left @ right
-
-
-@functools.cache
-def sums_in_float32(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether half-precision products can be added to a float32 matrix at once, as CUDA can: found by doing it."""
-    factor = torch.full((16, 16), 1 / 16, dtype=dtype, device=device_type)
-    total = torch.ones(16, 16, device=device_type)
-    try:
-        torch.addmm(total, factor, factor, out_dtype=torch.float32, out=total)
-    except (RuntimeError, TypeError):
-        return False
-    return bool((total == 1 + 1 / 16).all())
 
 
 def _product_into(buffer: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -148,7 +145,7 @@ def linear_cross_entropy(
     Returns:
         Scalar float32, in nats.
     """
-    nll = _LinearCrossEntropy.apply(hidden, weight, targets, dtype)
+    nll = _LinearCrossEntropy.apply(hidden, weight, targets, dtype, factor_in_place(weight))
     assert isinstance(nll, torch.Tensor)
     return nll
 

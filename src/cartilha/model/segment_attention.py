@@ -16,15 +16,35 @@ import torch
 HAS_KERNELS = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward")
 
 
-class SegmentAttention(torch.autograd.Function):
+def segment_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lengths: Sequence[int],
+    scaling: float | None,
+    sliding_window: int | None,
+) -> torch.Tensor:
     """Causal attention within each segment, differentiable once in queries, keys and values.
 
-    Takes queries of shape (num_rows, num_heads, row_length, head_size), keys and values with a divisor of their heads,
-    the segments' lengths in row-major order, the factor of the scores, and the positions that a query sees at most
-    (None: all). Gives (num_rows, row_length, num_heads, head_size) in the queries' dtype. bf16 is computed in float32:
-    the CPU's attention is slower in bf16 (docs/log.md).
-    """
+    bf16 is computed in float32: the CPU's attention is slower in bf16 (docs/log.md).
 
+    Args:
+        query: Shape (num_rows, num_heads, row_length, head_size).
+        key: Shape (num_rows, num_key_value_heads, row_length, head_size); likewise value.
+        value: See key.
+        lengths: Of the segments, in row-major order; none crosses a row's end, and together they fill the rows.
+        scaling: Factor of the scores; None for 1 / sqrt(head_size).
+        sliding_window: Positions that a query sees at most, itself included; None for all.
+
+    Returns:
+        Shape (num_rows, row_length, num_heads, head_size), in the queries' dtype.
+    """
+    output = _SegmentAttention.apply(query, key, value, lengths, scaling, sliding_window)
+    assert isinstance(output, torch.Tensor)
+    return output
+
+
+class _SegmentAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,

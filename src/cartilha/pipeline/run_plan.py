@@ -18,6 +18,7 @@ from cartilha.training.devices import (
     MAX_TOKENS_CPU,
     MAX_TOKENS_GPU,
     PROGRAM_BYTES,
+    TOKENS_PER_THREAD,
     DeviceFacts,
     flops_per_token,
 )
@@ -52,7 +53,7 @@ def this_machine(device: torch.device, dtype: torch.dtype) -> DeviceFacts:
         peak_flops=1e9 * cpu_matmul_rate(str(dtype).removeprefix("torch.")),
         share=0.65,
         overhead_bytes=PROGRAM_BYTES,
-        max_tokens=MAX_TOKENS_CPU,
+        max_tokens=min(MAX_TOKENS_CPU, TOKENS_PER_THREAD * torch.get_num_threads()),
     )
 
 
@@ -108,7 +109,7 @@ class RunPlan:
         own = self.memory
         copy = CHECKPOINT_BYTES_PER_PARAMETER * num_parameters
         if not goes_on:
-            given_back = own.gradients + own.activations + own.logits_chunk + own.overhead - facts.overhead_bytes
+            given_back = own.activations + own.logits_chunk + own.overhead - facts.overhead_bytes
             copy = max(0, copy - given_back)
         copied = replace(own, checkpoint_copy=copy)
         if copied.total > SAFETY * facts.memory_bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,10 +16,11 @@ from cartilha.blocks.packing import Block, stack
 from cartilha.blocks.sampler import BlockSampler
 from cartilha.model.compiling import CompiledBody
 from cartilha.model.forward import batch_nll
+from cartilha.model.weight_gradients import weight_gradients_in_place
 from cartilha.runtime import is_out_of_memory, peak_memory_bytes, world
 from cartilha.training.distributed import agree, sum_over_ranks
 from cartilha.training.loader import StepLoader
-from cartilha.training.optimizer import choose_trained, learning_rate, step_unless
+from cartilha.training.optimizer import choose_trained, clear_gradients, learning_rate, step_unless
 
 log = logging.getLogger("cartilha")
 
@@ -196,7 +198,7 @@ def train_steps(
             parameters = choose_trained(model, optimizer, embeddings_only=embeddings_only)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            loss = _gradients(model, data.blocks, data.num_targets, progress, dtype, scaler, body)
+            loss = _gradients(model, parameters, data.blocks, data.num_targets, progress, dtype, scaler, body)
             sum_over_ranks(parameters, loss)
             scaler.unscale_(optimizer)
             if loss_kind == "perplexity":  # d exp(loss) = exp(loss) d loss, with the loss of the whole step
@@ -205,7 +207,7 @@ def train_steps(
             skipped = ~torch.isfinite(grad_norm + loss)
             step_unless(skipped, optimizer)
             scaler.update()
-            optimizer.zero_grad(set_to_none=True)
+            clear_gradients(parameters)
             ends_epoch = sampler.position(step + 1).epoch > sampler.position(step).epoch
             pace.wait(to_the_end=ends_epoch or step + 1 == schedule.num_steps)
             seconds, progress.micro_batch_size = agree(time.perf_counter() - started, progress.micro_batch_size)
@@ -231,6 +233,7 @@ def train_steps(
 
 def _gradients(
     model: PreTrainedModel,
+    parameters: Sequence[torch.nn.Parameter],
     blocks: Sequence[Block],
     num_targets: int,
     progress: Progress,
@@ -256,7 +259,7 @@ def _gradients(
             if not plainly and (not out_of_memory or size <= 1):
                 raise
         # Outside of the handler: the error's traceback held on to the tensors of the pass that failed.
-        model.zero_grad(set_to_none=True)
+        clear_gradients(parameters)
         if model.device.type == "cuda":
             torch.cuda.empty_cache()
         _set_random_state(model.device, before)
@@ -282,10 +285,13 @@ def _accumulate(
     body: CompiledBody | None,
 ) -> torch.Tensor:
     loss = torch.zeros((), device=model.device)
+    factor = scaler.get_scale() / num_targets if model.device.type == "cpu" else 1.0  # elsewhere asking would wait
     for begin in range(0, len(blocks), max(1, micro_batch_size)):
         batch = stack(blocks[begin : begin + micro_batch_size])
         usual = body if len(batch.input_ids) == micro_batch_size else None
-        share = batch_nll(model, batch, dtype, usual) / num_targets
+        own = nullcontext() if usual is not None else weight_gradients_in_place(model.device.type, factor)
+        with own:
+            share = batch_nll(model, batch, dtype, usual) / num_targets
         scaler.scale(share).backward()
         loss += share.detach()
     return loss

@@ -89,7 +89,7 @@ class MemoryModel:
         states = 4 * self.num_parameters
         kept = self._traced(micro_batch_size, block_size)
         mask = self._mask_bytes(micro_batch_size, block_size)
-        if accumulates:
+        if accumulates or self._kernel == "segments":  # on a CPU gradients stay where they are
             gradients, peak = float(states), max(kept.body, kept.end)
         elif kept.body >= states - kept.head + kept.end:
             # At the peak the head's gradient alone is there, and is traced: the others come while activations go.

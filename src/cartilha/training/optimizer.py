@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -31,14 +32,32 @@ def choose_trained(
 
     The head belongs to the embeddings, tied or not. The others get no gradient then, which saves their share of the
     backward pass, and AdamW passes over a parameter without one: no decay, and its moments begin when its turn comes.
+    On a CPU the memory of the gradients is taken here (see `clear_gradients`).
     """
     embeddings = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
     chosen = []
     for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
         parameter.requires_grad_(not embeddings_only or id(parameter) in embeddings)
-        if parameter.requires_grad:
-            chosen.append(parameter)
+        if not parameter.requires_grad:
+            parameter.grad = None
+            continue
+        if parameter.grad is None and parameter.device.type == "cpu":
+            parameter.grad = torch.zeros_like(parameter)
+        chosen.append(parameter)
     return chosen
+
+
+def clear_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
+    """Forget a step's gradients; on a CPU they stay where they are, as zeros.
+
+    Made anew they would settle among the activations of the next step's first micro-batch, and leave holes that the
+    second one's do not fit into (docs/log.md).
+    """
+    for parameter in parameters:
+        if parameter.device.type == "cpu" and parameter.grad is not None:
+            parameter.grad.zero_()
+        else:
+            parameter.grad = None
 
 
 def allocate_states(optimizer: torch.optim.AdamW) -> None:

@@ -26,7 +26,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from cartilha.model.attention import Kernel, Segments, knows_attention, use_document_attention
 from cartilha.model.checkpointing import checkpoint_layers
 from cartilha.model.forward import head_weight
-from cartilha.model.loss import linear_cross_entropy, sums_in_float32
+from cartilha.model.loss import linear_cross_entropy
+from cartilha.model.products import sums_in_float32
+from cartilha.model.weight_gradients import weight_gradients_in_place
 
 
 @dataclass(frozen=True)
@@ -167,12 +169,14 @@ def _pass(
         arguments: dict[str, Any] = {"position_ids": positions, "segments": segments}
     else:
         arguments = {"attention_mask": torch.ones_like(ids)}
-    with nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype):
-        output = model.base_model(input_ids=ids, use_cache=False, **arguments)
-    hidden = output.last_hidden_state.flatten(0, 1)
-    del output
-    kept = float(live.now)
-    loss = linear_cross_entropy(hidden, head_weight(model), targets.flatten(), dtype)
+    own_gradients = weight_gradients_in_place("cpu", 1.0) if kernel == "segments" else nullcontext()
+    with own_gradients:
+        with nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype):
+            output = model.base_model(input_ids=ids, use_cache=False, **arguments)
+        hidden = output.last_hidden_state.flatten(0, 1)
+        del output
+        kept = float(live.now)
+        loss = linear_cross_entropy(hidden, head_weight(model), targets.flatten(), dtype)
     del hidden
     loss.backward()
     assert len(body) == 1, "the gradient comes back to the embeddings once"
