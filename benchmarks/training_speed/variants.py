@@ -43,8 +43,10 @@ def peak_memory(device: str) -> dict[str, int]:
     return {"peak_bytes": peak_memory_bytes(device)}
 
 
-def train_ours(shape: Shape, dtype: str, compiled: bool, kernel: str | None = None) -> Any:
-    """An iterator over the records of our training; one a step."""
+def train_ours(
+    shape: Shape, dtype: str, compiled: bool, kernel: str | None = None, micro_batch: int | None = None
+) -> Any:
+    """An iterator over the records of our training; one a step, of which `micro_batch` rows go through at a time."""
     from cartilha.model import forward
     from cartilha.model.compiling import training_body
     from cartilha.model.load import load_model
@@ -58,21 +60,26 @@ def train_ours(shape: Shape, dtype: str, compiled: bool, kernel: str | None = No
     allocate_states(optimizer)
     return train_steps(
         loaded.model, optimizer, make_sampler(shape), Schedule(shape.num_steps, 1e-5, 0.0, 1.0), Progress(),
-        dtype=getattr(torch, dtype), micro_batch_size=shape.micro_batch, max_grad_norm=1.0,
+        dtype=getattr(torch, dtype), micro_batch_size=micro_batch or shape.micro_batch, max_grad_norm=1.0,
         scaler=torch.amp.GradScaler(shape.device, enabled=dtype == "float16"),
         body=training_body(loaded.model, "always" if compiled and shape.device == "cuda" else "never", 0),
     )  # fmt: skip
 
 
 def _ours(shape: Shape, dtype: str, compiled: bool) -> dict[str, Any]:
+    from cartilha.training.devices import max_tokens_on_this_cpu
+
     clock, losses = Clock(shape), []
-    for record in train_ours(shape, dtype, compiled):
+    # As the product chooses them: on a CPU small ones.
+    rows = max(1, max_tokens_on_this_cpu() // shape.block_size) if shape.device == "cpu" else shape.micro_batch
+    for record in train_ours(shape, dtype, compiled, micro_batch=min(rows, shape.micro_batch)):
         clock.step()
         losses.append(record.loss)
     sampler = make_sampler(shape)
     return {
         "positions_per_second": clock.positions_per_second(),
         "text_share": 1 - sampler.padding_share,
+        "micro_batch": min(rows, shape.micro_batch),
         "losses": [losses[0].item(), losses[-1].item()],
     }
 

@@ -15,12 +15,11 @@ from cartilha.runtime import available_memory_bytes, cpu_matmul_rate
 from cartilha.training.checkpoint import BYTES_PER_PARAMETER as CHECKPOINT_BYTES_PER_PARAMETER
 from cartilha.training.devices import (
     GIB,
-    MAX_TOKENS_CPU,
     MAX_TOKENS_GPU,
     PROGRAM_BYTES,
-    TOKENS_PER_THREAD,
     DeviceFacts,
     flops_per_token,
+    max_tokens_on_this_cpu,
 )
 from cartilha.training.memory import SAFETY, MemoryModel, StepMemory, largest_micro_batch
 
@@ -53,7 +52,7 @@ def this_machine(device: torch.device, dtype: torch.dtype) -> DeviceFacts:
         peak_flops=1e9 * cpu_matmul_rate(str(dtype).removeprefix("torch.")),
         share=0.65,
         overhead_bytes=PROGRAM_BYTES,
-        max_tokens=min(MAX_TOKENS_CPU, TOKENS_PER_THREAD * torch.get_num_threads()),
+        max_tokens=max_tokens_on_this_cpu(),
     )
 
 

@@ -57,6 +57,11 @@ _KNOWN = (
 KNOWN_DEVICES = {facts.name: facts for facts in _KNOWN}
 
 
+def max_tokens_on_this_cpu() -> int:
+    """Tokens a forward pass beyond which a larger micro-batch brings this CPU nothing."""
+    return min(MAX_TOKENS_CPU, TOKENS_PER_THREAD * torch.get_num_threads())
+
+
 def attention_flops_per_token(config: PretrainedConfig, block_size: int) -> int:
     """Of scores and weighted sums in training: 12 L d T (arXiv:2204.02311, appendix B), causality ignored."""
     heads = int(config.num_attention_heads)
