@@ -35,16 +35,18 @@ def check(shape: Shape, dtype: str) -> dict[str, Any]:
                      "ok": good})  # fmt: skip
 
     exact = subject.step("mask", torch.float32)
-    compare("mask, float32, against each document alone", exact, subject.alone(), 1e-4, 1e-3)
+    # Rounding moves some ReLUs across zero, and a share s of them moves the gradient by the root of s: 1e-3 measured
+    # in float32 and 0.08 in bfloat16, on a CPU; documents that see each other move it by 0.8.
+    compare("mask, float32, against each document alone", exact, subject.alone(), 1e-4, 1e-2)
     half = getattr(torch, dtype)
     masked = subject.step("mask", half)
-    compare(f"mask, {dtype}, against float32", masked, exact, 0.02, 0.1)
+    compare(f"mask, {dtype}, against float32", masked, exact, 0.02, 0.2)
     flash = "varlen" if shape.device == "cuda" and torch.cuda.get_device_capability() >= (8, 0) else None
     fast = subject.step(flash or ("segments" if shape.device == "cpu" else "mask"), half)
-    compare(f"the hardware's own kernel, {dtype}, against mask", fast, masked, 0.01, 0.1)
+    compare(f"the hardware's own kernel, {dtype}, against mask", fast, masked, 0.01, 0.2)
     if shape.device == "cuda":
         body = CompiledBody(subject.model)
-        compare(f"compiled, {dtype}, against plain", subject.step(flash or "mask", half, body), fast, 0.01, 0.1)
+        compare(f"compiled, {dtype}, against plain", subject.step(flash or "mask", half, body), fast, 0.01, 0.2)
         rows.append({"name": "the body was compiled", "ok": body.is_compiled})
     rows += _loss_kernels(shape, half)
     blind = subject.step("mask", torch.float32, leak=True)

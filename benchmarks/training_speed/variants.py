@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from cartilha.runtime import is_out_of_memory
 from training_speed.setup import Clock, Shape, make_sampler, model_config, packed_rows, padded_rows
 
 VARIANTS = ("ours", "hf_users", "hf_packed", "hf_tuned")
@@ -23,11 +24,19 @@ def measure(shape: Shape, variant: str, dtype: str, compiled: bool = True) -> di
 
     Returns:
         `tokens_per_second`: of each window, tokens of text (padding does not count); `text_share` of the positions;
-        `losses` of the first and last step where the variant gives them; peak memory in bytes.
+        `losses` of the first and last step where the variant gives them; peak memory in bytes. Of one of the Trainer's
+        for which memory does not suffice, `out_of_memory` says so instead; ours halves its micro-batch.
     """
     if shape.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    result = _ours(shape, dtype, compiled) if variant == "ours" else _trainer(shape, variant, dtype, compiled)
+    try:
+        result = _ours(shape, dtype, compiled) if variant == "ours" else _trainer(shape, variant, dtype, compiled)
+    except Exception as error:
+        cause = getattr(error, "inner_exception", error)  # torch.compile wraps what happens in it
+        if variant == "ours" or not is_out_of_memory(cause):
+            raise
+        reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+        return {"variant": variant, "dtype": dtype, "out_of_memory": reason[:200], **peak_memory(shape.device)}
     rates = [rate * result["text_share"] for rate in result.pop("positions_per_second")]
     return {"variant": variant, "dtype": dtype, "tokens_per_second": rates, **result, **peak_memory(shape.device)}
 
@@ -65,15 +74,17 @@ def train_ours(shape: Shape, dtype: str, compiled: bool, kernel: str | None = No
 
 
 def _ours(shape: Shape, dtype: str, compiled: bool) -> dict[str, Any]:
-    clock, losses = Clock(shape), []
+    clock, losses, micro_batch = Clock(shape), [], 0
     for record in train_ours(shape, dtype, compiled):
         clock.step()
         losses.append(record.loss)
+        micro_batch = record.micro_batch_size
     sampler = make_sampler(shape)
     return {
         "positions_per_second": clock.positions_per_second(),
         "text_share": 1 - sampler.padding_share,
         "losses": [losses[0].item(), losses[-1].item()],
+        "micro_batch_in_force": micro_batch,
     }
 
 

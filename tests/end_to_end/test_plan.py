@@ -46,6 +46,8 @@ def test_a_plan_has_a_row_for_each_device_block_size_and_micro_batch(cartilha, s
             "checkpoint_copy",
         }
         assert row["memory"].keys() == parts and sum(row["memory"].values()) == row["memory_bytes"]
+        on_host = row["device"] in ("cpu", "this machine")  # a card's copy is in the host's memory
+        assert row["memory"]["checkpoint_copy"] == (result["checkpoint_bytes"] if on_host else 0)
         hours = result["train_tokens"] / row["tokens_per_second"] / 3600
         assert row["hours"] == pytest.approx(hours) and row["price"] == pytest.approx(2 * hours)
         assert row["seconds_per_epoch"] == pytest.approx(3600 * hours / 3)
@@ -56,7 +58,7 @@ def test_a_plan_has_a_row_for_each_device_block_size_and_micro_batch(cartilha, s
 def test_a_plan_is_readable_in_a_terminal(cartilha):
     outcome = cartilha("plan", *TINY, "--device", "t4", "--block_size", 256, "--price_per_hour", 1)
     assert outcome.code == 0
-    for part in ("t4", "256", "M parameters", "~", "weights"):
+    for part in ("t4", "256", "M parameters", "~", "weights", "while one is written", "checkpoint"):
         assert part in outcome.out
 
 
@@ -144,6 +146,16 @@ def test_the_last_copy_counts_where_it_is_more_than_the_step_gives_back():
     assert plan.with_checkpoints(facts, 100, goes_on=True).memory.checkpoint_copy == 1200
     much = replace(plan, memory=replace(memory, activations=2000))
     assert much.with_checkpoints(facts, 100, goes_on=False).memory == much.memory
+
+
+def test_without_room_a_plan_has_no_copy_either(cartilha, monkeypatch):
+    cpu = KNOWN_DEVICES["cpu"]
+    step = planned(cartilha, *TINY, "--device", "cpu", "--block_size", 256)["recommended"][0]["memory"]
+    without = sum(step.values()) - step["checkpoint_copy"]
+    for room, copies in ((without + 1000, 0), (sum(step.values()) + 1000, 1)):
+        monkeypatch.setitem(KNOWN_DEVICES, "cpu", replace(cpu, memory_bytes=int(room / SAFETY)))
+        row = planned(cartilha, *TINY, "--device", "cpu", "--block_size", 256)["recommended"][0]
+        assert row["fits"] and row["memory"]["checkpoint_copy"] == copies * step["checkpoint_copy"]
 
 
 def test_without_room_for_the_copy_training_waits_for_checkpoints(store, tmp_path, monkeypatch, caplog):
