@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partialmethod
 
 import pytest
+import torch
 
 import cartilha.pipeline.train as train_module
 from cartilha.config import GenerateConfig, TrainConfig
@@ -68,6 +69,17 @@ def test_this_machine_is_probed_and_the_rest_estimated(cartilha):
     assert probed == {("this machine", 512)}
     rates = {row["block_size"]: row["tokens_per_second"] for row in result["rows"] if row["device"] == "this machine"}
     assert rates[256] > rates[512] > rates[1024] > 0
+
+
+def test_a_probe_that_does_not_fit_leaves_an_estimate(cartilha, monkeypatch):
+    def full(*arguments: object, **settings: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("cartilha.pipeline.plan.train_steps", full)
+    outcome = cartilha("plan", *TINY, "--device", "auto", "--json")
+    assert outcome.code == 0 and "its speed is estimated" in outcome.err
+    rows = json.loads(outcome.out)["rows"]
+    assert all(row["estimated"] and row["tokens_per_second"] > 0 for row in rows)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from cartilha.errors import UserError
 from cartilha.model.checkpointing import checkpoint_layers
 from cartilha.model.load import context_length, load_model, model_config, refuse_configuration
 from cartilha.pipeline.run_plan import best_step, this_machine, with_copy
-from cartilha.runtime import choose_device, choose_dtype
+from cartilha.runtime import choose_device, choose_dtype, is_out_of_memory
 from cartilha.tokens.store import TokenStore
 from cartilha.training.devices import KNOWN_DEVICES, DeviceFacts, flops_per_token
 from cartilha.training.loop import Progress, Schedule, train_steps
@@ -85,7 +85,7 @@ def plan(config: PlanConfig) -> PlanResult:
     _refuse_what_fits_nowhere(config, devices, num_parameters)
     refuse_configuration(model, config.model)
     if machine is not None and not config.skip_probe and num_parameters * BYTES_PER_PARAMETER < machine.memory_bytes:
-        speeds[machine.name] = _probe(config, model, machine, num_parameters, sizes)
+        speeds[machine.name] = _probed(config, model, machine, num_parameters, sizes) or speeds[machine.name]
     counts = store.counts["train"] if store else None
     tokens = config.epochs * (counts.num_tokens + counts.num_documents) if counts else None
     rows, recommended = [], []
@@ -251,6 +251,19 @@ def _device_values(facts: DeviceFacts) -> dict[str, Any]:
         "peak_flops": facts.peak_flops,
         "expected_share_of_peak": facts.share,
     }
+
+
+def _probed(
+    config: PlanConfig, model: PretrainedConfig, facts: DeviceFacts, num_parameters: int, sizes: tuple[int, ...]
+) -> _Speed | None:
+    """What `_probe` measures; None where a step, which takes more than the states that were counted, does not fit."""
+    try:
+        return _probe(config, model, facts, num_parameters, sizes)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+    log.warning("Memory ran out in the probe of this machine: its speed is estimated.")
+    return None
 
 
 def _probe(
