@@ -47,7 +47,7 @@ def check(shape: Shape, dtype: str) -> dict[str, Any]:
     if shape.device == "cuda":
         body = CompiledBody(subject.model)
         compare(f"compiled, {dtype}, against plain", subject.step(flash or "mask", half, body), fast, 0.01, 0.2)
-        rows.append({"name": "the body was compiled", "ok": body.is_compiled})
+        rows.append(_was_compiled("body", body))
     rows += _loss_kernels(shape, half)
     blind = subject.step("mask", torch.float32, leak=True)
     apart = _distance(blind[1], exact[1])
@@ -128,8 +128,15 @@ def _loss_kernels(shape: Shape, dtype: torch.dtype) -> list[dict[str, Any]]:
         rows.append({"name": f"loss kernel, {num_tokens} tokens", "loss": value, "gradient": gradient,
                      "ok": value < 1e-5 and gradient < 0.01})  # fmt: skip
     if shape.device == "cuda":
-        rows.append({"name": "the loss was compiled", "ok": bool(getattr(kernel, "is_compiled", False))})
+        rows.append(_was_compiled("loss", kernel))
     return rows
+
+
+def _was_compiled(name: str, function: Any) -> dict[str, Any]:
+    """Asked for on cards of capability 8 and above; Triton has given up older ones: plain code is no fault there."""
+    compiled = bool(getattr(function, "is_compiled", False))
+    return {"name": f"the {name} was compiled", "compiled": compiled,
+            "ok": compiled or torch.cuda.get_device_capability() < (8, 0)}  # fmt: skip
 
 
 def noise(shape: Shape, dtype: str, compiled: bool) -> dict[str, Any]:

@@ -163,6 +163,32 @@ def test_memory_that_does_not_suffice_for_the_trainer_is_a_result(monkeypatch):
         compute("train", {"shape": tiny(), "variant": "hf_users", "dtype": "float32"})
 
 
+def test_a_trainer_that_cannot_be_compiled_is_timed_plainly(monkeypatch):
+    from training_speed import variants
+    from training_speed.sections import compute
+
+    def trainer(shape: Any, variant: str, dtype: str, compiled: bool) -> dict[str, Any]:
+        if compiled:
+            raise RuntimeError("PTXAS failed\nand a long trace")
+        return {"positions_per_second": [5.0], "text_share": 1.0, "losses": [5.5], "compiled": False}
+
+    monkeypatch.setattr(variants, "_trainer", trainer)
+    found = compute("train", {"shape": tiny(), "variant": "hf_tuned", "dtype": "float32"})
+    assert found["tokens_per_second"] == [5.0] and found["compile_error"] == "PTXAS failed"
+    with pytest.raises(RuntimeError, match="PTXAS"):
+        compute("train", {"shape": tiny(), "variant": "hf_users", "dtype": "float32"})
+
+
+@pytest.mark.parametrize(("capability", "needed"), [((9, 0), True), ((8, 0), True), ((7, 5), False)])
+def test_plain_code_is_a_fault_where_triton_works(capability, needed, monkeypatch):
+    from training_speed.numerics import _was_compiled
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert _was_compiled("loss", print)["ok"] is not needed
+    compiled = type("Compiled", (), {"is_compiled": True})()
+    assert _was_compiled("loss", compiled)["ok"] is True
+
+
 def test_what_no_time_is_left_for_is_left_out(monkeypatch):
     import train_gpu
 
