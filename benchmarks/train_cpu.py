@@ -35,8 +35,9 @@ def main() -> None:
         for variant in arguments.variants:
             kind, dtype = variant.split(":")
             result = run("train", {"shape": dataclasses.asdict(shape), "variant": kind, "dtype": dtype}, 600)
-            if "failed" in result:
-                print(f"round {number + 1}: {variant} failed: {result['failed']}", flush=True)
+            reason = result.get("failed") or result.get("out_of_memory")
+            if reason:
+                print(f"round {number + 1}: {variant} failed: {reason}", flush=True)
                 continue
             found[variant].append(result)
             print(f"round {number + 1}: {variant}: {median(result['tokens_per_second']):.0f} tokens/s", flush=True)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from cartilha.runtime import is_out_of_memory
 from training_speed.setup import Shape, model_config
 from training_speed.variants import peak_memory, train_ours
 
@@ -35,7 +36,9 @@ def measure(
         for record in train_ours(shape, dtype, compiled, kernel):
             micro_batch = record.micro_batch_size
             loss = record.loss.item()
-    except torch.OutOfMemoryError as error:
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
         return {"fits": False, "planned_bytes": planned(shape, dtype, kernel), "error": str(error)[:200]}
     measured, plan = peak_memory(shape.device), planned(shape, dtype, kernel)
     return {

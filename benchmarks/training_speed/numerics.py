@@ -35,17 +35,19 @@ def check(shape: Shape, dtype: str) -> dict[str, Any]:
                      "ok": good})  # fmt: skip
 
     exact = subject.step("mask", torch.float32)
-    compare("mask, float32, against each document alone", exact, subject.alone(), 1e-4, 1e-3)
+    # Rounding moves some ReLUs across zero, and a share s of them moves the gradient by the root of s: 1e-3 measured
+    # in float32 and 0.08 in bfloat16, on a CPU; documents that see each other move it by 0.8.
+    compare("mask, float32, against each document alone", exact, subject.alone(), 1e-4, 1e-2)
     half = getattr(torch, dtype)
     masked = subject.step("mask", half)
-    compare(f"mask, {dtype}, against float32", masked, exact, 0.02, 0.1)
+    compare(f"mask, {dtype}, against float32", masked, exact, 0.02, 0.2)
     flash = "varlen" if shape.device == "cuda" and torch.cuda.get_device_capability() >= (8, 0) else None
     fast = subject.step(flash or ("segments" if shape.device == "cpu" else "mask"), half)
-    compare(f"the hardware's own kernel, {dtype}, against mask", fast, masked, 0.01, 0.1)
+    compare(f"the hardware's own kernel, {dtype}, against mask", fast, masked, 0.01, 0.2)
     if shape.device == "cuda":
         body = CompiledBody(subject.model)
-        compare(f"compiled, {dtype}, against plain", subject.step(flash or "mask", half, body), fast, 0.01, 0.1)
-        rows.append({"name": "the body was compiled", "ok": body.is_compiled})
+        compare(f"compiled, {dtype}, against plain", subject.step(flash or "mask", half, body), fast, 0.01, 0.2)
+        rows.append(_was_compiled("body", body))
     rows += _loss_kernels(shape, half)
     blind = subject.step("mask", torch.float32, leak=True)
     apart = _distance(blind[1], exact[1])
@@ -126,8 +128,15 @@ def _loss_kernels(shape: Shape, dtype: torch.dtype) -> list[dict[str, Any]]:
         rows.append({"name": f"loss kernel, {num_tokens} tokens", "loss": value, "gradient": gradient,
                      "ok": value < 1e-5 and gradient < 0.01})  # fmt: skip
     if shape.device == "cuda":
-        rows.append({"name": "the loss was compiled", "ok": bool(getattr(kernel, "is_compiled", False))})
+        rows.append(_was_compiled("loss", kernel))
     return rows
+
+
+def _was_compiled(name: str, function: Any) -> dict[str, Any]:
+    """Asked for on cards of capability 8 and above; Triton has given up older ones: plain code is no fault there."""
+    compiled = bool(getattr(function, "is_compiled", False))
+    return {"name": f"the {name} was compiled", "compiled": compiled,
+            "ok": compiled or torch.cuda.get_device_capability() < (8, 0)}  # fmt: skip
 
 
 def noise(shape: Shape, dtype: str, compiled: bool) -> dict[str, Any]:

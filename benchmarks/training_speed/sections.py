@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,10 +19,11 @@ WORKER = Path(__file__).with_name("worker.py")
 
 def compute(name: str, settings: dict[str, Any]) -> dict[str, Any]:
     """One section, in this process."""
-    from training_speed import kernels, memory, numerics, variants
+    from training_speed import kernels, machine, memory, numerics, variants
     from training_speed.setup import Shape
 
     functions = {
+        "machine": machine.describe,
         "numerics": numerics.check,
         "train": variants.measure,
         "memory": memory.measure,
@@ -33,18 +37,42 @@ def compute(name: str, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(name: str, settings: dict[str, Any], limit_s: float) -> dict[str, Any]:
-    """One section in a process of its own: its result, or `failed` with the reason; `seconds` in either case."""
+    """One section in a process of its own: its result, or `failed` with the reason; `seconds` in either case.
+
+    The process gets one GPU (the Trainer would spread its batch over all), and is killed with its children: compilers
+    that outlive it would hold the pipes and the memory.
+    """
     started = time.perf_counter()
+    one_gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    process = subprocess.Popen(
+        [sys.executable, str(WORKER), name, json.dumps(settings)], start_new_session=True, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "CUDA_VISIBLE_DEVICES": one_gpu},
+    )  # fmt: skip
+    too_long = False
     try:
-        done = subprocess.run(
-            [sys.executable, str(WORKER), name, json.dumps(settings)],
-            capture_output=True, text=True, timeout=limit_s,
-        )  # fmt: skip
-        found = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
-        result = json.loads(found[-1].removeprefix(MARK)) if found else {"failed": _last_line(done.stderr)}
+        printed, errors = process.communicate(timeout=limit_s)
     except subprocess.TimeoutExpired:
-        result = {"failed": f"more than {limit_s:.0f} s"}
+        too_long = True
+    finally:
+        _kill_with_children(process)
+    if too_long:
+        printed, errors = process.communicate()
+    found = [line for line in printed.splitlines() if line.startswith(MARK)]
+    if found:
+        result = json.loads(found[-1].removeprefix(MARK))
+    elif too_long:
+        result = {"failed": f"more than {limit_s:.0f} s", "last_line": _last_line(errors)}
+    else:
+        result = {"failed": f"{_last_line(errors)} (exit status {process.returncode})"}
     return {**result, "seconds": round(time.perf_counter() - started, 1)}
+
+
+def _kill_with_children(process: subprocess.Popen[str]) -> None:
+    if hasattr(os, "killpg"):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    elif process.poll() is None:
+        process.kill()
 
 
 def _last_line(text: str) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from cartilha.runtime import is_out_of_memory
 from training_speed.setup import Clock, Shape, make_sampler, model_config, packed_rows, padded_rows
 
 VARIANTS = ("ours", "hf_users", "hf_packed", "hf_tuned")
@@ -23,11 +24,26 @@ def measure(shape: Shape, variant: str, dtype: str, compiled: bool = True) -> di
 
     Returns:
         `tokens_per_second`: of each window, tokens of text (padding does not count); `text_share` of the positions;
-        `losses` of the first and last step where the variant gives them; peak memory in bytes.
+        `losses` of the first and last step where the variant gives them; peak memory in bytes. Of one of the Trainer's
+        for which memory does not suffice, `out_of_memory` says so instead; ours halves its micro-batch. The tuned one
+        is timed plainly where it cannot be compiled, and `compile_error` says why.
     """
     if shape.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    result = _ours(shape, dtype, compiled) if variant == "ours" else _trainer(shape, variant, dtype, compiled)
+    try:
+        result = _ours(shape, dtype, compiled) if variant == "ours" else _trainer(shape, variant, dtype, compiled)
+    except Exception as error:
+        cause = getattr(error, "inner_exception", error)  # torch.compile wraps what happens in it
+        reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0][:200]
+        if variant == "ours":
+            raise
+        if is_out_of_memory(cause):
+            return {"variant": variant, "dtype": dtype, "out_of_memory": reason, **peak_memory(shape.device)}
+        if variant != "hf_tuned" or not compiled:
+            raise
+        result = {}
+    if not result:  # as on cards that Triton has given up; outside of the handler, which holds on to memory
+        return {**measure(shape, variant, dtype, compiled=False), "compile_error": reason}
     rates = [rate * result["text_share"] for rate in result.pop("positions_per_second")]
     return {"variant": variant, "dtype": dtype, "tokens_per_second": rates, **result, **peak_memory(shape.device)}
 
@@ -69,18 +85,20 @@ def train_ours(
 def _ours(shape: Shape, dtype: str, compiled: bool) -> dict[str, Any]:
     from cartilha.training.devices import max_tokens_on_this_cpu
 
-    clock, losses = Clock(shape), []
+    clock, losses, in_force = Clock(shape), [], 0
     # As the product chooses them: on a CPU small ones.
     rows = max(1, max_tokens_on_this_cpu() // shape.block_size) if shape.device == "cpu" else shape.micro_batch
     for record in train_ours(shape, dtype, compiled, micro_batch=min(rows, shape.micro_batch)):
         clock.step()
         losses.append(record.loss)
+        in_force = record.micro_batch_size
     sampler = make_sampler(shape)
     return {
         "positions_per_second": clock.positions_per_second(),
         "text_share": 1 - sampler.padding_share,
         "micro_batch": min(rows, shape.micro_batch),
         "losses": [losses[0].item(), losses[-1].item()],
+        "micro_batch_in_force": in_force,
     }
 
 

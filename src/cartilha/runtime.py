@@ -271,14 +271,23 @@ def keep_freed_memory() -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Torch has a type for CUDA's; the CPU allocator and MPS raise a RuntimeError with these words."""
+    """Torch has a type for what its CUDA allocator lacks; everything else raises a RuntimeError with these words."""
     import torch
 
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     text = str(error)
-    words = ("can't allocate memory", "not enough memory", "MPS backend out of memory")  # the second is Windows'
-    return any(word in text for word in words)
+    return isinstance(error, RuntimeError) and any(words in text for words in _OUT_OF_MEMORY)
+
+
+_OUT_OF_MEMORY = (
+    "can't allocate memory",  # torch's CPU allocator
+    "not enough memory",  # the same on Windows
+    "MPS backend out of memory",
+    "CUDA error: out of memory",  # what CUDA itself takes: pinned memory, events, contexts
+    "[CUDA]: out of memory",  # Triton, loading a kernel
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
 
 
 def free_memory_bytes(device: torch.device) -> int:

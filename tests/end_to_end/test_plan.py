@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partialmethod
 
 import pytest
+import torch
 
 import cartilha.pipeline.train as train_module
 from cartilha.config import GenerateConfig, TrainConfig
@@ -46,6 +47,8 @@ def test_a_plan_has_a_row_for_each_device_block_size_and_micro_batch(cartilha, s
             "checkpoint_copy",
         }
         assert row["memory"].keys() == parts and sum(row["memory"].values()) == row["memory_bytes"]
+        on_host = row["device"] in ("cpu", "this machine")  # a card's copy is in the host's memory
+        assert row["memory"]["checkpoint_copy"] == (result["checkpoint_bytes"] if on_host else 0)
         hours = result["train_tokens"] / row["tokens_per_second"] / 3600
         assert row["hours"] == pytest.approx(hours) and row["price"] == pytest.approx(2 * hours)
         assert row["seconds_per_epoch"] == pytest.approx(3600 * hours / 3)
@@ -56,7 +59,7 @@ def test_a_plan_has_a_row_for_each_device_block_size_and_micro_batch(cartilha, s
 def test_a_plan_is_readable_in_a_terminal(cartilha):
     outcome = cartilha("plan", *TINY, "--device", "t4", "--block_size", 256, "--price_per_hour", 1)
     assert outcome.code == 0
-    for part in ("t4", "256", "M parameters", "~", "weights"):
+    for part in ("t4", "256", "M parameters", "~", "weights", "while one is written", "checkpoint"):
         assert part in outcome.out
 
 
@@ -66,6 +69,17 @@ def test_this_machine_is_probed_and_the_rest_estimated(cartilha):
     assert probed == {("this machine", 512)}
     rates = {row["block_size"]: row["tokens_per_second"] for row in result["rows"] if row["device"] == "this machine"}
     assert rates[256] > rates[512] > rates[1024] > 0
+
+
+def test_a_probe_that_does_not_fit_leaves_an_estimate(cartilha, monkeypatch):
+    def full(*arguments: object, **settings: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("cartilha.pipeline.plan.train_steps", full)
+    outcome = cartilha("plan", *TINY, "--device", "auto", "--json")
+    assert outcome.code == 0 and "its speed is estimated" in outcome.err
+    rows = json.loads(outcome.out)["rows"]
+    assert all(row["estimated"] and row["tokens_per_second"] > 0 for row in rows)
 
 
 @pytest.mark.parametrize(
@@ -144,6 +158,16 @@ def test_the_last_copy_counts_where_it_is_more_than_the_step_gives_back():
     assert plan.with_checkpoints(facts, 100, goes_on=True).memory.checkpoint_copy == 1200
     much = replace(plan, memory=replace(memory, activations=2000))
     assert much.with_checkpoints(facts, 100, goes_on=False).memory == much.memory
+
+
+def test_without_room_a_plan_has_no_copy_either(cartilha, monkeypatch):
+    cpu = KNOWN_DEVICES["cpu"]
+    step = planned(cartilha, *TINY, "--device", "cpu", "--block_size", 256)["recommended"][0]["memory"]
+    without = sum(step.values()) - step["checkpoint_copy"]
+    for room, copies in ((without + 1000, 0), (sum(step.values()) + 1000, 1)):
+        monkeypatch.setitem(KNOWN_DEVICES, "cpu", replace(cpu, memory_bytes=int(room / SAFETY)))
+        row = planned(cartilha, *TINY, "--device", "cpu", "--block_size", 256)["recommended"][0]
+        assert row["fits"] and row["memory"]["checkpoint_copy"] == copies * step["checkpoint_copy"]
 
 
 def test_without_room_for_the_copy_training_waits_for_checkpoints(store, tmp_path, monkeypatch, caplog):

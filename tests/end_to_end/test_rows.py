@@ -7,10 +7,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BloomConfig, BloomForCausalLM, Gemma2Config, Gemma2ForCausalLM
+from transformers import (
+    BartConfig,
+    BloomConfig,
+    BloomForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    PhiConfig,
+    PretrainedConfig,
+)
 
 from cartilha.tokens.tokenizer import load_tokenizer
 
+TINY = {"vocab_size": 259, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "intermediate_size": 16, "max_position_embeddings": 128}  # fmt: skip
 SAID = "The attention of models of the type bloom is not known here"
 
 
@@ -68,3 +79,27 @@ def test_a_model_that_cannot_run_so_is_refused(refused, store, tmp_path):
         sentence = refused(*command, "--model", model, "--store", store)
         assert "type gemma2 are not supported, since they change the logits after the head" in sentence
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        (Gemma2Config(num_key_value_heads=1, head_dim=8, **TINY), "since they change the logits after the head"),
+        (CohereConfig(pad_token_id=0, **TINY), "since they change the logits after the head"),
+        (BartConfig(d_model=16, max_position_embeddings=128), "since they have an encoder besides the decoder"),
+        (PhiConfig(**TINY), "has a head that is not a plain matrix"),
+    ],
+    ids=lambda value: value.model_type if isinstance(value, PretrainedConfig) else "",
+)
+def test_a_plan_refuses_what_training_would_from_the_configuration_alone(refused, tmp_path, config, sentence):
+    config.save_pretrained(tmp_path)
+    assert sentence in refused("plan", "--model", tmp_path, "--device", "t4", "--block_size", 64)
+
+
+def test_a_plan_is_made_where_the_settings_say_that_logits_stay_as_they_are(cartilha, tmp_path):
+    """The type alone does not tell; and of many layers and ids a few are looked at."""
+    Gemma2Config(num_key_value_heads=1, head_dim=8, final_logit_softcapping=None, pad_token_id=4000,
+                 **{**TINY, "vocab_size": 5000, "num_hidden_layers": 4}).save_pretrained(tmp_path)  # fmt: skip
+    outcome = cartilha("plan", "--model", tmp_path, "--device", "t4", "--block_size", 64, "--json")
+    assert outcome.code == 0, outcome.err
+    assert "is seen when it is loaded" not in outcome.err

@@ -23,6 +23,22 @@ from cartilha.runtime import (
     versions,
 )
 
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later"), True),  # pinned memory
+        (RuntimeError("Triton Error [CUDA]: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (ValueError("the store says: CUDA error: out of memory"), False),
+    ],
+)
+def test_memory_that_runs_out_outside_of_torchs_allocator_is_recognised(error, expected):
+    assert runtime.is_out_of_memory(error) is expected
+
+
 # Device and dtype
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -113,6 +115,97 @@ def test_a_section_that_fails_or_takes_too_long_is_recorded():
     assert run("gemm", {"shape": tiny(), "dtype": "float32"}, 0.01)["failed"] == "more than 0 s"
 
 
+WORKER_WITH_A_CHILD = """
+import os, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+name, gpus = sys.argv[1], os.environ["CUDA_VISIBLE_DEVICES"]
+print("" if name == "slow" else f'RESULT{{"child": {child.pid}, "gpus": "{gpus}"}}', flush=True)
+print("getting on", file=sys.stderr, flush=True)
+time.sleep(60 if name == "slow" else 0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs groups of processes")
+def test_a_process_that_outlives_its_section_is_ended(tmp_path, monkeypatch):
+    """A compiler's helper holds the pipes: waiting for their end would never end."""
+    from training_speed import sections
+
+    worker = tmp_path / "worker.py"
+    worker.write_text(WORKER_WITH_A_CHILD, encoding="utf-8")
+    monkeypatch.setattr(sections, "WORKER", worker)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
+    slow = sections.run("slow", {}, 1.5)
+    assert slow["failed"] == "more than 2 s" and slow["last_line"] == "getting on" and slow["seconds"] < 20
+    done = sections.run("quick", {}, 1.5)
+    assert done["gpus"] == "3" and done["seconds"] < 20  # a result that was printed counts
+    with pytest.raises(ProcessLookupError):
+        for _ in range(100):
+            os.kill(done["child"], 0)
+            time.sleep(0.05)
+
+
+def test_memory_that_does_not_suffice_for_the_trainer_is_a_result(monkeypatch):
+    from training_speed import variants
+    from training_speed.sections import compute
+
+    def full(*arguments: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 6.13 GiB.\nand more")
+
+    for name in ("_trainer", "_ours"):
+        monkeypatch.setattr(variants, name, full)
+    found = compute("train", {"shape": tiny(), "variant": "hf_users", "dtype": "float32"})
+    assert found["out_of_memory"] == "CUDA out of memory. Tried to allocate 6.13 GiB."
+    assert "tokens_per_second" not in found and found["peak_bytes"] > 0
+    with pytest.raises(torch.OutOfMemoryError):  # ours is to fit
+        compute("train", {"shape": tiny(), "variant": "ours", "dtype": "float32"})
+    monkeypatch.setattr(variants, "_trainer", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        compute("train", {"shape": tiny(), "variant": "hf_users", "dtype": "float32"})
+
+
+def test_a_trainer_that_cannot_be_compiled_is_timed_plainly(monkeypatch):
+    from training_speed import variants
+    from training_speed.sections import compute
+
+    def trainer(shape: Any, variant: str, dtype: str, compiled: bool) -> dict[str, Any]:
+        if compiled:
+            raise RuntimeError("PTXAS failed\nand a long trace")
+        return {"positions_per_second": [5.0], "text_share": 1.0, "losses": [5.5], "compiled": False}
+
+    monkeypatch.setattr(variants, "_trainer", trainer)
+    found = compute("train", {"shape": tiny(), "variant": "hf_tuned", "dtype": "float32"})
+    assert found["tokens_per_second"] == [5.0] and found["compile_error"] == "PTXAS failed"
+    with pytest.raises(RuntimeError, match="PTXAS"):
+        compute("train", {"shape": tiny(), "variant": "hf_users", "dtype": "float32"})
+
+
+@pytest.mark.parametrize(("capability", "needed"), [((9, 0), True), ((8, 0), True), ((7, 5), False)])
+def test_plain_code_is_a_fault_where_triton_works(capability, needed, monkeypatch):
+    from training_speed.numerics import _was_compiled
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert _was_compiled("loss", print)["ok"] is not needed
+    compiled = type("Compiled", (), {"is_compiled": True})()
+    assert _was_compiled("loss", compiled)["ok"] is True
+
+
+def test_what_no_time_is_left_for_is_left_out(monkeypatch):
+    import train_gpu
+
+    limits = []
+
+    def slow(section: str, settings: dict[str, Any], limit_s: float) -> dict[str, Any]:
+        limits.append(limit_s)
+        return {"failed": f"more than {limit_s:.0f} s", "seconds": limit_s}
+
+    monkeypatch.setattr(train_gpu, "run", slow)
+    assert "failed" in train_gpu.in_time("train", {}, 60, time.monotonic() + 100)  # its own limit
+    assert "left_out" in train_gpu.in_time("train", {}, 60, time.monotonic() + 30) and limits[0] == 60 > limits[1]
+    assert "left_out" in train_gpu.in_time("train", {}, 60, time.monotonic() + 1) and len(limits) == 2
+    monkeypatch.setattr(train_gpu, "run", lambda *arguments: {"failed": "it broke", "seconds": 1.0})
+    assert "failed" in train_gpu.in_time("train", {}, 60, time.monotonic() + 30)
+
+
 def test_what_is_measured_on_a_gpu():
     import train_gpu
     from training_speed.setup import Shape
@@ -127,7 +220,8 @@ def test_what_is_measured_on_a_gpu():
         ]
     for row in ("512 x 4 in 15", "512 x 8 in 15", "1024 x 16 in 15", "2048 x 8 in 15", "1024 x 16 in 39"):
         assert f"memory {row} GiB, float16, mask" in titles and f"memory {row} GiB, bfloat16, varlen" in titles
-    assert titles[-4:] == ["products", "loss alone", "attention alone", "two equal runs"]
+    assert {"products", "loss alone", "attention alone", "two equal runs"} <= set(titles)
+    assert len(titles) == len(set(titles)) == 24
 
 
 @pytest.mark.parametrize("broken", ["numerics", "memory 64 x 4 in None GiB, float32, segments", None])
@@ -137,9 +231,13 @@ def test_a_failed_section_is_recorded_and_the_rest_goes_on(broken, tmp_path, mon
     titles = []
 
     def fake(section: str, settings: dict[str, Any], limit_s: float) -> dict[str, Any]:
+        if section == "machine":
+            return {"available": True, "name": "a/card", "capability": None}
         titles.append(section)
         if broken and broken.startswith(section):
             return {"failed": "it broke"}
+        if section == "train" and settings["variant"] == "hf_tuned":
+            return {"out_of_memory": "CUDA out of memory"}
         if section == "train":
             return {"tokens_per_second": [50.0], "text_share": 0.5, "peak_bytes": 2**30}
         return {"gemm_flops": 1e9, "known_peak": None} if section == "gemm" else {"checks": []}
@@ -155,4 +253,24 @@ def test_a_failed_section_is_recorded_and_the_rest_goes_on(broken, tmp_path, mon
     sections = json.loads(written.read_text(encoding="utf-8"))["sections"]
     assert len(sections) == len(titles) == 9
     assert [s["title"] for s in sections if "failed" in s] == ([broken] if broken else [])
-    assert "tokens/s" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "tokens/s" in printed
+    assert "hf_tuned: DID NOT FIT: CUDA out of memory" in printed
+    assert "hf_tuned did not fit" in " ".join(printed.split())
+
+
+@pytest.mark.parametrize(
+    ("machine", "sentence"),
+    [
+        ({"available": False, "name": "", "capability": None}, "There is no CUDA device here"),
+        ({"failed": "driver too old"}, "could not be asked what it is: driver too old"),
+    ],
+)
+def test_without_a_device_nothing_is_measured(machine, sentence, tmp_path, monkeypatch):
+    import train_gpu
+
+    monkeypatch.setattr(train_gpu, "run", lambda *arguments: machine)
+    monkeypatch.setattr(sys, "argv", ["train_gpu.py", "--output", str(tmp_path)])
+    with pytest.raises(SystemExit, match=sentence):
+        train_gpu.main()
+    assert not list(tmp_path.iterdir())

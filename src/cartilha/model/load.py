@@ -82,10 +82,7 @@ def prepare_model(
     """Check a model and switch it to attention within documents; see `load_model` for what is refused."""
     transformers_logging.disable_progress_bar()  # of loading and saving; ours are in the console
     use_document_attention(model)
-    head = model.get_output_embeddings()
-    if not isinstance(head, torch.nn.Linear) or head.bias is not None:
-        raise UserError(f"{ref} has a head that is not a plain matrix, which is not supported; choose another model.")
-    num_rows = head.weight.shape[0]
+    num_rows = _head_of(model, ref).weight.shape[0]
     if tokenizer is not None and tokenizer.num_ids > num_rows:
         raise UserError(
             f"The tokenizer has {tokenizer.num_ids} ids but {ref} has only {num_rows} rows: they do not belong "
@@ -93,7 +90,7 @@ def prepare_model(
         )
     if device.type == "cpu":
         keep_freed_memory()
-    model.to(device)
+    torch.nn.Module.to(model, device)  # transformers' own is wrapped in a way that type checkers misread
     model.eval()
     if not knows_attention(model.config):
         prove_rows(model)
@@ -104,6 +101,50 @@ def prepare_model(
         )
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     return LoadedModel(model, ref, context_length(model.config), num_parameters)
+
+
+def _head_of(model: PreTrainedModel, ref: str) -> torch.nn.Linear:
+    head = model.get_output_embeddings()
+    if not isinstance(head, torch.nn.Linear) or head.bias is not None:
+        raise UserError(f"{ref} has a head that is not a plain matrix, which is not supported; choose another model.")
+    return head
+
+
+PROBE_IDS = 1024  # rows that a model is given to be looked at without its weights
+
+
+def refuse_configuration(config: PretrainedConfig, ref: str) -> None:
+    """Refuse what `load_model` would, as far as one layer of it with fresh weights and few token ids tells.
+
+    Raises:
+        UserError: An unsupported architecture, in the words of `load_model`.
+    """
+    if knows_attention(config):
+        return
+    try:
+        with torch.random.fork_rng(devices=[]):
+            model = AutoModelForCausalLM.from_config(_reduced(config), dtype=torch.float32)
+        use_document_attention(model)
+        _head_of(model, ref)
+        prove_rows(model.eval())
+    except UserError:
+        raise
+    except Exception as error:  # it may not be made smaller in this way
+        log.info("Whether %s can be trained is seen when it is loaded (%s).", ref, _first_line(error))
+
+
+def _reduced(config: PretrainedConfig) -> PretrainedConfig:
+    """The same model with one layer and few ids; lists with an entry a layer are cut, too."""
+    settings = config.to_dict()
+    names = [name for name in ("num_hidden_layers", "n_layer", "num_layers") if isinstance(settings.get(name), int)]
+    num_layers = settings[names[0]] if names else -1
+    num_ids = min(settings["vocab_size"], PROBE_IDS)
+    for name, value in settings.items():
+        if isinstance(value, list) and len(value) == num_layers:
+            settings[name] = value[:1]
+        elif name.endswith("_token_id") and isinstance(value, int) and value >= num_ids:
+            settings[name] = None
+    return AutoConfig.for_model(**{**settings, **dict.fromkeys(names, 1), "vocab_size": num_ids})
 
 
 def context_length(config: PretrainedConfig) -> int:

@@ -15,9 +15,9 @@ from cartilha.blocks.sampler import BlockSampler
 from cartilha.config import PlanConfig
 from cartilha.errors import UserError
 from cartilha.model.checkpointing import checkpoint_layers
-from cartilha.model.load import context_length, load_model, model_config
-from cartilha.pipeline.run_plan import this_machine
-from cartilha.runtime import choose_device, choose_dtype
+from cartilha.model.load import context_length, load_model, model_config, refuse_configuration
+from cartilha.pipeline.run_plan import best_step, this_machine, with_copy
+from cartilha.runtime import choose_device, choose_dtype, is_out_of_memory
 from cartilha.tokens.store import TokenStore
 from cartilha.training.devices import KNOWN_DEVICES, DeviceFacts, flops_per_token
 from cartilha.training.loop import Progress, Schedule, train_steps
@@ -25,8 +25,8 @@ from cartilha.training.memory import (
     BYTES_PER_PARAMETER,
     SAFETY,
     MemoryModel,
+    StepMemory,
     check_states_fit,
-    largest_micro_batch,
     show_count,
 )
 from cartilha.training.optimizer import allocate_states, make_optimizer
@@ -83,8 +83,9 @@ def plan(config: PlanConfig) -> PlanResult:
     memory = {facts.name: _memory_model(model, facts, config) for facts in devices}
     num_parameters = memory[devices[0].name].num_parameters
     _refuse_what_fits_nowhere(config, devices, num_parameters)
+    refuse_configuration(model, config.model)
     if machine is not None and not config.skip_probe and num_parameters * BYTES_PER_PARAMETER < machine.memory_bytes:
-        speeds[machine.name] = _probe(config, model, machine, num_parameters, sizes)
+        speeds[machine.name] = _probed(config, model, machine, num_parameters, sizes) or speeds[machine.name]
     counts = store.counts["train"] if store else None
     tokens = config.epochs * (counts.num_tokens + counts.num_documents) if counts else None
     rows, recommended = [], []
@@ -182,6 +183,13 @@ def _refuse_what_fits_nowhere(config: PlanConfig, devices: list[DeviceFacts], nu
         )
 
 
+def _as_planned(step: StepMemory, facts: DeviceFacts, memory: MemoryModel) -> StepMemory:
+    """With the copy of the state that is there while a checkpoint is written, as `train` plans it for a longer run."""
+    if not facts.is_host:
+        return step
+    return with_copy(step, facts, memory.num_parameters, goes_on=True) or step
+
+
 def _row(
     facts: DeviceFacts,
     memory: MemoryModel,
@@ -194,6 +202,7 @@ def _row(
 ) -> dict[str, Any]:
     step = memory.step(size, block_size, accumulates=size * block_size < config.batch_tokens)
     fits = step.total <= SAFETY * facts.memory_bytes
+    planned = _as_planned(step, facts, memory)
     # Layers that are computed twice cost another forward pass, which is 2 of 8 operations then.
     twice = 4 / 3 if config.gradient_checkpointing and speed.measured_at is None else 1.0
     rate = speed.flops / flops_per_token(model, memory.num_parameters, block_size) / twice if fits else None
@@ -202,8 +211,8 @@ def _row(
         "device": facts.name,
         "block_size": block_size,
         "micro_batch_size": size,
-        "memory_bytes": step.total,
-        "memory": asdict(step),
+        "memory_bytes": planned.total,
+        "memory": asdict(planned),
         "fits": fits,
         "tokens_per_second": rate,
         "estimated": speed.measured_at != block_size,
@@ -218,22 +227,16 @@ def _recommended(
 ) -> dict[str, Any]:
     """The largest micro-batch that fits, for a step of `batch_tokens`; 0 where none does."""
     blocks_per_step = max(1, config.batch_tokens // block_size)
-    size = largest_micro_batch(
-        memory,
-        block_size=block_size,
-        blocks_per_step=blocks_per_step,
-        available_bytes=facts.memory_bytes,
-        max_tokens=facts.max_tokens,
-    )
-    step = memory.step(max(1, size), block_size, accumulates=max(1, size) < blocks_per_step)
+    size, step = best_step(memory, facts, block_size, blocks_per_step)
+    planned = _as_planned(step, facts, memory)
     same = ("tokens_per_second", "estimated", "seconds_per_epoch", "hours", "price")
     return {
         "device": facts.name,
         "block_size": block_size,
         "micro_batch_size": size,
         "gradient_accumulation_steps": -(-blocks_per_step // size) if size else None,
-        "memory_bytes": step.total,
-        "memory": asdict(step),
+        "memory_bytes": planned.total,
+        "memory": asdict(planned),
         "fits": size > 0,
         **{name: rows[0][name] for name in same},
     }
@@ -248,6 +251,19 @@ def _device_values(facts: DeviceFacts) -> dict[str, Any]:
         "peak_flops": facts.peak_flops,
         "expected_share_of_peak": facts.share,
     }
+
+
+def _probed(
+    config: PlanConfig, model: PretrainedConfig, facts: DeviceFacts, num_parameters: int, sizes: tuple[int, ...]
+) -> _Speed | None:
+    """What `_probe` measures; None where a step, which takes more than the states that were counted, does not fit."""
+    try:
+        return _probe(config, model, facts, num_parameters, sizes)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+    log.warning("Memory ran out in the probe of this machine: its speed is estimated.")
+    return None
 
 
 def _probe(

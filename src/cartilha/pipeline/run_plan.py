@@ -53,6 +53,7 @@ def this_machine(device: torch.device, dtype: torch.dtype) -> DeviceFacts:
         share=0.65,
         overhead_bytes=PROGRAM_BYTES,
         max_tokens=max_tokens_on_this_cpu(),
+        is_host=True,
     )
 
 
@@ -93,29 +94,57 @@ class RunPlan:
         return self.memory.total if self.memory else None
 
     def with_checkpoints(self, facts: DeviceFacts, num_parameters: int, *, goes_on: bool) -> RunPlan:
-        """The plan with the copy of the state that is written in the background, on a CPU.
-
-        In a run that goes on after a checkpoint the copy meets the next step's peak. The last checkpoint's takes what
-        the step has given back, and counts where it is more. Without room, training waits for its checkpoints.
-
-        Args:
-            facts: Of the machine.
-            num_parameters: Of the model.
-            goes_on: Whether steps follow the first checkpoint.
-        """
+        """The plan with the copy of the state that is written in the background; see `with_copy`."""
         if self.memory is None:
             return self
-        own = self.memory
-        copy = CHECKPOINT_BYTES_PER_PARAMETER * num_parameters
-        if not goes_on:
-            given_back = own.activations + own.logits_chunk + own.overhead - facts.overhead_bytes
-            copy = max(0, copy - given_back)
-        copied = replace(own, checkpoint_copy=copy)
-        if copied.total > SAFETY * facts.memory_bytes:
+        copied = with_copy(self.memory, facts, num_parameters, goes_on=goes_on)
+        if copied is None:
             log.info("There is no memory for a copy of the state: training waits while checkpoints are written.")
             return replace(self, background_checkpoints=False)
         values = {**self.values, "memory_bytes": copied.total, "memory": asdict(copied)}
         return replace(self, memory=copied, values=values)
+
+
+def with_copy(step: StepMemory, facts: DeviceFacts, num_parameters: int, *, goes_on: bool) -> StepMemory | None:
+    """A step with the copy of the state that is written in the background, where the device's memory is the host's.
+
+    In a run that goes on after a checkpoint the copy meets the next step's peak. The last checkpoint's takes what the
+    step has given back, and counts where it is more.
+
+    Args:
+        step: Without the copy.
+        facts: Of the device.
+        num_parameters: Of the model.
+        goes_on: Whether steps follow the first checkpoint.
+
+    Returns:
+        None where there is no room: training waits for its checkpoints then.
+    """
+    copy = CHECKPOINT_BYTES_PER_PARAMETER * num_parameters
+    if not goes_on:
+        given_back = step.activations + step.logits_chunk + step.overhead - facts.overhead_bytes
+        copy = max(0, copy - given_back)
+    copied = replace(step, checkpoint_copy=copy)
+    return copied if copied.total <= SAFETY * facts.memory_bytes else None
+
+
+def best_step(model: MemoryModel, facts: DeviceFacts, block_size: int, blocks_per_step: int) -> tuple[int, StepMemory]:
+    """The largest micro-batch that fits the device, 0 where none does, and the step's memory with it (or with 1).
+
+    Args:
+        model: Says what a step takes.
+        facts: Of the device.
+        block_size: Tokens a block.
+        blocks_per_step: Blocks of a step that one process takes.
+    """
+    size = largest_micro_batch(
+        model,
+        block_size=block_size,
+        blocks_per_step=blocks_per_step,
+        available_bytes=facts.memory_bytes,
+        max_tokens=facts.max_tokens,
+    )
+    return size, model.step(max(1, size), block_size, accumulates=max(1, size) < blocks_per_step)
 
 
 def plan_run(
@@ -151,8 +180,18 @@ def plan_run(
             num_parameters=num_parameters,
         )
         if micro_batch_size is None:
-            size = _choose(model, facts, block_size, blocks_per_step)
-        memory = model.step(size, block_size, accumulates=size < blocks_per_step)
+            chosen, memory = best_step(model, facts, block_size, blocks_per_step)
+            size = max(1, chosen)
+            if chosen == 0:
+                log.warning(
+                    "One block of %d tokens is planned to take %.1f GiB of the %.1f that are free: it is tried all the "
+                    "same; a smaller --block_size or --gradient_checkpointing takes less.",
+                    block_size,
+                    memory.total / GIB,
+                    facts.memory_bytes / GIB,
+                )
+        else:
+            memory = model.step(size, block_size, accumulates=size < blocks_per_step)
     except Exception as error:  # an architecture may do something that tensors without contents cannot follow
         log.warning(
             "The memory of a step could not be planned (%s): %s; name another with --micro_batch_size.",
@@ -172,23 +211,3 @@ def plan_run(
         "estimated": True,
     }
     return RunPlan(size, memory, rate, values)
-
-
-def _choose(model: MemoryModel, facts: DeviceFacts, block_size: int, blocks_per_step: int) -> int:
-    size = largest_micro_batch(
-        model,
-        block_size=block_size,
-        blocks_per_step=blocks_per_step,
-        available_bytes=facts.memory_bytes,
-        max_tokens=facts.max_tokens,
-    )
-    if size == 0:
-        needed = model.step(1, block_size, accumulates=blocks_per_step > 1).total
-        log.warning(
-            "One block of %d tokens is planned to take %.1f GiB of the %.1f that are free: it is tried all the same; a "
-            "smaller --block_size or --gradient_checkpointing takes less.",
-            block_size,
-            needed / GIB,
-            facts.memory_bytes / GIB,
-        )
-    return max(1, size)

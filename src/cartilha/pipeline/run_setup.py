@@ -352,7 +352,7 @@ def _plan(
     )
     by_clock = 60 * config.checkpoint_minutes * num_ranks * plan.tokens_per_second / config.batch_tokens
     steps_between = [sampler.steps_per_epoch, config.checkpoint_steps, by_clock]
-    if loaded.model.device.type == "cuda" or world()[0] != 0:  # a card's copy is in the host; the first process writes
+    if not machine.is_host or world()[0] != 0:  # a card's copy is in the host; the first process writes
         return plan
     goes_on = any(steps and steps < num_steps for steps in steps_between)
     return plan.with_checkpoints(machine, loaded.num_parameters, goes_on=goes_on)

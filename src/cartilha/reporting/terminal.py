@@ -155,7 +155,8 @@ def _plan(console: Console, result: Values) -> None:
     gib = 2**30
     console.print(
         f"{result['model']}: {result['num_parameters'] / 1e6:,.1f} M parameters; weights, gradients and AdamW's states "
-        f"{result['state_bytes'] / gib:.2f} GiB; checkpoints up to {result['disk_bytes'] / gib:.1f} GiB of disk",
+        f"{result['state_bytes'] / gib:.2f} GiB; checkpoints up to {result['disk_bytes'] / gib:.1f} GiB of disk, "
+        f"and while one is written {result['checkpoint_bytes'] / gib:.2f} GiB of the host's memory",
         markup=False,
     )
     sizes = list(dict.fromkeys(row["micro_batch_size"] for row in result["rows"]))
@@ -178,7 +179,7 @@ def _plan(console: Console, result: Values) -> None:
         table.add_row(row["device"], *cells)
     console.print(table)
     parts = {"weights": "weights", "gradients": "gradients", "optimizer_states": "AdamW", "activations": "activations"}
-    parts |= {"logits_chunk": "logits", "overhead": "overhead"}
+    parts |= {"logits_chunk": "logits", "overhead": "overhead", "checkpoint_copy": "checkpoint"}
     table = Table("GiB of it", *(Column(title, justify="right") for title in ("block", *parts.values())))
     for row in {row["device"]: row for row in reversed(result["recommended"]) if row["block_size"] <= 512}.values():
         table.add_row(row["device"], str(row["block_size"]), *(f"{row['memory'][part] / gib:.2f}" for part in parts))

@@ -25,6 +25,7 @@ class DeviceFacts:
         share: Of the peak that training is expected to reach, counted by 6N + attention.
         overhead_bytes: The program and the device's context.
         max_tokens: Tokens a forward pass beyond which a larger micro-batch brings nothing.
+        is_host: Whether its memory is the host's, which also holds the copy of a checkpoint that is being written.
     """
 
     name: str
@@ -35,6 +36,7 @@ class DeviceFacts:
     share: float
     overhead_bytes: int
     max_tokens: int
+    is_host: bool = False
 
 
 CONTEXT_BYTES = int(0.6 * GIB)  # CUDA's context with its kernels, and the workspaces of the matrix products
@@ -52,7 +54,9 @@ _KNOWN = (
     DeviceFacts("a100-80gb", int(79.2 * GIB), torch.bfloat16, "varlen", 312e12, 0.40, CONTEXT_BYTES, MAX_TOKENS_GPU),
     DeviceFacts("h100", int(79.1 * GIB), torch.bfloat16, "varlen", 989e12, 0.35, CONTEXT_BYTES, MAX_TOKENS_GPU),
     # A laptop of 16 GiB, of which a browser has its part, with eight AVX2 cores.
-    DeviceFacts("cpu", 10 * GIB, torch.float32, "segments", 0.5e12, 0.60, PROGRAM_BYTES, 8 * TOKENS_PER_THREAD),
+    DeviceFacts(
+        "cpu", 10 * GIB, torch.float32, "segments", 0.5e12, 0.60, PROGRAM_BYTES, 8 * TOKENS_PER_THREAD, is_host=True
+    ),
 )
 KNOWN_DEVICES = {facts.name: facts for facts in _KNOWN}
 
