@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -17,7 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from cartilha.blocks.packing import Batch, PackedStream, stack
 from cartilha.blocks.sampler import BlockSampler
-from cartilha.model import forward
+from cartilha.errors import UserError
+from cartilha.model import attention, forward
 from cartilha.model.attention import use_document_attention
 from cartilha.model.checkpointing import checkpoint_layers
 from cartilha.model.compiling import CompiledBody, training_body
@@ -167,6 +169,47 @@ def test_one_graph_serves_all_batches_with_variable_length_attention(name, varle
     assert body.is_compiled and counter.frame_count == 1
     assert not counters["graph_break"]
     assert varlen_on_cpu == [17] * 2 * len(BATCHES)  # a fixed number of boundaries, in both layers
+
+
+def varlen_attn_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
+    """As torch 2.10 has it: causal or not, and no more."""
+    window = (-1, 0) if is_causal else (-1, -1)
+    return varlen.varlen_attn(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size=window,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
+
+
+def varlen_attn_2_11(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)
+):
+    """As torch 2.11 has it: fewer keys than queries are not mentioned."""
+    return varlen.varlen_attn(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("older", [varlen_attn_2_10, varlen_attn_2_11])
+@pytest.mark.parametrize("name", ["opt", "llama", "qwen2"])
+def test_variable_length_attention_of_older_versions_of_torch(name, older, varlen_on_cpu, monkeypatch):
+    model, batch = tiny(name), BATCHES[2]
+    monkeypatch.setattr(forward, "choose_kernel", lambda *hardware: "varlen")
+    expected = gradients(model, batch, None, torch.bfloat16)
+    monkeypatch.setattr(attention, "varlen_attn", older)
+    monkeypatch.setattr(attention, "VARLEN_SETTINGS", frozenset(inspect.signature(older).parameters))
+    if name == "qwen2" and older is varlen_attn_2_10:
+        with pytest.raises(UserError, match=r"a window of 5 positions needs torch 2\.11 or later on this GPU"):
+            gradients(model, batch, None, torch.bfloat16)
+        return
+    counter = CompileCounterWithBackend("aot_eager")
+    body = CompiledBody(model, counter)
+    for body_or_none in (None, body):
+        found = gradients(model, batch, body_or_none, torch.bfloat16)
+        assert found["loss"].item() == pytest.approx(expected["loss"].item(), rel=1e-3)
+        for parameter, gradient in expected.items():
+            assert (found[parameter] - gradient).norm() < 0.1 * gradient.norm() + 1e-3, parameter
+    assert body.is_compiled and counter.frame_count == 1
 
 
 def test_python_values_that_change_would_make_a_graph_each(monkeypatch):

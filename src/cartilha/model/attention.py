@@ -13,6 +13,7 @@ Three ways to compute the same thing, chosen from the hardware:
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,8 +22,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
+from cartilha.errors import UserError
 from cartilha.model.rows import refuse_what_cannot_run
 from cartilha.model.segment_attention import HAS_KERNELS, causal_mask, segment_attention
 from cartilha.runtime import to_device
@@ -43,6 +46,9 @@ SUPPORTED_MODEL_TYPES = (
     "olmo2",
     "phi3",
 )
+
+# What torch's variable-length attention can be told: 2.10 has neither scale nor window, 2.11 no `enable_gqa`.
+VARLEN_SETTINGS = frozenset(inspect.signature(varlen_attn).parameters)
 
 # `kept` computes nothing: it keeps what flash attention keeps for its backward pass (for the memory plan).
 Kernel = Literal["varlen", "segments", "mask", "kept"]
@@ -184,14 +190,24 @@ def _varlen(
     scaling: float | None,
     sliding_window: int | None,
 ) -> torch.Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
     boundaries = segments.boundaries
     assert boundaries is not None
     # The longest segment is bounded by the row, a constant: a changing maximum would recompile a compiled model.
     longest = segments.row_length
     dtype = query.dtype if query.dtype != torch.float32 else torch.get_autocast_dtype(query.device.type)
-    window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
+    window = (-1, 0) if sliding_window is None or sliding_window >= longest else (sliding_window - 1, 0)
+    settings: dict[str, Any] = {"scale": scaling, "window_size": window}
+    if "window_size" not in VARLEN_SETTINGS:
+        if window[0] >= 0:
+            raise UserError(
+                f"Attention with a window of {sliding_window} positions needs torch 2.11 or later on this GPU; install "
+                f"a later one, or use --block_size {sliding_window}."
+            )
+        settings = {"is_causal": True}
+        if scaling is not None:  # it divides by this root in any case
+            query = query * (scaling * query.shape[3] ** 0.5)
+    if "enable_gqa" in VARLEN_SETTINGS:  # without it, fewer keys than queries need no mention
+        settings["enable_gqa"] = query.shape[1] != key.shape[1]
     output = varlen_attn(
         _flat(query).to(dtype),
         _flat(key).to(dtype),
@@ -200,9 +216,7 @@ def _varlen(
         boundaries,
         longest,
         longest,
-        scale=scaling,
-        window_size=window,
-        enable_gqa=query.shape[1] != key.shape[1],
+        **settings,
     )
     assert isinstance(output, torch.Tensor)
     return output
