@@ -327,3 +327,19 @@ def test_the_body_is_compiled_where_it_pays(device, choice, num_steps, compiler,
     monkeypatch.setattr("cartilha.model.compiling.has_cxx_compiler", lambda: compiler)
     monkeypatch.setattr(PreTrainedModel, "device", torch.device(device))
     assert (training_body(tiny("opt"), choice, num_steps) is not None) is compiled
+
+
+def test_what_flash_attention_cannot_compute_goes_under_a_mask(monkeypatch):
+    monkeypatch.setattr(forward, "choose_kernel", lambda *hardware: "varlen")
+    chosen: list[str] = []
+    of = forward.Segments.of
+    monkeypatch.setattr(
+        forward.Segments, "of", lambda *settings: (chosen.append(settings[3]), of(*settings[:3], "mask", 0))[1]
+    )
+    model = tiny("opt")
+    for training, rate, hidden_size in ((False, 0.1, 32), (True, 0.0, 32), (True, 0.1, 32), (False, 0.0, 36)):
+        model.train(training)
+        model.config.attention_dropout = rate
+        monkeypatch.setattr(model.config, "hidden_size", hidden_size)  # nine numbers a head are none of eight's
+        forward.hidden_states(model, BATCHES[0], torch.float32)
+    assert chosen == ["varlen", "varlen", "mask", "mask"]

@@ -118,6 +118,13 @@ def choose_kernel(device_type: str, capability: tuple[int, int] | None, dtype: t
     return "segments" if device_type == "cpu" else "mask"
 
 
+def suits_flash(config: PretrainedConfig, *, training: bool) -> bool:
+    """Whether flash attention computes this model: heads of 8, 16, ... 256 numbers, and no dropout of its weights."""
+    head_size = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    dropout = any(getattr(config, name, 0.0) for name in ("attention_dropout", "attn_pdrop"))
+    return head_size % 8 == 0 and head_size <= 256 and not (training and dropout)
+
+
 def document_attention(
     module: torch.nn.Module,
     query: torch.Tensor,

@@ -8,16 +8,19 @@ import torch
 from transformers import PreTrainedModel
 
 from cartilha.blocks.packing import Batch
-from cartilha.model.attention import Segments, choose_kernel, knows_attention
+from cartilha.model.attention import Segments, choose_kernel, knows_attention, suits_flash
 from cartilha.model.compiling import CompiledBody
 from cartilha.model.loss import TokenScores, linear_cross_entropy, token_scores
 from cartilha.model.rows import states_in_rows
 from cartilha.runtime import to_device
 
 
-def _segments(batch: Batch, device: torch.device, dtype: torch.dtype, body: CompiledBody | None = None) -> Segments:
+def _segments(model: PreTrainedModel, batch: Batch, dtype: torch.dtype, body: CompiledBody | None = None) -> Segments:
+    device = model.device
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     kernel = choose_kernel(device.type, capability, dtype)
+    if kernel == "varlen" and not suits_flash(model.config, training=model.training):
+        kernel = "mask"
     lengths, capacity = batch.segment_lengths.tolist(), 0
     if body is not None and body.is_compiled:
         capacity = body.capacity(len(lengths))
@@ -50,7 +53,7 @@ def hidden_states(
             input_ids=to_device(batch.input_ids, device),
             position_ids=to_device(batch.position_ids, device),
             use_cache=False,
-            segments=_segments(batch, device, dtype, body),
+            segments=_segments(model, batch, dtype, body),
         )
     states = output.last_hidden_state
     assert isinstance(states, torch.Tensor)
