@@ -182,9 +182,9 @@ def _with(monkeypatch, plain, function):
 def test_documents_that_see_each_other(fresh, monkeypatch):
     real = forward._segments
 
-    def one_segment(batch, device, dtype, body):
+    def one_segment(the_model, batch, dtype, body):
         rows, length = batch.input_ids.shape
-        return replace(real(batch, device, dtype, body), lengths=(length,) * rows)
+        return replace(real(the_model, batch, dtype, body), lengths=(length,) * rows)
 
     monkeypatch.setattr(forward, "_segments", one_segment)
     assert failed(run_checks(fresh, (model.causality, model.isolation))) == ["isolation"]
