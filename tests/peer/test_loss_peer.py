@@ -141,9 +141,9 @@ def use_kernel(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
 
 
 def take_the_document_mask_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    def one_segment_a_row(batch: Batch, device: torch.device, dtype: torch.dtype, body: Any) -> Segments:
+    def one_segment_a_row(model: PreTrainedModel, batch: Batch, dtype: torch.dtype, body: Any) -> Segments:
         num_rows, row_length = batch.input_ids.shape
-        return Segments.of((row_length,) * num_rows, row_length, device, "segments")
+        return Segments.of((row_length,) * num_rows, row_length, model.device, "segments")
 
     monkeypatch.setattr(forward, "_segments", one_segment_a_row)
 

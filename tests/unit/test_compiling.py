@@ -214,7 +214,7 @@ def test_variable_length_attention_of_older_versions_of_torch(name, older, varle
 
 def test_python_values_that_change_would_make_a_graph_each(monkeypatch):
     made = forward._segments
-    monkeypatch.setattr(forward, "_segments", lambda batch, device, dtype, body: made(batch, device, dtype))
+    monkeypatch.setattr(forward, "_segments", lambda model, batch, dtype, body: made(model, batch, dtype))
     model, counter = tiny("opt"), CompileCounter()
     body = CompiledBody(model, counter)
     for batch in BATCHES[:2]:
