@@ -87,7 +87,8 @@ def _ours(shape: Shape, dtype: str, compiled: bool) -> dict[str, Any]:
 
     clock, losses, in_force = Clock(shape), [], 0
     # As the product chooses them: on a CPU small ones.
-    rows = max(1, max_tokens_on_this_cpu() // shape.block_size) if shape.device == "cpu" else shape.micro_batch
+    tokens = max_tokens_on_this_cpu(getattr(torch, dtype)) if shape.device == "cpu" else shape.tokens_per_step
+    rows = max(1, tokens // shape.block_size)
     for record in train_ours(shape, dtype, compiled, micro_batch=min(rows, shape.micro_batch)):
         clock.step()
         losses.append(record.loss)

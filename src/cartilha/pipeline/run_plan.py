@@ -52,7 +52,7 @@ def this_machine(device: torch.device, dtype: torch.dtype) -> DeviceFacts:
         peak_flops=1e9 * cpu_matmul_rate(str(dtype).removeprefix("torch.")),
         share=0.65,
         overhead_bytes=PROGRAM_BYTES,
-        max_tokens=max_tokens_on_this_cpu(),
+        max_tokens=max_tokens_on_this_cpu(dtype),
         is_host=True,
     )
 

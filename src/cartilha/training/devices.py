@@ -41,8 +41,9 @@ class DeviceFacts:
 
 CONTEXT_BYTES = int(0.6 * GIB)  # CUDA's context with its kernels, and the workspaces of the matrix products
 PROGRAM_BYTES = GIB // 2  # Python, torch, transformers, pyarrow, pandas: resident when step 1 begins (docs/log.md)
-# Tokens a forward pass: larger micro-batches brought a CPU of two cores 3 % for 950 MB (docs/log.md).
-TOKENS_PER_THREAD, MAX_TOKENS_CPU = 256, 4096
+# Tokens a forward pass on a CPU. In float32 larger micro-batches brought two cores 4 % for 950 MB; in bf16, where every
+# micro-batch casts the weights, 10 % (docs/log.md).
+FLOAT32_TOKENS_PER_THREAD, HALF_TOKENS_PER_THREAD, MAX_TOKENS_CPU = 256, 1024, 4096
 MAX_TOKENS_GPU = 32_768
 
 # Memory is what nvidia-smi shows as total. The shares are cautious: of an A100 the exercise's own rule (40 %), of an
@@ -55,15 +56,24 @@ _KNOWN = (
     DeviceFacts("h100", int(79.1 * GIB), torch.bfloat16, "varlen", 989e12, 0.35, CONTEXT_BYTES, MAX_TOKENS_GPU),
     # A laptop of 16 GiB, of which a browser has its part, with eight AVX2 cores.
     DeviceFacts(
-        "cpu", 10 * GIB, torch.float32, "segments", 0.5e12, 0.60, PROGRAM_BYTES, 8 * TOKENS_PER_THREAD, is_host=True
+        "cpu",
+        10 * GIB,
+        torch.float32,
+        "segments",
+        0.5e12,
+        0.60,
+        PROGRAM_BYTES,
+        8 * FLOAT32_TOKENS_PER_THREAD,
+        is_host=True,
     ),
 )
 KNOWN_DEVICES = {facts.name: facts for facts in _KNOWN}
 
 
-def max_tokens_on_this_cpu() -> int:
-    """Tokens a forward pass beyond which a larger micro-batch brings this CPU nothing."""
-    return min(MAX_TOKENS_CPU, TOKENS_PER_THREAD * torch.get_num_threads())
+def max_tokens_on_this_cpu(dtype: torch.dtype) -> int:
+    """Tokens a forward pass beyond which a larger micro-batch brings this CPU little, computing in `dtype`."""
+    per_thread = FLOAT32_TOKENS_PER_THREAD if dtype == torch.float32 else HALF_TOKENS_PER_THREAD
+    return min(MAX_TOKENS_CPU, per_thread * torch.get_num_threads())
 
 
 def attention_flops_per_token(config: PretrainedConfig, block_size: int) -> int:
