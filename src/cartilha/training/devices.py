@@ -41,7 +41,7 @@ class DeviceFacts:
 
 CONTEXT_BYTES = int(0.6 * GIB)  # CUDA's context with its kernels, and the workspaces of the matrix products
 PROGRAM_BYTES = GIB // 2  # Python, torch, transformers, pyarrow, pandas: resident when step 1 begins (docs/log.md)
-# Tokens a forward pass on a CPU. In float32 larger micro-batches brought two cores 4 % for 950 MB; in bf16, where every
+# Tokens a forward pass on a CPU. In float32 larger ones brought two cores 4 to 8 % for 950 MB; in bf16, where every
 # micro-batch casts the weights, 10 % (docs/log.md).
 FLOAT32_TOKENS_PER_THREAD, HALF_TOKENS_PER_THREAD, MAX_TOKENS_CPU = 256, 1024, 4096
 MAX_TOKENS_GPU = 32_768
