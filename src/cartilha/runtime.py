@@ -254,6 +254,29 @@ def peak_memory_bytes(device_type: str) -> int:
 
 
 @functools.cache
+def settle_cpu_functions() -> None:
+    """Call each of MKL's elementwise functions once, alone, before threads do; once a process.
+
+    MKL chooses its kernel at a function's first call. Where two threads make that call together, one of them can be
+    given a kernel of half the digits for its part of the tensor: a loss wrong by 1e-6, half of Adam's first step by
+    3e-4, in one process of thirty (pytorch issue 188792; docs/log.md, experiment 31).
+    """
+    import torch
+
+    for dtype in (torch.float32, torch.float64):
+        one = torch.full((1,), 0.5, dtype=dtype)  # a single element is computed by this thread alone
+        for name in _MKL_FUNCTIONS:
+            getattr(torch, name)(one)
+
+
+# What torch hands to MKL (ATen/cpu/vml.h).
+_MKL_FUNCTIONS = (
+    *("acos", "asin", "atan", "cos", "erf", "erfc", "erfinv", "exp"),
+    *("log", "log2", "log10", "sin", "sqrt", "tan", "tanh", "trunc"),
+)
+
+
+@functools.cache
 def keep_freed_memory() -> bool:
     """Have glibc keep freed memory for the next tensor instead of giving it back to the system; once a process.
 

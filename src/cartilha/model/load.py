@@ -29,7 +29,7 @@ from transformers.utils import logging as transformers_logging
 from cartilha.errors import HubUnreachableError, UserError
 from cartilha.model.attention import knows_attention, use_document_attention
 from cartilha.model.rows import prove_rows
-from cartilha.runtime import keep_freed_memory, seed_everything
+from cartilha.runtime import keep_freed_memory, seed_everything, settle_cpu_functions
 from cartilha.storage import new_directory
 from cartilha.tokens.sources import ModelSource, conversion_directory, resolve_model, unreachable_message
 from cartilha.tokens.tokenizer import TextTokenizer
@@ -81,6 +81,7 @@ def prepare_model(
 ) -> LoadedModel:
     """Check a model and switch it to attention within documents; see `load_model` for what is refused."""
     transformers_logging.disable_progress_bar()  # of loading and saving; ours are in the console
+    settle_cpu_functions()  # beside a GPU, too: texts' statistics and new rows are computed on the CPU
     use_document_attention(model)
     num_rows = _head_of(model, ref).weight.shape[0]
     if tokenizer is not None and tokenizer.num_ids > num_rows:
