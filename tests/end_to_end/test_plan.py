@@ -11,11 +11,10 @@ import torch
 
 import cartilha.pipeline.train as train_module
 from cartilha.config import GenerateConfig, TrainConfig
-from cartilha.pipeline.run_plan import RunPlan
 from cartilha.pipeline.run_setup import assemble
 from cartilha.pipeline.train import train
 from cartilha.training.devices import KNOWN_DEVICES
-from cartilha.training.memory import SAFETY, MemoryModel, StepMemory
+from cartilha.training.memory import SAFETY, MemoryModel
 
 ROW_KEYS = {"device", "block_size", "micro_batch_size", "memory_bytes", "fits", "tokens_per_second", "estimated"}
 TINY = ["--model", "random:tiny"]
@@ -148,16 +147,6 @@ def test_a_copy_that_is_written_while_training_goes_on_is_planned(store, tmp_pat
     run = assemble(config, tmp_path, GenerateConfig(), False)
     assert run.plan.memory.checkpoint_copy == copies * 12 * run.loaded.num_parameters
     assert run.plan.values["memory_bytes"] == run.plan.memory_bytes and run.plan.background_checkpoints
-
-
-def test_the_last_copy_counts_where_it_is_more_than_the_step_gives_back():
-    facts = replace(KNOWN_DEVICES["cpu"], overhead_bytes=1000)
-    memory = StepMemory(400, 100, 800, activations=200, logits_chunk=50, overhead=1000 + 30)
-    plan = RunPlan(1, memory, 1.0, {})
-    assert plan.with_checkpoints(facts, 100, goes_on=False).memory.checkpoint_copy == 1200 - 280  # gradients stay
-    assert plan.with_checkpoints(facts, 100, goes_on=True).memory.checkpoint_copy == 1200
-    much = replace(plan, memory=replace(memory, activations=2000))
-    assert much.with_checkpoints(facts, 100, goes_on=False).memory == much.memory
 
 
 def test_without_room_a_plan_has_no_copy_either(cartilha, monkeypatch):

@@ -22,7 +22,7 @@ from cartilha.config import TrainConfig
 from cartilha.errors import InterruptedRunError, UserError
 from cartilha.model.forward import batch_nll
 from cartilha.pipeline.run_files import write_config
-from cartilha.training.checkpoint import FrozenState, write_checkpoint
+from cartilha.training.checkpoint import FrozenState, freeze, write_checkpoint
 
 
 def test_interrupted_and_resumed_equals_unbroken(cartilha, unbroken, store, tmp_path, during_step):
@@ -269,16 +269,24 @@ def test_the_micro_batch_in_force_goes_on_whatever_would_be_planned_now(store, t
 
 def test_checkpoints_in_the_background_change_nothing_and_the_best_is_kept(unbroken, store, tmp_path, monkeypatch):
     written: list[tuple[str, int]] = []
+    copies: list[bool] = []
 
     def slowly(run: Path, frozen: FrozenState, *rest: Any) -> Path:
         time.sleep(0.05)  # training goes on meanwhile
         written.append((threading.current_thread().name, frozen.step))
         return write_checkpoint(run, frozen, *rest)
 
+    def frozen(*state: Any, copy: bool) -> FrozenState:
+        copies.append(copy)
+        return freeze(*state, copy=copy)
+
     monkeypatch.setattr("cartilha.training.writer.write_checkpoint", slowly)
+    monkeypatch.setattr("cartilha.training.writer.freeze", frozen)
     start(store, tmp_path / "run", checkpoint_steps=1)
     run = Left(tmp_path / "run")
-    assert written == [("checkpoint_0", step + 1) for step in range(len(run.steps))]
+    threads = ["checkpoint_0"] * (len(run.steps) - 1) + ["MainThread"]  # nothing goes on beside the last one
+    assert written == list(zip(threads, range(1, len(run.steps) + 1), strict=True))
+    assert copies == [True] * (len(run.steps) - 1) + [False]
     assert_same_run(run, unbroken)
     losses = [row["validation_loss"] for row in run.results["epochs"]]
     assert losses[1] < losses[0] and run.results["best_checkpoint"] == f"step-{len(run.steps):08d}"

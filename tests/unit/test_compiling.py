@@ -329,7 +329,8 @@ def test_the_body_is_compiled_where_it_pays(device, choice, num_steps, compiler,
     assert (training_body(tiny("opt"), choice, num_steps) is not None) is compiled
 
 
-def test_what_flash_attention_cannot_compute_goes_under_a_mask(monkeypatch):
+def test_what_flash_attention_cannot_compute_goes_under_a_mask_and_that_is_said_once(monkeypatch, caplog):
+    forward._announce_mask.cache_clear()
     monkeypatch.setattr(forward, "choose_kernel", lambda *hardware: "varlen")
     chosen: list[str] = []
     of = forward.Segments.of
@@ -342,4 +343,18 @@ def test_what_flash_attention_cannot_compute_goes_under_a_mask(monkeypatch):
         model.config.attention_dropout = rate
         monkeypatch.setattr(model.config, "hidden_size", hidden_size)  # nine numbers a head are none of eight's
         forward.hidden_states(model, BATCHES[0], torch.float32)
-    assert chosen == ["varlen", "varlen", "mask", "mask"]
+        forward.hidden_states(model, BATCHES[0], torch.float32)
+    assert chosen[::2] == chosen[1::2] == ["varlen", "varlen", "mask", "mask"]
+    assert [message.split(": ")[1] for message in caplog.messages] == [
+        "it knows no dropout of attention weights, which this model is trained with.",
+        "flash attention takes heads of 8, 16, ... 256 numbers, and this model's have 9.",
+    ]
+
+
+def test_without_its_own_kernels_a_cpu_computes_the_same_under_a_mask_and_says_so(monkeypatch, caplog):
+    forward._announce_mask.cache_clear()
+    model = tiny("opt")
+    expected = forward.hidden_states(model, BATCHES[0], torch.float32)
+    monkeypatch.setattr("cartilha.model.attention.HAS_KERNELS", False)
+    torch.testing.assert_close(forward.hidden_states(model, BATCHES[0], torch.float32), expected)
+    assert len(caplog.messages) == 1 and "this version of torch does not have it" in caplog.messages[0]

@@ -8,9 +8,11 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cartilha import runtime
 from cartilha.errors import UserError
+from cartilha.model import products
 from cartilha.runtime import (
     TEXT_PACKAGES,
     choose_device,
@@ -40,6 +42,32 @@ def test_memory_that_runs_out_outside_of_torchs_allocator_is_recognised(error, e
 
 
 # Device and dtype
+
+
+def test_the_rate_of_float32_is_measured_in_float32_under_autocast_too():
+    dtypes = []
+
+    class Note(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket is torch.ops.aten.mm:
+                dtypes.append(args[0].dtype)
+            return func(*args, **(kwargs or {}))
+
+    runtime.cpu_matmul_rate.cache_clear()
+    with torch.autocast("cpu", torch.bfloat16), Note():
+        assert runtime.cpu_matmul_rate("float32") > 0
+    assert len(dtypes) > 1 and set(dtypes) == {torch.float32}
+
+
+@pytest.mark.parametrize(("half", "full", "expected"), [(100, 119, torch.bfloat16), (100, 120, torch.float32)])
+def test_products_are_computed_in_float32_where_that_is_faster(half, full, expected, monkeypatch):
+    monkeypatch.setattr(products, "cpu_matmul_rate", {"bfloat16": half, "float32": full}.get)
+    products.cpu_product_dtype.cache_clear()
+    try:
+        assert products.cpu_product_dtype(torch.bfloat16) == expected
+        assert products.cpu_product_dtype(torch.float32) == torch.float32
+    finally:
+        products.cpu_product_dtype.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from cartilha.blocks.packing import Batch, PackedStream, stack
+from cartilha.model import loss as loss_module
 from cartilha.model import weight_gradients
 from cartilha.model.attention import use_document_attention
 from cartilha.model.checkpointing import checkpoint_layers
@@ -86,10 +88,61 @@ def test_the_same_gradients_as_autograd_gives(name, checkpointing, monkeypatch):
     assert len(products) >= 2 * 2 * 4  # micro-batches, layers, products
 
 
-def test_bf16_is_as_near_as_autograd_is():
-    model = tiny("llama")
+def computed_in(product_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU whose products are fastest in this dtype."""
+    for module in (weight_gradients, loss_module):
+        monkeypatch.setattr(module, "cpu_product_dtype", lambda dtype: product_dtype)
+
+
+@pytest.mark.parametrize("product_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_bf16_is_as_near_as_autograd_is(name, product_dtype, monkeypatch):
+    computed_in(product_dtype, monkeypatch)
+    model = tiny(name)
     exact = accumulated(model, in_place=False)
     assert_same(accumulated(model, in_place=True, dtype=torch.bfloat16), exact, 0.03)
+
+
+def test_products_in_float32_are_nearer_and_keep_no_more(monkeypatch):
+    model, distances, kept = tiny("llama"), {}, {}
+    exact = accumulated(model, in_place=False)
+    for product_dtype in (torch.bfloat16, torch.float32):
+        computed_in(product_dtype, monkeypatch)
+        found = accumulated(model, in_place=True, dtype=torch.bfloat16)
+        distances[product_dtype] = sum(float((found[name] - exact[name]).norm()) for name in exact)
+        sizes: list[int] = []
+        note = functools.partial(_note_bytes, sizes)
+        with weight_gradients_in_place("cpu", 1.0), torch.autograd.graph.saved_tensors_hooks(note, lambda held: held):
+            batch_nll(model, batches()[0], torch.bfloat16).backward()
+        kept[product_dtype] = sum(sizes)
+    assert distances[torch.float32] < 0.9 * distances[torch.bfloat16]
+    assert kept[torch.float32] == kept[torch.bfloat16]
+
+
+def _note_bytes(sizes: list[int], tensor: torch.Tensor) -> torch.Tensor:
+    sizes.append(tensor.nbytes)
+    return tensor
+
+
+def test_products_of_bf16_activations_are_computed_in_what_was_chosen(monkeypatch):
+    for product_dtype in (torch.bfloat16, torch.float32):
+        computed_in(product_dtype, monkeypatch)
+        with _Products() as products:
+            accumulated(tiny("opt"), in_place=True, dtype=torch.bfloat16)
+        assert products.dtypes == {product_dtype}
+
+
+class _Products(TorchDispatchMode):
+    """Notes what matrix products are computed in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            self.dtypes.add(args[1].dtype)
+        return func(*args, **(kwargs or {}))
 
 
 def test_what_is_not_trained_gets_no_gradient():

@@ -118,11 +118,18 @@ def choose_kernel(device_type: str, capability: tuple[int, int] | None, dtype: t
     return "segments" if device_type == "cpu" else "mask"
 
 
-def suits_flash(config: PretrainedConfig, *, training: bool) -> bool:
-    """Whether flash attention computes this model: heads of 8, 16, ... 256 numbers, and no dropout of its weights."""
+def obstacle(kernel: Kernel, config: PretrainedConfig, *, training: bool) -> str | None:
+    """Why a kernel cannot compute a model, so that it goes under a mask: the reason in words; None where it can."""
+    if kernel not in ("varlen", "segments"):
+        return None
     head_size = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-    dropout = any(getattr(config, name, 0.0) for name in ("attention_dropout", "attn_pdrop"))
-    return head_size % 8 == 0 and head_size <= 256 and not (training and dropout)
+    if kernel == "varlen" and (head_size % 8 or head_size > 256):
+        return f"flash attention takes heads of 8, 16, ... 256 numbers, and this model's have {head_size}"
+    if training and any(getattr(config, name, 0.0) for name in ("attention_dropout", "attn_pdrop")):
+        return "it knows no dropout of attention weights, which this model is trained with"
+    if kernel == "segments" and not HAS_KERNELS:
+        return "this version of torch does not have it"
+    return None
 
 
 def document_attention(
@@ -162,14 +169,14 @@ def document_attention(
     repeats = num_heads // key.shape[1]
     if segments.kernel == "varlen":
         output = _varlen(query, key, value, segments, scaling, sliding_window)
-    elif segments.kernel == "segments" and HAS_KERNELS and not dropout:
+    elif segments.kernel == "segments":
+        assert not dropout, "goes under a mask: see `obstacle`"
         output = segment_attention(query, key, value, segments.lengths, scaling, sliding_window)
     elif segments.kernel == "kept":
         output = _KeptByFlashAttention.apply(query, key, value)
     else:
         mask = segments.mask
-        if mask is None:
-            mask = _block_mask(segments.lengths, row_length, query.device)
+        assert mask is not None
         if sliding_window is not None and sliding_window < row_length:
             mask = mask & causal_mask(row_length, sliding_window, mask.device)
         attended = F.scaled_dot_product_attention(

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from transformers import PreTrainedModel
 
 from cartilha.blocks.packing import Batch
-from cartilha.model.attention import Segments, choose_kernel, knows_attention, suits_flash
+from cartilha.model.attention import Segments, choose_kernel, knows_attention, obstacle
 from cartilha.model.compiling import CompiledBody
 from cartilha.model.loss import TokenScores, linear_cross_entropy, token_scores
 from cartilha.model.rows import states_in_rows
 from cartilha.runtime import to_device
+
+log = logging.getLogger("cartilha")
 
 
 def _segments(model: PreTrainedModel, batch: Batch, dtype: torch.dtype, body: CompiledBody | None = None) -> Segments:
     device = model.device
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     kernel = choose_kernel(device.type, capability, dtype)
-    if kernel == "varlen" and not suits_flash(model.config, training=model.training):
+    reason = obstacle(kernel, model.config, training=model.training)
+    if reason:
+        _announce_mask(reason)
         kernel = "mask"
     lengths, capacity = batch.segment_lengths.tolist(), 0
     if body is not None and body.is_compiled:
@@ -27,6 +33,12 @@ def _segments(model: PreTrainedModel, batch: Batch, dtype: torch.dtype, body: Co
         if kernel == "segments":  # one call a segment is another graph for every batch
             kernel = "mask"
     return Segments.of(lengths, batch.input_ids.shape[1], device, kernel, capacity)
+
+
+@functools.cache
+def _announce_mask(reason: str) -> None:
+    """Say it once a process."""
+    log.warning("Attention is computed under a mask, which is slower than the usual kernel: %s.", reason)
 
 
 def _autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:

@@ -17,7 +17,7 @@ import torch
 
 from cartilha.blocks.packing import IGNORE_INDEX
 from cartilha.model.compiling import CompiledOrPlain
-from cartilha.model.products import add_product
+from cartilha.model.products import add_product, cpu_product_dtype
 from cartilha.model.weight_gradients import factor_in_place, gradient_of
 from cartilha.runtime import compile_pays, has_cxx_compiler
 
@@ -39,9 +39,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dtype: torch.dtype,
         known_factor: float | None,
     ) -> torch.Tensor:
+        in_place = known_factor is not None
+        if in_place:  # on a CPU, in training
+            dtype = cpu_product_dtype(dtype)
         head = weight.detach().to(dtype)
         grad_hidden = torch.empty_like(hidden)
-        in_place = known_factor is not None
         grad_weight = gradient_of(weight) if in_place else torch.zeros_like(weight, dtype=torch.float32)
         nll = torch.zeros((), dtype=torch.float32, device=hidden.device)
         # One buffer for all chunks: fresh memory costs more than the arithmetic (docs/log.md).

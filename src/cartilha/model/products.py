@@ -1,10 +1,17 @@
-"""Matrix products that are added to float32 sums."""
+"""Matrix products: those that are added to float32 sums, and what they are computed in on a CPU."""
 
 from __future__ import annotations
 
 import functools
+import logging
 
 import torch
+
+from cartilha.runtime import cpu_matmul_rate
+
+log = logging.getLogger("cartilha")
+
+MIN_FLOAT32_GAIN = 1.2  # of the rate of products in half precision; below, the casts take it back
 
 
 def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, factor: float = 1.0) -> None:
@@ -27,3 +34,22 @@ def sums_in_float32(device_type: str, dtype: torch.dtype) -> bool:
     except (RuntimeError, TypeError):
         return False
     return bool((total == 1 + 1 / 16).all())
+
+
+@functools.cache
+def cpu_product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What a model's products are computed in on this CPU, its activations being in `dtype`: float32 where faster.
+
+    Cores with AVX512-BF16 and without AMX multiply bfloat16 at half the rate of float32 (docs/log.md, experiment 32).
+    Nothing is lost: products of half-precision numbers are summed in float32 either way, and the weights need not be
+    rounded.
+    """
+    if dtype == torch.float32:
+        return dtype
+    name = str(dtype).removeprefix("torch.")
+    half, full = cpu_matmul_rate(name), cpu_matmul_rate("float32")
+    if full < MIN_FLOAT32_GAIN * half:
+        return dtype
+    words = "This CPU multiplies %.0f GFLOP/s in %s and %.0f in float32: training multiplies in float32."
+    log.info(words, half, name, full)
+    return torch.float32

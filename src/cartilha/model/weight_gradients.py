@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from cartilha.model.products import add_product
+from cartilha.model.products import add_product, cpu_product_dtype
 
 _factor: ContextVar[float | None] = ContextVar("factor of the nll whose gradients are added in place", default=None)
 
@@ -104,25 +104,33 @@ _OWN: dict[Any, Callable[..., Any]] = {
 
 
 class _Linear(torch.autograd.Function):
-    """states @ weight.T + bias, in autocast's dtype where it is on; the weight is kept once, as it is."""
+    """states @ weight.T + bias, in autocast's dtype where it is on; the weight is kept once, as it is.
+
+    What is kept and given on is in that dtype; the product itself may be computed in float32 (`cpu_product_dtype`).
+    """
 
     @staticmethod
     def forward(
         ctx: Any, states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, is_transposed: bool
     ) -> torch.Tensor:
-        result = F.linear(states, weight.T if is_transposed else weight, bias)
-        ctx.save_for_backward(states.to(result.dtype))
+        half = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else states.dtype
+        ctx.product_dtype = cpu_product_dtype(half)
+        with torch.autocast("cpu", enabled=False):
+            matrix = (weight.T if is_transposed else weight).to(ctx.product_dtype)
+            offset = bias if bias is None else bias.to(ctx.product_dtype)
+            result = F.linear(states.to(ctx.product_dtype), matrix, offset).to(half)
+        ctx.save_for_backward(states.to(half))
         # The weight itself, whose `grad` is added to: a saved tensor may come back as an alias.
-        ctx.weight, ctx.is_transposed = weight, is_transposed
+        ctx.weight, ctx.is_transposed, ctx.states_dtype = weight, is_transposed, states.dtype
         return result
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (states,), weight = ctx.saved_tensors, ctx.weight
-        gradient = grad_outputs[0]
-        matrix = (weight.T if ctx.is_transposed else weight).to(gradient.dtype)
-        by_states = gradient @ matrix if ctx.needs_input_grad[0] else None
-        rows, inputs = gradient.flatten(0, -2), states.flatten(0, -2)
+        gradient = grad_outputs[0].to(ctx.product_dtype)
+        matrix = (weight.T if ctx.is_transposed else weight).to(ctx.product_dtype)
+        by_states = (gradient @ matrix).to(ctx.states_dtype) if ctx.needs_input_grad[0] else None
+        rows, inputs = gradient.flatten(0, -2), states.flatten(0, -2).to(ctx.product_dtype)
         left, right = (inputs, rows) if ctx.is_transposed else (rows, inputs)
         add_product(gradient_of(weight), left.T, right)
         return by_states, None, rows.sum(dim=0) if ctx.needs_input_grad[2] else None, None

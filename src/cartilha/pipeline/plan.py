@@ -187,7 +187,7 @@ def _as_planned(step: StepMemory, facts: DeviceFacts, memory: MemoryModel) -> St
     """With the copy of the state that is there while a checkpoint is written, as `train` plans it for a longer run."""
     if not facts.is_host:
         return step
-    return with_copy(step, facts, memory.num_parameters, goes_on=True) or step
+    return with_copy(step, facts, memory.num_parameters) or step
 
 
 def _row(

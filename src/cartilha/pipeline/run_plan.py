@@ -11,6 +11,7 @@ import torch
 from transformers import PretrainedConfig
 
 from cartilha.model.attention import choose_kernel
+from cartilha.model.products import cpu_product_dtype
 from cartilha.runtime import available_memory_bytes, cpu_matmul_rate
 from cartilha.training.checkpoint import BYTES_PER_PARAMETER as CHECKPOINT_BYTES_PER_PARAMETER
 from cartilha.training.devices import (
@@ -49,7 +50,7 @@ def this_machine(device: torch.device, dtype: torch.dtype) -> DeviceFacts:
         memory_bytes=available_memory_bytes(device),
         dtype=dtype,
         kernel=choose_kernel(device.type, None, dtype),
-        peak_flops=1e9 * cpu_matmul_rate(str(dtype).removeprefix("torch.")),
+        peak_flops=1e9 * cpu_matmul_rate(str(cpu_product_dtype(dtype)).removeprefix("torch.")),
         share=0.65,
         overhead_bytes=PROGRAM_BYTES,
         max_tokens=max_tokens_on_this_cpu(dtype),
@@ -93,11 +94,11 @@ class RunPlan:
         """Of all parts together."""
         return self.memory.total if self.memory else None
 
-    def with_checkpoints(self, facts: DeviceFacts, num_parameters: int, *, goes_on: bool) -> RunPlan:
+    def with_checkpoints(self, facts: DeviceFacts, num_parameters: int) -> RunPlan:
         """The plan with the copy of the state that is written in the background; see `with_copy`."""
         if self.memory is None:
             return self
-        copied = with_copy(self.memory, facts, num_parameters, goes_on=goes_on)
+        copied = with_copy(self.memory, facts, num_parameters)
         if copied is None:
             log.info("There is no memory for a copy of the state: training waits while checkpoints are written.")
             return replace(self, background_checkpoints=False)
@@ -105,26 +106,13 @@ class RunPlan:
         return replace(self, memory=copied, values=values)
 
 
-def with_copy(step: StepMemory, facts: DeviceFacts, num_parameters: int, *, goes_on: bool) -> StepMemory | None:
-    """A step with the copy of the state that is written in the background, where the device's memory is the host's.
-
-    In a run that goes on after a checkpoint the copy meets the next step's peak. The last checkpoint's takes what the
-    step has given back, and counts where it is more.
-
-    Args:
-        step: Without the copy.
-        facts: Of the device.
-        num_parameters: Of the model.
-        goes_on: Whether steps follow the first checkpoint.
+def with_copy(step: StepMemory, facts: DeviceFacts, num_parameters: int) -> StepMemory | None:
+    """A step with the copy of the state that is written beside it, where the device's memory is the host's.
 
     Returns:
         None where there is no room: training waits for its checkpoints then.
     """
-    copy = CHECKPOINT_BYTES_PER_PARAMETER * num_parameters
-    if not goes_on:
-        given_back = step.activations + step.logits_chunk + step.overhead - facts.overhead_bytes
-        copy = max(0, copy - given_back)
-    copied = replace(step, checkpoint_copy=copy)
+    copied = replace(step, checkpoint_copy=CHECKPOINT_BYTES_PER_PARAMETER * num_parameters)
     return copied if copied.total <= SAFETY * facts.memory_bytes else None
 
 

@@ -354,8 +354,8 @@ def _plan(
     steps_between = [sampler.steps_per_epoch, config.checkpoint_steps, by_clock]
     if not machine.is_host or world()[0] != 0:  # a card's copy is in the host; the first process writes
         return plan
-    goes_on = any(steps and steps < num_steps for steps in steps_between)
-    return plan.with_checkpoints(machine, loaded.num_parameters, goes_on=goes_on)
+    goes_on = any(steps and steps < num_steps for steps in steps_between)  # after the first one; the last needs no copy
+    return plan.with_checkpoints(machine, loaded.num_parameters) if goes_on else plan
 
 
 def facts(run: Run) -> dict[str, Any]:

@@ -169,14 +169,12 @@ def _train(run: Run, record: RunRecord, notices: NoticeCollector, stop: StopRequ
             if step.ends_epoch or last or stopping or writer.is_due(step.step):
                 epoch_loss.flush()
                 metrics.sync()
-                writer.write(run.state, run.settings, validation_loss)
+                writer.write(run.state, run.settings, validation_loss, goes_on=not (last or stopping))
             if stopping and not last:
-                writer.finish()
                 raise InterruptedRunError(
                     f"Stopped after step {step.step} of {run.schedule.num_steps}; a checkpoint is saved, "
                     "and the same command with --resume auto goes on from it."
                 )
-        writer.finish()
         record.update(checkpoint_seconds=writer.stall_s)
         _finish(run, record, notices, metrics)
     finally:

@@ -8,6 +8,7 @@ import torch
 from transformers import PretrainedConfig
 
 from cartilha.model.attention import Kernel
+from cartilha.model.products import cpu_product_dtype
 
 GIB = 2**30
 
@@ -41,8 +42,8 @@ class DeviceFacts:
 
 CONTEXT_BYTES = int(0.6 * GIB)  # CUDA's context with its kernels, and the workspaces of the matrix products
 PROGRAM_BYTES = GIB // 2  # Python, torch, transformers, pyarrow, pandas: resident when step 1 begins (docs/log.md)
-# Tokens a forward pass on a CPU. In float32 larger ones brought two cores 4 to 8 % for 950 MB; in bf16, where every
-# micro-batch casts the weights, 10 % (docs/log.md).
+# Tokens a forward pass on a CPU. With products in float32 larger ones brought two cores 4 to 8 % for 950 MB; with
+# products in bf16, where every micro-batch casts the weights, 10 % (docs/log.md).
 FLOAT32_TOKENS_PER_THREAD, HALF_TOKENS_PER_THREAD, MAX_TOKENS_CPU = 256, 1024, 4096
 MAX_TOKENS_GPU = 32_768
 
@@ -72,7 +73,8 @@ KNOWN_DEVICES = {facts.name: facts for facts in _KNOWN}
 
 def max_tokens_on_this_cpu(dtype: torch.dtype) -> int:
     """Tokens a forward pass beyond which a larger micro-batch brings this CPU little, computing in `dtype`."""
-    per_thread = FLOAT32_TOKENS_PER_THREAD if dtype == torch.float32 else HALF_TOKENS_PER_THREAD
+    in_float32 = cpu_product_dtype(dtype) == torch.float32
+    per_thread = FLOAT32_TOKENS_PER_THREAD if in_float32 else HALF_TOKENS_PER_THREAD
     return min(MAX_TOKENS_CPU, per_thread * torch.get_num_threads())
 
 

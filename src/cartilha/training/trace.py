@@ -27,7 +27,7 @@ from cartilha.model.attention import Kernel, Segments, knows_attention, use_docu
 from cartilha.model.checkpointing import checkpoint_layers
 from cartilha.model.forward import head_weight
 from cartilha.model.loss import linear_cross_entropy
-from cartilha.model.products import sums_in_float32
+from cartilha.model.products import cpu_product_dtype, sums_in_float32
 from cartilha.model.weight_gradients import weight_gradients_in_place
 
 
@@ -136,7 +136,9 @@ def _traced(
     kernel: Kernel,
     checkpointing: bool,
 ) -> StepBytes:
-    sums_in_float32("cpu", dtype)  # found by doing it, and remembered: not with tensors without contents
+    # Found by doing it, and remembered: not with tensors without contents.
+    sums_in_float32("cpu", dtype)
+    cpu_product_dtype(dtype)
     settings = _shortened(json.loads(config_json), num_layers)
     config = AutoConfig.for_model(**settings)
     with FakeTensorMode(allow_non_fake_inputs=True), _threads_as_before():

@@ -46,8 +46,21 @@ class CheckpointWriter:
             return True
         return bool(self._every_s) and time.monotonic() - self._last >= self._every_s
 
-    def write(self, state: TrainingState, settings: dict[str, Any], validation_loss: float | None = None) -> None:
+    def write(
+        self,
+        state: TrainingState,
+        settings: dict[str, Any],
+        validation_loss: float | None = None,
+        *,
+        goes_on: bool = True,
+    ) -> None:
         """Write a checkpoint of the state, after the one before is finished.
+
+        Args:
+            state: To be written.
+            settings: See `freeze`.
+            validation_loss: See `write_checkpoint`.
+            goes_on: Whether training does. What nothing goes on beside is written at once, from no copy.
 
         Raises:
             OSError: This one, or the one before it, could not be written.
@@ -56,15 +69,16 @@ class CheckpointWriter:
             return
         started = time.monotonic()
         self.finish()
-        frozen = freeze(state, settings, copy=self._thread is not None)
-        if self._thread is not None:
-            self._writing = self._thread.submit(write_checkpoint, self._run, frozen, validation_loss)
+        in_background = self._thread if goes_on else None
+        frozen = freeze(state, settings, copy=in_background is not None)
+        if in_background is not None:
+            self._writing = in_background.submit(write_checkpoint, self._run, frozen, validation_loss)
         else:
             write_checkpoint(self._run, frozen, validation_loss)
         self._last = time.monotonic()
         stall = self._last - started
         self.stall_s += stall
-        if self._every_s and stall > MAX_SHARE_OF_TIME * self._every_s:
+        if goes_on and self._every_s and stall > MAX_SHARE_OF_TIME * self._every_s:
             self._every_s = stall / MAX_SHARE_OF_TIME
             minutes = self._every_s / 60
             log.info("A checkpoint took %.1f s: the next one by the clock comes in %.0f minutes.", stall, minutes)
