@@ -8,9 +8,11 @@ from functools import partialmethod
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 import cartilha.pipeline.train as train_module
 from cartilha.config import GenerateConfig, TrainConfig
+from cartilha.pipeline.run_plan import plan_run
 from cartilha.pipeline.run_setup import assemble
 from cartilha.pipeline.train import train
 from cartilha.training.devices import KNOWN_DEVICES
@@ -147,6 +149,15 @@ def test_a_copy_that_is_written_while_training_goes_on_is_planned(store, tmp_pat
     run = assemble(config, tmp_path, GenerateConfig(), False)
     assert run.plan.memory.checkpoint_copy == copies * 12 * run.loaded.num_parameters
     assert run.plan.values["memory_bytes"] == run.plan.memory_bytes and run.plan.background_checkpoints
+
+
+def test_heads_that_flash_attention_cannot_take_are_planned_under_a_mask():
+    flash, other = (AutoConfig.for_model("llama", hidden_size=4 * size, num_attention_heads=4, num_hidden_layers=2,
+                                         intermediate_size=64, vocab_size=61) for size in (32, 36))  # fmt: skip
+    assert [KNOWN_DEVICES["h100"].for_model(config).kernel for config in (flash, other)] == ["varlen", "mask"]
+    shape = {"num_parameters": 100_000, "block_size": 1024, "blocks_per_step": 2, "micro_batch_size": 2}
+    plain, masked = (plan_run(other, replace(KNOWN_DEVICES["h100"], kernel=k), **shape) for k in ("kept", "varlen"))
+    assert masked.memory.total - plain.memory.total >= 2 * 1024**2 * 3  # a boolean and a number in half precision
 
 
 def test_without_room_a_plan_has_no_copy_either(cartilha, monkeypatch):

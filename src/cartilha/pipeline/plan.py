@@ -78,7 +78,7 @@ def plan(config: PlanConfig) -> PlanResult:
     model = model_config(config.model, tokenizer if config.model.startswith("random:") else None)
     sizes = _block_sizes(config, context_length(model))
     _check(config, sizes)
-    machine, devices = _devices(config)
+    machine, devices = _devices(config, model)
     speeds = {facts.name: _Speed(facts.peak_flops * facts.share) for facts in devices}
     memory = {facts.name: _memory_model(model, facts, config) for facts in devices}
     num_parameters = memory[devices[0].name].num_parameters
@@ -142,7 +142,7 @@ def _check(config: PlanConfig, sizes: tuple[int, ...]) -> None:
         raise UserError(f"price_per_hour must be 0 or more, not {config.price_per_hour}.")
 
 
-def _devices(config: PlanConfig) -> tuple[DeviceFacts | None, list[DeviceFacts]]:
+def _devices(config: PlanConfig, model: PretrainedConfig) -> tuple[DeviceFacts | None, list[DeviceFacts]]:
     """This machine, where it is asked for, and all devices to plan for."""
     names = config.device or ("auto", *KNOWN_DEVICES)
     for name in names:
@@ -151,8 +151,8 @@ def _devices(config: PlanConfig) -> tuple[DeviceFacts | None, list[DeviceFacts]]
     machine = None
     if "auto" in names:
         device = choose_device("auto")
-        machine = replace(this_machine(device, choose_dtype("auto", device)), name="this machine")
-    found = [machine if name == "auto" else KNOWN_DEVICES[name] for name in dict.fromkeys(names)]
+        machine = replace(this_machine(device, choose_dtype("auto", device)), name="this machine").for_model(model)
+    found = [machine if name == "auto" else KNOWN_DEVICES[name].for_model(model) for name in dict.fromkeys(names)]
     return machine, [facts for facts in found if facts is not None]
 
 

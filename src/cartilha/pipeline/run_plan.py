@@ -156,6 +156,7 @@ def plan_run(
         micro_batch_size: Asked for; None to choose the largest that fits.
         checkpointing: Whether activations are computed twice instead of kept.
     """
+    facts = facts.for_model(config)
     rate = facts.peak_flops * facts.share / flops_per_token(config, num_parameters, block_size)
     memory, size = None, micro_batch_size or 1
     try:

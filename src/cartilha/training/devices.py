@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PretrainedConfig
 
-from cartilha.model.attention import Kernel
+from cartilha.model.attention import Kernel, knows_attention, obstacle
 from cartilha.model.products import cpu_product_dtype
 
 GIB = 2**30
@@ -38,6 +38,12 @@ class DeviceFacts:
     overhead_bytes: int
     max_tokens: int
     is_host: bool = False
+
+    def for_model(self, config: PretrainedConfig) -> DeviceFacts:
+        """The device as it computes this model: under a mask where its own kernel cannot."""
+        if knows_attention(config) and obstacle(self.kernel, config, training=False):
+            return replace(self, kernel="mask")
+        return self
 
 
 CONTEXT_BYTES = int(0.6 * GIB)  # CUDA's context with its kernels, and the workspaces of the matrix products
