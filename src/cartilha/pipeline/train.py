@@ -175,6 +175,7 @@ def _train(run: Run, record: RunRecord, notices: NoticeCollector, stop: StopRequ
                     f"Stopped after step {step.step} of {run.schedule.num_steps}; a checkpoint is saved, "
                     "and the same command with --resume auto goes on from it."
                 )
+        writer.finish()
         record.update(checkpoint_seconds=writer.stall_s)
         _finish(run, record, notices, metrics)
     finally:

@@ -138,7 +138,8 @@ def _traced(
 ) -> StepBytes:
     # Found by doing it, and remembered: not with tensors without contents.
     sums_in_float32("cpu", dtype)
-    cpu_product_dtype(dtype)
+    if kernel == "segments":
+        cpu_product_dtype(dtype)
     settings = _shortened(json.loads(config_json), num_layers)
     config = AutoConfig.for_model(**settings)
     with FakeTensorMode(allow_non_fake_inputs=True), _threads_as_before():
