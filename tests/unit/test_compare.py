@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import time
 import tracemalloc
 
 import numpy as np
@@ -176,11 +175,8 @@ def test_what_has_no_interval_is_refused(numerator, denominator, level, message)
 
 
 @pytest.mark.parametrize("num_documents", [MAX_RESAMPLED_DOCUMENTS, 250_000])
-def test_an_interval_takes_little_time_and_memory(num_documents):
+def test_an_interval_takes_little_memory(num_documents):
     numerator, denominator, _ = web_corpus(num_documents, np.random.default_rng(6))
-    begin = time.process_time()
-    bootstrap_interval(numerator, denominator)
-    assert time.process_time() - begin < 2  # a third of a second on an idle core
     tracemalloc.start()
     bootstrap_interval(numerator, denominator, num_resamples=500)
     _, peak = tracemalloc.get_traced_memory()

@@ -8,6 +8,7 @@ import re
 import socket as sockets
 import webbrowser
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 # Before gradio is imported: it would report its use, look for new versions, and count each event in a table.
@@ -156,8 +157,7 @@ def serve(explorer: Explorer, socket: sockets.socket, *, default: Language, open
         if open_browser and not webbrowser.open(address):
             log.warning("No browser could be opened; open %s yourself.", address)
 
-    try:
+    with suppress(KeyboardInterrupt):  # uvicorn closes first and raises it then, as a rule; else it just returns
         make_server(create_app(explorer, default), ready).run(sockets=[socket])
-    except KeyboardInterrupt:  # uvicorn closes first and raises it then
-        log.info("The explorer is closed.")
+    log.info("The explorer is closed.")
     return address
