@@ -126,12 +126,12 @@ def first_bytes(documents: list[Any], num_bytes: int) -> list[Any]:
 
 
 def make_arm(spec: str, arguments: argparse.Namespace, train: list[Any]) -> Arm:
-    import numpy as np
     import torch
 
     from cartilha.blocks.sampler import BlockSampler
     from cartilha.model.embeddings import extend_embeddings
     from cartilha.model.load import load_model
+    from cartilha.tokens.packed import PackedDocuments
     from cartilha.tokens.tokenizer import load_tokenizer
     from cartilha.tokens.vocabulary import count_words, extend, learn_merges
     from cartilha.training.loop import Progress, Schedule, train_steps
@@ -147,18 +147,8 @@ def make_arm(spec: str, arguments: argparse.Namespace, train: list[Any]) -> Arm:
         extend_embeddings(arm.loaded, learnt.pieces, learnt.first_id)
         tokenizer = learnt.tokenizer
     arm.tokenizer, arm.progress = tokenizer, Progress()
-    ids = tokenizer.encode(texts)
-    lengths = np.array([len(document) for document in ids])
-    sampler = BlockSampler(
-        np.concatenate(ids),
-        np.cumsum(lengths) - lengths,
-        lengths,
-        prefix_id=tokenizer.prefix_id,
-        end_id=tokenizer.end_id,
-        block_size=512,
-        blocks_per_step=arguments.batch_tokens // 512,
-        seed=0,
-    )
+    documents = PackedDocuments.from_ids(tokenizer.encode(texts), tokenizer.prefix_id, tokenizer.end_id)
+    sampler = BlockSampler(documents, block_size=512, blocks_per_step=arguments.batch_tokens // 512, seed=0)
     phase = {"embeddings_first": arm.embeddings_first, "embeddings_lr": arm.embeddings_lr}
     schedule = Schedule(100_000, arguments.lr, 0.05, 0.1, arguments.budget, **phase)
     arm.steps = train_steps(

@@ -28,7 +28,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from cartilha import EvaluateConfig, evaluate
-from cartilha.blocks.packing import Batch
+from cartilha.blocks.packing import Batch, stack
 from cartilha.blocks.sampler import BlockSampler
 from cartilha.corpus.document import Document
 from cartilha.corpus.readers import read_documents
@@ -39,6 +39,7 @@ from cartilha.evaluation.nll import document_nll
 from cartilha.evaluation.windows import make_protocol
 from cartilha.model.forward import batch_nll, scored_nll
 from cartilha.model.load import LoadedModel, load_model
+from cartilha.tokens.packed import PackedDocuments
 from cartilha.tokens.tokenizer import TextTokenizer, load_tokenizer
 from cartilha.training.loop import Progress, Schedule, train_steps
 from cartilha.training.optimizer import make_optimizer
@@ -112,17 +113,8 @@ def train_packed(
     loaded: LoadedModel, tokenizer: TextTokenizer, ids: list[np.ndarray], epochs: int, seed: int
 ) -> FirstSteps:
     """As `cartilha train` does: full blocks, every token once an epoch, no pad scored."""
-    lengths = np.array([len(document) for document in ids])
-    sampler = BlockSampler(
-        np.concatenate(ids),
-        np.cumsum(lengths) - lengths,
-        lengths,
-        prefix_id=tokenizer.prefix_id,
-        end_id=tokenizer.end_id,
-        block_size=CONTEXT,
-        blocks_per_step=BLOCKS_PER_STEP,
-        seed=seed,
-    )
+    documents = PackedDocuments.from_ids(ids, tokenizer.prefix_id, tokenizer.end_id)
+    sampler = BlockSampler(documents, block_size=CONTEXT, blocks_per_step=BLOCKS_PER_STEP, seed=seed)
     schedule = Schedule(epochs * sampler.steps_per_epoch, LR, warmup_fraction=0.05, final_lr_fraction=0.1)
     losses, updated = [], math.nan
     for record in train_steps(
@@ -138,7 +130,7 @@ def train_packed(
     ):
         losses.append(float(record.loss))
         if record.step == 1:
-            batch = sampler.micro_batches(0, BLOCKS_PER_STEP)[0]
+            batch = stack(sampler.blocks(0))
             with torch.no_grad():
                 updated = float(batch_nll(loaded.model, batch, torch.float32)) / batch.num_targets
     return FirstSteps(losses[0], updated, float(np.mean(losses[:10])))

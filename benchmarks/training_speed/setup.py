@@ -80,13 +80,10 @@ def documents(shape: Shape) -> list[np.ndarray]:
 
 def make_sampler(shape: Shape) -> Any:
     from cartilha.blocks.sampler import BlockSampler
+    from cartilha.tokens.packed import PackedDocuments
 
-    texts = documents(shape)
-    lengths = np.array([len(ids) for ids in texts])
-    return BlockSampler(
-        np.concatenate(texts), np.cumsum([0, *lengths[:-1]]), lengths, prefix_id=PREFIX_ID, end_id=END_ID,
-        block_size=shape.block_size, blocks_per_step=shape.micro_batch, seed=0,
-    )  # fmt: skip
+    packed = PackedDocuments.from_ids(documents(shape), PREFIX_ID, END_ID)
+    return BlockSampler(packed, block_size=shape.block_size, blocks_per_step=shape.micro_batch, seed=0)
 
 
 def padded_rows(shape: Shape) -> tuple[list[dict[str, torch.Tensor]], float]:

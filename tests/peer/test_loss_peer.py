@@ -20,6 +20,7 @@ from cartilha.blocks.packing import IGNORE_INDEX, Batch, PackedStream, stack
 from cartilha.model import forward
 from cartilha.model.attention import SUPPORTED_MODEL_TYPES, Segments, choose_kernel, use_document_attention
 from cartilha.model.forward import batch_nll, scored_nll
+from cartilha.tokens.packed import PackedDocuments
 
 NUM_IDS, PREFIX, END = 61, 2, 3
 CONTEXT, WINDOW = 64, 5
@@ -102,17 +103,9 @@ def ours(model: PreTrainedModel) -> PreTrainedModel:
 
 def pack(lengths: list[int], block_size: int) -> Batch:
     """Documents of random ids (the special ones among them, as nothing but context may hold them apart), packed."""
-    tokens = np.random.default_rng(len(lengths)).integers(0, NUM_IDS, sum(lengths)).astype(np.uint16)
-    start = np.cumsum([0, *lengths[:-1]])
-    stream = PackedStream(
-        tokens,
-        start,
-        np.array(lengths),
-        np.arange(len(lengths)),
-        prefix_id=PREFIX,
-        end_id=END,
-        block_size=block_size,
-    )
+    generator = np.random.default_rng(len(lengths))
+    ids = [generator.integers(0, NUM_IDS, length) for length in lengths]
+    stream = PackedStream(PackedDocuments.from_ids(ids, PREFIX, END), block_size)
     return stack([stream.block(i) for i in range(len(stream))])
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from cartilha.blocks.packing import IGNORE_INDEX, Block, PackedStream, stack
 from cartilha.blocks.sampler import BlockSampler, epoch_order
+from cartilha.tokens.packed import PackedDocuments
 
 FIRST_TEXT_ID = 10  # prefix and end lie below, so that each text token is known by its id
 
@@ -26,26 +27,25 @@ class Corpus:
     block_size: int
 
     @property
-    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        num_tokens = np.array(self.lengths, np.int64)
-        tokens = np.arange(FIRST_TEXT_ID, FIRST_TEXT_ID + num_tokens.sum(), dtype=np.uint16)
-        return tokens, np.cumsum(num_tokens) - num_tokens, num_tokens
+    def texts(self) -> list[np.ndarray]:
+        tokens = np.arange(FIRST_TEXT_ID, FIRST_TEXT_ID + sum(self.lengths), dtype=np.uint16)
+        return np.split(tokens, np.cumsum(self.lengths)[:-1]) if self.lengths else []
+
+    @property
+    def spans(self) -> PackedDocuments:
+        return PackedDocuments.from_ids(self.texts, self.prefix_id, self.end_id)
 
     @property
     def packed(self) -> PackedStream:
-        ids = {"prefix_id": self.prefix_id, "end_id": self.end_id}
-        return PackedStream(*self.arrays, np.array(self.order, np.int64), block_size=self.block_size, **ids)
+        return PackedStream(self.spans, self.block_size, np.array(self.order, np.int64))
 
     @property
     def documents(self) -> list[list[int]]:
         """`[prefix] tokens [end]` of each document, in the order: what packing must do, in three lines."""
-        tokens, start, num_tokens = self.arrays
-        texts = [tokens[start[i] : start[i] + num_tokens[i]].tolist() for i in self.order]
-        return [[self.prefix_id, *text, self.end_id] for text in texts]
+        return [[self.prefix_id, *self.texts[i].tolist(), self.end_id] for i in self.order]
 
     def sampler(self, blocks_per_step: int, seed: int) -> BlockSampler:
-        settings = {"block_size": self.block_size, "blocks_per_step": blocks_per_step, "seed": seed}
-        return BlockSampler(*self.arrays, prefix_id=self.prefix_id, end_id=self.end_id, **settings)
+        return BlockSampler(self.spans, block_size=self.block_size, blocks_per_step=blocks_per_step, seed=seed)
 
 
 @st.composite
@@ -163,10 +163,10 @@ def test_the_steps_of_an_epoch_cover_its_blocks_once_in_order(corpus, blocks_per
     assert 1 <= steps[-1].num_blocks <= blocks_per_step
     order = tuple(epoch_order(len(corpus.lengths), seed, epoch).tolist())
     expected = Corpus(corpus.lengths, order, corpus.prefix_id, corpus.end_id, corpus.block_size).packed
-    batches = [sampler.micro_batches(epoch * sampler.steps_per_epoch + i, 2) for i in range(sampler.steps_per_epoch)]
-    rows = [row.tolist() for step in batches for batch in step for row in batch.input_ids]
-    assert rows == [block.input_ids.tolist() for block in blocks_of(expected)]
-    assert sum(batch.num_targets for step in batches for batch in step) == sampler.targets_per_epoch
+    first = epoch * sampler.steps_per_epoch
+    blocks = [block for i in range(sampler.steps_per_epoch) for block in sampler.blocks(first + i)]
+    assert [b.input_ids.tolist() for b in blocks] == [b.input_ids.tolist() for b in blocks_of(expected)]
+    assert stack(blocks).num_targets == sampler.targets_per_epoch
 
 
 @given(corpora(min_documents=1), st.integers(1, 7), st.integers(1, 9), st.integers(0, 60))
@@ -174,11 +174,9 @@ def test_the_steps_of_an_epoch_cover_its_blocks_once_in_order(corpus, blocks_per
 def test_micro_batches_of_any_size_hold_the_same_blocks(corpus, blocks_per_step, micro_batch_size, step):
     sampler = corpus.sampler(blocks_per_step, seed=3)
     position = sampler.position(step)
-    blocks = [sampler.stream(position.epoch).block(position.first_block + i) for i in range(position.num_blocks)]
-    whole = stack(blocks)
-    parts = sampler.micro_batches(step, micro_batch_size)
-    assert all(len(part.input_ids) == micro_batch_size for part in parts[:-1])
-    assert 1 <= len(parts[-1].input_ids) <= micro_batch_size
+    whole = stack([sampler.stream(position.epoch).block(position.first_block + i) for i in range(position.num_blocks)])
+    blocks = sampler.blocks(step)
+    parts = [stack(blocks[i : i + micro_batch_size]) for i in range(0, len(blocks), micro_batch_size)]
     for name in ("input_ids", "targets", "position_ids", "segment_lengths"):
         assert np.concatenate([getattr(part, name) for part in parts]).tolist() == getattr(whole, name).tolist()
     for part in parts:
@@ -190,13 +188,12 @@ def test_a_step_is_the_same_whatever_was_asked_before(corpus, steps):
     used = corpus.sampler(2, seed=1)
     for step in steps:  # jumps between epochs, forth and back, as a resumed run does
         fresh = corpus.sampler(2, seed=1)
-        for ours, theirs in zip(used.micro_batches(step, 1), fresh.micro_batches(step, 1), strict=True):
+        for ours, theirs in zip(used.blocks(step), fresh.blocks(step), strict=True):
             assert ours.input_ids.tolist() == theirs.input_ids.tolist()
 
 
 def test_a_token_of_the_text_that_equals_the_end_id_is_still_text():
-    tokens, lengths = np.array([5, 2, 6], np.uint16), np.array([3])
-    stream = PackedStream(tokens, np.array([0]), lengths, np.array([0]), prefix_id=2, end_id=2, block_size=4)
+    stream = PackedStream(PackedDocuments.from_ids([np.array([5, 2, 6], np.uint16)], prefix_id=2, end_id=2), 4)
     (block,) = blocks_of(stream)
     assert block.input_ids.tolist() == [2, 5, 2, 6] and block.targets.tolist() == [5, 2, 6, 2]
     assert block.segment_lengths.tolist() == [4]

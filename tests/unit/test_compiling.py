@@ -25,6 +25,7 @@ from cartilha.model.checkpointing import checkpoint_layers
 from cartilha.model.compiling import CompiledBody, training_body
 from cartilha.model.forward import batch_nll
 from cartilha.model.segment_attention import causal_mask
+from cartilha.tokens.packed import PackedDocuments
 from cartilha.training.loop import Progress, Schedule, train_steps
 from cartilha.training.optimizer import make_optimizer
 
@@ -71,11 +72,9 @@ def tiny(name: str) -> PreTrainedModel:
 
 
 def packed(lengths: list[int], rows: int = 2) -> Batch:
-    tokens = np.random.default_rng(len(lengths)).integers(4, NUM_IDS, sum(lengths))
-    start = np.cumsum([0, *lengths[:-1]])
-    stream = PackedStream(
-        tokens, start, np.array(lengths), np.arange(len(lengths)), prefix_id=2, end_id=3, block_size=BLOCK
-    )
+    generator = np.random.default_rng(len(lengths))
+    documents = [generator.integers(4, NUM_IDS, length) for length in lengths]
+    stream = PackedStream(PackedDocuments.from_ids(documents, prefix_id=2, end_id=3), BLOCK)
     return stack([stream.block(row) for row in range(rows)])
 
 
@@ -246,12 +245,10 @@ def test_room_for_segments_grows_in_powers_of_two_and_never_shrinks():
 
 
 def train(model: PreTrainedModel, body: CompiledBody | None, micro_batch_size: int = 2) -> list[float]:
-    lengths = np.array([7, 1, 9, 20, 2, 12, 5, 30, 11, 3] * 3)
-    tokens = np.random.default_rng(0).integers(4, NUM_IDS, lengths.sum())
-    sampler = BlockSampler(
-        tokens, np.cumsum([0, *lengths[:-1]]), lengths, prefix_id=2, end_id=3, block_size=BLOCK, blocks_per_step=5,
-        seed=0,
-    )  # fmt: skip
+    generator = np.random.default_rng(0)
+    ids = [generator.integers(4, NUM_IDS, length) for length in [7, 1, 9, 20, 2, 12, 5, 30, 11, 3] * 3]
+    documents = PackedDocuments.from_ids(ids, prefix_id=2, end_id=3)
+    sampler = BlockSampler(documents, block_size=BLOCK, blocks_per_step=5, seed=0)
     records = train_steps(
         model, make_optimizer(model, 1e-2, 0.1), sampler, Schedule(5, 1e-2, 0.1, 0.1), Progress(),
         dtype=torch.float32, micro_batch_size=micro_batch_size, max_grad_norm=1.0,

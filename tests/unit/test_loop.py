@@ -13,6 +13,7 @@ import torch
 from cartilha.blocks.sampler import BlockSampler
 from cartilha.model.forward import batch_nll
 from cartilha.model.load import load_model
+from cartilha.tokens.packed import PackedDocuments
 from cartilha.training import loop
 from cartilha.training.loader import StepLoader
 from cartilha.training.loop import Progress, Schedule, StepRecord, train_steps
@@ -31,12 +32,9 @@ def one_thread():
 
 def sampler(num_documents: int = 60) -> BlockSampler:
     generator = np.random.default_rng(0)
-    lengths = generator.integers(5, 40, num_documents)
-    tokens = generator.integers(0, 256, lengths.sum()).astype(np.uint16)
-    start = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-    return BlockSampler(
-        tokens, start, lengths, prefix_id=256, end_id=257, block_size=BLOCK, blocks_per_step=BLOCKS_PER_STEP, seed=0
-    )
+    ids = [generator.integers(0, 256, length) for length in generator.integers(5, 40, num_documents)]
+    documents = PackedDocuments.from_ids(ids, prefix_id=256, end_id=257)
+    return BlockSampler(documents, block_size=BLOCK, blocks_per_step=BLOCKS_PER_STEP, seed=0)
 
 
 def steps(

@@ -22,6 +22,7 @@ from cartilha.model.forward import batch_nll
 from cartilha.model.loss import linear_cross_entropy
 from cartilha.model.segment_attention import segment_attention
 from cartilha.model.weight_gradients import weight_gradients_in_place
+from cartilha.tokens.packed import PackedDocuments
 from cartilha.training.optimizer import choose_trained, clear_gradients, make_optimizer
 
 NUM_IDS, BLOCK = 61, 24
@@ -47,10 +48,9 @@ def tiny(name: str) -> PreTrainedModel:
 
 def batches() -> list[Batch]:
     """Two of two rows; the last one ends in padding."""
-    lengths = np.array([11, 5, 30, 9, 20])
-    tokens = np.random.default_rng(0).integers(1, NUM_IDS, lengths.sum())  # the padding id is a token, too
-    start = np.cumsum([0, *lengths[:-1]])
-    stream = PackedStream(tokens, start, lengths, np.arange(5), prefix_id=2, end_id=3, block_size=BLOCK)
+    generator = np.random.default_rng(0)
+    ids = [generator.integers(1, NUM_IDS, length) for length in (11, 5, 30, 9, 20)]  # the padding id is a token, too
+    stream = PackedStream(PackedDocuments.from_ids(ids, prefix_id=2, end_id=3), BLOCK)
     return [stack([stream.block(row) for row in rows]) for rows in ((0, 1), (2, 3))]
 
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cartilha.tokens.packed import PackedDocuments
+
 IGNORE_INDEX = -100  # the target that is not scored, as in PyTorch and transformers
 
 
@@ -69,32 +71,17 @@ class PackedStream:
     """The stream of an order of documents, and its blocks; nothing is copied until a block is asked for.
 
     Args:
-        tokens: All text tokens, shape (num_tokens,), memory-mapped or not.
-        start: First token of each document, shape (num_documents,).
-        num_tokens: Tokens of each document, shape (num_documents,).
-        order: Which documents, in which order: indices into `start`.
-        prefix_id: Put before each document; never a target.
-        end_id: Put after each document; always a target.
-        block_size: Inputs a block.
+        documents: The documents' tokens, and what is put around each.
+        block_size: Inputs per block.
+        order: Which documents, in which order: indices into `documents`; None takes all, as they come.
     """
 
-    def __init__(
-        self,
-        tokens: np.ndarray,
-        start: np.ndarray,
-        num_tokens: np.ndarray,
-        order: np.ndarray,
-        *,
-        prefix_id: int,
-        end_id: int,
-        block_size: int,
-    ) -> None:
+    def __init__(self, documents: PackedDocuments, block_size: int, order: np.ndarray | None = None) -> None:
         assert block_size >= 1
-        self.tokens = tokens
-        self.start = start[order]
-        self.num_tokens = num_tokens[order]
-        self.prefix_id = prefix_id
-        self.end_id = end_id
+        order = np.arange(len(documents)) if order is None else order
+        self.documents = documents
+        self.start = documents.start[order]
+        self.num_tokens = documents.num_tokens[order]
         self.block_size = block_size
         # Document i occupies stream positions offsets[i] (its prefix) to offsets[i + 1] - 1 (its end token).
         self.offsets = np.concatenate([[0], np.cumsum(self.num_tokens + 2)])
@@ -128,7 +115,7 @@ class PackedStream:
         """The block with this index, 0 <= index < len(self)."""
         begin = index * self.block_size
         end = min(begin + self.block_size, self.num_inputs)
-        input_ids = np.full(self.block_size, self.end_id, np.int64)
+        input_ids = np.full(self.block_size, self.documents.end_id, np.int64)
         targets = np.full(self.block_size, IGNORE_INDEX, np.int64)
         position_ids = np.zeros(self.block_size, np.int64)
         segments: list[int] = []
@@ -157,7 +144,7 @@ class PackedStream:
         """Positions first to past - 1 of `[prefix] tokens [end]` of a document, int64."""
         length = int(self.num_tokens[document])
         start = int(self.start[document])
-        text = self.tokens[start + max(0, first - 1) : start + min(length, past - 1)].astype(np.int64)
-        head = [self.prefix_id] if first == 0 else []
-        tail = [self.end_id] if past == length + 2 else []
+        text = self.documents.tokens[start + max(0, first - 1) : start + min(length, past - 1)].astype(np.int64)
+        head = [self.documents.prefix_id] if first == 0 else []
+        tail = [self.documents.end_id] if past == length + 2 else []
         return np.concatenate([np.array(head, np.int64), text, np.array(tail, np.int64)])

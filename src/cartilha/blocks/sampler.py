@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cartilha.blocks.packing import Batch, Block, PackedStream, stack
+from cartilha.blocks.packing import Block, PackedStream
+from cartilha.tokens.packed import PackedDocuments
 
 
 def epoch_order(num_documents: int, seed: int, epoch: int) -> np.ndarray:
@@ -28,30 +29,14 @@ class BlockSampler:
     """Blocks of each step. A step never crosses an epoch's end, so an epoch's last step may have fewer blocks.
 
     Args:
-        tokens: Text tokens of the training split, shape (num_tokens,).
-        start: First token of each document.
-        num_tokens: Tokens of each document.
-        prefix_id: Put before each document.
-        end_id: Put after each document.
-        block_size: Inputs a block.
+        documents: What is trained on.
+        block_size: Inputs per block.
         blocks_per_step: Blocks of a full step.
         seed: Of the orders.
     """
 
-    def __init__(
-        self,
-        tokens: np.ndarray,
-        start: np.ndarray,
-        num_tokens: np.ndarray,
-        *,
-        prefix_id: int,
-        end_id: int,
-        block_size: int,
-        blocks_per_step: int,
-        seed: int,
-    ) -> None:
-        self._documents = (tokens, start, num_tokens)
-        self._ids = {"prefix_id": prefix_id, "end_id": end_id}
+    def __init__(self, documents: PackedDocuments, *, block_size: int, blocks_per_step: int, seed: int) -> None:
+        self._documents = documents
         self.block_size = block_size
         self.blocks_per_step = blocks_per_step
         self.seed = seed
@@ -66,10 +51,8 @@ class BlockSampler:
         """The packed stream of an epoch (the last one asked for is kept)."""
         kept = self._stream  # read once: another thread may be preparing the next epoch
         if kept is None or kept[0] != epoch:
-            tokens, start, num_tokens = self._documents
-            order = epoch_order(len(start), self.seed, epoch)
-            stream = PackedStream(tokens, start, num_tokens, order, block_size=self.block_size, **self._ids)
-            self._stream = kept = (epoch, stream)
+            order = epoch_order(len(self._documents), self.seed, epoch)
+            self._stream = kept = (epoch, PackedStream(self._documents, self.block_size, order))
         return kept[1]
 
     def position(self, step: int) -> StepPosition:
@@ -89,8 +72,3 @@ class BlockSampler:
         stream = self.stream(position.epoch)
         begin, past = (r * position.num_blocks // num_ranks for r in (rank, rank + 1))
         return [stream.block(position.first_block + i) for i in range(begin, past)]
-
-    def micro_batches(self, step: int, micro_batch_size: int) -> list[Batch]:
-        """The step's blocks in micro-batches of at most `micro_batch_size` rows."""
-        blocks = self.blocks(step)
-        return [stack(blocks[i : i + micro_batch_size]) for i in range(0, len(blocks), micro_batch_size)]

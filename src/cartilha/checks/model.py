@@ -96,7 +96,8 @@ def _beside_unigram(subject: Subject) -> tuple[float, float]:
     """Perplexities of the model and of a unigram model of the training text, on the same held-out tokens."""
     scored = _sample(subject)
     nll = _nll(subject, torch.float32)
-    tokens = subject.store.tokens("train") if subject.store is not None else subject.stream(subject.training, 2).tokens
+    store = subject.store
+    tokens = store.tokens("train") if store is not None else subject.stream(subject.training, 2).documents.tokens
     counts = token_counts(tokens, len(head_weight(subject.loaded.model)))
     num_tokens = scored.num_tokens.sum()
     return math.exp(nll.sum() / num_tokens), math.exp(unigram_nll(counts, scored.ids).sum() / num_tokens)
@@ -291,7 +292,7 @@ def truth(subject: Subject) -> CheckResult:
     with torch.no_grad():
         trained = float(batch_nll(model, stack([stream.block(0)]), torch.float32))
     packed = [
-        [*stream.tokens[begin : begin + length].tolist(), tokenizer.end_id]
+        [*stream.documents.tokens[begin : begin + length].tolist(), tokenizer.end_id]
         for begin, length in zip(stream.start, stream.num_tokens, strict=True)
     ]
     with transformers_attention(model):

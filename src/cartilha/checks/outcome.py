@@ -13,6 +13,7 @@ import torch
 from cartilha.blocks.packing import PackedStream
 from cartilha.corpus.document import Document
 from cartilha.model.load import LoadedModel
+from cartilha.tokens.packed import PackedDocuments
 from cartilha.tokens.store import TokenStore
 from cartilha.tokens.tokenizer import TextTokenizer
 
@@ -85,19 +86,11 @@ class Subject:
         """Where the model is."""
         return self.loaded.model.device
 
-    def stream(self, documents: Sequence[Document], block_size: int, max_tokens: int | None = None) -> PackedStream:
+    def stream(self, texts: Sequence[Document], block_size: int, max_tokens: int | None = None) -> PackedStream:
         """Documents packed in the order given, each cut to its first `max_tokens` tokens."""
-        ids = [tokens[:max_tokens] for tokens in self.tokenizer.encode([d.text for d in documents])]
-        lengths = np.array([len(tokens) for tokens in ids], np.int64)
-        return PackedStream(
-            np.concatenate([np.zeros(0, np.uint32), *ids]),
-            np.cumsum(lengths) - lengths,
-            lengths,
-            np.arange(len(ids)),
-            prefix_id=self.tokenizer.prefix_id,
-            end_id=self.tokenizer.end_id,
-            block_size=block_size,
-        )
+        ids = [tokens[:max_tokens] for tokens in self.tokenizer.encode([d.text for d in texts])]
+        documents = PackedDocuments.from_ids(ids, self.tokenizer.prefix_id, self.tokenizer.end_id)
+        return PackedStream(documents, block_size)
 
 
 Check = Callable[[Subject], CheckResult]

@@ -17,6 +17,7 @@ from cartilha.blocks.sampler import BlockSampler
 from cartilha.checks.outcome import CheckResult, Judgement, Subject
 from cartilha.model.forward import batch_nll, head_weight, hidden_states
 from cartilha.model.loss import linear_cross_entropy
+from cartilha.tokens.packed import PackedDocuments
 from cartilha.training.checkpoint import TrainingState, load_checkpoint, save_checkpoint
 from cartilha.training.loop import Progress, Schedule, StepRecord, train_steps
 from cartilha.training.optimizer import make_optimizer
@@ -44,16 +45,7 @@ def _weights_kept(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _sampler(stream: PackedStream, blocks_per_step: int) -> BlockSampler:
-    return BlockSampler(
-        stream.tokens,
-        stream.start,
-        stream.num_tokens,
-        prefix_id=stream.prefix_id,
-        end_id=stream.end_id,
-        block_size=stream.block_size,
-        blocks_per_step=blocks_per_step,
-        seed=0,
-    )
+    return BlockSampler(stream.documents, block_size=stream.block_size, blocks_per_step=blocks_per_step, seed=0)
 
 
 def _state(subject: Subject, lr: float, weight_decay: float = 0.1) -> TrainingState:
@@ -180,15 +172,8 @@ def _partly_padded(subject: Subject) -> PackedStream:
     length = min(PROBE_BLOCK, subject.loaded.context_length)
     ids = np.concatenate(subject.tokenizer.encode([document.text for document in subject.training]))
     ids = np.resize(ids, length * 5 // 2 - 1)
-    return PackedStream(
-        ids,
-        np.zeros(1, np.int64),
-        np.array([len(ids)]),
-        np.zeros(1, np.int64),
-        prefix_id=subject.tokenizer.prefix_id,
-        end_id=subject.tokenizer.end_id,
-        block_size=length,
-    )
+    tokenizer = subject.tokenizer
+    return PackedStream(PackedDocuments.from_ids([ids], tokenizer.prefix_id, tokenizer.end_id), length)
 
 
 def accumulation(subject: Subject) -> CheckResult:

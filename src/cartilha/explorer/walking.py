@@ -119,18 +119,10 @@ class StoreWalk:
         """
         if not 1 <= block_size <= MAX_BLOCK_SIZE:
             raise Refusal("bad_block_size", limit=MAX_BLOCK_SIZE, block_size=block_size)
-        table = self.store.documents("train")
-        if not len(table.start):
+        documents = self.store.packed("train")
+        if not len(documents):
             raise Refusal("no_documents")
-        stream = PackedStream(
-            self.store.tokens("train"),
-            table.start,
-            table.num_tokens,
-            epoch_order(len(table.start), seed, epoch),
-            prefix_id=self.store.prefix_id,
-            end_id=self.store.end_id,
-            block_size=block_size,
-        )
+        stream = PackedStream(documents, block_size, epoch_order(len(documents), seed, epoch))
         number = min(max(number, 0), len(stream) - 1)
         block = stream.block(number)
         past = np.cumsum(block.segment_lengths)

@@ -122,17 +122,9 @@ def _block(store: TokenStore, config: InspectConfig) -> dict[str, Any]:
     """A block of the first epoch, as training with this seed and block size packs it."""
     if config.block_size < 1:
         raise UserError(f"--block_size is {config.block_size}; give 1 or more.")
-    table, labels, tokenizer = store.documents(config.split), store.labels(config.split), store.tokenizer()
-    order = epoch_order(len(table.start), config.seed, 0)
-    stream = PackedStream(
-        store.tokens(config.split),
-        table.start,
-        table.num_tokens,
-        order,
-        prefix_id=store.prefix_id,
-        end_id=store.end_id,
-        block_size=config.block_size,
-    )
+    documents, labels, tokenizer = store.packed(config.split), store.labels(config.split), store.tokenizer()
+    order = epoch_order(len(documents), config.seed, 0)
+    stream = PackedStream(documents, config.block_size, order)
     assert config.block is not None
     if not 0 <= config.block < len(stream):
         raise UserError(

@@ -18,6 +18,7 @@ from cartilha.model.checkpointing import checkpoint_layers
 from cartilha.model.load import context_length, load_model, model_config, refuse_configuration
 from cartilha.pipeline.run_plan import best_step, this_machine, with_copy
 from cartilha.runtime import choose_device, choose_dtype, is_out_of_memory
+from cartilha.tokens.packed import PackedDocuments
 from cartilha.tokens.store import TokenStore
 from cartilha.training.devices import KNOWN_DEVICES, DeviceFacts, flops_per_token
 from cartilha.training.loop import Progress, Schedule, train_steps
@@ -280,12 +281,9 @@ def _probe(
     log.info("Probing this machine: %d steps of %d blocks of %d tokens.", PROBE_STEPS, blocks, block_size)
     optimizer = make_optimizer(loaded.model, 1e-6, 0.0)
     allocate_states(optimizer)
-    ids = np.random.default_rng(0).integers(0, 256, (blocks * PROBE_STEPS + 1) * block_size)
-    start = np.arange(0, len(ids), block_size)
-    sampler = BlockSampler(
-        ids, start, np.full(len(start), block_size - 1), prefix_id=0, end_id=0, block_size=block_size,
-        blocks_per_step=blocks, seed=0,
-    )  # fmt: skip
+    ids = np.random.default_rng(0).integers(0, 256, (blocks * PROBE_STEPS + 1, block_size - 1))
+    documents = PackedDocuments.from_ids(list(ids), prefix_id=0, end_id=0)
+    sampler = BlockSampler(documents, block_size=block_size, blocks_per_step=blocks, seed=0)
     began = time.perf_counter()
     records = list(
         train_steps(

@@ -214,16 +214,10 @@ def assemble(config: TrainConfig, path: Path, prompts: GenerateConfig, resume: b
     loaded.model.train(config.dropout)
     if config.gradient_checkpointing:
         checkpoint_layers(loaded.model)
-    documents = store.documents("train")
-    blocks_per_step = config.batch_tokens // config.block_size
     sampler = BlockSampler(
-        store.tokens("train"),
-        documents.start,
-        documents.num_tokens,
-        prefix_id=store.prefix_id,
-        end_id=store.end_id,
+        store.packed("train"),
         block_size=config.block_size,
-        blocks_per_step=blocks_per_step,
+        blocks_per_step=config.batch_tokens // config.block_size,
         seed=config.seed,
     )
     lr = resolve_lr(config.lr, loaded.num_parameters)

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from cartilha.corpus.document import Document
 from cartilha.corpus.splits import SPLITS, Split
 from cartilha.tokens import store_checks
+from cartilha.tokens.packed import PackedDocuments
 from cartilha.tokens.tokenizer import TextTokenizer, load_tokenizer
 
 FORMAT_VERSION = 1
@@ -83,6 +84,11 @@ class TokenStore:
         names = list(DocumentTable.__dataclass_fields__)
         table = pq.read_table(self.path / f"{split}.documents.parquet", columns=names)
         return DocumentTable(**{name: table[name].to_numpy() for name in names})
+
+    def packed(self, split: Split) -> PackedDocuments:
+        """The split's documents for packing: their tokens, memory-mapped, with the store's prefix and end ids."""
+        table = self.documents(split)
+        return PackedDocuments(self.tokens(split), table.start, table.num_tokens, self.prefix_id, self.end_id)
 
     def labels(self, split: Split) -> dict[str, list[Any]]:
         """`doc_id`, `source`, `domain` and `text_hash` of the split's documents."""
