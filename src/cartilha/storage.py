@@ -28,6 +28,7 @@ from cartilha.errors import UserError
 
 log = logging.getLogger("cartilha")
 
+LFS_POINTER = re.compile(rb"version https://[^\n]+/spec/v\d+\s+(?:ext-.+\s+)*oid \w+:[0-9a-f]+\s+size (\d+)\r?\n?")
 MAX_JSON_BYTES = 64 * 2**20  # far above anything that is written here, far below any machine's memory
 
 # What the user's disk or path can be at fault for, and no mistake of ours.
@@ -306,6 +307,23 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def refuse_lfs_pointer(path: Path) -> None:
+    """Refuse the short text that Git leaves in place of a file that Git LFS has not fetched.
+
+    A file that is missing or cannot be read passes: whoever opens it says so.
+
+    Raises:
+        UserError: The file is such a pointer.
+    """
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        pointer = LFS_POINTER.fullmatch(file.read(1025))  # none is longer than 1024 bytes
+        if pointer:
+            raise UserError(
+                f"{path} is only a Git LFS pointer to the {int(pointer[1]):,} bytes of the file; run `git lfs pull` in"
+                " its folder, or download the file itself."
+            )
 
 
 def write_json(path: Path, value: Any) -> None:

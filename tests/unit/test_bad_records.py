@@ -212,6 +212,13 @@ def test_a_line_of_500_megabytes_takes_no_more_memory_than_the_limit(tmp_path):
 # NUL characters
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv", "a.parquet", "a.txt.gz", "a.jsonl.zst"])
+@pytest.mark.parametrize("on_error", ["stop", "skip"])
+def test_a_git_lfs_pointer_is_no_text(tmp_path, name, on_error):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0a" * 32 + "\nsize 1234567\n"
+    assert "git lfs pull" in complaint(write(tmp_path / name, pointer), on_error=on_error)
+
+
 def test_nul_characters_are_kept_and_counted(tmp_path):
     texts, counts = read(write(tmp_path / "a.txt", b"a\0b\num\n\0\n"))
     assert texts == ["a\0b", "um", "\0"] and counts.nul_documents == 2

@@ -25,12 +25,15 @@ from cartilha.storage import (
     new_file,
     read_json,
     read_sealed_json,
+    refuse_lfs_pointer,
     sweep_below,
     to_json,
     write_atomically,
     write_json,
     write_sealed_json,
 )
+
+LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0a" * 32 + "\nsize 1234567\n"
 
 # Files
 
@@ -180,6 +183,19 @@ def test_the_hash_of_a_file_is_that_of_its_bytes(tmp_path):
 
 
 # JSON
+
+
+@pytest.mark.parametrize("pointer", [LFS_POINTER, LFS_POINTER.replace("\n", "\r\n"), LFS_POINTER.strip()])
+def test_a_git_lfs_pointer_is_refused_and_what_only_looks_like_one_is_not(tmp_path, pointer):
+    path = tmp_path / "a.bin"
+    path.write_bytes(pointer.encode())
+    with pytest.raises(UserError, match=r"a\.bin is only a Git LFS pointer to the 1,234,567 bytes.*git lfs pull"):
+        refuse_lfs_pointer(path)
+    for other in ("", "version 2 da lei\n", pointer + "\nOutro texto.", pointer + "\n" * 1025):
+        path.write_text(other)
+        refuse_lfs_pointer(path)
+    refuse_lfs_pointer(tmp_path / "missing")  # whoever opens it says so
+    refuse_lfs_pointer(tmp_path)
 
 
 def strictly(text: str):

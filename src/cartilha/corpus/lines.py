@@ -20,6 +20,7 @@ from typing import IO, cast
 
 from cartilha.corpus.sources import SourceFile
 from cartilha.errors import UserError
+from cartilha.storage import refuse_lfs_pointer
 
 MARK_INVALID = "cartilha.mark"  # the name of the decoders' error handler below
 BLOCK_BYTES = 1 << 20
@@ -240,8 +241,9 @@ def open_file(source: SourceFile) -> IO[bytes]:
     Raises:
         EOFError: A compressed file is empty.
         OSError: It cannot be opened.
-        UserError: It is not the file that was found under this name.
+        UserError: It is only a Git LFS pointer to the file.
     """
+    refuse_lfs_pointer(source.path)
     if source.compression and source.size_bytes == 0:
         raise EOFError("the file is empty")  # gzip and Arrow would call it an empty text
     if source.compression == ".gz":
