@@ -11,12 +11,9 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from cartilha.tokens.byte_level import CHARACTER_BYTES
 from cartilha.tokens.tokenizer import TextTokenizer
 
-_PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
-# How byte-level BPE writes each byte as one character (GPT-2's table).
-_BYTES = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + i): byte for i, byte in enumerate(_OTHERS)}
 _UNSEEN = ("Cc", "Cf", "Co", "Cn", "Zl", "Zp")  # Unicode categories: controls, format marks, unassigned, separators
 
 
@@ -94,8 +91,8 @@ def token_bytes(token: str) -> bytes | None:
     byte = re.fullmatch(r"<0x([0-9A-F]{2})>", token)
     if byte is not None:
         return bytes([int(byte[1], 16)])
-    if token and all(character in _BYTES for character in token):
-        return bytes(_BYTES[character] for character in token)
+    if token and all(character in CHARACTER_BYTES for character in token):
+        return bytes(CHARACTER_BYTES[character] for character in token)
     return None
 
 

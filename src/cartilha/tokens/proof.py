@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from cartilha.tokens.byte_level import BYTE_CHARACTERS
 from cartilha.tokens.encoder import Encoder, Proof, cut
 from cartilha.tokens.text_counts import ranges
 from cartilha.tokens.tokenizer import TextTokenizer
@@ -97,7 +98,7 @@ def for_fast_path(whole_json: str, num_ids: int) -> tuple[str, bool]:
     whole["post_processor"] = None
     model = whole["model"]
     if model.get("type") == "BPE" and not model.get("byte_fallback") and isinstance(model["vocab"], dict):
-        lacking = [character for character in byte_characters() if character not in model["vocab"]]
+        lacking = [character for character in BYTE_CHARACTERS if character not in model["vocab"]]
         model["vocab"].update({character: num_ids + i for i, character in enumerate(lacking)})
     steps = (whole["pre_tokenizer"] or {}).get("pretokenizers", [])
     split_numbers = [step["type"] for step in steps] == ["Digits", "ByteLevel"] and steps[0]["individual_digits"]
@@ -106,13 +107,6 @@ def for_fast_path(whole_json: str, num_ids: int) -> tuple[str, bool]:
     if split_numbers:
         whole["pre_tokenizer"] = steps[1]
     return json.dumps(whole), split_numbers
-
-
-def byte_characters() -> list[str]:
-    """The printable characters that byte-level BPE (GPT-2's) writes the bytes 0 to 255 as."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    shifted = (256 + i for i in range(256))
-    return [chr(byte) if byte in printable else chr(next(shifted)) for byte in range(256)]
 
 
 def _with_literal_tokens(tokenizer: TextTokenizer) -> list[str]:

@@ -21,6 +21,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from cartilha.errors import UserError
 from cartilha.storage import new_directory, write_json
+from cartilha.tokens.byte_level import CHARACTER_BYTES
 from cartilha.tokens.sources import TOKENIZER_FILES, ModelSource, conversion_directory, download, resolve_model
 
 log = logging.getLogger("cartilha")
@@ -269,11 +270,7 @@ def _through_transformers(ref: str, directory: Path) -> TextTokenizer:
 
 def byte_tokenizer() -> TextTokenizer:
     """The tokenizer of `random:tiny`: ids 0 to 255 are the bytes, then `<s>`, `</s>` and `<pad>`; no merges."""
-    # Byte-level BPE writes each byte as one printable character; these are GPT-2's, in the order of the bytes.
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    shifted = (256 + i for i in range(256))
-    characters = [chr(byte) if byte in printable else chr(next(shifted)) for byte in range(256)]
-    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(characters)}, merges=[]))
+    backend = Tokenizer(models.BPE(vocab=dict(CHARACTER_BYTES), merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in ("<s>", "</s>", "<pad>")])
