@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from cartilha.corpus.readers import ReadCounts, read_documents
+from cartilha.corpus.readers import ReadCounts, ReadSettings, read_documents
 
 # Lone surrogates cannot be written as UTF-8. The characters that others take for the end of a line come often.
 CHARACTERS = st.one_of(
@@ -80,5 +80,5 @@ def test_any_bytes_are_replaced_as_python_replaces_them(tmp_path: Path, data: by
     path.write_bytes(b"x\n".decode().encode(encoding) + data)
     expected = ("x\n".encode(encoding) + data).decode(encoding, "replace").split("\n")
     lines = [line.removesuffix("\r") for line in expected[:-1]] + expected[-1:]
-    read = read_documents([str(path)], encoding=encoding, invalid_bytes="replace")
+    read = read_documents([str(path)], ReadSettings(encoding=encoding, invalid_bytes="replace"))
     assert [document.text for document in read] == [line for line in lines if line and not line.isspace()]

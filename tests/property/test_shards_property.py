@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cartilha.corpus import shards as module
+from cartilha.corpus import plain_text
 from cartilha.corpus.readers import ReadCounts, ReadSettings, read_documents, resolve_inputs
 from cartilha.corpus.shards import read_shard, shards, shuffled
 
@@ -23,7 +23,7 @@ LINES = st.lists(st.sampled_from(["", "a", "ção", "é\r", "\u2028", "um texto 
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(texts=LINES, target=st.integers(1, 60), count_bytes=st.integers(1, 50), ends=st.booleans())
 def test_shards_give_what_the_whole_gives(tmp_path: Path, monkeypatch, kind, texts, target, count_bytes, ends):
-    monkeypatch.setattr(module, "COUNT_BYTES", count_bytes)
+    monkeypatch.setattr(plain_text, "COUNT_BYTES", count_bytes)
     path = tmp_path / f"a{kind}"
     if kind == ".parquet":
         pq.write_table(pa.table({"text": pa.array(texts, pa.string())}), path, row_group_size=2)

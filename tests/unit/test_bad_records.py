@@ -23,7 +23,7 @@ from cartilha.errors import HubUnreachableError, UserError
 
 def read(*paths: Path, **options) -> tuple[list[str], ReadCounts]:
     counts = ReadCounts()
-    documents = read_documents([str(path) for path in paths], counts=counts, **options)
+    documents = read_documents([str(path) for path in paths], ReadSettings(**options), counts=counts)
     return [document.text for document in documents], counts
 
 
@@ -264,7 +264,7 @@ def test_a_file_may_be_one_document(tmp_path):
     write(folder / "sub" / "a.txt.gz", gzip.compress("três\n".encode()))
     write(folder / "vazio.txt", "\n\n")
     write(folder / "c.jsonl", '{"text": "quatro"}\n{"text": "cinco"}\n')
-    documents = list(read_documents([str(folder)], text_unit="file"))
+    documents = list(read_documents([str(folder)], ReadSettings(text_unit="file")))
     assert [(d.text, d.id) for d in documents] == [
         ("um\r\ndois\n\n", "b.txt:1"),
         ("quatro", "c.jsonl:1"),
@@ -290,7 +290,7 @@ def test_the_hub_that_stops_half_way_is_named_with_its_row(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", module)
     for on_error in ("stop", "skip"):  # what is missing cannot be counted
         with pytest.raises(HubUnreachableError, match=r"hf:org/nome .* after row 2 .*reset by peer.*run the same"):
-            list(read_documents(["hf:org/nome"], on_error=on_error))
+            list(read_documents(["hf:org/nome"], ReadSettings(on_error=on_error)))
 
 
 def test_a_dataset_of_several_files_is_streamed_file_by_file(tmp_path):

@@ -17,8 +17,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cartilha.corpus import formats, primer
-from cartilha.corpus.readers import HubSource, PrimerSource, ReadCounts, SourceFile, read_documents, resolve_inputs
+from cartilha.corpus import primer, tables
+from cartilha.corpus.readers import (
+    HubSource,
+    PrimerSource,
+    ReadCounts,
+    ReadSettings,
+    SourceFile,
+    read_documents,
+    resolve_inputs,
+)
 from cartilha.errors import HubUnreachableError, UserError
 
 
@@ -26,8 +34,11 @@ def zstd(data: bytes) -> bytes:
     return pa.Codec("zstd").compress(data, asbytes=True)
 
 
-def texts(*refs: Path | str, **options) -> list[str]:
-    return [document.text for document in read_documents([str(ref) for ref in refs], **options)]
+def texts(*refs: Path | str, limit_documents=None, counts=None, **options) -> list[str]:
+    documents = read_documents(
+        [str(ref) for ref in refs], ReadSettings(**options), limit_documents=limit_documents, counts=counts
+    )
+    return [document.text for document in documents]
 
 
 def complaint(*refs: Path | str, **options) -> str:
@@ -195,7 +206,7 @@ def test_ids_and_domains_of_records(tmp_path):
 
 def test_text_column_is_not_taken_for_a_label(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", {"source": "o texto"})
-    (document,) = read_documents([str(path)], text_column="source")
+    (document,) = read_documents([str(path)], ReadSettings(text_column="source"))
     assert (document.text, document.domain) == ("o texto", "a")
 
 
@@ -226,7 +237,7 @@ def test_tsv_and_a_very_long_field(tmp_path):
 
 
 def test_parquet_types_nulls_and_batches(tmp_path, monkeypatch):
-    monkeypatch.setattr(formats, "PARQUET_BATCH_ROWS", 2)
+    monkeypatch.setattr(tables, "PARQUET_BATCH_ROWS", 2)
     read: list[list[str]] = []
     original = pq.ParquetFile.iter_batches
     monkeypatch.setattr(

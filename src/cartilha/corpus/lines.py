@@ -1,4 +1,4 @@
-"""Files to lines of text: decompressed, decoded, and split at line feeds only, a block at a time.
+"""Files to lines of text: decoded and split at line feeds only, a block at a time.
 
 Bytes that the encoding does not allow become a `Fault` with line and offset, or are kept as marks: the decoder puts a
 lone surrogate, which no valid text contains, in their place, so that a record is taken apart before its text is judged.
@@ -8,19 +8,14 @@ Memory is bounded by `MAX_DOCUMENT_BYTES` whatever the lengths of the lines.
 from __future__ import annotations
 
 import codecs
-import gzip
 import io
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import IO, cast
+from typing import IO
 
-from cartilha.corpus.sources import SourceFile
+from cartilha.corpus.files import SourceFile, open_file
 from cartilha.errors import UserError
-from cartilha.storage import refuse_lfs_pointer
 
 MARK_INVALID = "cartilha.mark"  # the name of the decoders' error handler below
 BLOCK_BYTES = 1 << 20
@@ -233,53 +228,3 @@ def judged(line: str, number: int, source: SourceFile, encoding: str) -> str | F
         f" valid {encoding}; say what the file is written in (--encoding latin-1, say), put U+FFFD in the place of"
         " such bytes by --invalid_bytes replace, or leave such records out by --on_error skip.",
     )
-
-
-def open_file(source: SourceFile) -> IO[bytes]:
-    """The file's bytes, decompressed.
-
-    Raises:
-        EOFError: A compressed file is empty.
-        OSError: It cannot be opened.
-        UserError: It is only a Git LFS pointer to the file.
-    """
-    refuse_lfs_pointer(source.path)
-    if source.compression and source.size_bytes == 0:
-        raise EOFError("the file is empty")  # gzip and Arrow would call it an empty text
-    if source.compression == ".gz":
-        return cast(IO[bytes], gzip.open(source.path, "rb"))
-    if source.compression == ".zst":
-        import pyarrow as pa
-
-        return cast(IO[bytes], pa.input_stream(str(source.path), compression="zstd"))
-    return source.path.open("rb")
-
-
-def refuse_changed(source: SourceFile) -> None:
-    """Compare size and time of change with what they were when the file was found.
-
-    Raises:
-        UserError: They differ.
-    """
-    try:
-        status = source.path.stat()
-    except OSError as error:
-        raise UserError(f"{source.path} cannot be read ({error.strerror}); check the file and the disk.") from error
-    if (status.st_size, status.st_mtime_ns) != (source.size_bytes, source.modified_ns):
-        raise UserError(
-            f"{source.path} changed while it was read (from {source.size_bytes:,} to {status.st_size:,} bytes); wait"
-            " until it is complete and run the same command again."
-        )
-
-
-@contextmanager
-def open_seekable(source: SourceFile) -> Iterator[IO[bytes]]:
-    """The file's plain bytes with a way back, which Parquet needs: a compressed one is unpacked on the disk first."""
-    with open_file(source) as stream:
-        if not source.compression:
-            yield stream
-            return
-        with tempfile.TemporaryFile() as unpacked:
-            shutil.copyfileobj(stream, unpacked)
-            unpacked.seek(0)
-            yield unpacked

@@ -1,4 +1,4 @@
-"""REFs to documents: `.txt`, `.jsonl`, `.csv` and `.parquet`, plain or compressed, the hub and the primer.
+"""REFs to documents: files of any of the `formats`, the hub and the primer.
 
     REFs -> resolve_inputs -> pieces of sources (shards) -> a reader for each format: (number, record) -> Document
 
@@ -13,15 +13,17 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Literal
+from typing import Any
 
 from cartilha.corpus import lines
 from cartilha.corpus.document import Document
-from cartilha.corpus.formats import DOMAIN_KEYS, Numbered, Part, missing_column, read_records
+from cartilha.corpus.files import SourceFile, refuse_changed
+from cartilha.corpus.formats import format_of, read_records
 from cartilha.corpus.hub import read_hub
-from cartilha.corpus.lines import Fault, known_encoding, refuse_changed, too_long, without_surrogates
+from cartilha.corpus.lines import Fault, too_long, without_surrogates
 from cartilha.corpus.primer import read_primer
-from cartilha.corpus.sources import HubSource, PrimerSource, Source, SourceFile, resolve_inputs
+from cartilha.corpus.records import DOMAIN_KEYS, JoinedLines, Numbered, Part, ReadSettings, missing_column
+from cartilha.corpus.sources import HubSource, PrimerSource, Source, resolve_inputs
 from cartilha.errors import UserError
 
 __all__ = [
@@ -38,32 +40,6 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class ReadSettings:
-    """How records become documents.
-
-    Attributes:
-        text_column: Key or column that holds the text, where records have keys.
-        encoding: Of `.txt`, `.jsonl` and `.csv` files; any of the names that Python knows it by.
-        invalid_bytes: `replace` puts U+FFFD for bytes that the encoding does not allow and for half surrogate pairs in
-            JSON, and counts the documents; with `stop` they are a fault like others.
-        on_error: `stop` at the first faulty record, or `skip` it and count it by its reason.
-        text_unit: Whether a `.txt` file is a document a `line` or one document (`file`).
-
-    Raises:
-        UserError: There is no such encoding.
-    """
-
-    text_column: str = "text"
-    encoding: str = "utf-8"
-    invalid_bytes: Literal["stop", "replace"] = "stop"
-    on_error: Literal["stop", "skip"] = "stop"
-    text_unit: Literal["line", "file"] = "line"
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "encoding", known_encoding(self.encoding))
-
-
 @dataclass
 class ReadCounts:
     """What was read so far; filled while documents are consumed.
@@ -73,6 +49,8 @@ class ReadCounts:
         empty: Records left out because their text is missing (null), empty or only whitespace.
         replaced_bytes_documents: Documents in whose text invalid bytes became U+FFFD.
         nul_documents: Documents that hold NUL characters, which are kept.
+        joined_rows: Rows of CSV and TSV whose quotes joined several lines.
+        first_joined: Where the first of them is.
         skipped: Faulty records left out, by reason; `damaged_file` stands for the rest of a file.
         first_skipped: The message of the first one of each reason.
     """
@@ -81,6 +59,8 @@ class ReadCounts:
     empty: int = 0
     replaced_bytes_documents: int = 0
     nul_documents: int = 0
+    joined_rows: int = 0
+    first_joined: str = ""
     skipped: Counter[str] = field(default_factory=Counter)
     first_skipped: dict[str, str] = field(default_factory=dict)
 
@@ -90,6 +70,8 @@ class ReadCounts:
         self.empty += other.empty
         self.replaced_bytes_documents += other.replaced_bytes_documents
         self.nul_documents += other.nul_documents
+        self.joined_rows += other.joined_rows
+        self.first_joined = self.first_joined or other.first_joined
         self.skipped.update(other.skipped)
         self.first_skipped = other.first_skipped | self.first_skipped
 
@@ -126,12 +108,8 @@ class _Origin:
 
 def read_documents(
     refs: Sequence[str | Source],
+    settings: ReadSettings | None = None,
     *,
-    text_column: str = "text",
-    encoding: str = "utf-8",
-    invalid_bytes: Literal["stop", "replace"] = "stop",
-    on_error: Literal["stop", "skip"] = "stop",
-    text_unit: Literal["line", "file"] = "line",
     limit_documents: int | None = None,
     counts: ReadCounts | None = None,
 ) -> Iterator[Document]:
@@ -142,11 +120,7 @@ def read_documents(
 
     Args:
         refs: What to read (`resolve_inputs`).
-        text_column: As in `ReadSettings`, like the next four.
-        encoding: The same.
-        invalid_bytes: The same.
-        on_error: The same.
-        text_unit: The same.
+        settings: How; default `ReadSettings()`.
         limit_documents: Stop after this many documents.
         counts: Filled as documents are read.
 
@@ -155,10 +129,10 @@ def read_documents(
     """
     if limit_documents is not None and limit_documents < 1:
         raise UserError(f"--limit_documents is {limit_documents}; give 1 or more, or leave it out to read everything.")
-    settings = ReadSettings(text_column, encoding, invalid_bytes, on_error, text_unit)
+    reading = settings or ReadSettings()
     pieces = [Piece(source) for source in resolve_inputs(refs)]
     found = ReadCounts() if counts is None else counts
-    documents = (document for piece in pieces for document in read_piece(piece, settings, found))
+    documents = (document for piece in pieces for document in read_piece(piece, reading, found))
     return islice(documents, limit_documents)
 
 
@@ -201,9 +175,7 @@ def _open(piece: Piece, settings: ReadSettings) -> tuple[_Origin, Numbered]:
         origin = _Origin(source.label, source.label, f"hf:{source.label}", "row")
         return origin, read_hub(source, piece.begin, piece.end)
     assert isinstance(source, SourceFile)
-    marks = settings.invalid_bytes == "replace"
-    whole = settings.text_unit == "file"
-    part = Part(source, piece.begin, piece.end, piece.first, settings.text_column, settings.encoding, marks, whole)
+    part = Part(source, piece.begin, piece.end, piece.first, format_of(source).unit, settings)
     # Names that are not valid UTF-8 come with surrogates from the file system.
     origin = _Origin(without_surrogates(source.path.name), without_surrogates(source.stem), str(source.path), part.unit)
     return origin, read_records(part)
@@ -218,6 +190,9 @@ def _document(
         labels: Mapping[str, Any] = {}
     elif settings.text_column in record:
         text, labels = record[settings.text_column], record
+        if isinstance(record, JoinedLines):
+            counts.joined_rows += 1
+            counts.first_joined = counts.first_joined or origin.at(number)
     else:
         return missing_column(origin.at(number), settings.text_column, list(record))
     if text is None or (isinstance(text, str) and (not text or text.isspace())):

@@ -1,8 +1,8 @@
 """Sources cut into shards of about equal size, so that several processes read them, one big file included.
 
 A shard is a pure description: any process that sees the same files reads the same documents from it, with the ids and
-messages that reading the whole gives, whatever the number of shards. Text files are cut at line feeds, Parquet at row
-groups, the hub's datasets at their data files. What cannot be cut (a compressed file, CSV, encodings such as UTF-16) is
+messages that reading the whole gives, whatever the number of shards. Where a file can be cut is its format's to say;
+the hub's datasets are cut at their data files. What cannot be cut (a compressed file, CSV, encodings such as UTF-16) is
 one piece; small files share a shard.
 """
 
@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from random import Random
 
 from cartilha.corpus.document import Document
-from cartilha.corpus.formats import row_group_sizes
+from cartilha.corpus.files import SourceFile
+from cartilha.corpus.formats import spans
 from cartilha.corpus.hub import num_data_files
-from cartilha.corpus.lines import can_be_cut
-from cartilha.corpus.readers import Piece, ReadCounts, ReadSettings, read_piece
-from cartilha.corpus.sources import HubSource, Source, SourceFile
+from cartilha.corpus.readers import Piece, ReadCounts, read_piece
+from cartilha.corpus.records import ReadSettings
+from cartilha.corpus.sources import HubSource, Source
 
-COUNT_BYTES = 4 << 20
 HUB_FILE_BYTES = 1 << 40  # unknown, and enough to be a shard by itself
 
 
@@ -91,46 +91,5 @@ def _pieces(sources: Iterable[Source], settings: ReadSettings, target_bytes: int
             yield from ((Piece(source, number, number + 1), HUB_FILE_BYTES) for number in range(num_data_files(source)))
         elif not isinstance(source, SourceFile):
             yield Piece(source), 0
-        elif source.compression or source.size_bytes <= target_bytes:
-            yield Piece(source), source.size_bytes
-        elif source.format == ".parquet":
-            yield from _row_groups(source, target_bytes)
-        elif source.format in (".jsonl", ".ndjson") or (source.format == ".txt" and settings.text_unit == "line"):
-            yield from _line_ranges(source, settings, target_bytes)
         else:
-            yield Piece(source), source.size_bytes
-
-
-def _row_groups(source: SourceFile, target_bytes: int) -> Iterator[tuple[Piece, int]]:
-    begin, first, rows, held = 0, 1, 0, 0
-    groups = row_group_sizes(source)
-    for number, (num_rows, num_bytes) in enumerate(groups):
-        if number > begin and held + num_bytes > target_bytes:
-            yield Piece(source, begin, number, first), held
-            begin, first, rows, held = number, first + rows, 0, 0
-        rows += num_rows
-        held += num_bytes
-    # A file that cannot be read says so when it is reached.
-    yield Piece(source, begin, len(groups) or None, first), held or source.size_bytes
-
-
-def _line_ranges(source: SourceFile, settings: ReadSettings, target_bytes: int) -> Iterator[tuple[Piece, int]]:
-    if not can_be_cut(settings.encoding):
-        yield Piece(source), source.size_bytes
-        return
-    begin, first, position, num_lines = 0, 1, 0, 0  # `num_lines` from `begin` up to `position`
-    with source.path.open("rb") as stream:
-        while block := stream.read(COUNT_BYTES):
-            offset = 0
-            while True:
-                # The first line feed at or beyond the target ends the piece.
-                start = max(offset, begin + target_bytes - 1 - position)
-                cut = block.find(b"\n", start) + 1 if start < len(block) else 0
-                if not cut or position + cut >= source.size_bytes:
-                    break
-                num_lines += block.count(b"\n", offset, cut)
-                yield Piece(source, begin, position + cut, first), position + cut - begin
-                begin, first, num_lines, offset = position + cut, first + num_lines, 0, cut
-            num_lines += block.count(b"\n", offset)
-            position += len(block)
-    yield Piece(source, begin, None if begin == 0 else source.size_bytes, first), source.size_bytes - begin
+            yield from ((Piece(source, *span[:3]), span.num_bytes) for span in spans(source, settings, target_bytes))

@@ -11,44 +11,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cartilha.corpus.files import SourceFile
+from cartilha.corpus.formats import READABLE, is_readable
 from cartilha.corpus.primer import primer_sha256
 from cartilha.errors import UserError
 
 log = logging.getLogger("cartilha")
-
-FORMATS = (".txt", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
-COMPRESSIONS = (".gz", ".zst")
-READABLE = f"{', '.join(FORMATS)}, and {' or '.join(COMPRESSIONS)} of them"
-
-
-@dataclass(frozen=True)
-class SourceFile:
-    """A file to read; size and time of change tell a store whether its input is still the same.
-
-    Attributes:
-        path: As it was given or found.
-        size_bytes: Its size on the disk, compressed or not.
-        modified_ns: Its time of change, in nanoseconds since the epoch.
-    """
-
-    path: Path
-    size_bytes: int
-    modified_ns: int
-
-    @property
-    def format(self) -> str:
-        """The suffix that says how to read it, in lower case and without the compression: one of `FORMATS`."""
-        return _split_name(self.path.name)[1]
-
-    @property
-    def compression(self) -> str:
-        """`.gz`, `.zst`, or nothing."""
-        return _split_name(self.path.name)[2]
-
-    @property
-    def stem(self) -> str:
-        """The file's name without the suffixes that were understood."""
-        return _split_name(self.path.name)[0]
 
 
 @dataclass(frozen=True)
@@ -137,7 +105,7 @@ def _status(ref: str) -> os.stat_result | None:
 
 
 def _file(path: str) -> SourceFile:
-    if not _split_name(os.path.basename(path))[1]:
+    if not is_readable(path):
         raise UserError(f"{path} is of a kind that is not read; rename or convert it to one of {READABLE}.")
     status = _status(path)
     if status is None:
@@ -146,7 +114,7 @@ def _file(path: str) -> SourceFile:
 
 
 def _folder(folder: str) -> list[Source]:
-    files = sorted((path for path in _walk(folder) if _split_name(os.path.basename(path))[1]), key=_in_order)
+    files = sorted((path for path in _walk(folder) if is_readable(path)), key=_in_order)
     if not files:
         raise UserError(f"The folder {folder} holds no file that can be read; give one with {READABLE}.")
     return [_file(path) for path in files]
@@ -166,15 +134,6 @@ def _walk(folder: str) -> Iterator[str]:
 def _in_order(path: str) -> tuple[str, ...]:
     """Sorts alike on every system, and a folder's files together."""
     return Path(path).parts
-
-
-def _split_name(name: str) -> tuple[str, str, str]:
-    """A file name as stem, format and compression; the format is empty where it is none of `FORMATS`."""
-    stem, compression = os.path.splitext(name)
-    if compression.lower() not in COMPRESSIONS:
-        stem, compression = name, ""
-    stem, kind = os.path.splitext(stem)
-    return (stem, kind.lower(), compression.lower()) if kind.lower() in FORMATS else (name, "", "")
 
 
 def _remedy(ref: str) -> str:

@@ -14,6 +14,7 @@ from cartilha.config import CompareConfig, EvaluateConfig
 from cartilha.corpus.document import Document
 from cartilha.corpus.near_duplicates import has_near_duplicate
 from cartilha.corpus.readers import read_documents
+from cartilha.corpus.records import ReadSettings
 from cartilha.errors import UserError
 from cartilha.evaluation.baselines import (
     MAX_PRIME_BYTES,
@@ -51,13 +52,7 @@ class HeldOut:
         """The documents, in order, streamed."""
         config = self.config
         if self.split is None:
-            return read_documents(
-                config.input,
-                text_column=config.text_column,
-                encoding=config.encoding if isinstance(config, EvaluateConfig) else "utf-8",
-                invalid_bytes=config.invalid_bytes if isinstance(config, EvaluateConfig) else "stop",
-                limit_documents=config.limit_documents,
-            )
+            return read_documents(config.input, ReadSettings.of(config), limit_documents=config.limit_documents)
         assert self.store is not None
         return islice(self.store.read_documents(self.split), config.limit_documents)
 

@@ -22,9 +22,11 @@ import numpy as np
 
 from cartilha.config import PrepareConfig
 from cartilha.console import Advance, progress
+from cartilha.corpus.files import SourceFile
+from cartilha.corpus.formats import expansion
 from cartilha.corpus.readers import Piece, ReadCounts, read_piece
 from cartilha.corpus.shards import Shard, shards, shuffled
-from cartilha.corpus.sources import HubSource, SourceFile
+from cartilha.corpus.sources import HubSource
 from cartilha.corpus.splits import SPLITS, Split
 from cartilha.errors import UserError
 from cartilha.preparation.assembly import Sides, decide, load_corpus, write_rejects, write_sides
@@ -46,8 +48,6 @@ SHARD_BYTES = 16 << 20
 SHUFFLED_BYTES = 1 << 20
 INLINE_BYTES = 4 << 20  # less than this is done before processes have begun
 PROOF_DOCUMENTS = 2000
-# Text bytes in a byte of a file, for the disk preflight only.
-UNPACKED = {".gz": 4.0, ".zst": 4.0, ".parquet": 3.0}
 COMPRESSED_TEXT = 0.5  # zstd's share, on the safe side
 CLUSTER_MEMORY_BYTES = 512 << 20
 
@@ -264,9 +264,8 @@ def _check_space(work: Path, tasks: list[ShardTask], sample: list[str], encoder:
     for task in tasks:
         if done_result(task) is None:
             for piece in task.shard.pieces:
-                source = piece.source
-                suffix = (source.compression or source.format) if isinstance(source, SourceFile) else ""
-                text_bytes += UNPACKED.get(suffix, 1.0) * task.shard.num_bytes / len(task.shard.pieces)
+                share = task.shard.num_bytes / len(task.shard.pieces)
+                text_bytes += share * (expansion(piece.source) if isinstance(piece.source, SourceFile) else 1.0)
     kept = min(1.0, settings.keep_texts_below)
     each = ids_a_byte * np.dtype(settings.dtype).itemsize + kept * COMPRESSED_TEXT
     require_space(work, 2 * each * text_bytes)

@@ -13,6 +13,7 @@ from cartilha.console import progress
 from cartilha.corpus.document import Document
 from cartilha.corpus.english import english_sample
 from cartilha.corpus.readers import read_documents
+from cartilha.corpus.records import ReadSettings
 from cartilha.corpus.splits import choose_split
 from cartilha.errors import UserError
 from cartilha.model.embeddings import ModelShape, model_shape
@@ -122,7 +123,7 @@ def _read(config: VocabConfig, tokenizer: TextTokenizer) -> _Text:
 
 
 def _documents(config: VocabConfig) -> Iterator[Document]:
-    return read_documents(config.input, text_column=config.text_column, limit_documents=config.limit_documents)
+    return read_documents(config.input, ReadSettings.of(config), limit_documents=config.limit_documents)
 
 
 def why_not_extendable(tokenizer: TextTokenizer, name: str) -> str | None:

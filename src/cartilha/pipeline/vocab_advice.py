@@ -17,6 +17,7 @@ from typing import Any, Literal
 from cartilha.config import CompareConfig, EvaluateConfig, PrepareConfig, TrainConfig, VocabConfig
 from cartilha.corpus.english import english_sample
 from cartilha.corpus.readers import read_documents
+from cartilha.corpus.records import ReadSettings
 from cartilha.errors import UserError
 from cartilha.pipeline.compare import compare
 from cartilha.pipeline.evaluate import evaluate
@@ -103,7 +104,7 @@ def _work_directory(config: VocabConfig) -> Iterator[Path]:
 
 def _sample_size(config: VocabConfig) -> int:
     """Documents of the sample: the first ones, up to some megabytes of text."""
-    documents = read_documents(config.input, text_column=config.text_column, limit_documents=config.limit_documents)
+    documents = read_documents(config.input, ReadSettings.of(config), limit_documents=config.limit_documents)
     num_documents = num_chars = 0
     for document in documents:
         num_documents += 1

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from cartilha.config import PrepareConfig
-from cartilha.corpus.sources import PrimerSource, Source, SourceFile
+from cartilha.corpus.files import SourceFile
+from cartilha.corpus.sources import PrimerSource, Source
 from cartilha.errors import UserError
 from cartilha.storage import file_sha256
 from cartilha.tokens.store import TokenStore

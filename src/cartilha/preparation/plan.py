@@ -10,7 +10,7 @@ import numpy as np
 
 from cartilha.config import PrepareConfig
 from cartilha.corpus.cleaning import WEB_STEPS, CleaningSettings, make_cleaner
-from cartilha.corpus.readers import ReadSettings
+from cartilha.corpus.records import ReadSettings
 from cartilha.corpus.sources import Source, resolve_inputs
 from cartilha.corpus.splits import SplitRule
 from cartilha.errors import UserError
@@ -57,7 +57,7 @@ def plan(config: PrepareConfig) -> Plan:
     if not config.output:
         raise UserError("There is no place for the store; name a directory with --output.")
     rule = SplitRule(config.validation_fraction, config.validation_documents, config.validation_first, config.seed)
-    reading = ReadSettings(config.text_column, config.encoding, config.invalid_bytes, config.on_error, config.text_unit)
+    reading = ReadSettings.of(config)
     if config.limit_documents is not None and config.limit_documents < 1:
         raise UserError(
             f"--limit_documents is {config.limit_documents}; give 1 or more, or leave it out to read everything."

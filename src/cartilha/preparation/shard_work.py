@@ -30,7 +30,8 @@ import pyarrow as pa
 
 from cartilha.corpus.cleaning import CleaningSettings, Rejected, make_cleaner
 from cartilha.corpus.document import Document
-from cartilha.corpus.readers import ReadCounts, ReadSettings, read_piece
+from cartilha.corpus.readers import ReadCounts, read_piece
+from cartilha.corpus.records import ReadSettings
 from cartilha.corpus.shards import Shard
 from cartilha.corpus.signatures import save_signatures, signatures
 from cartilha.corpus.splits import split_position

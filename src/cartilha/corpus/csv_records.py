@@ -1,0 +1,171 @@
+"""CSV and TSV: what parts the fields, whether quotes enclose them, and rows that quotes join out of several lines."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterator
+from functools import partial
+
+from cartilha.corpus import lines
+from cartilha.corpus.lines import Fault, too_long
+from cartilha.corpus.records import JoinedLines, Numbered, Part, missing_column
+
+HEAD_CHARS = 4 << 20  # of a file, in which its way of quoting must show
+
+_QUOTED_FIELD = re.compile(r'"(?:[^"]|"")*"')
+
+
+class _CsvLines:
+    """Feeds a CSV parser and remembers the lines of the record that it is in, so that it can begin again after one.
+
+    A quote that is never closed swallows the lines up to the next quote. Where such a record is left out, only its
+    first line is: the parser begins again with the second.
+    """
+
+    def __init__(self, part: Part) -> None:
+        self._part = part
+        self._lines = part.lines(marks=True)
+        self._again: list[str] = []
+        self._held: list[str] = []
+        self._held_chars = 0
+        self.first_line = self.line = 0
+        self.fault: Fault | None = None  # of the bytes of this record
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        if self._again:
+            line = self._again.pop()
+        else:
+            _, read = next(self._lines)
+            line = "" if isinstance(read, Fault) else read
+            self._held_chars += lines.MAX_DOCUMENT_BYTES + 1 if isinstance(read, Fault) else len(line)
+        self.line += 1
+        self._held.append(line)
+        if self._held_chars > lines.MAX_DOCUMENT_BYTES:
+            raise _TooLongError
+        if not self._part.marks and self.fault is None:
+            judged = lines.judged(line, self.line, self._part.source, self._part.settings.encoding)
+            self.fault = judged if isinstance(judged, Fault) else None
+        return line
+
+    def next_record(self) -> None:
+        """A record was read: what follows is another."""
+        self._held.clear()
+        self._held_chars = 0
+        self.fault = None
+        self.first_line = self.line + 1
+
+    def begin_again(self) -> None:
+        """Take the lines after the faulty record's first once more."""
+        self.line -= len(self._held) - 1
+        self._again += reversed(self._held[1:])
+        self.next_record()
+
+
+class _TooLongError(Exception):
+    """A record is longer than any document."""
+
+
+def read_csv(part: Part) -> Numbered:
+    """The rows of a file with a header."""
+    csv.field_size_limit(lines.MAX_DOCUMENT_BYTES)
+    feed = _CsvLines(part)
+    delimiter = _delimiter(part)
+    if quotes_are_plain(part):
+        rows: Iterator[list[str]] = map(partial(_split, delimiter), feed)  # a `map` goes on after an exception
+    else:
+        rows = csv.reader(feed, delimiter=delimiter, strict=True)
+    text_column = part.settings.text_column
+    header: list[str] | None = None
+    number = -1
+    while True:
+        number += 1
+        feed.next_record()
+        try:
+            row = next(rows, None)
+        except csv.Error as error:
+            yield number, _broken_csv(part, number, feed, str(error))
+            feed.begin_again()
+            continue
+        except _TooLongError:
+            yield number, too_long(part.at(number))
+            feed.begin_again()
+            continue
+        if feed.fault:
+            yield number, feed.fault
+        elif header is None:
+            header = [lines.without_surrogates(name) for name in row or []]
+            fault = missing_column(f"{part.source.path}, header", text_column, header)
+            if fault:
+                yield 0, fault
+                return
+        elif row is None:
+            return
+        elif row and len(row) != len(header):
+            yield number, _broken_csv(part, number, feed, f"{len(row)} fields where the header has {len(header)}")
+            feed.begin_again()
+        elif not row:
+            yield number, {text_column: None}
+        else:
+            record = dict(zip(header, row, strict=True))
+            yield number, record if feed.line == feed.first_line else JoinedLines(record)
+
+
+def _split(delimiter: str, line: str) -> list[str]:
+    text = line.rstrip("\r\n")
+    return text.split(delimiter) if text else []
+
+
+def _delimiter(part: Part) -> str:
+    """What is asked for; else a tab in `.tsv`, and in `.csv` the first sign that gives the header the text's column.
+
+    Spreadsheets write semicolons where the comma is decimal.
+    """
+    if part.settings.csv_delimiter != "auto":
+        return part.settings.csv_delimiter
+    if part.source.format == ".tsv":
+        return "\t"
+    _, header = next(part.lines(marks=True), (1, ""))
+    for sign in ",;\t|":
+        if isinstance(header, str) and part.settings.text_column in next(csv.reader([header], delimiter=sign), []):
+            return sign
+    return ","
+
+
+def quotes_are_plain(part: Part) -> bool:
+    """Whether quotes are characters like others, told from the head of a file where `csv_quoting` is `auto`.
+
+    TSV is written both ways. It is without quoting where more lines that have the header's number of fields hold a
+    field that only begins with a quote than there are lines with another number. A quoted field that holds a line
+    break makes at least one such line. A single column, and fields parted by other signs, are taken as quoted.
+    """
+    if part.settings.csv_quoting != "auto":
+        return part.settings.csv_quoting == "none"
+    delimiter = _delimiter(part)
+    if delimiter != "\t":
+        return False
+    width = num_chars = evidence = 0
+    for _, line in part.lines(marks=True):
+        fields = _split(delimiter, line) if isinstance(line, str) else []
+        width = width or len(fields)
+        if len(fields) == width:
+            evidence += any(field.startswith('"') and not _QUOTED_FIELD.fullmatch(field) for field in fields)
+        elif fields:
+            evidence -= 1
+        num_chars += len(line) if isinstance(line, str) else HEAD_CHARS
+        if num_chars > HEAD_CHARS:
+            break
+    return width > 1 and evidence > 0
+
+
+def _broken_csv(part: Part, number: int, feed: _CsvLines, reason: str) -> Fault:
+    place = f"line {feed.first_line}" if feed.line == feed.first_line else f"lines {feed.first_line} to {feed.line}"
+    return Fault(
+        "broken_csv",
+        f"{part.at(number)} ({place}): broken CSV ({reason}); look for a stray or unclosed quote there: put quotes"
+        ' around fields that hold a comma, a tab or a line break, and write a quote inside them twice (""),'
+        " say --csv_quoting none where quotes are plain characters, or leave such records out by --on_error skip.",
+    )

@@ -1,0 +1,100 @@
+"""Plain text: a document a line, a paragraph or a file; and where files of lines can be cut."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from cartilha.corpus import lines
+from cartilha.corpus.files import SourceFile
+from cartilha.corpus.lines import Fault, can_be_cut, too_long
+from cartilha.corpus.records import Numbered, Part, ReadSettings, Span
+
+COUNT_BYTES = 4 << 20
+
+_LINE_END = re.compile(rb"\n")
+_EMPTY_LINE = re.compile(rb"\n[ \t\r]*\n")
+
+
+def read_txt(part: Part) -> Numbered:
+    """The documents of a `.txt` file."""
+    return _read_lines(part) if part.settings.text_unit == "line" else _read_joined(part)
+
+
+def _read_lines(part: Part) -> Numbered:
+    for number, line in part.lines():
+        if isinstance(line, Fault):
+            yield number, line
+        else:
+            text = _without_end(line)
+            yield number, {part.settings.text_column: text} if part.marks else text
+
+
+def _read_joined(part: Part) -> Numbered:
+    """Paragraphs, numbered by their first lines, or the file as one document; line ends inside stay as they are."""
+    whole = part.settings.text_unit == "file"
+    held: list[str] = []
+    num_chars, begin = 0, 1 if whole else 0
+    fault: Fault | None = None
+
+    def document() -> str:
+        return "".join(held) if whole else _without_end("".join(held))
+
+    for number, line in part.lines():
+        if not whole and isinstance(line, str) and (not line or line.isspace()):
+            if begin:
+                yield begin, fault or {part.settings.text_column: document()}
+            held, num_chars, begin, fault = [], 0, 0, None
+            continue
+        begin = begin or number
+        if isinstance(line, str) and not fault:
+            held.append(line)
+            num_chars += len(line)
+        if num_chars > lines.MAX_DOCUMENT_BYTES:
+            fault = fault or too_long(str(part.source.path) if whole else part.at(begin))
+        fault = fault or (line if isinstance(line, Fault) else None)
+        if fault:
+            held, num_chars = [], 0
+            if whole:
+                break
+    if begin:
+        yield begin, fault or {part.settings.text_column: document()}
+
+
+def _without_end(text: str) -> str:
+    return text[:-1].removesuffix("\r") if text.endswith("\n") else text
+
+
+def cut_txt(source: SourceFile, settings: ReadSettings, target_bytes: int) -> Iterator[Span]:
+    """Cut between documents, where one is less than the file."""
+    if settings.text_unit == "file":
+        return iter([Span(0, None, 1, source.size_bytes)])
+    return _cut(source, settings, target_bytes, _LINE_END if settings.text_unit == "line" else _EMPTY_LINE)
+
+
+def cut_lines(source: SourceFile, settings: ReadSettings, target_bytes: int) -> Iterator[Span]:
+    """Cut between lines; the file is read once to count them."""
+    return _cut(source, settings, target_bytes, _LINE_END)
+
+
+def _cut(source: SourceFile, settings: ReadSettings, target_bytes: int, between: re.Pattern[bytes]) -> Iterator[Span]:
+    if not can_be_cut(settings.encoding):
+        yield Span(0, None, 1, source.size_bytes)
+        return
+    begin, first, position, num_lines = 0, 1, 0, 0  # `num_lines` from `begin` up to `position`
+    with source.path.open("rb") as stream:
+        while block := stream.read(COUNT_BYTES):
+            offset = 0
+            while True:
+                # The first end of a document at or beyond the target ends the part.
+                start = max(offset, begin + target_bytes - 1 - position)
+                found = between.search(block, start)
+                if found is None or position + found.end() >= source.size_bytes:
+                    break
+                cut = found.end()
+                num_lines += block.count(b"\n", offset, cut)
+                yield Span(begin, position + cut, first, position + cut - begin)
+                begin, first, num_lines, offset = position + cut, first + num_lines, 0, cut
+            num_lines += block.count(b"\n", offset)
+            position += len(block)
+    yield Span(begin, None if begin == 0 else source.size_bytes, first, source.size_bytes - begin)

@@ -1,0 +1,139 @@
+"""What the readers of all formats share: how to read, what part of a file, and what they give.
+
+A record is a mapping of column to value, a text alone that is known to be valid, or a `Fault` where it cannot be
+read. A reader holds one record at a time (Parquet and Arrow: one batch). Invalid bytes reach a mapping as lone
+surrogates, the marks of `lines`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, NamedTuple
+
+from cartilha.corpus.files import SourceFile
+from cartilha.corpus.lines import Fault, known_encoding, read_lines
+from cartilha.errors import UserError
+
+DOMAIN_KEYS = ("domain", "genre", "source")
+
+Record = str | Mapping[str, Any] | Fault
+Numbered = Iterator[tuple[int | str, Record]]  # the hub's rows are numbered within data files: "2:15"
+
+
+class JoinedLines(dict[str, Any]):
+    """A record that quotes joined out of several lines."""
+
+
+@dataclass(frozen=True)
+class ReadSettings:
+    """How records become documents.
+
+    Attributes:
+        text_column: Key or column that holds the text, where records have keys.
+        encoding: Of text files; any of the names that Python knows it by.
+        invalid_bytes: `replace` puts U+FFFD for bytes that the encoding does not allow and for half surrogate pairs in
+            JSON, and counts the documents; with `stop` they are a fault like others.
+        on_error: `stop` at the first faulty record, or `skip` it and count it by its reason.
+        text_unit: Whether a document in a `.txt` file is a `line`, a `paragraph` (lines up to an empty one) or the
+            whole `file`.
+        csv_quoting: Whether quotes enclose fields of `.csv` and `.tsv` files (`minimal`) or are characters like others
+            (`none`); `auto` tells it from the file.
+        csv_delimiter: What parts their fields: one character, or `tab`; `auto` tells it from suffix and header.
+
+    Raises:
+        UserError: There is no such encoding, or the delimiter is none.
+    """
+
+    text_column: str = "text"
+    encoding: str = "utf-8"
+    invalid_bytes: Literal["stop", "replace"] = "stop"
+    on_error: Literal["stop", "skip"] = "stop"
+    text_unit: Literal["line", "paragraph", "file"] = "line"
+    csv_quoting: Literal["auto", "minimal", "none"] = "auto"
+    csv_delimiter: str = "auto"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "encoding", known_encoding(self.encoding))
+        delimiter = {"tab": "\t", r"\t": "\t"}.get(self.csv_delimiter, self.csv_delimiter)
+        if delimiter != "auto" and (len(delimiter) != 1 or delimiter in '"\r\n'):
+            raise UserError(f"--csv_delimiter is {delimiter!r}; give one character (';', say), tab, or auto.")
+        object.__setattr__(self, "csv_delimiter", delimiter)
+
+    @classmethod
+    def of(cls, config: object) -> ReadSettings:
+        """The settings that a command's configuration has fields for; the others keep their defaults."""
+        names = [field.name for field in fields(cls) if hasattr(config, field.name)]
+        return cls(**{name: getattr(config, name) for name in names})
+
+
+class Span(NamedTuple):
+    """A part of a file that can be read by itself.
+
+    Attributes:
+        begin: First byte; in Parquet first row group.
+        end: Byte or row group after it; None for the end of the file.
+        first: Number of its first line or row.
+        num_bytes: Its size on the disk.
+    """
+
+    begin: int
+    end: int | None
+    first: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """What to read of a file, and how.
+
+    Attributes:
+        source: The file.
+        begin: As in `Span`, like the next two.
+        end: The same.
+        first: The same.
+        unit: What messages count by.
+        settings: How to read it.
+    """
+
+    source: SourceFile
+    begin: int
+    end: int | None
+    first: int
+    unit: str
+    settings: ReadSettings
+
+    @property
+    def marks(self) -> bool:
+        """Whether invalid bytes are kept as marks; otherwise the line is a fault."""
+        return self.settings.invalid_bytes == "replace"
+
+    def at(self, number: int) -> str:
+        """A place for messages."""
+        return f"{self.source.path}, {self.unit} {number}"
+
+    def lines(self, marks: bool | None = None) -> Iterator[tuple[int, str | Fault]]:
+        """Its lines, numbered."""
+        return read_lines(
+            self.source,
+            self.settings.encoding,
+            begin=self.begin,
+            end=self.end,
+            first=self.first,
+            marks=self.marks if marks is None else marks,
+        )
+
+
+def missing_column(place: str, text_column: str, names: Sequence[str]) -> Fault | None:
+    """The fault of a record or file that does not have the column of the text exactly once."""
+    if names.count(text_column) == 1:
+        return None
+    if text_column in names:
+        message = f"{place} has more than one {text_column!r}; rename all but the one that holds the text."
+        return Fault("no_text_column", message)
+    there = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+    message = (
+        f"{place} has no {text_column!r}, only: {there or 'nothing'};"
+        " name the one that holds the text by --text_column."
+    )
+    return Fault("no_text_column", message)

@@ -1,0 +1,133 @@
+"""Tables of Arrow's kinds: Parquet, and Arrow files and streams as `datasets` and Feather write them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+from cartilha.corpus.files import SourceFile, open_seekable
+from cartilha.corpus.lines import MARK_INVALID, Fault
+from cartilha.corpus.records import DOMAIN_KEYS, Numbered, Part, ReadSettings, Span, missing_column
+
+PARQUET_BATCH_ROWS = 256
+PARQUET_BATCH_BYTES = 8 << 20  # of the text column; at least one row is read at a time
+PARQUET_BUFFER_BYTES = 2**20
+
+# Columns that are wanted -> record batches with these and perhaps others.
+Batches = Callable[[list[str]], Iterator[Any]]
+
+
+def read_parquet(part: Part) -> Numbered:
+    """The rows of a Parquet file."""
+    return _read_table(part, "Parquet", _parquet)
+
+
+def read_arrow(part: Part) -> Numbered:
+    """The rows of an Arrow file or stream."""
+    return _read_table(part, "Arrow", _arrow)
+
+
+def _read_table(part: Part, kind: str, opened: Callable[[Part, Any], tuple[list[str], Batches]]) -> Numbered:
+    import pyarrow as pa
+
+    number = part.first - 1
+    text_column = part.settings.text_column
+    try:
+        with open_seekable(part.source) as stream:
+            names, batches = opened(part, stream)
+            fault = missing_column(str(part.source.path), text_column, names)
+            if fault:
+                yield 0, fault
+                return
+            columns = [name for name in names if name in {text_column, "id", *DOMAIN_KEYS}]
+            for batch in batches(columns):
+                values = [_column_values(batch.column(name)) for name in columns]
+                for row in zip(*values, strict=True):
+                    number += 1
+                    yield number, dict(zip(columns, row, strict=True))
+    except pa.ArrowException as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        place = f" after row {number}" if number else ""
+        yield (
+            number,
+            Fault(
+                "damaged_file",
+                f"{part.source.path} cannot be read as {kind}{place} ({reason}); copy, download or write it anew,"
+                " rename it if it is of another kind, or go on without the rest of it by --on_error skip.",
+            ),
+        )
+
+
+def _parquet(part: Part, stream: Any) -> tuple[list[str], Batches]:
+    import pyarrow.parquet as pq
+
+    # With Arrow's defaults a whole column chunk, often hundreds of megabytes, is held.
+    file = pq.ParquetFile(stream, buffer_size=PARQUET_BUFFER_BYTES, pre_buffer=False)
+    groups = range(part.begin, file.num_row_groups if part.end is None else part.end)
+    sizes = [_batch_rows(file.metadata.row_group(n), part.settings.text_column) for n in groups]
+    rows = min([PARQUET_BATCH_ROWS, *sizes])
+    return file.schema_arrow.names, lambda columns: file.iter_batches(
+        batch_size=rows, columns=columns, row_groups=list(groups)
+    )
+
+
+def _arrow(part: Part, stream: Any) -> tuple[list[str], Batches]:
+    import pyarrow as pa
+
+    try:
+        file = pa.ipc.open_file(stream)
+    except pa.ArrowInvalid:  # no file with a directory at its end, but perhaps a stream
+        stream.seek(0)
+        reader = pa.ipc.open_stream(stream)
+        return reader.schema.names, lambda columns: iter(reader)
+    return file.schema.names, lambda columns: map(file.get_batch, range(file.num_record_batches))
+
+
+def _batch_rows(group: Any, text_column: str) -> int:
+    """Rows of a row group whose texts are about `PARQUET_BATCH_BYTES`, if its rows are of one length."""
+    columns = [group.column(number) for number in range(group.num_columns)]
+    num_bytes = sum(column.total_uncompressed_size for column in columns if column.path_in_schema == text_column)
+    num_rows: int = group.num_rows * PARQUET_BATCH_BYTES // max(1, num_bytes)
+    return max(1, num_rows)
+
+
+def cut_row_groups(source: SourceFile, settings: ReadSettings, target_bytes: int) -> Iterator[Span]:
+    """Cut a Parquet file between its row groups."""
+    begin, first, rows, held = 0, 1, 0, 0
+    groups = _row_group_sizes(source)
+    for number, (num_rows, num_bytes) in enumerate(groups):
+        if number > begin and held + num_bytes > target_bytes:
+            yield Span(begin, number, first, held)
+            begin, first, rows, held = number, first + rows, 0, 0
+        rows += num_rows
+        held += num_bytes
+    # A file that cannot be read says so when it is reached.
+    yield Span(begin, len(groups) or None, first, held or source.size_bytes)
+
+
+def _row_group_sizes(source: SourceFile) -> list[tuple[int, int]]:
+    """Rows and bytes of the row groups of an uncompressed Parquet file; empty where it cannot be read as one."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with source.path.open("rb") as stream:
+            metadata = pq.read_metadata(stream)
+    except (pa.ArrowException, OSError):
+        return []
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    # The text is not the only column, but usually nearly all of the file.
+    return [
+        (group.num_rows, sum(group.column(i).total_compressed_size for i in range(group.num_columns)))
+        for group in groups
+    ]
+
+
+def _column_values(column: Any) -> list[Any]:
+    """A column's values; strings are decoded here, since Arrow goes no further at invalid bytes."""
+    import pyarrow as pa
+
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        return cast(list[Any], column.to_pylist())
+    values = column.cast(pa.large_binary()).to_pylist()
+    return [None if value is None else value.decode("utf-8", MARK_INVALID) for value in values]
