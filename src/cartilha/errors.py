@@ -4,6 +4,14 @@ A fault of the user's is a `UserError` (a `ValueError`): the command line prints
 An `assert` guards what only a fault of ours can break. `exit_code` is what the process ends with.
 """
 
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from importlib.metadata import PackageNotFoundError, distribution
+
 
 class UserError(ValueError):
     """A mistake in what was asked for: one sentence that names the fault and the remedy."""
@@ -35,3 +43,41 @@ class InterruptedRunError(RuntimeError):
     """The run was asked to stop; a checkpoint is saved and the same command with `--resume auto` goes on."""
 
     exit_code = 75
+
+
+def missing_extra(what: str, extra: str) -> UserError:
+    """The error for a feature (`what`, singular) whose optional dependencies are not installed."""
+    return UserError(f"{what} needs the extra `{extra}`, which is not installed: {install_command(extra)}.")
+
+
+def install_command(extra: str) -> str:
+    """The command that installs an extra of this package from where the package itself was installed from.
+
+    That is the index, an archive or repository (by its URL), or a clone (by its directory), as pip has recorded it.
+    """
+    from urllib.parse import urlparse  # these two take a while
+    from urllib.request import url2pathname
+
+    try:
+        record = json.loads(distribution("cartilha").read_text("direct_url.json") or "{}")
+    except PackageNotFoundError:  # the sources alone are on the path
+        record = {}
+    url = record.get("url", "")
+    if record.get("dir_info", {}).get("editable"):
+        what = f'-e "{_shortest(url2pathname(urlparse(url).path))}[{extra}]"'
+    else:
+        repository = record.get("vcs_info")
+        origin = f" @ {repository['vcs']}+{url}@{repository['commit_id']}" if repository else f" @ {url}" if url else ""
+        what = f'"cartilha[{extra}]{origin}"'
+    in_environment = sys.prefix != sys.base_prefix
+    pip = _shortest(os.path.join(os.path.dirname(sys.executable), "pip")) if in_environment else "pip"
+    return f"{shlex.quote(pip)} install {what}"
+
+
+def _shortest(path: str) -> str:
+    """A path as it is, or relative to the working directory where it lies below that."""
+    try:
+        relative = os.path.relpath(path)
+    except ValueError:  # another drive of Windows
+        return path
+    return path if relative.startswith("..") else relative

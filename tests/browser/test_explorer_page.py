@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("gradio", reason='needs the extra explorer: pip install "cartilha[explorer]"')
+pytest.importorskip("gradio", reason="needs the extra `explorer`")
 
 from cartilha.config import ExploreConfig, PrepareConfig
 from cartilha.explorer.app import create_app, listen, make_server

@@ -144,7 +144,7 @@ def test_steps_run_in_their_own_order_and_travel_by_their_settings():
 
 def test_a_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "ftfy", None)
-    with pytest.raises(UserError, match=r"cartilha\[text\]"):
+    with pytest.raises(UserError, match=r"pip install .*\[text\]"):
         make_cleaner(["mojibake"])
 
 

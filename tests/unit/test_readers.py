@@ -27,7 +27,7 @@ from cartilha.corpus.readers import (
     read_documents,
     resolve_inputs,
 )
-from cartilha.errors import HubUnreachableError, UserError
+from cartilha.errors import HubUnreachableError, UserError, install_command
 
 
 def zstd(data: bytes) -> bytes:
@@ -479,7 +479,7 @@ def test_hub_streams_with_config_and_split(monkeypatch):
 
 def test_hub_faults(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    assert 'pip install "cartilha[hub]"' in complaint("hf:org/nome")
+    assert install_command("hub") in complaint("hf:org/nome")
 
     def unreachable():
         raise ConnectionError("Couldn't reach 'org/nome' on the Hub (LocalEntryNotFoundError).\nmore\nlines")

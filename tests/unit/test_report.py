@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from cartilha.errors import UserError
+from cartilha.errors import UserError, install_command
 from cartilha.reporting import chart, html, surprisal, tables
 from cartilha.reporting.html import render_report
 from cartilha.reporting.images import write_figures
@@ -661,4 +661,4 @@ def test_figures_are_written_as_svg_and_png(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "vl_convert", None)
     with caplog.at_level("WARNING", logger="cartilha"):
         files = write_figures(runs[:1], tmp_path / "svg", Wording("en"))
-    assert {path.suffix for path in files} == {".svg"} and "pip install 'cartilha[report]'" in caplog.text
+    assert {path.suffix for path in files} == {".svg"} and install_command("report") in caplog.text

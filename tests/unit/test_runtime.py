@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -11,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cartilha import runtime
-from cartilha.errors import UserError
+from cartilha.errors import UserError, install_command
 from cartilha.model import products
 from cartilha.runtime import (
     TEXT_PACKAGES,
@@ -228,3 +231,40 @@ def test_versions_name_what_a_number_depends_on():
     assert "not installed" not in found.values()
     # torch's differs with what was imported before, and so would the bytes of a store.
     assert "torch" not in versions(TEXT_PACKAGES) and versions(TEXT_PACKAGES).items() <= found.items()
+
+
+CLONE = {"dir_info": {"editable": True}, "url": "file:///home/ana/meu%20clone"}
+WHEEL = {"archive_info": {}, "url": "https://example.org/cartilha-0.1.0-py3-none-any.whl"}
+GIT = {"vcs_info": {"vcs": "git", "commit_id": "0a1b"}, "url": "https://example.org/cartilha.git"}
+
+
+@pytest.mark.parametrize(
+    ("record", "what"),
+    [
+        (CLONE, '-e "/home/ana/meu clone[text]"'),
+        (WHEEL, f'"cartilha[text] @ {WHEEL["url"]}"'),
+        (GIT, '"cartilha[text] @ git+https://example.org/cartilha.git@0a1b"'),
+        ({"dir_info": {}, "url": "file:///home/ana/clone"}, '"cartilha[text] @ file:///home/ana/clone"'),
+        (None, '"cartilha[text]"'),
+    ],
+)
+def test_an_extra_is_installed_from_where_the_package_was(monkeypatch, record, what):
+    class Installed:
+        def read_text(self, name: str) -> str | None:
+            return json.dumps(record) if record and name == "direct_url.json" else None
+
+    monkeypatch.setattr("cartilha.errors.distribution", lambda name: Installed())
+    monkeypatch.setattr(sys, "prefix", sys.base_prefix)
+    assert install_command("text") == f"pip install {what}"
+    monkeypatch.setattr(sys, "prefix", "/home/ana/clone/.venv")
+    monkeypatch.setattr(sys, "executable", "/home/ana/clone/.venv/bin/python")
+    assert install_command("text") == f"/home/ana/clone/.venv/bin/pip install {what}"
+
+
+def test_a_clones_own_command_is_short_inside_it(monkeypatch, tmp_path):
+    record = json.dumps({"dir_info": {"editable": True}, "url": tmp_path.as_uri()})
+    monkeypatch.setattr("cartilha.errors.distribution", lambda name: SimpleNamespace(read_text=lambda name: record))
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / ".venv"))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv" / "bin" / "python"))
+    monkeypatch.chdir(tmp_path)
+    assert install_command("text") == f'{Path(".venv", "bin", "pip")} install -e ".[text]"'

@@ -17,7 +17,7 @@ from typing import Any
 from cartilha.corpus.boilerplate import PHRASE_CHARS, PHRASES
 from cartilha.corpus.document import Document
 from cartilha.corpus.language import languages, load_identifier
-from cartilha.errors import UserError
+from cartilha.errors import UserError, missing_extra
 
 # Of `repeated_lines`, as shares of a document's lines and of their characters.
 MAX_REPEATED_LINES = 0.3
@@ -296,7 +296,7 @@ def _extra(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise UserError('Cleaning needs an extra: pip install "cartilha[text]"') from None
+        raise missing_extra("Cleaning", "text") from None
 
 
 _MAKERS: dict[str, Callable[[CleaningSettings], Step]] = {

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from cartilha.corpus.signatures import NUM_VALUES
-from cartilha.errors import UserError
+from cartilha.errors import missing_extra
 
 BAND_VALUES = 3
 NUM_BANDS = NUM_VALUES // BAND_VALUES
@@ -39,7 +39,7 @@ def cluster(files: Sequence[Path], *, memory_bytes: int = 1 << 30, scratch: Path
     try:
         import duckdb
     except ImportError:
-        raise UserError('Near-duplicates need an extra: pip install "cartilha[text]"') from None
+        raise missing_extra("The search for near-duplicates", "text") from None
     # Files are opened when they are read: there may be more of them than a process may hold open.
     starts = np.cumsum([0, *(np.load(file, mmap_mode="r").shape[1] for file in files)])
     parents = np.arange(starts[-1])

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from cartilha.corpus.sources import HubSource
-from cartilha.errors import HubUnreachableError, UserError
+from cartilha.errors import HubUnreachableError, missing_extra
 
 
 def num_data_files(source: HubSource) -> int:
@@ -54,8 +54,7 @@ def _load(source: HubSource) -> Any:
     try:
         import datasets
     except ImportError:
-        message = f'hf:{source.name} needs the extra `hub`, which is not installed: pip install "cartilha[hub]".'
-        raise UserError(message) from None
+        raise missing_extra(f"hf:{source.name}", "hub") from None
     try:
         return datasets.load_dataset(source.name, source.config, split=source.split, streaming=True)
     except Exception as error:  # as above

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from cartilha.errors import UserError
+from cartilha.errors import missing_extra
 
 SHINGLE_WORDS = 3
 MIN_JACCARD = 0.4
@@ -41,7 +41,7 @@ def has_near_duplicate(texts: Sequence[str], known: Iterable[str]) -> np.ndarray
     try:
         from rensa import RMinHash, RMinHashLSH
     except ImportError:
-        raise UserError('Near-duplicates need an extra: pip install "cartilha[text]"') from None
+        raise missing_extra("The search for near-duplicates", "text") from None
 
     def signature(parts: set[str]) -> RMinHash:
         found = RMinHash(num_perm=NUM_PERMUTATIONS, seed=0)

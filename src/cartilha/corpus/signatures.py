@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cartilha.errors import UserError
+from cartilha.errors import missing_extra
 
 SHINGLE_WORDS = 3
 NUM_VALUES = 128
@@ -39,7 +39,7 @@ def signatures(texts: Sequence[str]) -> np.ndarray:
     try:
         from rensa import RMinHash
     except ImportError:
-        raise UserError('Near-duplicates need an extra: pip install "cartilha[text]"') from None
+        raise missing_extra("The search for near-duplicates", "text") from None
     import pyarrow as pa
     import pyarrow.compute as pc
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from cartilha.corpus.document import Document
 from cartilha.corpus.splits import split_position
-from cartilha.errors import UserError
+from cartilha.errors import UserError, missing_extra
 
 CUT_SEED = 20_04  # of the hash order in which documents are chosen for continuation; never changed
 PROMPT_WORDS = 32
@@ -344,7 +344,4 @@ def _sacrebleu_metrics() -> Any:
     try:
         return importlib.import_module("sacrebleu.metrics")
     except ImportError:
-        raise UserError(
-            "chrF and BLEU of continuations need the extra `eval` (sacrebleu), which is not installed: "
-            'pip install "cartilha[eval]".'
-        ) from None
+        raise missing_extra("The measure chrF or BLEU (sacrebleu)", "eval") from None

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from cartilha.errors import UserError
+from cartilha.errors import UserError, missing_extra
 from cartilha.model.attention import transformers_attention
 from cartilha.model.load import LoadedModel
 from cartilha.tokens.tokenizer import TextTokenizer
@@ -27,7 +27,7 @@ def check_tasks(tasks: Sequence[str]) -> None:
     if not tasks:
         return
     if importlib.util.find_spec("lm_eval") is None:
-        raise UserError('Downstream tasks need an extra: pip install "cartilha[eval]"')
+        raise missing_extra("A downstream task", "eval")
     from lm_eval.tasks import TaskManager
 
     for task in tasks:

@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from cartilha.errors import HubUnreachableError, UserError
+from cartilha.errors import HubUnreachableError, UserError, missing_extra
 from cartilha.model.attention import knows_attention, use_document_attention
 from cartilha.model.rows import prove_rows
 from cartilha.runtime import keep_freed_memory, seed_everything, settle_cpu_functions
@@ -351,7 +351,7 @@ def convert_gguf(path: Path) -> PreTrainedModel:
         quantized = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     except (ImportError, ValueError, KeyError, OSError) as error:
         if "accelerate" in str(error):
-            raise UserError('Reading GGUF models needs an extra: pip install "cartilha[demo]"') from error
+            raise missing_extra("Reading GGUF models", "demo") from error
         raise UserError(f"{path} cannot be loaded as a causal language model ({_first_line(error)}).") from error
     settings = quantized.config.to_dict()
     for name in ("quantization_config", "_name_or_path", "unk_token_id"):

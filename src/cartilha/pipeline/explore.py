@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from cartilha.config import EvaluateConfig, ExploreConfig
-from cartilha.errors import UserError
+from cartilha.errors import UserError, missing_extra
 from cartilha.explorer.reading import Reader
 from cartilha.explorer.session import Explorer
 from cartilha.explorer.walking import StoreWalk
@@ -48,7 +48,7 @@ def explore(config: ExploreConfig) -> ExploreResult:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("cartilha"):
             raise
-        raise UserError('The explorer needs an extra: pip install "cartilha[explorer]"') from error
+        raise missing_extra("The explorer", "explorer") from error
     with listen(config.port) as socket:
         explorer = open_explorer(config)
         address = serve(explorer, socket, default=choose_language(config.language), open_browser=not config.no_browser)

@@ -19,7 +19,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.synchronize import Barrier
 from typing import Protocol, TypeVar
 
-from cartilha.errors import UnfinishedError, UserError
+from cartilha.errors import UnfinishedError, UserError, missing_extra
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -129,7 +129,7 @@ class Ray:
         try:
             import ray
         except ImportError:
-            raise UserError('The Ray executor needs an extra: pip install "cartilha[scale]"') from None
+            raise missing_extra("The Ray executor", "scale") from None
         self._ray = ray
         options = {} if address else {"num_cpus": num_workers, "include_dashboard": False}
         try:

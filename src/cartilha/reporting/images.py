@@ -9,6 +9,7 @@ from pathlib import Path
 
 from markupsafe import escape
 
+from cartilha.errors import install_command
 from cartilha.reporting.figures import Figure, run_figures
 from cartilha.reporting.results import RunRecord
 from cartilha.reporting.wording import Wording
@@ -66,8 +67,8 @@ def _png_converter() -> Callable[[str], bytes] | None:
         import vl_convert
     except ImportError:
         log.warning(
-            "Figures are written as SVG alone: PNG needs vl-convert-python; install it with: "
-            "pip install 'cartilha[report]'"
+            "Figures are written as SVG alone: PNG needs vl-convert-python; install it with: %s",
+            install_command("report"),
         )
         return None
     return lambda svg: bytes(vl_convert.svg_to_png(svg, scale=PNG_SCALE))

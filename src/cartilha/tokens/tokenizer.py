@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from cartilha.errors import UserError
+from cartilha.errors import UserError, missing_extra
 from cartilha.storage import new_directory, write_json
 from cartilha.tokens.byte_level import CHARACTER_BYTES
 from cartilha.tokens.sources import TOKENIZER_FILES, ModelSource, conversion_directory, download, resolve_model
@@ -341,7 +341,7 @@ def read_gguf_fields(path: Path) -> dict[str, Any]:
     try:
         from gguf import GGUFReader
     except ImportError:
-        raise UserError('Reading GGUF models needs an extra: pip install "cartilha[demo]"') from None
+        raise missing_extra("Reading GGUF models", "demo") from None
     try:
         return {key: field.contents() for key, field in GGUFReader(path).fields.items()}
     except (ValueError, IndexError, KeyError) as error:

@@ -17,7 +17,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Protocol
 
-from cartilha.errors import UserError
+from cartilha.errors import UserError, install_command
 
 log = logging.getLogger("cartilha")
 
@@ -131,7 +131,7 @@ def open_tracker(name: str, run: TrackedRun) -> Tracker | None:
         return _Careful(name, make(run))
     except ImportError as error:
         raise UserError(
-            f"The tracker {name} is not installed ({error}); install it with: pip install 'cartilha[trackers]'"
+            f"The tracker {name} is not installed ({error}); install it with: {install_command('trackers')}"
         ) from error
     except Exception as error:  # no server, no permission ...: better said now than after a night
         raise UserError(
