@@ -240,7 +240,8 @@ def write_tiny(folder: Path, tokenizer_config: dict | None = None, **files: dict
         ({"tokenizer_config": {"eos_token": "</s>", "bos_token": None}}, 257, 257),
         ({"tokenizer_config": {"bos_token": {"content": "<s>"}, "eos_token": {"content": "</s>"}}}, 256, 257),
         ({"special_tokens_map": {"bos_token": "<s>", "eos_token": "</s>"}}, 256, 257),
-        ({"special_tokens_map": {"bos_token": "<pad>"}, "tokenizer_config": {"bos_token": "<s>"}}, 256, 256),
+        ({"special_tokens_map": {"bos_token": "<pad>"}, "tokenizer_config": {"bos_token": "<s>"}}, 258, 258),
+        ({"tokenizer_config": {"bos_token": "<fim>"}}, 259, 259),  # transformers gives it the next id
         ({"config": {"bos_token_id": 256, "eos_token_id": 257}}, 256, 257),
         ({"config": {"bos_token_id": 256, "eos_token_id": [257, 258]}}, 256, 256),
         ({"config": {"bos_token_id": 5}, "tokenizer_config": {"eos_token": "</s>"}}, 257, 257),
@@ -260,7 +261,7 @@ def test_ids_may_have_gaps():
     assert TextTokenizer(backend, bos_id=0, eos_id=None, pad_id=None).num_ids == 8
 
 
-@pytest.mark.parametrize("config", [{}, {"bos_token": None}, {"bos_token": "<fim>"}, {"pad_token": "<pad>"}])
+@pytest.mark.parametrize("config", [{}, {"bos_token": None}, {"pad_token": "<pad>"}])
 def test_a_tokenizer_with_neither_bos_nor_eos_is_refused(tmp_path, config):
     assert "neither a bos nor an eos token" in complaint(write_tiny(tmp_path / "modelo", config))
 

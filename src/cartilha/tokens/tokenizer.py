@@ -20,13 +20,15 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from cartilha.errors import UserError, missing_extra
-from cartilha.storage import new_directory, write_json
+from cartilha.storage import new_directory, refuse_lfs_pointer, write_json
 from cartilha.tokens.byte_level import CHARACTER_BYTES
+from cartilha.tokens.declared_tokens import END_OF_TEXT, GPT2, declared_tokens, read_tokenizer_json, tokenizer_class
 from cartilha.tokens.sources import TOKENIZER_FILES, ModelSource, conversion_directory, download, resolve_model
 
 log = logging.getLogger("cartilha")
 
-END_OF_TEXT = "<|endoftext|>"
+ENDS = ("bos_token", "eos_token")
+GPT2_FILES = ("vocab.json", "merges.txt")
 
 
 @dataclass(frozen=True)
@@ -73,11 +75,31 @@ class TextTokenizer:
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of the ids; special tokens are kept."""
-        return str(self.backend.decode([int(i) for i in ids], skip_special_tokens=False))
+        return self.decode_batch([np.asarray(ids, np.int64)])[0]
 
     def decode_batch(self, ids: Sequence[np.ndarray]) -> list[str]:
         """The text of each sequence of ids; special tokens are kept."""
-        return list(self.backend.decode_batch([i.tolist() for i in ids], skip_special_tokens=False))
+        if not self._misread:
+            return list(self.backend.decode_batch([i.tolist() for i in ids], skip_special_tokens=False))
+        return [self._decode_by_pieces(i) for i in ids]
+
+    @cached_property
+    def _misread(self) -> dict[int, str]:
+        """Added tokens such as `ção`, whose letters the byte-level decoder takes for bytes, and their texts."""
+        if not isinstance(self.backend.decoder, decoders.ByteLevel):
+            return {}
+        added = {i: token.content for i, token in self.backend.get_added_tokens_decoder().items()}
+        misread = {i: text for i, text in added.items() if self.backend.decode([i], skip_special_tokens=False) != text}
+        # One that the vocabulary has, too, may be a byte of another character.
+        return {i: text for i, text in misread.items() if self.backend.model.token_to_id(text) is None}
+
+    def _decode_by_pieces(self, ids: np.ndarray) -> str:
+        texts, begin = [], 0
+        for place in [*np.flatnonzero(np.isin(ids, list(self._misread))).tolist(), len(ids)]:
+            texts.append(self.backend.decode(ids[begin:place].tolist(), skip_special_tokens=False))
+            texts.append(self._misread[int(ids[place])] if place < len(ids) else "")
+            begin = place + 1
+        return "".join(texts)
 
     def fingerprint(self) -> str:
         """The same for tokenizers that give the same ids; see `_fingerprint`, which takes a fifth of a second."""
@@ -115,9 +137,9 @@ class TextTokenizer:
             for name in TOKENIZER_FILES:
                 if (self.directory / name).is_file():
                     shutil.copyfile(self.directory / name, directory / name)
-            config = _read_json(directory / "tokenizer_config.json")
+            config = read_tokenizer_json(directory / "tokenizer_config.json")
             # Where only config.json names bos and eos, as in the hub's gpt2: that file is the model's and stays behind.
-            if not config or not {"bos_token", "eos_token"} & _special_tokens(directory).keys():
+            if not config or not any(map(declared_tokens(directory).special.get, ENDS)):
                 given = {key: value for key, value in config.items() if value is not None}
                 write_json(directory / "tokenizer_config.json", {**self._config(), **given})
             return
@@ -178,72 +200,36 @@ def _load(source: ModelSource) -> TextTokenizer:
 
 
 def _from_directory(ref: str, directory: Path) -> TextTokenizer:
-    special = _special_tokens(directory)
     if (directory / "tokenizer.json").is_file():
-        try:
-            backend = Tokenizer.from_file(str(directory / "tokenizer.json"))
-        except Exception as error:  # tokenizers raises a bare Exception
-            raise UserError(f"The tokenizer.json of {ref} cannot be read ({error}); fetch it again.") from error
-    elif _is_gpt2_kind(directory):
-        backend = _byte_level_bpe(ref, directory, special)
+        backend = _from_files(ref, directory, "tokenizer.json")
+    elif tokenizer_class(directory) in (None, GPT2) and all((directory / name).is_file() for name in GPT2_FILES):
+        backend = _from_files(ref, directory, *GPT2_FILES)
+        add_prefix_space = bool(read_tokenizer_json(directory / "tokenizer_config.json").get("add_prefix_space"))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
+        backend.decoder = decoders.ByteLevel()
     else:
         return _through_transformers(ref, directory)
-
-    def id_of(name: str) -> int | None:
-        token = special.get(name)
-        return None if token is None else backend.token_to_id(token)
-
-    bos_id, eos_id, pad_id = id_of("bos_token"), id_of("eos_token"), id_of("pad_token")
-    if bos_id is None and eos_id is None:
-        config = _read_json(directory / "config.json")
-        bos_id, eos_id = (
-            config.get(key) if isinstance(config.get(key), int) else None for key in ("bos_token_id", "eos_token_id")
-        )
-    return TextTokenizer(backend, bos_id, eos_id, pad_id, directory)
+    declared = declared_tokens(directory)
+    ids: dict[str, int | None] = {name: backend.token_to_id(token) for name, token in declared.defaults.items()}
+    declared.add_to(backend)
+    for name, token in declared.special.items():
+        ids[name] = None if token is None else backend.token_to_id(token)
+    if not any(map(declared.special.get, ENDS)):
+        config = read_tokenizer_json(directory / "config.json")
+        ids |= {name: config[f"{name}_id"] for name in ENDS if isinstance(config.get(f"{name}_id"), int)}
+    return TextTokenizer(backend, ids.get("bos_token"), ids.get("eos_token"), ids.get("pad_token"), directory)
 
 
-def _is_gpt2_kind(directory: Path) -> bool:
-    """Whether vocab.json and merges.txt are there and of no other class (Qwen2's, say, splits text otherwise)."""
-    name_of_class = _read_json(directory / "tokenizer_config.json").get("tokenizer_class", "GPT2Tokenizer")
-    there = (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file()
-    return there and name_of_class in ("GPT2Tokenizer", "GPT2TokenizerFast")
-
-
-def _byte_level_bpe(ref: str, directory: Path, special: dict[str, str]) -> Tokenizer:
-    """The GPT-2 family's byte-level BPE from vocab.json and merges.txt, as OPT's hub repository has it."""
+def _from_files(ref: str, directory: Path, *names: str) -> Tokenizer:
+    """From tokenizer.json, or from the byte-pair merges in GPT-2's two files, as OPT's hub repository has them."""
+    paths = [directory / name for name in names]
+    for path in paths:
+        refuse_lfs_pointer(path)
     try:
-        bpe = models.BPE.from_file(str(directory / "vocab.json"), str(directory / "merges.txt"))
+        return Tokenizer(models.BPE.from_file(*map(str, paths))) if paths[1:] else Tokenizer.from_file(str(paths[0]))
     except Exception as error:  # tokenizers raises a bare Exception
-        raise UserError(f"vocab.json and merges.txt of {ref} cannot be read ({error}); fetch them again.") from error
-    backend = Tokenizer(bpe)
-    config = _read_json(directory / "tokenizer_config.json")
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(config.get("add_prefix_space", False)))
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(
-        [AddedToken(token, normalized=False, special=True) for token in dict.fromkeys(special.values())]
-    )
-    return backend
-
-
-def _special_tokens(directory: Path) -> dict[str, str]:
-    """`bos_token` and so on, from tokenizer_config.json, else special_tokens_map.json."""
-    found: dict[str, str] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        for key, value in _read_json(directory / name).items():
-            content = value.get("content") if isinstance(value, dict) else value
-            if key in ("bos_token", "eos_token", "pad_token", "unk_token") and isinstance(content, str):
-                found[key] = content
-    return found
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); fetch the model's files again.") from error
-    return value if isinstance(value, dict) else {}
+        them = "them" if paths[1:] else "it"
+        raise UserError(f"{' and '.join(names)} of {ref} cannot be read ({error}); fetch {them} again.") from error
 
 
 def _through_transformers(ref: str, directory: Path) -> TextTokenizer:
