@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -285,6 +286,15 @@ def test_a_tokenizer_that_loses_text(fresh):
     lossy = replace(fresh, tokenizer=replace(fresh.tokenizer, backend=backend))
     backend.normalizer = normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()])
     assert failed(run_checks(lossy, (text.round_trip,))) == ["round trip"]
+
+
+def test_a_tokenizer_that_composes_and_text_that_is_decomposed(fresh):
+    backend = Tokenizer.from_str(fresh.tokenizer.backend.to_str())
+    backend.normalizer = normalizers.NFC()
+    apart = [replace(document, text=unicodedata.normalize("NFD", document.text)) for document in fresh.held_out]
+    subject = replace(fresh, tokenizer=replace(fresh.tokenizer, backend=backend), held_out=apart)
+    (result,) = run_checks(subject, (text.round_trip,))
+    assert result.outcome == "failed" and "--clean nfc" in result.remedy and "own tokenizer" not in result.remedy
 
 
 def test_a_leak(fresh, tmp_path):

@@ -56,6 +56,14 @@ def test_mojibake_is_mended_and_good_text_kept(good, read_as):
     assert bad != good and clean(bad, "mojibake") == good
 
 
+def test_windows_signs_that_were_read_as_latin_1_are_mended():
+    text = "Ele disse – e ela “sim” … ao coração."
+    bad = text.encode("cp1252").decode("latin-1")
+    assert clean(bad, "mojibake", "control") == clean(bad, "mojibake") == text
+    assert clean(f"{bad} €", "mojibake") == f"{text} €"  # beside a character that Latin-1 has not
+    assert clean(f"{text}\x96", "mojibake") == f"{text}–"
+
+
 def test_control_characters_go_and_line_ends_become_line_feeds():
     dirty = "a\0b\x08c\r\nd\re\u2028f\tg\x85h\u200bi\ufeffj\xadk\x96l\u202em"
     assert clean(dirty, "control") == "abc\nd\ne\nf\tg\nhijklm"

@@ -123,6 +123,19 @@ def test_invalid_utf8_names_file_line_offset_and_remedy(tmp_path):
     assert "--encoding latin-1" in sentence and "--invalid_bytes replace" in sentence
 
 
+@pytest.mark.parametrize(
+    ("data", "encoding", "likely"),
+    [
+        (b"a cora\xe7\xe3o\n", "utf-8", "latin-1"),
+        (b"Ele disse \x96 e\n", "utf-8", "cp1252"),
+        (b"a cora\xe7\xe3o \x93sim\x94\n", "utf-8", "cp1252"),  # the first faulty byte alone does not tell
+        ("Água\n".encode(), "cp1252", "utf-8"),  # 0x81, which Windows-1252 has not
+    ],
+)
+def test_the_encoding_that_is_recommended_follows_the_bytes(tmp_path, data, encoding, likely):
+    assert f"(--encoding {likely}, say)" in complaint(write(tmp_path / "a.txt", data), encoding=encoding)
+
+
 @pytest.mark.parametrize("damage", [b"cora\xe7\xe3o", b"\xe2\x82", b"\xf0\x9f\x98x\xff\xff", b"\xed\xa0\x80"])
 def test_replacing_gives_what_python_gives_and_counts_documents(tmp_path, damage):
     path = write(tmp_path / "a.txt", b"bom \xef\xbf\xbd\n" + damage + b"\n")  # a real U+FFFD is not a fault

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import unicodedata
 from collections.abc import Iterator
 
 import numpy as np
@@ -40,11 +41,15 @@ def round_trip(subject: Subject) -> CheckResult:
     tokenizer = subject.tokenizer
     texts = [document.text for document in subject.held_out]
     ids = tokenizer.encode(texts)
-    lost = [
-        document
-        for document, decoded in zip(subject.held_out, tokenizer.decode_batch(ids), strict=True)
-        if decoded != document.text
-    ]
+    pairs = zip(subject.held_out, tokenizer.decode_batch(ids), strict=True)
+    changed = [(document, decoded) for document, decoded in pairs if decoded != document.text]
+    lost = [document for document, _ in changed]
+    if lost and all(unicodedata.normalize("NFC", document.text) == decoded for document, decoded in changed):
+        words = words.instead(
+            meaning="The text writes letters and accents apart (NFD) and this tokenizer puts them together (NFC), so"
+            " that the model would be scored on text with other bytes.",
+            remedy="Prepare the text with --clean nfc, which puts letters and accents together.",
+        )
     num_bytes = sum(len(text.encode()) for text in texts)
     lost_share = sum(len(document.text.encode()) for document in lost) / max(1, num_bytes)
     damaged = _damaged_share(subject)

@@ -42,7 +42,8 @@ _CONTROL_BYTES = bytes((byte < 32 and byte not in b"\t\n") or byte == 127 for by
 _C1_BYTES = re.compile(rb"\xc2[\x80-\x9f\xad]")
 _NO_WIDTH_BYTES = re.compile(rb"\xe2(?:\x80[\x8b\x8e\x8f\xa8-\xae]|\x81[\xa0\xa6-\xa9])")
 # UTF-8 that was read as Latin-1 or Windows-1252: a letter from U+00C0 to U+00FF, then a sign that no letter follows so.
-_MOJIBAKE_BYTES = re.compile(rb"\xc3[\x82-\xb4][\xc2\xc5\xc6\xcb\xe2]")
+# And Windows-1252 that was read as Latin-1: its dashes, quotes and ellipsis are controls there (U+0080 to U+009F).
+_MOJIBAKE_BYTES = re.compile(rb"\xc3[\x82-\xb4][\xc2\xc5\xc6\xcb\xe2]|\xc2[\x80-\x9f]")
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ BLOCK_BYTES = 1 << 20
 MAX_DOCUMENT_BYTES = 16 << 20  # beyond any document; the work on one takes some twenty times as much memory
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
+_WINDOWS_MARKS = re.compile("[\udc80-\udc9f]")  # of bytes that Latin-1 text does not hold
 # What UTF-8 makes of another encoding's byte-order mark; the longer one first, for it begins with the shorter.
 _FOREIGN_MARKS = (("\udcff\udcfe\0\0", "utf-32"), ("\udcff\udcfe", "utf-16"), ("\udcfe\udcff", "utf-16"))
 # Encodings in which the byte 0x0A is a line feed and nothing else, so that bytes can be cut there.
@@ -222,9 +223,11 @@ def judged(line: str, number: int, source: SourceFile, encoding: str) -> str | F
         return line
     # utf-16 and its like begin every encoded string with a byte-order mark, an empty one too.
     offset = len(line[:position].encode(encoding, "replace")) - len("".encode(encoding))
+    # Latin-1 has controls where Windows-1252 has dashes and curly quotes.
+    likely = "utf-8" if encoding != "utf-8" else "cp1252" if _WINDOWS_MARKS.search(line) else "latin-1"
     return Fault(
         "invalid_bytes",
         f"{source.path}, line {number}: byte 0x{ord(line[position]) - 0xDC00:02X} at offset {offset} of the line is not"
-        f" valid {encoding}; say what the file is written in (--encoding latin-1, say), put U+FFFD in the place of"
+        f" valid {encoding}; say what the file is written in (--encoding {likely}, say), put U+FFFD in the place of"
         " such bytes by --invalid_bytes replace, or leave such records out by --on_error skip.",
     )
