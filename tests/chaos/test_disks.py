@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import logging
 import os
 import shutil
 import subprocess
@@ -42,7 +41,7 @@ def weights(run: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(store: Path, one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> str:
+def undisturbed(store: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The weights of the run that nothing happens to."""
     run = tmp_path_factory.mktemp("undisturbed") / "run"
     assert main(flags(store, run)) == 0
@@ -266,14 +265,6 @@ def test_only_network_drives_are_found_to_be_such(tmp_path, monkeypatch):
     assert not scratch.is_on_network_disk(Path("/home/me/local/a")) and not scratch.is_on_network_disk(Path("/mnt/x/a"))
     disks[0] = Disk("/", "nfs4")
     assert not scratch.is_on_network_disk(Path("/tmp/a"))  # where everything lies on it, nothing is nearer
-
-
-@pytest.fixture(autouse=True)
-def logging_as_before() -> Iterator[None]:
-    logger = logging.getLogger("cartilha")
-    before = logger.handlers[:], logger.level, logger.propagate
-    yield
-    logger.handlers[:], logger.level, logger.propagate = before
 
 
 # A disk that really fills up, while text is prepared

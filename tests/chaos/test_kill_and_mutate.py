@@ -21,7 +21,6 @@ def figures(name: str, *arguments: object) -> dict[str, Any]:
         capture_output=True,
         encoding="utf-8",
         timeout=600,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout)

@@ -61,7 +61,7 @@ def train(store: Path, run: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(store: Path, one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("undisturbed") / "run"
     assert main(train(store, run)) == 0
     return run

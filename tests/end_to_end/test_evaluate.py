@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import subprocess
 import sys
 import weakref
@@ -419,9 +418,8 @@ def test_the_drift_of_bf16_is_a_comparison_of_two_dtypes(cartilha, corpus, opt, 
 
 def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     command = [*launch, "-m", "cartilha", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", env=environment, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=300)
 
 
 def test_two_processes_give_the_figures_of_one_and_one_of_them_prints(evaluated: Evaluated, store, opt, tmp_path):

@@ -209,7 +209,7 @@ def test_micro_batches_change_no_loss(unbroken, store, tmp_path, during_step):
 
 
 @pytest.fixture(scope="module")
-def four_steps(store: Path, one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+def four_steps(store: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     """The losses of four steps with the usual settings."""
     path = tmp_path_factory.mktemp("four") / "run"
     start(store, path, max_steps=4)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,9 +17,8 @@ def run(num_processes: int, *arguments: object) -> subprocess.CompletedProcess[s
     launch = [sys.executable]
     if num_processes > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     command = [*launch, "-m", "cartilha", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", env=environment, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=300)
 
 
 def lines(run_path: Path) -> list[dict[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -138,7 +137,7 @@ def test_going_on_with_other_settings_is_refused_by_name(unbroken, stopped, stor
 
 
 @pytest.fixture(scope="module")
-def stopped(store: Path, one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def stopped(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was stopped after three steps; not to be changed by a test."""
     path = tmp_path_factory.mktemp("stopped") / "stopped"
     count = 0
@@ -181,7 +180,6 @@ def test_a_process_that_is_asked_to_stop_ends_with_75(store, tmp_path):
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         encoding="utf-8",
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     try:
         deadline = time.monotonic() + 120

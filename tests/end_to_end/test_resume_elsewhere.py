@@ -30,7 +30,7 @@ def write_model(folder: Path, seed: int = 0) -> Path:
 
 
 @pytest.fixture(scope="module")
-def stopped(store: Path, one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def stopped(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `model`, and `run`, which was stopped after its third step; not to be changed by a test."""
     folder = tmp_path_factory.mktemp("elsewhere")
     write_model(folder / "model")

@@ -30,7 +30,7 @@ PROMPTS = GenerateConfig(prompt=("Era uma vez",), max_new_tokens=4)
 
 
 @pytest.fixture(scope="module")
-def run(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two epochs over three dozen texts of three domains; some are longer than what is shown."""
     folder = tmp_path_factory.mktemp("snapshots")
     rows = []
@@ -136,7 +136,7 @@ def test_on_a_terminal_a_panel_is_drawn_and_leaves_lines_whole(run, tmp_path):
         stdout=subprocess.PIPE,
         stderr=theirs,
         stdin=theirs,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "110", "LINES": "40", "TERM": "xterm-256color"},
+        env={**os.environ, "COLUMNS": "110", "LINES": "40", "TERM": "xterm-256color"},
     )
     os.close(theirs)
     seen = b""

@@ -29,15 +29,6 @@ CPU = torch.device("cpu")
 NUM_DOCUMENTS = 200
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny matrices are not worth sharing out."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def texts(request: pytest.FixtureRequest) -> list[str]:
     """Paragraphs of a handbook, else those of the primer: neither titles nor pages, to keep this short."""

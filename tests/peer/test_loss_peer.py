@@ -73,15 +73,6 @@ WINDOWED = [name for name in ARCHITECTURES if name.endswith("-windowed")]
 every_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny matrices are not worth sharing out."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @functools.cache
 def peer_model(name: str) -> PreTrainedModel:
     """transformers' own code, with weights so far from their initial values that every part of it matters."""

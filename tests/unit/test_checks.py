@@ -31,7 +31,6 @@ from cartilha.tokens.tokenizer import TextTokenizer, load_tokenizer
 from cartilha.training import checkpoint as checkpoint_module
 from cartilha.training import loop
 
-OPT_TOKENIZER = Path(__file__).parents[3] / "shared" / "opt_tokenizer"
 CPU = torch.device("cpu")
 
 
@@ -106,11 +105,9 @@ def architectures() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", list(architectures()))
-def test_no_false_alarm(name, tmp_path, monkeypatch):
+def test_no_false_alarm(name, opt_tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "OVERFIT_TEXTS_QUICK", 3)
-    if not OPT_TOKENIZER.is_dir():
-        pytest.skip("needs ../shared/opt_tokenizer, a real tokenizer")
-    tokenizer = load_tokenizer(str(OPT_TOKENIZER))
+    tokenizer = load_tokenizer(str(opt_tokenizer))
     torch.manual_seed(1)
     config = architectures()[name](50272)
     plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -43,13 +43,10 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> Iterator[None]:
     """No graph of one test serves another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     torch._dynamo.reset()
     counters.clear()
     yield
     torch._dynamo.reset()
-    torch.set_num_threads(threads)
 
 
 def tiny(name: str) -> PreTrainedModel:

@@ -35,14 +35,6 @@ TEXT = "O sertão é do tamanho do mundo. 😀 Não?"
 EN, PT = PageWording("en"), PageWording("pt")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> object:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def explorer() -> Explorer:
     return open_explorer(ExploreConfig(models=("random:tiny", "random:tiny-opt"), device="cpu", dtype="float32"))

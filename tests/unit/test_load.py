@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +28,6 @@ from cartilha.tokens.tokenizer import TextTokenizer, load_tokenizer
 
 CPU = torch.device("cpu")
 BYTES = load_tokenizer("random:tiny")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny matrices are not worth sharing out."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def complaint(ref: Path | str, **arguments: Any) -> str:
@@ -574,14 +564,9 @@ def test_the_embedded_model_reads_portuguese():
     assert (model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id) == (0, 0, 0)
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
     assert loaded.num_parameters == 134_515_008 and loaded.context_length == 8192
-    torch.set_num_threads(2)
-    try:
-        texts = sorted(read_primer(), key=lambda document: len(document.text))[:4]
-        found = perplexity(loaded, tokenizer, texts)
-        # A model that takes the letters for noise, or begins with a chat mark, is far above this.
-        assert 5 < found < 200
-    finally:
-        torch.set_num_threads(1)
+    texts = sorted(read_primer(), key=lambda document: len(document.text))[:4]
+    # A model that takes the letters for noise, or begins with a chat mark, is far above this.
+    assert 5 < perplexity(loaded, tokenizer, texts) < 200
 
 
 def test_a_model_whose_file_is_written_into_stays_as_it_was_loaded(tmp_path):

@@ -22,14 +22,6 @@ from cartilha.training.optimizer import allocate_states, make_optimizer
 BLOCK, BLOCKS_PER_STEP, STEPS = 16, 8, 5
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def sampler(num_documents: int = 60) -> BlockSampler:
     generator = np.random.default_rng(0)
     ids = [generator.integers(0, 256, length) for length in generator.integers(5, 40, num_documents)]
@@ -66,6 +58,16 @@ def steps(
 
 def losses(records: list[StepRecord]) -> list[float]:
     return [float(record.loss) for record in records]
+
+
+def test_two_threads_train_as_one():
+    expected = losses(steps())
+    torch.set_num_threads(2)
+    try:
+        found = losses(steps())
+    finally:
+        torch.set_num_threads(1)
+    assert found == pytest.approx(expected, rel=2e-5)
 
 
 @pytest.fixture

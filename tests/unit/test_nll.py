@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -28,15 +27,6 @@ TOKENIZER = load_tokenizer("random:tiny")
 PREFIX, END, PAD = 256, 257, 258
 L = 16
 PROTOCOL = Protocol("full", L, L // 2, PREFIX, "float32")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny matrices are not worth sharing out."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", params=["random:tiny", "random:tiny-opt"])

@@ -56,9 +56,8 @@ def test_the_rate_of_float32_is_measured_in_float32_under_autocast_too():
                 dtypes.append(args[0].dtype)
             return func(*args, **(kwargs or {}))
 
-    runtime.cpu_matmul_rate.cache_clear()
-    with torch.autocast("cpu", torch.bfloat16), Note():
-        assert runtime.cpu_matmul_rate("float32") > 0
+    with torch.autocast("cpu", torch.bfloat16), Note():  # not through the cache, which must not keep this figure
+        assert runtime.cpu_matmul_rate.__wrapped__("float32") > 0
     assert len(dtypes) > 1 and set(dtypes) == {torch.float32}
 
 
@@ -204,8 +203,8 @@ def test_a_compiler_counts_where_torch_finds_it(monkeypatch, tmp_path, platform,
     assert has_cxx_compiler() is expected
 
 
-def test_tests_take_two_threads():
-    assert torch.get_num_threads() == 2
+def test_tests_take_one_thread():
+    assert torch.get_num_threads() == 1
 
 
 def test_the_seed_decides_what_torch_draws():

@@ -19,12 +19,9 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 @pytest.fixture(scope="module", autouse=True)
 def importable() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     sys.path.insert(0, str(BENCHMARKS))
     yield
     sys.path.remove(str(BENCHMARKS))
-    torch.set_num_threads(threads)
 
 
 def tiny(**more: Any) -> dict[str, Any]:
