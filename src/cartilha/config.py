@@ -17,9 +17,16 @@ Device = Literal["auto", "cpu", "cuda", "mps"]
 
 MODEL_HELP = "a hub id, a local directory, a .gguf file, package:NAME or random:ARCH"
 REF_HELP = (
-    "files or globs (.txt one document a line, .jsonl, .csv, .parquet; .gz/.zst of them), "
+    "files, globs or folders (.txt one document a line, .json, .jsonl, .csv, .tsv, .parquet, .arrow; also compressed), "
     "hf:NAME[:CONFIG[:SPLIT]], or primer"
 )
+TextUnit = Literal["line", "paragraph", "file"]
+TEXT_UNIT_HELP = "what is a document in a .txt file: a line, a paragraph (lines up to an empty one), or the whole file"
+CsvQuoting = Literal["auto", "minimal", "none"]
+CSV_QUOTING_HELP = (
+    "quotes in .csv and .tsv enclose fields (minimal) or are plain characters (none); auto tells it from the file"
+)
+CSV_DELIMITER_HELP = "what parts the fields of .csv and .tsv: one character, or tab; auto tells it from the file"
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
@@ -58,13 +65,15 @@ class PrepareConfig:
         "read the input's parts (1 MB of text, a row group, a file) in an order drawn from the seed: a limit takes"
         " documents from everywhere, not from the head",
     )
-    text_column: str = option("text", "the column or key that holds the text (.jsonl, .csv, .parquet, hf:)")
+    text_column: str = option("text", "the column or key that holds the text (all but .txt)")
+    csv_quoting: CsvQuoting = option("auto", CSV_QUOTING_HELP)
+    csv_delimiter: str = option("auto", CSV_DELIMITER_HELP)
     encoding: str = option("utf-8", "encoding of text files")
     invalid_bytes: Literal["stop", "replace"] = option(
         "stop", "bytes that the encoding does not allow: stop and name the line, or put U+FFFD (counted)"
     )
     on_error: Literal["stop", "skip"] = option("stop", "a faulty record: stop and name its place, or skip and count it")
-    text_unit: Literal["line", "file"] = option("line", "what is a document in a .txt file: a line, or the whole file")
+    text_unit: TextUnit = option("line", TEXT_UNIT_HELP)
     workers: int | None = option(None, "processes that prepare; default all cores")
     executor: Literal["local", "ray"] = option("local", "where they run: here, or on a Ray cluster (extra scale)")
     ray_address: str | None = option(None, "of the Ray cluster; default a new one on this machine")
@@ -193,7 +202,10 @@ class EvaluateConfig:
     save: str | None = option(None, "also write each document's nll to this parquet file, for compare (one model)")
     continuations: int | None = option(None, "also continue this many documents: chrF, BLEU, ROUGE-L (extra eval)")
     tasks: tuple[str, ...] = option((), "also run these lm-evaluation-harness tasks, names or YAML files (extra eval)")
-    text_column: str = option("text", "the column or key that holds the text (.jsonl, .csv, .parquet, hf:)")
+    text_column: str = option("text", "the column or key that holds the text (all but .txt)")
+    csv_quoting: CsvQuoting = option("auto", CSV_QUOTING_HELP)
+    csv_delimiter: str = option("auto", CSV_DELIMITER_HELP)
+    text_unit: TextUnit = option("line", TEXT_UNIT_HELP)
     encoding: str = option("utf-8", "encoding of text files")
     invalid_bytes: Literal["stop", "replace"] = option(
         "stop", "bytes that the encoding does not allow: stop, or put U+FFFD (counted)"
@@ -214,7 +226,10 @@ class CompareConfig:
     window: int | None = option(None, "most input positions of a window; default min(context, 2048)")
     stride: int | None = option(None, "new tokens scored by each later window; default window / 2")
     limit_documents: int | None = option(None, "compare on at most this many documents")
-    text_column: str = option("text", "the column or key that holds the text (.jsonl, .csv, .parquet, hf:)")
+    text_column: str = option("text", "the column or key that holds the text (all but .txt)")
+    csv_quoting: CsvQuoting = option("auto", CSV_QUOTING_HELP)
+    csv_delimiter: str = option("auto", CSV_DELIMITER_HELP)
+    text_unit: TextUnit = option("line", TEXT_UNIT_HELP)
     dtype: Dtype = option("auto", "compute type")
     device: Device = option("auto", "where to compute")
 
@@ -247,7 +262,10 @@ class VocabConfig:
     advise: bool = option(False, "train keep, +4,000 and +8,000 for the same time on a sample, and recommend one")
     time_budget: str = option("20m", "with --advise: training time, shared by the three (20m, 1h30m)")
     limit_documents: int | None = option(None, "read at most this many documents")
-    text_column: str = option("text", "the column or key that holds the text (.jsonl, .csv, .parquet, hf:)")
+    text_column: str = option("text", "the column or key that holds the text (all but .txt)")
+    csv_quoting: CsvQuoting = option("auto", CSV_QUOTING_HELP)
+    csv_delimiter: str = option("auto", CSV_DELIMITER_HELP)
+    text_unit: TextUnit = option("line", TEXT_UNIT_HELP)
     seed: int = option(0, "with --advise: which documents are held out, and the order of training")
     device: Device = option("auto", "with --advise: where to train")
 

@@ -29,6 +29,7 @@ from cartilha.errors import UserError
 log = logging.getLogger("cartilha")
 
 LFS_POINTER = re.compile(rb"version https://[^\n]+/spec/v\d+\s+(?:ext-.+\s+)*oid \w+:[0-9a-f]+\s+size (\d+)\r?\n?")
+LONE_SURROGATES = re.compile("[\ud800-\udfff]")  # no characters; in names that are not UTF-8 they stand for bytes
 MAX_JSON_BYTES = 64 * 2**20  # far above anything that is written here, far below any machine's memory
 
 # What the user's disk or path can be at fault for, and no mistake of ours.
@@ -382,8 +383,9 @@ def _sealed(values: dict[str, Any]) -> str:
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """JSON text of plain values, numpy scalars included; non-finite floats become null."""
-    return json.dumps(_plain(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    """JSON text of plain values, numpy scalars included; non-finite floats become null, lone surrogates U+FFFD."""
+    text = json.dumps(_plain(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    return LONE_SURROGATES.sub("\ufffd", text)
 
 
 def _plain(value: Any) -> Any:

@@ -165,6 +165,36 @@ def test_a_mistake_in_the_input_leaves_nothing(config, lines, tmp_path):
     assert result.dropped["invalid_bytes"] == 1
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere file names are Unicode")
+def test_an_input_whose_name_is_not_utf8(config, lines, tmp_path):
+    path = tmp_path / "cora\udce7\udce3o.txt"
+    path.write_bytes(lines.read_bytes())
+    config = replace(config, input=(str(path),))
+    assert prepare(config).splits == prepare(replace(config, input=(str(lines),), output=str(tmp_path / "b"))).splits
+    assert TokenStore(config.output).info["inputs"][0]["name"] == "cora\ufffd\ufffdo.txt"
+    assert prepare(config).was_ready
+    with pytest.raises(UserError, match="not valid UTF-8"):
+        prepare(replace(config, output=str(tmp_path / "\udce7")))
+
+
+def test_files_that_a_folder_leaves_out_are_counted_and_named(config, lines, tmp_path, caplog):
+    folder = tmp_path / "d"
+    folder.mkdir()
+    (folder / "a.txt").write_bytes(lines.read_bytes())
+    (folder / "b.doc").write_text("x")
+    (folder / "c.pdf").write_text("x")
+    result = prepare(replace(config, input=(str(folder),), weights=("1",)))
+    assert result.dropped["files"] == 2 and caplog.text.count("b.doc") == 1
+    assert TokenStore(result.store).info["files_left_out"] == {"of a kind that is not read": ["b.doc", "c.pdf"]}
+
+
+def test_rows_that_quotes_joined_are_counted(config, tmp_path, caplog):
+    path = tmp_path / "a.csv"
+    path.write_text("id,text\n" + "".join(f'{n},"um\ndois {n}"\n' for n in range(9)))
+    prepare(replace(config, input=(str(path),)))
+    assert "into one row 9 times" in caplog.text and "a.csv, row 1;" in caplog.text
+
+
 SCRIPT = """
 import os, sys
 print("begins")

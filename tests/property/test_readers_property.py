@@ -47,7 +47,27 @@ def as_parquet(texts: list[str]) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-WRITERS = {".txt": as_txt, ".jsonl": as_jsonl, ".csv": as_csv, ".parquet": as_parquet}
+def as_json(texts: list[str]) -> bytes:
+    indent = len(texts) % 3 or None
+    return json.dumps([{"text": text} for text in texts], ensure_ascii=False, indent=indent).encode("utf-8")
+
+
+def as_arrow(texts: list[str]) -> bytes:
+    sink = pa.BufferOutputStream()
+    table = pa.table({"text": pa.array(texts, pa.string())})
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+    return sink.getvalue().to_pybytes()
+
+
+WRITERS = {
+    ".txt": as_txt,
+    ".jsonl": as_jsonl,
+    ".json": as_json,
+    ".csv": as_csv,
+    ".parquet": as_parquet,
+    ".arrow": as_arrow,
+}
 COMPRESSORS = {
     "": lambda data: data,
     ".gz": gzip.compress,

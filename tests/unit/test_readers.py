@@ -387,7 +387,10 @@ def test_folders_and_globs_are_sorted_and_repeated_files_read_once(tmp_path, mon
     for order in (1, -1):  # whatever the file system's own order is
         monkeypatch.setattr(glob, "glob", lambda *a, order=order, **k: list(glob.iglob(*a, **k))[::order])
         assert paths("d/**/*.[tC]*") == ["d/a/z.CSV", "d/b.txt"]
-    assert not caplog.records
+    assert {record.getMessage() for record in caplog.records} == {
+        "Left out of the folder d, hidden: 1 file (d/.oculto.txt).",
+        "Left out of the folder d, of a kind that is not read: 1 file (d/leia.md).",
+    }
     with caplog.at_level(logging.WARNING, "cartilha"):
         assert paths("d/b.txt", "d", tmp_path / "d" / "b.txt") == ["d/b.txt", "d/a/z.CSV", "d/a.jsonl.gz"]
     assert "b.txt" in caplog.text and "and 1 more" in caplog.text

@@ -205,6 +205,11 @@ def strictly(text: str):
     return json.loads(text, parse_constant=refuse)
 
 
+def test_lone_surrogates_which_no_file_holds_are_replaced(tmp_path):
+    write_sealed_json(tmp_path / "a.json", {"a\ud83d": ["cora\udce7o 😀"]})
+    assert read_sealed_json(tmp_path / "a.json") == {"a\ufffd": ["cora\ufffdo 😀"]}
+
+
 def test_what_is_no_number_becomes_null():
     value = {"loss": math.nan, "of": [math.inf, (-math.inf, 1.5)], "numpy": [np.float32("nan"), np.float16("inf")]}
     assert strictly(to_json(value)) == {"loss": None, "of": [None, [None, 1.5]], "numpy": [None, None]}

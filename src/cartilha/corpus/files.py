@@ -8,6 +8,7 @@ import lzma
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ COMPRESSIONS: dict[str, Callable[[Path], Any]] = {
     ".xz": lzma.open,
     ".bz2": bz2.open,
 }
+READ_ERRORS = (EOFError, zlib.error, lzma.LZMAError, OSError)  # of opening, and of what is damaged or cut off
 COMPRESSED_EXPANSION = 4.0  # text bytes in a compressed byte, for estimates only
 
 

@@ -7,14 +7,12 @@ A compression (`files.COMPRESSIONS`) may stand behind any suffix.
 
 from __future__ import annotations
 
-import lzma
 import os
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from cartilha.corpus.csv_records import read_csv
-from cartilha.corpus.files import COMPRESSED_EXPANSION, COMPRESSIONS, SourceFile, split_name
+from cartilha.corpus.files import COMPRESSED_EXPANSION, COMPRESSIONS, READ_ERRORS, SourceFile, split_name
 from cartilha.corpus.json_records import read_json, read_jsonl
 from cartilha.corpus.lines import Fault
 from cartilha.corpus.plain_text import cut_lines, cut_txt, read_txt
@@ -87,7 +85,7 @@ def read_records(part: Part) -> Numbered:
     try:
         for number, record in format_of(part.source).read(part):
             yield number, record
-    except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+    except READ_ERRORS as error:
         place = f"{part.source.path} cannot be read" + (f" after {part.unit} {number}" if number else "")
         system = error.strerror if isinstance(error, OSError) else None  # decompressors set none
         if system:

@@ -16,12 +16,12 @@ from typing import IO
 
 from cartilha.corpus.files import SourceFile, open_file
 from cartilha.errors import UserError
+from cartilha.storage import LONE_SURROGATES
 
 MARK_INVALID = "cartilha.mark"  # the name of the decoders' error handler below
 BLOCK_BYTES = 1 << 20
 MAX_DOCUMENT_BYTES = 16 << 20  # beyond any document; the work on one takes some twenty times as much memory
 
-_SURROGATES = re.compile("[\ud800-\udfff]")
 _WINDOWS_MARKS = re.compile("[\udc80-\udc9f]")  # of bytes that Latin-1 text does not hold
 # What UTF-8 makes of another encoding's byte-order mark; the longer one first, for it begins with the shorter.
 _FOREIGN_MARKS = (("\udcff\udcfe\0\0", "utf-32"), ("\udcff\udcfe", "utf-16"), ("\udcfe\udcff", "utf-16"))
@@ -72,7 +72,7 @@ codecs.register_error(MARK_INVALID, _mark)
 
 def without_surrogates(text: str) -> str:
     """The text with U+FFFD for each mark or half surrogate pair; the same object where there is none."""
-    return text if _first_surrogate(text) is None else _SURROGATES.sub("\ufffd", text)
+    return text if _first_surrogate(text) is None else LONE_SURROGATES.sub("\ufffd", text)
 
 
 def _first_surrogate(text: str) -> int | None:

@@ -19,6 +19,7 @@ from cartilha.corpus import lines
 from cartilha.corpus.document import Document
 from cartilha.corpus.files import SourceFile, refuse_changed
 from cartilha.corpus.formats import format_of, read_records
+from cartilha.corpus.hints import log_hints
 from cartilha.corpus.hub import read_hub
 from cartilha.corpus.lines import Fault, too_long, without_surrogates
 from cartilha.corpus.primer import read_primer
@@ -130,9 +131,10 @@ def read_documents(
     if limit_documents is not None and limit_documents < 1:
         raise UserError(f"--limit_documents is {limit_documents}; give 1 or more, or leave it out to read everything.")
     reading = settings or ReadSettings()
-    pieces = [Piece(source) for source in resolve_inputs(refs)]
+    sources = resolve_inputs(refs)
+    log_hints(sources, reading)
     found = ReadCounts() if counts is None else counts
-    documents = (document for piece in pieces for document in read_piece(piece, reading, found))
+    documents = (document for source in sources for document in read_piece(Piece(source), reading, found))
     return islice(documents, limit_documents)
 
 

@@ -15,8 +15,16 @@ from cartilha.corpus.files import SourceFile
 from cartilha.corpus.formats import READABLE, is_readable
 from cartilha.corpus.primer import primer_sha256
 from cartilha.errors import UserError
+from cartilha.storage import read_json
 
 log = logging.getLogger("cartilha")
+
+LeftOut = dict[str, list[str]]  # files of folders that are not read, as paths below the folder, by reason
+
+OTHER_KIND = "of a kind that is not read"
+NAMED_FILES = 5
+# What `datasets` writes beside a dataset's own files.
+DATASET_RECORDS = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
 
 
 @dataclass(frozen=True)
@@ -44,23 +52,25 @@ class PrimerSource:
 Source = SourceFile | HubSource | PrimerSource
 
 
-def resolve_inputs(refs: Sequence[str | Source]) -> list[Source]:
+def resolve_inputs(refs: Sequence[str | Source], left_out: LeftOut | None = None) -> list[Source]:
     """Expand REFs in the order given; what a glob or folder holds is sorted by path.
 
     A path that exists wins over other readings of the same string. A folder stands for the files in it that can be
-    read by their suffix, subfolders included; hidden files and links to folders are left out. A glob stands for the
-    files that match, and each must be readable. What is named twice is read once, which is logged.
+    read by their suffix, subfolders included; of a dataset that `save_to_disk` wrote, for the files that it lists. What
+    else is in a folder is logged, hidden folders and hidden files of other kinds aside. A glob stands for the files
+    that match, and each must be readable. What is named twice is read once, which is logged.
 
     Args:
         refs: REFs as the command line has them; sources that were resolved before pass through.
+        left_out: Filled with the files of folders that are not read.
 
     Raises:
-        UserError: A REF names nothing, or something that is not read.
+        UserError: A REF names nothing, or something that is not read; the larger part of a folder is not read.
     """
     found: dict[Path | Source, Source] = {}
     repeated: list[str] = []
     for ref in refs:
-        for source in _resolve(ref) if isinstance(ref, str) else [ref]:
+        for source in _resolve(ref, {} if left_out is None else left_out) if isinstance(ref, str) else [ref]:
             key = source.path.resolve() if isinstance(source, SourceFile) else source
             if key in found:
                 repeated.append(str(source.path if isinstance(source, SourceFile) else ref))
@@ -72,12 +82,12 @@ def resolve_inputs(refs: Sequence[str | Source]) -> list[Source]:
     return list(found.values())
 
 
-def _resolve(ref: str) -> list[Source]:
+def _resolve(ref: str, left_out: LeftOut) -> list[Source]:
     status = _status(ref)
     if status is not None:
         if ref == "primer" or ref.startswith("hf:"):
             log.warning("%s is read from the path of that name, which exists here.", ref)
-        return _folder(ref) if stat.S_ISDIR(status.st_mode) else [_file(ref)]
+        return _folder(ref, left_out) if stat.S_ISDIR(status.st_mode) else [_file(ref)]
     if ref == "primer":
         return [PrimerSource(primer_sha256())]
     if ref.startswith("hf:"):
@@ -113,22 +123,70 @@ def _file(path: str) -> SourceFile:
     return SourceFile(Path(path), status.st_size, status.st_mtime_ns)
 
 
-def _folder(folder: str) -> list[Source]:
-    files = sorted((path for path in _walk(folder) if is_readable(path)), key=_in_order)
+def _folder(folder: str, left_out: LeftOut) -> list[Source]:
+    by_reason: LeftOut = {}
+    for path, reason in sorted(_walk(folder), key=lambda found: _in_order(found[0])):
+        by_reason.setdefault(reason, []).append(path)
+    files = [_file(path) for path in by_reason.pop("", [])]
+    others = by_reason.get(OTHER_KIND, [])
     if not files:
-        raise UserError(f"The folder {folder} holds no file that can be read; give one with {READABLE}.")
-    return [_file(path) for path in files]
+        there = f", only {_named(others)}" if others else ""
+        raise UserError(f"The folder {folder} holds no file that can be read{there}; give one with {READABLE}.")
+    num_bytes, num_others = sum(file.size_bytes for file in files), sum(os.lstat(path).st_size for path in others)
+    if num_others > num_bytes:
+        pattern = os.path.join(folder, "**", f"*{files[0].format}{files[0].compression}")
+        raise UserError(
+            f"The larger part of the folder {folder} cannot be read: {num_others:,} bytes are {OTHER_KIND}"
+            f" ({_named(others)}), {num_bytes:,} bytes can be; unpack or convert the others, or name what is to be read"
+            f" by a glob in quotes ({pattern!r}, say)."
+        )
+    for reason, paths in by_reason.items():
+        log.warning("Left out of the folder %s, %s: %s.", folder, reason, _named(paths))
+        left_out.setdefault(reason, []).extend(os.path.relpath(path, folder) for path in paths)
+    return list(files)
 
 
-def _walk(folder: str) -> Iterator[str]:
-    """Paths of all files below a folder that are not hidden."""
+def _named(paths: Sequence[str]) -> str:
+    """The paths' number, and the first of them."""
+    more = f" and {len(paths) - NAMED_FILES:,} more" if len(paths) > NAMED_FILES else ""
+    return f"{len(paths):,} file{'s' * (len(paths) > 1)} ({', '.join(paths[:NAMED_FILES])}{more})"
+
+
+def _walk(folder: str) -> Iterator[tuple[str, str]]:
+    """Paths below a folder, each with the reason why it is not read, empty where it is."""
 
     def stop(error: OSError) -> None:
         raise UserError(f"The folder {error.filename} cannot be listed ({error.strerror}); change its permissions.")
 
     for parent, folders, names in os.walk(folder, onerror=stop):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (os.path.join(parent, name) for name in names if not name.startswith("."))
+        yield from (
+            (path, "links to folders") for name in folders if os.path.islink(path := os.path.join(parent, name))
+        )
+        listed = _dataset_files(parent) if "state.json" in names else None
+        for name in names:
+            reason = _why_left_out(name, listed)
+            if reason is not None:
+                yield os.path.join(parent, name), reason
+
+
+def _why_left_out(name: str, listed: set[str] | None) -> str | None:
+    """The reason, empty where the file is read; None for a hidden file that would not be read anyway."""
+    if not is_readable(name):
+        return None if name.startswith(".") else OTHER_KIND
+    if name.startswith("."):
+        return "hidden"
+    if name in DATASET_RECORDS:
+        return "records of a dataset"
+    return "" if listed is None or name in listed else "not listed in state.json as part of the dataset"
+
+
+def _dataset_files(folder: str) -> set[str] | None:
+    """The files that a dataset of `save_to_disk` consists of; None where state.json is of another kind."""
+    try:
+        return {str(entry["filename"]) for entry in read_json(Path(folder, "state.json"))["_data_files"]}
+    except (OSError, ValueError, TypeError, LookupError):
+        return None
 
 
 def _in_order(path: str) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ from cartilha.config import PrepareConfig
 from cartilha.console import Advance, progress
 from cartilha.corpus.files import SourceFile
 from cartilha.corpus.formats import expansion
+from cartilha.corpus.hints import log_hints
 from cartilha.corpus.readers import Piece, ReadCounts, read_piece
 from cartilha.corpus.shards import Shard, shards, shuffled
 from cartilha.corpus.sources import HubSource
@@ -95,6 +96,7 @@ def prepare(config: PrepareConfig) -> PrepareResult:
             if config.rejects and not Path(config.rejects).exists():
                 log.warning("%s is not written, for nothing is cleaned now; add --overwrite.", config.rejects)
             return PrepareResult(str(path), store.counts, store.info["dropped"], True, store.info.get("leaks"))
+        log_hints(asked.sources, asked.reading)
         executor = executor or stack.enter_context(closing(_executor(config, asked)))
         result = _make(path, asked, config, tokenizer, settings, executor)
     for split in SPLITS:
@@ -301,6 +303,8 @@ def _write(
         memory_bytes=CLUSTER_MEMORY_BYTES,
     )
     dropped = {**sides.dropped, "empty": read.empty, **dict(read.skipped), **rejected}
+    if asked.left_out:
+        dropped["files"] = sum(map(len, asked.left_out.values()))
     leaks = None
     if config.near_duplicates:
         leaks = {"leak_rate": sides.split.leak_rate, "plain_leak_rate": sides.split.plain_leak_rate}
@@ -314,6 +318,7 @@ def _write(
                 "inputs": inputs.result(),
                 "settings": settings,
                 "dropped": dropped,
+                "files_left_out": asked.left_out,
                 "num_documents_read": read.documents + read.empty + sum(read.skipped.values()),
                 "num_documents_with_replaced_bytes": read.replaced_bytes_documents,
                 "num_documents_with_nul": read.nul_documents,
@@ -334,6 +339,12 @@ def _tell(read: ReadCounts, sides: Sides, leaks: dict[str, float] | None) -> Non
         log.warning("Invalid bytes were replaced by U+FFFD in %d documents.", read.replaced_bytes_documents)
     if read.nul_documents:
         log.warning("%d documents hold NUL characters, which are kept.", read.nul_documents)
+    if read.joined_rows:
+        log.warning(
+            "Quotes joined several lines into one row %d times, the first at %s; where quotes are plain characters, add"
+            " --csv_quoting none.",
+            *(read.joined_rows, read.first_joined),
+        )
     for reason, number in read.skipped.items():
         log.warning("%d records were left out (%s), the first: %s", number, reason, read.first_skipped[reason])
     for note in sides.split.notes:

@@ -124,8 +124,8 @@ def _prepare(config: VocabConfig, model: str, place: Path, num_documents: int) -
         output=str(place / "store"),
         validation_fraction=HELD_OUT,
         seed=config.seed,
-        text_column=config.text_column,
         limit_documents=num_documents,
+        **vars(ReadSettings.of(config)),
     )
     return prepare(settings).store
 

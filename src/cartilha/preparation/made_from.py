@@ -28,6 +28,8 @@ SETTINGS = (
     "near_duplicates",
     "text_column",
     "text_unit",
+    "csv_quoting",
+    "csv_delimiter",
     "encoding",
     "invalid_bytes",
     "on_error",

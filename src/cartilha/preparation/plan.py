@@ -11,9 +11,10 @@ import numpy as np
 from cartilha.config import PrepareConfig
 from cartilha.corpus.cleaning import WEB_STEPS, CleaningSettings, make_cleaner
 from cartilha.corpus.records import ReadSettings
-from cartilha.corpus.sources import Source, resolve_inputs
+from cartilha.corpus.sources import LeftOut, Source, resolve_inputs
 from cartilha.corpus.splits import SplitRule
 from cartilha.errors import UserError
+from cartilha.storage import LONE_SURROGATES
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class Plan:
     Attributes:
         sources: All of them; those that are held out as a whole first, so that a text that is on both sides stays
             there.
-        num_held_out: How many those are.
+        left_out: Files of the inputs' folders that are not read.
+        num_held_out: How many of the sources are held out as a whole.
         weights: For each source the number of its input, and for each input its share of the tokens; None where all
             of everything is taken.
         rule: How many documents are held out.
@@ -33,6 +35,7 @@ class Plan:
     """
 
     sources: list[Source]
+    left_out: LeftOut
     num_held_out: int
     weights: tuple[np.ndarray, np.ndarray] | None
     rule: SplitRule
@@ -58,6 +61,8 @@ def plan(config: PrepareConfig) -> Plan:
         raise UserError("There is no place for the store; name a directory with --output.")
     rule = SplitRule(config.validation_fraction, config.validation_documents, config.validation_first, config.seed)
     reading = ReadSettings.of(config)
+    if LONE_SURROGATES.search(config.output):
+        raise UserError(f"--output {config.output} is not valid UTF-8, which Arrow asks of paths; choose another name.")
     if config.limit_documents is not None and config.limit_documents < 1:
         raise UserError(
             f"--limit_documents is {config.limit_documents}; give 1 or more, or leave it out to read everything."
@@ -73,23 +78,25 @@ def plan(config: PrepareConfig) -> Plan:
         raise UserError("--rejects takes what cleaning leaves out, and nothing is cleaned; add --clean web.")
     if config.rejects and (Path(config.rejects).is_dir() or not Path(config.rejects).parent.is_dir()):
         raise UserError(f"--rejects {config.rejects} cannot be written; name a file in a folder that is there.")
-    held_out = resolve_inputs(config.validation_input) if config.validation_input else []
+    left_out: LeftOut = {}
+    held_out = resolve_inputs(config.validation_input, left_out)
     if held_out and (config.validation_documents is not None or config.validation_first is not None):
         raise UserError("Hold out either given files or a number of documents, not both.")
-    sources = resolve_inputs([*held_out, *config.input])
-    weights = _weights(config.weights, config.input, sources[len(held_out) :], len(held_out))
-    return Plan(sources, len(held_out), weights, rule, reading, steps, cleaning)
+    inputs = [resolve_inputs([ref], left_out) for ref in config.input]
+    sources = resolve_inputs([*held_out, *(source for found in inputs for source in found)])
+    weights = _weights(config.weights, inputs, sources[len(held_out) :], len(held_out))
+    return Plan(sources, left_out, len(held_out), weights, rule, reading, steps, cleaning)
 
 
 def _weights(
-    given: Sequence[str], refs: Sequence[str], sources: Sequence[Source], num_held_out: int
+    given: Sequence[str], inputs: Sequence[Sequence[Source]], sources: Sequence[Source], num_held_out: int
 ) -> tuple[np.ndarray, np.ndarray] | None:
     if not given:
         return None
     if num_held_out:
         raise UserError("--weights and --validation_input do not go together; hold out a fraction instead.")
-    if len(given) != len(refs):
-        raise UserError(f"There are {len(given)} weights for {len(refs)} inputs; give one for each --input.")
+    if len(given) != len(inputs):
+        raise UserError(f"There are {len(given)} weights for {len(inputs)} inputs; give one for each --input.")
     try:
         values = np.array([float(value) for value in given])
     except ValueError:
@@ -97,7 +104,7 @@ def _weights(
     if not (np.isfinite(values).all() and (values > 0).all()):
         raise UserError(f"Weights must be above 0, not {' '.join(given)}; leave an input out to have none of it.")
     owners: dict[Source, int] = {}
-    for number, ref in enumerate(refs):
-        for source in resolve_inputs([ref]):
+    for number, found in enumerate(inputs):
+        for source in found:
             owners.setdefault(source, number)
     return np.array([owners[source] for source in sources]), values / values.sum()
