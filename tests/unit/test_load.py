@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from cartilha.tokens.tokenizer import TextTokenizer, load_tokenizer
 
 CPU = torch.device("cpu")
 BYTES = load_tokenizer("random:tiny")
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 250540281\n"
 
 
 def complaint(ref: Path | str, **arguments: Any) -> str:
@@ -313,6 +315,61 @@ def test_a_tokenizer_with_ids_beyond_the_rows_is_refused(small_replica):
     assert load_model(str(small_replica), CPU, tokenizer=tokenizer)  # 272 rows: spare ones are no fault
     sentence = complaint("random:tiny", tokenizer=tokenizer)
     assert "265 ids" in sentence and "259 rows" in sentence
+
+
+def test_special_tokens_beyond_the_rows_are_no_fault_as_long_as_no_text_has_them(tmp_path, caplog):
+    beyond = load_tokenizer("random:tiny")
+    beyond.backend.add_special_tokens(["[PAD]", "[MASK]"])
+    loaded = load_model("random:tiny", CPU)
+    assert beyond.num_ids == 261 and (head_weight(loaded.model).shape[0], beyond.num_reachable_ids) == (259, 258)
+    prepare_model(loaded.model, "modelo", CPU, beyond)
+    assert "261 ids and modelo 259 rows" in caplog.text and "([PAD], [MASK])" in caplog.text
+    for used in (replace(beyond, eos_id=259), replace(beyond, bos_id=260)):
+        with pytest.raises(UserError, match="do not belong together"):
+            prepare_model(loaded.model, "modelo", CPU, used)
+    word = load_tokenizer("random:tiny")
+    word.backend.add_tokens(["ção"])
+    with pytest.raises(UserError, match="260 ids but modelo has only 259 rows"):
+        prepare_model(loaded.model, "modelo", CPU, word)
+
+
+QUANTIZATIONS = {
+    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 128},
+    "awq": {"quant_method": "awq", "bits": 4},
+    "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    "fp8": {"quant_method": "fp8"},
+    "None": {"bits": 4},
+}
+
+
+@pytest.mark.parametrize("method", QUANTIZATIONS)
+def test_quantised_weights_are_refused_by_name(small_replica, method):
+    (small_replica / "config.json").write_text(
+        json.dumps({**hub_config(265), "quantization_config": QUANTIZATIONS[method]})
+    )
+    assert f"quantised (quant_method {method})" in complaint(small_replica)
+    with pytest.raises(UserError, match="quantised"):
+        load.model_config(str(small_replica))
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "pytorch_model.bin", "vocab.json", "merges.txt", "tokenizer_config.json"]
+)
+def test_a_git_lfs_pointer_is_no_file_of_a_model(small_replica, name):
+    (small_replica / name).write_text(POINTER)
+    what = load_model if name in ("config.json", "pytorch_model.bin") else load_tokenizer
+    with pytest.raises(UserError, match=f"{name} is only a Git LFS pointer.*git lfs pull"):
+        what(str(small_replica), *([CPU] if what is load_model else []))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model-00001-of-00002.safetensors", "tokenizer.json"])
+def test_what_a_pointer_stands_for_must_be_needed(small_replica, name):
+    (small_replica / "pytorch_model.bin").write_text(POINTER)
+    load_model("random:tiny-opt", CPU).model.save_pretrained(small_replica)
+    load_model(str(small_replica), CPU)  # the other file is the one that is read
+    (small_replica / name).write_text(POINTER)
+    with pytest.raises(UserError, match=f"{name} is only a Git LFS pointer"):
+        load_tokenizer(str(small_replica)) if name == "tokenizer.json" else load_model(str(small_replica), CPU)
 
 
 # random:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import unicodedata
 from pathlib import Path
 
 import huggingface_hub
@@ -13,6 +14,8 @@ from huggingface_hub import errors as hub_errors
 from cartilha.errors import HubUnreachableError, UserError
 from cartilha.tokens import sources
 from cartilha.tokens.sources import ModelSource, cache_directory, conversion_directory, download, resolve_model
+
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 250540281\n"
 
 
 def complaint(ref: str) -> str:
@@ -67,6 +70,58 @@ def test_what_is_neither_a_directory_nor_a_hub_id(ref, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert f"There is no directory {ref!r}" in complaint(ref)
+
+
+@pytest.mark.parametrize("ref", ["corrida/model", "./corrida/model", "corrida/modelo-7"])
+def test_a_missing_directory_below_one_that_is_there_is_no_hub_id(ref, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert resolve_model("corrida/model").kind == "hub"
+    Path("corrida").mkdir()
+    assert ("There is no directory './" if ref[0] == "." else "in the directory corrida") in complaint(ref)
+
+
+def test_a_run_stands_for_its_model(tmp_path, caplog):
+    run = tmp_path / "corrida"
+    run.mkdir()
+    (run / "results.json").write_text("{}")
+    assert f"{run} has no model yet" in complaint(str(run))
+    (run / "model").mkdir()
+    (run / "model" / "config.json").write_text("{}")
+    assert resolve_model(str(run)).path == run / "model"
+    assert resolve_model(str(run)).path == run / "model"
+    assert [record.message for record in caplog.records] == [
+        f"{run} is a run: its trained model in {run}/model is taken."
+    ]
+
+
+@pytest.mark.parametrize("settings", ['{"base_model_name_or_path": "facebook/opt-125m"}', "{", "[]", "{}"])
+def test_an_adapter_is_no_model(tmp_path, settings):
+    (tmp_path / "adapter_config.json").write_text(settings)
+    (tmp_path / "adapter_model.safetensors").touch()
+    sentence = complaint(str(tmp_path))
+    assert "LoRA adapter" in sentence and "merge_and_unload" in sentence
+    assert ("facebook/opt-125m" in sentence) == ("opt" in settings)
+    (tmp_path / "config.json").write_text("{}")  # merged in place
+    assert resolve_model(str(tmp_path)).kind == "directory"
+
+
+@pytest.mark.parametrize("asked", ["NFC", "NFD"])
+@pytest.mark.parametrize("there", ["NFC", "NFD"])
+@pytest.mark.parametrize("name", ["coração", "coração/edição.gguf"])
+def test_a_name_is_found_however_its_accents_are_written(tmp_path, asked, there, name):
+    path = tmp_path / unicodedata.normalize(there, name)
+    if name.endswith("gguf"):
+        path.parent.mkdir()
+        path.touch()
+    else:
+        path.mkdir()
+    found = resolve_model(str(tmp_path / unicodedata.normalize(asked, name))).path
+    assert found is not None and found.samefile(path)
+
+
+def test_a_gguf_that_is_only_a_pointer(tmp_path):
+    (tmp_path / "m.gguf").write_text(POINTER)
+    assert "git lfs pull" in complaint(str(tmp_path / "m.gguf"))
 
 
 # package:NAME

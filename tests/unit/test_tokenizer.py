@@ -13,6 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, processors
 
+from cartilha.corpus.primer import primer_texts
 from cartilha.errors import UserError
 from cartilha.tokens import tokenizer as tokenizer_module
 from cartilha.tokens.sources import conversion_directory
@@ -349,6 +350,40 @@ def test_two_files_of_another_class_are_read_by_that_class(opt_tokenizer, tmp_pa
 def test_a_random_model_has_no_tokenizer_of_its_own():
     assert "random:opt-125m has no tokenizer of its own" in complaint("random:opt-125m")
     assert load_tokenizer("random:tiny-32").fingerprint() == TINY.fingerprint()
+    assert "There is no architecture random:big; choose from random:tiny" in complaint("random:big")
+
+
+def train_sentencepiece(folder: Path) -> Path:
+    sentencepiece = pytest.importorskip("sentencepiece", reason="needs the extra `sentencepiece`")
+    text = "\n".join(text.text for text in primer_texts()[:40])
+    (folder / "texto.txt").write_text(text, encoding="utf-8")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "texto.txt"),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=400,
+        model_type="bpe",
+        byte_fallback=True,
+        minloglevel=2,
+    )
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    return folder
+
+
+def test_a_sentencepiece_model_alone(tmp_path, caplog):
+    folder = train_sentencepiece(tmp_path)
+    tokenizer = load_tokenizer(str(folder))
+    assert "converted through transformers" in caplog.text
+    assert ids(tokenizer, BRASIL) == peer_ids(folder, BRASIL) and tokenizer.decode(ids(tokenizer, BRASIL)) == BRASIL
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
+    tokenizer.save(tmp_path / "salvo")
+    assert load_tokenizer(str(tmp_path / "salvo")).fingerprint() == tokenizer.fingerprint()
+
+
+def test_a_sentencepiece_model_without_the_library(tmp_path, monkeypatch):
+    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>")
+    monkeypatch.setattr(tokenizer_module, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="needs the extra `sentencepiece`"):
+        load_tokenizer(str(tmp_path))
 
 
 def test_a_hub_models_tokenizer_files_are_fetched(tmp_path, monkeypatch):
@@ -370,7 +405,7 @@ MARKS = {"<|endoftext|>": CONTROL, "<|im_start|>": CONTROL}
 
 
 def write_gguf(
-    path: Path, tokens: dict[str, int], model: str = "gpt2", pre: str = "smollm", **special_ids: int
+    path: Path, tokens: dict[str, int], model: str = "gpt2", pre: str = "smollm", chat: str = "", **special_ids: int
 ) -> Path:
     gguf = pytest.importorskip("gguf", reason="reading GGUF needs the extra `demo`")
     writer = gguf.GGUFWriter(path, "llama")
@@ -379,6 +414,8 @@ def write_gguf(
     writer.add_token_list(list(tokens))
     writer.add_token_types(list(tokens.values()))
     writer.add_token_merges(["a b", "Ġ Ġ", "1 2"])
+    if chat:
+        writer.add_chat_template(chat)
     for name, token_id in special_ids.items():
         getattr(writer, f"add_{name}_token_id")(token_id)
     writer.write_header_to_file()
@@ -419,6 +456,18 @@ def test_gguf_is_converted_once(tmp_path, monkeypatch):
     shutil.rmtree(conversion_directory(path))
     second.save(tmp_path / "salvo")  # what was read from the cache does not need it any more
     assert load_tokenizer(str(tmp_path / "salvo")).fingerprint() == first.fingerprint()
+
+
+def test_gguf_keeps_its_chat_template(tmp_path):
+    from transformers import AutoTokenizer
+
+    chat = "{% for message in messages %}{{ message['content'] }}\nção{% endfor %}"
+    path = write_gguf(tmp_path / "m.gguf", WORDS | MARKS, chat=chat)
+    for place in ("primeiro", "da-cache"):
+        load_tokenizer(str(path)).save(tmp_path / place)
+        assert AutoTokenizer.from_pretrained(tmp_path / place).chat_template == chat
+    load_tokenizer(str(tmp_path / "primeiro")).save(tmp_path / "outra-vez")
+    assert (tmp_path / "outra-vez" / "chat_template.jinja").read_text(encoding="utf-8") == chat
 
 
 def test_gguf_with_a_cache_that_cannot_be_written(tmp_path, monkeypatch, caplog):

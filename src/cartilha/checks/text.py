@@ -113,7 +113,7 @@ def vocabulary(subject: Subject) -> CheckResult:
     embedding = input_rows(model)
     num_input_rows, tied = len(embedding), head_weight(model) is embedding
     special = {name: getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
-    largest = max([tokenizer.num_ids - 1, *(i for i in special.values() if i is not None)])
+    largest = tokenizer.num_reachable_ids - 1
     used = set(tokenizer.backend.get_vocab(with_added_tokens=True).values())
     num_unused = rows - len([i for i in used if i < rows])
     store_largest = _largest_id(subject)

@@ -30,11 +30,21 @@ from cartilha.errors import HubUnreachableError, UserError, missing_extra
 from cartilha.model.attention import knows_attention, use_document_attention
 from cartilha.model.rows import prove_rows
 from cartilha.runtime import keep_freed_memory, seed_everything, settle_cpu_functions
-from cartilha.storage import new_directory
-from cartilha.tokens.sources import ModelSource, conversion_directory, resolve_model, unreachable_message
+from cartilha.storage import new_directory, refuse_lfs_pointer
+from cartilha.tokens.sources import (
+    RANDOM_MODELS,
+    ModelSource,
+    conversion_directory,
+    resolve_model,
+    unknown_architecture,
+    unreachable_message,
+)
 from cartilha.tokens.tokenizer import TextTokenizer
 
 log = logging.getLogger("cartilha")
+
+# What transformers and torch raise for files that hold no model.
+UNREADABLE = (ValueError, KeyError, RuntimeError, ImportError, SafetensorError, pickle.UnpicklingError, EOFError)
 
 
 @dataclass(frozen=True)
@@ -68,11 +78,8 @@ def load_model(ref: str, device: torch.device, *, tokenizer: TextTokenizer | Non
         HubUnreachableError: A hub model cannot be had.
     """
     source = resolve_model(ref)
-    if source.kind == "random":
-        model = _random_model(source, tokenizer, seed)
-    else:
-        path = _converted_gguf(source) if source.kind == "gguf" else source.path
-        model = _from_pretrained(ref, str(path) if path is not None else source.name)
+    is_random = source.kind == "random"
+    model = _random_model(source, tokenizer, seed) if is_random else _from_pretrained(ref, _place(source))
     return prepare_model(model, ref, device, tokenizer)
 
 
@@ -85,9 +92,16 @@ def prepare_model(
     use_document_attention(model)
     num_rows = _head_of(model, ref).weight.shape[0]
     if tokenizer is not None and tokenizer.num_ids > num_rows:
-        raise UserError(
-            f"The tokenizer has {tokenizer.num_ids} ids but {ref} has only {num_rows} rows: they do not belong "
-            "together; prepare the store with this model's own tokenizer."
+        if tokenizer.num_reachable_ids > num_rows:
+            raise UserError(
+                f"The tokenizer has {tokenizer.num_ids} ids but {ref} has only {num_rows} rows: they do not belong "
+                "together; prepare the store with this model's own tokenizer."
+            )
+        log.warning(
+            "The tokenizer has %d ids and %s %d rows: the special tokens beyond them (%s) have none, which does no "
+            "harm, since no text holds them.",
+            *(tokenizer.num_ids, ref, num_rows),
+            ", ".join(str(tokenizer.backend.id_to_token(i)) for i in range(num_rows, tokenizer.num_ids)),
         )
     if device.type == "cpu":
         keep_freed_memory()
@@ -175,6 +189,10 @@ def weights_hash(model: PreTrainedModel) -> str:
 
 def _from_pretrained(ref: str, path: str) -> PreTrainedModel:
     transformers_logging.disable_progress_bar()
+    _configuration(ref, path)
+    folder = Path(path)
+    for weights in sorted(folder.glob("model*.safetensors*")) or sorted(folder.glob("pytorch_model*.bin*")):
+        refuse_lfs_pointer(weights)
     try:
         # Code that comes with a model is never run, and transformers must not ask in the middle of a command.
         result: Any = AutoModelForCausalLM.from_pretrained(
@@ -184,7 +202,7 @@ def _from_pretrained(ref: str, path: str) -> PreTrainedModel:
         if Path(path).is_dir():
             raise UserError(f"{ref} holds no model that can be loaded ({_first_line(error)}).") from error
         raise HubUnreachableError(unreachable_message(ref)) from error
-    except (ValueError, KeyError, RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError) as error:
+    except UNREADABLE as error:
         raise UserError(f"{ref} cannot be loaded as a causal language model ({_reason(error)}).") from error
     model, report = result
     assert isinstance(model, PreTrainedModel)
@@ -229,17 +247,31 @@ def model_config(ref: str, tokenizer: TextTokenizer | None = None) -> Pretrained
         HubUnreachableError: A hub model cannot be had.
     """
     source = resolve_model(ref)
-    if source.kind == "random":
-        config = _random_config(source, tokenizer)
-    else:
-        path = _converted_gguf(source) if source.kind == "gguf" else source.path
-        try:
-            config = AutoConfig.from_pretrained(str(path) if path is not None else source.name, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            if path is None and isinstance(error, OSError):
-                raise HubUnreachableError(unreachable_message(ref)) from error
-            raise UserError(f"{ref} holds no model that can be loaded ({_reason(error)}).") from error
+    return _random_config(source, tokenizer) if source.kind == "random" else _configuration(ref, _place(source))
+
+
+def _place(source: ModelSource) -> str:
+    """What transformers loads a model from: a directory or a hub id."""
+    return str(_converted_gguf(source) if source.kind == "gguf" else source.path or source.name)
+
+
+def _configuration(ref: str, place: str) -> PretrainedConfig:
+    """The configuration; one of quantised weights is refused, for they do not train."""
+    refuse_lfs_pointer(Path(place) / "config.json")
+    try:
+        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        if not Path(place).is_dir() and isinstance(error, OSError):
+            raise HubUnreachableError(unreachable_message(ref)) from error
+        raise UserError(f"{ref} holds no model that can be loaded ({_reason(error)}).") from error
     assert isinstance(config, PretrainedConfig)
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        settings = quantization if isinstance(quantization, dict) else vars(quantization)
+        raise UserError(
+            f"The weights of {ref} are quantised (quant_method {settings.get('quant_method')}), and such weights are "
+            "neither trained nor scored here; use the model that they were made from."
+        )
     return config
 
 
@@ -252,13 +284,11 @@ def _random_model(source: ModelSource, tokenizer: TextTokenizer | None, seed: in
     return model
 
 
-def _random_config(source: ModelSource, tokenizer: TextTokenizer | None) -> Any:
-    makers = {"tiny": _tiny_llama, "tiny-opt": _tiny_opt, "opt-125m": _opt_125m, "smollm2-135m": _smollm2_135m}
+def _random_config(source: ModelSource, tokenizer: TextTokenizer | None) -> PretrainedConfig:
+    makers = dict(zip(RANDOM_MODELS, (_tiny_llama, _tiny_opt, _opt_125m, _smollm2_135m), strict=True))
     if source.name not in makers:
-        raise UserError(
-            f"There is no architecture random:{source.name}; choose from random:{', random:'.join(makers)}."
-        )
-    config = makers[source.name]()
+        raise unknown_architecture(source.ref)
+    config: PretrainedConfig = makers[source.name]()
     if tokenizer is not None:
         config.bos_token_id, config.eos_token_id = tokenizer.prefix_id, tokenizer.end_id
         config.pad_token_id = tokenizer.pad_id

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
+import json
+import logging
 import os
 import sys
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from cartilha.config import EMBEDDED_MODEL
 from cartilha.errors import HubUnreachableError, UserError
+from cartilha.storage import refuse_lfs_pointer
 
+log = logging.getLogger("cartilha")
+
+RANDOM_MODELS = ("tiny", "tiny-opt", "opt-125m", "smollm2-135m")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -25,7 +33,7 @@ TOKENIZER_FILES = (
 )
 
 
-CONVERSION_VERSION = 1  # raised when the conversion of GGUF files changes, so that no old one is taken from the cache
+CONVERSION_VERSION = 2  # raised when the conversion of GGUF files changes, so that no old one is taken from the cache
 
 
 @dataclass(frozen=True)
@@ -55,20 +63,69 @@ def resolve_model(ref: str) -> ModelSource:
         return ModelSource(ref, "random", name=ref.removeprefix("random:"))
     if ref.startswith("package:"):
         return ModelSource(ref, "gguf", path=_gguf_in_package(ref.removeprefix("package:")))
-    path = Path(os.path.expanduser(ref))  # unlike Path.expanduser it leaves an unknown ~user as it is
+    path = _as_spelled(Path(os.path.expanduser(ref)))  # unlike Path.expanduser it leaves an unknown ~user as it is
     if ref and path.is_dir():
-        return ModelSource(ref, "directory", path=path)
+        return ModelSource(ref, "directory", path=_model_in(ref, path))
     if ref.lower().endswith(".gguf"):
         if not path.is_file():
             raise UserError(f"There is no file {ref}; check the path of the GGUF model.")
+        refuse_lfs_pointer(path)
         return ModelSource(ref, "gguf", path=path)
     if path.is_file():
         raise UserError(f"{ref} is a file, not a model; give a .gguf file or a directory in Hugging Face format.")
-    if not ref or ref.startswith((".", "/", "~")) or ref.count("/") > 1 or "\\" in ref:
+    if not ref or ref.startswith((".", "/", "~")) or ref.endswith("/") or ref.count("/") > 1 or "\\" in ref:
         raise UserError(
             f"There is no directory {ref!r}; give the directory of a model in Hugging Face format or a hub id."
         )
+    if path.parent.name and path.parent.is_dir():
+        raise UserError(f"There is no {path.name} in the directory {path.parent}; check the path of the model.")
     return ModelSource(ref, "hub", name=ref)
+
+
+def _as_spelled(path: Path) -> Path:
+    """The path as the file system has it: accents may be written in two ways, and macOS's archives have the rarer."""
+    found = Path(path.anchor)
+    for part in path.relative_to(path.anchor).parts:
+        spellings = (part, *(unicodedata.normalize(form, part) for form in ("NFC", "NFD")))
+        found /= next((spelling for spelling in spellings if (found / spelling).exists()), part)
+    return found
+
+
+def _model_in(ref: str, directory: Path) -> Path:
+    """The directory of the model: a run's is below it.
+
+    Raises:
+        UserError: It holds a run without a model, or a LoRA adapter instead of a model.
+    """
+    if (directory / "config.json").is_file():
+        return directory
+    if (directory / "results.json").is_file():
+        if not (directory / "model" / "config.json").is_file():
+            raise UserError(f"The run {ref} has no model yet; finish it with `cartilha train --resume auto`.")
+        _announce_run(ref)
+        return directory / "model"
+    if (directory / "adapter_config.json").is_file():
+        try:
+            base = json.loads((directory / "adapter_config.json").read_text("utf-8"))["base_model_name_or_path"]
+        except (ValueError, KeyError, TypeError):
+            base = "its base model"
+        raise UserError(
+            f"{ref} holds a LoRA adapter of {base}, not a whole model; merge the two with peft "
+            "(AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)), save the "
+            "tokenizer beside the result, and give that directory."
+        )
+    return directory
+
+
+@functools.cache
+def _announce_run(ref: str) -> None:
+    """Say it once a process."""
+    log.warning("%s is a run: its trained model in %s is taken.", ref, Path(ref, "model"))
+
+
+def unknown_architecture(ref: str) -> UserError:
+    """The error for a `random:` name that stands for no architecture."""
+    return UserError(f"There is no architecture {ref}; choose from random:{', random:'.join(RANDOM_MODELS)}.")
 
 
 def _gguf_in_package(name: str) -> Path:
@@ -115,8 +172,8 @@ def download(name: str, patterns: tuple[str, ...]) -> Path:
 def unreachable_message(name: str) -> str:
     """The one sentence for a hub that cannot be reached; it names the embedded default and never swaps it in."""
     return (
-        f"The hub cannot be reached, so {name} cannot be loaded; connect and run again, give a local directory, "
-        f"or use the embedded model with --model {EMBEDDED_MODEL}."
+        f"There is no directory {name}, and the hub cannot be reached, so {name} cannot be loaded; connect and run "
+        f"again, give a local directory, or use the embedded model with --model {EMBEDDED_MODEL}."
     )
 
 

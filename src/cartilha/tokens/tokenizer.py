@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,24 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from cartilha.errors import UserError, missing_extra
-from cartilha.storage import new_directory, refuse_lfs_pointer, write_json
+from cartilha.storage import new_directory, refuse_lfs_pointer, write_atomically, write_json
 from cartilha.tokens.byte_level import CHARACTER_BYTES
 from cartilha.tokens.declared_tokens import END_OF_TEXT, GPT2, declared_tokens, read_tokenizer_json, tokenizer_class
-from cartilha.tokens.sources import TOKENIZER_FILES, ModelSource, conversion_directory, download, resolve_model
+from cartilha.tokens.sources import (
+    RANDOM_MODELS,
+    TOKENIZER_FILES,
+    ModelSource,
+    conversion_directory,
+    download,
+    resolve_model,
+    unknown_architecture,
+)
 
 log = logging.getLogger("cartilha")
 
 ENDS = ("bos_token", "eos_token")
 GPT2_FILES = ("vocab.json", "merges.txt")
+CHAT_TEMPLATE = "chat_template.jinja"
 
 
 @dataclass(frozen=True)
@@ -41,6 +51,7 @@ class TextTokenizer:
         eos_id: End of text, or None where the tokenizer has none.
         pad_id: Padding, or None.
         directory: Where the files came from; None for a tokenizer made here (GGUF, `random:tiny`).
+        chat_template: Of a tokenizer made here: how a conversation is written, for whoever chats with the model.
     """
 
     backend: Tokenizer
@@ -48,6 +59,7 @@ class TextTokenizer:
     eos_id: int | None
     pad_id: int | None
     directory: Path | None = None
+    chat_template: str | None = None
 
     @property
     def prefix_id(self) -> int:
@@ -67,6 +79,18 @@ class TextTokenizer:
     def num_ids(self) -> int:
         """One more than the largest id that a token has; looked up once, for it takes a thirtieth of a second."""
         return 1 + max(self.backend.get_vocab(with_added_tokens=True).values())
+
+    @cached_property
+    def num_reachable_ids(self) -> int:
+        """One more than the largest id that a text, its prefix or its end can give: special tokens are none of these.
+
+        A `[PAD]` that was added and never used may lie beyond a model's rows.
+        """
+        added = self.backend.get_added_tokens_decoder()
+        vocabulary = self.backend.get_vocab(with_added_tokens=False).values()
+        return 1 + max(
+            *vocabulary, self.prefix_id, self.end_id, *(i for i, token in added.items() if not token.special)
+        )
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of each text, without any special token: arrays of uint32, shape (num_tokens,)."""
@@ -145,6 +169,8 @@ class TextTokenizer:
             return
         self.backend.save(str(directory / "tokenizer.json"))
         write_json(directory / "tokenizer_config.json", self._config())
+        if self.chat_template is not None:
+            write_atomically(directory / CHAT_TEMPLATE, self.chat_template)
 
     def _config(self) -> dict[str, Any]:
         in_two_files = self.directory is not None and not (self.directory / "tokenizer.json").is_file()
@@ -187,6 +213,8 @@ def load_tokenizer(ref: str) -> TextTokenizer:
 
 def _load(source: ModelSource) -> TextTokenizer:
     if source.kind == "random":
+        if source.name not in RANDOM_MODELS and not source.name.startswith("tiny-"):
+            raise unknown_architecture(source.ref)
         if source.name.split("-")[0] != "tiny":
             raise UserError(
                 f"{source.ref} has no tokenizer of its own; prepare the store with a real model's tokenizer."
@@ -234,6 +262,11 @@ def _from_files(ref: str, directory: Path, *names: str) -> Tokenizer:
 
 def _through_transformers(ref: str, directory: Path) -> TextTokenizer:
     """Tokenizers that only transformers can convert (a bare SentencePiece model, say)."""
+    for name in TOKENIZER_FILES:
+        refuse_lfs_pointer(directory / name)
+    model = directory / "tokenizer.model"  # SentencePiece's, which begins with a field of protobuf's, or tiktoken's
+    if model.is_file() and find_spec("sentencepiece") is None and model.read_bytes()[:1] == b"\n":
+        raise missing_extra(f"The tokenizer of {ref}, a SentencePiece model,", "sentencepiece")
     from transformers import AutoTokenizer
 
     log.warning(
@@ -278,7 +311,9 @@ def _cached_gguf_tokenizer(path: Path) -> TextTokenizer:
         return tokenizer
     tokenizer = _from_directory(path.name, directory)
     # The cache may be emptied at any time: whoever saves this tokenizer writes it out anew.
-    return replace(tokenizer, directory=None)
+    template = directory / CHAT_TEMPLATE
+    chat_template = template.read_text(encoding="utf-8") if template.is_file() else None
+    return replace(tokenizer, directory=None, chat_template=chat_template)
 
 
 def gguf_tokenizer(path: Path) -> TextTokenizer:
@@ -306,12 +341,11 @@ def gguf_tokenizer(path: Path) -> TextTokenizer:
     backend.decoder = decoders.ByteLevel()
     control = [token for token, kind in zip(tokens, types, strict=True) if kind == _GGUF_CONTROL]
     backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
-    end_of_text = backend.token_to_id(END_OF_TEXT)
-    if end_of_text is not None:
-        return TextTokenizer(backend, end_of_text, end_of_text, end_of_text)
-    ids = (fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "padding"))
+    ids = [backend.token_to_id(END_OF_TEXT)] * 3
+    if ids[0] is None:
+        ids = [fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "padding")]
     bos_id, eos_id, pad_id = (None if i is None else int(i) for i in ids)
-    return TextTokenizer(backend, bos_id, eos_id, pad_id)
+    return TextTokenizer(backend, bos_id, eos_id, pad_id, chat_template=fields.get("tokenizer.chat_template"))
 
 
 _GGUF_CONTROL = 3  # llama.cpp's token type of special tokens
