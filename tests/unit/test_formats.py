@@ -152,7 +152,13 @@ def test_of_a_saved_dataset_the_files_it_lists_are_read(tmp_path):
         write(tmp_path / split / "state.json", json.dumps(state))
         write(tmp_path / split / "dataset_info.json", "{}")
     write(tmp_path / "dataset_dict.json", '{"splits": ["train", "test"]}')
-    assert [document.text for document in read_documents([str(tmp_path)])] == ["um test", "um train"]
+    left_out: LeftOut = {}
+    assert [document.text for document in read_documents(resolve_inputs([str(tmp_path)], left_out))] == [
+        "um test",
+        "um train",
+    ]
+    cached = [os.path.join(split, "cache-0123456789abcdef.arrow") for split in ("test", "train")]
+    assert left_out == {"not listed in state.json as part of the dataset": cached}
     (tmp_path / "train" / "state.json").write_text("[]")  # of another kind: nothing is known of the folder
     assert len(list(read_documents([str(tmp_path)]))) == 3
 

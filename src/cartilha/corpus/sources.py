@@ -57,7 +57,7 @@ def resolve_inputs(refs: Sequence[str | Source], left_out: LeftOut | None = None
 
     A path that exists wins over other readings of the same string. A folder stands for the files in it that can be
     read by their suffix, subfolders included; of a dataset that `save_to_disk` wrote, for the files that it lists. What
-    else is in a folder is logged, hidden folders and hidden files of other kinds aside. A glob stands for the files
+    else is in a folder is logged; a dataset's records, hidden folders and hidden files of other kinds are not. A glob stands for the files
     that match, and each must be readable. What is named twice is read once, which is logged.
 
     Args:
@@ -171,13 +171,13 @@ def _walk(folder: str) -> Iterator[tuple[str, str]]:
 
 
 def _why_left_out(name: str, listed: set[str] | None) -> str | None:
-    """The reason, empty where the file is read; None for a hidden file that would not be read anyway."""
+    """The reason, empty where the file is read; None where nobody takes it for text."""
+    if name in DATASET_RECORDS or (name.startswith(".") and not is_readable(name)):
+        return None
     if not is_readable(name):
-        return None if name.startswith(".") else OTHER_KIND
+        return OTHER_KIND
     if name.startswith("."):
         return "hidden"
-    if name in DATASET_RECORDS:
-        return "records of a dataset"
     return "" if listed is None or name in listed else "not listed in state.json as part of the dataset"
 
 
