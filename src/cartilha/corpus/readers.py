@@ -132,7 +132,8 @@ def read_documents(
         raise UserError(f"--limit_documents is {limit_documents}; give 1 or more, or leave it out to read everything.")
     reading = settings or ReadSettings()
     sources = resolve_inputs(refs)
-    log_hints(sources, reading)
+    if any(isinstance(ref, str) for ref in refs):  # who resolves them before gives the hints once
+        log_hints(sources, reading)
     found = ReadCounts() if counts is None else counts
     documents = (document for source in sources for document in read_piece(Piece(source), reading, found))
     return islice(documents, limit_documents)

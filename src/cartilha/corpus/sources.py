@@ -57,8 +57,8 @@ def resolve_inputs(refs: Sequence[str | Source], left_out: LeftOut | None = None
 
     A path that exists wins over other readings of the same string. A folder stands for the files in it that can be
     read by their suffix, subfolders included; of a dataset that `save_to_disk` wrote, for the files that it lists. What
-    else is in a folder is logged; a dataset's records, hidden folders and hidden files of other kinds are not. A glob stands for the files
-    that match, and each must be readable. What is named twice is read once, which is logged.
+    else is in a folder is logged; a dataset's records, hidden folders and hidden files of other kinds are not. A glob
+    stands for the files that match, and each must be readable. What is named twice is read once, which is logged.
 
     Args:
         refs: REFs as the command line has them; sources that were resolved before pass through.

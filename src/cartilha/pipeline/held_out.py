@@ -12,9 +12,11 @@ import numpy as np
 
 from cartilha.config import CompareConfig, EvaluateConfig
 from cartilha.corpus.document import Document
+from cartilha.corpus.hints import log_hints
 from cartilha.corpus.near_duplicates import has_near_duplicate
 from cartilha.corpus.readers import read_documents
 from cartilha.corpus.records import ReadSettings
+from cartilha.corpus.sources import Source, resolve_inputs
 from cartilha.errors import UserError
 from cartilha.evaluation.baselines import (
     MAX_PRIME_BYTES,
@@ -42,17 +44,19 @@ class HeldOut:
         config: What was asked for.
         store: The store named, whose training side is the reference, or None.
         split: The side of the store that is scored; None where the text comes from `--input`.
+        sources: What `--input` names.
     """
 
     config: EvaluateConfig | CompareConfig
     store: TokenStore | None
     split: Literal["validation", "train"] | None
+    sources: tuple[Source, ...] = ()
 
     def documents(self) -> Iterator[Document]:
         """The documents, in order, streamed."""
         config = self.config
         if self.split is None:
-            return read_documents(config.input, ReadSettings.of(config), limit_documents=config.limit_documents)
+            return read_documents(self.sources, ReadSettings.of(config), limit_documents=config.limit_documents)
         assert self.store is not None
         return islice(self.store.read_documents(self.split), config.limit_documents)
 
@@ -92,7 +96,9 @@ def held_out(config: EvaluateConfig | CompareConfig) -> HeldOut:
         raise UserError("There is no text to score; give --store STORE (its held-out side) or --input REF.")
     store = TokenStore(config.store) if config.store else None
     if config.input:
-        return HeldOut(config, store, None)
+        sources = tuple(resolve_inputs(config.input))
+        log_hints(sources, ReadSettings.of(config))
+        return HeldOut(config, store, None, sources)
     return HeldOut(config, store, config.split if isinstance(config, EvaluateConfig) else "validation")
 
 
