@@ -157,13 +157,15 @@ class Chaos:
             at = self._wait_for_checkpoint(place, process) if inside else self.draw.uniform(0, self.seconds[name])
             time.sleep(at)
             os.kill(process, signal.SIGKILL)
-            if os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL:
+            killed = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
+            left = [path for path in place.rglob(".*") if path.suffix in (".tmp", ".old")]
+            was_inside = any(path.name.startswith(".step-") for path in left)
+            if killed and (was_inside or not inside):
                 break
-            shutil.rmtree(place)  # it had ended before: the instant came too late
+            shutil.rmtree(place)  # the instant came too late: the checkpoint, or the command, had ended before
         self.kills[name] += 1
-        left = [path for path in place.rglob(".*") if path.suffix in (".tmp", ".old")]
         self.left_behind += bool(left)
-        self.inside_checkpoints += any(path.name.startswith(".step-") for path in left)
+        self.inside_checkpoints += was_inside
         before = len(self.faults)
         self._compare(name, place)
         self.last = f"{len(left)} half-written things left, then {'equal' if len(self.faults) == before else 'FAULT'}"

@@ -182,12 +182,12 @@ def test_a_process_that_is_asked_to_stop_ends_with_75(store, tmp_path):
         encoding="utf-8",
     )
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not ((path / "metrics.jsonl").is_file() and Left(path).results["evaluations"] and num_lines(path) > 3):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=300)
     finally:
         process.kill()
     assert process.returncode == 75

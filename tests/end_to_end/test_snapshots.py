@@ -148,7 +148,7 @@ def test_on_a_terminal_a_panel_is_drawn_and_leaves_lines_whole(run, tmp_path):
         if not part:
             break
         seen += part
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=300)
     assert process.returncode == 0, seen
     assert json.loads(out)["status"] == "finished"  # standard output has the result alone
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", seen.decode("utf-8"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import replace
@@ -300,8 +301,9 @@ def test_a_leak(fresh, tmp_path):
     assert result.outcome == "failed" and "1 of 10" in result.measured
 
 
-def test_near_duplicates(fresh, tmp_path):
+def test_near_duplicates(fresh, tmp_path, monkeypatch):
     pytest.importorskip("rensa", reason="needs rensa (extra `text`)")
+    monkeypatch.setattr(text, "NEAR_SECONDS_QUICK", math.inf)
     documents = list(read_primer())[:30]
     copies = [replace(d, text=d.text.replace("que", "qual"), id=f"{d.id} again") for d in documents[:2]]
     store = TokenStore(made_store(tmp_path / "near", documents + copies, leaked=0))

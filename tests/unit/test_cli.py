@@ -57,7 +57,7 @@ def in_a_new_process(code: str, **environment: str) -> subprocess.CompletedProce
         [sys.executable, "-c", code],
         capture_output=True,
         encoding="utf-8",
-        timeout=60,
+        timeout=300,
         env={**os.environ, **environment},
         check=False,
     )
@@ -93,7 +93,7 @@ def test_python_m_cartilha_prints_portuguese_where_the_locale_is_ascii():
     done = subprocess.run(
         [sys.executable, "-m", "cartilha", "run", "demo", "--print_config"],
         capture_output=True,
-        timeout=60,
+        timeout=300,
         env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C"},
         check=False,
     )

@@ -114,11 +114,11 @@ def test_a_section_that_fails_or_takes_too_long_is_recorded():
 
 WORKER_WITH_A_CHILD = """
 import os, subprocess, sys, time
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+print("getting on", file=sys.stderr, flush=True)
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 name, gpus = sys.argv[1], os.environ["CUDA_VISIBLE_DEVICES"]
 print("" if name == "slow" else f'RESULT{{"child": {child.pid}, "gpus": "{gpus}"}}', flush=True)
-print("getting on", file=sys.stderr, flush=True)
-time.sleep(60 if name == "slow" else 0)
+time.sleep(600 if name == "slow" else 0)
 """
 
 
@@ -131,9 +131,9 @@ def test_a_process_that_outlives_its_section_is_ended(tmp_path, monkeypatch):
     worker.write_text(WORKER_WITH_A_CHILD, encoding="utf-8")
     monkeypatch.setattr(sections, "WORKER", worker)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
-    slow = sections.run("slow", {}, 1.5)
-    assert slow["failed"] == "more than 2 s" and slow["last_line"] == "getting on" and slow["seconds"] < 20
-    done = sections.run("quick", {}, 1.5)
+    slow = sections.run("slow", {}, 3)
+    assert slow["failed"] == "more than 3 s" and slow["last_line"] == "getting on" and slow["seconds"] < 20
+    done = sections.run("quick", {}, 3)
     assert done["gpus"] == "3" and done["seconds"] < 20  # a result that was printed counts
     with pytest.raises(ProcessLookupError):
         for _ in range(100):
