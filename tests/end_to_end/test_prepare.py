@@ -241,6 +241,20 @@ def test_killed_for_good_it_goes_on(config, lines, tmp_path):
     assert not work.exists()
 
 
+@pytest.mark.parametrize("left_by", ["this command", "another command"])
+def test_what_was_left_by_a_process_killed_after_the_store_had_appeared_goes(config, monkeypatch, left_by):
+    with monkeypatch.context() as patch:  # it is killed before it can tidy up
+        patch.setattr(work_directory.shutil, "rmtree", lambda *_, **__: None)
+        prepare(config)
+    store = Path(config.output)
+    store.with_name(".store.lock").touch()
+    if left_by == "another command":  # whose work may be gone on with
+        (store.with_name(".store.work") / "identity.json").write_text("{}", encoding="utf-8")
+    assert prepare(config).was_ready
+    left = [path.name for path in store.parent.glob(".store*")]
+    assert left == ([] if left_by == "this command" else [".store.work"])
+
+
 def test_all_workers_begin_even_where_the_first_is_quick(monkeypatch):
     """The pool would start the second when it has work for it, and that one would run the caller's script again."""
     real = ProcessPoolExecutor.submit

@@ -35,7 +35,7 @@ from cartilha.preparation.executors import Executor, Inline, Local, Ray
 from cartilha.preparation.made_from import describe, ready_store, settings_of
 from cartilha.preparation.plan import Plan, plan
 from cartilha.preparation.shard_work import ShardResult, ShardSettings, ShardTask, done_result, process_shard
-from cartilha.preparation.work_directory import require_space, work_directory
+from cartilha.preparation.work_directory import remove_finished_work, require_space, work_directory
 from cartilha.runtime import TEXT_PACKAGES, usable_cores, versions
 from cartilha.tokens.encoder import Encoder, load_encoder
 from cartilha.tokens.proof import MAX_SAMPLE_BYTES, fast_path_version, prove
@@ -91,14 +91,23 @@ def prepare(config: PrepareConfig) -> PrepareResult:
         tokenizer = load_tokenizer(config.model)
         settings = settings_of(config)
         store = ready_store(path, asked.sources, asked.num_held_out, settings, tokenizer, config.overwrite)
+        identity = {
+            "settings": settings,
+            "rejects": bool(config.rejects),
+            "sources": [repr(source) for source in asked.sources],
+            "num_held_out": asked.num_held_out,
+            "tokenizer": tokenizer.fingerprint(),
+            "cartilha": versions(("cartilha",))["cartilha"],
+        }
         if store is not None:
+            remove_finished_work(path, identity)
             log.info("The store %s was made by this same command before: nothing to do.", path)
             if config.rejects and not Path(config.rejects).exists():
                 log.warning("%s is not written, for nothing is cleaned now; add --overwrite.", config.rejects)
             return PrepareResult(str(path), store.counts, store.info["dropped"], True, store.info.get("leaks"))
         log_hints(asked.sources, asked.reading)
         executor = executor or stack.enter_context(closing(_executor(config, asked)))
-        result = _make(path, asked, config, tokenizer, settings, executor)
+        result = _make(path, asked, config, tokenizer, identity, executor)
     for split in SPLITS:
         _log_counts(split, result.splits[split])
     return result
@@ -109,25 +118,17 @@ def _make(
     asked: Plan,
     config: PrepareConfig,
     tokenizer: TextTokenizer,
-    settings: dict[str, Any],
+    identity: dict[str, Any],
     executor: Executor,
 ) -> PrepareResult:
     """Make the store, in a work directory that stays where the making is interrupted."""
-    identity = {
-        "settings": settings,
-        "rejects": bool(config.rejects),
-        "sources": [repr(source) for source in asked.sources],
-        "num_held_out": asked.num_held_out,
-        "tokenizer": tokenizer.fingerprint(),
-        "cartilha": versions(("cartilha",))["cartilha"],
-    }
     with work_directory(path, identity) as work, ThreadPoolExecutor(2) as aside:
         shard_bytes = SHUFFLED_BYTES if config.shuffle else SHARD_BYTES
         parts = aside.submit(shards, asked.sources, asked.reading, shard_bytes)  # counts lines
         made = _do_shards(asked, config, tokenizer, executor, work, parts)
         # Hashes the files, while the store is written.
         inputs = aside.submit(describe, asked.sources, asked.num_held_out)
-        return _write(path, asked, config, tokenizer, made, settings, inputs)
+        return _write(path, asked, config, tokenizer, made, identity["settings"], inputs)
 
 
 def _executor(config: PrepareConfig, asked: Plan) -> Executor:

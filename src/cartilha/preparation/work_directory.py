@@ -30,9 +30,9 @@ def work_directory(store: Path, identity: dict[str, Any]) -> Iterator[Path]:
     Raises:
         UserError: Another process prepares this store, or the disk is full.
     """
-    work = store.with_name(f".{store.name}.work")
+    work, lock = _places(store)
     store.parent.mkdir(parents=True, exist_ok=True)
-    with exclusive(store.with_name(f".{store.name}.lock"), f"The store {store}"):
+    with exclusive(lock, f"The store {store}"):
         try:
             _begin(work, identity)
             yield work
@@ -51,13 +51,29 @@ def work_directory(store: Path, identity: dict[str, Any]) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
+def remove_finished_work(store: Path, identity: dict[str, Any]) -> None:
+    """Remove what a process left that was killed after its store had appeared and before it had tidied up."""
+    work, lock = _places(store)
+    if work.exists() or lock.exists():
+        with contextlib.suppress(UserError, OSError), exclusive(lock, f"The store {store}"):
+            if _identity_of(work) in (None, identity):
+                shutil.rmtree(work, ignore_errors=True)
+
+
+def _places(store: Path) -> tuple[Path, Path]:
+    """A store's work directory and its lock."""
+    return store.with_name(f".{store.name}.work"), store.with_name(f".{store.name}.lock")
+
+
+def _identity_of(work: Path) -> Any:
+    with contextlib.suppress(OSError, ValueError):
+        return read_json(work / "identity.json")
+    return None
+
+
 def _begin(work: Path, identity: dict[str, Any]) -> None:
-    mark = work / "identity.json"
     if work.is_dir():
-        left: Any = None
-        with contextlib.suppress(OSError, ValueError):
-            left = read_json(mark)
-        if left == identity:
+        if _identity_of(work) == identity:
             log.info("Going on with what an earlier run of this command left.")
             for temporary in work.glob("*.tmp"):
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -65,7 +81,7 @@ def _begin(work: Path, identity: dict[str, Any]) -> None:
         log.warning("An unfinished run with another input or other settings is removed (%s).", work.name)
         shutil.rmtree(work)
     work.mkdir()
-    write_json(mark, identity)
+    write_json(work / "identity.json", identity)
 
 
 def require_space(place: Path, needed_bytes: float) -> None:
