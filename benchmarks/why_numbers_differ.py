@@ -37,7 +37,7 @@ from cartilha.evaluation.documents import encode_documents
 from cartilha.evaluation.measures import Evaluation
 from cartilha.evaluation.nll import document_nll
 from cartilha.evaluation.windows import make_protocol
-from cartilha.model.forward import batch_nll, scored_nll
+from cartilha.model.forward import batch_nll, scored_tokens
 from cartilha.model.load import LoadedModel, load_model
 from cartilha.tokens.packed import PackedDocuments
 from cartilha.tokens.tokenizer import TextTokenizer, load_tokenizer
@@ -179,7 +179,7 @@ def score_rows(loaded: LoadedModel, rows: np.ndarray) -> tuple[float, float, int
     text = pads = 0.0
     for begin in range(0, len(rows), 4):
         batch = row_batch(rows[begin : begin + 4])
-        nll = scored_nll(loaded.model, batch, torch.float32).double().numpy()
+        nll = scored_tokens(loaded.model, batch, torch.float32).nll.double().numpy()
         is_pad = batch.targets.ravel() == PAD_ID
         text, pads = text + nll[~is_pad].sum(), pads + nll[is_pad].sum()
     num_pads = int((rows[:, 1:] == PAD_ID).sum())

@@ -23,6 +23,7 @@ def loss(shape: Shape, dtype: str, chunks: list[int], repeats: int = 5) -> dict[
     read twice, the head read for both of its products a chunk and its gradient read and written in float32.
     """
     from cartilha.model import loss as fused
+    from cartilha.model.head import Head
 
     config, compute = model_config(shape), getattr(torch, dtype)
     tokens, hidden, ids = shape.tokens_per_step, config.hidden_size, config.vocab_size
@@ -34,7 +35,7 @@ def loss(shape: Shape, dtype: str, chunks: list[int], repeats: int = 5) -> dict[
     for chunk in chunks:
         fused.CHUNK_TOKENS = chunk
         seconds = best_seconds(
-            lambda: fused.linear_cross_entropy(states, weight, targets, compute).backward(), shape.device, repeats
+            lambda: fused.linear_cross_entropy(states, Head(weight), targets, compute).backward(), shape.device, repeats
         )
         moved = compute.itemsize * 5 * tokens * ids + -(-tokens // chunk) * ids * hidden * (2 * compute.itemsize + 8)
         floor = {"operations_s": 6.0 * tokens * hidden * ids / peak, "bytes_s": moved / bandwidth}

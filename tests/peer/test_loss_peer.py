@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from cartilha.blocks.packing import IGNORE_INDEX, Batch, PackedStream, stack
 from cartilha.model import forward
 from cartilha.model.attention import SUPPORTED_MODEL_TYPES, Segments, choose_kernel, use_document_attention
-from cartilha.model.forward import batch_nll, scored_nll
+from cartilha.model.forward import batch_nll, scored_tokens
 from cartilha.tokens.packed import PackedDocuments
 
 NUM_IDS, PREFIX, END = 61, 2, 3
@@ -176,9 +176,9 @@ def test_packed_documents_score_as_each_does_alone(name, monkeypatch):
     batch = pack([7, 1, 9, 20, 2, 12, 5], block_size=24)  # blocks cut documents, and the last is padded
     assert len(batch.segment_lengths) > batch.input_ids.shape[0] + 3
     expected = nll_alone(peer, batch)
-    torch.testing.assert_close(scored_nll(model, batch, torch.float32), expected, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(scored_tokens(model, batch, torch.float32).nll, expected, rtol=1e-5, atol=2e-5)
     take_the_document_mask_away(monkeypatch)
-    leaking = scored_nll(model, batch, torch.float32)
+    leaking = scored_tokens(model, batch, torch.float32).nll
     assert (leaking - expected).abs().max() > 0.05, "without the mask, documents must see each other"
 
 
@@ -187,7 +187,7 @@ def test_the_mask_kernel_agrees_with_the_segments_kernel(name, monkeypatch):
     model = ours(peer_model(name))
     batch = pack([7, 1, 9, 20, 2, 12, 5], block_size=24)
     assert choose_kernel("cpu", None, torch.float32) == "segments"
-    nll, loss = scored_nll(model, batch, torch.float32), batch_nll(model, batch, torch.float32)
+    nll, loss = scored_tokens(model, batch, torch.float32).nll, batch_nll(model, batch, torch.float32)
     expected = gradients(model, loss)
     use_kernel(monkeypatch, "mask")
     # Counted, so that the first kernel is not compared with itself.
@@ -199,7 +199,7 @@ def test_the_mask_kernel_agrees_with_the_segments_kernel(name, monkeypatch):
         return computed(*inputs, attn_mask=attn_mask, **rest)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
-    torch.testing.assert_close(scored_nll(model, batch, torch.float32), nll, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(scored_tokens(model, batch, torch.float32).nll, nll, rtol=1e-5, atol=2e-5)
     assert len(masks) == model.config.num_hidden_layers
     seen = min(int(mask.sum(dim=-1).max()) for mask in masks)
     assert seen == (WINDOW if name in WINDOWED else max(batch.segment_lengths))
@@ -214,14 +214,14 @@ def test_a_window_smaller_than_the_document_is_honoured(name, kernel, monkeypatc
     use_kernel(monkeypatch, kernel)
     batch = pack([30, 1, 9], block_size=44)
     assert max(batch.segment_lengths) > 2 * WINDOW
-    found = scored_nll(model, batch, torch.float32)
+    found = scored_tokens(model, batch, torch.float32).nll
     torch.testing.assert_close(found, nll_alone(peer, batch), rtol=1e-5, atol=2e-5)
     # The window is there to be honoured: a wider one gives other figures, from the token that it first hides one from.
     for module in model.modules():
         if getattr(module, "sliding_window", None):
             module.sliding_window = CONTEXT
     model.config.sliding_window = CONTEXT
-    wider = scored_nll(model, batch, torch.float32)
+    wider = scored_tokens(model, batch, torch.float32).nll
     torch.testing.assert_close(wider[:WINDOW], found[:WINDOW], rtol=1e-5, atol=2e-5)
     assert (wider - found)[WINDOW:30].abs().min() > 0 and (wider - found).abs().max() > 0.05
 
@@ -232,12 +232,12 @@ def test_bfloat16_is_close_to_float32(name, kernel, monkeypatch):
     model = ours(peer_model(name))
     use_kernel(monkeypatch, kernel)
     batch = pack([7, 1, 9, 20, 2, 12, 5], block_size=24)
-    exact = scored_nll(model, batch, torch.float32)
+    exact = scored_tokens(model, batch, torch.float32).nll
     body = [m for m in model.base_model.modules() if isinstance(m, torch.nn.Linear)]
     computed: list[torch.dtype] = []
     for module in body:
         module.register_forward_hook(lambda module, inputs, output: computed.append(output.dtype))
-    half = scored_nll(model, batch, torch.bfloat16)
+    half = scored_tokens(model, batch, torch.bfloat16).nll
     assert computed == [torch.bfloat16] * len(body)
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
     assert half.dtype == torch.float32
@@ -253,10 +253,10 @@ def test_the_varlen_kernel_agrees_with_the_mask_kernel(name, monkeypatch):
     model = ours(peer_model(name)).cuda()
     batch = pack([7, 1, 9, 20, 2, 12, 5], block_size=24)
     assert choose_kernel("cuda", (8, 0), torch.bfloat16) == "varlen"
-    exact = scored_nll(model, batch, torch.float32)
-    varlen = scored_nll(model, batch, torch.bfloat16)
+    exact = scored_tokens(model, batch, torch.float32).nll
+    varlen = scored_tokens(model, batch, torch.bfloat16).nll
     use_kernel(monkeypatch, "mask")
-    masked = scored_nll(model, batch, torch.bfloat16)
+    masked = scored_tokens(model, batch, torch.bfloat16).nll
     assert (varlen - exact).abs().mean() < 0.05
     assert (varlen - masked).abs().mean() < 0.05
 

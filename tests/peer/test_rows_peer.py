@@ -21,7 +21,8 @@ from cartilha.errors import UserError
 from cartilha.model import forward, rows
 from cartilha.model.attention import knows_attention
 from cartilha.model.compiling import training_body
-from cartilha.model.forward import batch_nll, scored_nll
+from cartilha.model.forward import batch_nll, scored_tokens
+from cartilha.model.head import HeadShape, find_head_shape
 from cartilha.model.load import prepare_model
 from cartilha.model.rows import RowGroup, row_groups
 
@@ -37,6 +38,28 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         "gemma2",
         {**GLU, "head_dim": 16, "attn_logit_softcapping": 1.0, "final_logit_softcapping": None, "sliding_window": 5},
     ),
+    # Heads that are more than a matrix.
+    "gemma2-soft-capped-head": ("gemma2", {**GLU, "head_dim": 16, "final_logit_softcapping": 3.0}),
+    "granite-scaled": (
+        "granite",
+        {**GLU, "logits_scaling": 0.3, "embedding_multiplier": 2.0, "residual_multiplier": 0.22},
+    ),
+    "cohere-scaled": ("cohere", {**GLU, "logit_scale": 1.7}),
+    "minicpm3-scaled-states": (
+        "minicpm3",
+        {
+            "intermediate_size": 48,
+            "num_key_value_heads": 4,
+            "dim_model_base": 10,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 16,
+        },
+    ),
+    "phi-biased-head": ("phi", {"intermediate_size": 48}),
+    "gptj-biased-head": ("gptj", {"rotary_dim": 8}),
     "gemma3_text-windowed": ("gemma3_text", {**GLU, "head_dim": 16, "sliding_window": 5}),
     "gpt_oss-sinks": (
         "gpt_oss",
@@ -72,13 +95,13 @@ def test_packed_documents_score_as_each_does_alone(name, caplog, monkeypatch):
     batch = pack(LENGTHS, block_size=24)
     expected = nll_alone(model, batch)
     assert expected.std() > 0.3, "weights that predict nothing would prove nothing"
-    torch.testing.assert_close(scored_nll(model, batch, torch.float32), expected, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(scored_tokens(model, batch, torch.float32).nll, expected, rtol=1e-5, atol=2e-5)
 
     def blocks_as_rows(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
         return model.base_model(input_ids=torch.from_numpy(batch.input_ids)).last_hidden_state
 
     monkeypatch.setattr(forward, "states_in_rows", blocks_as_rows)
-    leaking = scored_nll(model, batch, torch.float32)
+    leaking = scored_tokens(model, batch, torch.float32).nll
     assert (leaking - expected).abs().max() > 0.02, "packed, documents must see each other"
 
 
@@ -105,7 +128,7 @@ def test_gradients_of_packed_documents_are_those_of_the_documents_alone(name, ca
 def test_half_precision_is_near(caplog):
     model = loaded("bloom", caplog)
     batch = pack(LENGTHS, block_size=24)
-    exact, half = (scored_nll(model, batch, dtype) for dtype in (torch.float32, torch.bfloat16))
+    exact, half = (scored_tokens(model, batch, dtype).nll for dtype in (torch.float32, torch.bfloat16))
     assert 0 < (half - exact).abs().mean() < 0.05
 
 
@@ -138,15 +161,12 @@ def test_a_row_of_two_documents_would_be_noticed(caplog, monkeypatch):
     joined = row_groups(batch.segment_lengths.reshape(-1, 2).sum(1))
     assert isinstance(joined[0], RowGroup)
     monkeypatch.setattr(rows, "row_groups", lambda lengths: joined)
-    assert (scored_nll(model, batch, torch.float32) - expected).abs().max() > 0.02
+    assert (scored_tokens(model, batch, torch.float32).nll - expected).abs().max() > 0.02
 
 
 # What cannot run so
 
 REFUSED = {
-    "gemma2": ("gemma2", {**GLU, "head_dim": 16}, "change the logits after the head"),  # its final soft cap
-    "granite": ("granite", {**GLU, "logits_scaling": 2.0}, "change the logits after the head"),
-    "cohere": ("cohere", {**GLU, "logit_scale": 0.5}, "change the logits after the head"),
     "mamba": ("mamba", {"state_size": 4}, "carry a state"),
     "recurrent_gemma": ("recurrent_gemma", GLU, "carry a state"),
     "bart": ("bart", {"d_model": 32, "decoder_layers": 1, "decoder_ffn_dim": 32}, "have an encoder"),
@@ -183,6 +203,29 @@ def test_a_model_that_sees_what_comes_is_refused():
     model.cls.predictions.transform = torch.nn.Identity()
     with pytest.raises(UserError, match="a position sees what comes after it"):
         prepare_model(model, "bert", torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "change", [lambda logits: logits + 1, lambda logits: logits.roll(1, -1), torch.nn.functional.softplus]
+)
+def test_logits_that_no_scale_or_cap_explains_are_refused(change):
+    model = made("stablelm", GLU)
+    model.register_forward_hook(lambda module, arguments, output: setattr(output, "logits", change(output.logits)))
+    with pytest.raises(UserError, match="change the logits after the head by more than a scale or a soft cap"):
+        prepare_model(model, "stablelm", torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [HeadShape(1 / 9, 1 / 7, 30.0), HeadShape(scale=0.0625), HeadShape(12.0, 1.0, 15.0), HeadShape(1.0, 0.3, 50.0)],
+    ids=str,
+)
+def test_the_shape_of_a_head_is_found_to_the_bit(shape):
+    model = made("stablelm", GLU)
+    head = model.get_output_embeddings()
+    head.register_forward_pre_hook(lambda module, arguments: (arguments[0] * shape.input_scale,))
+    model.register_forward_hook(lambda module, _, output: setattr(output, "logits", shape.finish(output.logits)))
+    assert find_head_shape(model) == shape
 
 
 def test_the_types_tested_here_are_not_among_the_known():

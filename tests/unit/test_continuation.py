@@ -19,7 +19,8 @@ from cartilha.errors import UserError
 from cartilha.evaluation import continuation as continuation_module
 from cartilha.evaluation.continuation import Continuation, continue_prompts, describe_mode
 from cartilha.model.attention import ATTENTION_NAME
-from cartilha.model.forward import batch_nll, head_weight
+from cartilha.model.forward import batch_nll
+from cartilha.model.head import head_weight
 from cartilha.model.load import LoadedModel, load_model, prepare_model
 from cartilha.reporting.wording import Wording
 from cartilha.tokens.tokenizer import TextTokenizer, load_tokenizer

@@ -11,13 +11,14 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     OPTConfig,
+    PhiConfig,
     PreTrainedModel,
     Qwen2Config,
 )
 
 from cartilha.errors import UserError
 from cartilha.model.embeddings import extend_embeddings, input_rows, model_shape, shape_of
-from cartilha.model.forward import head_weight
+from cartilha.model.head import head_of, head_weight
 from cartilha.model.load import load_model, prepare_model
 from cartilha.tokens.tokenizer import byte_tokenizer
 
@@ -34,6 +35,7 @@ CONFIGS = {
     "gpt2": GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=ROWS, n_positions=64),
     "smollm": LlamaConfig(**SIZES, vocab_size=ROWS, intermediate_size=64, tie_word_embeddings=True),
     "llama3": LlamaConfig(**SIZES, vocab_size=ROWS, intermediate_size=64, tie_word_embeddings=False),
+    "phi-with-a-biased-head": PhiConfig(**SIZES, vocab_size=ROWS, intermediate_size=64),
     "qwen2": Qwen2Config(**SIZES, vocab_size=ROWS, intermediate_size=64, num_key_value_heads=2),
 }
 
@@ -51,7 +53,11 @@ def test_old_rows_stay_spare_rows_come_first_and_the_rest_are_added(name, first_
     loaded = model(name)
     inputs, head = input_rows(loaded.model), head_weight(loaded.model)
     tied = inputs is head
-    assert tied == (name not in ("llama3", "qwen2"))
+    assert tied == (name not in ("llama3", "phi-with-a-biased-head", "qwen2"))
+    bias = head_of(loaded.model).bias
+    if bias is not None:
+        bias.data.uniform_(-1, 1)
+        bias = bias.detach().clone()
     before = inputs.detach().clone(), head.detach().clone()
     extend_embeddings(loaded, PIECES, first_id)
     num_rows = 48 if first_id + 3 <= 48 else 56  # whole tiles of eight
@@ -70,6 +76,13 @@ def test_old_rows_stay_spare_rows_come_first_and_the_rest_are_added(name, first_
         for i, ids in enumerate(PIECES):
             w = torch.tensor(side[: len(ids)], dtype=torch.float32)
             torch.testing.assert_close(new[first_id + i], (w / w.sum()) @ old[list(ids)])
+    if bias is not None:
+        found = head_of(loaded.model).bias
+        kept = [i for i in range(ROWS) if not first_id <= i < first_id + 3]
+        assert len(found) == num_rows and torch.equal(found[kept], bias[kept])
+        for i, ids in enumerate(PIECES):  # as the rows of the head
+            w = torch.tensor(weights[1][: len(ids)], dtype=torch.float32)
+            torch.testing.assert_close(found[first_id + i], (w / w.sum()) @ bias[list(ids)])
     loaded.model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     assert torch.equal(again.get_input_embeddings().weight, after[0])

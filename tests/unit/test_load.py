@@ -20,10 +20,10 @@ from cartilha.errors import HubUnreachableError, UserError
 from cartilha.evaluation.documents import encode_documents
 from cartilha.evaluation.measures import sum_documents
 from cartilha.evaluation.nll import document_nll
-from cartilha.evaluation.windows import Protocol
+from cartilha.evaluation.windows import Protocol, make_protocol
 from cartilha.model import load
 from cartilha.model.attention import ATTENTION_NAME
-from cartilha.model.forward import head_weight
+from cartilha.model.head import head_weight
 from cartilha.model.load import LoadedModel, context_length, convert_gguf, load_model, prepare_model
 from cartilha.tokens.tokenizer import TextTokenizer, load_tokenizer
 
@@ -297,15 +297,23 @@ def test_a_model_that_is_not_there_is_refused(tmp_path):
 
 
 def test_an_unsupported_architecture_is_refused_by_name(tmp_path):
-    config = AutoConfig.for_model("bloom", vocab_size=64, hidden_size=32, n_layer=1, n_head=2)
+    config = AutoConfig.for_model("mamba", vocab_size=64, hidden_size=32, num_hidden_layers=1, state_size=4)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    assert "type bloom" in complaint(tmp_path)
+    assert "type mamba" in complaint(tmp_path)
 
 
-def test_a_head_with_a_bias_is_refused():
+def test_a_model_that_counts_distances_takes_any_length():
+    config = AutoConfig.for_model("bloom", vocab_size=64, hidden_size=32, n_layer=1, n_head=2)
+    loaded = prepare_model(AutoModelForCausalLM.from_config(config), "my-bloom", CPU)
+    assert loaded.context_length == load.NO_LIMIT
+    protocol = make_protocol("full", None, None, prefix_id=0, dtype="float32", context_length=loaded.context_length)
+    assert (protocol.window, protocol.stride) == (2048, 1024)
+
+
+def test_a_head_that_is_no_matrix_is_refused():
     model = AutoModelForCausalLM.from_config(load._tiny_llama())
-    model.lm_head = torch.nn.Linear(64, 259, bias=True)
-    with pytest.raises(UserError, match="my-model has a head that is not a plain matrix"):
+    model.lm_head = torch.nn.Sequential(torch.nn.Linear(64, 259))
+    with pytest.raises(UserError, match="my-model are not supported, since their head is not a matrix"):
         prepare_model(model, "my-model", CPU)
 
 

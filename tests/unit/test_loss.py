@@ -15,7 +15,14 @@ from cartilha.blocks.packing import IGNORE_INDEX
 from cartilha.model import loss as loss_module
 from cartilha.model import products
 from cartilha.model.compiling import CompiledOrPlain
-from cartilha.model.loss import chunk_kernel, fused_nll_and_gradient, linear_cross_entropy, nll_and_gradient, token_nll
+from cartilha.model.head import Head, HeadShape
+from cartilha.model.loss import (
+    chunk_kernel,
+    fused_nll_and_gradient,
+    linear_cross_entropy,
+    nll_and_gradient,
+    token_scores,
+)
 from cartilha.runtime import compile_pays
 
 CHUNK, HIDDEN, NUM_IDS = 8, 16, 37
@@ -59,7 +66,7 @@ def torch_nll(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor)
 def test_value_and_gradients_equal_those_of_torch(num_tokens, ignored):
     hidden, weight, targets = problem(num_tokens, ignored)
     expected = with_gradients(lambda h, w: torch_nll(h, w, targets), hidden.double(), weight.double())
-    found = with_gradients(lambda h, w: linear_cross_entropy(h, w, targets, torch.float32), hidden, weight)
+    found = with_gradients(lambda h, w: linear_cross_entropy(h, Head(w), targets, torch.float32), hidden, weight)
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.dtype == torch.float32
         torch.testing.assert_close(ours, theirs.float(), rtol=1e-5, atol=1e-5)
@@ -72,14 +79,14 @@ def test_gradients_are_right_to_second_order_of_a_step():
     # Finite differences in place of a second implementation: the value and its gradients belong together.
     hidden, weight, targets = problem(3 * CHUNK + 1)
     value, grad_hidden, grad_weight = with_gradients(
-        lambda h, w: linear_cross_entropy(h, w, targets, torch.float32), hidden, weight
+        lambda h, w: linear_cross_entropy(h, Head(w), targets, torch.float32), hidden, weight
     )
     step = 1e-2
     generator = torch.Generator().manual_seed(0)
     # Along the gradients, and aside: the slope is large, and the value bends.
     direction = [g / g.norm() + 0.1 * torch.randn(g.shape, generator=generator) for g in (grad_hidden, grad_weight)]
     ends = [
-        linear_cross_entropy(hidden + sign * direction[0], weight + sign * direction[1], targets, torch.float32)
+        linear_cross_entropy(hidden + sign * direction[0], Head(weight + sign * direction[1]), targets, torch.float32)
         for sign in (step, -step)
     ]
     slope = (grad_hidden * direction[0]).sum() + (grad_weight * direction[1]).sum()
@@ -89,9 +96,11 @@ def test_gradients_are_right_to_second_order_of_a_step():
 
 def test_the_gradient_follows_what_is_done_with_the_value():
     hidden, weight, targets = problem(2 * CHUNK + 3)
-    plain = with_gradients(lambda h, w: linear_cross_entropy(h, w, targets, torch.float32), hidden, weight)
+    plain = with_gradients(lambda h, w: linear_cross_entropy(h, Head(w), targets, torch.float32), hidden, weight)
     # As in training: divided by the targets of the whole step, and the hidden states are not a leaf.
-    found = with_gradients(lambda h, w: linear_cross_entropy(2 * h, w, targets, torch.float32) / 7, hidden / 2, weight)
+    found = with_gradients(
+        lambda h, w: linear_cross_entropy(2 * h, Head(w), targets, torch.float32) / 7, hidden / 2, weight
+    )
     torch.testing.assert_close(found[0], plain[0] / 7)
     torch.testing.assert_close(found[1], plain[1] * 2 / 7)
     torch.testing.assert_close(found[2], plain[2] / 7)
@@ -99,11 +108,11 @@ def test_the_gradient_follows_what_is_done_with_the_value():
 
 def test_gradients_of_several_batches_add_up():
     hidden, weight, targets = problem(5 * CHUNK)
-    whole = with_gradients(lambda h, w: linear_cross_entropy(h, w, targets, torch.float32), hidden, weight)
+    whole = with_gradients(lambda h, w: linear_cross_entropy(h, Head(w), targets, torch.float32), hidden, weight)
     halves = with_gradients(
         lambda h, w: (
-            linear_cross_entropy(h[: CHUNK + 3], w, targets[: CHUNK + 3], torch.float32)
-            + linear_cross_entropy(h[CHUNK + 3 :], w, targets[CHUNK + 3 :], torch.float32)
+            linear_cross_entropy(h[: CHUNK + 3], Head(w), targets[: CHUNK + 3], torch.float32)
+            + linear_cross_entropy(h[CHUNK + 3 :], Head(w), targets[CHUNK + 3 :], torch.float32)
         ),
         hidden,
         weight,
@@ -115,8 +124,8 @@ def test_gradients_of_several_batches_add_up():
 def test_the_inputs_are_left_as_they_are():
     hidden, weight, targets = problem(2 * CHUNK + 3)
     copies = hidden.clone(), weight.clone(), targets.clone()
-    with_gradients(lambda h, w: linear_cross_entropy(h, w, targets, torch.float32), hidden, weight)
-    token_nll(hidden, weight, targets.clamp(min=0), torch.float32)
+    with_gradients(lambda h, w: linear_cross_entropy(h, Head(w), targets, torch.float32), hidden, weight)
+    token_scores(hidden, Head(weight), targets.clamp(min=0), torch.float32)
     for before, after in zip(copies, (hidden, weight, targets), strict=True):
         assert torch.equal(before, after)
 
@@ -126,7 +135,7 @@ def test_the_inputs_are_left_as_they_are():
 def test_nothing_scored_is_zero_with_zero_gradients(num_tokens, dtype):
     hidden, weight, targets = problem(num_tokens, ignored=1.1)
     assert (targets == IGNORE_INDEX).all()
-    value, *grads = with_gradients(lambda h, w: linear_cross_entropy(h, w, targets, dtype), hidden, weight)
+    value, *grads = with_gradients(lambda h, w: linear_cross_entropy(h, Head(w), targets, dtype), hidden, weight)
     assert value == 0
     assert all((gradient == 0).all() for gradient in grads)
 
@@ -134,7 +143,7 @@ def test_nothing_scored_is_zero_with_zero_gradients(num_tokens, dtype):
 def test_far_away_logits_overflow_nothing():
     hidden, weight, targets = problem(CHUNK + 1, ignored=0.0)
     value, *grads = with_gradients(
-        lambda h, w: linear_cross_entropy(h, w, targets, torch.float32), hidden * 1e4, weight
+        lambda h, w: linear_cross_entropy(h, Head(w), targets, torch.float32), hidden * 1e4, weight
     )
     expected = torch_nll(hidden.double() * 1e4, weight.double(), targets)
     assert value > 1e4
@@ -145,8 +154,8 @@ def test_far_away_logits_overflow_nothing():
 @sizes
 def test_bfloat16_is_close_to_float32(num_tokens):
     hidden, weight, targets = problem(num_tokens, ignored=0.0)
-    exact = with_gradients(lambda h, w: linear_cross_entropy(h, w, targets, torch.float32), hidden, weight)
-    half = with_gradients(lambda h, w: linear_cross_entropy(h, w, targets, torch.bfloat16), hidden, weight)
+    exact = with_gradients(lambda h, w: linear_cross_entropy(h, Head(w), targets, torch.float32), hidden, weight)
+    half = with_gradients(lambda h, w: linear_cross_entropy(h, Head(w), targets, torch.bfloat16), hidden, weight)
     for ours, theirs in zip(half, exact, strict=True):
         assert ours.dtype == torch.float32
         assert (ours - theirs).norm() < 0.02 * theirs.norm()
@@ -157,7 +166,7 @@ def test_a_bfloat16_sum_stays_exact_to_float32():
     # 4,500 nats in bf16 would move in steps of 32: the sum itself must be float32.
     hidden, weight = torch.zeros(40 * CHUNK, HIDDEN), torch.randn(NUM_IDS, HIDDEN)
     targets = torch.zeros(40 * CHUNK, dtype=torch.long)
-    value = linear_cross_entropy(hidden, weight, targets, torch.bfloat16)
+    value = linear_cross_entropy(hidden, Head(weight), targets, torch.bfloat16)
     assert value.item() == pytest.approx(40 * CHUNK * torch.tensor(NUM_IDS).log().item(), rel=1e-6)
     assert abs(value.bfloat16().float() - value) > 1
 
@@ -166,20 +175,22 @@ def test_a_bfloat16_sum_stays_exact_to_float32():
 def test_token_nll_equals_torch(num_tokens):
     hidden, weight, targets = problem(num_tokens, ignored=0.0)
     expected = F.cross_entropy(hidden.double() @ weight.double().T, targets, reduction="none")
-    found = token_nll(hidden, weight, targets, torch.float32)
+    found = token_scores(hidden, Head(weight), targets, torch.float32).nll
     assert found.shape == (num_tokens,) and found.dtype == torch.float32
     torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-5)
-    half = token_nll(hidden, weight, targets, torch.bfloat16)
+    half = token_scores(hidden, Head(weight), targets, torch.bfloat16).nll
     assert half.dtype == torch.float32
     torch.testing.assert_close(half, found, rtol=0.05, atol=0.2)
-    summed = linear_cross_entropy(hidden, weight, targets, torch.float32)
+    summed = linear_cross_entropy(hidden, Head(weight), targets, torch.float32)
     torch.testing.assert_close(found.sum(), summed, rtol=1e-5, atol=1e-5)
 
 
 def test_token_nll_of_no_tokens_is_empty_and_keeps_no_graph():
     hidden, weight, targets = problem(CHUNK)
-    assert token_nll(hidden[:0], weight, targets[:0], torch.float32).shape == (0,)
-    assert not token_nll(hidden.requires_grad_(), weight, targets.clamp(min=0), torch.float32).requires_grad
+    assert token_scores(hidden[:0], Head(weight), targets[:0], torch.float32).nll.shape == (0,)
+    assert not token_scores(
+        hidden.requires_grad_(), Head(weight), targets.clamp(min=0), torch.float32
+    ).nll.requires_grad
 
 
 class LargestLogits(TorchDispatchMode):
@@ -209,9 +220,11 @@ def test_never_more_than_a_chunk_of_logits(dtype):
 
     usual = largest(lambda: with_gradients(lambda h, w: torch_nll(h, w, targets), hidden, weight))
     assert usual == len(targets), "the spy sees nothing"
-    fused = largest(lambda: with_gradients(lambda h, w: linear_cross_entropy(h, w, targets, dtype), hidden, weight))
+    fused = largest(
+        lambda: with_gradients(lambda h, w: linear_cross_entropy(h, Head(w), targets, dtype), hidden, weight)
+    )
     assert fused == CHUNK
-    scored = largest(lambda: token_nll(hidden, weight, targets.clamp(min=0), dtype))
+    scored = largest(lambda: token_scores(hidden, Head(weight), targets.clamp(min=0), dtype).nll)
     assert scored == CHUNK
 
 
@@ -220,7 +233,7 @@ def test_no_logits_are_kept_for_the_backward_pass(dtype):
     hidden, weight, targets = problem(20 * CHUNK)
     kept: list[torch.Size] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
-        linear_cross_entropy(hidden.requires_grad_(), weight.requires_grad_(), targets, dtype)
+        linear_cross_entropy(hidden.requires_grad_(), Head(weight.requires_grad_()), targets, dtype)
     assert kept
     assert all(shape[-1] != NUM_IDS for shape in kept)
 
@@ -294,7 +307,7 @@ def test_the_form_that_is_compiled_has_one_graph_for_full_and_partial_chunks():
 def test_products_are_added_in_float32_where_the_hardware_can(monkeypatch):
     assert not products.sums_in_float32("cpu", torch.bfloat16)
     hidden, weight, targets = problem(5 * CHUNK)
-    rounded = with_gradients(lambda h, w: linear_cross_entropy(h, w, targets, torch.bfloat16), hidden, weight)[2]
+    rounded = with_gradients(lambda h, w: linear_cross_entropy(h, Head(w), targets, torch.bfloat16), hidden, weight)[2]
     asked = []
 
     def added(total, left, right, *, out_dtype, alpha, out):
@@ -303,7 +316,39 @@ def test_products_are_added_in_float32_where_the_hardware_can(monkeypatch):
 
     monkeypatch.setattr(products, "sums_in_float32", lambda *hardware: True)
     monkeypatch.setattr(torch, "addmm", added)
-    found = with_gradients(lambda h, w: linear_cross_entropy(h, w, targets, torch.bfloat16), hidden, weight)[2]
+    found = with_gradients(lambda h, w: linear_cross_entropy(h, Head(w), targets, torch.bfloat16), hidden, weight)[2]
     assert asked == [torch.float32] * 5
     torch.testing.assert_close(found, rounded, rtol=0.02, atol=0.02)
     assert not torch.equal(found, rounded)
+
+
+@sizes
+@pytest.mark.parametrize(
+    "shape", [HeadShape(), HeadShape(scale=0.25), HeadShape(cap=3.0), HeadShape(scale=1.5, cap=2.0)], ids=str
+)
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_biased_scaled_and_capped_heads_equal_torch(num_tokens, shape, has_bias):
+    hidden, weight, targets = problem(num_tokens)
+    bias = torch.linspace(-1, 1, NUM_IDS) if has_bias else None
+
+    def plain(h: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
+        logits = shape.scale * (h @ w.T + (0.0 if b is None else b))
+        return logits if shape.cap is None else shape.cap * torch.tanh(logits / shape.cap)
+
+    def with_bias(fused: bool) -> list[torch.Tensor | None]:
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        b = None if bias is None else bias.clone().requires_grad_()
+        if fused:
+            nll = linear_cross_entropy(h, Head(w, b, shape), targets, torch.float32)
+        else:
+            nll = F.cross_entropy(plain(h, w, b), targets, ignore_index=IGNORE_INDEX, reduction="sum")
+        (nll * 0.5).backward()
+        return [nll.detach(), h.grad, w.grad, None if b is None else b.grad]
+
+    for ours, theirs in zip(with_bias(True), with_bias(False), strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5)
+    kept = targets.clamp(min=0)
+    scores = token_scores(hidden, Head(weight, bias, shape), kept, torch.float32).nll
+    torch.testing.assert_close(scores, F.cross_entropy(plain(hidden, weight, bias), kept, reduction="none"))

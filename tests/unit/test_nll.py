@@ -17,7 +17,7 @@ from cartilha.evaluation.documents import ScoredDocuments, encode_documents
 from cartilha.evaluation.measures import make_evaluation
 from cartilha.evaluation.nll import document_nll
 from cartilha.evaluation.windows import Protocol
-from cartilha.model.forward import head_weight
+from cartilha.model.head import head_weight
 from cartilha.model.load import LoadedModel, load_model
 from cartilha.model.loss import TokenScores
 from cartilha.tokens.tokenizer import load_tokenizer

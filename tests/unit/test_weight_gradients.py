@@ -19,6 +19,7 @@ from cartilha.model import weight_gradients
 from cartilha.model.attention import use_document_attention
 from cartilha.model.checkpointing import checkpoint_layers
 from cartilha.model.forward import batch_nll
+from cartilha.model.head import Head
 from cartilha.model.loss import linear_cross_entropy
 from cartilha.model.segment_attention import segment_attention
 from cartilha.model.weight_gradients import weight_gradients_in_place
@@ -164,7 +165,7 @@ def test_the_row_of_the_padding_gets_no_gradient_from_the_input():
 def test_another_factor_than_was_said_is_an_error():
     hidden, weight = torch.randn(5, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)
     with weight_gradients_in_place("cpu", 0.5):
-        nll = linear_cross_entropy(hidden, weight, torch.arange(5), torch.float32)
+        nll = linear_cross_entropy(hidden, Head(weight), torch.arange(5), torch.float32)
     with pytest.raises(AssertionError):
         nll.backward()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -16,7 +17,8 @@ from cartilha.evaluation.documents import ScoredDocuments, encode_documents
 from cartilha.evaluation.nll import document_nll
 from cartilha.evaluation.windows import MAX_WINDOW, Protocol, make_protocol
 from cartilha.model.attention import transformers_attention, use_document_attention
-from cartilha.model.forward import batch_nll, head_weight, hidden_states
+from cartilha.model.forward import batch_nll, hidden_states
+from cartilha.model.head import head_of, head_weight
 from cartilha.model.loss import token_scores
 from cartilha.runtime import seed_everything
 
@@ -68,8 +70,8 @@ def _fresh_start(subject: Subject) -> dict[str, float]:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     assert isinstance(model, PreTrainedModel)
     use_document_attention(model)
-    head = head_weight(model)
-    rows = len(head)
+    head = replace(head_of(model), shape=head_of(subject.loaded.model).shape)
+    rows = len(head.weight)
     length = min(subject.loaded.context_length, 512)
     generator = np.random.default_rng(0)
     ids = generator.integers(0, rows, (max(1, START_TOKENS // length), length + 1))
@@ -80,15 +82,16 @@ def _fresh_start(subject: Subject) -> dict[str, float]:
     with torch.no_grad():
         states = hidden_states(model, batch, torch.float32).flatten(0, 1)
         nll = float(token_scores(states, head, targets, torch.float32).nll.double().mean())
-        spread = float(head.std()) ** 2 * float(states.double().square().sum(-1).mean())
-        head.zero_()
+        sigma = float(head.weight.std()) * head.shape.scale
+        spread = sigma**2 * float(states.double().square().sum(-1).mean())
+        head.weight.zero_()
         zero = float(token_scores(states, head, targets, torch.float32).nll.double().mean())
     return {
         "perplexity": math.exp(nll),
         "theory": rows * math.exp(spread / 2),
         "zero_head": math.exp(zero),
         "num_rows": rows,
-        "hidden_square": spread / float(head.shape[1]),
+        "hidden_square": spread / float(head.weight.shape[1]),
     }
 
 
@@ -209,7 +212,7 @@ def _logits(subject: Subject, batch: Batch) -> torch.Tensor:
     model = subject.loaded.model
     with torch.no_grad():
         states = hidden_states(model, batch, subject.dtype)[0]
-        return states.float() @ head_weight(model).float().T
+        return head_of(model).logits(states, torch.float32)
 
 
 def _another_id(subject: Subject, token: int) -> int:

@@ -14,7 +14,7 @@ from cartilha.corpus.english import english_sample
 from cartilha.corpus.near_duplicates import has_near_duplicate
 from cartilha.errors import UserError
 from cartilha.model.embeddings import input_rows
-from cartilha.model.forward import head_weight
+from cartilha.model.head import head_weight
 from cartilha.tokens.tokenizer import TextTokenizer
 
 MAX_LOST_SHARE = 0.01  # of the bytes: beyond it the byte figures are refused (docs/measures.md)

@@ -6,6 +6,7 @@ import math
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ import torch.nn.functional as F
 from cartilha.blocks.packing import IGNORE_INDEX, PackedStream, stack
 from cartilha.blocks.sampler import BlockSampler
 from cartilha.checks.outcome import CheckResult, Judgement, Subject
-from cartilha.model.forward import batch_nll, head_weight, hidden_states
+from cartilha.model.forward import batch_nll, hidden_states
+from cartilha.model.head import head_of
 from cartilha.model.loss import linear_cross_entropy
 from cartilha.tokens.packed import PackedDocuments
 from cartilha.training.checkpoint import TrainingState, load_checkpoint, save_checkpoint
@@ -143,14 +145,17 @@ def loss(subject: Subject) -> CheckResult:
     found = []
     for fused in (True, False):
         hidden = states.detach().clone().requires_grad_()
-        head = head_weight(subject.loaded.model).detach().clone().requires_grad_()
+        own = head_of(subject.loaded.model)
+        bias = None if own.bias is None else own.bias.detach()
+        head = replace(own, weight=own.weight.detach().clone().requires_grad_(), bias=bias)
         if fused:
             nll = linear_cross_entropy(hidden, head, targets, torch.float32)
         else:
-            nll = F.cross_entropy(hidden @ head.T, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+            logits = head.logits(hidden, torch.float32)
+            nll = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
         nll.backward()
-        assert hidden.grad is not None and head.grad is not None
-        found.append((float(nll.detach()), hidden.grad, head.grad))
+        assert hidden.grad is not None and head.weight.grad is not None
+        found.append((float(nll.detach()), hidden.grad, head.weight.grad))
     (ours, own_hidden, own_head), (plain, plain_hidden, plain_head) = found
     difference = abs(ours / plain - 1)
     apart = max(_relative(own_hidden, plain_hidden), _relative(own_head, plain_head))

@@ -10,7 +10,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from cartilha.config import GenerateConfig
 from cartilha.errors import UserError
 from cartilha.model.attention import transformers_attention
-from cartilha.model.forward import head_weight
+from cartilha.model.head import head_weight
 from cartilha.model.load import LoadedModel
 from cartilha.runtime import seed_everything
 from cartilha.tokens.tokenizer import TextTokenizer

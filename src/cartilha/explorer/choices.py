@@ -13,7 +13,8 @@ import torch
 from cartilha.blocks.packing import IGNORE_INDEX, Batch
 from cartilha.evaluation.windows import Window, document_windows
 from cartilha.explorer.reading import Reader
-from cartilha.model.forward import head_weight, hidden_states
+from cartilha.model.forward import hidden_states
+from cartilha.model.head import head_of
 
 KEPT_STATES = 4
 
@@ -137,11 +138,10 @@ class LogitReader:
         inputs = self._inputs(ids, window)
         with self.reader.lock:
             states = self._states(inputs)
-            head = head_weight(self.reader.loaded.model)
             with torch.no_grad():
-                row = states[position - 1 - window.first_input].to(self.reader.dtype)
-                logits = (head.to(self.reader.dtype) @ row).float().cpu().numpy()
-        return np.asarray(logits)
+                row = states[position - 1 - window.first_input, None]
+                logits = head_of(self.reader.loaded.model).logits(row, self.reader.dtype)[0]
+        return np.asarray(logits.cpu().numpy())
 
     def _window(self, num_tokens: int, position: int) -> Window:
         """The window through which this position is scored, as in an evaluation of the text with one token more."""

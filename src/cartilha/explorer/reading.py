@@ -16,7 +16,7 @@ from cartilha.evaluation.measures import Evaluation, make_evaluation
 from cartilha.evaluation.nll import TokenRows, score_documents
 from cartilha.evaluation.windows import Protocol
 from cartilha.explorer.pieces import Piece, text_pieces
-from cartilha.model.forward import head_weight
+from cartilha.model.head import head_weight
 from cartilha.model.load import LoadedModel
 from cartilha.tokens.tokenizer import TextTokenizer
 

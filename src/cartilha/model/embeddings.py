@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from cartilha.errors import HubUnreachableError, UserError
-from cartilha.model.forward import head_weight
+from cartilha.model.head import head_of, head_weight
 from cartilha.model.load import LoadedModel, context_length, load_model
 from cartilha.tokens.sources import resolve_model
 from cartilha.tokens.tokenizer import TextTokenizer
@@ -104,8 +104,10 @@ def extend_embeddings(loaded: LoadedModel, pieces: Sequence[Sequence[int]], firs
     if num_needed > old_rows:
         num_needed = -(-num_needed // ROWS_MULTIPLE) * ROWS_MULTIPLE
         model.resize_token_embeddings(num_needed, mean_resizing=False)
-    inputs, head = input_rows(model), head_weight(model)
-    sides = [(inputs, 1.0)] if inputs is head else [(inputs, 1 / LEANING), (head, LEANING)]
+    inputs, head = input_rows(model), head_of(model)
+    sides = [(inputs, 1.0)] if inputs is head.weight else [(inputs, 1 / LEANING), (head.weight, LEANING)]
+    if head.bias is not None:
+        sides.append((head.bias[:, None], LEANING))
     with torch.no_grad():
         for matrix, ratio in sides:
             # The mean row stands for no token: its logit is an average one, far below those of likely tokens.

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from cartilha.blocks.packing import Batch
 from cartilha.model.attention import Segments, choose_kernel, knows_attention, obstacle
 from cartilha.model.compiling import CompiledBody
+from cartilha.model.head import head_of
 from cartilha.model.loss import TokenScores, linear_cross_entropy, token_scores
 from cartilha.model.rows import states_in_rows
 from cartilha.runtime import to_device
@@ -48,7 +49,9 @@ def _autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManage
 def hidden_states(
     model: PreTrainedModel, batch: Batch, dtype: torch.dtype, body: CompiledBody | None = None
 ) -> torch.Tensor:
-    """Last hidden states of a batch of packed documents, shape (num_rows, row_length, hidden_size).
+    """What the head reads of a batch of packed documents, shape (num_rows, row_length, hidden_size).
+
+    These are the last hidden states, scaled where the model scales them.
 
     Args:
         model: With `use_document_attention`.
@@ -60,7 +63,7 @@ def hidden_states(
     assert model.base_model is not model, f"{type(model).__name__} has no body apart from its head"
     with _autocast(device, dtype):
         if not knows_attention(model.config):
-            return states_in_rows(model, batch)
+            return states_in_rows(model, batch) * head_of(model).shape.input_scale
         output = (body or model.base_model)(
             input_ids=to_device(batch.input_ids, device),
             position_ids=to_device(batch.position_ids, device),
@@ -72,21 +75,13 @@ def hidden_states(
     return states
 
 
-def head_weight(model: PreTrainedModel) -> torch.Tensor:
-    """The head's matrix, shape (num_ids, hidden_size)."""
-    head = model.get_output_embeddings()
-    assert isinstance(head, torch.nn.Linear)
-    assert head.bias is None, "load_model refuses heads with a bias"
-    return head.weight
-
-
 def batch_nll(
     model: PreTrainedModel, batch: Batch, dtype: torch.dtype, body: CompiledBody | None = None
 ) -> torch.Tensor:
     """Summed nll of a batch's targets, differentiable: scalar float32, in nats; see `hidden_states`."""
     states = hidden_states(model, batch, dtype, body)
     targets = to_device(batch.targets, states.device)
-    return linear_cross_entropy(states.flatten(0, 1), head_weight(model), targets.flatten(), dtype)
+    return linear_cross_entropy(states.flatten(0, 1), head_of(model), targets.flatten(), dtype)
 
 
 @torch.no_grad()
@@ -106,15 +101,10 @@ def scored_tokens(
     chosen = targets.to(states.device)[positions]
     return token_scores(
         states[positions],
-        head_weight(model),
+        head_of(model),
         chosen,
         dtype,
         unused_ids=unused_ids,
         details=details,
         num_likeliest=num_likeliest,
     )
-
-
-def scored_nll(model: PreTrainedModel, batch: Batch, dtype: torch.dtype) -> torch.Tensor:
-    """Nll of each scored target in row-major order, shape (batch.num_targets,), float32, in nats; no gradients."""
-    return scored_tokens(model, batch, dtype).nll

@@ -28,6 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from cartilha.errors import HubUnreachableError, UserError, missing_extra
 from cartilha.model.attention import knows_attention, use_document_attention
+from cartilha.model.head import Head, HeadError, HeadShape, head_of
 from cartilha.model.rows import prove_rows
 from cartilha.runtime import keep_freed_memory, seed_everything, settle_cpu_functions
 from cartilha.storage import new_directory, refuse_lfs_pointer
@@ -90,7 +91,7 @@ def prepare_model(
     transformers_logging.disable_progress_bar()  # of loading and saving; ours are in the console
     settle_cpu_functions()  # beside a GPU, too: texts' statistics and new rows are computed on the CPU
     use_document_attention(model)
-    num_rows = _head_of(model, ref).weight.shape[0]
+    num_rows = len(_head_of(model, ref).weight)
     if tokenizer is not None and tokenizer.num_ids > num_rows:
         if tokenizer.num_reachable_ids > num_rows:
             raise UserError(
@@ -118,34 +119,36 @@ def prepare_model(
     return LoadedModel(model, ref, context_length(model.config), num_parameters)
 
 
-def _head_of(model: PreTrainedModel, ref: str) -> torch.nn.Linear:
-    head = model.get_output_embeddings()
-    if not isinstance(head, torch.nn.Linear) or head.bias is not None:
-        raise UserError(f"{ref} has a head that is not a plain matrix, which is not supported; choose another model.")
-    return head
+def _head_of(model: PreTrainedModel, ref: str) -> Head:
+    try:
+        return head_of(model)
+    except HeadError as error:
+        raise UserError(f"Models like {ref} are not supported, since {error}; choose another model.") from error
 
 
+NO_LIMIT = 1 << 20  # positions of models that count distances instead; windows of an evaluation stay 2,048 by default
 PROBE_IDS = 1024  # rows that a model is given to be looked at without its weights
 
 
-def refuse_configuration(config: PretrainedConfig, ref: str) -> None:
-    """Refuse what `load_model` would, as far as one layer of it with fresh weights and few token ids tells.
+def configured_head_shape(config: PretrainedConfig, ref: str) -> HeadShape:
+    """The shape of the head, as far as one layer of the model with fresh weights and few token ids tells.
 
     Raises:
-        UserError: An unsupported architecture, in the words of `load_model`.
+        UserError: `load_model` would refuse a model of this configuration; in its words.
     """
     if knows_attention(config):
-        return
+        return HeadShape()
     try:
         with torch.random.fork_rng(devices=[]):
             model = AutoModelForCausalLM.from_config(_reduced(config), dtype=torch.float32)
         use_document_attention(model)
         _head_of(model, ref)
-        prove_rows(model.eval())
+        return prove_rows(model.eval())
     except UserError:
         raise
     except Exception as error:  # it may not be made smaller in this way
         log.info("Whether %s can be trained is seen when it is loaded (%s).", ref, _first_line(error))
+        return HeadShape()
 
 
 def _reduced(config: PretrainedConfig) -> PretrainedConfig:
@@ -163,19 +166,12 @@ def _reduced(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def context_length(config: PretrainedConfig) -> int:
-    """Most positions that a model of this configuration takes.
-
-    Raises:
-        UserError: It does not say.
-    """
+    """Most positions that a model of this configuration takes; `NO_LIMIT` where it does not say (BLOOM, with ALiBi)."""
     for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
         length = getattr(config, name, None)
         if isinstance(length, int) and length > 0:
             return length
-    raise UserError(
-        f"The configuration of this model of the type {config.model_type} does not say how many tokens it takes; add "
-        '"max_position_embeddings" to its config.json.'
-    )
+    return NO_LIMIT
 
 
 def weights_hash(model: PreTrainedModel) -> str:

@@ -17,11 +17,21 @@ import torch
 
 from cartilha.blocks.packing import IGNORE_INDEX
 from cartilha.model.compiling import CompiledOrPlain
+from cartilha.model.head import Head, HeadShape
 from cartilha.model.products import add_product, cpu_product_dtype
 from cartilha.model.weight_gradients import factor_in_place, gradient_of
 from cartilha.runtime import compile_pays, has_cxx_compiler
 
 CHUNK_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class _Manner:
+    """How the loss is computed: the head's shape, the products' dtype, and the factor of the nll where it is known."""
+
+    shape: HeadShape
+    dtype: torch.dtype
+    known_factor: float | None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -35,14 +45,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any,
         hidden: torch.Tensor,
         weight: torch.Tensor,
+        bias: torch.Tensor | None,
         targets: torch.Tensor,
-        dtype: torch.dtype,
-        known_factor: float | None,
+        manner: _Manner,
     ) -> torch.Tensor:
+        shape, dtype, known_factor = manner.shape, manner.dtype, manner.known_factor
         in_place = known_factor is not None
         if in_place:  # on a CPU, in training
             dtype = cpu_product_dtype(dtype)
-        head = weight.detach().to(dtype)
+        head, whole = weight.detach().to(dtype), Head(weight, bias, shape)
+        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden)
         grad_weight = gradient_of(weight) if in_place else torch.zeros_like(weight, dtype=torch.float32)
         nll = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -53,27 +65,31 @@ class _LinearCrossEntropy(torch.autograd.Function):
             states = hidden[rows].to(dtype)
             scored = (targets[rows] != IGNORE_INDEX)[:, None]
             index = targets[rows, None].where(scored, 0)
-            logits = torch.mm(states, head.T, out=buffer[: len(states)])
+            logits = whole.finish(torch.mm(states, head.T, out=buffer[: len(states)]))
+            slope = shape.slope(logits)  # before the logits become their gradient
             chunk_nll, grad_logits = chunk_kernel(hidden.device.type)(logits, index, scored.float())
             nll += chunk_nll
+            if shape != HeadShape():
+                grad_logits.mul_(slope)
+            if grad_bias is not None:
+                grad_bias += grad_logits.sum(dim=0, dtype=torch.float32)
             grad_hidden[rows] = grad_logits @ head
             add_product(grad_weight, grad_logits.T, states, 1.0 if known_factor is None else known_factor)
         ctx.known_factor = known_factor
-        ctx.save_for_backward(grad_hidden, None if in_place else grad_weight)
+        ctx.save_for_backward(grad_hidden, None if in_place else grad_weight, grad_bias)
         return nll
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        grad_hidden, grad_weight = ctx.saved_tensors
         (scale,) = grad_outputs
-        # In place: both tensors are ours alone and are not needed again.
-        grad_hidden.mul_(scale)
-        if grad_weight is not None:
-            return grad_hidden, grad_weight.mul_(scale), None, None, None
-        if type(scale) is torch.Tensor:  # not one without contents, as when memory is traced
+        # In place: the tensors are ours alone and are not needed again.
+        gradients = [gradient if gradient is None else gradient.mul_(scale) for gradient in ctx.saved_tensors]
+        if (
+            ctx.known_factor is not None and type(scale) is torch.Tensor
+        ):  # not one without contents, as when memory is traced
             found = float(scale)
             assert not math.isfinite(found) or math.isclose(found, ctx.known_factor, rel_tol=1e-5), found
-        return grad_hidden, None, None, None, None
+        return *gradients, None, None
 
 
 ChunkKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -133,21 +149,20 @@ def fused_nll_and_gradient(
     return nll, (weights * (scored / total) - is_target * scored).to(logits.dtype)
 
 
-def linear_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
-    """Summed nll of the targets, differentiable once in `hidden` and `weight`.
+def linear_cross_entropy(hidden: torch.Tensor, head: Head, targets: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Summed nll of the targets, differentiable once in `hidden` and the head's weight and bias.
 
     Args:
         hidden: Last hidden states, shape (num_tokens, hidden_size).
-        weight: The head, shape (num_ids, hidden_size).
+        head: Of num_ids rows.
         targets: Shifted token ids, shape (num_tokens,), `IGNORE_INDEX` where nothing is scored.
         dtype: Of the matrix products.
 
     Returns:
         Scalar float32, in nats.
     """
-    nll = _LinearCrossEntropy.apply(hidden, weight, targets, dtype, factor_in_place(weight))
+    manner = _Manner(head.shape, dtype, factor_in_place(head.weight))
+    nll = _LinearCrossEntropy.apply(hidden, head.weight, head.bias, targets, manner)
     assert isinstance(nll, torch.Tensor)
     return nll
 
@@ -177,7 +192,7 @@ class TokenScores:
 @torch.no_grad()
 def token_scores(
     hidden: torch.Tensor,
-    weight: torch.Tensor,
+    head: Head,
     targets: torch.Tensor,
     dtype: torch.dtype,
     *,
@@ -189,20 +204,20 @@ def token_scores(
 
     Args:
         hidden: Shape (num_tokens, hidden_size).
-        weight: Shape (num_ids, hidden_size).
+        head: Of num_ids rows.
         targets: Shape (num_tokens,), every one a token id.
         dtype: Of the matrix product; the softmax is float32.
         unused_ids: Rows of the head that no token uses.
         details: Whether entropy and rank are wanted; they cost two more passes over the logits.
         num_likeliest: How many of the likeliest tokens are wanted.
     """
-    head = weight.to(dtype)
+    weight = head.weight.to(dtype)
     buffer = hidden.new_empty((min(CHUNK_TOKENS, len(targets)), len(weight)), dtype=torch.float32)
     chunks = []
     for begin in range(0, max(1, len(targets)), CHUNK_TOKENS):  # no targets are one empty chunk
         rows = slice(begin, begin + CHUNK_TOKENS)
         states = hidden[rows].to(dtype)
-        logits = _product_into(buffer[: len(states)], states, head.T)
+        logits = head.finish(_product_into(buffer[: len(states)], states, weight.T))
         chunks.append(_score_chunk(logits, targets[rows, None], unused_ids, details, num_likeliest))
     joined: dict[str, torch.Tensor] = {}
     for name, first in vars(chunks[0]).items():
@@ -233,8 +248,3 @@ def _score_chunk(
         return scores
     likeliest, ids = weights.topk(min(num_likeliest, weights.shape[1]), dim=1)
     return replace(scores, likeliest_ids=ids, likeliest=likeliest / total[:, None])
-
-
-def token_nll(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Nll of each target, shape (num_tokens,), float32, in nats; see `token_scores`."""
-    return token_scores(hidden, weight, targets, dtype).nll

@@ -17,10 +17,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_L
 
 from cartilha.blocks.packing import Batch
 from cartilha.errors import UserError
+from cartilha.model.head import HeadError, HeadShape, find_head_shape
 from cartilha.runtime import to_device
-
-PROBE_TOKENS = 16
-SAME_STATES = 1e-3  # of their spread; what a position sees and should not moves them by far more
 
 
 @dataclass(frozen=True)
@@ -91,49 +89,16 @@ def refuse_what_cannot_run(model: PreTrainedModel) -> None:
         _refuse(model, "they read more than text")
 
 
-@torch.no_grad()
-def prove_rows(model: PreTrainedModel) -> None:
+def prove_rows(model: PreTrainedModel) -> HeadShape:
     """Run a few tokens through the model to see that `states_in_rows`, and the head after it, are what it computes.
 
-    Two things would make every figure wrong: a position that sees what comes after it, and logits that are not the
-    last hidden states times the head (soft caps, scales). The head's output is replaced by known values of the size
-    that makes any cap visible: they must come out as they went in.
-
     Raises:
-        UserError: The model does something of the kind.
+        UserError: They are not: every figure would be wrong.
     """
-    head = model.get_output_embeddings()
-    num_ids = head.weight.shape[0]
-    length = min(PROBE_TOKENS, _longest(model))
-    ids = torch.arange(2 * length, device=model.device).view(2, length) * 7919 % num_ids
-    ids[1, : length // 2] = ids[0, : length // 2]
-    inputs: list[torch.Tensor] = []
-    planted = torch.linspace(-500.0, 500.0, num_ids, device=model.device).expand(2, length, num_ids)
-
-    def plant(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        inputs.append(arguments[0])
-        return planted
-
-    hook = head.register_forward_hook(plant)
     try:
-        arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
-        logits = model(**arguments).logits
-        states = model.base_model(**arguments).last_hidden_state
-    finally:
-        hook.remove()
-    if len(inputs) != 1 or not torch.equal(logits, planted) or not _same(inputs[0], states):
-        _refuse(model, "they change the logits after the head, or the hidden states before it (a soft cap or a scale)")
-    if not _same(states[0, : length // 2], states[1, : length // 2]):
-        _refuse(model, "a position sees what comes after it")
-
-
-def _longest(model: PreTrainedModel) -> int:
-    return int(getattr(model.config, "max_position_embeddings", None) or PROBE_TOKENS)
-
-
-def _same(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    spread = float(expected.std())
-    return found.shape == expected.shape and float((found - expected).abs().max()) <= SAME_STATES * spread
+        return find_head_shape(model)
+    except HeadError as error:
+        _refuse(model, str(error))
 
 
 def _refuse(model: PreTrainedModel, reason: str) -> NoReturn:

@@ -15,7 +15,7 @@ from cartilha.evaluation.compare import Comparison, compare_documents
 from cartilha.evaluation.measures import make_evaluation
 from cartilha.evaluation.saved import SavedEvaluation, load_evaluation, saved_evaluation
 from cartilha.evaluation.windows import first_tokens
-from cartilha.model.forward import head_weight
+from cartilha.model.head import head_weight
 from cartilha.pipeline.evaluate import ready_model, score_held_out
 from cartilha.pipeline.held_out import held_out
 

@@ -26,7 +26,7 @@ from cartilha.evaluation.measures import Evaluation, make_evaluation
 from cartilha.evaluation.nll import TokenRows, score_documents
 from cartilha.evaluation.saved import save_evaluation, token_file
 from cartilha.evaluation.windows import Protocol, first_tokens, make_protocol
-from cartilha.model.forward import head_weight
+from cartilha.model.head import head_weight
 from cartilha.model.load import LoadedModel, load_model
 from cartilha.pipeline.held_out import BaselineCollector, HeldOut, held_out, model_tokenizer
 from cartilha.runtime import choose_device, choose_dtype, world

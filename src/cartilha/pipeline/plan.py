@@ -15,7 +15,7 @@ from cartilha.blocks.sampler import BlockSampler
 from cartilha.config import PlanConfig
 from cartilha.errors import UserError
 from cartilha.model.checkpointing import checkpoint_layers
-from cartilha.model.load import context_length, load_model, model_config, refuse_configuration
+from cartilha.model.load import configured_head_shape, context_length, load_model, model_config
 from cartilha.pipeline.run_plan import best_step, this_machine, with_copy
 from cartilha.runtime import choose_device, choose_dtype, is_out_of_memory
 from cartilha.tokens.packed import PackedDocuments
@@ -84,7 +84,7 @@ def plan(config: PlanConfig) -> PlanResult:
     memory = {facts.name: _memory_model(model, facts, config) for facts in devices}
     num_parameters = memory[devices[0].name].num_parameters
     _refuse_what_fits_nowhere(config, devices, num_parameters)
-    refuse_configuration(model, config.model)
+    configured_head_shape(model, config.model)
     if machine is not None and not config.skip_probe and num_parameters * BYTES_PER_PARAMETER < machine.memory_bytes:
         speeds[machine.name] = _probed(config, model, machine, num_parameters, sizes) or speeds[machine.name]
     counts = store.counts["train"] if store else None

@@ -9,6 +9,8 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
+from cartilha.model.head import head_of
+
 ADAM_BETAS = (0.9, 0.95)
 ADAM_EPSILON = 1e-8
 
@@ -34,7 +36,8 @@ def choose_trained(
     backward pass, and AdamW passes over a parameter without one: no decay, and its moments begin when its turn comes.
     On a CPU the memory of the gradients is taken here (see `clear_gradients`).
     """
-    embeddings = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+    head = head_of(model)
+    embeddings = {id(model.get_input_embeddings().weight), id(head.weight), id(head.bias)}
     chosen = []
     for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
         parameter.requires_grad_(not embeddings_only or id(parameter) in embeddings)

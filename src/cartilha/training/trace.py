@@ -25,7 +25,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from cartilha.model.attention import Kernel, Segments, knows_attention, use_document_attention
 from cartilha.model.checkpointing import checkpoint_layers
-from cartilha.model.forward import head_weight
+from cartilha.model.head import head_of, head_weight
+from cartilha.model.load import configured_head_shape
 from cartilha.model.loss import linear_cross_entropy
 from cartilha.model.products import cpu_product_dtype, sums_in_float32
 from cartilha.model.weight_gradients import weight_gradients_in_place
@@ -142,8 +143,10 @@ def _traced(
         cpu_product_dtype(dtype)
     settings = _shortened(json.loads(config_json), num_layers)
     config = AutoConfig.for_model(**settings)
+    head_shape = configured_head_shape(config, config.model_type)
     with FakeTensorMode(allow_non_fake_inputs=True), _threads_as_before():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model.head_shape = head_shape
         use_document_attention(model)
         model.eval()
         if checkpointing:
@@ -179,7 +182,7 @@ def _pass(
         hidden = output.last_hidden_state.flatten(0, 1)
         del output
         kept = float(live.now)
-        loss = linear_cross_entropy(hidden, head_weight(model), targets.flatten(), dtype)
+        loss = linear_cross_entropy(hidden, head_of(model), targets.flatten(), dtype)
     del hidden
     loss.backward()
     assert len(body) == 1, "the gradient comes back to the embeddings once"
