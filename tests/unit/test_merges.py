@@ -79,6 +79,21 @@ def test_from_bytes_on_it_learns_what_the_tokenizers_library_learns():
     assert found == expected
 
 
+def test_a_long_word_costs_no_more_than_its_length_a_merge():
+    class Counted(dict):
+        lookups = 0
+
+        def __contains__(self, key: object) -> bool:
+            Counted.lookups += 1
+            return super().__contains__(key)
+
+    one = learner(Counter({"a" * 4096: 1}))
+    one._ranks = Counted()
+    merges = [merge for merge, _ in zip(one, range(8), strict=False)]
+    assert [merge.num_tokens for merge in merges] == [2048 >> i for i in range(8)]
+    assert Counted.lookups < 4 * 4096 * len(merges)  # looked through anew after each join, 4096 * 4096
+
+
 def test_a_pair_whose_text_is_a_token_already_is_left_alone():
     words = Counter({"abc": 5, "abd": 3})
     assert next(iter(learner(words))).left == LETTERS["a"]  # the pair ab, eight times

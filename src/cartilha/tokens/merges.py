@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -72,7 +72,7 @@ class MergeLearner:
         self._pair_counts: dict[Pair, int] = defaultdict(int)
         self._places: dict[Pair, set[int]] = defaultdict(set)
         for i, word in enumerate(self.words):
-            self._count(i, word, self.counts[i])
+            self._count(i, pairwise(word), self.counts[i])
         self._heap = [(-count, pair) for pair, count in self._pair_counts.items() if count >= LEAST_COUNT]
         heapq.heapify(self._heap)
 
@@ -97,7 +97,7 @@ class MergeLearner:
         self._ranks[pair] = (len(self._ranks), result)
         changed: set[Pair] = set()
         for i in self._places.pop(pair, ()):
-            self._replace(i, self._joined(self.words[i]), changed)
+            self._join(i, changed)
         if is_new and token in self._index:
             self._replace(self._index[token], [result], changed)
         for other in changed:
@@ -105,28 +105,45 @@ class MergeLearner:
                 heapq.heappush(self._heap, (-self._pair_counts[other], other))
         return Merge(*pair, result, is_new, self.num_tokens)
 
-    def _joined(self, word: list[int]) -> list[int]:
-        """The word with every learnt merge applied: the lowest rank first, the leftmost of equal ones."""
-        word = list(word)
-        while True:
-            found = [(*self._ranks[p], i) for i, p in enumerate(pairwise(word)) if p in self._ranks]
-            if not found:
-                return word
-            _, result, place = min(found, key=lambda merge: (merge[0], merge[2]))
-            word[place : place + 2] = [result]
+    def _join(self, i: int, changed: set[Pair]) -> None:
+        """Apply every learnt merge to a word: the lowest rank first, the leftmost of equal ones."""
+        ids = [*self.words[i], -1]  # -1 at the end, and where a token has been joined to the one before it
+        before, after = list(range(-1, len(ids) - 1)), list(range(1, len(ids) + 1))
+        pairs = enumerate(pairwise(self.words[i]))
+        waiting = [(self._ranks[pair][0], place, pair) for place, pair in pairs if pair in self._ranks]
+        heapq.heapify(waiting)
+        while waiting:
+            _, left, pair = heapq.heappop(waiting)
+            right, left_one = after[left], before[left]
+            if (ids[left], ids[right]) != pair:
+                continue  # one of the two has been joined to another
+            next_one = after[right]
+            around = [(left_one, left), (left, right), (right, next_one)]
+            self._count(i, [(ids[a], ids[b]) for a, b in around if a >= 0 and ids[b] >= 0], -self.counts[i])
+            self.num_tokens -= self.counts[i]
+            ids[left], ids[right] = self._ranks[pair][1], -1
+            after[left], before[next_one] = next_one, left
+            for a, b in ((left_one, left), (left, next_one)):
+                if a >= 0 and ids[b] >= 0:
+                    new = (ids[a], ids[b])
+                    self._count(i, [new], self.counts[i])
+                    changed.add(new)
+                    if new in self._ranks:
+                        heapq.heappush(waiting, (self._ranks[new][0], a, new))
+        self.words[i] = [token for token in ids if token >= 0]
 
     def _replace(self, i: int, new: list[int], changed: set[Pair]) -> None:
         old, count = self.words[i], self.counts[i]
         if new == old:
             return
         self.num_tokens -= (len(old) - len(new)) * count
-        self._count(i, old, -count)
-        self._count(i, new, count)
+        self._count(i, pairwise(old), -count)
+        self._count(i, pairwise(new), count)
         changed.update(pairwise(new))
         self.words[i] = new
 
-    def _count(self, i: int, word: list[int], count: int) -> None:
-        for pair in pairwise(word):
+    def _count(self, i: int, pairs: Iterable[Pair], count: int) -> None:
+        for pair in pairs:
             self._pair_counts[pair] += count
             if count > 0:
                 self._places[pair].add(i)
