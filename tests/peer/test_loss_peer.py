@@ -35,6 +35,15 @@ COMMON = {
     "eos_token_id": END,
 }
 GLU = {"intermediate_size": 48, "num_key_value_heads": 2}
+# Of the lengths that the tests pack, some are beyond the original context.
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10_000.0,
+    "original_max_position_embeddings": 10,
+    "factor": CONTEXT / 10,
+    "short_factor": [1.0, 1.2, 1.5, 2.0],
+    "long_factor": [3.0, 6.0, 20.0, 40.0],
+}
 
 # Every type, and variants of it that change what attention has to do. A test below holds the list complete.
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -66,6 +75,8 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "olmo2": ("olmo2", GLU),
     "phi3": ("phi3", GLU),
+    "phi3-longrope": ("phi3", {**GLU, "original_max_position_embeddings": 10, "rope_parameters": LONG_ROPE}),
+    "llama-longrope": ("llama", {**GLU, "rope_parameters": LONG_ROPE}),
     "phi3-windowed": ("phi3", {**GLU, "sliding_window": WINDOW}),
 }
 WINDOWED = [name for name in ARCHITECTURES if name.endswith("-windowed")]

@@ -13,7 +13,17 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from test_loss_peer import COMMON, GLU, NUM_IDS, assert_same_gradients, gradients, nll_alone, pack, segments_of
+from test_loss_peer import (
+    COMMON,
+    GLU,
+    LONG_ROPE,
+    NUM_IDS,
+    assert_same_gradients,
+    gradients,
+    nll_alone,
+    pack,
+    segments_of,
+)
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from cartilha.blocks.packing import Batch
@@ -33,6 +43,10 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon": ("falcon", {}),
     "falcon-alibi": ("falcon", {"alibi": True}),
     "stablelm": ("stablelm", GLU),
+    "stablelm-longrope": (  # rotates a quarter of each head
+        "stablelm",
+        {**GLU, "rope_parameters": {**LONG_ROPE, "short_factor": [1.0], "long_factor": [3.0]}},
+    ),
     "gpt_neo-local": ("gpt_neo", {"attention_types": [[["global", "local"], 1]], "window_size": 5}),
     "gemma2-soft-capped-attention": (
         "gemma2",
@@ -160,7 +174,7 @@ def test_a_row_of_two_documents_would_be_noticed(caplog, monkeypatch):
     expected = nll_alone(model, batch)
     joined = row_groups(batch.segment_lengths.reshape(-1, 2).sum(1))
     assert isinstance(joined[0], RowGroup)
-    monkeypatch.setattr(rows, "row_groups", lambda lengths: joined)
+    monkeypatch.setattr(rows, "row_groups", lambda lengths, *rest: joined)
     assert (scored_tokens(model, batch, torch.float32).nll - expected).abs().max() > 0.02
 
 

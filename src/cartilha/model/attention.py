@@ -26,6 +26,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from cartilha.errors import UserError
+from cartilha.model.long_rope import choose_by_document
 from cartilha.model.rows import refuse_what_cannot_run
 from cartilha.model.segment_attention import HAS_KERNELS, causal_mask, segment_attention
 from cartilha.runtime import to_device
@@ -267,6 +268,7 @@ def use_document_attention(model: PreTrainedModel) -> None:
     """
     if knows_attention(model.config):
         model.set_attn_implementation(ATTENTION_NAME)
+        choose_by_document(model)
     else:
         refuse_what_cannot_run(model)
 

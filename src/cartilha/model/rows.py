@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_L
 from cartilha.blocks.packing import Batch
 from cartilha.errors import UserError
 from cartilha.model.head import HeadError, HeadShape, find_head_shape
+from cartilha.model.long_rope import original_context
 from cartilha.runtime import to_device
 
 
@@ -35,17 +36,20 @@ class RowGroup:
     real: np.ndarray
 
 
-def row_groups(segment_lengths: np.ndarray) -> list[RowGroup]:
+def row_groups(segment_lengths: np.ndarray, boundary: int | None = None) -> list[RowGroup]:
     """Pieces of documents in rows, grouped so that less than half of a group's places are filling.
 
     Args:
         segment_lengths: Of all pieces of a batch in row-major order, each at least 1, shape (num_segments,).
+        boundary: Pieces of at most this length are never grouped with longer ones; None where that does not matter.
     """
     starts = np.cumsum(segment_lengths) - segment_lengths
-    powers = np.frexp(segment_lengths)[1]  # 1, 2 and 3, 4 to 7, ...
+    kinds = 2 * np.frexp(segment_lengths)[1]  # by the powers of two: 1, 2 and 3, 4 to 7, ...
+    if boundary is not None:
+        kinds += segment_lengths > boundary
     groups = []
-    for power in np.unique(powers):
-        begin, length = starts[powers == power, None], segment_lengths[powers == power, None]
+    for kind in np.unique(kinds):
+        begin, length = starts[kinds == kind, None], segment_lengths[kinds == kind, None]
         offset = np.arange(length.max())
         real = offset < length
         groups.append(RowGroup(np.where(real, begin + offset, begin), real))
@@ -61,7 +65,7 @@ def states_in_rows(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     """
     ids = batch.input_ids.reshape(-1)
     found, places = [], []
-    for group in row_groups(batch.segment_lengths):
+    for group in row_groups(batch.segment_lengths, original_context(model.config)):
         output = model.base_model(
             input_ids=to_device(ids[group.source], model.device),
             attention_mask=to_device(group.real.astype(np.int64), model.device),
