@@ -9,7 +9,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -177,16 +176,8 @@ def come_back(drive: Path) -> None:
     drive.with_name("away").rename(drive)
 
 
-def until(happened: Callable[[], Any]) -> None:
-    """Wait for what another thread does; on a busy machine it may take its time."""
-    deadline = time.monotonic() + 120
-    while not happened():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def test_a_drive_that_vanishes_for_a_while_costs_nothing(
-    store, tmp_path, undisturbed, patient, before_step, capfd, monkeypatch
+    store, tmp_path, undisturbed, patient, before_step, until, capfd, monkeypatch
 ):
     drive = tmp_path / "drive"
     drive.mkdir()
@@ -218,7 +209,7 @@ def test_a_drive_that_stays_away_leaves_the_whole_run_here(store, tmp_path, undi
     assert weights(drive / "run") == undisturbed and contents(drive / "run") == contents(local)
 
 
-def test_a_lost_local_disk_goes_on_from_the_copy(store, tmp_path, undisturbed, patient, before_step):
+def test_a_lost_local_disk_goes_on_from_the_copy(store, tmp_path, undisturbed, patient, before_step, until):
     """As on Colab: the session's own disk is gone, the drive is there."""
     output, local = tmp_path / "drive" / "run", tmp_path / "local"
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from cartilha.cli import main
-from cartilha.training.checkpoint import newest_sound_checkpoint
+from cartilha.training.checkpoint import list_checkpoints, newest_sound_checkpoint
 from cartilha.training.loop import train_steps
 
 
@@ -95,7 +95,7 @@ def one_sentence(err: str) -> str:
 
 @pytest.mark.parametrize("fault", ["full", "read-only"])
 def test_a_disk_that_fails_in_the_middle_of_a_run_costs_nothing_earlier(
-    store, undisturbed, mount, capfd, monkeypatch, fault
+    store, undisturbed, mount, until, capfd, monkeypatch, fault
 ):
     disk = mount("tmpfs" if fault == "full" else "ext4", 32)
     run = disk / "run"
@@ -103,6 +103,7 @@ def test_a_disk_that_fails_in_the_middle_of_a_run_costs_nothing_earlier(
     def steps(*rest: Any, **more: Any) -> Iterator[Any]:
         for record in train_steps(*rest, **more):
             if record.step == 5:
+                until(lambda: list_checkpoints(run))  # another thread writes it
                 fill(disk) if fault == "full" else forbid(disk)
             yield record
 

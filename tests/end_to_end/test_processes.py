@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
+from cartilha.cli import main
+
 SETTINGS = ["--model", "random:tiny-opt", "--block_size", 32, "--batch_tokens", 160, "--lr", 3e-3, "--dtype", "float32"]
 
 
-def run(num_processes: int, *arguments: object) -> subprocess.CompletedProcess[str]:
-    launch = [sys.executable]
-    if num_processes > 1:
-        launch += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
+def run_two(*arguments: object) -> subprocess.CompletedProcess[str]:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launch, "-m", "cartilha", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=300)
 
@@ -34,15 +34,14 @@ def losses(run_path: Path) -> list[float]:
 def alone(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six steps in one process; the steps have five blocks, which no two processes share evenly."""
     path = tmp_path_factory.mktemp("alone") / "run"
-    found = run(1, "train", *SETTINGS, "--store", store, "--output", path, "--max_steps", 6)
-    assert found.returncode == 0, found.stderr
+    assert main([str(part) for part in ("train", *SETTINGS, "--store", store, "--output", path, "--max_steps", 6)]) == 0
     return path
 
 
 def test_two_processes_train_as_one_and_one_of_them_writes(store, alone, tmp_path):
     path = tmp_path / "run"
     settings = [*SETTINGS, "--store", store, "--output", path, "--max_steps", 6]
-    found = run(2, "train", *settings, "--json")
+    found = run_two("train", *settings, "--json")
     assert found.returncode == 0, found.stderr
     assert json.loads(found.stdout)["settings"]["num_processes"] == 2  # one JSON object
     assert losses(path) == pytest.approx(losses(alone), abs=1e-5)
@@ -58,15 +57,15 @@ def test_two_processes_train_as_one_and_one_of_them_writes(store, alone, tmp_pat
     # One of them speaks: each of these lines comes once.
     for line in ("An epoch is", "Validation before training: perplexity"):
         assert found.stderr.count(line) == 1, found.stderr
-    again = run(2, "train", *settings, "--resume", "auto")
+    again = run_two("train", *settings, "--resume", "auto")
     assert again.returncode == 0 and again.stderr.count("nothing to do") == 1
 
 
-def test_a_run_goes_on_with_another_number_of_processes(store, alone, tmp_path):
+def test_a_run_goes_on_with_another_number_of_processes(cartilha, store, alone, tmp_path):
     """Two processes begin, one goes on: the same blocks in the same order, and so the same losses."""
     path = tmp_path / "run"
     settings = [*SETTINGS, "--store", store, "--output", path, "--checkpoint_steps", 3, "--max_steps", 6]
-    assert run(2, "train", *settings).returncode == 0
+    assert run_two("train", *settings).returncode == 0
     # As if it had been killed in the fifth step.
     results = json.loads((path / "results.json").read_text("utf-8"))
     (path / "results.json").write_text(json.dumps({**results, "status": "running"}), encoding="utf-8")
@@ -75,14 +74,13 @@ def test_a_run_goes_on_with_another_number_of_processes(store, alone, tmp_path):
     for file in last.iterdir():
         file.unlink()
     last.rmdir()
-    found = run(1, "train", *settings, "--resume", "auto")
-    assert found.returncode == 0, found.stderr
-    assert "Going on from step 3" in found.stderr
+    found = cartilha("train", *settings, "--resume", "auto")
+    assert found.code == 0 and "Going on from step 3" in found.err
     assert losses(path) == pytest.approx(losses(alone), abs=1e-5)
 
 
 def test_a_users_mistake_in_several_processes_ends_all_of_them(store, tmp_path):
-    found = run(2, "train", *SETTINGS, "--store", store, "--output", tmp_path / "run", "--block_size", 4096)
+    found = run_two("train", *SETTINGS, "--store", store, "--output", tmp_path / "run", "--block_size", 4096)
     assert found.returncode != 0
     assert "beyond the context" in found.stderr or "must be a multiple" in found.stderr
     assert not (tmp_path / "run").exists()
