@@ -79,7 +79,8 @@ def test_a_click_or_the_keyboard_shows_logits_and_the_sliders_reshape_them(visit
     visited = visit(address, locale="en-US")
     page = ready(visited)
     page.locator("#text textarea").fill("Casa")
-    page.wait_for_selector("#tokens-A .tok[title*='“s”']")
+    for letter in "AB":  # drawn one after the other
+        page.wait_for_selector(f"#tokens-{letter} .tok[title*='“s”']")
     page.locator("#tokens-A .tok").nth(2).click()
     page.wait_for_selector("#choices-A h3:has-text('“Ca”')")
     assert page.locator("#choices-B h3").inner_text() == "B expected, after “Ca”"
