@@ -311,16 +311,14 @@ def file_sha256(path: Path) -> str:
 
 
 def refuse_lfs_pointer(path: Path) -> None:
-    """Refuse the short text that Git leaves in place of a file that Git LFS has not fetched.
-
-    A file that is missing or cannot be read passes: whoever opens it says so.
+    """Refuse the short text that Git leaves in place of a file that Git LFS has not fetched; a missing file passes.
 
     Raises:
         UserError: The file is such a pointer.
     """
-    with contextlib.suppress(OSError), path.open("rb") as file:
-        pointer = LFS_POINTER.fullmatch(file.read(1025))  # none is longer than 1024 bytes
-        if pointer:
+    with contextlib.suppress(OSError):
+        small = 0 < path.stat().st_size <= 1024  # no pointer is longer
+        if small and (pointer := LFS_POINTER.fullmatch(path.read_bytes())):
             raise UserError(
                 f"{path} is only a Git LFS pointer to the {int(pointer[1]):,} bytes of the file; run `git lfs pull` in"
                 " its folder, or download the file itself."
@@ -338,7 +336,9 @@ def read_json(path: Path) -> Any:
     Raises:
         ValueError: It is too large, nested too deeply, or no JSON in UTF-8; the message says which.
         OSError: It cannot be read.
+        UserError: It is only a Git LFS pointer.
     """
+    refuse_lfs_pointer(path)
     size = path.stat().st_size
     if size > MAX_JSON_BYTES:
         raise ValueError(f"{size:,} bytes are too many")

@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cartilha.errors import UserError
+from cartilha.evaluation.saved import load_evaluation
 from cartilha.storage import (
     MAX_JSON_BYTES,
     exclusive,
@@ -32,6 +33,7 @@ from cartilha.storage import (
     write_json,
     write_sealed_json,
 )
+from cartilha.tokens.store import TokenStore
 
 LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0a" * 32 + "\nsize 1234567\n"
 
@@ -187,10 +189,13 @@ def test_the_hash_of_a_file_is_that_of_its_bytes(tmp_path):
 
 @pytest.mark.parametrize("pointer", [LFS_POINTER, LFS_POINTER.replace("\n", "\r\n"), LFS_POINTER.strip()])
 def test_a_git_lfs_pointer_is_refused_and_what_only_looks_like_one_is_not(tmp_path, pointer):
-    path = tmp_path / "a.bin"
+    path = tmp_path / "store.json"
     path.write_bytes(pointer.encode())
-    with pytest.raises(UserError, match=r"a\.bin is only a Git LFS pointer to the 1,234,567 bytes.*git lfs pull"):
+    with pytest.raises(UserError, match=r"store\.json is only a Git LFS pointer to the 1,234,567 bytes.*git lfs pull"):
         refuse_lfs_pointer(path)
+    for reader in (read_json, load_evaluation, lambda path: TokenStore(path.parent)):
+        with pytest.raises(UserError, match="git lfs pull"):
+            reader(path)
     for other in ("", "version 2 da lei\n", pointer + "\nOutro texto.", pointer + "\n" * 1025):
         path.write_text(other)
         refuse_lfs_pointer(path)

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from cartilha.errors import UserError
 from cartilha.evaluation.documents import ScoredDocuments
 from cartilha.evaluation.nll import TokenRows
-from cartilha.storage import new_file, to_json
+from cartilha.storage import new_file, refuse_lfs_pointer, to_json
 
 METADATA_KEY = b"cartilha.evaluation"
 
@@ -104,6 +104,7 @@ def load_evaluation(path: Path) -> SavedEvaluation:
     """
     if not path.is_file():
         raise UserError(f"There is no file {path}; write one with: cartilha evaluate --model M --store S --save {path}")
+    refuse_lfs_pointer(path)
     try:
         table = pq.read_table(path)
         record = json.loads(table.schema.metadata[METADATA_KEY])
