@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import argparse
 import random
+import re
 import tempfile
 import time
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 
-from cartilha.corpus.clusters import MIN_SIMILARITY, cluster
-from cartilha.corpus.near_duplicates import shingles
+from cartilha.corpus.clusters import cluster
+from cartilha.corpus.near_duplicates import MIN_SIMILARITY
 from cartilha.corpus.readers import read_documents
 from cartilha.corpus.signatures import save_signatures, signatures
 
@@ -85,7 +87,8 @@ def report_false(texts: list[str], found: np.ndarray) -> None:
     groups = [group for group in np.split(order, np.flatnonzero(np.diff(found[order])) + 1) if len(group) > 1]
     false = 0
     for group in groups:
-        parts = [shingles(texts[i]) for i in group]
+        words = [re.findall(r"\w+", normalize("NFC", texts[i]).lower()) for i in group]
+        parts = [set(zip(own, own[1:], own[2:], strict=False)) for own in words]
         for i, own in enumerate(parts):
             best = max(len(own & other) / len(own | other) for j, other in enumerate(parts) if j != i)
             false += best < FALSE_BELOW

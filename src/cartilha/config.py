@@ -20,6 +20,9 @@ REF_HELP = (
     "files, globs or folders (.txt one document a line, .json, .jsonl, .csv, .tsv, .parquet, .arrow; also compressed), "
     "hf:NAME[:CONFIG[:SPLIT]], or primer"
 )
+DOMAIN_COLUMN_HELP = (
+    "the column or key that holds the domain; default domain, genre or source, else the folder below the input"
+)
 TextUnit = Literal["line", "paragraph", "file"]
 TEXT_UNIT_HELP = "what is a document in a .txt file: a line, a paragraph (lines up to an empty one), or the whole file"
 CsvQuoting = Literal["auto", "minimal", "none"]
@@ -66,6 +69,7 @@ class PrepareConfig:
         " documents from everywhere, not from the head",
     )
     text_column: str = option("text", "the column or key that holds the text (all but .txt)")
+    domain_column: str | None = option(None, DOMAIN_COLUMN_HELP)
     csv_quoting: CsvQuoting = option("auto", CSV_QUOTING_HELP)
     csv_delimiter: str = option("auto", CSV_DELIMITER_HELP)
     encoding: str = option("utf-8", "encoding of text files")
@@ -203,6 +207,7 @@ class EvaluateConfig:
     continuations: int | None = option(None, "also continue this many documents: chrF, BLEU, ROUGE-L (extra eval)")
     tasks: tuple[str, ...] = option((), "also run these lm-evaluation-harness tasks, names or YAML files (extra eval)")
     text_column: str = option("text", "the column or key that holds the text (all but .txt)")
+    domain_column: str | None = option(None, DOMAIN_COLUMN_HELP)
     csv_quoting: CsvQuoting = option("auto", CSV_QUOTING_HELP)
     csv_delimiter: str = option("auto", CSV_DELIMITER_HELP)
     text_unit: TextUnit = option("line", TEXT_UNIT_HELP)
@@ -227,6 +232,7 @@ class CompareConfig:
     stride: int | None = option(None, "new tokens scored by each later window; default window / 2")
     limit_documents: int | None = option(None, "compare on at most this many documents")
     text_column: str = option("text", "the column or key that holds the text (all but .txt)")
+    domain_column: str | None = option(None, DOMAIN_COLUMN_HELP)
     csv_quoting: CsvQuoting = option("auto", CSV_QUOTING_HELP)
     csv_delimiter: str = option("auto", CSV_DELIMITER_HELP)
     text_unit: TextUnit = option("line", TEXT_UNIT_HELP)
@@ -263,6 +269,7 @@ class VocabConfig:
     time_budget: str = option("20m", "with --advise: training time, shared by the three (20m, 1h30m)")
     limit_documents: int | None = option(None, "read at most this many documents")
     text_column: str = option("text", "the column or key that holds the text (all but .txt)")
+    domain_column: str | None = option(None, DOMAIN_COLUMN_HELP)
     csv_quoting: CsvQuoting = option("auto", CSV_QUOTING_HELP)
     csv_delimiter: str = option("auto", CSV_DELIMITER_HELP)
     text_unit: TextUnit = option("line", TEXT_UNIT_HELP)

@@ -269,7 +269,7 @@ def test_a_file_may_be_one_document(tmp_path):
         ("um\r\ndois\n\n", "b.txt:1"),
         ("quatro", "c.jsonl:1"),
         ("cinco", "c.jsonl:2"),
-        ("três\n", "a.txt.gz:1"),
+        ("três\n", "sub/a.txt.gz:1"),
     ]
     write(folder / "b.txt", b"um\n\xe7\n")
     assert "b.txt, line 2" in complaint(folder / "b.txt", text_unit="file")

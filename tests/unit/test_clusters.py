@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import re
 import sys
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,6 @@ import pytest
 
 from cartilha.corpus import clusters as module
 from cartilha.corpus.clusters import cluster
-from cartilha.corpus.near_duplicates import shingles
 from cartilha.corpus.primer import primer_texts
 from cartilha.corpus.signatures import NUM_VALUES, save_signatures, signatures
 from cartilha.errors import UserError
@@ -20,6 +21,12 @@ pytest.importorskip("rensa", reason="the extra `text` is not installed")
 pytest.importorskip("duckdb", reason="the extra `text` is not installed")
 TEXTS = [text.text for text in primer_texts()]
 WORDS = [word for text in TEXTS for word in text.split()]
+
+
+def shingles(text: str) -> set[str]:
+    """Its word trigrams."""
+    words = re.findall(r"\w+", text.lower())
+    return {" ".join(words[i : i + 3]) for i in range(len(words) - 2)}
 
 
 def with_changes(text: str, share: float, generator: random.Random) -> str:
@@ -59,6 +66,9 @@ def test_signatures_depend_on_the_words_alone():
     values = signatures([text, same, other, "", "?!", "Olá", "olá mundo", "mundo olá!"])
     assert values.dtype == np.uint16 and values.shape == (8, NUM_VALUES)
     assert (values[0] == values[1]).all() and (values[0] == values[2]).mean() < 0.9
+    quoted = '"O Moleiro" subiu - com a escada - ao telhado... da institucionalização.'
+    typeset = unicodedata.normalize("NFD", "“O Moleiro” subiu – com a escada – ao\xa0telhado… da institucionalização.")
+    assert (signatures([quoted, typeset, unicodedata.normalize("NFD", text)]) == values[0]).all()
     assert not values[3:5].any() and values[5].any()
     assert (values[5] != values[6]).mean() > 0.9
     alone = np.concatenate([signatures([t]) for t in [text, same, other, "", "?!", "Olá", "olá mundo"]])
@@ -119,7 +129,7 @@ def test_no_documents(tmp_path):
 def test_a_missing_extra_is_named(monkeypatch, tmp_path):
     for name, work in (("rensa", lambda: signatures(["a"])), ("duckdb", lambda: cluster([]))):
         monkeypatch.setitem(sys.modules, name, None)
-        with pytest.raises(UserError, match=r"cartilha\[text\]"):
+        with pytest.raises(UserError, match="extra `text`"):
             work()
 
 

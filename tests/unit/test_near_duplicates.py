@@ -3,12 +3,15 @@
 import json
 import random
 import sys
+import unicodedata
 
 import numpy as np
 import pytest
 
-from cartilha.corpus.near_duplicates import has_near_duplicate, shingles
+from cartilha.corpus.clusters import cluster
+from cartilha.corpus.near_duplicates import has_near_duplicate
 from cartilha.corpus.primer import primer_texts
+from cartilha.corpus.signatures import save_signatures, signatures
 from cartilha.errors import UserError
 
 pytest.importorskip("rensa", reason="the extra `text` is not installed")
@@ -39,8 +42,26 @@ def test_equal_texts_count_and_half_changed_ones_do_not():
     assert not has_near_duplicate(halves, TEXTS[:20]).any()
 
 
+def test_one_definition_for_clusters_and_contamination(tmp_path):
+    """What is found near, is found near everywhere, however much was changed and however accents are written."""
+    pytest.importorskip("duckdb", reason="the extra `text` is not installed")
+    generator = random.Random(2)
+    shares = [0.1 + 0.2 * i / len(TEXTS) for i in range(len(TEXTS))]  # from clearly near to clearly not
+    changed = [with_changes(text, share, generator) for text, share in zip(TEXTS, shares, strict=True)]
+    changed = [unicodedata.normalize("NFD", text) if i % 2 else text for i, text in enumerate(changed)]
+    found = has_near_duplicate(changed, TEXTS)
+    save_signatures(tmp_path / "all.npy", signatures(TEXTS + changed))
+    clusters = cluster([tmp_path / "all.npy"])
+    assert 0.2 < found.mean() < 0.9  # not vacuous
+    assert (found == (clusters[len(TEXTS) :] < len(TEXTS))).all()
+
+
+def test_accents_apart_are_the_same_text():
+    apart = [unicodedata.normalize("NFD", text) for text in TEXTS[:20]]
+    assert has_near_duplicate(apart, TEXTS[:10]).tolist() == [True] * 10 + [False] * 10
+
+
 def test_short_and_empty_texts():
-    assert shingles("Bom dia!") == {"bom dia"} and shingles("?!") == set()
     assert has_near_duplicate(["Bom dia!", "Boa noite", "", "..."], ["bom dia", "", "?"]).tolist() == [
         True,
         False,
@@ -52,7 +73,7 @@ def test_short_and_empty_texts():
 
 def test_a_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "rensa", None)
-    with pytest.raises(UserError, match=r"cartilha\[text\]"):
+    with pytest.raises(UserError, match="extra `text`"):
         has_near_duplicate(["a"], ["a"])
 
 

@@ -11,9 +11,11 @@ import subprocess
 import sys
 import tracemalloc
 import types
+import unicodedata
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
@@ -27,6 +29,7 @@ from cartilha.corpus.readers import (
     read_documents,
     resolve_inputs,
 )
+from cartilha.corpus.shards import read_shard, shards
 from cartilha.errors import HubUnreachableError, UserError, install_command
 
 
@@ -559,3 +562,80 @@ def test_import_is_light():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# Names and domains
+
+
+def labels(*refs: Path | str, **options) -> list[tuple[str, str]]:
+    """Ids and domains."""
+    documents = read_documents([str(ref) for ref in refs], ReadSettings(**options))
+    return [(document.id, document.domain) for document in documents]
+
+
+def test_equal_names_in_two_folders_are_told_apart(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("true", "fake"):
+        write(Path(folder, "1.txt"), f"{folder}\n")
+    write(Path("alone.txt"), "um\n")
+    below = [("fake/1.txt:1", "fake"), ("true/1.txt:1", "true")]
+    assert labels(tmp_path) == [("alone.txt:1", "alone"), *below]
+    assert labels("*/*.txt") == labels(tmp_path / "*" / "1.txt") == below
+    assert labels("fake/1.txt", "true/1.txt") == labels("fake", "true") == below
+    assert labels("true/1.txt", "alone.txt") == [("1.txt:1", "1"), ("alone.txt:1", "alone")]
+    write(Path("a", "x", "1.txt"), "um\n")
+    write(Path("b", "x", "1.txt"), "dois\n")
+    assert labels("a", "b") == [("a/x/1.txt:1", "x"), ("b/x/1.txt:1", "x")]
+
+
+@pytest.mark.parametrize("given", ["NFC", "NFD"])
+def test_a_name_is_found_however_its_accents_are_written(tmp_path, given):
+    there = "NFD" if given == "NFC" else "NFC"
+    folder = tmp_path / unicodedata.normalize(given, "coração")  # typed, as the name below it is not
+    name = unicodedata.normalize(there, "ação.txt")
+    write(folder / name, "um\n")
+    if (folder / unicodedata.normalize(given, "ação.txt")).exists():
+        pytest.skip("this file system does not tell the two apart")
+    asked = unicodedata.normalize(given, str(folder / "ação.txt"))
+    assert texts(asked) == texts(asked.replace(".txt", ".*")) == texts(unicodedata.normalize(there, asked)) == ["um"]
+
+
+def test_a_file_that_is_one_document_is_no_domain(tmp_path):
+    for name in ("1.txt", "2.txt", "nested/3.txt"):
+        write(tmp_path / "livros" / name, f"{name}\n")
+    assert [domain for _, domain in labels(tmp_path / "livros", text_unit="file")] == ["livros", "livros", "nested"]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_a_column_with_a_value_a_document_is_no_domain(tmp_path, caplog, suffix):
+    caplog.set_level(logging.INFO)
+    rows = [{"text": f"frase {i}", "source": f"sentence {i}", "genre": f"g{i % 3}"} for i in range(40)]
+    path = tmp_path / f"pares.{suffix}"
+    table = pa.Table.from_pylist(rows)
+    if suffix == "parquet":
+        pq.write_table(table, path)
+    elif suffix == "csv":
+        pa.csv.write_csv(table, path)
+    else:
+        write(path, "\n".join(map(json.dumps, rows)))
+    assert [domain for _, domain in labels(path)] == [row["genre"] for row in rows]
+    assert [domain for _, domain in labels(path, domain_column="source")] == [row["source"] for row in rows]
+    only = tmp_path / "only.jsonl"
+    write(only, "\n".join(json.dumps({"text": row["text"], "source": row["source"]}) for row in rows))
+    assert {domain for _, domain in labels(only)} == {"only"}
+    assert "--domain_column source" in caplog.text
+    few = tmp_path / "few.jsonl"
+    write(few, "\n".join(json.dumps({"text": row["text"], "source": row["source"]}) for row in rows[:5]))
+    assert [domain for _, domain in labels(few)] == [row["source"] for row in rows[:5]]
+    sentence = complaint(path, domain_column="genero")
+    assert "'genero'" in sentence and "by --domain_column" in sentence
+
+
+def test_the_domain_follows_the_whole_file_however_it_is_cut(tmp_path):
+    rows = [{"text": f"frase {i}", "source": "a" if i >= 200 else f"sentence {i}"} for i in range(400)]
+    path = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)))
+    (source,) = resolve_inputs([str(path)])
+    whole = [document.domain for document in read_documents([source])]
+    found = shards([source], ReadSettings(), 1000)
+    assert len(found) > 5 and set(whole) == {"a"}  # the stem
+    assert [document.domain for shard in found for document in read_shard(shard, ReadSettings())] == whole

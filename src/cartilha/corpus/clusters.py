@@ -2,9 +2,8 @@
 
     signature files -> a key for each band of values -> documents that share a key -> pairs -> compared -> joined
 
-Bands propose (Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, chapter 3): documents whose values agree in
-a whole band. The share of all values in which a pair agrees decides. Held in memory are eight bytes a document and what
-DuckDB is given; the rest it spills.
+`near_duplicates` says what a pair is. Held in memory are eight bytes a document and what DuckDB is given; the rest it
+spills.
 """
 
 from __future__ import annotations
@@ -16,12 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from cartilha.corpus.near_duplicates import MIN_SIMILARITY, NUM_BANDS, band_keys
 from cartilha.corpus.signatures import NUM_VALUES
 from cartilha.errors import missing_extra
 
-BAND_VALUES = 3
-NUM_BANDS = NUM_VALUES // BAND_VALUES
-MIN_SIMILARITY = 0.3
 PAIRS_AT_ONCE = 1 << 19  # their signatures take up to a quarter of a gigabyte
 
 
@@ -65,7 +62,7 @@ def _candidates(database: Any, files: Sequence[Path], starts: np.ndarray) -> Ite
     database.execute("CREATE TEMP TABLE pairs (first BIGINT, second BIGINT)")
     for band in range(NUM_BANDS):
         batches = (
-            pa.record_batch([_keys(file, band), np.arange(start, end)], schema=schema)
+            pa.record_batch([band_keys(np.load(file, mmap_mode="r"), band), np.arange(start, end)], schema=schema)
             for file, start, end in zip(files, starts, starts[1:], strict=False)
         )
         keys = pa.RecordBatchReader.from_batches(schema, batches)  # noqa: F841 DuckDB finds it by its name
@@ -79,15 +76,6 @@ def _candidates(database: Any, files: Sequence[Path], starts: np.ndarray) -> Ite
     result = database.execute("SELECT DISTINCT first, second FROM pairs ORDER BY first, second")
     while rows := result.fetchmany(PAIRS_AT_ONCE):
         yield np.array(rows)
-
-
-def _keys(file: Path, band: int) -> np.ndarray:
-    """A band's values side by side in one number, for the documents of a file: uint64, shape (num_documents,)."""
-    values = np.load(file, mmap_mode="r")
-    keys = np.zeros(values.shape[1], np.uint64)
-    for value in values[band * BAND_VALUES : (band + 1) * BAND_VALUES]:
-        keys = (keys << np.uint64(16)) | value.astype(np.uint64)
-    return keys
 
 
 def _similarity(files: Sequence[Path], starts: np.ndarray, pairs: np.ndarray) -> np.ndarray:

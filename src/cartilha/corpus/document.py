@@ -12,9 +12,10 @@ class Document:
 
     Attributes:
         text: The text as read: never stripped, normalised or cut.
-        id: Unique within its source; the record's own id where it has one, else `<file name>:<line or row>`.
-        source: The file name or dataset that it was read from, without directories.
-        domain: The group that per-domain figures are given for (a primer genre, a dataset's own label, else the file).
+        id: Unique within its source; the record's own id where it has one, else `<source>:<line or row>`.
+        source: The file or dataset that it was read from; a file is named by its path below the input.
+        domain: The group that per-domain figures are given for: a primer genre, a dataset's own label, else the folder
+            below the input, else the file.
     """
 
     text: str

@@ -11,7 +11,7 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -44,11 +44,15 @@ class SourceFile:
         path: As it was given or found.
         size_bytes: Its size on the disk, compressed or not.
         modified_ns: Its time of change, in nanoseconds since the epoch.
+        name: The path below the input that it was found by, with `/`; documents are called by it.
+        domain: Of its documents, where they name none: its folder below the input, else its stem.
     """
 
     path: Path
     size_bytes: int
     modified_ns: int
+    name: str = field(compare=False)
+    domain: str = field(default="", compare=False)
 
     @property
     def format(self) -> str:

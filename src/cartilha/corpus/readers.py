@@ -12,18 +12,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import islice
 from typing import Any
 
 from cartilha.corpus import lines
 from cartilha.corpus.document import Document
+from cartilha.corpus.domains import keys_of_domains, read_head
 from cartilha.corpus.files import SourceFile, refuse_changed
 from cartilha.corpus.formats import format_of, read_records
 from cartilha.corpus.hints import log_hints
 from cartilha.corpus.hub import read_hub
 from cartilha.corpus.lines import Fault, too_long, without_surrogates
 from cartilha.corpus.primer import read_primer
-from cartilha.corpus.records import DOMAIN_KEYS, JoinedLines, Numbered, Part, ReadSettings, missing_column
+from cartilha.corpus.records import JoinedLines, Numbered, Part, ReadSettings, missing_column
 from cartilha.corpus.sources import HubSource, PrimerSource, Source, resolve_inputs
 from cartilha.errors import UserError
 
@@ -96,12 +98,16 @@ class Piece:
 
 @dataclass(frozen=True)
 class _Origin:
-    """How a source is called: in documents (`name`, `domain`) and in messages (`path`, and what it counts by)."""
+    """How a source is called: in documents (`name`, `domain`) and in messages (`path`, and what it counts by).
+
+    `domain` is that of records whose `domain_keys` hold none.
+    """
 
     name: str
     domain: str
     path: str
     unit: str
+    domain_keys: tuple[str, ...]
 
     def at(self, number: int | str) -> str:
         return f"{self.path}, {self.unit} {number}"
@@ -175,13 +181,29 @@ def read_piece(piece: Piece, settings: ReadSettings, counts: ReadCounts) -> Iter
 def _open(piece: Piece, settings: ReadSettings) -> tuple[_Origin, Numbered]:
     source = piece.source
     if isinstance(source, HubSource):
-        origin = _Origin(source.label, source.label, f"hf:{source.label}", "row")
-        return origin, read_hub(source, piece.begin, piece.end)
-    assert isinstance(source, SourceFile)
-    part = Part(source, piece.begin, piece.end, piece.first, format_of(source).unit, settings)
-    # Names that are not valid UTF-8 come with surrogates from the file system.
-    origin = _Origin(without_surrogates(source.path.name), without_surrogates(source.stem), str(source.path), part.unit)
-    return origin, read_records(part)
+        records: Numbered = read_hub(source, piece.begin, piece.end)
+        name = domain = source.label
+        path, unit = f"hf:{source.label}", "row"
+    else:
+        assert isinstance(source, SourceFile)
+        part = Part(source, piece.begin, piece.end, piece.first, format_of(source).unit, settings)
+        records, path, unit = read_records(part), str(source.path), part.unit
+        # Names that are not valid UTF-8 come with surrogates from the file system.
+        name, domain = without_surrogates(source.name), without_surrogates(source.domain)
+        if source.format == ".txt":
+            if settings.text_unit == "file" and source.domain == source.stem:  # a stem would be one document's alone
+                domain = without_surrogates(source.path.absolute().parent.name) or domain
+            return _Origin(name, domain, path, unit, ()), records
+    if isinstance(source, HubSource) or (piece.begin == 0 and piece.end is None):
+        head, records = read_head(records, settings.text_column)
+        return _Origin(name, domain, path, unit, keys_of_domains(head, settings, path)), records
+    return _Origin(name, domain, path, unit, _keys_of_file(source, settings)), records
+
+
+@lru_cache(maxsize=64)
+def _keys_of_file(source: SourceFile, settings: ReadSettings) -> tuple[str, ...]:
+    """Those that the whole file has, for a part of it."""
+    return _open(Piece(source), settings)[0].domain_keys
 
 
 def _document(
@@ -198,6 +220,8 @@ def _document(
             counts.first_joined = counts.first_joined or origin.at(number)
     else:
         return missing_column(origin.at(number), settings.text_column, list(record))
+    if labels and settings.domain_column in origin.domain_keys and settings.domain_column not in labels and text:
+        return missing_column(origin.at(number), settings.domain_column, list(labels), "domain")
     if text is None or (isinstance(text, str) and (not text or text.isspace())):
         counts.empty += 1
         return None
@@ -221,16 +245,21 @@ def _document(
         counts.replaced_bytes_documents += 1
     if "\0" in clean:
         counts.nul_documents += 1
-    if len(labels) <= 1:  # nothing beside the text
-        return Document(clean, f"{origin.name}:{number}", origin.name, origin.domain)
-    # A text column that is called `source` or `id` says nothing about the document.
-    labels = {key: labels.get(key) for key in ("id", *DOMAIN_KEYS) if key != settings.text_column}
-    domains = [value for key, value in labels.items() if key != "id" and isinstance(value, str) and value]
-    given_id = labels.get("id")
-    has_id = isinstance(given_id, (str, int)) and not isinstance(given_id, bool) and given_id != ""
+    named = settings.domain_column is not None
+    domains = [_label(labels, key) for key in origin.domain_keys if named or isinstance(labels.get(key), str)]
+    domain = next(filter(None, domains), origin.domain)
+    # A text column that is called `id` says nothing about the document.
+    given_id = _label(labels, "id") if settings.text_column != "id" else ""
     return Document(
         text=clean,
-        id=without_surrogates(str(given_id)) if has_id else f"{origin.name}:{number}",
+        id=given_id or f"{origin.name}:{number}",
         source=origin.name,
-        domain=without_surrogates(domains[0]) if domains else origin.domain,
+        domain=domain,
     )
+
+
+def _label(record: Mapping[str, Any], key: str) -> str:
+    """A text or number under a key; empty where there is none."""
+    value = record.get(key)
+    is_label = isinstance(value, (str, int)) and not isinstance(value, bool)
+    return without_surrogates(str(value)) if is_label else ""

@@ -37,6 +37,7 @@ class ReadSettings:
         on_error: `stop` at the first faulty record, or `skip` it and count it by its reason.
         text_unit: Whether a document in a `.txt` file is a `line`, a `paragraph` (lines up to an empty one) or the
             whole `file`.
+        domain_column: Key or column that holds the domain; None takes the first of `DOMAIN_KEYS` that a record has.
         csv_quoting: Whether quotes enclose fields of `.csv` and `.tsv` files (`minimal`) or are characters like others
             (`none`); `auto` tells it from the file.
         csv_delimiter: What parts their fields: one character, or `tab`; `auto` tells it from suffix and header.
@@ -50,6 +51,7 @@ class ReadSettings:
     invalid_bytes: Literal["stop", "replace"] = "stop"
     on_error: Literal["stop", "skip"] = "stop"
     text_unit: Literal["line", "paragraph", "file"] = "line"
+    domain_column: str | None = None
     csv_quoting: Literal["auto", "minimal", "none"] = "auto"
     csv_delimiter: str = "auto"
 
@@ -59,6 +61,12 @@ class ReadSettings:
         if delimiter != "auto" and (len(delimiter) != 1 or delimiter in '"\r\n'):
             raise UserError(f"--csv_delimiter is {delimiter!r}; give one character (';', say), tab, or auto.")
         object.__setattr__(self, "csv_delimiter", delimiter)
+
+    @property
+    def domain_keys(self) -> tuple[str, ...]:
+        """Keys or columns that may hold the domain, the first that does decides; the text's own is none of them."""
+        keys = DOMAIN_KEYS if self.domain_column is None else (self.domain_column,)
+        return tuple(key for key in keys if key != self.text_column)
 
     @classmethod
     def of(cls, config: object) -> ReadSettings:
@@ -124,16 +132,16 @@ class Part:
         )
 
 
-def missing_column(place: str, text_column: str, names: Sequence[str]) -> Fault | None:
-    """The fault of a record or file that does not have the column of the text exactly once."""
-    if names.count(text_column) == 1:
+def missing_column(place: str, column: str, names: Sequence[str], holds: str = "text") -> Fault | None:
+    """The fault of a record or file that does not have the column of the text, or domain, exactly once."""
+    if names.count(column) == 1:
         return None
-    if text_column in names:
-        message = f"{place} has more than one {text_column!r}; rename all but the one that holds the text."
-        return Fault("no_text_column", message)
+    if column in names:
+        message = f"{place} has more than one {column!r}; rename all but the one that holds the {holds}."
+        return Fault(f"no_{holds}_column", message)
     there = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
     message = (
-        f"{place} has no {text_column!r}, only: {there or 'nothing'};"
-        " name the one that holds the text by --text_column."
+        f"{place} has no {column!r}, only: {there or 'nothing'};"
+        f" name the one that holds the {holds} by --{holds}_column."
     )
-    return Fault("no_text_column", message)
+    return Fault(f"no_{holds}_column", message)

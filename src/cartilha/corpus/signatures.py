@@ -6,7 +6,8 @@ time are read as a number. The MinHash itself is rensa's (R-MinHash; Broder 1997
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +31,8 @@ def signatures(texts: Sequence[str]) -> np.ndarray:
     """The signatures of texts: uint16, shape (num_texts, NUM_VALUES); zeros where a text has no word.
 
     Two texts agree in about that share of the values that is the Jaccard similarity of their trigrams. Words are runs
-    of letters and digits in lower case (any character beyond ASCII counts as a letter); a text of fewer than three
-    words is one shingle.
+    of letters and digits in lower case and NFC (any character beyond ASCII counts as a letter, but for the punctuation
+    of Western text); a text of fewer than three words is one shingle.
 
     Raises:
         UserError: The `text` extra is missing.
@@ -44,7 +45,8 @@ def signatures(texts: Sequence[str]) -> np.ndarray:
     import pyarrow.compute as pc
 
     # Some times as fast as `str.lower`; the two differ in a final sigma and the Turkish capital I with a dot.
-    lowered = pc.utf8_lower(pa.array(texts, pa.large_string())).cast(pa.large_binary()).to_pylist()
+    composed = [unicodedata.normalize("NFC", text) for text in texts]
+    lowered = pc.utf8_lower(pa.array(composed, pa.large_string())).cast(pa.large_binary()).to_pylist()
     result = np.zeros((len(texts), NUM_VALUES), np.uint16)
     begin = 0
     while begin < len(texts):
@@ -122,8 +124,20 @@ def _words(text: bytes) -> tuple[np.ndarray, np.ndarray]:
     """Where each run of letters and digits begins and ends: int64, shape (num_words,) each."""
     inside = np.zeros(len(text) + 2, bool)
     inside[1:-1] = np.frombuffer(text.translate(_IN_WORD), bool)
+    for place, num_bytes in _punctuation(np.frombuffer(text, np.uint8)):
+        for byte in range(num_bytes):
+            inside[1 + place + byte] = False
     edges = np.flatnonzero(inside[1:] != inside[:-1])
     return edges[::2], edges[1::2]
+
+
+def _punctuation(text: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
+    """Where signs beyond ASCII are that Western text puts between words, and how many bytes each has."""
+    place = np.flatnonzero(text == 0xE2)
+    yield place[(text[place + 1] | 1) == 0x81], 3  # U+2000 to U+207F: quotes, dashes, the ellipsis, spaces
+    place = np.flatnonzero(text == 0xC2)
+    second = text[place + 1]  # U+00A0 to U+00BF but for the letters U+00AA, U+00B5 and U+00BA
+    yield place[(second >= 0xA0) & (second != 0xAA) & (second != 0xB5) & (second != 0xBA)], 2
 
 
 def _eights(text: bytes, starts: np.ndarray, num_bytes: int) -> np.ndarray:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import glob
 import logging
 import os
 import stat
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import dropwhile, takewhile
 from pathlib import Path
+from unicodedata import normalize
 
 from cartilha.corpus.files import SourceFile
 from cartilha.corpus.formats import READABLE, is_readable
@@ -79,10 +82,39 @@ def resolve_inputs(refs: Sequence[str | Source], left_out: LeftOut | None = None
     if repeated:
         more = f" and {len(repeated) - 1} more" if len(repeated) > 1 else ""
         log.warning("The input names %s%s more than once: read once.", repeated[0], more)
-    return list(found.values())
+    return _with_distinct_names(list(found.values()))
+
+
+def _with_distinct_names(sources: list[Source]) -> list[Source]:
+    """Name files of equal names by one folder more, again and again; a file's domain is settled here."""
+    files = [source for source in sources if isinstance(source, SourceFile)]
+    names = [file.name for file in files]
+    while len(set(names)) < len(names):
+        parts = [Path(os.path.abspath(file.path)).parts for file in files]
+        names = ["/".join(own[-2 - name.count("/") :]) for own, name in zip(parts, names, strict=True)]
+    renamed = {
+        file: replace(file, name=name, domain=file.domain or os.path.dirname(name) or file.stem)
+        for file, name in zip(files, names, strict=True)
+    }
+    return [renamed[source] if isinstance(source, SourceFile) else source for source in sources]
+
+
+def _as_on_disk(ref: str) -> str:
+    """The path as it is there, where that differs by how its accents are written (NFC, NFD)."""
+    if ref.isascii() or os.path.lexists(ref):
+        return ref
+    found = ""
+    for part in Path(ref).parts:
+        names: list[str] = []
+        if not os.path.lexists(os.path.join(found, part)):
+            with contextlib.suppress(OSError):
+                names = [n for n in os.listdir(found or ".") if normalize("NFC", n) == normalize("NFC", part)]
+        found = os.path.join(found, *(names[:1] or [part]))
+    return found if glob.has_magic(ref) or os.path.lexists(found) else ref
 
 
 def _resolve(ref: str, left_out: LeftOut) -> list[Source]:
+    ref = _as_on_disk(ref)
     status = _status(ref)
     if status is not None:
         if ref == "primer" or ref.startswith("hf:"):
@@ -95,10 +127,17 @@ def _resolve(ref: str, left_out: LeftOut) -> list[Source]:
         if not name:
             raise UserError(f"{ref} names no dataset; write hf:NAME, hf:NAME:CONFIG or hf:NAME:CONFIG:SPLIT.")
         return [HubSource(name, config or None, split or "train")]
-    if any(sign in ref for sign in "*?["):
-        files = sorted((path for path in glob.glob(ref, recursive=True) if os.path.isfile(path)), key=_in_order)
+    if glob.has_magic(ref):
+        parts = Path(ref).parts
+        root = os.path.join("", *takewhile(lambda part: not glob.has_magic(part), parts))
+        pattern = os.path.join(*dropwhile(lambda part: not glob.has_magic(part), parts))
+        patterns = {
+            os.path.join(root, form) for form in (pattern, normalize("NFC", pattern), normalize("NFD", pattern))
+        }
+        paths = {path for each in patterns for path in glob.glob(each, recursive=True)}
+        files = sorted(filter(os.path.isfile, paths), key=_in_order)
         if files:
-            return [_file(path) for path in files]
+            return [_file(path, root) for path in files]
         raise UserError(f"No file matches {ref}; {_remedy(ref)}.")
     raise UserError(f"There is no file {ref!r}; {_remedy(ref)}.")
 
@@ -114,20 +153,22 @@ def _status(ref: str) -> os.stat_result | None:
         return None
 
 
-def _file(path: str) -> SourceFile:
+def _file(path: str, root: str | None = None) -> SourceFile:
+    """The file; `root` is the folder that the input stands for, None where the input is the file itself."""
     if not is_readable(path):
         raise UserError(f"{path} is of a kind that is not read; rename or convert it to one of {READABLE}.")
     status = _status(path)
     if status is None:
         raise UserError(f"{path} is a link that leads nowhere; remove it or put its file back.")
-    return SourceFile(Path(path), status.st_size, status.st_mtime_ns)
+    name = os.path.basename(path) if root is None else Path(os.path.relpath(path, root or ".")).as_posix()
+    return SourceFile(Path(path), status.st_size, status.st_mtime_ns, name, os.path.dirname(name))
 
 
 def _folder(folder: str, left_out: LeftOut) -> list[Source]:
     by_reason: LeftOut = {}
     for path, reason in sorted(_walk(folder), key=lambda found: _in_order(found[0])):
         by_reason.setdefault(reason, []).append(path)
-    files = [_file(path) for path in by_reason.pop("", [])]
+    files = [_file(path, folder) for path in by_reason.pop("", [])]
     others = by_reason.get(OTHER_KIND, [])
     if not files:
         there = f", only {_named(others)}" if others else ""

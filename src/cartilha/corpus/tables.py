@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from cartilha.corpus.files import SourceFile, open_seekable
 from cartilha.corpus.lines import MARK_INVALID, Fault
-from cartilha.corpus.records import DOMAIN_KEYS, Numbered, Part, ReadSettings, Span, missing_column
+from cartilha.corpus.records import Numbered, Part, ReadSettings, Span, missing_column
 
 PARQUET_BATCH_ROWS = 256
 PARQUET_BATCH_BYTES = 8 << 20  # of the text column; at least one row is read at a time
@@ -36,10 +36,12 @@ def _read_table(part: Part, kind: str, opened: Callable[[Part, Any], tuple[list[
         with open_seekable(part.source) as stream:
             names, batches = opened(part, stream)
             fault = missing_column(str(part.source.path), text_column, names)
+            if fault is None and part.settings.domain_column is not None:
+                fault = missing_column(str(part.source.path), part.settings.domain_column, names, "domain")
             if fault:
                 yield 0, fault
                 return
-            columns = [name for name in names if name in {text_column, "id", *DOMAIN_KEYS}]
+            columns = [name for name in names if name in {text_column, "id", *part.settings.domain_keys}]
             for batch in batches(columns):
                 values = [_column_values(batch.column(name)) for name in columns]
                 for row in zip(*values, strict=True):

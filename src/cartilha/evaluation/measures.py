@@ -260,10 +260,12 @@ def _interval(documents: ScoredDocuments, nll: np.ndarray, kept: np.ndarray) -> 
 
 
 def _domains(documents: ScoredDocuments, nll: np.ndarray, kept: np.ndarray) -> dict[str, Sums]:
-    names, number = np.unique(np.array(documents.domains), return_inverse=True)
+    names = sorted(set(documents.domains))  # an array of strings would give each the room of the longest
+    places = {name: place for place, name in enumerate(names)}
+    number = np.array([places[name] for name in documents.domains], np.int64)
     num_bytes = np.bincount(number, weights=documents.num_bytes * kept, minlength=len(names))
     largest = np.argsort(-num_bytes, kind="stable")[:MAX_DOMAINS]
-    return {str(names[i]): sum_documents(documents, nll, kept & (number == i)) for i in largest}
+    return {names[i]: sum_documents(documents, nll, kept & (number == i)) for i in largest}
 
 
 def _positions(scores: DocumentScores | None) -> tuple[dict[str, float], ...]:

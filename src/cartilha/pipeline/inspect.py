@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import numpy as np
 
@@ -91,8 +92,10 @@ def _document(store: TokenStore, asked: str, split: Split) -> dict[str, Any]:
     """A document by its id, on either side, or by its number on one."""
     for side in (split, *(other for other in SPLITS if other != split)):
         ids = store.labels(side)["doc_id"]
-        if asked in ids:
-            return _described(store, side, ids.index(asked))
+        plain = [normalize("NFC", doc_id) for doc_id in ids]  # a file's name may write its accents apart
+        for names, name in ((ids, asked), (plain, normalize("NFC", asked))):
+            if name in names:
+                return _described(store, side, names.index(name))
     number = int(asked) if asked.isdecimal() else -1
     num_documents = store.counts[split].num_documents
     if not 0 <= number < num_documents:

@@ -27,6 +27,7 @@ SETTINGS = (
     "language",
     "near_duplicates",
     "text_column",
+    "domain_column",
     "text_unit",
     "csv_quoting",
     "csv_delimiter",
@@ -56,7 +57,7 @@ def describe(sources: Sequence[Source], num_held_out: int = 0) -> list[dict[str,
 def _describe(source: Source) -> dict[str, Any]:
     if isinstance(source, SourceFile):
         return {
-            "name": Path(source.path).name,
+            "name": source.name,
             "size": source.size_bytes,
             "modified_ns": source.modified_ns,
             "sha256": file_sha256(Path(source.path)),

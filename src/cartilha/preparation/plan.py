@@ -82,7 +82,8 @@ def plan(config: PrepareConfig) -> Plan:
     held_out = resolve_inputs(config.validation_input, left_out)
     if held_out and (config.validation_documents is not None or config.validation_first is not None):
         raise UserError("Hold out either given files or a number of documents, not both.")
-    inputs = [resolve_inputs([ref], left_out) for ref in config.input]
+    # Together where nothing parts them, so that files of equal names are told apart by their folders.
+    inputs = [resolve_inputs(refs, left_out) for refs in (zip(config.input) if config.weights else [config.input])]
     sources = resolve_inputs([*held_out, *(source for found in inputs for source in found)])
     weights = _weights(config.weights, inputs, sources[len(held_out) :], len(held_out))
     return Plan(sources, left_out, len(held_out), weights, rule, reading, steps, cleaning)

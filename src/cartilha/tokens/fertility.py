@@ -133,7 +133,10 @@ class FertilityCounter:
         return [CostlyLetter(x, seen[x], apart[x] / seen[x], tokens[x] / in_words[x]) for x in order]
 
     def _all_words(self) -> Counter[str]:
-        return sum(self._words.values(), Counter[str]())
+        words = Counter[str]()
+        for own in self._words.values():  # not their sum, which copies all words once for each domain
+            words.update(own)
+        return words
 
     def _pieces(self, words: Counter[str]) -> dict[str, int]:
         encoded = self._tokenizer.encode([self._prefix + word for word in words])

@@ -82,12 +82,11 @@ def _add_lengths(lengths: dict[int, list[int]], num_tokens: np.ndarray) -> None:
 def _add_domains(
     domains: dict[str, dict[str, int]], names: list[str], numbers: Mapping[str, np.ndarray], split: str
 ) -> None:
-    unique, which = np.unique(np.array(names, dtype=object), return_inverse=True)
-    for i, name in enumerate(unique.tolist()):
-        own = which == i
+    columns = [numbers[column].tolist() for column in COLUMNS]
+    for name, *values in zip(names, *columns, strict=True):
         zero = {"num_documents": 0, "num_validation_documents": 0, **dict.fromkeys(COLUMNS, 0)}
         sums = domains.setdefault(name, zero)
-        sums["num_documents"] += int(own.sum())
-        sums["num_validation_documents"] += int(own.sum()) if split == "validation" else 0
-        for column in COLUMNS:
-            sums[column] += int(numbers[column][own].sum())
+        sums["num_documents"] += 1
+        sums["num_validation_documents"] += split == "validation"
+        for column, value in zip(COLUMNS, values, strict=True):
+            sums[column] += value

@@ -1,0 +1,67 @@
+"""Which keys of a file's records name a domain: a key with a value of its own in nearly every document names none.
+
+The head of the file decides, so that it does not matter how the file is cut.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from itertools import chain
+
+from cartilha.corpus.records import Numbered, ReadSettings, Record
+from cartilha.errors import UserError
+
+log = logging.getLogger("cartilha")
+
+HEAD_RECORDS = 200
+HEAD_CHARS = 1 << 20
+MIN_RECORDS = 20  # with fewer, nothing is told from the values
+MAX_DISTINCT = 0.5  # different values, as a share of the records
+
+
+def read_head(records: Numbered, text_column: str) -> tuple[list[Record], Numbered]:
+    """The first records of a file, and all of them; a mistake among the first is raised where it is reached."""
+    head: list[tuple[int | str, Record]] = []
+    num_chars = 0
+    rest = records
+    try:
+        for number, record in records:
+            head.append((number, record))
+            num_chars += len(str(record.get(text_column))) if isinstance(record, Mapping) else 0
+            if len(head) == HEAD_RECORDS or num_chars > HEAD_CHARS:
+                break
+    except UserError as error:
+        rest = _raising(error)
+    return [record for _, record in head], chain(head, rest)
+
+
+def _raising(error: UserError) -> Numbered:
+    raise error
+    yield  # a generator, which raises when it is asked
+
+
+def keys_of_domains(records: Sequence[Record], settings: ReadSettings, path: str) -> tuple[str, ...]:
+    """Of the keys that may hold a domain, those that do."""
+    if settings.domain_column is not None:
+        return settings.domain_keys
+    mappings = [record for record in records if isinstance(record, Mapping)]
+    found = []
+    for key in settings.domain_keys:
+        values = [value for record in mappings if isinstance(value := record.get(key), str) and value]
+        if len(values) < MIN_RECORDS or len(set(values)) <= MAX_DISTINCT * len(values):
+            found.append(key)
+        else:
+            _tell(path, key)
+    return tuple(found)
+
+
+@lru_cache(maxsize=1024)
+def _tell(path: str, key: str) -> None:
+    """Once for each file."""
+    log.info(
+        "%s: %r has a value of its own in nearly every document, so that it is not taken for the domain;"
+        " --domain_column %s takes it nevertheless.",
+        *(path, key, key),
+    )
