@@ -76,7 +76,7 @@ def test_opt_on_real_text(opt_tokenizer, shared):
 
 
 # The last ones: a byte that SmolLM2 has no token for, and a character that Python's Unicode tables do not know.
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=30), max_size=4))
 @example(["a\x04b", "c"])
 @example(["a\u0378b", "\U000e0fff", "٣²Ⅷ五 1 2"])
@@ -85,7 +85,7 @@ def test_any_unicode(like, smollm2, texts):
         assert_equal(tokenizer, encoder, texts)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.sampled_from(["1", " ", "  ", "a", "ã", ".", "'s", "\n", "é\u0301", "²", "</s>"]), max_size=20))
 def test_numbers_among_spaces(smollm2, parts):
     assert_equal(*smollm2, ["".join(parts), "b", "".join(reversed(parts))])

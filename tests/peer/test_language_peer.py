@@ -55,7 +55,7 @@ def test_pieces_of_real_texts(identifier, peer):
     assert languages(identifier, []) == []
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=60), max_size=5))
 def test_any_text(identifier, peer, texts):
     compare(identifier, peer, texts)

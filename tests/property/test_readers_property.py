@@ -77,7 +77,7 @@ COMPRESSORS = {
 
 @pytest.mark.parametrize("compression", COMPRESSORS)
 @pytest.mark.parametrize("kind", WRITERS)
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(texts=TEXTS)
 @example(texts=["a\r", "\u2028b", "c\x85d", '"', "\x00"])
 def test_round_trip(tmp_path: Path, kind: str, compression: str, texts: list[str]):
@@ -93,7 +93,7 @@ def test_round_trip(tmp_path: Path, kind: str, compression: str, texts: list[str
     assert counts == ReadCounts(documents=len(texts), nul_documents=with_nul)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.binary(max_size=60), encoding=st.sampled_from(["utf-8", "cp1252", "shift_jis", "utf-16-le"]))
 def test_any_bytes_are_replaced_as_python_replaces_them(tmp_path: Path, data: bytes, encoding: str):
     path = tmp_path / "a.txt"

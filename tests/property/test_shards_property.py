@@ -20,7 +20,7 @@ LINES = st.lists(st.sampled_from(["", "a", "ção", "é\r", "\u2028", "um texto 
 
 
 @pytest.mark.parametrize("kind", [".txt", ".jsonl", ".parquet"])
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(texts=LINES, target=st.integers(1, 60), count_bytes=st.integers(1, 50), ends=st.booleans())
 def test_shards_give_what_the_whole_gives(tmp_path: Path, monkeypatch, kind, texts, target, count_bytes, ends):
     monkeypatch.setattr(plain_text, "COUNT_BYTES", count_bytes)

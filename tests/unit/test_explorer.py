@@ -102,7 +102,6 @@ def test_logits_of_each_position_give_the_probability_that_was_scored(reader: Re
     top_k=st.integers(0, 45),
     top_p=st.floats(0.05, 1),
 )
-@settings(deadline=None)
 def test_shaping_is_what_transformers_samples_from(
     logits: list[float], temperature: float, top_k: int, top_p: float
 ) -> None:
@@ -135,7 +134,7 @@ def test_the_candidates_are_the_likeliest_and_the_token_asked_about() -> None:
 
 
 @given(text=st.text(st.characters(codec="utf-8"), max_size=40))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_pieces_are_the_whole_text_in_order(reader: Reader, text: str) -> None:
     pieces = text_pieces(text, reader.tokenizer.backend.encode(text, add_special_tokens=False).offsets)
     assert len(pieces) == len(text.encode("utf-8"))  # a token a byte

@@ -33,7 +33,7 @@ def encode(word: str, merges: list[tuple[int, int, int]]) -> list[int]:
     return ids
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.dictionaries(st.text("abcd", min_size=1, max_size=9), st.integers(1, 9), min_size=1, max_size=12))
 def test_every_merge_is_of_the_most_frequent_pair_and_words_stay_as_encoding_makes_them(word_counts):
     one = learner(Counter(word_counts))

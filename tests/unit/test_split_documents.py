@@ -47,7 +47,7 @@ def test_the_place_of_a_cluster_is_that_of_its_smallest_hash():
         assert result.validation[2 * number] == (choose_split(smallest, 0.2, 0) == "validation")
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.data())
 def test_order_and_numbers_of_clusters_do_not_matter(data):
     clusters = np.array(data.draw(st.lists(st.integers(0, 30), min_size=60, max_size=60)))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cartilha.errors import UserError
@@ -240,7 +240,6 @@ PLAIN = st.recursive(
 )
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow])  # of a machine that others use
 @given(PLAIN)
 def test_any_plain_value_comes_back_with_null_for_what_is_no_number(value):
     def expected(value):

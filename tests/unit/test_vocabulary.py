@@ -167,7 +167,7 @@ def test_a_literal_special_token_in_a_text_stays_text(base, learnt):
     assert base.eos_id not in ids and learnt.tokenizer.decode(ids) == f"isto é {special} só texto"
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(text=st.text(max_size=60))
 @example(text="ação, coração e não-sei-quê 123 456  \t\n ﬁm 🤖 à")
 def test_no_text_costs_more_and_what_came_back_whole_still_does(base, learnt, text):
