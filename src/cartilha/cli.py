@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import json
 import logging
 import os
 import re
@@ -44,48 +45,27 @@ class Command:
 
 
 COMMANDS = {
-    "demo": Command(
-        configs.RunConfig, ("cartilha.pipeline.job", "run"), "the whole job on what ships with the package"
-    ),
-    "run": Command(
-        configs.RunConfig,
-        ("cartilha.pipeline.job", "run"),
-        "the whole job, as a recipe says (built-in name or YAML file)",
-    ),
-    "prepare": Command(configs.PrepareConfig, ("cartilha.pipeline.prepare", "prepare"), "text to a token store"),
-    "inspect": Command(
-        configs.InspectConfig, ("cartilha.pipeline.inspect", "inspect"), "what a store, or the primer, holds"
-    ),
-    "check": Command(
-        configs.CheckConfig, ("cartilha.pipeline.check", "check"), "is the set-up right, before the money is spent?"
-    ),
-    "plan": Command(
-        configs.PlanConfig,
-        ("cartilha.pipeline.plan", "plan"),
-        "memory, speed, hours and money of a training, before a card is rented",
-    ),
-    "train": Command(
-        configs.TrainConfig, ("cartilha.pipeline.train", "train"), "continue a model's training on a store"
-    ),
-    "evaluate": Command(
-        configs.EvaluateConfig,
-        ("cartilha.pipeline.evaluate", "evaluate"),
-        "perplexity and bits per byte of models on held-out text",
-    ),
-    "compare": Command(
-        configs.CompareConfig, ("cartilha.pipeline.compare", "compare"), "two models on the same documents"
-    ),
-    "generate": Command(configs.GenerateConfig, ("cartilha.pipeline.generate", "generate"), "text written by a model"),
-    "vocab": Command(
-        configs.VocabConfig,
-        ("cartilha.pipeline.vocab", "vocab"),
-        "what a text costs under a model's vocabulary; extend it; whether that pays",
-    ),
-    "report": Command(configs.ReportConfig, ("cartilha.pipeline.report", "report"), "one offline page about runs"),
-    "explore": Command(
-        configs.ExploreConfig, ("cartilha.pipeline.explore", "explore"), "a local page: models token by token, a store"
-    ),
-    "push": Command(configs.PushConfig, ("cartilha.pipeline.push", "push"), "a model onto the hub, with its card"),
+    name: Command(
+        config,
+        (f"cartilha.pipeline.{'job' if config is configs.RunConfig else name}", "run" if name == "demo" else name),
+        summary,
+    )
+    for name, config, summary in (
+        ("demo", configs.RunConfig, "the whole job on what ships with the package"),
+        ("run", configs.RunConfig, "the whole job, as a recipe says (built-in name or YAML file)"),
+        ("prepare", configs.PrepareConfig, "text to a token store"),
+        ("inspect", configs.InspectConfig, "what a store, or the primer, holds"),
+        ("check", configs.CheckConfig, "is the set-up right, before the money is spent?"),
+        ("plan", configs.PlanConfig, "memory, speed, hours and money of a training, before a card is rented"),
+        ("train", configs.TrainConfig, "continue a model's training on a store"),
+        ("evaluate", configs.EvaluateConfig, "perplexity and bits per byte of models on held-out text"),
+        ("compare", configs.CompareConfig, "two models on the same documents"),
+        ("generate", configs.GenerateConfig, "text written by a model"),
+        ("vocab", configs.VocabConfig, "what a text costs under a model's vocabulary; extend it; whether that pays"),
+        ("report", configs.ReportConfig, "one offline page about runs"),
+        ("explore", configs.ExploreConfig, "a local page: models token by token, a store"),
+        ("push", configs.PushConfig, "a model onto the hub, with its card"),
+    )
 }
 
 
@@ -97,7 +77,7 @@ class _Parser(ArgumentParser):
     """Raises our one-sentence errors instead of printing a usage text."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise UserError(_one_sentence(message, _flags(self))) from ex
+        raise UserError(_one_sentence(message, self)) from ex
 
 
 class _Accumulate(Action):
@@ -158,19 +138,24 @@ def _dispatch(arguments: list[str]) -> int:
     if name in _ONE_PROCESS and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(f"{name} works in one process; run it without torchrun (train and evaluate share their work).")
     command = COMMANDS[name]
-    parser = _parser(name, command)
+    parser = _parser(name, command, rest)
     try:
-        values = vars(parser.parse_args(rest).as_flat())
+        values = vars(parser.parse_args(_tied(rest, parser)).as_flat())
     except SystemExit as exit_request:  # --help
         return int(exit_request.code or 0)
     as_json = bool(values.pop("json", False))
     print_config = bool(values.pop("print_config", False))
-    settings = _job_settings(name, values) if command.config is configs.RunConfig else command.config(**_tuples(values))
+    if "config" in values:
+        values = {**_config_values(values.pop("config"), name, parser), **values}
+    settings = _job_settings(name, values) if command.config is configs.RunConfig else command.config(**values)
     if print_config:
         import yaml
 
         print(yaml.safe_dump(_settable(settings), sort_keys=False, allow_unicode=True), end="")
         return 0
+    from cartilha.pipeline.preflight import preflight
+
+    preflight(settings)  # a mistake is named before the command's module is imported, which takes seconds
     module, function = command.home
     result = getattr(importlib.import_module(module), function)(settings)
     from cartilha.runtime import world
@@ -203,19 +188,42 @@ def _overview() -> str:
     )
 
 
-def _parser(name: str, command: Command) -> _Parser:
-    parser = _new_parser(f"cartilha {name}", command.config.__doc__ or "")
+def _parser(name: str, command: Command, words: Sequence[str] = ()) -> _Parser:
+    """The parser of a command; of what follows its name only `--help` and a recipe's name are looked at."""
+    parser = _new_parser(f"cartilha {name}", (command.config.__doc__ or "").split("\n")[0])
     if name == "run":
         parser.add_argument("recipe", help="a built-in recipe's name or a YAML file")
     if command.config is configs.RunConfig:
-        _add_job_flags(parser)
+        recipe = "demo" if name == "demo" else words[0] if words and not words[0].startswith("-") else None
+        asks_help = not {"-h", "--help"}.isdisjoint(words)
+        _add_job_flags(parser, _recipe_values(recipe) if recipe and asks_help else {})
     else:
-        _add_flags(parser, command.config, "")
+        _add_flags(parser, command.config, "", {})
+        more = "a YAML file of these options (RUN/config.yaml, or what --print_config prints); those given here win"
+        parser.add_argument("--config", type=str, default=SUPPRESS, help=more)
     parser.add_argument("--json", action="store_true", default=SUPPRESS, help="print the result as one JSON object")
     parser.add_argument(
         "--print_config", action="store_true", default=SUPPRESS, help="print the resolved settings and stop"
     )
     return parser
+
+
+def _tied(words: Sequence[str], parser: _Parser) -> list[str]:
+    """Tie values that begin with a dash to their options (`--prompt=-Olá`): argparse would take them for options."""
+    takes = {flag: action.nargs for action in parser._actions if action.nargs != 0 for flag in action.option_strings}
+    tied: list[str] = []
+    option, again = "", False
+    for word in words:
+        name = word.split("=")[0]
+        if name in _flags(parser) or (name.startswith("--") and " " not in name):
+            option, again = word if word in takes else "", False
+        elif option and (again or word.startswith("-")):
+            if tied[-1] == option:
+                tied.pop()
+            word, again = f"{option}={word}", takes[option] == "+"
+            option = option if again else ""
+        tied.append(word)
+    return tied
 
 
 def _new_parser(prog: str, description: str = "") -> _Parser:
@@ -228,10 +236,10 @@ def _new_parser(prog: str, description: str = "") -> _Parser:
 _SET_BY_JOB = {"prepare": ("model", "output"), "train": ("model", "store", "output", "resume"), "generate": ("model",)}
 
 
-def _add_job_flags(parser: _Parser) -> None:
-    _add_flags(parser, configs.RunConfig, "", only=("model", "output", "description"))
+def _add_job_flags(parser: _Parser, recipe: dict[str, Any]) -> None:
+    _add_flags(parser, configs.RunConfig, "", recipe, skip=tuple(_SET_BY_JOB))
     for stage, hidden in _SET_BY_JOB.items():
-        _add_flags(parser, _stage_type(stage), f"{stage}.", skip=hidden)
+        _add_flags(parser, _stage_type(stage), f"{stage}.", recipe, skip=hidden)
 
 
 def _stage_type(stage: str) -> type[Any]:
@@ -241,31 +249,36 @@ def _stage_type(stage: str) -> type[Any]:
 
 
 def _add_flags(
-    parser: _Parser, config: type[Any], prefix: str, *, only: tuple[str, ...] | None = None, skip: tuple[str, ...] = ()
+    parser: _Parser, config: type[Any], prefix: str, defaults: dict[str, Any], *, skip: tuple[str, ...] = ()
 ) -> None:
-    """A flag a field. Defaults stay in the dataclass: what was not given is not in the parsed values."""
+    """A flag a field. Defaults stay in the dataclass: what was not given is not in the parsed values.
+
+    `defaults` are shown by the help instead of the fields' own.
+    """
     hints = typing.get_type_hints(config)
     for item in dataclasses.fields(config):
-        if item.name in skip or (only is not None and item.name not in only):
+        if item.name in skip:
             continue
-        help_text = str(item.metadata["help"])
-        flag: dict[str, Any] = {"default": SUPPRESS, "help": SUPPRESS if item.metadata.get("hidden") else help_text}
-        hint = hints[item.name]
+        name, hint = f"{prefix}{item.name}", hints[item.name]
         is_list = typing.get_origin(hint) is tuple
-        if not item.metadata.get("required") and not item.metadata.get("hidden"):
-            flag["help"] = f"{help_text} (default: {_show_default(item.default)})"
+        help_text, hidden = str(item.metadata["help"]), item.metadata.get("hidden")
+        if name in defaults or not item.metadata.get("required"):
+            help_text += f" (default: {_show_default(defaults.get(name, item.default))})"
+        # One command or another takes one model or several: both spellings are understood everywhere.
+        flags = ["--model", "--models"] if name in ("model", "models") else [f"--{name}"]
+        flag: dict[str, Any] = {"dest": name, "default": SUPPRESS, "help": SUPPRESS if hidden else help_text}
         if item.metadata.get("positional"):
             parser.add_argument(item.name, type=str, nargs="+" if is_list else None, help=help_text)
         elif hint is bool:
-            parser.add_argument(f"--{prefix}{item.name}", action="store_true", **flag)
+            parser.add_argument(*flags, action="store_true", **flag)
         elif is_list:
-            parser.add_argument(f"--{prefix}{item.name}", type=str, nargs="+", action=_Accumulate, **flag)
+            parser.add_argument(*flags, type=str, nargs="+", action=_Accumulate, **flag)
         else:
-            parser.add_argument(f"--{prefix}{item.name}", type=hint, **flag)
+            parser.add_argument(*flags, type=hint, **flag)
 
 
 def _show_default(default: Any) -> str:
-    if isinstance(default, tuple):
+    if isinstance(default, tuple | list):
         return " ".join(repr(value) for value in default) or "none"
     return "none" if default is None or default == "" else str(default)
 
@@ -280,9 +293,7 @@ def _job_settings(name: str, values: dict[str, Any]) -> configs.RunConfig:
     own = {key: value for key, value in merged.items() if "." not in key}
     stages = {
         stage: _stage_type(stage)(
-            **_tuples(
-                {key.removeprefix(f"{stage}."): value for key, value in merged.items() if key.startswith(f"{stage}.")}
-            )
+            **{key.removeprefix(f"{stage}."): value for key, value in merged.items() if key.startswith(f"{stage}.")}
         )
         for stage in _SET_BY_JOB
     }
@@ -290,25 +301,39 @@ def _job_settings(name: str, values: dict[str, Any]) -> configs.RunConfig:
 
 
 def _recipe_values(name: str) -> dict[str, Any]:
-    """A recipe as parsed flags: the same names, types and errors as on the command line."""
     from cartilha.pipeline.recipes import read_recipe
 
     parser = _new_parser(f"recipe {name}")
-    _add_job_flags(parser)
-    flags: list[str] = []
-    for key, value in _flatten(read_recipe(name)):
-        if f"--{key}" not in _flags(parser):
-            raise UserError(f"In the recipe {name}: {_no_such_option(f'--{key}', _flags(parser))}")
-        if value is True:
-            flags.append(f"--{key}")
-        elif isinstance(value, list):
-            flags += [f"--{key}", *map(str, value)]
-        elif value is not None and value is not False:
-            flags.append(f"--{key}={value}")
+    _add_job_flags(parser, {})
+    return _parsed(read_recipe(name), parser, f"the recipe {name}")
+
+
+def _config_values(path: str, command: str, parser: _Parser) -> dict[str, Any]:
+    """The values in a file given by --config: all of it, or the section that has the command's name."""
+    from cartilha.pipeline.recipes import read_settings
+
+    values = read_settings(path, f"The file {path}")
+    section = values.get(command)
+    values = section if isinstance(section, dict) else values
+    return _parsed({key: value for key, value in values.items() if value != []}, parser, path)
+
+
+def _parsed(values: dict[str, Any], parser: _Parser, place: str) -> dict[str, Any]:
+    """A file's values as parsed flags: the same names, types and errors as on the command line."""
+    words: list[str] = []
     try:
-        return vars(parser.parse_args(flags).as_flat())
+        for key, value in _flatten(values):
+            if f"--{key}" not in _flags(parser):
+                raise UserError(_no_such_option(f"--{key}", parser))
+            if isinstance(value, list) and parser._option_string_actions[f"--{key}"].nargs == "+" and value:
+                words += [f"--{key}={item}" for item in value]
+            elif isinstance(value, list) or value is True:
+                words += [f"--{key}", *(map(str, value) if isinstance(value, list) else ())]
+            elif value is not None and value is not False:
+                words.append(f"--{key}={value}")
+        return vars(parser.parse_args(words).as_flat())
     except UserError as error:
-        raise UserError(f"In the recipe {name}: {error}") from error
+        raise UserError(f"In {place}: {error}") from error
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -321,14 +346,9 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return pairs
 
 
-def _tuples(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-
-
 def _settable(settings: Any) -> dict[str, Any]:
     """Settings as plain values; of a job's stages only what a recipe can set, so that the output is a recipe."""
-    values = _plain(dataclasses.asdict(settings))
-    assert isinstance(values, dict)
+    values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(settings)))  # tuples become lists
     if isinstance(settings, configs.RunConfig):
         for stage, hidden in _SET_BY_JOB.items():
             for name in hidden:
@@ -338,13 +358,7 @@ def _settable(settings: Any) -> dict[str, Any]:
     return values
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _one_sentence(message: str, flags: Sequence[str]) -> str:
+def _one_sentence(message: str, parser: _Parser) -> str:
     """Jsonargparse's message as one line, with the nearest flag where an unknown one was given."""
     text = " ".join(line.strip() for line in message.strip().splitlines() if line.strip())
     wrong = re.search(r'[Pp]arser key "([^"]+)".*(?:Got value|Given value): *(.*?)\.?$', text)
@@ -352,19 +366,24 @@ def _one_sentence(message: str, flags: Sequence[str]) -> str:
         return f"--{wrong[1]} cannot be {wrong[2]!r}; --help says what it takes."
     unknown = [word for word in text.replace(",", " ").split() if word.startswith("--")]
     if "nrecognized" in text and unknown:
-        return _no_such_option(unknown[0].split("=")[0], flags)
+        return _no_such_option(unknown[0].split("=")[0], parser)
     if "nrecognized" in text:
         return f"{text.split(': ', 1)[-1]!r} was not expected here; --help lists the options."
     return text if text.endswith((".", "?")) else text + "."
 
 
-def _no_such_option(name: str, flags: Sequence[str]) -> str:
-    names = [flag.removeprefix("--") for flag in flags]
+def _no_such_option(name: str, parser: _Parser) -> str:
+    helps = {flag[2:]: str(action.help) for action in parser._actions for flag in action.option_strings}
     wanted = name.removeprefix("--")
-    # A beginning of one name (--epoch), else the one that is spelt most like it.
-    close = [n for n in names if n.startswith(wanted)] or difflib.get_close_matches(wanted, names, 1, 0.8)
-    hint = f"did you mean --{close[0]}?" if close else "--help lists the options."
-    return f"There is no option {name}; {hint}"
+    stage, _, word = wanted.rpartition(".")
+    same = [word, *(n for n, theirs in configs.NAMES_ELSEWHERE.items() if word.replace("-", "_") in theirs.split())]
+    elsewhere = [n for n in helps if n.startswith(stage) and n.rpartition(".")[2] in same]
+    # A beginning of one name (--epoch), else the name of it here, else the one that is spelt most like it.
+    close = [n for n in helps if n.startswith(wanted)] or elsewhere or difflib.get_close_matches(wanted, helps, 1, 0.8)
+    if not close:
+        return f"There is no option {name}; --help lists the options."
+    meaning = f" ({helps[close[0]].split(' (default')[0]})" if close is elsewhere else ""
+    return f"There is no option {name}; did you mean --{close[0]}{meaning}?"
 
 
 def _flags(parser: ArgumentParser) -> list[str]:

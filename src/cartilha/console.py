@@ -36,7 +36,7 @@ def terminal() -> Console:
 
 
 def set_up_logging() -> None:
-    """Send the project's log lines to standard error, a line each (called by the command line only)."""
+    """Send the project's log lines to standard error, a line each."""
     handler: logging.Handler
     if sys.stderr.isatty():
         handler = RichHandler(console=terminal(), show_time=False, show_path=False, show_level=False)
@@ -50,6 +50,21 @@ def set_up_logging() -> None:
     logger.propagate = False
 
 
+def show_by_default() -> None:
+    """Show notices and progress to callers from Python, as the command line does.
+
+    Whoever gave the project's logger a level or a handler is left alone. Where the root logger has handlers, as in
+    Colab, they show the lines.
+    """
+    logger = logging.getLogger("cartilha")
+    if logger.level != logging.NOTSET or logger.handlers:
+        return
+    if logging.root.handlers:
+        logger.setLevel(logging.INFO)
+    else:
+        set_up_logging()
+
+
 @contextmanager
 def progress(title: str, total: float | None, unit: str) -> Iterator[Advance]:
     """Show progress: a bar on a terminal; elsewhere a plain line every ten seconds, so that a log stays readable.
@@ -60,7 +75,7 @@ def progress(title: str, total: float | None, unit: str) -> Iterator[Advance]:
         unit: Plural name of the unit, for the rate.
     """
     logger = logging.getLogger("cartilha")
-    if not logger.isEnabledFor(logging.INFO) or not logger.handlers:
+    if not logger.isEnabledFor(logging.INFO) or not logger.hasHandlers():
         yield lambda amount, note="": None
     elif sys.stderr.isatty():
         columns = (

@@ -71,6 +71,12 @@ def test_a_whole_recipe_in_seconds_and_again_does_nothing(cartilha, refused, cor
     assert {path.name for path in run.path.iterdir()} == files
     assert [line["prompt"] for line in run.lines("samples.jsonl")] == ["Era uma vez"] * 2
 
+    page = cartilha("report", tmp_path / "job", "--output", tmp_path / "page.html", "--json")
+    assert page.code == 0 and f"its run is {run.path}." in page.err
+    assert json.loads(page.out)["table"] == result["table"]
+    again = ["train", "--config", run.path / "config.yaml", "--output", tmp_path / "again"]
+    assert cartilha(*again).code == 0 and Left(tmp_path / "again").losses == run.losses
+
     before = (run.path / "model" / "model.safetensors").stat().st_mtime_ns
     again = cartilha(*job)
     assert again.code == 0 and "nothing to do" in again.err

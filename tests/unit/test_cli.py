@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import os
+import pydoc
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +17,12 @@ import pytest
 import yaml
 
 from cartilha import cli
+from cartilha import config as configs
 from cartilha.cli import COMMANDS, main
+from cartilha.errors import UserError
+from cartilha.pipeline.preflight import preflight
 from cartilha.pipeline.recipes import recipe_names
+from cartilha.pipeline.run_files import write_config
 
 
 @pytest.fixture
@@ -87,6 +94,63 @@ assert "cartilha.pipeline.prepare" in sys.modules
     done = in_a_new_process(code)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "store" / "store.json").is_file()
+
+
+def test_a_mistake_is_named_before_anything_heavy_is_imported(tmp_path):
+    """It took 5 to 20 seconds: each of these needs nothing but the arguments and a look at the disk."""
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "a").touch()
+    taken = socket.socket()
+    taken.bind(("127.0.0.1", 0))
+    taken.listen()
+    tiny = ["--model", "random:tiny"]
+    train = ["train", *tiny, "--store", "missing", "--output", "run"]
+    mistakes = [
+        train,
+        ["train", *tiny, "--store", "missing"],
+        *([*train, *words] for words in (
+            ["--batch_tokens", "100"], ["--block_size", "1"], ["--lr", "-1"], ["--epochs", "0"], ["--seed", "-1"],
+            ["--time_budget", "soon"], ["--tracker", "missing"], ["--output", "full"], ["--model", "./missing"],
+        )),
+        ["evaluate", *tiny], ["evaluate", *tiny, "--store", "missing"], ["evaluate", *tiny, "--input", "missing.txt"],
+        ["evaluate", "--model", "./missing", "--input", "primer"],
+        ["evaluate", *tiny, "--input", "primer", "--protocol", "last-5"],
+        ["evaluate", *tiny, "--input", "primer", "--window", "8", "--stride", "9"],
+        ["evaluate", *tiny, "--input", "primer", "--near_duplicates"],
+        ["evaluate", *tiny, "--input", "primer", "--continuations", "1"],
+        ["evaluate", *tiny, "--input", "primer", "--save", "full"],
+        ["evaluate", *tiny, "--input", "primer", "--limit_documents", "0"],
+        ["compare", *tiny], ["compare", "--evaluations", "missing", "missing"],
+        ["compare", *tiny, "./missing", "--input", "primer"], ["compare", *tiny, "random:tiny", "--store", "missing"],
+        ["generate", *tiny, "--max_new_tokens", "0"], ["generate", "--model", "package:missing"],
+        ["generate", *tiny, "--do_sample", "--temperature", "0"],
+        ["explore"], ["explore", "--store", "missing", "--port", "0"],
+        ["explore", *tiny, "--port", str(taken.getsockname()[1])], ["explore", *tiny, *tiny, *tiny],
+        ["report", "missing"], ["report", "full"], ["push", "missing", "ana/modelo"],
+        ["vocab", *tiny, "--input", "missing.txt"], ["vocab", "--model", "./missing", "--input", "primer"],
+        ["vocab", *tiny, "--input", "primer", "--extend", "5"],
+        ["vocab", *tiny, "--input", "primer", "--extend", "5", "--output", "full"],
+        ["check", *tiny, "--store", "missing"], ["check", *tiny, "--block_size", "1"],
+        ["plan", *tiny, "--store", "missing"], ["plan", *tiny, "--device", "t5"], ["plan", *tiny, "--epochs", "0"],
+        ["plan", *tiny, "--block_size", "256", "--batch_tokens", "300"],
+        ["prepare", *tiny, "--input", "missing.txt", "--output", "store"], ["inspect", "missing"],
+        ["demo", "--model", "./missing"], ["demo", *tiny, "--prepare.input", "missing.txt"],
+        ["demo", *tiny, "--train.batch_tokens", "5"], ["demo", *tiny, "--generate.num_beams", "0"],
+    ]  # fmt: skip
+    code = f"""
+import os, sys
+from cartilha.cli import main
+os.chdir(r"{tmp_path}")
+for mistake in {mistakes!r}:
+    assert main(mistake) == 2, mistake
+    loaded = {{"torch", "transformers", "gradio"}} & set(sys.modules)
+    assert not loaded, (mistake, loaded)
+"""
+    with taken:
+        done = in_a_new_process(code)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stderr.splitlines()) == len(mistakes)  # one sentence each
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]
 
 
 def test_python_m_cartilha_prints_portuguese_where_the_locale_is_ascii():
@@ -222,6 +286,97 @@ def test_what_is_not_given_keeps_its_default_and_lists_are_replaced(settings):
     assert settings("evaluate", "--model", "a")["model"] == ["a"]
 
 
+@pytest.mark.parametrize(
+    ("words", "prompts"),
+    [
+        (["--prompt", "-Olá"], ["-Olá"]),
+        (["--prompt", "a", "-Olá", "b", "--seed", "3", "--prompt", "-"], ["a", "-Olá", "b", "-"]),
+        (["--prompt", "-- Bom dia", "--Sim, disse ela.", "c"], ["-- Bom dia", "--Sim, disse ela.", "c"]),
+        (["--prompt=-h"], ["-h"]),
+    ],
+)
+def test_a_prompt_may_begin_with_a_dash(settings, tmp_path, words, prompts):
+    given = settings("generate", *words)
+    assert given["prompt"] == prompts
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(given, allow_unicode=True), encoding="utf-8")
+    assert settings("generate", "--config", str(tmp_path / "c.yaml")) == given
+
+
+def test_a_value_with_a_dash_takes_no_more_than_its_option(settings, refused):
+    assert settings("report", "--output", "-x.html", "run")["runs"] == ["run"]
+    given = settings("train", "--store", "s", "--time_budget=5 m", "--lr", "-1")
+    assert (given["store"], given["time_budget"], given["lr"]) == ("s", "5 m", -1)
+    assert "'--epochs'" not in refused("train", "--lr", "--epochs", "3")
+
+
+@pytest.mark.parametrize("flag", ["--model", "--models"])
+def test_one_model_or_several_has_both_spellings(settings, flag):
+    for command in ("prepare", "check", "plan", "train", "generate", "vocab", "demo"):
+        assert settings(command, flag, "m")["model"] == "m"
+    assert settings("evaluate", flag, "a", "b")["model"] == ["a", "b"]
+    for command in ("compare", "explore"):
+        assert settings(command, flag, "a", flag, "b")["models"] == ["a", "b"]
+
+
+def test_a_file_of_options_can_be_run_again(settings, refused, tmp_path):
+    path = tmp_path / "config.yaml"
+    write_config(tmp_path, configs.TrainConfig(store="s", output="r", lr=1e-05, dropout=True, time_budget="5m"))
+    given = settings("train", "--config", str(path), "--output", "again")
+    assert given == {**settings("train"), "store": "s", "output": "again", "lr": 1e-5, "dropout": True} | {
+        "time_budget": "5m"
+    }
+    path.write_text(yaml.safe_dump(settings("evaluate", "--model", "a", "b", "--window", "5")), encoding="utf-8")
+    assert settings("evaluate", "--config", str(path)) == yaml.safe_load(path.read_text(encoding="utf-8"))
+    path.write_text("epoch: 3", encoding="utf-8")
+    assert "did you mean --epochs?" in refused("train", "--config", str(path))
+    assert "no.yaml cannot be read" in refused("train", "--config", "no.yaml")
+
+
+def test_the_help_of_a_job_shows_its_recipes_defaults(capsys):
+    for arguments in (["demo", "--help"], ["run", "demo", "-h"]):
+        assert main(arguments) == 0
+        text = " ".join(capsys.readouterr().out.split())
+        for shown in ("(default: package:llm-", "default: 16)", "default: 0.0003)", "default: 'primer')"):
+            assert shown in text
+
+
+# Callers from Python
+
+
+def test_values_may_be_written_as_python_has_them():
+    config = configs.EvaluateConfig(model="run/model", input=Path("a.txt"), store=Path("store"), tasks=["t"])
+    assert config == configs.EvaluateConfig(model=("run/model",), input=("a.txt",), store="store", tasks=("t",))
+    assert configs.PrepareConfig(input="primer", weights=(0.5, 0.25)).weights == ("0.5", "0.25")
+    with pytest.raises(UserError, match="resume must be one of never, auto, not 'yes'"):
+        preflight(configs.TrainConfig(resume="yes"))
+
+
+def test_the_package_says_what_it_has():
+    import cartilha
+
+    assert {"train", "evaluate", "TrainConfig", "UserError"} <= set(dir(cartilha))
+    shown = pydoc.render_doc(cartilha.TrainConfig, renderer=pydoc.plaintext)
+    assert " batch_tokens: tokens an optimizer step" in shown
+    for name in dir(configs):
+        config = getattr(configs, name)
+        if name.endswith("Config"):
+            assert all(f"{item.name}: {item.metadata['help']}" in config.__doc__ for item in dataclasses.fields(config))
+
+
+def test_notices_appear_in_a_notebook_unless_logging_was_set_up(tmp_path):
+    (tmp_path / "a.txt").write_text("um\ndois\ntrês\nquatro\n", encoding="utf-8")
+    call = f"""
+import logging, cartilha
+%s
+cartilha.prepare(cartilha.PrepareConfig(input=r"{tmp_path}/a.txt", model="random:tiny", output=r"{tmp_path}/store"))
+"""
+    shown = in_a_new_process(call % "").stderr
+    assert "train: " in shown
+    assert in_a_new_process(call % "logging.getLogger('cartilha').setLevel('ERROR')").stderr == ""
+    once = in_a_new_process(call % "logging.basicConfig(format='root: %(message)s')").stderr  # as Colab has it
+    assert once.startswith("root: The store ") and once.count("\n") == 1
+
+
 # What is refused
 
 
@@ -234,7 +389,16 @@ def test_what_is_not_given_keeps_its_default_and_lists_are_replaced(settings):
         (["train", "--block_sise", "3"], ["--block_sise", "did you mean --block_size?"]),
         (["train", "--epoch", "3"], ["--epoch;", "did you mean --epochs?"]),  # abbreviations are not options
         (["train", "--zzzzzz", "3"], ["--zzzzzz", "--help"]),
-        (["run", "demo", "--train.learning_rate", "3"], ["--train.learning_rate", "--help"]),
+        (["run", "demo", "--train.learning_rate", "3"], ["--train.learning_rate", "did you mean --train.lr ("]),
+        (["run", "demo", "--lr", "3"], ["did you mean --train.lr ("]),
+        (["train", "--learning_rate", "3"], ["did you mean --lr (peak learning rate"]),
+        (["train", "--num-train-epochs=3"], ["did you mean --epochs ("]),
+        (["train", "--batch_size", "3"], ["did you mean --batch_tokens (tokens an optimizer step"]),
+        (["train", "--per_device_train_batch_size", "3"], ["did you mean --micro_batch_size (blocks a forward pass"]),
+        (["train", "--max_length", "3"], ["did you mean --block_size ("]),
+        (["generate", "--max_length", "3"], ["did you mean --max_new_tokens ("]),
+        (["evaluate", "--model_name_or_path", "m"], ["did you mean --model ("]),
+        (["prepare", "--num_proc", "3"], ["did you mean --workers ("]),
         (["run", "demo", "--train.lrr=3"], ["--train.lrr", "did you mean --train.lr?"]),
         (["run", "demo", "--train.store", "x"], ["--train.store"]),  # the job itself sets it
         (["train", "--epochs", "x"], ["epochs", "'x'"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -44,6 +45,7 @@ def run(tmp_path):
     folder.mkdir(parents=True)
     for name in ("config.json", "model.safetensors", "tokenizer.json", "README.md", "notes.bin"):
         (folder / name).write_text("{}")
+    (tmp_path / "run" / "results.json").write_text("{}")
     return str(tmp_path / "run")
 
 
@@ -58,6 +60,7 @@ def test_the_model_and_its_card_are_sent_and_a_new_repository_is_private(monkeyp
     assert result.to_dict() == {"url": "https://huggingface.co/ana/opt-pt", "private": True}
     assert hub.sent == ["README.md", "config.json", "model.safetensors", "tokenizer.json"]
     assert pushed(monkeypatch, Hub(), run, "ana/opt-pt", True).private is False
+    assert pushed(monkeypatch, hub, str(Path(run).parent), "ana/opt-pt").url == result.url  # what a recipe left
     assert pushed(monkeypatch, hub, run, "ana/opt-pt", True).private is True  # it was there, and stays what it is
 
 
@@ -78,7 +81,7 @@ def test_what_the_hub_refuses_is_one_sentence(monkeypatch, run, tmp_path):
     with pytest.raises(UserError, match="is no name on the hub"):
         pushed(monkeypatch, Hub(), run, "ana/x/y z")
     with pytest.raises(UserError, match="holds no trained model"):
-        pushed(monkeypatch, Hub(), str(tmp_path), "ana/x")
+        pushed(monkeypatch, Hub(), str(tmp_path / "elsewhere"), "ana/x")
 
 
 def card(model: str) -> str:

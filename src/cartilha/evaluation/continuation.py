@@ -9,6 +9,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from cartilha.config import GenerateConfig
 from cartilha.errors import UserError
+from cartilha.evaluation.decoding import check_decoding, describe_mode
 from cartilha.model.attention import transformers_attention
 from cartilha.model.head import head_weight
 from cartilha.model.load import LoadedModel
@@ -41,13 +42,6 @@ class _BeginWith(LogitsProcessor):
         return masked  # type: ignore[return-value]
 
 
-def describe_mode(config: GenerateConfig) -> str:
-    """How the next token is chosen, in a few words."""
-    if config.do_sample:
-        return f"sampled (temperature {config.temperature:g}, top_k {config.top_k}, top_p {config.top_p:g})"
-    return f"beam search ({config.num_beams})" if config.num_beams > 1 else "greedy"
-
-
 def continue_prompts(loaded: LoadedModel, tokenizer: TextTokenizer, config: GenerateConfig) -> list[Continuation]:
     """Continue each prompt.
 
@@ -59,12 +53,7 @@ def continue_prompts(loaded: LoadedModel, tokenizer: TextTokenizer, config: Gene
     Raises:
         UserError: A prompt and its continuation do not fit the model's context, or the choices contradict each other.
     """
-    if config.do_sample and config.num_beams > 1:
-        raise UserError("Sampling and beams were both asked for; use --do_sample or --num_beams, not both.")
-    if config.max_new_tokens < 1 or config.num_beams < 1:
-        raise UserError("max_new_tokens and num_beams must be 1 or more.")
-    if config.do_sample and (config.temperature <= 0 or not 0 < config.top_p <= 1 or config.top_k < 1):
-        raise UserError("Sampling needs temperature above 0, top_k of 1 or more, and top_p above 0 and at most 1.")
+    check_decoding(config)
     seed_everything(config.seed)
     with transformers_attention(loaded.model):
         return [_continue(loaded, tokenizer, prompt, config) for prompt in config.prompt]

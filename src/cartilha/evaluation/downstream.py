@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from cartilha.errors import UserError, missing_extra
+from cartilha.errors import UserError
 from cartilha.model.attention import transformers_attention
 from cartilha.model.load import LoadedModel
 from cartilha.tokens.tokenizer import TextTokenizer
@@ -22,17 +21,12 @@ def check_tasks(tasks: Sequence[str]) -> None:
     """Name what is wrong with the tasks before any model is loaded.
 
     Raises:
-        UserError: The extra is missing, or the harness has no such task.
+        UserError: The harness has no such task.
     """
     if not tasks:
         return
-    if importlib.util.find_spec("lm_eval") is None:
-        raise missing_extra("A downstream task", "eval")
     from lm_eval.tasks import TaskManager
 
-    for task in tasks:
-        if _is_file(task) and not Path(task).is_file():
-            raise UserError(f"There is no task file {task}; give one of the harness's YAML files, or a task's name.")
     named = [task for task in tasks if not _is_file(task)]
     if not named:
         return

@@ -7,16 +7,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cartilha.errors import UserError
-from cartilha.evaluation.documents import ScoredDocuments
-from cartilha.evaluation.nll import TokenRows
 from cartilha.storage import new_file, refuse_lfs_pointer, to_json
+
+if TYPE_CHECKING:  # they import torch, and a missing file is to be named before that
+    from cartilha.evaluation.documents import ScoredDocuments
+    from cartilha.evaluation.nll import TokenRows
 
 METADATA_KEY = b"cartilha.evaluation"
 

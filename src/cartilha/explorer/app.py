@@ -21,8 +21,8 @@ from fastapi import FastAPI, Request
 from fastapi.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from cartilha.errors import UserError
 from cartilha.explorer.page import build_page, script, stylesheet, theme
+from cartilha.explorer.port import HOST
 from cartilha.explorer.session import Explorer
 from cartilha.explorer.wording import preferred_language
 from cartilha.reporting.wording import LANGUAGES, Language
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("cartilha")
 
-HOST = "127.0.0.1"
 # gradio builds templates from strings and styles from attributes; everything else comes from this server alone.
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
@@ -105,27 +104,6 @@ def create_app(explorer: Explorer, default: Language) -> FastAPI:
             js=script(language),
         )
     return app
-
-
-def listen(port: int) -> sockets.socket:
-    """A socket of this machine alone, bound and not yet listening.
-
-    Raises:
-        UserError: The port is taken, not allowed, or none.
-    """
-    if not 0 <= port <= 65535:
-        raise UserError(f"A port is a number from 0 to 65535, not {port}.")
-    socket = sockets.socket(sockets.AF_INET, sockets.SOCK_STREAM)
-    if os.name != "nt":  # there it would let two programs share the port
-        socket.setsockopt(sockets.SOL_SOCKET, sockets.SO_REUSEADDR, 1)
-    try:
-        socket.bind((HOST, port))
-    except OSError as error:
-        socket.close()
-        raise UserError(
-            f"The port {port} cannot be had ({error.strerror}); choose another with --port, or --port 0 for any."
-        ) from error
-    return socket
 
 
 class _Server(uvicorn.Server):

@@ -20,6 +20,7 @@ from cartilha.corpus.primer import read_primer
 from cartilha.errors import CheckFailedError, UserError
 from cartilha.model.load import load_model
 from cartilha.pipeline.held_out import model_tokenizer
+from cartilha.pipeline.preflight import preflight
 from cartilha.pipeline.run_plan import plan_run, this_machine
 from cartilha.pipeline.run_setup import Run
 from cartilha.runtime import choose_device, choose_dtype
@@ -96,8 +97,7 @@ def check(config: CheckConfig) -> CheckReport:
     Raises:
         UserError: There is no such model or store, or nothing in it to check with.
     """
-    if config.block_size < 2:
-        raise UserError(f"A block size of {config.block_size} is too small; use 2 or more, 512 as a rule.")
+    preflight(config)
     started = time.monotonic()
     subject = _subject(config)
     results = run_checks(subject, CHECKS)

@@ -14,10 +14,10 @@ from cartilha.errors import UserError
 from cartilha.evaluation.compare import Comparison, compare_documents
 from cartilha.evaluation.measures import make_evaluation
 from cartilha.evaluation.saved import SavedEvaluation, load_evaluation, saved_evaluation
-from cartilha.evaluation.windows import first_tokens
 from cartilha.model.head import head_weight
 from cartilha.pipeline.evaluate import ready_model, score_held_out
 from cartilha.pipeline.held_out import held_out
+from cartilha.pipeline.preflight import preflight
 
 log = logging.getLogger("cartilha")
 
@@ -56,12 +56,10 @@ def compare(config: CompareConfig) -> CompareResult:
     Raises:
         UserError: Not two of them, different documents, or protocols that score different parts of them.
     """
-    if (len(config.models), len(config.evaluations)) not in ((2, 0), (0, 2)):
-        raise UserError("Name two models with --models A B, or two saved evaluations with --evaluations A B.")
+    preflight(config)
     if config.evaluations:
         first, second = (load_evaluation(Path(path)) for path in config.evaluations)
     else:
-        first_tokens(config.protocol)
         first, second = (_score(ref, config) for ref in config.models)
     if first.text_hashes != second.text_hashes:
         raise UserError("The two evaluations are of different documents; score the same text with both models.")

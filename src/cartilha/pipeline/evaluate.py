@@ -25,10 +25,11 @@ from cartilha.evaluation.downstream import check_tasks, run_tasks
 from cartilha.evaluation.measures import Evaluation, make_evaluation
 from cartilha.evaluation.nll import TokenRows, score_documents
 from cartilha.evaluation.saved import save_evaluation, token_file
-from cartilha.evaluation.windows import Protocol, first_tokens, make_protocol
+from cartilha.evaluation.windows import Protocol, make_protocol
 from cartilha.model.head import head_weight
 from cartilha.model.load import LoadedModel, load_model
 from cartilha.pipeline.held_out import BaselineCollector, HeldOut, held_out, model_tokenizer
+from cartilha.pipeline.preflight import preflight
 from cartilha.runtime import choose_device, choose_dtype, world
 from cartilha.tokens.store import batches
 from cartilha.tokens.tokenizer import TextTokenizer
@@ -100,15 +101,8 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
     Raises:
         UserError: No text, no such protocol, a missing extra, or a model that cannot be loaded.
     """
-    first_tokens(config.protocol)
+    preflight(config)
     text = held_out(config)
-    if config.save and len(config.model) != 1:
-        raise UserError("--save keeps the evaluation of one model; name one with --model.")
-    if config.near_duplicates and text.store is None:
-        raise UserError("--near_duplicates needs the training text to look in; name its store with --store.")
-    if config.continuations is not None and config.continuations < 2:
-        raise UserError(f"--continuations must be 2 or more, not {config.continuations}.")
-    _check_processes(config)
     check_tasks(config.tasks)
     if text.split == "train":
         log.warning("Scoring the training text: these figures say what was learnt by heart, not how good the model is.")
@@ -120,14 +114,6 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
             models.append(_evaluate_model(ready, text, config, take))
             del ready
     return EvaluateResult(tuple(models))
-
-
-def _check_processes(config: EvaluateConfig) -> None:
-    """Under torchrun the documents are shared out; what goes through them in one place is refused by name."""
-    alone = {"per_token": config.per_token, "continuations": config.continuations, "tasks": config.tasks}
-    asked = [f"--{name}" for name, value in alone.items() if value]
-    if asked and world()[1] > 1:
-        raise UserError(f"{asked[0]} works in one process only; run it without torchrun.")
 
 
 def ready_model(ref: str, text: HeldOut, config: EvaluateConfig | CompareConfig) -> ReadyModel:

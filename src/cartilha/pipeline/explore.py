@@ -6,16 +6,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from cartilha.config import EvaluateConfig, ExploreConfig
-from cartilha.errors import UserError, missing_extra
+from cartilha.explorer.port import listen
 from cartilha.explorer.reading import Reader
 from cartilha.explorer.session import Explorer
 from cartilha.explorer.walking import StoreWalk
 from cartilha.pipeline.evaluate import ready_model
 from cartilha.pipeline.held_out import HeldOut
+from cartilha.pipeline.preflight import preflight
 from cartilha.reporting.wording import choose_language
 from cartilha.tokens.store import TokenStore
-
-MAX_MODELS = 2
 
 
 @dataclass(frozen=True)
@@ -38,17 +37,9 @@ def explore(config: ExploreConfig) -> ExploreResult:
         UserError: Nothing to explore, a model or store that cannot be opened, a port that is taken, or the extra
             `explorer` is missing.
     """
-    if not config.models and not config.store:
-        raise UserError("There is nothing to explore; name one or two models with --models, or a store with --store.")
-    if len(config.models) > MAX_MODELS:
-        raise UserError(f"The page compares {MAX_MODELS} models at most, not {len(config.models)}; leave some out.")
-    # A port that is taken and a missing extra are said before anything is loaded.
-    try:
-        from cartilha.explorer.app import listen, serve
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.startswith("cartilha"):
-            raise
-        raise missing_extra("The explorer", "explorer") from error
+    preflight(config)
+    from cartilha.explorer.app import serve
+
     with listen(config.port) as socket:
         explorer = open_explorer(config)
         address = serve(explorer, socket, default=choose_language(config.language), open_browser=not config.no_browser)

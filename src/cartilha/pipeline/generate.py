@@ -8,6 +8,7 @@ from typing import Any
 from cartilha.config import GenerateConfig
 from cartilha.evaluation.continuation import Continuation, continue_prompts
 from cartilha.model.load import load_model
+from cartilha.pipeline.preflight import preflight
 from cartilha.runtime import choose_device
 from cartilha.tokens.tokenizer import load_tokenizer
 
@@ -30,6 +31,7 @@ def generate(config: GenerateConfig) -> GenerateResult:
     Raises:
         UserError: A model that cannot be loaded, or a prompt that does not fit its context.
     """
+    preflight(config)
     tokenizer = load_tokenizer(config.model)
     loaded = load_model(config.model, choose_device(config.device), tokenizer=tokenizer)
     return GenerateResult(config.model, tuple(continue_prompts(loaded, tokenizer, config)))

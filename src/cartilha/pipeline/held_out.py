@@ -90,10 +90,6 @@ def held_out(config: EvaluateConfig | CompareConfig) -> HeldOut:
     Raises:
         UserError: Neither a store nor text is named, or the limit makes no sense.
     """
-    if config.limit_documents is not None and config.limit_documents < 1:
-        raise UserError(f"limit_documents must be 1 or more, not {config.limit_documents}.")
-    if not config.store and not config.input:
-        raise UserError("There is no text to score; give --store STORE (its held-out side) or --input REF.")
     store = TokenStore(config.store) if config.store else None
     if config.input:
         sources = tuple(resolve_inputs(config.input))

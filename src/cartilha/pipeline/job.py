@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cartilha.config import RunConfig
-from cartilha.errors import UserError
+from cartilha.pipeline.preflight import preflight
 from cartilha.pipeline.prepare import PrepareResult, prepare
 from cartilha.pipeline.run_files import read_samples
 from cartilha.pipeline.train import TrainResult, train
@@ -55,8 +55,7 @@ def run(config: RunConfig) -> RunResult:
     Raises:
         UserError: As each stage does.
     """
-    if not config.output:
-        raise UserError("A job needs a place for its store, run and report; name a directory with --output.")
+    preflight(config)
     output = Path(config.output)
     prepared = prepare(replace(config.prepare, model=config.model, output=str(output / "store")))
     run_path = output / "run"

@@ -146,7 +146,7 @@ def training_view(path: Path, record: RunRecord, schedule: Schedule, title: str)
         status.update(step)
         stale = step.ends_epoch  # an evaluation follows
 
-    if not log.isEnabledFor(logging.INFO) or not log.handlers:
+    if not log.isEnabledFor(logging.INFO) or not log.hasHandlers():
         yield lambda step: None
     elif sys.stderr.isatty():
         with Live(status, console=terminal(), transient=True, refresh_per_second=4):

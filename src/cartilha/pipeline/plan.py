@@ -16,6 +16,7 @@ from cartilha.config import PlanConfig
 from cartilha.errors import UserError
 from cartilha.model.checkpointing import checkpoint_layers
 from cartilha.model.load import configured_head_shape, context_length, load_model, model_config
+from cartilha.pipeline.preflight import preflight
 from cartilha.pipeline.run_plan import best_step, this_machine, with_copy
 from cartilha.runtime import choose_device, choose_dtype, is_out_of_memory
 from cartilha.tokens.packed import PackedDocuments
@@ -74,11 +75,11 @@ def plan(config: PlanConfig) -> PlanResult:
     Raises:
         UserError: No such model, store or device, a block size beyond the context, or a model that fits nowhere.
     """
+    preflight(config)
     store = TokenStore(config.store) if config.store else None
     tokenizer = store.tokenizer() if store else None
     model = model_config(config.model, tokenizer if config.model.startswith("random:") else None)
     sizes = _block_sizes(config, context_length(model))
-    _check(config, sizes)
     machine, devices = _devices(config, model)
     speeds = {facts.name: _Speed(facts.peak_flops * facts.share) for facts in devices}
     memory = {facts.name: _memory_model(model, facts, config) for facts in devices}
@@ -128,27 +129,9 @@ def _block_sizes(config: PlanConfig, longest: int) -> tuple[int, ...]:
     return (config.block_size,)
 
 
-def _check(config: PlanConfig, sizes: tuple[int, ...]) -> None:
-    if min(sizes) < 2:
-        raise UserError(f"A block size of {min(sizes)} is too small; use 2 or more, 512 as a rule.")
-    if config.block_size is not None and (config.batch_tokens < 1 or config.batch_tokens % config.block_size):
-        lower = max(1, config.batch_tokens // config.block_size) * config.block_size
-        raise UserError(
-            f"batch_tokens ({config.batch_tokens}) must be a multiple of block_size ({config.block_size}); "
-            f"use --batch_tokens {lower}."
-        )
-    if config.epochs < 1:
-        raise UserError(f"epochs must be 1 or more, not {config.epochs}.")
-    if config.price_per_hour is not None and not config.price_per_hour >= 0:
-        raise UserError(f"price_per_hour must be 0 or more, not {config.price_per_hour}.")
-
-
 def _devices(config: PlanConfig, model: PretrainedConfig) -> tuple[DeviceFacts | None, list[DeviceFacts]]:
     """This machine, where it is asked for, and all devices to plan for."""
     names = config.device or ("auto", *KNOWN_DEVICES)
-    for name in names:
-        if name != "auto" and name not in KNOWN_DEVICES:
-            raise UserError(f"There is no device {name!r} to plan for; choose from auto, {', '.join(KNOWN_DEVICES)}.")
     machine = None
     if "auto" in names:
         device = choose_device("auto")

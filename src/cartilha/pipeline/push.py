@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from cartilha.config import PushConfig
 from cartilha.errors import UserError
+from cartilha.pipeline.preflight import preflight
+from cartilha.pipeline.run_files import run_directory
 
 log = logging.getLogger("cartilha")
 
@@ -36,14 +37,11 @@ def push(config: PushConfig) -> PushResult:
     Raises:
         UserError: The run holds no trained model, or the hub refuses the name or the account, or cannot be reached.
     """
+    preflight(config)
+    folder = run_directory(config.run) / "model"
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
-    folder = Path(config.run) / "model"
-    if not (folder / "config.json").is_file():
-        raise UserError(
-            f"{config.run} holds no trained model ({folder} is missing); `cartilha train --resume auto` finishes a run."
-        )
     api = HfApi()
     try:
         repository = api.create_repo(config.name, private=not config.public, exist_ok=True)

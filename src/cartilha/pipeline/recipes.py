@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import importlib.resources
+import os
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
@@ -38,26 +40,37 @@ def read_recipe(name: str) -> dict[str, Any]:
     """
     names = recipe_names()
     if name in names:
-        text = (importlib.resources.files("cartilha.recipes") / f"{name}.yaml").read_text(encoding="utf-8")
-    else:
-        path = Path(name)
-        if not path.is_file():
-            close = difflib.get_close_matches(name, names, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(names)}, or give a YAML file."
-            raise UserError(f"There is no recipe {name!r}; {hint}")
-        try:
-            if path.stat().st_size > MAX_RECIPE_BYTES:
-                raise UserError(f"The recipe {name} is larger than {MAX_RECIPE_BYTES // 1000} kB: that is no recipe.")
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"The recipe {name} cannot be read ({error}).") from error
+        return read_settings(importlib.resources.files("cartilha.recipes") / f"{name}.yaml", f"The recipe {name}")
+    if not Path(name).is_file():
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(names)}, or give a YAML file."
+        raise UserError(f"There is no recipe {name!r}; {hint}")
+    return read_settings(name, f"The recipe {name}")
+
+
+def read_settings(file: str | Traversable, what: str) -> dict[str, Any]:
+    """A YAML file's mapping.
+
+    Args:
+        file: Its path, or a file inside the package.
+        what: Its name in messages, as `The file x.yaml`.
+
+    Raises:
+        UserError: It cannot be read, or is no YAML mapping.
+    """
+    try:
+        if isinstance(file, str) and os.path.getsize(file) > MAX_RECIPE_BYTES:
+            raise UserError(f"{what} is larger than {MAX_RECIPE_BYTES // 1000} kB: it holds no settings.")
+        text = (Path(file) if isinstance(file, str) else file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{what} cannot be read ({error}).") from error
     try:
         values = yaml.load(text, _PlainLoader)
     except RecursionError as error:
-        raise UserError(f"The recipe {name} is nested too deeply.") from error
+        raise UserError(f"{what} is nested too deeply.") from error
     except (yaml.YAMLError, ValueError) as error:  # a ValueError is a date that does not exist
         where = str(error).splitlines()[-1].strip()
-        raise UserError(f"The recipe {name} is not valid YAML ({where}).") from error
+        raise UserError(f"{what} is not valid YAML ({where}).") from error
     if not isinstance(values, dict):
-        raise UserError(f"The recipe {name} must be a YAML mapping such as `model: ...`.")
+        raise UserError(f"{what} must be a YAML mapping such as `model: ...`.")
     return values

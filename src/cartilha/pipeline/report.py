@@ -8,6 +8,7 @@ from typing import Any
 
 from cartilha.config import ReportConfig
 from cartilha.errors import UserError
+from cartilha.pipeline.run_files import run_directory
 from cartilha.reporting.html import render_report
 from cartilha.reporting.images import write_figures
 from cartilha.reporting.results import load_run
@@ -36,8 +37,9 @@ def report(config: ReportConfig) -> ReportResult:
     """
     if not config.runs:
         raise UserError("Name one or more run directories: cartilha report RUN... --output report.html")
-    path = render_report(config.runs, config.output, config.language)
-    runs = [load_run(run) for run in config.runs]
+    directories = [run_directory(run) for run in config.runs]
+    path = render_report(directories, config.output, config.language)
+    runs = [load_run(run) for run in directories]
     figures = (
         write_figures(runs, Path(config.figures), Wording(choose_language(config.language))) if config.figures else []
     )

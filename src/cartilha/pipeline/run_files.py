@@ -7,16 +7,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from cartilha.config import TrainConfig
 from cartilha.errors import UserError
-from cartilha.evaluation.continuation import Continuation
-from cartilha.evaluation.measures import Evaluation
 from cartilha.runtime import world
 from cartilha.storage import exclusive, parse_json, read_json, sweep_below, to_json, write_atomically, write_json
+
+if TYPE_CHECKING:  # they import torch, and a mistake is to be named before that
+    from cartilha.evaluation.continuation import Continuation
+    from cartilha.evaluation.measures import Evaluation
 
 log = logging.getLogger("cartilha")
 
@@ -116,6 +118,15 @@ def read_status(run: Path) -> str | None:
         return str(read_results(run)["status"])
     except (UserError, KeyError):
         return None
+
+
+def run_directory(path: str) -> Path:
+    """The directory of a run: the one named, or the run inside what a recipe left there, which is said."""
+    run = Path(path) / "run"
+    if (Path(path) / "results.json").is_file() or not (run / "results.json").is_file():
+        return Path(path)
+    log.info("%s is what a recipe left; its run is %s.", path, run)
+    return run
 
 
 def check_output(run: Path, resume: bool) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
-import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ from cartilha.evaluation.documents import ScoredDocuments, encode_documents, val
 from cartilha.evaluation.windows import Protocol, make_protocol
 from cartilha.model.checkpointing import checkpoint_layers
 from cartilha.model.load import LoadedModel, load_model, model_config, weights_hash
+from cartilha.pipeline.preflight import parse_duration, parse_share
 from cartilha.pipeline.run_files import read_results, read_status
 from cartilha.pipeline.run_plan import RunPlan, plan_run, this_machine
 from cartilha.runtime import (
@@ -83,75 +82,6 @@ class Run:
     def num_epochs_done(self) -> int:
         """Epochs finished so far."""
         return self.step // self.sampler.steps_per_epoch
-
-
-def check(config: TrainConfig) -> None:
-    """Mistakes that can be named without loading anything."""
-    if not config.store or not config.output:
-        raise UserError("Training needs --store STORE and --output RUN.")
-    if config.block_size < 2:
-        raise UserError(f"A block size of {config.block_size} is too small; use 2 or more, 512 as a rule.")
-    if config.batch_tokens < config.block_size or config.batch_tokens % config.block_size:
-        lower = max(1, config.batch_tokens // config.block_size) * config.block_size
-        raise UserError(
-            f"batch_tokens ({config.batch_tokens}) must be a multiple of block_size ({config.block_size}); "
-            f"use --batch_tokens {lower}."
-        )
-    smallest = {"epochs": 1, "max_steps": 1, "checkpoint_steps": 1, "validation_tokens": 1}
-    smallest |= {"checkpoint_minutes": 0, "weight_decay": 0}
-    for name, least in smallest.items():
-        value = getattr(config, name)
-        if value is not None and not value >= least:
-            raise UserError(f"{name} must be {least} or more, not {value}.")
-    parse_duration(config.time_budget)
-    if not 0 <= config.seed < 2**63:
-        raise UserError(f"The seed must lie between 0 and 2**63 - 1, not {config.seed}.")
-    if not config.max_grad_norm > 0:
-        raise UserError(f"max_grad_norm must be above 0, not {config.max_grad_norm}; use a large one to clip nothing.")
-    if config.micro_batch_size != "auto" and config.micro_batch_size < 1:
-        raise UserError(f"micro_batch_size must be 1 or more, or auto, not {config.micro_batch_size}.")
-    if config.lr != "auto" and not 0 < config.lr < math.inf:
-        raise UserError(f"The learning rate must be a number above 0, not {config.lr}.")
-    if config.embeddings_lr != "auto" and not 0 < config.embeddings_lr < math.inf:
-        raise UserError(f"The embeddings' learning rate must be a number above 0, not {config.embeddings_lr}.")
-    parse_share(config.embeddings_first, "embeddings_first")
-    if not 0 <= config.warmup_fraction <= 1 or not 0 <= config.final_lr_fraction <= 1:
-        raise UserError("warmup_fraction and final_lr_fraction must lie between 0 and 1.")
-
-
-def parse_duration(text: str | None) -> float | None:
-    """Seconds in a text such as `50m`, `1h30m`, `90s` or `2.5h`; None for None.
-
-    Raises:
-        UserError: It says no time above 0.
-    """
-    if text is None:
-        return None
-    found = re.fullmatch(r"(?:([\d.]+)h)?(?:([\d.]+)m)?(?:([\d.]+)s)?", text.strip().lower(), re.ASCII)
-    try:
-        parts = [float(part or 0) for part in found.groups()] if found else []
-    except ValueError:  # two points in a number
-        parts = []
-    seconds = sum(part * unit for part, unit in zip(parts, (3600, 60, 1), strict=False))
-    if not 0 < seconds < math.inf:
-        raise UserError(f"A time is written like 50m, 1h30m or 90s, not {text!r}.")
-    return seconds
-
-
-def parse_share(text: str, name: str) -> float:
-    """A share between 0 and 1 from `5%` or `0.05`.
-
-    Raises:
-        UserError: It is neither.
-    """
-    number = text.strip()
-    try:
-        share = float(number.removesuffix("%")) / (100 if number.endswith("%") else 1)
-    except ValueError:
-        share = math.nan
-    if not 0 <= share <= 1:
-        raise UserError(f"{name} is a share such as 5% or 0.05, between 0 and 1, not {text!r}.")
-    return share
 
 
 def is_finished_as_asked(config: TrainConfig, path: Path) -> bool:

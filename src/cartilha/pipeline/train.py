@@ -19,6 +19,7 @@ from cartilha.pipeline.check import refuse_if_failed
 from cartilha.pipeline.evaluate import evaluate_loaded
 from cartilha.pipeline.live import training_view
 from cartilha.pipeline.model_card import model_card
+from cartilha.pipeline.preflight import preflight
 from cartilha.pipeline.run_files import (
     NoticeCollector,
     RunRecord,
@@ -27,7 +28,7 @@ from cartilha.pipeline.run_files import (
     read_results,
     write_config,
 )
-from cartilha.pipeline.run_setup import Run, assemble, check, check_space, facts, is_finished_as_asked
+from cartilha.pipeline.run_setup import Run, assemble, check_space, facts, is_finished_as_asked
 from cartilha.pipeline.scratch import place_of_run
 from cartilha.pipeline.snapshots import take_snapshot
 from cartilha.runtime import (
@@ -42,7 +43,7 @@ from cartilha.storage import DISK_FAULTS, new_directory, system_error, write_ato
 from cartilha.training.checkpoint import best_checkpoint, list_checkpoints, newest_name
 from cartilha.training.hooks import EpochLoss, MetricsFile, StopRequest, listening_for_stop
 from cartilha.training.loop import StepRecord, train_steps
-from cartilha.training.trackers import TrackedRun, check_tracker, open_tracker
+from cartilha.training.trackers import TrackedRun, open_tracker
 from cartilha.training.watch import LossWatch
 from cartilha.training.writer import CheckpointWriter, can_write_in_background
 
@@ -82,8 +83,7 @@ def train(config: TrainConfig, *, prompts: GenerateConfig | None = None) -> Trai
         InterruptedRunError: Asked to stop; a checkpoint is saved.
     """
     output, resume = Path(config.output), config.resume == "auto"
-    check(config)
-    check_tracker(config.tracker)
+    preflight(config)
     stop_file = Path(config.stop_file) if config.stop_file else None
     if stop_file and stop_file.exists():
         raise InterruptedRunError(f"The stop file {stop_file} is there: nothing was done; remove it and go on.")

@@ -17,6 +17,7 @@ from cartilha.corpus.records import ReadSettings
 from cartilha.corpus.splits import choose_split
 from cartilha.errors import UserError
 from cartilha.model.embeddings import ModelShape, model_shape
+from cartilha.pipeline.preflight import preflight
 from cartilha.pipeline.vocab_advice import advise
 from cartilha.pipeline.vocab_extension import learn_extension, write_extension
 from cartilha.tokens.fertility import FertilityCounter
@@ -72,7 +73,7 @@ def vocab(config: VocabConfig) -> VocabResult:
     Raises:
         UserError: No text, a tokenizer that cannot be extended, or a text too small to learn so many merges.
     """
-    _check(config)
+    preflight(config)
     if config.advise:
         return VocabResult(advice=advise(config))
     tokenizer = load_tokenizer(config.model)
@@ -85,21 +86,6 @@ def vocab(config: VocabConfig) -> VocabResult:
     learnt = learn_extension(tokenizer, text.learnt_on + text.held_out, config.extend)
     origin = {"input": list(config.input), "num_documents": text.num_documents}
     return VocabResult(report, extension=write_extension(config.model, tokenizer, learnt, Path(config.output), origin))
-
-
-def _check(config: VocabConfig) -> None:
-    if not config.input:
-        raise UserError("There is no text; name files, a dataset or the primer with --input.")
-    if config.advise and config.extend is not None:
-        raise UserError("--advise tries several sizes by itself; leave out either it or --extend.")
-    if config.extend is None:
-        return
-    if config.extend < 1:
-        raise UserError(f"--extend must be 1 or more, not {config.extend}.")
-    if not config.output:
-        raise UserError("There is no place for the extended model; name a directory with --output.")
-    if Path(config.output).is_file() or (Path(config.output).is_dir() and any(Path(config.output).iterdir())):
-        raise UserError(f"{config.output} holds something already; choose another --output for the extended model.")
 
 
 def _read(config: VocabConfig, tokenizer: TextTokenizer) -> _Text:

@@ -21,8 +21,8 @@ from cartilha.corpus.records import ReadSettings
 from cartilha.errors import UserError
 from cartilha.pipeline.compare import compare
 from cartilha.pipeline.evaluate import evaluate
+from cartilha.pipeline.preflight import parse_duration
 from cartilha.pipeline.prepare import prepare
-from cartilha.pipeline.run_setup import parse_duration
 from cartilha.pipeline.train import train
 from cartilha.pipeline.vocab_extension import write_extension
 from cartilha.tokens.store import TokenStore

@@ -15,7 +15,7 @@ Language = Literal["en", "pt"]
 LANGUAGES: tuple[Language, ...] = ("en", "pt")
 ABSENT = "-"
 
-# What `evaluation.continuation.describe_mode` writes into samples.jsonl, by the key of its words here.
+# What `evaluation.decoding.describe_mode` writes into samples.jsonl, by the key of its words here.
 _MODES = {
     "mode_greedy": re.compile("greedy"),
     "mode_beam": re.compile(r"beam search \((?P<beams>\d+)\)"),
