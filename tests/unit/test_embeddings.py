@@ -92,7 +92,17 @@ def test_old_rows_stay_spare_rows_come_first_and_the_rest_are_added(name, first_
 
 def test_a_model_with_fewer_rows_than_its_tokenizer_has_ids_is_refused():
     with pytest.raises(UserError, match="48 rows for a tokenizer of 49 ids"):
-        extend_embeddings(model("smollm"), PIECES, 49)
+        extend_embeddings(model("smollm"), [*PIECES, (1, 48)], 49)
+
+
+def test_an_unused_token_beyond_the_rows_gets_one_of_its_own():
+    loaded = model("smollm")
+    old = head_weight(loaded.model).detach().clone()
+    extend_embeddings(loaded, PIECES, 50)  # 48 and 49 were never in a text
+    new = head_weight(loaded.model)
+    assert len(new) == 56 and torch.equal(new[:48], old)
+    torch.testing.assert_close(new[48:50], old.mean(dim=0).expand(2, -1))
+    torch.testing.assert_close(new[50], old[[1, 2]].mean(dim=0))
 
 
 def test_the_shape_says_what_a_row_costs():

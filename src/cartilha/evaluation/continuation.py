@@ -71,7 +71,7 @@ def _continue(loaded: LoadedModel, tokenizer: TextTokenizer, prompt: str, config
         )
     device = loaded.model.device
     processors = LogitsProcessorList()
-    unused = unused_ids(tokenizer, loaded)
+    unused, num_rows = unused_ids(tokenizer, loaded), len(head_weight(loaded.model))
     if healed:
         processors.append(_BeginWith(len(ids), _ids_that_begin_with_space(tokenizer).to(device)))
     settings = GenerationConfig(
@@ -81,7 +81,7 @@ def _continue(loaded: LoadedModel, tokenizer: TextTokenizer, prompt: str, config
         repetition_penalty=config.repetition_penalty,
         bos_token_id=tokenizer.prefix_id,
         eos_token_id=tokenizer.end_id,
-        pad_token_id=tokenizer.pad_id if tokenizer.pad_id is not None else tokenizer.end_id,
+        pad_token_id=tokenizer.pad_id if tokenizer.pad_id in range(num_rows) else tokenizer.end_id,
         suppress_tokens=unused or None,
         **(
             {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}

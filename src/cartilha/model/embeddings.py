@@ -96,7 +96,7 @@ def extend_embeddings(loaded: LoadedModel, pieces: Sequence[Sequence[int]], firs
     """
     model = loaded.model
     old_rows = head_weight(model).shape[0]
-    if first_id > old_rows:
+    if any(max(ids) >= old_rows for ids in pieces):  # an unused [PAD] may lie beyond the rows, and gets one here
         raise UserError(
             f"{loaded.ref} has {old_rows} rows for a tokenizer of {first_id} ids; they do not belong together."
         )
