@@ -217,11 +217,12 @@ def _tied(words: Sequence[str], parser: _Parser) -> list[str]:
         name = word.split("=")[0]
         if name in _flags(parser) or (name.startswith("--") and " " not in name):
             option, again = word if word in takes else "", False
-        elif option and (again or word.startswith("-")):
-            if tied[-1] == option:
-                tied.pop()
-            word, again = f"{option}={word}", takes[option] == "+"
-            option = option if again else ""
+        elif option:
+            if again or word.startswith("-"):
+                if tied[-1] == option:
+                    tied.pop()
+                word, again = f"{option}={word}", True
+            option = option if takes[option] == "+" else ""  # one value is all that the others take
         tied.append(word)
     return tied
 

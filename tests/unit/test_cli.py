@@ -307,6 +307,7 @@ def test_a_value_with_a_dash_takes_no_more_than_its_option(settings, refused):
     given = settings("train", "--store", "s", "--time_budget=5 m", "--lr", "-1")
     assert (given["store"], given["time_budget"], given["lr"]) == ("s", "5 m", -1)
     assert "'--epochs'" not in refused("train", "--lr", "--epochs", "3")
+    assert "-x" in refused("generate", "--model", "m", "-x")
 
 
 @pytest.mark.parametrize("flag", ["--model", "--models"])
