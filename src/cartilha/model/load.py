@@ -44,7 +44,8 @@ from cartilha.tokens.tokenizer import TextTokenizer
 
 log = logging.getLogger("cartilha")
 
-# What transformers and torch raise for files that hold no model.
+
+NO_CAUSAL_MODEL = "cannot be loaded as a causal language model"
 UNREADABLE = (ValueError, KeyError, RuntimeError, ImportError, SafetensorError, pickle.UnpicklingError, EOFError)
 
 
@@ -199,7 +200,7 @@ def _from_pretrained(ref: str, path: str) -> PreTrainedModel:
             raise UserError(f"{ref} holds no model that can be loaded ({_first_line(error)}).") from error
         raise HubUnreachableError(unreachable_message(ref)) from error
     except UNREADABLE as error:
-        raise UserError(f"{ref} cannot be loaded as a causal language model ({_reason(error)}).") from error
+        raise UserError(f"{ref} {NO_CAUSAL_MODEL} ({_reason(error)}).") from error
     model, report = result
     assert isinstance(model, PreTrainedModel)
     if getattr(model.config, "auto_map", None):
@@ -259,7 +260,8 @@ def _configuration(ref: str, place: str) -> PretrainedConfig:
     except (OSError, ValueError) as error:
         if not Path(place).is_dir() and isinstance(error, OSError):
             raise HubUnreachableError(unreachable_message(ref)) from error
-        raise UserError(f"{ref} holds no model that can be loaded ({_reason(error)}).") from error
+        what = "holds no model that can be loaded" if isinstance(error, OSError) else NO_CAUSAL_MODEL
+        raise UserError(f"{ref} {what} ({_reason(error)}).") from error
     assert isinstance(config, PretrainedConfig)
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
