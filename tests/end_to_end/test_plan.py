@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig
 
 import cartilha.pipeline.train as train_module
-from cartilha.config import GenerateConfig, TrainConfig
+from cartilha.config import PLANNED_DEVICES, GenerateConfig, TrainConfig
 from cartilha.pipeline.run_plan import plan_run
 from cartilha.pipeline.run_setup import assemble
 from cartilha.pipeline.train import train
@@ -81,6 +81,10 @@ def test_a_probe_that_does_not_fit_leaves_an_estimate(cartilha, monkeypatch):
     assert outcome.code == 0 and "its speed is estimated" in outcome.err
     rows = json.loads(outcome.out)["rows"]
     assert all(row["estimated"] and row["tokens_per_second"] > 0 for row in rows)
+
+
+def test_the_devices_that_can_be_named_are_those_with_figures():
+    assert tuple(KNOWN_DEVICES) == PLANNED_DEVICES
 
 
 @pytest.mark.parametrize(
