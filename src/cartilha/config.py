@@ -107,6 +107,9 @@ class PrepareConfig(Settings):
     weights: tuple[str, ...] = option(
         (), "a number for each --input: the shares of the tokens that they are to have (0.95 0.05)"
     )
+    max_repeats: int = option(
+        4, "with --weights: repeat the documents of an input up to this many times before others are left out"
+    )
     clean: tuple[str, ...] = option(
         ("none",), "web: all that text from the web needs; or cleaning steps by name; or none (extra text)"
     )

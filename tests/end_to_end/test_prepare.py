@@ -29,6 +29,7 @@ from cartilha.pipeline.prepare import prepare
 from cartilha.preparation import shard_work, work_directory
 from cartilha.preparation.executors import Local
 from cartilha.tokens.store import TokenStore
+from cartilha.tokens.summary import summarize
 
 PRIMER = [text.text.replace("\n", " ") for text in primer_texts()]
 
@@ -365,7 +366,7 @@ def test_a_long_document_is_cut_for_the_tokenizer_alone(config, monkeypatch, tmp
 def test_weights_are_shares_of_the_tokens(config, tmp_path):
     english = tmp_path / "english.txt"
     english.write_text("".join(f"A short line, number {i}, of English text.\n" for i in range(400)), encoding="utf-8")
-    weighted = replace(config, input=(*config.input, str(english)), weights=("0.9", "0.1"))
+    weighted = replace(config, input=(*config.input, str(english)), weights=("0.9", "0.1"), max_repeats=1)
     result = prepare(weighted)
     tokens = {"textos.txt": 0, "english.txt": 0}
     for split in ("train", "validation"):
@@ -376,6 +377,39 @@ def test_weights_are_shares_of_the_tokens(config, tmp_path):
     for weights, part in ((("1",), "1 weights for 2"), (("1", "x"), "numbers"), (("1", "0"), "above 0")):
         with pytest.raises(UserError, match=part):
             prepare(replace(weighted, weights=weights, overwrite=True))
+
+
+def test_a_small_input_is_repeated_rather_than_others_cut(config, tmp_path, caplog):
+    caplog.set_level("INFO", "cartilha")
+    small = tmp_path / "small.txt"
+    small.write_text("".join(f"A short line, number {i}, of English text.\n" for i in range(200)), encoding="utf-8")
+    plain = replace(config, input=(*config.input, str(small)), output=str(tmp_path / "plain"))
+    before = prepare(plain)
+    weighted = replace(plain, weights=("0.9", "0.1"), max_repeats=100, output=config.output)
+    result = prepare(weighted)
+    assert result.dropped["weights"] == 0
+    assert result.splits["validation"] == before.splits["validation"]  # what is held out is not repeated
+    both = documents(result.store)["train"]
+    assert set(both) == set(documents(plain.output)["train"]) and len(both) == result.splits["train"].num_documents
+    times = {text: both.count(text) for text in both}
+    assert {n for text, n in times.items() if "A short line" not in text} == {1}
+    found = rows(result.store, "train")
+    tokens = {name: sum(r["num_tokens"] for r in found if r["source"] == name) for name in ("textos.txt", "small.txt")}
+    assert tokens["small.txt"] / sum(tokens.values()) == pytest.approx(0.1, abs=0.02)
+    mixture = TokenStore(result.store).info["mixture"]
+    assert [part["num_left_out"] for part in mixture] == [0, 0] and mixture[0]["times"] == pytest.approx(1)
+    whole = int(mixture[1]["times"])
+    assert {n for text, n in times.items() if "A short line" in text} <= {whole, whole + 1}
+    assert "small.txt: 10.0% of the training tokens" in caplog.text and "left out for that" not in caplog.text
+    assert summarize(TokenStore(result.store)).clusters == summarize(TokenStore(plain.output)).clusters
+    assert prepare(replace(weighted, overwrite=True)).was_ready
+    # Where the small one may be repeated less often, the others are cut, and that is said.
+    less = prepare(replace(weighted, max_repeats=2, output=str(tmp_path / "less")))
+    assert less.dropped["weights"] > 0 and "left out for that" in caplog.text
+    counts = documents(less.store)["train"]
+    assert {counts.count(text) for text in counts} == {1, 2}
+    with pytest.raises(UserError, match="--max_repeats"):
+        prepare(replace(weighted, max_repeats=0, overwrite=True))
 
 
 def test_near_duplicates_stay_on_one_side(config, tmp_path, caplog):

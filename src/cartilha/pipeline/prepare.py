@@ -218,7 +218,7 @@ def _documents(asked: Plan) -> Iterator[str]:
 
 def _keep_texts_below(asked: Plan, config: PrepareConfig) -> float:
     """Where nothing but a document's own position decides, the texts of the others are not kept."""
-    decided = not (config.near_duplicates or asked.weights or asked.num_held_out)
+    decided = not (config.near_duplicates or asked.mixture or asked.num_held_out)
     decided = decided and config.validation_documents is None and config.validation_first is None
     return config.validation_fraction if decided else 2.0
 
@@ -299,10 +299,14 @@ def _write(
         corpus,
         asked.rule,
         near_duplicates=config.near_duplicates,
-        weights=asked.weights,
+        mixture=asked.mixture,
         given=asked.given,
         memory_bytes=CLUSTER_MEMORY_BYTES,
     )
+    _tell_mixture(config, sides)
+    if sides.train.max(initial=0) > 1:
+        num_bytes = int((sides.train * corpus.num_tokens).sum()) * token_dtype(tokenizer.num_ids).itemsize
+        require_space(path.parent, num_bytes)
     dropped = {**sides.dropped, "empty": read.empty, **dict(read.skipped), **rejected}
     if asked.left_out:
         dropped["files"] = sum(map(len, asked.left_out.values()))
@@ -325,6 +329,7 @@ def _write(
                 "num_documents_with_nul": read.nul_documents,
                 "fraction_used": sides.split.fraction_used,
                 "leaks": leaks,
+                **({"mixture": list(sides.mixture)} if sides.mixture else {}),
                 "notes": list(sides.split.notes),
                 "tokenization": {**proof.to_dict(), "gigatoken": fast_path_version()},
                 "versions": versions(TEXT_PACKAGES),
@@ -333,6 +338,24 @@ def _write(
         counts = writer.counts()
     _tell(read, sides, leaks)
     return PrepareResult(str(path), counts, dropped, False, leaks)
+
+
+def _tell_mixture(config: PrepareConfig, sides: Sides) -> None:
+    """Say what `--weights` does to each input before the store is written."""
+    for ref, part in zip(config.input, sides.mixture, strict=False):
+        taken = (
+            f"{ref}: {part['share']:.1%} of the training tokens, {part['times']:.2f} times its {part['num_tokens']:,}"
+        )
+        if part["num_left_out"]:
+            log.warning(
+                "%s: %s of its %s documents are left out for that (--max_repeats %d, or another weight, keeps more).",
+                taken,
+                f"{part['num_left_out']:,}",
+                f"{part['num_documents']:,}",
+                config.max_repeats + 1,
+            )
+        else:
+            log.info("%s.", taken)
 
 
 def _tell(read: ReadCounts, sides: Sides, leaks: dict[str, float] | None) -> None:

@@ -17,6 +17,7 @@ import pyarrow as pa
 from cartilha.corpus.clusters import cluster
 from cartilha.corpus.splits import Split, SplitResult, SplitRule, split_documents
 from cartilha.errors import UserError
+from cartilha.preparation.mixture import Mixture, copies
 from cartilha.preparation.shard_work import DOCUMENTS_SCHEMA, TEXTS_SCHEMA, ShardTask
 from cartilha.tokens.store_writer import ROW_SCHEMA, SplitWriter, StoreWriter
 
@@ -56,10 +57,12 @@ class Sides:
 
     Attributes:
         validation: Whether it is held out, bool, shape (num_documents,).
-        train: Whether it is trained on, bool; neither where it is left out.
+        train: How many times it stands in the training side, int64; on neither side where it is left out.
         clusters: Its cluster: the number of the first document, among those kept, that is a near-duplicate; int64.
         dropped: Documents left out, by reason.
         split: What decided.
+        mixture: With weights, for each input its share of the tokens, its documents and their tokens, how many times
+            they are taken, and how many documents are left out.
     """
 
     validation: np.ndarray
@@ -67,6 +70,7 @@ class Sides:
     clusters: np.ndarray
     dropped: dict[str, int]
     split: SplitResult
+    mixture: tuple[dict[str, Any], ...]
 
 
 def load_corpus(tasks: Sequence[ShardTask], source_numbers: dict[Any, int]) -> Corpus:
@@ -116,7 +120,7 @@ def decide(
     rule: SplitRule,
     *,
     near_duplicates: bool,
-    weights: tuple[np.ndarray, np.ndarray] | None,
+    mixture: Mixture | None,
     given: np.ndarray | None,
     memory_bytes: int,
 ) -> Sides:
@@ -126,8 +130,7 @@ def decide(
         corpus: All documents.
         rule: How many are held out.
         near_duplicates: Whether clusters of near-duplicates are kept together.
-        weights: For each source the number of its input, and for each input the share of the tokens that it is to
-            have; None where all is taken.
+        mixture: What share of the tokens each input is to have; None where everything is taken once.
         given: For each source whether it is held out as a whole; None where the rule decides.
         memory_bytes: What clustering may hold.
 
@@ -141,10 +144,11 @@ def decide(
     if near_duplicates:
         files = [task.directory / "signatures.npy" for task in corpus.tasks]
         found = cluster(files, memory_bytes=memory_bytes, scratch=corpus.tasks[0].work)
-    if weights is not None:
-        thinned = stays & ~_thin(corpus, stays, *weights)
-        dropped["weights"] = int(thinned.sum())
-        stays &= ~thinned
+    times, mixed = np.ones(num_documents, np.int64), tuple[dict[str, Any], ...]()
+    if mixture is not None:
+        times, mixed = _mix(corpus, stays, mixture)
+        dropped["weights"] = int((stays & (times == 0)).sum())
+        stays &= times > 0
     kept = np.flatnonzero(stays)
     if len(kept) == 1:
         raise UserError(
@@ -170,31 +174,44 @@ def decide(
         clusters[kept] = firsts[own_clusters]
     else:
         clusters[kept] = np.arange(len(kept))
-    return Sides(validation, train, clusters, dropped, result)
+    return Sides(validation, np.where(train, times, 0), clusters, dropped, result, mixed)
 
 
-def _thin(corpus: Corpus, stays: np.ndarray, inputs: np.ndarray, shares: np.ndarray) -> np.ndarray:
-    """Which documents stay so that each input has its share of the tokens, of as many as there can be.
-
-    A document's own hash decides, by another draw than that of the split; adding documents moves few.
-    """
-    of_document = inputs[corpus.sources]
-    tokens = np.bincount(of_document[stays], corpus.num_tokens[stays], len(shares))
-    if not tokens.all():
-        raise UserError(
-            "One of the weighted inputs gave no text; leave it out, with its weight, or, where --limit_documents ends"
-            " before it, add --shuffle or give a larger limit."
+def _mix(corpus: Corpus, stays: np.ndarray, mixture: Mixture) -> tuple[np.ndarray, tuple[dict[str, Any], ...]]:
+    """How many times each document is taken, and the figures of each input."""
+    of_document = mixture.inputs[corpus.sources]
+    tokens = np.bincount(of_document[stays], corpus.num_tokens[stays], len(mixture.shares))
+    rates = mixture.rates(tokens)
+    times = copies(rates[of_document], corpus.hashes)
+    figures = []
+    for number, share in enumerate(mixture.shares.tolist()):
+        own = stays & (of_document == number)
+        figures.append(
+            {
+                "share": share,
+                "num_documents": int(own.sum()),
+                "num_tokens": int(tokens[number]),
+                "times": float(rates[number]),
+                "num_left_out": int((own & (times == 0)).sum()),
+            }
         )
-    total = (tokens / shares).min()
-    draw = (corpus.hashes[:, 1] >> np.uint64(11)) / 2.0**53
-    return np.asarray(draw < (total * shares / tokens)[of_document])
+    return times, tuple(figures)
 
 
 def write_sides(writer: StoreWriter, corpus: Corpus, sides: Sides) -> None:
-    """Write both sides, by a thread each: they share nothing but what they read."""
+    """Write both sides, by a thread each: they share nothing but what they read.
+
+    Documents that are taken several times come again after all others, pass by pass.
+    """
+    passes = [sides.train > times for times in range(int(sides.train.max(initial=1)))]
+    masks: list[tuple[Split, list[np.ndarray]]] = [("train", passes), ("validation", [sides.validation])]
+
+    def write(split: Split, own: list[np.ndarray]) -> None:
+        for mask in own:
+            _write_side(writer.splits[split], corpus, sides, mask)
+
     with ThreadPoolExecutor(2) as pool:
-        masks: list[tuple[Split, np.ndarray]] = [("train", sides.train), ("validation", sides.validation)]
-        for work in [pool.submit(_write_side, writer.splits[split], corpus, sides, mask) for split, mask in masks]:
+        for work in [pool.submit(write, split, own) for split, own in masks]:
             work.result()
 
 

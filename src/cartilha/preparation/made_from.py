@@ -23,6 +23,7 @@ SETTINGS = (
     "limit_documents",
     "shuffle",
     "weights",
+    "max_repeats",
     "clean",
     "language",
     "near_duplicates",

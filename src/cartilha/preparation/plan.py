@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from cartilha.corpus.records import ReadSettings
 from cartilha.corpus.sources import LeftOut, Source, resolve_inputs
 from cartilha.corpus.splits import SplitRule
 from cartilha.errors import UserError
+from cartilha.preparation.mixture import Mixture
 from cartilha.storage import LONE_SURROGATES
 
 
@@ -26,8 +26,7 @@ class Plan:
             there.
         left_out: Files of the inputs' folders that are not read.
         num_held_out: How many of the sources are held out as a whole.
-        weights: For each source the number of its input, and for each input its share of the tokens; None where all
-            of everything is taken.
+        mixture: What share of the tokens each input is to have; None where everything is taken once.
         rule: How many documents are held out.
         reading: How records become documents.
         steps: Cleaning steps.
@@ -37,7 +36,7 @@ class Plan:
     sources: list[Source]
     left_out: LeftOut
     num_held_out: int
-    weights: tuple[np.ndarray, np.ndarray] | None
+    mixture: Mixture | None
     rule: SplitRule
     reading: ReadSettings
     steps: tuple[str, ...]
@@ -85,27 +84,5 @@ def plan(config: PrepareConfig) -> Plan:
     # Together where nothing parts them, so that files of equal names are told apart by their folders.
     inputs = [resolve_inputs(refs, left_out) for refs in (zip(config.input) if config.weights else [config.input])]
     sources = resolve_inputs([*held_out, *(source for found in inputs for source in found)])
-    weights = _weights(config.weights, inputs, sources[len(held_out) :], len(held_out))
-    return Plan(sources, left_out, len(held_out), weights, rule, reading, steps, cleaning)
-
-
-def _weights(
-    given: Sequence[str], inputs: Sequence[Sequence[Source]], sources: Sequence[Source], num_held_out: int
-) -> tuple[np.ndarray, np.ndarray] | None:
-    if not given:
-        return None
-    if num_held_out:
-        raise UserError("--weights and --validation_input do not go together; hold out a fraction instead.")
-    if len(given) != len(inputs):
-        raise UserError(f"There are {len(given)} weights for {len(inputs)} inputs; give one for each --input.")
-    try:
-        values = np.array([float(value) for value in given])
-    except ValueError:
-        raise UserError(f"Weights are numbers, such as 0.95 0.05, not {' '.join(given)}.") from None
-    if not (np.isfinite(values).all() and (values > 0).all()):
-        raise UserError(f"Weights must be above 0, not {' '.join(given)}; leave an input out to have none of it.")
-    owners: dict[Source, int] = {}
-    for number, found in enumerate(inputs):
-        for source in found:
-            owners.setdefault(source, number)
-    return np.array([owners[source] for source in sources]), values / values.sum()
+    mixture = Mixture.of(config, inputs, sources) if config.weights else None
+    return Plan(sources, left_out, len(held_out), mixture, rule, reading, steps, cleaning)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cartilha.corpus.splits import SPLITS
@@ -55,6 +56,8 @@ def summarize(store: TokenStore) -> Summary:
     tokens, words, num_bytes = (
         sum(getattr(c, name) for c in counts) for name in ("num_tokens", "num_words", "num_bytes")
     )
+    if "mixture" in store.info:  # a document that was repeated is no near-duplicate of itself
+        sizes = [_distinct_clusters(store)]
     cluster_sizes = np.unique(np.concatenate([np.zeros(0, np.int64), *sizes]), return_counts=True)[1]
     many = cluster_sizes[cluster_sizes > 1]
     return Summary(
@@ -68,6 +71,13 @@ def summarize(store: TokenStore) -> Summary:
         bytes_per_token=num_bytes / max(1, tokens),
         clusters={"clusters": len(many), "documents": int(many.sum()), "largest": int(many.max(initial=0))},
     )
+
+
+def _distinct_clusters(store: TokenStore) -> np.ndarray:
+    """The cluster of each document, taken once however often it is repeated: int64."""
+    columns = ["cluster", "text_hash"]
+    tables = [pq.read_table(store.path / f"{split}.documents.parquet", columns=columns) for split in SPLITS]
+    return np.asarray(pa.concat_tables(tables).group_by(columns).aggregate([])["cluster"])
 
 
 def _add_lengths(lengths: dict[int, list[int]], num_tokens: np.ndarray) -> None:

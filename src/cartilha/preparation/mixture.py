@@ -1,0 +1,92 @@
+"""A mixture of inputs: the share of the training tokens that each is to have, and how often its documents are taken."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cartilha.config import PrepareConfig
+from cartilha.corpus.sources import Source
+from cartilha.errors import UserError
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Shares, and how far documents may be repeated to reach them.
+
+    Attributes:
+        inputs: For each source the number of its input.
+        shares: For each input its share of the tokens; their sum is 1.
+        max_repeats: A document is taken at most this many times.
+    """
+
+    inputs: np.ndarray
+    shares: np.ndarray
+    max_repeats: int
+
+    @classmethod
+    def of(cls, config: PrepareConfig, inputs: Sequence[Sequence[Source]], sources: Sequence[Source]) -> Mixture:
+        """The mixture that `--weights` asks for.
+
+        Args:
+            config: With a weight for each input.
+            inputs: The sources of each input.
+            sources: All sources, in order.
+
+        Raises:
+            UserError: The weights make no sense.
+        """
+        given = " ".join(config.weights)
+        if config.validation_input:
+            raise UserError("--weights and --validation_input do not go together; hold out a fraction instead.")
+        if len(config.weights) != len(inputs):
+            raise UserError(f"There are {len(config.weights)} weights for {len(inputs)} inputs; give one per --input.")
+        if config.max_repeats < 1:
+            raise UserError(f"--max_repeats is {config.max_repeats}; give 1, which repeats nothing, or more.")
+        try:
+            values = np.array([float(value) for value in config.weights])
+        except ValueError:
+            raise UserError(f"Weights are numbers, such as 0.95 0.05, not {given}.") from None
+        if not (np.isfinite(values).all() and (values > 0).all()):
+            raise UserError(f"Weights must be above 0, not {given}; leave an input out to have none of it.")
+        owners: dict[Source, int] = {}
+        for number, found in enumerate(inputs):
+            for source in found:
+                owners.setdefault(source, number)
+        return cls(np.array([owners[source] for source in sources]), values / values.sum(), config.max_repeats)
+
+    def rates(self, num_tokens: np.ndarray) -> np.ndarray:
+        """How often each input is taken: 0.5 is half of its documents, 1.5 all of them and half of them once more.
+
+        An input of which there is too little is repeated rather than the others cut; only where it would have to be
+        repeated more than `max_repeats` times are documents of the others left out.
+
+        Args:
+            num_tokens: Tokens of each input, shape (num_inputs,).
+
+        Raises:
+            UserError: An input has none.
+        """
+        if not num_tokens.all():
+            raise UserError(
+                "One of the weighted inputs gave no text; leave it out, with its weight, or, where --limit_documents"
+                " ends before it, add --shuffle or give a larger limit."
+            )
+        totals = num_tokens / self.shares  # of a mixture in which this input stands once
+        return np.asarray(min(totals.max(), self.max_repeats * totals.min()) * self.shares / num_tokens)
+
+
+def copies(rates: np.ndarray, hashes: np.ndarray) -> np.ndarray:
+    """How many times each document is taken: int64, shape (num_documents,).
+
+    Its own hash decides on the part of a time, by another draw than that of the split; adding documents moves few.
+
+    Args:
+        rates: Of each document's input, shape (num_documents,).
+        hashes: Shape (num_documents, 2).
+    """
+    draw = (hashes[:, 1] >> np.uint64(11)) / 2.0**53
+    whole = np.floor(rates)
+    return np.asarray(whole + (draw < rates - whole), np.int64)
