@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from cartilha.config import PrepareConfig
+from cartilha.explorer.walking import StoreWalk
 from cartilha.pipeline.prepare import prepare
 from cartilha.tokens.store import TokenStore
 
@@ -63,22 +64,26 @@ def test_a_document_by_its_number_and_by_its_id(cartilha, store, split):
     assert by_number["doc_id"] == documents[1].id
 
 
-def test_every_block_shows_the_documents_in_it(cartilha, store):
+@pytest.mark.parametrize("block_size", [8, 64])
+def test_every_block_shows_the_documents_in_it(cartilha, store, block_size):
     texts = {document.id: document.text for document in store.read_documents("train")}
     pieces: dict[str, str] = dict.fromkeys(texts, "")
-    first = looked(cartilha, store.path, "--block", 0, "--block_size", 64)["block"]
-    for number in range(first["num_blocks"]):
-        block = looked(cartilha, store.path, "--block", number, "--block_size", 64)["block"]
-        assert sum(row.get("num_inputs", 0) + row.get("padding", 0) for row in block["segments"]) == 64
-        for row in block["segments"]:
+    walk = StoreWalk(str(store.path))
+    num_blocks = looked(cartilha, store.path, "--block", 0, "--block_size", block_size)["block"]["num_blocks"]
+    for number in range(num_blocks):
+        block = looked(cartilha, store.path, "--block", number, "--block_size", block_size)["block"]
+        assert sum(row.get("num_inputs", 0) + row.get("padding", 0) for row in block["segments"]) == block_size
+        shown = walk.block(number, block_size).segments
+        for row, segment in zip(block["segments"], shown, strict=True):
             if "padding" in row:
-                assert number == first["num_blocks"] - 1
+                assert number == num_blocks - 1 and segment.tokens[0].kind == "padding"
                 continue
-            assert row["text"].startswith("<s>") == row["from_the_beginning"]
+            assert row["text"].startswith("<s>") == row["from_the_beginning"] == segment.begins
             assert row["from_the_beginning"] == (pieces[row["doc_id"]] == "")
             pieces[row["doc_id"]] += row["text"]
-            whole = f"<s>{texts[row['doc_id']]}"
-            assert row["to_the_end"] == (pieces[row["doc_id"]] in (whole, f"{whole}</s>"))
+            last = number == num_blocks - 1 and row is [r for r in block["segments"] if "text" in r][-1]
+            ends = pieces[row["doc_id"]] == f"<s>{texts[row['doc_id']]}" + ("" if last else "</s>")
+            assert row["to_the_end"] == segment.ends == ends
     assert {name: piece.removesuffix("</s>") for name, piece in pieces.items()} == {
         name: f"<s>{text}" for name, text in texts.items()
     }

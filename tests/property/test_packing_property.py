@@ -130,6 +130,31 @@ def test_segments_are_the_pieces_of_documents_and_positions_restart_in_each(corp
     assert begins.tolist() == sorted({*document_begins, *block_begins, *padding_begins})
 
 
+@given(corpora())
+@example(Corpus((7, 5), (0, 1), prefix_id=2, end_id=3, block_size=8))  # the first block holds all but the end token
+@example(CUT)
+@example(EMPTY_DOCUMENTS)
+@example(NOTHING)
+def test_pieces_are_the_segments_and_each_document_begins_and_ends_in_one_of_them(corpus):
+    stream = corpus.packed
+    pieces = [piece for number in range(len(stream)) for piece in stream.pieces(number)]
+    lengths = [length for block in blocks_of(stream) for length in block.segment_lengths]
+    assert [piece.end - piece.begin for piece in pieces] == lengths
+    of_documents = [piece for piece in pieces if piece.document is not None]
+    documents = list(range(len(corpus.lengths)))
+    inputs = [corpus.lengths[i] + 2 for i in corpus.order]
+    if documents:
+        inputs[-1] -= 1  # the last end token is a target only
+    for number in documents:
+        own = [piece for piece in of_documents if piece.document == number]
+        assert sum(piece.end - piece.begin for piece in own) == inputs[number]
+        assert [piece.begins for piece in own] == [True] + [False] * (len(own) - 1)
+        assert [piece.ends for piece in own] == [False] * (len(own) - 1) + [True]
+        assert [piece.has_end_token for piece in own] == [p.ends and number != documents[-1] for p in own]
+    assert of_documents == pieces[: len(of_documents)]
+    assert len(pieces) - len(of_documents) == bool(stream.padding_share)
+
+
 def test_not_vacuous_a_document_that_is_cut_goes_on_from_position_0():
     # 2 10 11 12 | 2e 2 2e 2 | 13 14 2e 2 | 15 ... where 2e is an end and 2 a prefix
     blocks = blocks_of(CUT.packed)[:4]

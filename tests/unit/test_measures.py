@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, normalizers
+from tokenizers import Tokenizer, decoders, models, normalizers
 
 from cartilha.corpus.document import Document
 from cartilha.errors import UserError
@@ -19,6 +19,7 @@ from cartilha.evaluation.documents import ScoredDocuments, encode_documents, val
 from cartilha.evaluation.measures import Evaluation, Sums, make_evaluation
 from cartilha.evaluation.windows import Protocol
 from cartilha.storage import to_json
+from cartilha.tokens.byte_level import token_bytes
 from cartilha.tokens.tokenizer import TextTokenizer, load_tokenizer
 
 BYTES = load_tokenizer("random:tiny")
@@ -189,19 +190,42 @@ def test_first_n_counts_what_is_scored():
     assert whole.corpus_hash == scored.corpus_hash, "the corpus is the same; the protocol says what is scored of it"
 
 
-def test_first_n_leaves_an_incomplete_character_uncounted():
-    # é is two bytes: after "caf" and its first byte, three are counted.
+def test_first_n_counts_the_bytes_of_an_incomplete_character():
+    # é is two bytes: "caf" and its first byte are four, and the character is begun.
     scored = encode_documents(documents("cafés"), BYTES, first_tokens=4)
-    assert (scored.num_tokens.tolist(), scored.num_bytes.tolist()) == ([4], [3])
-    assert encode_documents(documents("cafés"), BYTES, first_tokens=5).num_bytes.tolist() == [5]
+    assert [column.tolist() for column in (scored.num_tokens, scored.num_bytes, scored.num_chars)] == [[4], [4], [4]]
+    # Nats and bytes are of the same three tokens: 3 log2(245.6) bits over 3 bytes, not over 2.
+    scored = encode_documents(documents("éééé"), BYTES, first_tokens=3)
+    found = evaluate(scored, [3 * math.log(245.6)]).to_dict()
+    assert (found["num_bytes"], found["num_chars"], found["num_words"]) == (3, 2, 1)
+    assert found["bits_per_byte"] == found["domains"]["test"]["bits_per_byte"] == pytest.approx(7.94, abs=0.01)
+    assert found["macro"]["bits_per_byte"] == found["bits_per_byte"]
 
 
-def test_first_n_counts_replacement_characters_that_the_text_has():
-    # `--invalid_bytes replace` puts them in: three bytes each.
-    text = "ab\ufffd\ufffdcdé"
-    for cut, counted in ((5, 5), (8, 8), (10, 10), (11, 10), (12, 12)):
-        scored = encode_documents(documents(text), BYTES, first_tokens=cut)
-        assert scored.num_bytes.tolist() == [counted], cut
+def byte_fallback_tokenizer() -> TextTokenizer:
+    """As SentencePiece's: a few words, and bytes for all else; the decoder writes a U+FFFD for each incomplete byte."""
+    names = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "▁a"]
+    ids = {name: i for i, name in enumerate(names)}
+    model = models.BPE(ids, [("▁", "a")], unk_token="<unk>", byte_fallback=True)
+    backend = Tokenizer(model)
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return replace(BYTES, backend=backend)
+
+
+@pytest.mark.parametrize("text", ["ab\ufffd\ufffdcdé", "a😀 a€\u0301 ção", "\ufffd", "日本 語a", "e\u0301\u0301 \ufeffa"])
+@pytest.mark.parametrize("tokenizer", [BYTES, merging_tokenizer(("a", "Ł"), ("Ã", "§")), byte_fallback_tokenizer()])
+def test_first_n_counts_exactly_the_bytes_of_its_tokens(text, tokenizer):
+    ids = tokenizer.encode([text])[0]
+    assert tokenizer.decode(ids) == text
+    spelled = [tokenizer.backend.id_to_token(int(i)) for i in ids]
+    sizes = [len(token_bytes(token) or token.replace("▁", " ").encode()) for token in spelled]
+    for cut in range(1, len(ids) + 1):
+        scored = encode_documents(documents(text), tokenizer, first_tokens=cut)
+        num_bytes = sum(sizes[:cut])
+        begun = next(n for n in range(len(text) + 1) if len(text[:n].encode()) >= num_bytes)
+        assert (scored.num_bytes[0], scored.num_chars[0]) == (num_bytes, begun), cut
+        assert scored.num_words[0] == len(text[:begun].split())
 
 
 # Round trips
@@ -254,7 +278,7 @@ def test_many_lost_texts_are_counted_and_the_first_named():
 
 def test_a_lost_text_of_which_no_whole_character_is_scored():
     scored = encode_documents(documents(decomposed("é")), lossy_tokenizer(), first_tokens=1)
-    assert scored.num_bytes.tolist() == [0]
+    assert scored.num_bytes.tolist() == [1]
     evaluation = evaluate(scored, [1.0])
     assert evaluation.bits_per_byte is None and evaluation.num_lost == 1
     assert any("survive" in note for note in evaluation.notes)

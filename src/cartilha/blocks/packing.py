@@ -36,6 +36,26 @@ class Block:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """The inputs of one document, or the padding, in a block.
+
+    Attributes:
+        document: Its place in the order of the stream; None for padding.
+        begin: Its first position in the block; `end` is one past the last.
+        begins: Whether it begins with the document's prefix.
+        ends: Whether none of the document's inputs follow in the next block.
+        has_end_token: Whether it ends with the end token. That of the stream's last document is a target only.
+    """
+
+    document: int | None
+    begin: int
+    end: int
+    begins: bool = False
+    ends: bool = False
+    has_end_token: bool = False
+
+
+@dataclass(frozen=True)
 class Batch:
     """Blocks stacked: `input_ids`, `targets`, `position_ids` of shape (num_blocks, block_size).
 
@@ -139,6 +159,20 @@ class PackedStream:
             position_ids[-padding:] = np.arange(padding)
             segments.append(padding)
         return Block(input_ids, targets, position_ids, np.array(segments, np.int64))
+
+    def pieces(self, index: int) -> list[Piece]:
+        """What the segments of a block are, in order: pieces of documents, and the padding."""
+        begin, found = index * self.block_size, []
+        past = np.cumsum(self.block(index).segment_lengths).tolist()
+        for first, end in zip([0, *past], past, strict=False):
+            if begin + first >= self.num_inputs:
+                found.append(Piece(None, first, end))
+                continue
+            document = int(np.searchsorted(self.offsets, begin + first, side="right")) - 1
+            last = int(self.offsets[document + 1])
+            ends, begins = begin + end >= min(last, self.num_inputs), begin + first == int(self.offsets[document])
+            found.append(Piece(document, first, end, begins, ends, begin + end == last))
+        return found
 
     def _piece(self, document: int, first: int, past: int) -> np.ndarray:
         """Positions first to past - 1 of `[prefix] tokens [end]` of a document, int64."""

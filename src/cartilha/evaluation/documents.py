@@ -11,6 +11,7 @@ import numpy as np
 from cartilha.corpus.document import Document
 from cartilha.corpus.splits import split_position
 from cartilha.errors import UserError
+from cartilha.tokens.byte_level import token_bytes
 from cartilha.tokens.tokenizer import TextTokenizer
 
 SUBSET_SEED = 20_01  # of the hash order in which validation subsets are chosen; never changed
@@ -22,7 +23,8 @@ class ScoredDocuments:
 
     Attributes:
         ids: Token ids of each, cut to the protocol's first tokens.
-        num_bytes: UTF-8 bytes of the scored text, int64; likewise num_chars and num_words.
+        num_bytes: UTF-8 bytes of the scored tokens, int64.
+        num_chars: Characters that the scored tokens hold or begin, int64; likewise num_words.
         round_trips: Whether decode(encode(text)) = text; the others are left out of byte, character and word figures.
         doc_ids: Names for messages and tables.
         domains: Of each document.
@@ -103,7 +105,8 @@ def encode_documents(
     Args:
         documents: At least one with a token, unless `allow_empty`.
         tokenizer: The model's.
-        first_tokens: Keep only so many tokens of each; bytes, characters and words are then those of the kept part.
+        first_tokens: Keep only so many tokens of each. Bytes are then those of the kept tokens; a character or word of
+            which they hold a part counts whole.
         allow_empty: Give back no documents where there is nothing to score (a shard of a corpus).
 
     Raises:
@@ -118,15 +121,18 @@ def encode_documents(
         raise UserError(
             "There are no documents to score; give --input with text, or a store with validation documents."
         )
-    ids, texts = [], []
+    ids: list[np.ndarray] = []
+    texts: list[str] = []
+    num_bytes: list[int] = []
     for i in kept:
         cut = first_tokens is not None and len(encoded[i]) > first_tokens
         ids.append(encoded[i][:first_tokens] if cut else encoded[i])
-        text = documents[i].text
-        texts.append(_whole_characters(tokenizer.decode(ids[-1]), text) if cut else text)
+        whole = documents[i].text.encode("utf-8")
+        num_bytes.append(min(len(whole), _num_bytes(tokenizer, ids[-1])) if cut else len(whole))
+        texts.append(_begun_text(decoded[i].encode("utf-8"), num_bytes[-1]) if cut else documents[i].text)
     return ScoredDocuments(
         ids=ids,
-        num_bytes=np.array([len(text.encode("utf-8")) for text in texts], np.int64),
+        num_bytes=np.array(num_bytes, np.int64),
         num_chars=np.array([len(text) for text in texts], np.int64),
         num_words=np.array([len(text.split()) for text in texts], np.int64),
         round_trips=np.array([decoded[i] == documents[i].text for i in kept], bool),
@@ -139,14 +145,25 @@ def encode_documents(
     )
 
 
-def _whole_characters(decoded: str, text: str) -> str:
-    """What a document's first tokens say, without the incomplete character that a cut leaves at the end.
+def _num_bytes(tokenizer: TextTokenizer, ids: np.ndarray) -> int:
+    """UTF-8 bytes that the first tokens of a text stand for, those of an incomplete character at the end included.
 
-    It is decoded as U+FFFD, which a text may hold of its own.
+    A part of a character is decoded as U+FFFD, which a text may hold of its own: tokens that end so are counted by
+    their spelling.
     """
-    while decoded.endswith("\ufffd") and not text.startswith(decoded):
-        decoded = decoded[:-1]
-    return decoded
+    past, num_bytes = len(ids), 0
+    while (text := tokenizer.decode(ids[:past])).endswith("\ufffd"):
+        past -= 1
+        spelling = tokenizer.backend.id_to_token(int(ids[past]))
+        num_bytes += len(token_bytes(spelling) or spelling.encode("utf-8"))
+    return len(text.encode("utf-8")) + num_bytes
+
+
+def _begun_text(text: bytes, num_bytes: int) -> str:
+    """The first bytes of a text, and the rest of the character that they end in."""
+    while num_bytes < len(text) and text[num_bytes] & 0xC0 == 0x80:
+        num_bytes += 1
+    return text[:num_bytes].decode("utf-8")
 
 
 def validation_subset(documents: Sequence[Document], num_tokens: Sequence[int], max_tokens: int) -> list[Document]:

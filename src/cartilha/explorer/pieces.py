@@ -6,12 +6,11 @@ numbered (`1/3`, `2/3`, `3/3`); alone, a token that is no whole character is sho
 
 from __future__ import annotations
 
-import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cartilha.tokens.byte_level import CHARACTER_BYTES
+from cartilha.tokens.byte_level import token_bytes
 from cartilha.tokens.tokenizer import TextTokenizer
 
 _UNSEEN = ("Cc", "Cf", "Co", "Cn", "Zl", "Zp")  # Unicode categories: controls, format marks, unassigned, separators
@@ -84,16 +83,6 @@ def token_label(tokenizer: TextTokenizer, token_id: int) -> str:
         except UnicodeDecodeError:
             return "".join(f"<{byte:02X}>" for byte in known)
     return token.replace("▁", " ")
-
-
-def token_bytes(token: str) -> bytes | None:
-    """The bytes that a token stands for, or None where its spelling does not say (a SentencePiece word, say)."""
-    byte = re.fullmatch(r"<0x([0-9A-F]{2})>", token)
-    if byte is not None:
-        return bytes([int(byte[1], 16)])
-    if token and all(character in CHARACTER_BYTES for character in token):
-        return bytes(CHARACTER_BYTES[character] for character in token)
-    return None
 
 
 _DRAWN = {" ": "␣", "\n": "↵", "\t": "⇥", "\r": "␍", "\u00a0": "⍽"}

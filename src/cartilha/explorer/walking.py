@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from cartilha.blocks.packing import IGNORE_INDEX, PackedStream
+from cartilha.blocks.packing import IGNORE_INDEX, PackedStream, Piece
 from cartilha.blocks.sampler import epoch_order
 from cartilha.corpus.splits import Split
 from cartilha.explorer.pieces import token_label
@@ -125,31 +125,17 @@ class StoreWalk:
         stream = PackedStream(documents, block_size, epoch_order(len(documents), seed, epoch))
         number = min(max(number, 0), len(stream) - 1)
         block = stream.block(number)
-        past = np.cumsum(block.segment_lengths)
-        num_padding = max(0, (number + 1) * block_size - stream.num_inputs)
-        segments = []
-        for begin, end in zip(past - block.segment_lengths, past, strict=True):
-            if num_padding and end == block_size:
-                padding = StoreToken(self.store.end_id, "", "padding")
-                segments.append(Segment((padding,) * num_padding, False, False))
-                continue
-            first = number * block_size + int(begin)
-            document = int(np.searchsorted(stream.offsets, first, side="right")) - 1
-            segments.append(
-                self._segment(
-                    block.input_ids[begin:end],
-                    begins=first == int(stream.offsets[document]),
-                    ends=number * block_size + int(end) == int(stream.offsets[document + 1]),
-                )
-            )
+        segments = [self._segment(block.input_ids[piece.begin : piece.end], piece) for piece in stream.pieces(number)]
         return StoredBlock(number, len(stream), tuple(segments), int((block.targets != IGNORE_INDEX).sum()))
 
-    def _segment(self, ids: np.ndarray, *, begins: bool, ends: bool) -> Segment:
+    def _segment(self, ids: np.ndarray, piece: Piece) -> Segment:
+        if piece.document is None:
+            return Segment((StoreToken(self.store.end_id, "", "padding"),) * len(ids), False, False)
         # Where the two ids are one (OPT's </s>), only the place says which is meant.
-        text = ids[int(begins) : len(ids) - int(ends)]
-        head = (self._mark(int(ids[0]), "prefix"),) if begins else ()
-        tail = (self._mark(int(ids[-1]), "end"),) if ends else ()
-        return Segment((*head, *self._text_tokens(text), *tail), begins, ends)
+        text = ids[int(piece.begins) : len(ids) - int(piece.has_end_token)]
+        head = (self._mark(int(ids[0]), "prefix"),) if piece.begins else ()
+        tail = (self._mark(int(ids[-1]), "end"),) if piece.has_end_token else ()
+        return Segment((*head, *self._text_tokens(text), *tail), piece.begins, piece.ends)
 
     def _mark(self, token_id: int, kind: Kind) -> StoreToken:
         return StoreToken(token_id, token_label(self.tokenizer, token_id), kind)

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 from unicodedata import normalize
 
-import numpy as np
-
 from cartilha.blocks.packing import PackedStream
 from cartilha.blocks.sampler import epoch_order
 from cartilha.config import InspectConfig
@@ -135,23 +133,20 @@ def _block(store: TokenStore, config: InspectConfig) -> dict[str, Any]:
             f" from 0 to {len(stream) - 1}."
         )
     block = stream.block(config.block)
-    position = config.block * config.block_size
-    ends = np.cumsum(block.segment_lengths)
     segments: list[dict[str, Any]] = []
-    for begin, end in zip(ends - block.segment_lengths, ends, strict=True):
-        if position + begin >= stream.num_inputs:
-            segments.append({"padding": int(end - begin)})
+    for piece in stream.pieces(config.block):
+        if piece.document is None:
+            segments.append({"padding": piece.end - piece.begin})
             continue
-        place = int(np.searchsorted(stream.offsets, position + begin, side="right")) - 1
-        document = int(order[place])
+        document = int(order[piece.document])
         segments.append(
             {
                 "document": document,
                 "doc_id": labels["doc_id"][document],
-                "num_inputs": int(end - begin),
-                "from_the_beginning": bool(stream.offsets[place] == position + begin),
-                "to_the_end": bool(stream.offsets[place + 1] <= position + end + 1),
-                "text": tokenizer.decode(block.input_ids[begin:end]),
+                "num_inputs": piece.end - piece.begin,
+                "from_the_beginning": piece.begins,
+                "to_the_end": piece.ends,
+                "text": tokenizer.decode(block.input_ids[piece.begin : piece.end]),
             }
         )
     return {
