@@ -137,6 +137,8 @@ def _fastest_cpu_dtype(real: tuple[str, ...]) -> str:
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """The compute dtype for `auto` or a name; on a CPU with bf16, `auto` measures which one is faster.
 
+    Under torchrun all processes take that of rank 0: each would measure for itself.
+
     Raises:
         UserError: The dtype is not in the device's hardware, so it would be emulated or wrong.
     """
@@ -152,7 +154,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
         )
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)
-    return dtype
+    return from_rank_0(dtype)
 
 
 def has_cxx_compiler() -> bool:

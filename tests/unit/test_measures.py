@@ -213,7 +213,9 @@ def byte_fallback_tokenizer() -> TextTokenizer:
     return replace(BYTES, backend=backend)
 
 
-@pytest.mark.parametrize("text", ["ab\ufffd\ufffdcdé", "a😀 a€\u0301 ção", "\ufffd", "日本 語a", "e\u0301\u0301 \ufeffa"])
+@pytest.mark.parametrize(
+    "text", ["ab\ufffd\ufffdcdé", "a😀 a€\u0301 ção", "\ufffd", "日本 語a", "e\u0301\u0301 \ufeffa"]
+)
 @pytest.mark.parametrize("tokenizer", [BYTES, merging_tokenizer(("a", "Ł"), ("Ã", "§")), byte_fallback_tokenizer()])
 def test_first_n_counts_exactly_the_bytes_of_its_tokens(text, tokenizer):
     ids = tokenizer.encode([text])[0]

@@ -613,6 +613,7 @@ def test_numbers() -> None:
     english, portuguese = Wording("en"), Wording("pt")
     shown = [english.perplexity(value) for value in (9.67, 9.9996, 10.96, 31.666, 1423.4, 49152.0, None)]
     assert shown == ["9.670", "10.00", "10.96", "31.67", "1,423", "49,150", "-"]
+    assert english.perplexity(math.inf) == "∞"
     assert portuguese.perplexity(1423.4) == "1.423" and portuguese.perplexity(9.67) == "9,670"
     assert english.bits(2.0516) == "2.052" and portuguese.bits(2.0516) == "2,052"
     assert (english.change(2.0, 1.5), portuguese.change(2.0, 2.5), english.change(0, 1)) == ("−25.0%", "+25,0%", "-")

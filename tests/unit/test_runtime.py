@@ -175,6 +175,12 @@ def test_dtypes_of_a_cpu(monkeypatch, bf16):
             choose_dtype("bfloat16", cpu)
 
 
+def test_processes_compute_in_the_dtype_of_the_first(monkeypatch):
+    monkeypatch.setattr(runtime, "_fastest_cpu_dtype", lambda real: "bfloat16")  # what this process would choose
+    monkeypatch.setattr(runtime, "gather_objects", lambda mine: [torch.float32, mine])
+    assert choose_dtype("auto", torch.device("cpu")) == torch.float32
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="executables are found by their ending there")
 @pytest.mark.parametrize(
     ("platform", "there", "cxx", "expected"),

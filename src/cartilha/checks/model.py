@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +14,7 @@ from cartilha.checks.outcome import CheckResult, Judgement, Subject
 from cartilha.evaluation.baselines import token_counts, unigram_nll
 from cartilha.evaluation.documents import ScoredDocuments, encode_documents
 from cartilha.evaluation.nll import document_nll
+from cartilha.evaluation.perplexity import perplexity
 from cartilha.evaluation.windows import MAX_WINDOW, Protocol, make_protocol
 from cartilha.model.attention import transformers_attention, use_document_attention
 from cartilha.model.forward import batch_nll, hidden_states
@@ -87,9 +87,9 @@ def _fresh_start(subject: Subject) -> dict[str, float]:
         head.weight.zero_()
         zero = float(token_scores(states, head, targets, torch.float32).nll.double().mean())
     return {
-        "perplexity": math.exp(nll),
-        "theory": rows * math.exp(spread / 2),
-        "zero_head": math.exp(zero),
+        "perplexity": perplexity(nll),
+        "theory": rows * perplexity(spread / 2),
+        "zero_head": perplexity(zero),
         "num_rows": rows,
         "hidden_square": spread / float(head.weight.shape[1]),
     }
@@ -103,7 +103,8 @@ def _beside_unigram(subject: Subject) -> tuple[float, float]:
     tokens = store.tokens("train") if store is not None else subject.stream(subject.training, 2).documents.tokens
     counts = token_counts(tokens, len(head_weight(subject.loaded.model)))
     num_tokens = scored.num_tokens.sum()
-    return math.exp(nll.sum() / num_tokens), math.exp(unigram_nll(counts, scored.ids).sum() / num_tokens)
+    unigram = unigram_nll(counts, scored.ids)
+    return perplexity(nll.sum() / num_tokens), perplexity(unigram.sum() / num_tokens)
 
 
 def _sample(subject: Subject) -> ScoredDocuments:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from cartilha.blocks.packing import IGNORE_INDEX, PackedStream, stack
 from cartilha.blocks.sampler import BlockSampler
 from cartilha.checks.outcome import CheckResult, Judgement, Subject
+from cartilha.evaluation.perplexity import perplexity
 from cartilha.model.forward import batch_nll, hidden_states
 from cartilha.model.head import head_of
 from cartilha.model.loss import linear_cross_entropy
@@ -103,7 +104,7 @@ def overfit(subject: Subject) -> CheckResult:
                 nll = 0.0
                 if losses[-1] < math.log(OVERFIT_PERPLEXITY) or _has_stopped(losses):
                     break
-    curve = [_perplexity(loss) for loss in losses]
+    curve = [perplexity(loss) for loss in losses]
     shown = " -> ".join(f"{curve[i]:,.2f}" for i in sorted({0, len(curve) // 4, len(curve) // 2, len(curve) - 1}))
     return words.judge(
         curve[-1] < OVERFIT_PERPLEXITY,
@@ -121,10 +122,6 @@ def _has_stopped(losses: list[float]) -> bool:
         return True
     before, latest = losses[:-OVERFIT_PATIENCE], losses[-OVERFIT_PATIENCE:]
     return bool(before) and min(latest) > 0.98 * min(before)
-
-
-def _perplexity(loss: float) -> float:
-    return math.exp(loss) if loss < 700 else math.inf
 
 
 def loss(subject: Subject) -> CheckResult:

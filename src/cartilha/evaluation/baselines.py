@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import pyarrow as pa
 
+from cartilha.evaluation.perplexity import perplexity
+
 TOKENS_A_CHUNK = 1 << 22  # counted at a time: 32 MB as the 64-bit integers that numpy counts
 
 # Primed figures cost two compressions of the prime more, at about 1 s/MB, and the repetitions that help most are in any
@@ -131,8 +133,7 @@ def unigram(train_counts: np.ndarray, evaluation_ids: Sequence[np.ndarray], num_
     if not num_tokens:
         raise ValueError("There is nothing to score: the documents have no tokens.")
     nll = math.fsum(unigram_nll(train_counts, evaluation_ids))
-    mean = nll / num_tokens
-    return Baseline(math.exp(mean), _bits_per_byte(nll, num_bytes))
+    return Baseline(perplexity(nll / num_tokens), _bits_per_byte(nll, num_bytes))
 
 
 def xz_bits_per_byte(text: bytes, prime: bytes | None = None) -> float:

@@ -154,7 +154,7 @@ def _num_bytes(tokenizer: TextTokenizer, ids: np.ndarray) -> int:
     past, num_bytes = len(ids), 0
     while (text := tokenizer.decode(ids[:past])).endswith("\ufffd"):
         past -= 1
-        spelling = tokenizer.backend.id_to_token(int(ids[past]))
+        spelling = str(tokenizer.backend.id_to_token(int(ids[past])))
         num_bytes += len(token_bytes(spelling) or spelling.encode("utf-8"))
     return len(text.encode("utf-8")) + num_bytes
 

@@ -13,6 +13,7 @@ from cartilha.evaluation.baselines import uniform
 from cartilha.evaluation.bootstrap import FEW_DOCUMENTS, Interval, bootstrap_interval
 from cartilha.evaluation.documents import ScoredDocuments
 from cartilha.evaluation.nll import POSITION_EDGES, DocumentScores
+from cartilha.evaluation.perplexity import perplexity
 from cartilha.evaluation.windows import Protocol
 
 MAX_LOST_BYTES = 0.01  # above this share of bytes that do not round-trip, byte figures would not mean the corpus
@@ -39,12 +40,12 @@ class Sums:
     @property
     def perplexity(self) -> float:
         """exp(S / N): the token perplexity."""
-        return _exp(self.nll / self.num_tokens) if self.num_tokens else math.nan
+        return perplexity(self.nll / self.num_tokens) if self.num_tokens else math.nan
 
     @property
     def word_perplexity(self) -> float:
         """exp(S / W)."""
-        return _exp(self.nll / self.num_words) if self.num_words else math.nan
+        return perplexity(self.nll / self.num_words) if self.num_words else math.nan
 
     @property
     def bits_per_byte(self) -> float:
@@ -55,10 +56,6 @@ class Sums:
     def bits_per_char(self) -> float:
         """S / (C ln 2)."""
         return self.nll / (self.num_chars * math.log(2)) if self.num_chars else math.nan
-
-
-def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf
 
 
 def sum_documents(documents: ScoredDocuments, nll: np.ndarray, chosen: np.ndarray) -> Sums:
@@ -88,7 +85,7 @@ class Macro:
     @property
     def perplexity(self) -> float:
         """Exp of the mean loss; perplexities of documents are never averaged."""
-        return _exp(self.loss)
+        return perplexity(self.loss)
 
 
 @dataclass(frozen=True)

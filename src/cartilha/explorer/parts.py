@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -118,7 +117,7 @@ def reading(
     facts = {
         "letter": letter,
         "ref": reader.loaded.ref,
-        "perplexity": say.perplexity(evaluation.perplexity) if math.isfinite(evaluation.perplexity) else "∞",
+        "perplexity": say.perplexity(evaluation.perplexity),
         "bits_per_byte": say.bits(evaluation.bits_per_byte),
         "refused": evaluation.bits_per_byte is None,
         "num_tokens": say.number(len(found.ids)),

@@ -14,6 +14,7 @@ from cartilha.corpus.document import Document
 from cartilha.evaluation.documents import encode_documents
 from cartilha.evaluation.measures import Evaluation, make_evaluation
 from cartilha.evaluation.nll import TokenRows, score_documents
+from cartilha.evaluation.perplexity import perplexity
 from cartilha.evaluation.windows import Protocol
 from cartilha.explorer.pieces import Piece, text_pieces
 from cartilha.model.head import head_weight
@@ -74,7 +75,7 @@ class Reading:
     def running_perplexity(self) -> np.ndarray:
         """Perplexity of the text up to each token, that token included: exp of the mean so far."""
         means = np.cumsum(self.nll) / np.arange(1, len(self.nll) + 1)
-        return np.exp(np.minimum(means, 700.0))
+        return np.array([perplexity(mean) for mean in means])
 
     @property
     def bits(self) -> np.ndarray:

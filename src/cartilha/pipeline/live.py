@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cartilha.console import PLAIN_INTERVAL_S, terminal
+from cartilha.evaluation.perplexity import perplexity
 from cartilha.pipeline.run_files import RunRecord, read_samples
 from cartilha.training.loop import Schedule, StepRecord
 
@@ -96,7 +97,7 @@ class TrainingStatus:
         found = {"epoch": str(self.epoch)}
         if self.loss is not None:
             found["loss"] = f"{self.loss:.3f} nats/token"
-            found["perplexity"] = f"{math.exp(min(self.loss, 700)):,.2f}"
+            found["perplexity"] = f"{perplexity(self.loss):,.2f}"
         if self.validation_perplexity is not None:
             found["validation"] = f"perplexity {self.validation_perplexity:,.2f}"
         if self.tokens_per_second is not None:

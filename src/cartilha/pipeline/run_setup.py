@@ -130,9 +130,8 @@ def assemble(config: TrainConfig, path: Path, prompts: GenerateConfig, resume: b
     # Of several processes the first reads the checkpoint, and the others get what it holds.
     checkpoint = newest_sound_checkpoint(path) if resume and world()[0] == 0 else None
     recorded = read_settings(checkpoint) if checkpoint else None
-    # A resumed run keeps its compute dtype: `auto` might choose otherwise on another day, or in another process.
+    # A resumed run keeps its compute dtype: `auto` might choose otherwise on another day.
     dtype = choose_dtype(recorded["dtype"] if recorded and config.dtype == "auto" else config.dtype, device)
-    dtype = from_rank_0(dtype)
     seed_everything(config.seed)
     _refuse_what_cannot_fit(config, tokenizer, device)
     loaded = load_model(config.model, device, tokenizer=tokenizer, seed=config.seed)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from cartilha.evaluation.perplexity import perplexity
 from cartilha.reporting import tables
 from cartilha.reporting.chart import Axis, Series, line_chart, smooth, thin
 from cartilha.reporting.results import Evaluation, RunRecord, StepRecord
@@ -51,7 +52,7 @@ def run_figures(run: RunRecord, say: Wording) -> list[Figure]:
 
 def _loss_axis(say: Wording) -> Axis:
     def as_perplexity(loss: float) -> str:
-        return say.perplexity(math.exp(min(loss, 700)))
+        return say.perplexity(perplexity(loss))
 
     return Axis(say("loss_axis"), say.number, other=(say("perplexity_axis"), as_perplexity))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import locale
+import math
 import os
 import re
 from functools import cache
@@ -67,6 +68,8 @@ class Wording:
         """With four significant digits."""
         if value is None:
             return ABSENT
+        if math.isinf(value):
+            return "∞"
         rounded = f"{value:.3e}"  # rounds first, so that 9.9996 becomes 10.00 and not 10.000
         return self.number(float(rounded), max(0, 3 - int(rounded.split("e")[1])))
 
