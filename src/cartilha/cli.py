@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 from jsonargparse import SUPPRESS, ArgumentParser
 
 from cartilha import config as configs
-from cartilha.console import set_up_logging
+from cartilha.console import OptionNames, named_options, set_up_logging
 from cartilha.errors import UserError
 from cartilha.storage import DISK_FAULTS, system_error
 
@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(arguments)
     except UserError as error:
-        print(f"cartilha: {error}", file=sys.stderr)
+        print(f"cartilha: {named_options(str(error))}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:  # the reader of our output went away (`cartilha ... | head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         exit_code = getattr(error, "exit_code", None)
         if exit_code is None:
             raise
-        print(f"cartilha: {error}", file=sys.stderr)
+        print(f"cartilha: {named_options(str(error))}", file=sys.stderr)
         return int(exit_code)
 
 
@@ -143,6 +143,8 @@ def _dispatch(arguments: list[str]) -> int:
         values = vars(parser.parse_args(_tied(rest, parser)).as_flat())
     except SystemExit as exit_request:  # --help
         return int(exit_request.code or 0)
+    for handler in log.handlers:
+        handler.addFilter(OptionNames(_flags(parser), _homes()))
     as_json = bool(values.pop("json", False))
     print_config = bool(values.pop("print_config", False))
     if "config" in values:
@@ -389,6 +391,12 @@ def _no_such_option(name: str, parser: _Parser) -> str:
 
 def _flags(parser: ArgumentParser) -> list[str]:
     return [flag for action in parser._actions for flag in action.option_strings]
+
+
+def _homes() -> dict[str, str]:
+    """The first command that has an option, by the option's name."""
+    commands = [(name, command.config) for name, command in COMMANDS.items() if command.config is not configs.RunConfig]
+    return {f"--{item.name}": name for name, config in reversed(commands) for item in dataclasses.fields(config)}
 
 
 def _use_utf8() -> None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import Protocol
@@ -27,6 +28,44 @@ class Advance(Protocol):
 
     def __call__(self, amount: float, note: str = "") -> None:
         """Add `amount` of work."""
+
+
+class OptionNames(logging.Filter):
+    """Names options in messages as the command that runs has them.
+
+    Messages are written where the fault is found, by code that several commands share: in a job `--allow_changes` is
+    `--train.allow_changes`, and `--on_error`, which `evaluate` lacks, is `cartilha prepare --on_error`.
+
+    Args:
+        flags: The options of the command that runs.
+        homes: The command that has an option, by the option's name.
+    """
+
+    def __init__(self, flags: Collection[str], homes: Mapping[str, str]) -> None:
+        super().__init__()
+        self._flags, self._homes = flags, homes
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Rewrite a log record."""
+        record.msg, record.args = self.named(record.getMessage()), ()
+        return True
+
+    def named(self, message: str) -> str:
+        """The message with this command's options; what follows a command's name are that one's, and stay."""
+        return re.sub(r"cartilha \w+[^;`]*|(?<![\w-])--[a-z]\w*(?![\w.-])", self._named, message)
+
+    def _named(self, found: re.Match[str]) -> str:
+        option = found[0]
+        if option in self._flags or option not in self._homes:
+            return option
+        stages = [flag for flag in self._flags if flag.endswith(f".{option[2:]}")]
+        return " or ".join(stages) or f"cartilha {self._homes[option]} {option}"
+
+
+def named_options(message: str) -> str:
+    """The message as the log's `OptionNames` would write it, if a command has set one."""
+    filters = (known for handler in logging.getLogger("cartilha").handlers for known in handler.filters)
+    return next((known.named(message) for known in filters if isinstance(known, OptionNames)), message)
 
 
 @cache

@@ -231,10 +231,10 @@ def test_weights_left_random(taught, fresh):
 
 
 def test_a_diverged_model_fails_and_breaks_nothing(fresh):
-    """A loss of thousands of nats per token: its perplexity is infinite, and every check still says what it measured."""
+    """A loss of thousands of nats per token has an infinite perplexity, and every check still says what it measured."""
     with torch.no_grad():
         fresh.loaded.model.get_output_embeddings().weight.mul_(1e6)
-    results = run_checks(replace(fresh, is_random=False), CHEAP_CHECKS + (model.start, training.overfit))
+    results = run_checks(replace(fresh, is_random=False), (*CHEAP_CHECKS, model.start, training.overfit))
     assert "start" in failed(results)
     start = next(result for result in results if result.name == "start")
     assert start.figures["pretrained"] == math.inf and "pretrained inf" in start.measured

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib
 import json
+import logging
 import os
 import pydoc
 import socket
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +22,7 @@ import yaml
 from cartilha import cli
 from cartilha import config as configs
 from cartilha.cli import COMMANDS, main
+from cartilha.console import OptionNames
 from cartilha.errors import UserError
 from cartilha.pipeline.preflight import preflight
 from cartilha.pipeline.recipes import recipe_names
@@ -422,6 +426,57 @@ cartilha.prepare(cartilha.PrepareConfig(input=r"{tmp_path}/a.txt", model="random
 def test_a_mistake_is_one_sentence_and_exit_code_2(refused, arguments, parts):
     sentence = refused(*arguments)
     assert all(part in sentence for part in parts), sentence
+
+
+def every_option() -> set[str]:
+    flags = {flag for name, command in COMMANDS.items() for flag in cli._flags(cli._parser(name, command))}
+    return flags | set(cli._homes())
+
+
+def test_every_option_that_a_message_names_is_one_of_some_command():
+    of_others = {"--nproc-per-node", "--no-deps", "--upgrade", "--long"}  # torchrun's, pip's, zstd's
+    unknown = []
+    for path in sorted(Path(cli.__file__).parent.rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        described = [node for node in ast.walk(tree) if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))]
+        docstrings = {ast.get_docstring(node, clean=False) for node in described}
+        texts = [
+            node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        ]
+        for text in texts:
+            named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) if text not in docstrings else set()
+            unknown += [f"{path.name}: {option}" for option in named - of_others - every_option()]
+    assert unknown == []
+
+
+@pytest.mark.parametrize(
+    ("command", "message", "expected"),
+    [
+        ("evaluate", "or leave them out by --on_error skip.", "or leave them out by cartilha prepare --on_error skip."),
+        ("prepare", "or leave them out by --on_error skip.", "or leave them out by --on_error skip."),
+        ("run", "use another --output, or --allow_changes.", "use another --output, or --train.allow_changes."),
+        ("train", "make it with: cartilha prepare --input F.x --output S", None),
+        (
+            "check",
+            "`cartilha plan --device d` says it; --skip_checks.",
+            "{plan} says it; cartilha train --skip_checks.",
+        ),
+        ("run", "use a larger --block_size, not --nproc-per-node 2", "use a larger --train.block_size, not {torchrun}"),
+        ("train", "100 % of a--b is --no_option", None),
+    ],
+)
+def test_messages_name_the_options_of_the_command_that_runs(command, message, expected):
+    names = OptionNames(cli._flags(cli._parser(command, COMMANDS[command])), cli._homes())
+    literal = {"plan": "`cartilha plan --device d`", "torchrun": "--nproc-per-node 2"}
+    assert names.named(message) == (message if expected is None else expected.format(**literal))
+    record = logging.LogRecord("cartilha", logging.WARNING, "", 0, message.replace("%", "%%") + "%s", ("!",), None)
+    assert names.filter(record) and record.getMessage() == f"{names.named(message)}!"
+
+
+def test_a_command_says_where_an_option_that_it_lacks_is(refused, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "um"}\nnada\n', encoding="utf-8")
+    sentence = refused("evaluate", "--model", "random:tiny", "--input", str(tmp_path / "a.jsonl"))
+    assert "by cartilha prepare --on_error skip." in sentence
 
 
 def test_what_the_disk_refuses_is_a_sentence_and_a_fault_of_ours_is_not(monkeypatch, capsys):

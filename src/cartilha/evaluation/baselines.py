@@ -180,5 +180,9 @@ def _zstd_size(data: bytes) -> int:
     return int(pa.Codec("zstd", compression_level=ZSTD_LEVEL).compress(data).size)
 
 
+# The compressors by name: bytes of the compressed form. Both release Python's lock while they work.
+COMPRESSED_SIZE: dict[str, Callable[[bytes], int]] = {"xz": _xz_size, "zstd": _zstd_size}
+
+
 def _bits_per_byte(nll: float, num_bytes: int | None) -> float | None:
     return nll / (num_bytes * math.log(2)) if num_bytes else None

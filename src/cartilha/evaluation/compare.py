@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from cartilha.evaluation.bootstrap import FEW_DOCUMENTS, Interval, bootstrap_interval
+from cartilha.evaluation.documents import MAX_DOMAINS, by_domain
 
 MAX_EXACT_DOCUMENTS = 16  # up to this many, all 65,536 sign patterns are counted
 LEAST_LISTED_BYTES = 200  # a text of a few words swings by whole bits per byte, and says nothing
@@ -66,7 +67,7 @@ class Comparison:
         p_value: Two-sided, of the sign-flip test of no difference.
         share_improved: Documents that need fewer bits under the second model; ties count half.
         gained_most: Documents whose bits per byte fell most, the largest fall first; lost_most likewise that rose.
-        domains: By name.
+        domains: By name (`MAX_DOMAINS` at most, the largest).
     """
 
     bits_per_byte_first: float
@@ -243,12 +244,13 @@ def _by_domain(
     num_resamples: int,
     seed: int,
 ) -> tuple[DomainChange, ...]:
-    """Figures of each domain that has bytes."""
-    members: dict[str, list[int]] = {}
-    for i, domain in enumerate(domains):
-        members.setdefault(domain, []).append(i)
+    """Figures of the largest domains that have bytes, by name."""
+    members = by_domain(domains)
+    largest = set(sorted(members, key=lambda name: -int(sizes[members[name]].sum()))[:MAX_DOMAINS])
     changes = []
-    for domain, documents in sorted(members.items()):
+    for domain, documents in members.items():
+        if domain not in largest:
+            continue
         a, b, size = first[documents], second[documents], sizes[documents]
         total = int(size.sum())
         if not total:

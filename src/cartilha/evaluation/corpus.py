@@ -21,7 +21,7 @@ from cartilha.tokens.tokenizer import TextTokenizer
 
 SHARD_CHARS = 8_000_000  # enough windows of each length to fill rows; a few hundred MB with everything that hangs on it
 
-Observer = Callable[[list[Document], ScoredDocuments], None]
+Observer = Callable[[ScoredDocuments], None]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def score_corpus(
     unused_ids: torch.Tensor | None = None,
     advance: Callable[[float], None] = lambda amount: None,
     take_rows: Callable[[TokenRows], None] | None = None,
-    observe: Observer = lambda documents, scored: None,
+    observe: Observer = lambda scored: None,
 ) -> ScoredCorpus:
     """Score every document once. Under torchrun each rank takes every n-th document and all ranks get the whole.
 
@@ -72,7 +72,7 @@ def score_corpus(
         kept = numbers[numbers % num_ranks == rank][scored.kept]
         take = None if take_rows is None else _renumbered(take_rows, kept)
         found = score_documents(model, scored, protocol, dtype, unused_ids=unused_ids, advance=advance, take_rows=take)
-        observe(mine, scored)
+        observe(scored)
         parts.append((kept, scored.without_ids(), found))
     gathered = [part for share in gather_objects(parts) for part in share]
     if not any(len(kept) for kept, _, _ in gathered):

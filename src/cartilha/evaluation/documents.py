@@ -15,6 +15,8 @@ from cartilha.tokens.byte_level import token_bytes
 from cartilha.tokens.tokenizer import TextTokenizer
 
 SUBSET_SEED = 20_01  # of the hash order in which validation subsets are chosen; never changed
+MAX_DOMAINS = 200  # figures are given for the largest; a column with a value for each document is no domain
+MAX_DOMAIN_CHARS = 100
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,14 @@ def _begun_text(text: bytes, num_bytes: int) -> str:
     while num_bytes < len(text) and text[num_bytes] & 0xC0 == 0x80:
         num_bytes += 1
     return text[:num_bytes].decode("utf-8")
+
+
+def by_domain(domains: Sequence[str]) -> dict[str, list[int]]:
+    """The numbers of each domain's documents, by the domain's name; of a long name its beginning counts."""
+    numbers: dict[str, list[int]] = {}
+    for number, domain in enumerate(domains):
+        numbers.setdefault(domain[:MAX_DOMAIN_CHARS], []).append(number)
+    return dict(sorted(numbers.items()))
 
 
 def validation_subset(documents: Sequence[Document], num_tokens: Sequence[int], max_tokens: int) -> list[Document]:

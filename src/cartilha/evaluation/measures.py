@@ -11,13 +11,12 @@ import numpy as np
 
 from cartilha.evaluation.baselines import uniform
 from cartilha.evaluation.bootstrap import FEW_DOCUMENTS, Interval, bootstrap_interval
-from cartilha.evaluation.documents import ScoredDocuments
+from cartilha.evaluation.documents import MAX_DOMAINS, ScoredDocuments, by_domain
 from cartilha.evaluation.nll import POSITION_EDGES, DocumentScores
 from cartilha.evaluation.perplexity import perplexity
 from cartilha.evaluation.windows import Protocol
 
 MAX_LOST_BYTES = 0.01  # above this share of bytes that do not round-trip, byte figures would not mean the corpus
-MAX_DOMAINS = 200
 INTERVAL_LEVEL = 0.95
 
 
@@ -59,14 +58,14 @@ class Sums:
 
 
 def sum_documents(documents: ScoredDocuments, nll: np.ndarray, chosen: np.ndarray) -> Sums:
-    """Sums over the chosen documents (a boolean mask)."""
+    """Sums over the chosen documents (their indices)."""
     return Sums(
         nll=math.fsum(nll[chosen]),
         num_tokens=int(documents.num_tokens[chosen].sum()),
         num_bytes=int(documents.num_bytes[chosen].sum()),
         num_chars=int(documents.num_chars[chosen].sum()),
         num_words=int(documents.num_words[chosen].sum()),
-        num_documents=int(chosen.sum()),
+        num_documents=len(chosen),
     )
 
 
@@ -101,6 +100,7 @@ class Evaluation:
         macro: Means over documents.
         interval: 95 % bootstrap interval of the bits per byte.
         domains: Sums over the documents of each domain, largest first (`MAX_DOMAINS` at most).
+        num_domains: Of all.
         positions: Mean loss by the token's position in its document.
         unused_rows_mass: Mean probability that rows which no token uses get together; None if it was not measured.
         baselines: What stands beside: at least the uniform model.
@@ -119,6 +119,7 @@ class Evaluation:
     macro: Macro
     interval: Interval
     domains: Mapping[str, Sums]
+    num_domains: int
     positions: tuple[dict[str, float], ...]
     unused_rows_mass: float | None
     baselines: Mapping[str, Mapping[str, float | None]]
@@ -174,6 +175,7 @@ class Evaluation:
             "unused_rows_mass": self.unused_rows_mass,
             "baselines": {name: self._baseline(values) for name, values in self.baselines.items()},
             "domains": {name: self._domain(sums) for name, sums in self.domains.items()},
+            "num_domains": self.num_domains,
             "positions": list(self.positions),
             "notes": list(self.notes),
             "seconds": self.seconds,
@@ -218,18 +220,19 @@ def make_evaluation(
         baselines: Beside the uniform model, which is always there.
     """
     kept = documents.round_trips & (documents.num_bytes > 0)
-    byte_total = sum_documents(documents, nll, kept)
+    byte_total = sum_documents(documents, nll, np.flatnonzero(kept))
     lost = [documents.doc_ids[i] for i in np.flatnonzero(~documents.round_trips)]
     beside = uniform(vocabulary_size, byte_total.num_tokens, byte_total.num_bytes or None)
     evaluation = Evaluation(
         model=model,
         protocol=protocol,
         corpus_hash=documents.corpus_hash,
-        total=sum_documents(documents, nll, np.ones(len(nll), bool)),
+        total=sum_documents(documents, nll, np.arange(len(nll))),
         byte_total=byte_total,
         macro=_macro(documents, nll, kept),
         interval=_interval(documents, nll, kept),
         domains=_domains(documents, nll, kept),
+        num_domains=len(by_domain(documents.domains)),
         positions=_positions(scores),
         unused_rows_mass=None if scores is None else scores.unused_mass / int(documents.num_tokens.sum()),
         baselines={"uniform": beside.to_dict(), **(baselines or {})},
@@ -257,12 +260,12 @@ def _interval(documents: ScoredDocuments, nll: np.ndarray, kept: np.ndarray) -> 
 
 
 def _domains(documents: ScoredDocuments, nll: np.ndarray, kept: np.ndarray) -> dict[str, Sums]:
-    names = sorted(set(documents.domains))  # an array of strings would give each the room of the longest
-    places = {name: place for place, name in enumerate(names)}
-    number = np.array([places[name] for name in documents.domains], np.int64)
-    num_bytes = np.bincount(number, weights=documents.num_bytes * kept, minlength=len(names))
-    largest = np.argsort(-num_bytes, kind="stable")[:MAX_DOMAINS]
-    return {names[i]: sum_documents(documents, nll, kept & (number == i)) for i in largest}
+    found = {
+        name: np.array([i for i in numbers if kept[i]], np.int64)
+        for name, numbers in by_domain(documents.domains).items()
+    }
+    largest = sorted(found, key=lambda name: -int(documents.num_bytes[found[name]].sum()))[:MAX_DOMAINS]
+    return {name: sum_documents(documents, nll, found[name]) for name in largest}
 
 
 def _positions(scores: DocumentScores | None) -> tuple[dict[str, float], ...]:

@@ -15,8 +15,8 @@ import torch
 
 from cartilha.config import CompareConfig, EvaluateConfig, GenerateConfig
 from cartilha.console import progress
-from cartilha.corpus.document import Document
 from cartilha.errors import UserError
+from cartilha.evaluation.compressed import CompressedText
 from cartilha.evaluation.continuation import continue_prompts, unused_ids
 from cartilha.evaluation.continuation_scores import continuation_measures
 from cartilha.evaluation.corpus import SHARD_CHARS, ScoredCorpus, score_corpus, score_in_shares
@@ -28,7 +28,7 @@ from cartilha.evaluation.saved import save_evaluation, token_file
 from cartilha.evaluation.windows import Protocol, make_protocol
 from cartilha.model.head import head_weight
 from cartilha.model.load import LoadedModel, load_model
-from cartilha.pipeline.held_out import BaselineCollector, HeldOut, held_out, model_tokenizer
+from cartilha.pipeline.held_out import HeldOut, UnigramCollector, held_out, model_tokenizer
 from cartilha.pipeline.preflight import preflight
 from cartilha.runtime import choose_device, choose_dtype, world
 from cartilha.tokens.store import batches
@@ -36,7 +36,8 @@ from cartilha.tokens.tokenizer import TextTokenizer
 
 log = logging.getLogger("cartilha")
 
-DRIFT_CHARS = 8_000  # of text that is scored a second time, in float32
+# Of tokens scored a second time in both dtypes: a twentieth of the corpus, between these.
+LEAST_DRIFT_TOKENS, MAX_DRIFT_TOKENS = 128, 2_000
 CONTINUATION_TOKENS = 120  # enough for the 32 words that are scored, at three to four tokens a word
 
 
@@ -70,9 +71,15 @@ class EvaluatedModel:
 
 @dataclass(frozen=True)
 class EvaluateResult:
-    """One evaluation a model, over the same documents."""
+    """One evaluation a model, over the same documents.
+
+    Attributes:
+        models: In the order in which they were named.
+        wall_seconds: From the call to the last figure: loading, scoring and all that stands beside.
+    """
 
     models: tuple[EvaluatedModel, ...] = field(default=())
+    wall_seconds: float = 0.0
 
     @property
     def evaluations(self) -> tuple[Evaluation, ...]:
@@ -82,7 +89,8 @@ class EvaluateResult:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for `--json`."""
         models = [model.to_dict() for model in self.models]
-        return {"corpus_hash": models[0]["corpus_hash"], "protocol": models[0]["protocol"], "models": models}
+        shared = {name: models[0][name] for name in ("corpus_hash", "protocol")}
+        return {**shared, "wall_seconds": self.wall_seconds, "models": models}
 
 
 @dataclass(frozen=True)
@@ -101,19 +109,21 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
     Raises:
         UserError: No text, no such protocol, a missing extra, or a model that cannot be loaded.
     """
+    started = time.perf_counter()
     preflight(config)
     text = held_out(config)
     check_tasks(config.tasks)
     if text.split == "train":
         log.warning("Scoring the training text: these figures say what was learnt by heart, not how good the model is.")
+    compressed = text.compressed() if world()[0] == 0 else None  # in the background from here on
     with token_file(Path(config.per_token)) if config.per_token else nullcontext() as tokens:
         models = []
         for ref in config.model:
             ready = ready_model(ref, text, config)
             take = None if tokens is None else _labelled(tokens.add, ref)
-            models.append(_evaluate_model(ready, text, config, take))
+            models.append(_evaluate_model(ready, text, compressed, config, take))
             del ready
-    return EvaluateResult(tuple(models))
+    return EvaluateResult(tuple(models), time.perf_counter() - started)
 
 
 def ready_model(ref: str, text: HeldOut, config: EvaluateConfig | CompareConfig) -> ReadyModel:
@@ -139,7 +149,7 @@ def score_held_out(
     text: HeldOut,
     *,
     take_rows: Callable[[TokenRows], None] | None = None,
-    collector: BaselineCollector | None = None,
+    unigram: UnigramCollector | None = None,
 ) -> ScoredCorpus:
     """One pass over the text with one model."""
     device = ready.loaded.model.device
@@ -154,23 +164,27 @@ def score_held_out(
             unused_ids=unused,
             advance=advance,
             take_rows=take_rows,
-            observe=collector.observe if collector is not None else lambda documents, scored: None,
+            observe=(lambda scored: None) if unigram is None else unigram.observe,
         )
 
 
 def _evaluate_model(
-    ready: ReadyModel, text: HeldOut, config: EvaluateConfig, take_rows: Callable[[TokenRows], None] | None
+    ready: ReadyModel,
+    text: HeldOut,
+    compressed: CompressedText | None,
+    config: EvaluateConfig,
+    take_rows: Callable[[TokenRows], None] | None,
 ) -> EvaluatedModel:
     num_rows = head_weight(ready.loaded.model).shape[0]
     rank, num_ranks = world()
-    collector = BaselineCollector(text.store, ready.tokenizer, num_rows) if rank == 0 else None
+    fits = text.store is not None and ready.tokenizer.fingerprint() == text.store.fingerprint
+    unigram = UnigramCollector(text.store, num_rows) if text.store is not None and fits and rank == 0 else None
     started = time.perf_counter()
-    corpus = score_held_out(ready, text, take_rows=take_rows, collector=collector if num_ranks == 1 else None)
+    corpus = score_held_out(ready, text, take_rows=take_rows, unigram=unigram if num_ranks == 1 else None)
     seconds = time.perf_counter() - started
-    if collector is not None and num_ranks > 1:  # this process has scored a part of the documents only
+    if unigram is not None and num_ranks > 1:  # this process has scored a part of the documents only
         for shard in batches(text.documents(), max_chars=SHARD_CHARS):
-            first = ready.protocol.first_tokens
-            collector.observe(shard, encode_documents(shard, ready.tokenizer, first, allow_empty=True))
+            unigram.observe(encode_documents(shard, ready.tokenizer, ready.protocol.first_tokens, allow_empty=True))
     evaluation = make_evaluation(
         ready.loaded.ref,
         ready.protocol,
@@ -179,17 +193,17 @@ def _evaluate_model(
         vocabulary_size=num_rows,
         seconds=seconds,
         scores=corpus.scores,
-        baselines=collector.finish() if collector is not None else None,
+        baselines=(unigram.figures() if unigram else {}) | (compressed.figures() if compressed else {}),
     )
     contamination = text.share_in_training(corpus.documents.text_hashes)
-    evaluation = replace(evaluation, notes=(*evaluation.notes, *_extra_notes(text, contamination, collector)))
+    evaluation = replace(evaluation, notes=(*evaluation.notes, *_extra_notes(text, contamination)))
     for note in evaluation.notes:
         log.warning("%s", note)
     result = EvaluatedModel(
         evaluation,
         contamination,
         text.share_near_training() if config.near_duplicates and rank == 0 else None,
-        _dtype_drift(ready, text),
+        _dtype_drift(ready, text, int(corpus.documents.num_tokens.sum())),
         _continuations(ready, text, config),
         run_tasks(ready.loaded, ready.tokenizer, config.tasks),
     )
@@ -198,16 +212,19 @@ def _evaluate_model(
     return result
 
 
-def _dtype_drift(ready: ReadyModel, text: HeldOut) -> dict[str, float] | None:
-    """What half precision changes, on the first few documents: a number to hold against differences between models."""
+def _dtype_drift(ready: ReadyModel, text: HeldOut, num_tokens_scored: int) -> dict[str, float] | None:
+    """What half precision changes, on the first tokens: a number to hold against differences between models."""
     if ready.dtype == torch.float32:
         return None
-    first: list[Document] = []
-    for document in text.documents():
-        first.append(document)
-        if sum(len(known.text) for known in first) >= DRIFT_CHARS:
-            break
-    scored = encode_documents(first, ready.tokenizer, ready.protocol.first_tokens, allow_empty=True)
+    left = min(MAX_DRIFT_TOKENS, max(LEAST_DRIFT_TOKENS, num_tokens_scored // 20))
+    scored = encode_documents(
+        text.first_characters(8 * left), ready.tokenizer, ready.protocol.first_tokens, allow_empty=True
+    )
+    ids = []
+    for own in scored.ids:
+        ids.append(own[:left])
+        left -= len(ids[-1])
+    scored = replace(scored, ids=ids)
     half, full = (
         score_documents(ready.loaded.model, scored, ready.protocol, dtype).nll for dtype in (ready.dtype, torch.float32)
     )
@@ -221,13 +238,13 @@ def _dtype_drift(ready: ReadyModel, text: HeldOut) -> dict[str, float] | None:
     }
 
 
-def _extra_notes(text: HeldOut, contamination: float | None, collector: BaselineCollector | None) -> list[str]:
+def _extra_notes(text: HeldOut, contamination: float | None) -> list[str]:
     notes = []
     if text.split == "train":
         notes.append("This is the training text: the figures are not those of a held-out text.")
     elif contamination:
         notes.append(f"{contamination:.1%} of these documents are in the store's training text, word for word.")
-    if collector is not None and collector.was_cut:
+    if world()[0] == 0 and text.beginning[1]:
         notes.append("The compressors were given the first few megabytes of the text only.")
     return notes
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 from typing import Literal
 
@@ -18,13 +19,8 @@ from cartilha.corpus.readers import read_documents
 from cartilha.corpus.records import ReadSettings
 from cartilha.corpus.sources import Source, resolve_inputs
 from cartilha.errors import UserError
-from cartilha.evaluation.baselines import (
-    MAX_PRIME_BYTES,
-    token_counts,
-    unigram_nll,
-    xz_bits_per_byte,
-    zstd_bits_per_byte,
-)
+from cartilha.evaluation.baselines import MAX_PRIME_BYTES, token_counts, unigram_nll
+from cartilha.evaluation.compressed import CompressedText
 from cartilha.evaluation.documents import ScoredDocuments
 from cartilha.evaluation.measures import Sums
 from cartilha.tokens.store import TokenStore
@@ -60,6 +56,38 @@ class HeldOut:
         assert self.store is not None
         return islice(self.store.read_documents(self.split), config.limit_documents)
 
+    @cached_property
+    def beginning(self) -> tuple[list[Document], bool]:
+        """The first documents, of about `MAX_COMPRESSED_BYTES` in all, and whether there are more."""
+        first: list[Document] = []
+        num_chars = 0
+        for document in self.documents():
+            if num_chars >= MAX_COMPRESSED_BYTES:
+                return first, True
+            first.append(document)
+            num_chars += len(document.text)
+        return first, False
+
+    def first_characters(self, num_chars: int) -> list[Document]:
+        """The first documents, the last one cut, of so many characters in all (at most those of `beginning`)."""
+        taken: list[Document] = []
+        for document in self.beginning[0]:
+            taken.append(replace(document, text=document.text[:num_chars]))
+            num_chars -= len(taken[-1].text)
+            if num_chars <= 0:
+                break
+        return taken
+
+    def compressed(self) -> CompressedText:
+        """What compressors make of the beginning, alone and behind the end of the store's training text."""
+        text = "\n".join(document.text for document in self.beginning[0]).encode("utf-8")
+        store = self.store
+        first = None if store is None else _first_of_the_end(store)
+        if store is None or first is None:
+            return CompressedText(text, None, bytes)
+        key = f"{store.fingerprint} {store.counts['train'].corpus_hash}"
+        return CompressedText(text, key, lambda: "\n".join(store.texts("train", first)).encode("utf-8"))
+
     def num_tokens(self, tokenizer: TextTokenizer) -> float | None:
         """Tokens to score where that is known beforehand, for the progress bar."""
         config = self.config
@@ -72,7 +100,7 @@ class HeldOut:
         """Share of the documents whose exact text is in the store's training side; None without a store."""
         if self.store is None:
             return None
-        known = set(self.store.labels("train")["text_hash"])
+        known = set(self.store.labels("train", ("text_hash",))["text_hash"])
         return sum(text_hash in known for text_hash in text_hashes) / len(text_hashes)
 
     def share_near_training(self) -> float | None:
@@ -110,69 +138,42 @@ def model_tokenizer(ref: str, store: TokenStore | None) -> TextTokenizer:
     return tokenizer
 
 
-class BaselineCollector:
-    """Gathers, while the documents stream by, what unigram and compressors need; see `evaluation.baselines`.
+class UnigramCollector:
+    """Sums what the unigram model of a store's training side makes of the documents that stream by.
 
     Args:
-        store: Its training side is what unigram is fitted on and what compressors are primed with; may be None.
-        tokenizer: The model's; unigram needs the store to have the same.
-        num_rows: Rows of the model's head.
+        store: What the model is fitted on.
+        num_rows: Rows of the head of the model that is scored, whose tokenizer is the store's.
     """
 
-    def __init__(self, store: TokenStore | None, tokenizer: TextTokenizer, num_rows: int) -> None:
-        self._store, self._tokenizer = store, tokenizer
-        fits = store is not None and tokenizer.fingerprint() == store.fingerprint
-        self._counts = token_counts(store.tokens("train"), num_rows) if store is not None and fits else None
-        self._unigram = Sums(0.0, 0, 0, 0, 0, 0)
-        self._text: list[str] = []
-        self._num_chars = 0
-        self.was_cut = False
+    def __init__(self, store: TokenStore, num_rows: int) -> None:
+        self._counts = token_counts(store.tokens("train"), num_rows)
+        self._sums = Sums(0.0, 0, 0, 0, 0, 0)
 
-    def observe(self, documents: list[Document], scored: ScoredDocuments) -> None:
+    def observe(self, scored: ScoredDocuments) -> None:
         """Take a shard of documents."""
-        if self._counts is not None:
-            kept = scored.round_trips
-            nll = unigram_nll(self._counts, scored.ids)[kept]
-            old = self._unigram
-            self._unigram = Sums(
-                old.nll + float(nll.sum()),
-                old.num_tokens + int(scored.num_tokens[kept].sum()),
-                old.num_bytes + int(scored.num_bytes[kept].sum()),
-                0,
-                0,
-                old.num_documents + int(kept.sum()),
-            )
-        for document in documents:
-            if self._num_chars >= MAX_COMPRESSED_BYTES:
-                self.was_cut = True
-                break
-            self._text.append(document.text)
-            self._num_chars += len(document.text)
+        kept = scored.round_trips
+        nll = unigram_nll(self._counts, scored.ids)[kept]
+        old = self._sums
+        self._sums = Sums(
+            old.nll + float(nll.sum()),
+            old.num_tokens + int(scored.num_tokens[kept].sum()),
+            old.num_bytes + int(scored.num_bytes[kept].sum()),
+            0,
+            0,
+            old.num_documents + int(kept.sum()),
+        )
 
-    def finish(self) -> dict[str, dict[str, float | None]]:
-        """The baselines by name: `unigram` where it can be fitted, `xz` and `zstd`, and both primed."""
-        found: dict[str, dict[str, float | None]] = {}
-        if self._counts is not None and self._unigram.num_tokens:
-            found["unigram"] = {
-                "perplexity": self._unigram.perplexity,
-                "bits_per_byte": self._unigram.bits_per_byte,
-            }
-        text = "\n".join(self._text).encode("utf-8")
-        if not text:
-            return found
-        prime = self._training_text()
-        for name, measure in (("xz", xz_bits_per_byte), ("zstd", zstd_bits_per_byte)):
-            found[name] = {"bits_per_byte": measure(text), "num_bytes": len(text)}
-            if prime:
-                found[f"{name}_primed"] = {"bits_per_byte": measure(text, prime), "num_bytes": len(text)}
-        return found
+    def figures(self) -> dict[str, dict[str, float | None]]:
+        """The baseline by its name; nothing where there is no token."""
+        found = self._sums
+        if not found.num_tokens:
+            return {}
+        return {"unigram": {"perplexity": found.perplexity, "bits_per_byte": found.bits_per_byte}}
 
-    def _training_text(self) -> bytes:
-        """The end of the store's training text, decoded from its tokens."""
-        if self._store is None or self._store.counts["train"].num_tokens == 0:
-            return b""
-        documents = self._store.documents("train")
-        sizes = np.cumsum(documents.num_bytes[::-1] + 1)[::-1]
-        first = int(np.searchsorted(-sizes, -MAX_PRIME_BYTES))
-        texts = [document.text for document in self._store.read_documents("train", first=first)]
-        return "\n".join(texts).encode("utf-8")
+
+def _first_of_the_end(store: TokenStore) -> int | None:
+    """The number of the first of the last training documents, `MAX_PRIME_BYTES` together; None where there are none."""
+    sizes = np.cumsum(store.documents("train").num_bytes[::-1] + 1)[::-1]
+    first = int(np.searchsorted(-sizes, -MAX_PRIME_BYTES))
+    return first if first < len(sizes) else None

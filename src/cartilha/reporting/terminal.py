@@ -10,12 +10,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from cartilha.reporting.terminal_measures import bits, protocol_line, show_comparison, show_evaluations
+from cartilha.reporting.terminal_measures import MAX_DOMAINS, bits, protocol_line, show_comparison, show_evaluations
 from cartilha.reporting.terminal_vocabulary import show_vocabulary
 
 Values = Mapping[str, Any]
-
-MAX_DOMAINS = 20
 
 
 def show(command: str, result: Values) -> None:

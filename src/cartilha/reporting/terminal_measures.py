@@ -11,6 +11,8 @@ from rich.table import Column, Table
 
 Values = Mapping[str, Any]
 
+MAX_DOMAINS = 20
+
 
 def show_evaluations(console: Console, result: Values) -> None:
     """A column a model, a row a figure; below, what goes with a single model."""
@@ -35,12 +37,18 @@ def show_evaluations(console: Console, result: Values) -> None:
             console.print(f"  {row['protocol']['dtype']} against float32: {drift} nats a token", markup=False)
         if row.get("near_duplicates") is not None:
             console.print(f"  {row['near_duplicates']:.1%} of the documents have a near-duplicate there", markup=False)
-        for name, domain in row["domains"].items() if len(row["domains"]) > 1 else ():
+        shown = list(row["domains"].items())[:MAX_DOMAINS] if len(row["domains"]) > 1 else []
+        for name, domain in shown:
             figures = f"perplexity {domain['perplexity']:,.2f}, bits per byte {bits(domain['bits_per_byte'], 4)}"
             console.print(f"  {name}: {figures} ({domain['num_documents']} documents)", markup=False)
+        if shown and row.get("num_domains", 0) > len(shown):
+            console.print(f"  ... and {row['num_domains'] - len(shown):,} other domains, all smaller", markup=False)
         for task, metrics in (row.get("tasks") or {}).items():
             found = ", ".join(f"{k} {v:.4g}" for k, v in metrics.items() if isinstance(v, float))
             console.print(f"  {task}: {found}", markup=False)
+    if "wall_seconds" in result:
+        scoring = sum(row["seconds"] for row in models)
+        console.print(f"Took {result['wall_seconds']:.1f} s in all, {scoring:.1f} s of them scoring.")
     if len(models) > 1:
         console.print("Models with different tokenizers compare by bits per byte, not by perplexity.", markup=False)
 

@@ -9,7 +9,7 @@ tokenizer/                       the exact files
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from cartilha.corpus.document import Document
 from cartilha.corpus.splits import SPLITS, Split
 from cartilha.tokens import store_checks
 from cartilha.tokens.packed import PackedDocuments
+from cartilha.tokens.store_checks import LABELS
 from cartilha.tokens.tokenizer import TextTokenizer, load_tokenizer
 
 FORMAT_VERSION = 1
@@ -90,27 +91,27 @@ class TokenStore:
         table = self.documents(split)
         return PackedDocuments(self.tokens(split), table.start, table.num_tokens, self.prefix_id, self.end_id)
 
-    def labels(self, split: Split) -> dict[str, list[Any]]:
-        """`doc_id`, `source`, `domain` and `text_hash` of the split's documents."""
-        names = ["doc_id", "source", "domain", "text_hash"]
-        table = pq.read_table(self.path / f"{split}.documents.parquet", columns=names)
+    def labels(self, split: Split, names: Sequence[str] = LABELS, first: int = 0) -> dict[str, list[Any]]:
+        """`doc_id`, `source`, `domain` and `text_hash` of the split's documents from number `first` on."""
+        table = pq.read_table(self.path / f"{split}.documents.parquet", columns=list(names)).slice(first)
         return {name: table[name].to_pylist() for name in names}
 
     def read_documents(self, split: Split, first: int = 0) -> Iterator[Document]:
         """The documents of a split from number `first` on, streamed; training text is decoded from its tokens."""
-        labels = self.labels(split)
+        labels = self.labels(split, LABELS[:3], first)
         rows = zip(labels["doc_id"], labels["source"], labels["domain"], strict=True)
-        for number, (text, (doc_id, source, domain)) in enumerate(zip(self._texts(split), rows, strict=True)):
-            if number >= first:
-                yield Document(text, doc_id, source, domain)
+        for text, (doc_id, source, domain) in zip(self.texts(split, first), rows, strict=True):
+            yield Document(text, doc_id, source, domain)
 
-    def _texts(self, split: Split) -> Iterator[str]:
+    def texts(self, split: Split, first: int = 0) -> Iterator[str]:
+        """The texts alone."""
         if split == "validation":
             for batch in pq.ParquetFile(self.path / "validation.text.parquet").iter_batches(1024, columns=["text"]):
-                yield from batch["text"].to_pylist()
+                yield from batch["text"][min(first, len(batch)) :].to_pylist()
+                first = max(0, first - len(batch))
             return
         tokens, documents, tokenizer = self.tokens(split), self.documents(split), self.tokenizer()
-        for begin in range(0, len(documents.start), 1024):
+        for begin in range(first, len(documents.start), 1024):
             rows = range(begin, min(begin + 1024, len(documents.start)))
             spans = [(int(documents.start[i]), int(documents.num_tokens[i])) for i in rows]
             yield from tokenizer.decode_batch([tokens[start : start + length] for start, length in spans])

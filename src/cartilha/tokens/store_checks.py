@@ -41,7 +41,7 @@ def read_store_info(path: Path, version: int) -> dict[str, Any]:
         UserError: There is none, it is not as it was written, or it makes no sense.
     """
     if not (path / "store.json").is_file():
-        what = "is not a store" if path.is_dir() else "does not exist"
+        what = "is not a store" if path.is_dir() else "is a file, not a store" if path.exists() else "does not exist"
         raise UserError(f"{path} {what}; make one with: cartilha prepare --input FILE --model MODEL --output {path}")
     try:
         unchecked = read_json(path / "store.json")
