@@ -413,6 +413,20 @@ def test_the_drift_of_bf16_is_a_comparison_of_two_dtypes(cartilha, corpus, opt, 
     assert 0 < abs(result["bits_per_byte_difference"]) < 0.02 * result["bits_per_byte_first"]
 
 
+def test_the_drift_of_half_precision_is_of_few_tokens_and_the_wall_time_is_told(cartilha, opt, tmp_path, monkeypatch):
+    monkeypatch.setattr(runtime, "hardware_dtypes", lambda *_: ("bfloat16", "float32"))
+    rows = [json.dumps({"text": f"{i} " * 300, "domain": f"d{i}"}) for i in range(30)]
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    arguments = ["--input", path, "--dtype", "bfloat16"]
+    result = json.loads(cartilha("evaluate", "--model", opt, opt, *arguments, "--json").out)
+    for row in result["models"]:
+        assert row["dtype_drift"]["num_tokens"] == row["num_tokens"] // 20 <= 2000
+        assert abs(row["dtype_drift"]["nats_per_token"]) < 0.05
+    assert result["wall_seconds"] > sum(row["seconds"] for row in result["models"]) > 0
+    shown = cartilha("evaluate", "--model", opt, *arguments).out
+    assert "s of them scoring" in shown and "and 10 other domains" in shown and shown.count(": perplexity") == 20
+
+
 # Several processes, and memory
 
 

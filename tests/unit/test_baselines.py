@@ -23,6 +23,7 @@ from cartilha.evaluation.baselines import (
     xz_bits_per_byte,
     zstd_bits_per_byte,
 )
+from cartilha.evaluation.compressed import CompressedText
 
 COMPRESSORS = [xz_bits_per_byte, zstd_bits_per_byte]
 
@@ -168,6 +169,37 @@ def test_of_a_longer_prime_the_end_counts(compress, monkeypatch):
     text, other = noise(20_000), noise(30_000, seed=1)
     assert compress(text, other + text) < 0.3
     assert compress(text, text + other) > 7.9
+
+
+def test_a_text_is_compressed_beside_the_scoring_once_and_then_known(monkeypatch):
+    text, prime = b"o rato roeu a roupa do rei de roma " * 99, b"a rainha roeu o resto " * 50
+    asked: list[str] = []
+
+    def read() -> bytes:
+        asked.append("prime")
+        return prime
+
+    found = CompressedText(text, "a store", read).figures()
+    for name, compress in (("xz", xz_bits_per_byte), ("zstd", zstd_bits_per_byte)):
+        assert found[name] == {"bits_per_byte": compress(text), "num_bytes": len(text)}
+        assert found[f"{name}_primed"] == {"bits_per_byte": compress(text, prime), "num_bytes": len(text)}
+    for name in ("xz", "zstd"):
+        monkeypatch.setitem(baselines.COMPRESSED_SIZE, name, lambda data: pytest.fail("it is compressed again"))
+    assert CompressedText(text, "a store", read).figures() == found and asked == ["prime"]
+    assert CompressedText(text, None, read).figures() == {name: found[name] for name in ("xz", "zstd")}
+    assert CompressedText(b"", "a store", read).figures() == {}
+
+
+def test_compressors_need_no_cache_and_their_faults_are_raised(tmp_path: Path, monkeypatch):
+    (tmp_path / "cache").write_text("a file where the cache's folder would be")
+    monkeypatch.setenv("CARTILHA_CACHE", str(tmp_path / "cache"))
+    assert CompressedText(b"abc" * 99, None, bytes).figures()["xz"]["num_bytes"] == 297
+
+    def gone() -> bytes:
+        raise OSError("the store is gone")
+
+    with pytest.raises(OSError, match="gone"):
+        CompressedText(b"abc", "a store", gone).figures()
 
 
 @pytest.mark.parametrize("compress", COMPRESSORS)

@@ -435,17 +435,15 @@ def every_option() -> set[str]:
 
 def test_every_option_that_a_message_names_is_one_of_some_command():
     of_others = {"--nproc-per-node", "--no-deps", "--upgrade", "--long"}  # torchrun's, pip's, zstd's
-    unknown = []
+    known, unknown = every_option() | of_others, []
     for path in sorted(Path(cli.__file__).parent.rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         described = [node for node in ast.walk(tree) if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))]
         docstrings = {ast.get_docstring(node, clean=False) for node in described}
-        texts = [
-            node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
-        ]
-        for text in texts:
-            named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) if text not in docstrings else set()
-            unknown += [f"{path.name}: {option}" for option in named - of_others - every_option()]
+        values = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+        for text in filter(lambda value: isinstance(value, str), values - docstrings):
+            named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text))
+            unknown += [f"{path.name}: {option}" for option in named - known]
     assert unknown == []
 
 
@@ -458,17 +456,16 @@ def test_every_option_that_a_message_names_is_one_of_some_command():
         ("train", "make it with: cartilha prepare --input F.x --output S", None),
         (
             "check",
-            "`cartilha plan --device d` says it; --skip_checks.",
-            "{plan} says it; cartilha train --skip_checks.",
+            "`cartilha plan --seed 1`; --skip_checks.",
+            "`cartilha plan --seed 1`; cartilha train --skip_checks.",
         ),
-        ("run", "use a larger --block_size, not --nproc-per-node 2", "use a larger --train.block_size, not {torchrun}"),
+        ("run", "a larger --block_size, not --nproc-per-node", "a larger --train.block_size, not --nproc-per-node"),
         ("train", "100 % of a--b is --no_option", None),
     ],
 )
 def test_messages_name_the_options_of_the_command_that_runs(command, message, expected):
     names = OptionNames(cli._flags(cli._parser(command, COMMANDS[command])), cli._homes())
-    literal = {"plan": "`cartilha plan --device d`", "torchrun": "--nproc-per-node 2"}
-    assert names.named(message) == (message if expected is None else expected.format(**literal))
+    assert names.named(message) == (expected or message)
     record = logging.LogRecord("cartilha", logging.WARNING, "", 0, message.replace("%", "%%") + "%s", ("!",), None)
     assert names.filter(record) and record.getMessage() == f"{names.named(message)}!"
 

@@ -286,6 +286,18 @@ def test_a_lost_text_of_which_no_whole_character_is_scored():
     assert any("survive" in note for note in evaluation.notes)
 
 
+# Domains
+
+
+def test_of_many_domains_the_largest_have_figures_and_the_others_are_counted():
+    names = [f"{number} " + "um texto como domínio " * 50 for number in range(1000)]
+    corpus = [Document("a" * (1 + number % 500), str(number), "x", name) for number, name in enumerate(names)]
+    found = evaluate(encode_documents(corpus, BYTES), [1.0] * 1000).to_dict()
+    assert found["num_domains"] == 1000 and len(found["domains"]) == 200
+    assert [row["num_bytes"] for row in found["domains"].values()] == [500 - i // 2 for i in range(200)]
+    assert len(to_json(found)) < 100_000
+
+
 # The set-up's faults
 
 

@@ -126,6 +126,16 @@ def test_documents_are_streamed_from_any_number_on(path):
             assert list(store.read_documents(split, first)) == documents[first:]
 
 
+def test_only_the_documents_asked_for_are_decoded(path, monkeypatch):
+    decoded: list[int] = []
+    decode = TextTokenizer.decode_batch
+    monkeypatch.setattr(
+        TextTokenizer, "decode_batch", lambda self, ids: decoded.extend(map(len, ids)) or decode(self, ids)
+    )
+    list(TokenStore(path).read_documents("train", len(TRAIN) - 1))
+    assert decoded == [TokenStore(path).documents("train").num_tokens[-1]]
+
+
 def test_the_corpus_hash_tells_texts_and_their_order(path, tmp_path):
     def corpus_hash(name: str, documents: list[Document]) -> str:
         return TokenStore(write_store(tmp_path / name, documents)).counts["train"].corpus_hash
@@ -252,6 +262,8 @@ def test_a_store_that_cannot_keep_its_verdict_opens(path, monkeypatch):
 def test_no_store(path, tmp_path):
     assert "does not exist" in complaint(tmp_path / "nada")
     (tmp_path / "vazia").mkdir()
+    (tmp_path / "texto.txt").write_text("um texto")
+    assert "is a file, not a store" in complaint(tmp_path / "texto.txt")
     for empty in (tmp_path / "nada", tmp_path / "vazia"):
         assert "cartilha prepare" in complaint(empty) and str(empty) in complaint(empty)
     assert "is not a store" in complaint(tmp_path / "vazia")
