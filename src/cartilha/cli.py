@@ -90,11 +90,10 @@ class _Accumulate(Action):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit code is 0 (done), 2 (a user's error), 3 (a failed check) or 75 (interrupted, saved)."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
     _use_utf8()
     set_up_logging()
     try:
-        return _dispatch(arguments)
+        return _dispatch(list(sys.argv[1:] if argv is None else argv))
     except UserError as error:
         print(f"cartilha: {named_options(str(error))}", file=sys.stderr)
         return error.exit_code
@@ -143,8 +142,8 @@ def _dispatch(arguments: list[str]) -> int:
         values = vars(parser.parse_args(_tied(rest, parser)).as_flat())
     except SystemExit as exit_request:  # --help
         return int(exit_request.code or 0)
-    for handler in log.handlers:
-        handler.addFilter(OptionNames(_flags(parser), _homes()))
+    homes = {name: it.config for name, it in COMMANDS.items() if it.config is not configs.RunConfig}
+    log.handlers[0].addFilter(OptionNames(_flags(parser), homes))
     as_json = bool(values.pop("json", False))
     print_config = bool(values.pop("print_config", False))
     if "config" in values:
@@ -391,12 +390,6 @@ def _no_such_option(name: str, parser: _Parser) -> str:
 
 def _flags(parser: ArgumentParser) -> list[str]:
     return [flag for action in parser._actions for flag in action.option_strings]
-
-
-def _homes() -> dict[str, str]:
-    """The first command that has an option, by the option's name."""
-    commands = [(name, command.config) for name, command in COMMANDS.items() if command.config is not configs.RunConfig]
-    return {f"--{item.name}": name for name, config in reversed(commands) for item in dataclasses.fields(config)}
 
 
 def _use_utf8() -> None:

@@ -6,6 +6,7 @@ Everything goes to standard error, so that `--json` has standard output to itsel
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import re
@@ -14,7 +15,7 @@ import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
-from typing import Protocol
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -38,12 +39,14 @@ class OptionNames(logging.Filter):
 
     Args:
         flags: The options of the command that runs.
-        homes: The command that has an option, by the option's name.
+        configs: Each command's configuration: the first command with a field of an option's name is named with it.
     """
 
-    def __init__(self, flags: Collection[str], homes: Mapping[str, str]) -> None:
+    def __init__(self, flags: Collection[str], configs: Mapping[str, type[Any]]) -> None:
         super().__init__()
-        self._flags, self._homes = flags, homes
+        commands = [*configs.items()][::-1]
+        self._flags = flags
+        self._homes = {f"--{item.name}": name for name, config in commands for item in dataclasses.fields(config)}
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Rewrite a log record."""
@@ -52,7 +55,7 @@ class OptionNames(logging.Filter):
 
     def named(self, message: str) -> str:
         """The message with this command's options; what follows a command's name are that one's, and stay."""
-        return re.sub(r"cartilha \w+[^;`]*|(?<![\w-])--[a-z]\w*(?![\w.-])", self._named, message)
+        return re.sub(r"cartilha \w+[^;`]*|(?<![\w-])--[a-z]\w*(?![\w-]|\.\w)", self._named, message)
 
     def _named(self, found: re.Match[str]) -> str:
         option = found[0]

@@ -9,8 +9,8 @@ import json
 import logging
 import os
 import pydoc
-import socket
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -429,12 +429,11 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(refused, arguments, parts):
 
 
 def every_option() -> set[str]:
-    flags = {flag for name, command in COMMANDS.items() for flag in cli._flags(cli._parser(name, command))}
-    return flags | set(cli._homes())
+    return {flag.replace("train.", "") for name, it in COMMANDS.items() for flag in cli._flags(cli._parser(name, it))}
 
 
 def test_every_option_that_a_message_names_is_one_of_some_command():
-    of_others = {"--nproc-per-node", "--no-deps", "--upgrade", "--long"}  # torchrun's, pip's, zstd's
+    of_others = {"--nproc-per-node", "--no-deps", "--upgrade", "--long", "--version"}  # torchrun's, pip's, zstd's
     known, unknown = every_option() | of_others, []
     for path in sorted(Path(cli.__file__).parent.rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -460,11 +459,13 @@ def test_every_option_that_a_message_names_is_one_of_some_command():
             "`cartilha plan --seed 1`; cartilha train --skip_checks.",
         ),
         ("run", "a larger --block_size, not --nproc-per-node", "a larger --train.block_size, not --nproc-per-node"),
+        ("evaluate", "choose another --output", "choose another cartilha prepare --output"),
         ("train", "100 % of a--b is --no_option", None),
     ],
 )
 def test_messages_name_the_options_of_the_command_that_runs(command, message, expected):
-    names = OptionNames(cli._flags(cli._parser(command, COMMANDS[command])), cli._homes())
+    configurations = {name: it.config for name, it in COMMANDS.items() if name not in ("demo", "run")}
+    names = OptionNames(cli._flags(cli._parser(command, COMMANDS[command])), configurations)
     assert names.named(message) == (expected or message)
     record = logging.LogRecord("cartilha", logging.WARNING, "", 0, message.replace("%", "%%") + "%s", ("!",), None)
     assert names.filter(record) and record.getMessage() == f"{names.named(message)}!"
