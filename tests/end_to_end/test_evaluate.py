@@ -415,7 +415,7 @@ def test_the_drift_of_bf16_is_a_comparison_of_two_dtypes(cartilha, corpus, opt, 
 
 def test_the_drift_of_half_precision_is_of_few_tokens_and_the_wall_time_is_told(cartilha, opt, tmp_path, monkeypatch):
     monkeypatch.setattr(runtime, "hardware_dtypes", lambda *_: ("bfloat16", "float32"))
-    rows = [json.dumps({"text": f"{i} " * 300, "domain": f"d{i}"}) for i in range(30)]
+    rows = [json.dumps({"text": f"{i} " * 90, "domain": f"d{i % 30}"}) for i in range(120)]
     path = write_lines(tmp_path / "a.jsonl", rows)
     arguments = ["--input", path, "--dtype", "bfloat16"]
     result = json.loads(cartilha("evaluate", "--model", opt, opt, *arguments, "--json").out)
