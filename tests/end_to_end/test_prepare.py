@@ -400,12 +400,12 @@ def test_a_small_input_is_repeated_rather_than_others_cut(config, tmp_path, capl
     assert [part["num_left_out"] for part in mixture] == [0, 0] and mixture[0]["times"] == pytest.approx(1)
     whole = int(mixture[1]["times"])
     assert {n for text, n in times.items() if "A short line" in text} <= {whole, whole + 1}
-    assert "small.txt: 10.0% of the training tokens" in caplog.text and "left out for that" not in caplog.text
+    assert "for 10.0% of the training tokens" in caplog.text and "documents are left out" not in caplog.text
     assert summarize(TokenStore(result.store)).clusters == summarize(TokenStore(plain.output)).clusters
     assert prepare(replace(weighted, overwrite=True)).was_ready
     # Where the small one may be repeated less often, the others are cut, and that is said.
     less = prepare(replace(weighted, max_repeats=2, output=str(tmp_path / "less")))
-    assert less.dropped["weights"] > 0 and "left out for that" in caplog.text
+    assert less.dropped["weights"] > 0 and "documents are left out" in caplog.text
     counts = documents(less.store)["train"]
     assert {counts.count(text) for text in counts} == {1, 2}
     with pytest.raises(UserError, match="--max_repeats"):

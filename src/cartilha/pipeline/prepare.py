@@ -30,9 +30,10 @@ from cartilha.corpus.shards import Shard, shards, shuffled
 from cartilha.corpus.sources import HubSource
 from cartilha.corpus.splits import SPLITS, Split
 from cartilha.errors import UserError
-from cartilha.preparation.assembly import Sides, decide, load_corpus, write_rejects, write_sides
+from cartilha.preparation.assembly import decide, load_corpus, write_rejects, write_sides
 from cartilha.preparation.executors import Executor, Inline, Local, Ray
 from cartilha.preparation.made_from import describe, ready_store, settings_of
+from cartilha.preparation.notices import tell_counts, tell_mixture, tell_rest
 from cartilha.preparation.plan import Plan, plan
 from cartilha.preparation.shard_work import ShardResult, ShardSettings, ShardTask, done_result, process_shard
 from cartilha.preparation.work_directory import remove_finished_work, require_space, work_directory
@@ -109,7 +110,7 @@ def prepare(config: PrepareConfig) -> PrepareResult:
         executor = executor or stack.enter_context(closing(_executor(config, asked)))
         result = _make(path, asked, config, tokenizer, identity, executor)
     for split in SPLITS:
-        _log_counts(split, result.splits[split])
+        tell_counts(split, result.splits[split])
     return result
 
 
@@ -287,14 +288,8 @@ def _write(
     read = made.read()
     corpus = load_corpus(made.tasks, {source: number for number, source in enumerate(asked.sources)})
     rejected = made.rejected()
-    if not len(corpus.hashes) and rejected:
-        reasons = ", ".join(f"{number:,} {reason}" for reason, number in rejected.items())
-        raise UserError(
-            f"Cleaning left out all {sum(rejected.values()):,} documents ({reasons}); name fewer steps with --clean, or"
-            " another --language."
-        )
     if not len(corpus.hashes):
-        raise UserError(f"The input holds no text ({', '.join(config.input)}); check the files and --text_column.")
+        raise _nothing_left(config, rejected)
     sides = decide(
         corpus,
         asked.rule,
@@ -303,10 +298,9 @@ def _write(
         given=asked.given,
         memory_bytes=CLUSTER_MEMORY_BYTES,
     )
-    _tell_mixture(config, sides)
+    tell_mixture(config, sides)
     if sides.train.max(initial=0) > 1:
-        num_bytes = int((sides.train * corpus.num_tokens).sum()) * token_dtype(tokenizer.num_ids).itemsize
-        require_space(path.parent, num_bytes)
+        require_space(path.parent, int(sides.train @ corpus.num_tokens) * token_dtype(tokenizer.num_ids).itemsize)
     dropped = {**sides.dropped, "empty": read.empty, **dict(read.skipped), **rejected}
     if asked.left_out:
         dropped["files"] = sum(map(len, asked.left_out.values()))
@@ -336,60 +330,15 @@ def _write(
             }
         )
         counts = writer.counts()
-    _tell(read, sides, leaks)
+    tell_rest(read, sides, leaks)
     return PrepareResult(str(path), counts, dropped, False, leaks)
 
 
-def _tell_mixture(config: PrepareConfig, sides: Sides) -> None:
-    """Say what `--weights` does to each input before the store is written."""
-    for ref, part in zip(config.input, sides.mixture, strict=False):
-        taken = (
-            f"{ref}: {part['share']:.1%} of the training tokens, {part['times']:.2f} times its {part['num_tokens']:,}"
-        )
-        if part["num_left_out"]:
-            log.warning(
-                "%s: %s of its %s documents are left out for that (--max_repeats %d, or another weight, keeps more).",
-                taken,
-                f"{part['num_left_out']:,}",
-                f"{part['num_documents']:,}",
-                config.max_repeats + 1,
-            )
-        else:
-            log.info("%s.", taken)
-
-
-def _tell(read: ReadCounts, sides: Sides, leaks: dict[str, float] | None) -> None:
-    if read.replaced_bytes_documents:
-        log.warning("Invalid bytes were replaced by U+FFFD in %d documents.", read.replaced_bytes_documents)
-    if read.nul_documents:
-        log.warning("%d documents hold NUL characters, which are kept.", read.nul_documents)
-    if read.joined_rows:
-        log.warning(
-            "Quotes joined several lines into one row %d times, the first at %s; where quotes are plain characters, add"
-            " --csv_quoting none.",
-            *(read.joined_rows, read.first_joined),
-        )
-    for reason, number in read.skipped.items():
-        log.warning("%d records were left out (%s), the first: %s", number, reason, read.first_skipped[reason])
-    for note in sides.split.notes:
-        log.warning("%s", note)
-    if sides.dropped["exact_duplicates"]:
-        log.info("%d exact duplicates were left out.", sides.dropped["exact_duplicates"])
-    if leaks:
-        log.info(
-            "%.2f %% of the held-out documents have a near-duplicate in training; a split that looked at each document"
-            " alone would have had %.2f %%.",
-            *(100 * leaks["leak_rate"], 100 * leaks["plain_leak_rate"]),
-        )
-
-
-def _log_counts(split: Split, counts: SplitCounts) -> None:
-    log.info(
-        "%s: %s documents, %s tokens, %s words (%.2f tokens a word, %.2f bytes a token)",
-        split,
-        f"{counts.num_documents:,}",
-        f"{counts.num_tokens:,}",
-        f"{counts.num_words:,}",
-        counts.num_tokens / max(1, counts.num_words),
-        counts.num_bytes / max(1, counts.num_tokens),
+def _nothing_left(config: PrepareConfig, rejected: dict[str, int]) -> UserError:
+    if not rejected:
+        return UserError(f"The input holds no text ({', '.join(config.input)}); check the files and --text_column.")
+    reasons = ", ".join(f"{number:,} {reason}" for reason, number in rejected.items())
+    return UserError(
+        f"Cleaning left out all {sum(rejected.values()):,} documents ({reasons}); name fewer steps with --clean, or"
+        " another --language."
     )

@@ -1,0 +1,71 @@
+"""What `prepare` tells about the documents: how inputs are mixed, what was left out, what each side holds."""
+
+from __future__ import annotations
+
+import logging
+
+from cartilha.config import PrepareConfig
+from cartilha.corpus.readers import ReadCounts
+from cartilha.corpus.splits import Split
+from cartilha.preparation.assembly import Sides
+from cartilha.tokens.store import SplitCounts
+
+log = logging.getLogger("cartilha")
+
+
+def tell_mixture(config: PrepareConfig, sides: Sides) -> None:
+    """Say what `--weights` does to each input before the store is written."""
+    for ref, part in zip(config.input, sides.mixture, strict=False):
+        taken = (
+            f"{ref}: its {part['num_tokens']:,} tokens are taken {part['times']:.2f} times, for {part['share']:.1%} of"
+            " the training tokens"
+        )
+        if part["num_left_out"]:
+            log.warning(
+                "%s; %s of its %s documents are left out (--max_repeats %d, or another weight, keeps more).",
+                taken,
+                f"{part['num_left_out']:,}",
+                f"{part['num_documents']:,}",
+                config.max_repeats + 1,
+            )
+        else:
+            log.info("%s.", taken)
+
+
+def tell_rest(read: ReadCounts, sides: Sides, leaks: dict[str, float] | None) -> None:
+    """Say what else happened to the documents."""
+    if read.replaced_bytes_documents:
+        log.warning("Invalid bytes were replaced by U+FFFD in %d documents.", read.replaced_bytes_documents)
+    if read.nul_documents:
+        log.warning("%d documents hold NUL characters, which are kept.", read.nul_documents)
+    if read.joined_rows:
+        log.warning(
+            "Quotes joined several lines into one row %d times, the first at %s; where quotes are plain characters, add"
+            " --csv_quoting none.",
+            *(read.joined_rows, read.first_joined),
+        )
+    for reason, number in read.skipped.items():
+        log.warning("%d records were left out (%s), the first: %s", number, reason, read.first_skipped[reason])
+    for note in sides.split.notes:
+        log.warning("%s", note)
+    if sides.dropped["exact_duplicates"]:
+        log.info("%d exact duplicates were left out.", sides.dropped["exact_duplicates"])
+    if leaks:
+        log.info(
+            "%.2f %% of the held-out documents have a near-duplicate in training; a split that looked at each document"
+            " alone would have had %.2f %%.",
+            *(100 * leaks["leak_rate"], 100 * leaks["plain_leak_rate"]),
+        )
+
+
+def tell_counts(split: Split, counts: SplitCounts) -> None:
+    """Say what a side holds."""
+    log.info(
+        "%s: %s documents, %s tokens, %s words (%.2f tokens a word, %.2f bytes a token)",
+        split,
+        f"{counts.num_documents:,}",
+        f"{counts.num_tokens:,}",
+        f"{counts.num_words:,}",
+        counts.num_tokens / max(1, counts.num_words),
+        counts.num_bytes / max(1, counts.num_tokens),
+    )
