@@ -57,8 +57,8 @@ def test_one_definition_for_clusters_and_contamination(tmp_path):
 
 
 def test_accents_apart_are_the_same_text():
-    apart = [unicodedata.normalize("NFD", text) for text in TEXTS[:20]]
-    assert has_near_duplicate(apart, TEXTS[:10]).tolist() == [True] * 10 + [False] * 10
+    text = "Só há pão, café, maçã, limão, melão e mamão; não há chá, pêra, açaí, romã, cajá, araçá nem maracujá."
+    assert has_near_duplicate([unicodedata.normalize("NFD", text), TEXTS[0]], [text]).tolist() == [True, False]
 
 
 def test_short_and_empty_texts():
