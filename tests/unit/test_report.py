@@ -27,6 +27,7 @@ from cartilha.reporting.html import render_report
 from cartilha.reporting.images import write_figures
 from cartilha.reporting.results import STATUSES, Settings, load_run
 from cartilha.reporting.samples import sample_series
+from cartilha.reporting.several import load_runs, overlaid_figures
 from cartilha.reporting.tables import footnotes, results_table, to_csv, to_markdown
 from cartilha.reporting.wording import LANGUAGES, Language, Wording, choose_language
 
@@ -663,3 +664,60 @@ def test_figures_are_written_as_svg_and_png(tmp_path: Path, monkeypatch: pytest.
     with caplog.at_level("WARNING", logger="cartilha"):
         files = write_figures(runs[:1], tmp_path / "svg", Wording("en"))
     assert {path.suffix for path in files} == {".svg"} and install_command("report") in caplog.text
+
+
+# Several runs
+
+
+def drawn_runs(figure: Any) -> list[str]:
+    """The runs of an overlaid figure: those of its legend, each with a curve of its class."""
+    for kind, _ in figure.legend:
+        assert re.search(rf'<path class="curve {kind}"|<circle class="{kind}"', figure.drawing)
+    return [text for _, text in figure.legend]
+
+
+def test_runs_of_one_name_are_called_by_their_directories(tmp_path: Path) -> None:
+    places = ("um/run", "dois/run", "outro", "x/dois/run")
+    runs = load_runs([make_run(tmp_path / place) for place in places])
+    assert [run.name for run in runs] == ["um/run", f"{tmp_path.name}/dois/run", "outro", "x/dois/run"]
+    (tmp_path / "link").symlink_to(tmp_path / "um/run")
+    assert len(load_runs([tmp_path / "um/run", tmp_path / "link"])) == 1
+
+
+def test_the_curves_of_comparable_runs_share_a_drawing(tmp_path: Path) -> None:
+    paths = [make_run(tmp_path / name / "run") for name in ("um", "dois")]
+    losses, bits = overlaid_figures(load_runs(paths), Wording("pt"))
+    assert drawn_runs(losses) == drawn_runs(bits) == ["um/run", "dois/run"]
+    assert (losses.other_axis, bits.other_axis) == (True, False)
+    assert "um/run, passo 10: 1,791 bits por byte" in bits.drawing
+    page = page_of(*paths)
+    assert page.count("<h2>The runs together</h2>") == 1 and page.count("Validation in bits per byte</figcaption>") == 1
+    assert "The runs together" not in page_of(paths[0])
+
+
+def test_runs_that_cannot_be_compared_share_no_drawing(tmp_path: Path) -> None:
+    corpus = {"validation_hash": "cafe", "tokenizer_fingerprint": "opt"}
+    other_text = [evaluation(0, hash="other"), evaluation(10, hash="other")]
+    paths = [
+        make_run(tmp_path / "a"),
+        make_run(tmp_path / "b", corpus=corpus),
+        make_run(tmp_path / "c", corpus=corpus, evaluations=other_text),
+    ]
+    losses, bits = overlaid_figures(load_runs(paths), Wording("en"))
+    assert (drawn_runs(losses), drawn_runs(bits)) == (["b", "c"], ["a", "b"])  # tokens alike, and text alike
+    assert overlaid_figures(load_runs(paths[::2]), Wording("en")) == []
+
+
+def test_steps_of_different_sizes_are_drawn_by_their_tokens(tmp_path: Path) -> None:
+    paths = [make_run(tmp_path / "a"), make_run(tmp_path / "b", settings={"block_size": 512, "blocks_per_step": 2})]
+    losses, _ = overlaid_figures(load_runs(paths), Wording("en"))
+    assert "tokens trained" in losses.drawing and ">40,000</text>" in losses.drawing  # 10 steps of 8 x 512
+    ends = re.findall(r'class="curve run\d" d="M[^"]*L([\d.]+) [\d.]+"', losses.drawing)
+    assert [round((float(end) - 62) / 560, 2) for end in ends] == [1.0, 0.25]
+
+
+def test_the_ninth_run_is_told_from_the_first(tmp_path: Path) -> None:
+    styles = chart.run_styles(9).splitlines()
+    assert (
+        len(set(styles)) == 9 and styles[8].replace("run8", "run0").replace("stroke-dasharray: 6 4; ", "") == styles[0]
+    )

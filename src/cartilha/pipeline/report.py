@@ -11,7 +11,7 @@ from cartilha.errors import UserError
 from cartilha.pipeline.run_files import run_directory
 from cartilha.reporting.html import render_report
 from cartilha.reporting.images import write_figures
-from cartilha.reporting.results import load_run
+from cartilha.reporting.several import load_runs
 from cartilha.reporting.tables import results_table, to_markdown
 from cartilha.reporting.wording import Wording, choose_language
 
@@ -39,7 +39,7 @@ def report(config: ReportConfig) -> ReportResult:
         raise UserError("Name one or more run directories: cartilha report RUN... --output report.html")
     directories = [run_directory(run) for run in config.runs]
     path = render_report(directories, config.output, config.language)
-    runs = [load_run(run) for run in directories]
+    runs = load_runs(directories)
     figures = (
         write_figures(runs, Path(config.figures), Wording(choose_language(config.language))) if config.figures else []
     )

@@ -11,6 +11,8 @@ import numpy.typing as npt
 from markupsafe import Markup, escape
 
 Floats = npt.NDArray[np.float64]
+# Colours that tell runs apart; each stands out from the light page and from the dark one.
+RUN_COLOURS = ("#2f7fc1", "#c8690f", "#2e9462", "#9a6bc9", "#d2505a", "#1f93a3", "#8c8417", "#7d8288")
 MAX_POINTS = 600  # more than the pixels that a curve has: a run of any length gives a page of the same size
 
 
@@ -19,7 +21,7 @@ class Series:
     """One curve of a chart.
 
     Attributes:
-        css_class: `train`, `raw`, `validation`, `before` or `plan`: its colour and stroke in the style sheet.
+        css_class: `train`, `raw`, `validation`, `before`, `plan` or a `run_class`: its colour and stroke.
         tips: With one text a point, the points are drawn and carry these as tooltips.
     """
 
@@ -44,6 +46,21 @@ class Axis:
     whole: bool = False
     other: tuple[str, Callable[[float], str]] | None = None
     names: Sequence[tuple[float, str]] = ()
+
+
+def run_class(number: int) -> str:
+    """The class of the curve of a page's run, counted from 0; its colour comes back after eight runs, dashed."""
+    return f"run{number}"
+
+
+def run_styles(num_runs: int) -> str:
+    """Style rules for the curves of so many runs."""
+    rules = []
+    for number in range(num_runs):
+        colour, name = RUN_COLOURS[number % len(RUN_COLOURS)], run_class(number)
+        dash = "stroke-dasharray: 6 4; " if number >= len(RUN_COLOURS) else ""
+        rules.append(f"path.{name} {{ stroke: {colour}; stroke-width: 2; {dash}}} circle.{name} {{ fill: {colour}; }}")
+    return "\n".join(rules)
 
 
 def smooth(ys: Floats) -> Floats:

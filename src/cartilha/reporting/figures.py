@@ -50,7 +50,9 @@ def run_figures(run: RunRecord, say: Wording) -> list[Figure]:
     return [figure for figure in found if figure is not None]
 
 
-def _loss_axis(say: Wording) -> Axis:
+def loss_axis(say: Wording) -> Axis:
+    """Losses in nats a token, which the page shows as perplexities on request."""
+
     def as_perplexity(loss: float) -> str:
         return say.perplexity(perplexity(loss))
 
@@ -65,14 +67,14 @@ def _loss(run: RunRecord, say: Wording) -> Figure | None:
     series = _loss_series(run, say)
     if not series:
         return None
-    drawing = line_chart(series, _steps_axis(say), _loss_axis(say), say("loss_chart"))
+    drawing = line_chart(series, _steps_axis(say), loss_axis(say), say("loss_chart"))
     kinds = dict.fromkeys(one.css_class for one in series)
     legend = tuple((kind, say(f"legend_{kind}")) for kind in kinds)
     return Figure("loss", say("loss_chart"), drawing, legend, other_axis=True)
 
 
 def _loss_series(run: RunRecord, say: Wording) -> list[Series]:
-    x, y = _curve(run.steps, "loss")
+    x, y = curve(run.steps, "loss")
     series = []
     if len(y):
         smoothed = smooth(y)
@@ -114,7 +116,7 @@ def _epochs(run: RunRecord, say: Wording) -> Figure | None:
     if not series:
         return None
     drawing = line_chart(
-        series, Axis(say("epoch"), say.number, whole=True), _loss_axis(say), say("epochs_chart"), *SMALL
+        series, Axis(say("epoch"), say.number, whole=True), loss_axis(say), say("epochs_chart"), *SMALL
     )
     legend = tuple((one.css_class, say(f"legend_epoch_{one.css_class}")) for one in series)
     return Figure("loss-by-epoch", say("epochs_chart"), drawing, legend, other_axis=True)
@@ -140,7 +142,7 @@ def _positions(run: RunRecord, say: Wording) -> Figure | None:
         if e.positions
     ]
     axis = Axis(say("position_axis"), say.number, names=[(place[begin], say.number(begin)) for begin in begins])
-    drawing = line_chart(series, axis, _loss_axis(say), say("positions_chart"), *SMALL)
+    drawing = line_chart(series, axis, loss_axis(say), say("positions_chart"), *SMALL)
     legend = tuple((kind, say("before" if kind == "before" else "after")) for kind in (one.css_class for one in series))
     return Figure("loss-by-position", say("positions_chart"), drawing, legend, other_axis=True)
 
@@ -150,7 +152,7 @@ def _at(begin: int, loss: float, say: Wording) -> str:
 
 
 def _learning_rate(run: RunRecord, say: Wording) -> Figure | None:
-    x, y = _curve(run.steps, "lr")
+    x, y = curve(run.steps, "lr")
     if not len(y):
         return None
     power = math.floor(math.log10(y.max())) if y.max() > 0 else 0
@@ -159,13 +161,13 @@ def _learning_rate(run: RunRecord, say: Wording) -> Figure | None:
 
 
 def _speed(run: RunRecord, say: Wording) -> Figure | None:
-    x, y = _curve(run.steps, "tokens_per_second")
+    x, y = curve(run.steps, "tokens_per_second")
     planned = run.plan.tokens_per_second if run.plan else None
     return _simple("speed", "rate_chart", say("rate_axis"), x, y, planned, say) if len(y) else None
 
 
 def _memory(run: RunRecord, say: Wording) -> Figure | None:
-    x, y = _curve(run.steps, "memory_bytes")
+    x, y = curve(run.steps, "memory_bytes")
     planned = run.plan.memory_bytes / 1e9 if run.plan and run.plan.memory_bytes else None
     return _simple("memory", "memory_chart", say("memory_axis"), x, y / 1e9, planned, say) if len(y) else None
 
@@ -188,7 +190,8 @@ def _simple(
     return Figure(name, say(title), drawing, legend)
 
 
-def _curve(steps: Sequence[StepRecord], name: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+def curve(steps: Sequence[StepRecord], name: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Steps, and that value of their records, where it was recorded."""
     points = [(step.step, value) for step in steps if (value := getattr(step, name)) is not None]
     both = np.array(points, dtype=np.float64).reshape(-1, 2)
     return both[:, 0], both[:, 1]

@@ -20,11 +20,12 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from cartilha.errors import UserError
 from cartilha.reporting import tables
+from cartilha.reporting.chart import run_styles
 from cartilha.reporting.figures import run_figures
-from cartilha.reporting.results import DomainFigures, RunRecord, load_run
+from cartilha.reporting.results import DomainFigures, RunRecord
 from cartilha.reporting.samples import SampleSeries, sample_series
+from cartilha.reporting.several import load_runs, overlaid_figures
 from cartilha.reporting.surprisal import MAX_STEPS, page_data
 from cartilha.reporting.wording import LANGUAGES, Wording, choose_language
 from cartilha.storage import write_atomically
@@ -62,10 +63,7 @@ def render_report(run_paths: Sequence[str | Path], output: str | Path, language:
     Raises:
         UserError: No path was given, or one of them is no run directory.
     """
-    if not run_paths:
-        raise UserError("There is nothing to report on; give one or more run directories.")
-    runs = [load_run(path) for path in run_paths]
-    page = render_page(runs, Wording(choose_language(language)), fixed=language != "auto")
+    page = render_page(load_runs(run_paths), Wording(choose_language(language)), fixed=language != "auto")
     write_atomically(Path(output), page.encode("utf-8", errors="replace"))  # JSON may hold half a surrogate pair
     return Path(output)
 
@@ -92,7 +90,9 @@ def render_page(runs: Sequence[RunRecord], opening: Wording, *, fixed: bool = Tr
         csv=tables.to_csv(rows),
         protocol_text=tables.protocol_text,
         data=_script_data(runs, series),
-        style=Markup(_template_file("report.css")),  # ours, like the script: the only texts that are not escaped
+        style=Markup(
+            _template_file("report.css") + run_styles(len(runs))
+        ),  # ours, like the script: the only texts that are not escaped
         script=Markup(script),
         script_hash="sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
@@ -155,6 +155,7 @@ def _view(
         "other": next(Wording(language).code for language in LANGUAGES if language != say.language),
         "rows": [list(zip(wanted, tables.cells(row, wanted, say.language), strict=True)) for row in rows],
         "footnotes": tables.footnotes(rows, say.language),
+        "overlaid": overlaid_figures(runs, say),
         "markdown": tables.to_markdown(rows, say.language),
         "runs": [_run_view(run, found, say) for run, found in zip(runs, series, strict=True)],
     }

@@ -10,15 +10,17 @@ from pathlib import Path
 from markupsafe import escape
 
 from cartilha.errors import install_command
+from cartilha.reporting.chart import run_styles
 from cartilha.reporting.figures import Figure, run_figures
 from cartilha.reporting.results import RunRecord
+from cartilha.reporting.several import overlaid_figures
 from cartilha.reporting.wording import Wording
 from cartilha.storage import write_atomically
 
 log = logging.getLogger("cartilha")
 
 PNG_SCALE = 3.0  # 1,920 pixels for the widest: a slide's width
-HEAD = 54  # height of title and legend above a drawing
+HEAD = 54  # height of the title and one row of legend above a drawing
 # Concrete colours (those of the light page): programs that show slides know no variables and no nesting.
 STYLE = """
 text { font-family: 'DejaVu Sans', Arial, sans-serif; font-size: 12.5px; fill: #5c6168; }
@@ -36,7 +38,7 @@ circle.before { fill: #ffffff; stroke: #5c6168; stroke-width: 2; }
 
 
 def write_figures(runs: Sequence[RunRecord], directory: Path, say: Wording) -> list[Path]:
-    """Write each figure of each run as SVG and, where vl-convert-python is installed, as PNG.
+    """Write the figures of all runs and of each as SVG and, where vl-convert-python is installed, as PNG.
 
     Args:
         runs: In the order of the report.
@@ -48,17 +50,19 @@ def write_figures(runs: Sequence[RunRecord], directory: Path, say: Wording) -> l
     """
     directory.mkdir(parents=True, exist_ok=True)
     to_png = _png_converter()
-    written = []
+    figures = {figure.name: figure for figure in overlaid_figures(runs, say)}
     for number, run in enumerate(runs, 1):
         name = re.sub(r"[^\w.-]+", "_", run.name).strip("._") or "run"
         prefix = f"{number}-{name}" if len(runs) > 1 else name
-        for figure in run_figures(run, say):
-            svg = standalone(figure)
-            written.append(directory / f"{prefix}-{figure.name}.svg")
-            write_atomically(written[-1], svg)
-            if to_png is not None:
-                written.append(directory / f"{prefix}-{figure.name}.png")
-                write_atomically(written[-1], to_png(svg))
+        figures |= {f"{prefix}-{figure.name}": figure for figure in run_figures(run, say)}
+    written = []
+    for name, figure in figures.items():
+        svg = standalone(figure, len(runs))
+        written.append(directory / f"{name}.svg")
+        write_atomically(written[-1], svg)
+        if to_png is not None:
+            written.append(directory / f"{name}.png")
+            write_atomically(written[-1], to_png(svg))
     return written
 
 
@@ -74,22 +78,27 @@ def _png_converter() -> Callable[[str], bytes] | None:
     return lambda svg: bytes(vl_convert.svg_to_png(svg, scale=PNG_SCALE))
 
 
-def standalone(figure: Figure) -> str:
-    """The drawing as a file of its own: with title, legend, colours and a white ground."""
+def standalone(figure: Figure, num_runs: int = 1) -> str:
+    """The drawing as a file of its own: with title, legend, colours (of so many runs) and a white ground."""
     found = re.match(r'<svg [^>]*viewBox="0 0 (\d+) (\d+)"[^>]*>', figure.drawing)
     assert found is not None, "line_chart writes the size"
     width, height = int(found[1]), int(found[2])
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height + HEAD}" '
-        f'viewBox="0 0 {width} {height + HEAD}">',
-        f'<style>{STYLE}</style><rect width="100%" height="100%" fill="#ffffff"/>',
-        f'<text x="2" y="20" class="title">{escape(figure.title)}</text>',
-    ]
-    left = 2.0
+    legend: list[str] = []
+    left, row = 2.0, 0
     for kind, text in figure.legend:
-        parts.append(
-            f'<path class="curve {kind}" d="M{left} 38h22"/><text x="{left + 28}" y="42">{escape(text)}</text>'
-        )
-        left += 28 + 7.2 * len(text) + 20
+        taken = 28 + 7.2 * len(text) + 20
+        if legend and left + taken > width + 20:  # without the distance to the next
+            left, row = 2.0, row + 1
+        at, high = f"M{left} {38 + 18 * row}h22", 42 + 18 * row
+        legend.append(f'<path class="curve {kind}" d="{at}"/><text x="{left + 28}" y="{high}">{escape(text)}</text>')
+        left += taken
+    head = HEAD + 18 * row
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height + head}" '
+        f'viewBox="0 0 {width} {height + head}">',
+        f'<style>{STYLE}{run_styles(num_runs)}</style><rect width="100%" height="100%" fill="#ffffff"/>',
+        f'<text x="2" y="20" class="title">{escape(figure.title)}</text>',
+        *legend,
+    ]
     drawing = figure.drawing[found.end() :].removesuffix("</svg>")
-    return "".join([*parts, f'<g transform="translate(0 {HEAD})">', str(drawing), "</g></svg>"])
+    return "".join([*parts, f'<g transform="translate(0 {head})">', str(drawing), "</g></svg>"])

@@ -82,12 +82,12 @@ def results_table(runs: Sequence[RunRecord]) -> list[Row]:
     groups: dict[tuple[object, ...], str] = {}
     for index, row in enumerate(rows):
         if row.has_figures:
-            key = (_measured_on(row, index), row.tokenizer_fingerprint)
+            key = (measured_on(row, index), row.tokenizer_fingerprint)
             groups.setdefault(key, string.ascii_lowercase[len(groups) % 26] * (len(groups) // 26 + 1))
     if len(groups) < 2:
         return rows
     return [
-        replace(row, mark=groups[_measured_on(row, index), row.tokenizer_fingerprint]) if row.has_figures else row
+        replace(row, mark=groups[measured_on(row, index), row.tokenizer_fingerprint]) if row.has_figures else row
         for index, row in enumerate(rows)
     ]
 
@@ -107,7 +107,7 @@ def _groups(rows: Sequence[Row], *, by_tokenizer: bool) -> list[tuple[str, ...]]
     found: dict[object, dict[str, None]] = {}
     for index, row in enumerate(rows):
         if row.mark:
-            found.setdefault(row.mark if by_tokenizer else _measured_on(row, index), {})[row.mark] = None
+            found.setdefault(row.mark if by_tokenizer else measured_on(row, index), {})[row.mark] = None
     return [tuple(marks) for marks in found.values()] if len(found) > 1 else [()]
 
 
@@ -147,7 +147,7 @@ def _seconds_per_epoch(run: RunRecord) -> float | None:
     return sum(seconds) / len(seconds) if seconds else None
 
 
-def _measured_on(row: Row, index: int) -> tuple[object, ...]:
+def measured_on(row: Row, index: int) -> tuple[object, ...]:
     """What has to be equal for two rows to be compared; a row that does not record it is comparable with none."""
     if row.protocol.hash is None or row.validation_hash is None:
         return ("unknown", index)

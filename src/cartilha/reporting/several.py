@@ -1,0 +1,101 @@
+"""Several runs on one page: the names that tell them apart, and their curves in one drawing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from cartilha.errors import UserError
+from cartilha.reporting import tables
+from cartilha.reporting.chart import Axis, Series, line_chart, run_class, smooth, thin
+from cartilha.reporting.figures import Figure, curve, loss_axis
+from cartilha.reporting.results import RunRecord, load_run
+from cartilha.reporting.wording import Wording
+
+Member = tuple[int, RunRecord, tables.Row]  # its number on the page, which decides its colour
+
+
+def load_runs(paths: Sequence[str | Path]) -> list[RunRecord]:
+    """Read run directories, each once; those of one name are called by as much of their path as tells them apart.
+
+    Raises:
+        UserError: No path was given, or one is no run directory.
+    """
+    if not paths:
+        raise UserError("There is nothing to report on; give one or more run directories.")
+    given = {Path(path).resolve(): path for path in reversed(paths)}  # a link to a run is the run
+    full = list(dict.fromkeys(Path(path).resolve() for path in paths))
+    runs = [load_run(given[path]) for path in full]
+    names, depth = [run.name for run in runs], 0
+    while len(set(names)) < len(names):
+        depth += 1
+        shared = {name for name, count in Counter(names).items() if count > 1}
+        names = [
+            "/".join(path.parts[-depth:]) if name in shared else name for name, path in zip(names, full, strict=True)
+        ]
+    return [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
+
+
+def overlaid_figures(runs: Sequence[RunRecord], say: Wording) -> list[Figure]:
+    """One drawing of the training losses and one of the validation, for each group of two or more comparable runs."""
+    rows = tables.results_table(runs)
+    members = list(zip(range(len(runs)), runs, rows, strict=True))
+    found = [_losses(group, say) for group in _groups(members, lambda of: of[2].tokenizer_fingerprint or of[0])]
+    found += [_validations(group, say) for group in _groups(members, lambda of: tables.measured_on(of[2], of[0]))]
+    figures = [figure for figure in found if figure is not None]
+    return [replace(figure, name=f"all-{number}-{figure.name}") for number, figure in enumerate(figures, 1)]
+
+
+def _groups(members: Sequence[Member], key: Callable[[Member], Hashable]) -> list[list[Member]]:
+    """Members with an equal key, in the order of the page."""
+    return [[member for member in members if key(member) == value] for value in dict.fromkeys(map(key, members))]
+
+
+def _losses(group: Sequence[Member], say: Wording) -> Figure | None:
+    """The smoothed training losses: in nats a token, so only of runs with the same tokenizer."""
+    series, (scale, axis) = [], _advance(group, say)
+    for number, run, _ in group:
+        x, y = curve(run.steps, "loss")
+        if len(y):
+            series.append(Series(run_class(number), thin(x * scale(run)), thin(smooth(y))))
+    return _figure("train-loss", series, group, axis, loss_axis(say), say)
+
+
+def _validations(group: Sequence[Member], say: Wording) -> Figure | None:
+    """Bits per byte, of runs that were measured by the same protocol on the same text."""
+    series, (scale, axis) = [], _advance(group, say)
+    for number, run, row in group:
+        points = [
+            (one.step or 0, one.bits_per_byte)
+            for one in run.evaluations
+            if one.bits_per_byte is not None
+            and (one.protocol.hash, one.num_bytes) == (row.protocol.hash, row.num_bytes)
+        ]
+        tips = [say("run_tip", run=run.name, step=say.number(step), bits=say.bits(bits)) for step, bits in points]
+        xs, ys = [step * scale(run) for step, _ in points], [bits for _, bits in points]
+        series.append(Series(run_class(number), xs, ys, tips))
+    return _figure("validation", series, group, axis, Axis(say("bits_per_byte").lower(), say.number), say)
+
+
+def _advance(group: Sequence[Member], say: Wording) -> tuple[Callable[[RunRecord], int], Axis]:
+    """What a step counts on the horizontal axis: 1, or its tokens where the runs' steps differ in size."""
+    sizes = {run.path: (run.settings.batch or 0) * (run.settings.block_size or 0) for _, run, _ in group}
+    if len(set(sizes.values())) == 1 or 0 in sizes.values():
+        return (lambda run: 1), Axis(say("step"), say.number, whole=True)
+    return (lambda run: sizes[run.path]), Axis(say("tokens_axis"), say.number, whole=True)
+
+
+def _figure(
+    name: str, series: Sequence[Series], group: Sequence[Member], x: Axis, y: Axis, say: Wording
+) -> Figure | None:
+    drawn = {one.css_class for one in series if len(np.asarray(one.xs))}
+    if len(drawn) < 2:
+        return None
+    title = say(f"overlaid_{name.replace('-', '_')}")
+    legend = tuple((run_class(number), run.name) for number, run, _ in group if run_class(number) in drawn)
+    drawing = line_chart([one for one in series if one.css_class in drawn], x, y, title)
+    return Figure(name, title, drawing, legend, other_axis=y.other is not None)
