@@ -326,7 +326,7 @@ def test_what_is_no_model(refused: Refused, tmp_path, model, part):
 
 
 def test_a_folder_without_a_model(refused: Refused, other_model, tmp_path):
-    assert "holds no model that can be loaded" in refused("generate", "--model", other_model)
+    assert "cannot be loaded as a causal language model" in refused("generate", "--model", other_model)
     (tmp_path / "vazio").mkdir()
     assert "vazio" in refused("generate", "--model", tmp_path / "vazio")
     assert "a.txt is a file" in refused("generate", "--model", write(tmp_path / "a.txt", "x"))
