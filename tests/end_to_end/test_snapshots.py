@@ -40,7 +40,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     corpus = folder / "corpus.jsonl"
     corpus.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     prepare(PrepareConfig(input=(str(corpus),), model="random:tiny", output=str(folder / "store")))
-    config = TrainConfig("random:tiny", str(folder / "store"), str(folder / "run"), 64, 2, batch_tokens=512)
+    config = TrainConfig(
+        "random:tiny", str(folder / "store"), str(folder / "run"), 64, 2, batch_tokens=512, skip_checks=True
+    )
     train(config, prompts=PROMPTS)
     return folder / "run"
 
@@ -98,7 +100,7 @@ def test_the_comparison_is_of_the_last_evaluation_with_the_first(run):
 
 def test_texts_written_at_an_epochs_end_draw_none_of_the_trainings_random_numbers(run, tmp_path):
     store = run.parent / "store"
-    config = TrainConfig("random:tiny-opt", str(store), "", 64, 2, batch_tokens=512, dropout=True)
+    config = TrainConfig("random:tiny-opt", str(store), "", 64, 2, batch_tokens=512, dropout=True, skip_checks=True)
     losses = []
     for number, prompts in enumerate((PROMPTS, replace(PROMPTS, do_sample=True, seed=5, max_new_tokens=9))):
         path = tmp_path / str(number)
@@ -134,7 +136,17 @@ def test_on_a_terminal_a_panel_is_drawn_and_leaves_lines_whole(run, tmp_path):
     import pty
 
     arguments = ["--model", "random:tiny", "--store", run.parent / "store", "--output", tmp_path / "run", "--json"]
-    arguments += ["--block_size", 64, "--batch_tokens", 512, "--max_steps", 8, "--tracker", "tensorboard"]
+    arguments += [
+        "--skip_checks",
+        "--block_size",
+        64,
+        "--batch_tokens",
+        512,
+        "--max_steps",
+        8,
+        "--tracker",
+        "tensorboard",
+    ]
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-m", "cartilha", "train", *map(str, arguments)],
