@@ -51,7 +51,9 @@ def planned(shape: Shape, dtype: str, kernel: str) -> int:
     """As `cartilha plan` has it; of a CUDA device what torch's allocator holds, so without the context."""
     from cartilha.training.devices import PROGRAM_BYTES
     from cartilha.training.memory import MemoryModel
+    from cartilha.training.trace import Computation
 
     overhead = PROGRAM_BYTES if shape.device == "cpu" else 64 * 2**20
-    model = MemoryModel(model_config(shape), getattr(torch, dtype), kernel, overhead_bytes=overhead)
+    how = Computation(getattr(torch, dtype), kernel, shape.device == "cpu")
+    model = MemoryModel(model_config(shape), how, overhead_bytes=overhead)
     return model.step(shape.micro_batch, shape.block_size, accumulates=False).total

@@ -50,6 +50,11 @@ if TYPE_CHECKING:
 # for good; the system's gives it back, and `prepare` is as fast with it (docs/log.md, experiment 26).
 os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
 
+# Read when torch is loaded. By default GNU's OpenMP spins for milliseconds at the end of every parallel region, on the
+# cores that the other threads need where other programs run, too. Short spinning costs nothing on a quiet machine.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+
 __all__ = [
     "CheckConfig",
     "CompareConfig",

@@ -81,3 +81,9 @@ def _shortest(path: str) -> str:
     except ValueError:  # another drive of Windows
         return path
     return path if relative.startswith("..") else relative
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun, for messages: `1 step`, `2 steps`, `12,345 micro-batches`."""
+    plural = "es" if noun.endswith(("ch", "s", "x")) else "s"
+    return f"{number:,} {noun}{plural if number != 1 else ''}"

@@ -19,7 +19,14 @@ EMBEDDINGS = {"model.embed_tokens.weight"}  # random:tiny's head is tied to it
 
 
 def config(store: Path, output: Path, **options: object) -> TrainConfig:
-    given = {"max_steps": 4, "checkpoint_steps": 2, "lr": 1e-3, "embeddings_lr": 5e-3, **options}
+    given = {
+        "max_steps": 4,
+        "checkpoint_steps": 2,
+        "lr": 1e-3,
+        "embeddings_lr": 5e-3,
+        "keep_optimizer": True,
+        **options,
+    }
     return TrainConfig(
         model="random:tiny", store=str(store), output=str(output), block_size=64, batch_tokens=128, **given
     )

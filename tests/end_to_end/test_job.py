@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cartilha.config import EvaluateConfig, TrainConfig
+from cartilha.cpu import cpu_has_bfloat16
 from cartilha.errors import InterruptedRunError, OutOfMemoryError
 from cartilha.model.forward import batch_nll
 from cartilha.pipeline.evaluate import evaluate
 from cartilha.pipeline.train import train
-from cartilha.runtime import cpu_has_bfloat16
 from cartilha.tokens.store import TokenStore
 
 EVALUATION_KEYS = {
@@ -61,6 +61,7 @@ def test_a_whole_recipe_in_seconds_and_again_does_nothing(cartilha, refused, cor
     assert result.keys() == {"prepared", "trained", "report", "table", "samples"}
     run = Left(tmp_path / "job" / "run")
     assert result["trained"]["status"] == run.results["status"] == "finished"
+    assert run.results["tokens_per_second_after_first_step"] > 0
     assert result["trained"]["was_finished"] is False and run.results["settings"]["num_steps"] == 3
     page = (tmp_path / "job" / "report.html").read_text(encoding="utf-8")
     assert Path(result["report"]) == tmp_path / "job" / "report.html" and "<html" in page

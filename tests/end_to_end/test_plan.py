@@ -15,6 +15,7 @@ from cartilha.config import PLANNED_DEVICES, GenerateConfig, TrainConfig
 from cartilha.pipeline.run_plan import plan_run
 from cartilha.pipeline.run_setup import assemble
 from cartilha.pipeline.train import train
+from cartilha.training.checkpoint import space_needed
 from cartilha.training.devices import KNOWN_DEVICES
 from cartilha.training.memory import SAFETY, MemoryModel
 
@@ -54,6 +55,7 @@ def test_a_plan_has_a_row_for_each_device_block_size_and_micro_batch(cartilha, s
         assert row["hours"] == pytest.approx(hours) and row["price"] == pytest.approx(2 * hours)
         assert row["seconds_per_epoch"] == pytest.approx(3600 * hours / 3)
     assert result["state_bytes"] == 16 * result["num_parameters"]
+    assert result["disk_bytes"] == space_needed(result["num_parameters"])[0] > 52 * result["num_parameters"]
     assert {(row["device"], row["block_size"]) for row in result["recommended"]} == {place[:2] for place in places}
 
 

@@ -163,7 +163,7 @@ def test_another_store_is_another_setting(unbroken, cartilha, tmp_path, corpus):
 
 
 def test_what_does_not_decide_the_result_may_change(stopped, store, tmp_path, unbroken, monkeypatch):
-    monkeypatch.setattr("cartilha.runtime._fastest_cpu_dtype", lambda real: "bfloat16")
+    monkeypatch.setattr("cartilha.runtime.fastest_cpu_dtype", lambda real: "bfloat16")
     path = shutil.copytree(stopped, tmp_path / "run")
     start(store, path, resume="auto", micro_batch_size=1, checkpoint_steps=5, dtype="auto")
     run = Left(path)
@@ -206,7 +206,7 @@ CONSTANT = {"warmup_fraction": 0.0, "final_lr_fraction": 1.0}
 def test_one_epoch_and_one_more_are_two(unbroken, store, tmp_path):
     start(store, tmp_path / "two", **CONSTANT)
     run = Left(tmp_path / "run")
-    assert start(store, run.path, **CONSTANT, epochs=1)["status"] == "finished"
+    assert start(store, run.path, **CONSTANT, epochs=1, keep_optimizer=True)["status"] == "finished"
     with pytest.raises(UserError, match=r"num_steps was \d+, now \d+.*--allow_changes"):
         start(store, run.path, **CONSTANT, resume="auto")
     start(store, run.path, **CONSTANT, resume="auto", allow_changes=True)
@@ -214,6 +214,29 @@ def test_one_epoch_and_one_more_are_two(unbroken, store, tmp_path):
     assert "num_steps was " in " ".join(run.results["notices"])
     assert_same_run(run, Left(tmp_path / "two"))
     assert not torch.equal(run.weights["model.norm.weight"], unbroken.weights["model.norm.weight"]), "proves nothing"
+
+
+def test_a_finished_run_drops_its_optimizer_states_and_says_how_to_train_further(store, tmp_path, cartilha):
+    run = Left(tmp_path / "run")
+    start(store, run.path, keep_last=1, checkpoint_steps=1, save_dtype="bfloat16")
+    (kept,) = (run.path / "checkpoints").iterdir()
+    assert {file.name for file in kept.iterdir()} == {"model.safetensors", "state.json", "manifest.json"}
+    assert {tensor.dtype for tensor in run.weights.values()} == {torch.bfloat16}
+    exact = load_file(kept / "model.safetensors")["model.norm.weight"]
+    assert exact.dtype == torch.float32 and torch.equal(exact.bfloat16(), run.weights["model.norm.weight"])
+    # As if it had been killed just before its end was recorded: it needs no states for what is left to do.
+    before = run.results
+    (run.path / "results.json").write_text(json.dumps({**before, "status": "running"}), encoding="utf-8")
+    assert start(store, run.path, resume="auto")["evaluations"] == before["evaluations"]
+    flags = [*FLAGS, "--store", store, "--output", run.path, "--resume", "auto"]
+    assert cartilha("train", *flags).code == 0
+    for more in ([], ["--allow_changes"]):
+        outcome = cartilha("train", *flags, "--epochs", 3, *more)
+        assert outcome.code == 2 and "its optimizer states were dropped" in outcome.err.splitlines()[-1]
+        assert f"--model {run.path / 'model'} and another --output" in outcome.err
+    (run.path / "results.json").write_text(json.dumps({**before, "status": "running"}), encoding="utf-8")
+    with pytest.raises(UserError, match="its optimizer states were dropped"):
+        start(store, run.path, resume="auto", epochs=3, allow_changes=True)
 
 
 def test_with_allow_changes_a_run_goes_on_and_says_what_is_other(cartilha, stopped, store, tmp_path):
@@ -280,7 +303,7 @@ def test_checkpoints_in_the_background_change_nothing_and_the_best_is_kept(unbro
 
     monkeypatch.setattr("cartilha.training.writer.write_checkpoint", slowly)
     monkeypatch.setattr("cartilha.training.writer.freeze", frozen)
-    start(store, tmp_path / "run", checkpoint_steps=1)
+    start(store, tmp_path / "run", checkpoint_steps=1, keep_optimizer=True)
     run = Left(tmp_path / "run")
     threads = ["checkpoint_0"] * (len(run.steps) - 1) + ["MainThread"]  # nothing goes on beside the last one
     assert written == list(zip(threads, range(1, len(run.steps) + 1), strict=True))

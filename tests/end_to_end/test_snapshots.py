@@ -22,8 +22,10 @@ from cartilha.evaluation.documents import encode_documents
 from cartilha.evaluation.saved import load_evaluation
 from cartilha.evaluation.surprisal import LEAST_TOKENS, MAX_TOKENS, NUM_DOCUMENTS, shown_documents, token_texts
 from cartilha.pipeline.prepare import prepare
+from cartilha.pipeline.snapshots import take_snapshot
 from cartilha.pipeline.train import train
 from cartilha.tokens.tokenizer import load_tokenizer
+from cartilha.training.streams import random_state
 
 TOKENIZER = load_tokenizer("random:tiny")
 PROMPTS = GenerateConfig(prompt=("Era uma vez",), max_new_tokens=4)
@@ -108,6 +110,21 @@ def test_texts_written_at_an_epochs_end_draw_none_of_the_trainings_random_number
         lines = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         losses.append([json.loads(line).get("loss") for line in lines])
     assert losses[0] == losses[1] and len(set(losses[0])) > 4
+
+
+def test_a_snapshot_leaves_every_stream_of_random_numbers_where_it_was(run, tmp_path, monkeypatch):
+    drawn = []
+
+    def watched(*arguments):
+        before = random_state()
+        texts = take_snapshot(*arguments)
+        drawn.append([name for name, state in random_state().items() if state != before[name]])
+        return texts
+
+    monkeypatch.setattr("cartilha.pipeline.train.take_snapshot", watched)
+    config = TrainConfig("random:tiny", str(run.parent / "store"), str(tmp_path / "run"), 64, batch_tokens=512)
+    train(config, prompts=replace(PROMPTS, do_sample=True))
+    assert drawn == [[], []]
 
 
 def test_the_shown_documents_are_long_enough_and_of_different_domains():

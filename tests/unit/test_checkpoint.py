@@ -397,14 +397,14 @@ def test_a_disk_that_is_full_names_the_file_and_leaves_what_was_there(run, monke
 def test_the_space_that_a_run_needs_is_what_it_takes(tmp_path):
     state = fresh_state(0)
     num_parameters = sum(parameter.numel() for parameter in state.model.parameters())
-    at_first, checkpoint = space_needed(tmp_path, num_parameters)
+    at_first, checkpoint = space_needed(num_parameters, tmp_path)
     for loss in (2.0, None, None, None):
         take_step(state)
         path = write_checkpoint(tmp_path, freeze(state, {}, copy=False), loss)
         size = sum(file.stat().st_size for file in path.iterdir())
         assert 0.3 * checkpoint < size <= checkpoint  # a tiny model's are mostly the allowance for small files
     assert len(list_checkpoints(tmp_path)) == 3
-    later, _ = space_needed(tmp_path, num_parameters)
+    later, _ = space_needed(num_parameters, tmp_path)
     assert at_first > 4 * 12 * num_parameters and later == pytest.approx(at_first - 3 * size, abs=3000)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -121,6 +122,20 @@ def test_the_repeated_step_draws_the_same_dropout(failing_passes):
     assert float(interrupted[0].loss) == pytest.approx(float(again[0].loss), rel=1e-5)
     other = losses(steps(dropout=True, micro_batch_size=2))
     assert abs(other[0] - float(again[0].loss)) > 1e-4, "the dropout does not depend on anything"
+
+
+def test_the_repeated_step_draws_the_same_numbers_of_every_stream(monkeypatch):
+    drawn: list[tuple[float, float, float]] = []
+
+    def patched(model, batch, dtype, body):
+        drawn.append((random.random(), float(np.random.random()), float(torch.rand(()))))
+        if len(drawn) == 2:
+            raise torch.OutOfMemoryError
+        return batch_nll(model, batch, dtype, body)
+
+    monkeypatch.setattr(loop, "batch_nll", patched)
+    steps()
+    assert drawn[1] == drawn[2] and len(set(drawn)) == len(drawn) - 1
 
 
 def test_odd_sizes_are_halved_down_to_one_block_and_no_further(failing_passes):

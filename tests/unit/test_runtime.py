@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,14 +15,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cartilha import runtime
+from cartilha import cpu, runtime
+from cartilha.cpu import cpu_has_bfloat16
 from cartilha.errors import UserError, install_command
 from cartilha.model import products
 from cartilha.runtime import (
     TEXT_PACKAGES,
     choose_device,
     choose_dtype,
-    cpu_has_bfloat16,
     hardware_dtypes,
     has_cxx_compiler,
     peak_memory_bytes,
@@ -44,6 +46,36 @@ def test_memory_that_runs_out_outside_of_torchs_allocator_is_recognised(error, e
     assert runtime.is_out_of_memory(error) is expected
 
 
+# Read when torch is loaded
+
+
+@pytest.mark.parametrize("begin", ["import cartilha; cartilha.train", "runpy.run_module('cartilha', run_name='__main__')"])
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+)
+def test_threads_spin_briefly_unless_the_user_says_otherwise(begin, given, expected):
+    """A process that says how it is set as soon as it looks for torch, and ends there."""
+    program = f"""
+import os, runpy, sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            print(os.environ.get("GOMP_SPINCOUNT"), flush=True)
+            os._exit(0)
+sys.meta_path.insert(0, Finder())
+sys.argv = ["cartilha", "evaluate", "--model", "random:tiny", "--input", "primer"]
+{begin}
+"""
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    }
+    found = subprocess.run(
+        [sys.executable, "-c", program], env={**environment, **given}, capture_output=True, text=True, check=True
+    )
+    assert found.stdout.split() == [str(expected)], found.stderr
+
+
 # Device and dtype
 
 
@@ -57,7 +89,7 @@ def test_the_rate_of_float32_is_measured_in_float32_under_autocast_too():
             return func(*args, **(kwargs or {}))
 
     with torch.autocast("cpu", torch.bfloat16), Note():  # not through the cache, which must not keep this figure
-        assert runtime.cpu_matmul_rate.__wrapped__("float32") > 0
+        assert cpu.cpu_matmul_rate.__wrapped__("float32") > 0
     assert len(dtypes) > 1 and set(dtypes) == {torch.float32}
 
 

@@ -6,7 +6,6 @@ import shutil
 
 from cartilha.checks.outcome import CheckResult, Judgement, Subject
 from cartilha.runtime import available_memory_bytes
-from cartilha.training.checkpoint import space_needed
 
 
 def memory_and_disk(subject: Subject) -> CheckResult:
@@ -23,8 +22,7 @@ def memory_and_disk(subject: Subject) -> CheckResult:
     )
     need, free = subject.planned_bytes, available_memory_bytes(subject.device)
     place = next(path for path in (subject.output, *subject.output.absolute().parents) if path.is_dir())
-    disk_need, _ = space_needed(subject.output, subject.loaded.num_parameters)
-    disk_free = shutil.disk_usage(place).free
+    disk_need, disk_free = subject.disk_bytes, shutil.disk_usage(place).free
     wanted = "not planned" if need is None else f"{need / 2**30:.1f} GiB"
     return words.judge(
         (need or 0) <= free and disk_need <= disk_free,

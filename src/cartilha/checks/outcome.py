@@ -60,6 +60,7 @@ class Subject:
         lr: Peak learning rate of the run to come.
         micro_batch_size: Blocks a forward pass of the run to come.
         planned_bytes: Memory that the run is planned to take; None where it could not be planned.
+        disk_bytes: What the run's files still need at most.
         output: Where the run would write.
         quick: Less of everything.
         is_random: Whether fresh weights were asked for (a `random:` model).
@@ -76,6 +77,7 @@ class Subject:
     lr: float
     micro_batch_size: int
     planned_bytes: int | None
+    disk_bytes: int
     output: Path
     quick: bool
     is_random: bool

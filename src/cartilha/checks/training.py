@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +33,7 @@ OVERFIT_PERPLEXITY = 1.5
 OVERFIT_TEXTS, OVERFIT_TEXTS_QUICK = 100, 8
 OVERFIT_TOKENS, OVERFIT_TOKENS_QUICK = 128, 24  # of each text
 OVERFIT_PASSES = 600  # at most: fresh weights of a small model need about a hundred
-OVERFIT_PATIENCE = 15  # passes in which the loss must fall by a fiftieth, or learning has stopped
+OVERFIT_PATIENCE = 15  # passes in which the best or the median loss must fall by a fiftieth, or learning has stopped
 OVERFIT_WEIGHT_DECAY = 0.0  # it works against what is asked for here
 
 
@@ -117,11 +118,18 @@ def overfit(subject: Subject) -> CheckResult:
 
 
 def _has_stopped(losses: list[float]) -> bool:
-    """Whether the loss is no number, or the last passes brought less than a fiftieth."""
+    """Whether the loss is no number, or the last passes brought less than a fiftieth.
+
+    Neither to the best pass nor to the usual one: single passes jump by several per cent, up and down, and by how much
+    depends on the last bits of a processor's sums.
+    """
     if not math.isfinite(losses[-1]):
         return True
     before, latest = losses[:-OVERFIT_PATIENCE], losses[-OVERFIT_PATIENCE:]
-    return bool(before) and min(latest) > 0.98 * min(before)
+    if not before:
+        return False
+    usual = statistics.median(latest) / statistics.median(before[-OVERFIT_PATIENCE:])
+    return min(latest) > 0.98 * min(before) and usual > 0.98
 
 
 def loss(subject: Subject) -> CheckResult:

@@ -51,6 +51,8 @@ SUPPORTED_MODEL_TYPES = (
 # What torch's variable-length attention can be told: 2.10 has neither scale nor window, 2.11 no `enable_gqa`.
 VARLEN_SETTINGS = frozenset(inspect.signature(varlen_attn).parameters)
 
+ATTENTION_DROPOUT = ("attention_dropout", "attn_pdrop")  # as configurations name it
+
 # `kept` computes nothing: it keeps what flash attention keeps for its backward pass (for the memory plan).
 Kernel = Literal["varlen", "segments", "mask", "kept"]
 
@@ -126,7 +128,7 @@ def obstacle(kernel: Kernel, config: PretrainedConfig, *, training: bool) -> str
     head_size = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     if kernel == "varlen" and (head_size % 8 or head_size > 256):
         return f"flash attention takes heads of 8, 16, ... 256 numbers, and this model's have {head_size}"
-    if training and any(getattr(config, name, 0.0) for name in ("attention_dropout", "attn_pdrop")):
+    if training and any(getattr(config, name, 0.0) for name in ATTENTION_DROPOUT):
         return "it knows no dropout of attention weights, which this model is trained with"
     if kernel == "segments" and not HAS_KERNELS:
         return "this version of torch does not have it"

@@ -25,6 +25,7 @@ from cartilha.pipeline.run_plan import plan_run, this_machine
 from cartilha.pipeline.run_setup import Run
 from cartilha.runtime import choose_device, choose_dtype
 from cartilha.tokens.store import TokenStore
+from cartilha.training.checkpoint import space_needed
 from cartilha.training.optimizer import resolve_lr
 
 log = logging.getLogger("cartilha")
@@ -168,6 +169,7 @@ def _subject_of_run(run: Run) -> Subject:
         lr=run.schedule.peak_lr,
         micro_batch_size=run.micro_batch_size,
         planned_bytes=run.plan.memory_bytes,
+        disk_bytes=run.disk_space[0],
         output=run.path,
         quick=True,
         is_random=run.config.model.startswith("random:"),
@@ -208,6 +210,7 @@ def _subject(config: CheckConfig) -> Subject:
         lr=resolve_lr(config.lr, loaded.num_parameters),
         micro_batch_size=plan.micro_batch_size,
         planned_bytes=plan.memory_bytes,
+        disk_bytes=space_needed(loaded.num_parameters, Path(config.output))[0],
         output=Path(config.output),
         quick=config.quick,
         is_random=config.model.startswith("random:"),

@@ -21,6 +21,8 @@ from cartilha.pipeline.run_plan import best_step, this_machine, with_copy
 from cartilha.runtime import choose_device, choose_dtype, is_out_of_memory
 from cartilha.tokens.packed import PackedDocuments
 from cartilha.tokens.store import TokenStore
+from cartilha.training.checkpoint import BYTES_PER_PARAMETER as CHECKPOINT_BYTES_PER_PARAMETER
+from cartilha.training.checkpoint import space_needed
 from cartilha.training.devices import KNOWN_DEVICES, DeviceFacts, flops_per_token
 from cartilha.training.loop import Progress, Schedule, train_steps
 from cartilha.training.memory import (
@@ -39,7 +41,6 @@ BLOCK_SIZES = (256, 512, 1024, 2048)
 MICRO_BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 PROBE_TOKENS = {"cpu": 1024, "cuda": 16_384}  # a step
 PROBE_STEPS = 3  # the first is not counted
-CHECKPOINTS_ON_DISK = 3  # two are kept, and one is being written
 GIB = 2**30
 
 
@@ -109,8 +110,8 @@ def plan(config: PlanConfig) -> PlanResult:
             "batch_tokens": config.batch_tokens,
             "epochs": config.epochs,
             "train_tokens": tokens,
-            "checkpoint_bytes": 12 * num_parameters,
-            "disk_bytes": CHECKPOINTS_ON_DISK * 12 * num_parameters + 4 * num_parameters,
+            "checkpoint_bytes": CHECKPOINT_BYTES_PER_PARAMETER * num_parameters,
+            "disk_bytes": space_needed(num_parameters)[0],
             "devices": [_device_values(facts) for facts in devices],
             "recommended": recommended,
             "rows": rows,
@@ -141,13 +142,8 @@ def _devices(config: PlanConfig, model: PretrainedConfig) -> tuple[DeviceFacts |
 
 
 def _memory_model(model: PretrainedConfig, facts: DeviceFacts, config: PlanConfig) -> MemoryModel:
-    return MemoryModel(
-        model,
-        facts.dtype,
-        facts.kernel,
-        overhead_bytes=facts.overhead_bytes,
-        checkpointing=config.gradient_checkpointing,
-    )
+    how = facts.computation(checkpointing=config.gradient_checkpointing)
+    return MemoryModel(model, how, overhead_bytes=facts.overhead_bytes)
 
 
 def _refuse_what_fits_nowhere(config: PlanConfig, devices: list[DeviceFacts], num_parameters: int) -> None:

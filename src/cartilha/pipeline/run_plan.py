@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from cartilha.cpu import cpu_matmul_rate
 from cartilha.model.attention import choose_kernel
 from cartilha.model.products import cpu_product_dtype
-from cartilha.runtime import available_memory_bytes, cpu_matmul_rate
+from cartilha.runtime import available_memory_bytes
 from cartilha.training.checkpoint import BYTES_PER_PARAMETER as CHECKPOINT_BYTES_PER_PARAMETER
 from cartilha.training.devices import (
     GIB,
@@ -54,7 +55,7 @@ def this_machine(device: torch.device, dtype: torch.dtype) -> DeviceFacts:
         share=0.65,
         overhead_bytes=PROGRAM_BYTES,
         max_tokens=max_tokens_on_this_cpu(dtype),
-        is_host=True,
+        kind=device.type,
     )
 
 
@@ -144,6 +145,7 @@ def plan_run(
     blocks_per_step: int,
     micro_batch_size: int | None,
     checkpointing: bool = False,
+    dropout: bool = False,
 ) -> RunPlan:
     """Plan a run on this machine.
 
@@ -155,17 +157,16 @@ def plan_run(
         blocks_per_step: Blocks of a step that this process takes.
         micro_batch_size: Asked for; None to choose the largest that fits.
         checkpointing: Whether activations are computed twice instead of kept.
+        dropout: Whether the dropout that the configuration asks for is drawn.
     """
-    facts = facts.for_model(config)
+    facts = facts.for_model(config, dropout=dropout)
     rate = facts.peak_flops * facts.share / flops_per_token(config, num_parameters, block_size)
     memory, size = None, micro_batch_size or 1
     try:
         model = MemoryModel(
             config,
-            facts.dtype,
-            facts.kernel,
+            facts.computation(checkpointing=checkpointing, dropout=dropout),
             overhead_bytes=facts.overhead_bytes,
-            checkpointing=checkpointing,
             num_parameters=num_parameters,
         )
         if micro_batch_size is None:

@@ -38,6 +38,7 @@ from cartilha.training.checkpoint import (
     load_checkpoint,
     newest_sound_checkpoint,
     read_settings,
+    refuse_if_dropped,
     space_needed,
 )
 from cartilha.training.distributed import same_everywhere
@@ -79,6 +80,14 @@ class Run:
         return self.state.progress.step
 
     @property
+    def disk_space(self) -> tuple[int, int]:
+        """Bytes that the run's files still need at most, and bytes of one checkpoint."""
+        dtype = getattr(torch, self.config.save_dtype)
+        return space_needed(
+            self.loaded.num_parameters, self.path, keep=self.config.keep_last, weight_bytes=dtype.itemsize
+        )
+
+    @property
     def num_epochs_done(self) -> int:
         """Epochs finished so far."""
         return self.step // self.sampler.steps_per_epoch
@@ -105,6 +114,7 @@ def is_finished_as_asked(config: TrainConfig, path: Path) -> bool:
     if (Path(config.store) / "store.json").is_file():  # it may have been removed since
         current["store"] = read_store_info(Path(config.store))["splits"]["train"]["corpus_hash"]
     if config.allow_changes and any(recorded.get(name) != value for name, value in current.items()):
+        refuse_if_dropped(path)
         return False
     check_settings(recorded, current, path)
     return True
@@ -167,6 +177,8 @@ def assemble(config: TrainConfig, path: Path, prompts: GenerateConfig, resume: b
     if checkpoint is not None and recorded is not None:
         check_settings(recorded, settings, path, allow_changes=config.allow_changes)
         load_checkpoint(checkpoint, state)
+        if state.progress.step < num_steps:
+            refuse_if_dropped(path)
         log.info("Going on from step %d (%s).", state.progress.step, checkpoint)
     _share_state(state, config.seed)
     protocol = make_protocol(
@@ -205,7 +217,7 @@ def check_space(run: Run) -> None:
     Raises:
         UserError: Saying how much is needed and how much is free.
     """
-    needed, checkpoint = space_needed(run.path, run.loaded.num_parameters)
+    needed, checkpoint = run.disk_space
     free = shutil.disk_usage(run.path).free
     if free < needed:
         raise UserError(
@@ -272,6 +284,7 @@ def _plan(
         blocks_per_step=share,
         micro_batch_size=asked,
         checkpointing=config.gradient_checkpointing,
+        dropout=config.dropout,
     )
     by_clock = 60 * config.checkpoint_minutes * num_ranks * plan.tokens_per_second / config.batch_tokens
     steps_between = [sampler.steps_per_epoch, config.checkpoint_steps, by_clock]

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from cartilha.evaluation.compare import compare_documents
 from cartilha.evaluation.continuation import continue_prompts
@@ -22,6 +21,7 @@ from cartilha.evaluation.saved import load_evaluation, save_evaluation
 from cartilha.evaluation.surprisal import add_surprisal, shown_documents
 from cartilha.pipeline.run_files import RunRecord, add_samples
 from cartilha.pipeline.run_setup import Run
+from cartilha.training.streams import random_numbers_apart
 
 NUM_LISTED = 5  # documents that gained most, and that lost most
 TOKENS_OF_A_BEGINNING = 32  # by which a reader recognises a document
@@ -64,8 +64,7 @@ def _saved(path: Path, step: int) -> Path:
 @contextmanager
 def _apart_from_training(run: Run) -> Iterator[None]:
     """Without the dropout that training may have, and without drawing from its random numbers."""
-    device = run.loaded.model.device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with random_numbers_apart():
         run.loaded.model.train(False)
         try:
             yield

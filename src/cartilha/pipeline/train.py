@@ -40,9 +40,15 @@ from cartilha.runtime import (
     world,
 )
 from cartilha.storage import DISK_FAULTS, new_directory, system_error, write_atomically, write_json
-from cartilha.training.checkpoint import best_checkpoint, list_checkpoints, newest_name
+from cartilha.training.checkpoint import (
+    best_checkpoint,
+    drop_optimizer_states,
+    list_checkpoints,
+    newest_name,
+)
 from cartilha.training.hooks import EpochLoss, MetricsFile, StopRequest, listening_for_stop
-from cartilha.training.loop import StepRecord, train_steps
+from cartilha.training.loop import Progress, StepRecord, train_steps
+from cartilha.training.streams import random_numbers_apart
 from cartilha.training.trackers import TrackedRun, open_tracker
 from cartilha.training.watch import LossWatch
 from cartilha.training.writer import CheckpointWriter, can_write_in_background
@@ -98,7 +104,8 @@ def _run(
     """Set up and train in a directory that this command has for itself."""
     run = assemble(config, path, prompts, config.resume == "auto")
     if not config.skip_checks:
-        refuse_if_failed(run)
+        with random_numbers_apart():  # a resumed run goes on with those of its checkpoint
+            refuse_if_failed(run)
     setting = facts(run)
     if world()[0] == 0:
         check_space(run)
@@ -150,6 +157,7 @@ def _train(run: Run, record: RunRecord, notices: NoticeCollector, stop: StopRequ
         run.path,
         every_steps=run.config.checkpoint_steps,
         every_minutes=run.config.checkpoint_minutes,
+        keep=run.config.keep_last,
         background=run.plan.background_checkpoints
         and can_write_in_background(run.loaded.model.device, run.loaded.num_parameters),
     )
@@ -157,7 +165,9 @@ def _train(run: Run, record: RunRecord, notices: NoticeCollector, stop: StopRequ
         if run.step == 0:
             _measure(run, record, metrics, "Validation before training")
             seed_everything(run.config.seed)
+        first = None
         for step in _steps(run, record):
+            first = first or step
             metrics.step(step)
             epoch_loss.step(step)
             if watch.has_diverged:
@@ -176,7 +186,7 @@ def _train(run: Run, record: RunRecord, notices: NoticeCollector, stop: StopRequ
                     "and the same command with --resume auto goes on from it."
                 )
         writer.finish()
-        record.update(checkpoint_seconds=writer.stall_s)
+        record.update(checkpoint_seconds=writer.stall_s, **_rates(run.state.progress, first))
         _finish(run, record, notices, metrics)
     finally:
         writer.close()
@@ -274,17 +284,28 @@ def _finish(run: Run, record: RunRecord, notices: NoticeCollector, metrics: Metr
         loss_spikes=progress.loss_spikes,
         tokens=progress.tokens,
         seconds=progress.seconds,
-        tokens_per_second=progress.tokens / progress.seconds if progress.seconds else None,
         memory_bytes=peak_memory_bytes(run.loaded.model.device.type),
         notices=list(dict.fromkeys([*record.values["notices"], *notices.notices])),
     )
     if world()[0] != 0:
         return
     with new_directory(run.path / "model", replace=True) as temporary:
+        torch.nn.Module.to(run.loaded.model, getattr(torch, run.config.save_dtype))  # nothing computes with it any more
         run.loaded.model.save_pretrained(temporary)
         run.tokenizer.save(temporary)
         write_atomically(temporary / "README.md", model_card(record.values))
+    if not run.config.keep_optimizer and progress.step >= run.schedule.num_steps:  # a longer time budget can go on
+        drop_optimizer_states(run.path)
     record.update(status="finished")
+
+
+def _rates(progress: Progress, first: StepRecord | None) -> dict[str, float | None]:
+    """Tokens a second of all steps, and of those after this process's first one, which includes the compilation."""
+    after = progress.seconds - first.total_seconds if first else 0.0
+    return {
+        "tokens_per_second": progress.tokens / progress.seconds if progress.seconds else None,
+        "tokens_per_second_after_first_step": (progress.tokens - first.tokens) / after if first and after else None,
+    }
 
 
 @contextmanager

@@ -199,10 +199,10 @@ def _train(console: Console, result: Values) -> None:
         f"Protocol: {protocol_line(after['protocol'])}; {after['num_tokens']:,} held-out tokens.", markup=False
     )
     if result.get("tokens_per_second"):
-        rate = f"{result['tokens_per_second']:,.0f}"
-        console.print(
-            f"Trained {result['tokens']:,} tokens in {result['seconds']:.0f} s ({rate} tokens/s).", markup=False
-        )
+        rate = f"{result['tokens_per_second']:,.0f} tokens/s"
+        if result.get("tokens_per_second_after_first_step"):
+            rate += f"; {result['tokens_per_second_after_first_step']:,.0f} after the first step"
+        console.print(f"Trained {result['tokens']:,} tokens in {result['seconds']:.0f} s ({rate}).", markup=False)
     console.print(f"Model: {result['run']}/model", markup=False)
 
 

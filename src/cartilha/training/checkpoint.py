@@ -2,7 +2,7 @@
 
 checkpoints/step-00000123/
     model.safetensors      float32 weights, tied ones once
-    optimizer.safetensors  Adam's moments and step counts, by parameter name
+    optimizer.safetensors  Adam's moments and step counts, by parameter name; dropped when the run is finished
     state.json             progress, scaler, random state, settings that a resume must find unchanged
     manifest.json          size and SHA-256 of the files above, and of itself; written last
 
@@ -39,7 +39,8 @@ from cartilha.training.streams import random_state, restore_random_state
 
 log = logging.getLogger("cartilha")
 
-FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+OPTIMIZER = "optimizer.safetensors"
+FILES = ("model.safetensors", OPTIMIZER, "state.json")
 FORMAT_VERSION = 1
 BYTES_PER_PARAMETER = 12  # weight and two moments, float32
 SMALL_FILES_BYTES = 2**20  # state.json, headers, tokenizer, metrics
@@ -122,7 +123,7 @@ def write_checkpoint(run: Path, frozen: FrozenState, validation_loss: float | No
     path = run / "checkpoints" / f"step-{frozen.step:08d}"
     with new_directory(path, replace=True) as temporary:
         _save_tensors(frozen.weights, temporary / "model.safetensors")
-        _save_tensors(frozen.moments, temporary / "optimizer.safetensors")
+        _save_tensors(frozen.moments, temporary / OPTIMIZER)
         write_json(temporary / "state.json", frozen.values)
         files = {n: {"size": (temporary / n).stat().st_size, "sha256": file_sha256(temporary / n)} for n in FILES}
         manifest = {"format_version": FORMAT_VERSION, "validation_loss": validation_loss, "files": files}
@@ -164,21 +165,76 @@ def best_checkpoint(paths: list[Path]) -> Path | None:
 
 
 def _validation_loss(path: Path) -> float | None:
-    try:
-        loss = read_sealed_json(path / "manifest.json").get("validation_loss")
-    except (OSError, ValueError):
-        return None
+    loss = _manifest(path).get("validation_loss")
     return float(loss) if isinstance(loss, (int, float)) else None
 
 
-def space_needed(run: Path, num_parameters: int) -> tuple[int, int]:
-    """Bytes that a run's files still need at most, and bytes of one checkpoint.
+def _manifest(path: Path) -> dict[str, Any]:
+    """A checkpoint's manifest; empty where it is damaged or missing."""
+    try:
+        return read_sealed_json(path / "manifest.json")
+    except (OSError, ValueError):
+        return {}
+
+
+def space_needed(
+    num_parameters: int, run: Path | None = None, *, keep: int = KEEP, weight_bytes: int = 4
+) -> tuple[int, int]:
+    """Bytes that a run's files need at most, and bytes of one checkpoint.
 
     Kept are the newest checkpoints and the best, while one more is written; then comes the model itself.
+
+    Args:
+        num_parameters: Of the model.
+        run: A directory whose checkpoints need no more space; None for a run that is only planned.
+        keep: Newest checkpoints kept.
+        weight_bytes: Of a weight in the model at the end.
     """
     checkpoint = BYTES_PER_PARAMETER * num_parameters + SMALL_FILES_BYTES
-    there = sum(file.stat().st_size for path in list_checkpoints(run) for file in path.iterdir())
-    return max(checkpoint, (KEEP + 2) * checkpoint - there) + 4 * num_parameters + SMALL_FILES_BYTES, checkpoint
+    there = sum(file.stat().st_size for path in list_checkpoints(run) for file in path.iterdir()) if run else 0
+    model = weight_bytes * num_parameters + SMALL_FILES_BYTES
+    return max(checkpoint, (keep + 2) * checkpoint - there) + model, checkpoint
+
+
+def drop_optimizer_states(run: Path) -> None:
+    """Leave the weights alone of a run's checkpoints, the newest one last: from it a run can only be finished then.
+
+    A manifest changes before the file goes, so that a kill leaves a file too many and no checkpoint that seems damaged.
+
+    Raises:
+        OSError: The disk is full, gone, or not to be written to.
+    """
+    for path in list_checkpoints(run):
+        manifest = _manifest(path)
+        if manifest and manifest["files"].pop(OPTIMIZER, None):
+            write_sealed_json(path / "manifest.json", manifest)
+            (path / OPTIMIZER).unlink(missing_ok=True)
+
+
+def refuse_if_dropped(run: Path) -> None:
+    """Refuse to take more steps in a run of whose newest checkpoint the weights alone are left.
+
+    Raises:
+        UserError: Saying how to train further.
+    """
+    if _is_dropped(run):
+        raise UserError(f"The run {run} cannot go on: {_instead(run)}")
+
+
+def _is_dropped(run: Path) -> bool:
+    return not all(_has_states(path) for path in list_checkpoints(run)[-1:])
+
+
+def _instead(run: Path) -> str:
+    return (
+        f"its optimizer states were dropped when it was finished; train its model further with --model {run / 'model'} "
+        "and another --output, or train anew with --keep_optimizer."
+    )
+
+
+def _has_states(path: Path) -> bool:
+    files = _manifest(path).get("files")
+    return not isinstance(files, dict) or OPTIMIZER in files
 
 
 def newest_name(run: Path) -> str | None:
@@ -231,7 +287,7 @@ def _fault(path: Path) -> str | None:
     except (OSError, ValueError) as error:
         return f"manifest.json: {error}"
     try:
-        for name in FILES:
+        for name in FILES if _has_states(path) else sorted({*FILES} - {OPTIMIZER}):
             recorded = manifest["files"][name]
             if (path / name).stat().st_size != recorded["size"]:
                 return f"{name} has another size"
@@ -277,10 +333,8 @@ def check_settings(
         return
     differences = "; ".join(f"{name} was {recorded.get(name)}, now {current[name]}" for name in changed)
     if not allow_changes:
-        raise UserError(
-            f"The run {run} cannot go on with other settings ({differences}); use the old ones, another --output, "
-            "or --allow_changes."
-        )
+        remedy = _instead(run) if _is_dropped(run) else "use the old ones, another --output, or --allow_changes."
+        raise UserError(f"The run {run} cannot go on with other settings ({differences}); {remedy}")
     log.warning(
         "The run %s goes on with other settings (%s): it is no longer the run of one command, and steps keep their "
         "count whatever the data are now.",
@@ -303,7 +357,9 @@ def load_checkpoint(path: Path, state: TrainingState) -> None:
         check_tensors(path / "model.safetensors", shapes)
         moments = {f"{name}|{key}": shape for name, shape in shapes.items() for key in ("exp_avg", "exp_avg_sq")}
         moments |= {f"{name}|step": () for name in shapes}
-        check_tensors(path / "optimizer.safetensors", moments, all_there=False)
+        has_states = _has_states(path)
+        if has_states:
+            check_tensors(path / OPTIMIZER, moments, all_there=False)
         check_scaler(saved["scaler"], state.scaler.is_enabled())
         restore_random_state(saved["random"])
     except (OSError, ValueError, LookupError, TypeError, RuntimeError, OverflowError, SafetensorError) as error:
@@ -316,7 +372,7 @@ def load_checkpoint(path: Path, state: TrainingState) -> None:
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
-    for joined, value in read_tensors(path / "optimizer.safetensors", device).items():
+    for joined, value in (read_tensors(path / OPTIMIZER, device) if has_states else {}).items():
         name, key = joined.rsplit("|", 1)
         # Fused AdamW keeps its step counts beside the parameters. A copy, since what is read is mapped from the file.
         moments_there = state.optimizer.state[parameters[name]]

@@ -9,6 +9,7 @@ from transformers import PretrainedConfig
 
 from cartilha.model.attention import Kernel, knows_attention, obstacle
 from cartilha.model.products import cpu_product_dtype
+from cartilha.training.trace import Computation
 
 GIB = 2**30
 
@@ -26,7 +27,7 @@ class DeviceFacts:
         share: Of the peak that training is expected to reach, counted by 6N + attention.
         overhead_bytes: The program and the device's context.
         max_tokens: Tokens a forward pass beyond which a larger micro-batch brings nothing.
-        is_host: Whether its memory is the host's, which also holds the copy of a checkpoint that is being written.
+        kind: `cuda`, `mps` or `cpu`.
     """
 
     name: str
@@ -37,11 +38,20 @@ class DeviceFacts:
     share: float
     overhead_bytes: int
     max_tokens: int
-    is_host: bool = False
+    kind: str = "cuda"
 
-    def for_model(self, config: PretrainedConfig) -> DeviceFacts:
+    @property
+    def is_host(self) -> bool:
+        """Whether its memory is the host's, which also holds the copy of a checkpoint that is being written."""
+        return self.kind != "cuda"
+
+    def computation(self, *, checkpointing: bool, dropout: bool = False) -> Computation:
+        """How a training step is computed there."""
+        return Computation(self.dtype, self.kernel, self.kind == "cpu", checkpointing, dropout)
+
+    def for_model(self, config: PretrainedConfig, *, dropout: bool = False) -> DeviceFacts:
         """The device as it computes this model: under a mask where its own kernel cannot."""
-        if knows_attention(config) and obstacle(self.kernel, config, training=False):
+        if knows_attention(config) and obstacle(self.kernel, config, training=dropout):
             return replace(self, kernel="mask")
         return self
 
@@ -71,7 +81,7 @@ _KNOWN = (
         0.60,
         PROGRAM_BYTES,
         8 * FLOAT32_TOKENS_PER_THREAD,
-        is_host=True,
+        kind="cpu",
     ),
 )
 KNOWN_DEVICES = {facts.name: facts for facts in _KNOWN}

@@ -21,6 +21,7 @@ from cartilha.runtime import is_out_of_memory, peak_memory_bytes, world
 from cartilha.training.distributed import agree, sum_over_ranks
 from cartilha.training.loader import StepLoader
 from cartilha.training.optimizer import choose_trained, clear_gradients, learning_rate, step_unless
+from cartilha.training.streams import random_state, restore_random_state
 
 log = logging.getLogger("cartilha")
 
@@ -247,7 +248,7 @@ def _gradients(
     no weight has moved, so the step comes out the same up to rounding. So they are where the compiled body fails in the
     backward pass, plainly then. A micro-batch with fewer rows than usual, as at an epoch's end, is not worth a graph.
     """
-    before = _random_state(model.device)
+    before = random_state()
     while True:
         size = min(progress.micro_batch_size, len(blocks))
         usual = body if size == progress.micro_batch_size else None
@@ -262,7 +263,7 @@ def _gradients(
         clear_gradients(parameters)
         if model.device.type == "cuda":
             torch.cuda.empty_cache()
-        _set_random_state(model.device, before)
+        restore_random_state(before)
         if not out_of_memory:
             continue
         progress.micro_batch_size = (size + 1) // 2
@@ -295,19 +296,6 @@ def _accumulate(
         scaler.scale(share).backward()
         loss += share.detach()
     return loss
-
-
-def _random_state(device: torch.device) -> list[torch.Tensor]:
-    states = [torch.get_rng_state()]
-    if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device))
-    return states
-
-
-def _set_random_state(device: torch.device, states: list[torch.Tensor]) -> None:
-    torch.set_rng_state(states[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states[1], device)
 
 
 class _OneStepAhead:

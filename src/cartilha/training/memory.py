@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from transformers import PretrainedConfig
 
 from cartilha.errors import UserError
-from cartilha.model.attention import Kernel, knows_attention
+from cartilha.model.attention import knows_attention
 from cartilha.model.loss import CHUNK_TOKENS
-from cartilha.training.trace import StepBytes, count_parameters, traced_step
+from cartilha.training.trace import Computation, StepBytes, count_parameters, traced_step
 
 BYTES_PER_PARAMETER = 16  # weight, gradient, and AdamW's two moments, all float32
 HEADROOM = 1.05  # allocators hand out memory in pieces and cannot use all of what lies between them
@@ -54,28 +53,22 @@ class MemoryModel:
 
     Args:
         config: The model's.
-        dtype: Compute dtype.
-        kernel: How attention is computed there.
+        how: How a step is computed there.
         overhead_bytes: The program and the device's context.
-        checkpointing: Whether activations are computed twice instead of kept.
         num_parameters: Where it is known; counted otherwise.
     """
 
     def __init__(
         self,
         config: PretrainedConfig,
-        dtype: torch.dtype,
-        kernel: Kernel,
+        how: Computation,
         *,
         overhead_bytes: int,
-        checkpointing: bool = False,
         num_parameters: int | None = None,
     ) -> None:
         self._config = config
-        self._dtype = dtype
-        self._kernel = kernel
+        self._how = how
         self._overhead = overhead_bytes
-        self._checkpointing = checkpointing
         self.num_parameters = num_parameters or count_parameters(config)
 
     def step(self, micro_batch_size: int, block_size: int, *, accumulates: bool) -> StepMemory:
@@ -88,8 +81,7 @@ class MemoryModel:
         """
         states = 4 * self.num_parameters
         kept = self._traced(micro_batch_size, block_size)
-        mask = self._mask_bytes(micro_batch_size, block_size)
-        if accumulates or self._kernel == "segments":  # on a CPU gradients stay where they are
+        if accumulates or self._how.on_cpu:  # on a CPU gradients stay where they are
             gradients, peak = float(states), max(kept.body, kept.end)
         elif kept.body >= states - kept.head + kept.end:
             # At the peak the head's gradient alone is there, and is traced: the others come while activations go.
@@ -102,23 +94,21 @@ class MemoryModel:
             weights=states,
             gradients=round(gradients),
             optimizer_states=2 * states,
-            activations=round(activations + mask),
+            activations=round(activations),
             logits_chunk=round(peak - activations),
-            overhead=round(
-                self._overhead + unusable + (HEADROOM - 1) * (3 * states * (self._kernel != "segments") + mask)
-            ),
+            overhead=round(self._overhead + unusable + (HEADROOM - 1) * 3 * states * (not self._how.on_cpu)),
         )
 
     def _unusable(self, moving: float, kept: StepBytes, interleaved: float) -> float:
         """Memory that the allocator holds and cannot use.
 
         CUDA's caching allocator wastes little of such regular steps. glibc's heap, told to keep what is freed
-        (`runtime.keep_freed_memory`), is left with holes of the size of the head's gradient, and gradients that settle
+        (`cpu.keep_freed_memory`), is left with holes of the size of the head's gradient, and gradients that settle
         among the activations of a step's first micro-batch keep the next one's from fitting: fitted to measurements
         (docs/log.md), as `benchmarks/plan_memory.py` prints them.
         """
         loss = (HEADROOM - 1) * moving
-        if self._kernel == "segments":
+        if self._how.on_cpu:
             loss += 2.2 * kept.head + 0.6 * min(interleaved, kept.activations)
         return loss
 
@@ -130,17 +120,10 @@ class MemoryModel:
         return self._trace(full, row_length).toward(self._trace(2 * full, row_length), rows / full - 1)
 
     def _trace(self, rows: int, row_length: int) -> StepBytes:
-        """Packed, what is kept depends on the number of tokens alone: one long row stands for all that have as many."""
-        kernel: Kernel = "segments" if self._kernel == "segments" else "kept"
-        if knows_attention(self._config):
+        """Packed without a mask, what is kept depends on the number of tokens alone: one long row stands for all."""
+        if knows_attention(self._config) and self._how.kernel != "mask":
             rows, row_length = 1, rows * row_length
-        return traced_step(self._config, rows, row_length, self._dtype, kernel, self._checkpointing)
-
-    def _mask_bytes(self, rows: int, row_length: int) -> float:
-        """A mask of who sees whom, once as booleans and once as what is added to the scores."""
-        if self._kernel != "mask" or not knows_attention(self._config):
-            return 0.0
-        return rows * row_length**2 * (1 + torch.finfo(self._dtype).bits / 8)
+        return traced_step(self._config, rows, row_length, self._how)
 
 
 def largest_micro_batch(

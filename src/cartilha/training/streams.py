@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -40,6 +42,16 @@ def restore_random_state(saved: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all([_from_text(text) for text in saved["cuda"]])
     if torch.backends.mps.is_available() and "mps" in saved:
         torch.mps.set_rng_state(_from_text(saved["mps"]))
+
+
+@contextmanager
+def random_numbers_apart() -> Iterator[None]:
+    """Put all generators back at the block's end, whatever was drawn or seeded in it."""
+    before = random_state()
+    try:
+        yield
+    finally:
+        restore_random_state(before)
 
 
 def _to_text(state: torch.Tensor) -> str:

@@ -12,8 +12,8 @@ import copy
 import functools
 import json
 import weakref
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,13 +23,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from cartilha.model.attention import Kernel, Segments, knows_attention, use_document_attention
+from cartilha.model.attention import ATTENTION_DROPOUT, Kernel, Segments, knows_attention, use_document_attention
 from cartilha.model.checkpointing import checkpoint_layers
 from cartilha.model.head import head_of, head_weight
 from cartilha.model.load import configured_head_shape
 from cartilha.model.loss import linear_cross_entropy
 from cartilha.model.products import cpu_product_dtype, sums_in_float32
 from cartilha.model.weight_gradients import weight_gradients_in_place
+from cartilha.training.streams import random_numbers_apart
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,25 @@ class StepBytes:
             self.end + distance * (other.end - self.end),
             self.head,
         )
+
+
+@dataclass(frozen=True)
+class Computation:
+    """How a step is computed, as far as its memory depends on it.
+
+    Attributes:
+        dtype: Compute dtype.
+        kernel: How attention is computed.
+        on_cpu: Whether a CPU computes it: gradients are added in place there, and products may be in float32.
+        checkpointing: Whether the layers' activations are computed a second time instead of kept.
+        dropout: Whether the dropout that the configuration asks for is drawn.
+    """
+
+    dtype: torch.dtype
+    kernel: Kernel
+    on_cpu: bool
+    checkpointing: bool = False
+    dropout: bool = False
 
 
 class _LiveBytes(TorchDispatchMode):
@@ -104,9 +124,7 @@ def count_parameters(config: PretrainedConfig) -> int:
         return sum(parameter.numel() for parameter in model.parameters())
 
 
-def traced_step(
-    config: PretrainedConfig, rows: int, row_length: int, dtype: torch.dtype, kernel: Kernel, checkpointing: bool
-) -> StepBytes:
+def traced_step(config: PretrainedConfig, rows: int, row_length: int, how: Computation) -> StepBytes:
     """Trace a forward and backward pass over `rows` blocks of one document each.
 
     Gradients are taken to be there already, as in every micro-batch but a step's first.
@@ -115,52 +133,43 @@ def traced_step(
         config: Of the model; not changed.
         rows: Blocks a forward pass.
         row_length: Tokens a block.
-        dtype: Compute dtype.
-        kernel: How attention is computed; `kept` stands for every flash attention.
-        checkpointing: Whether the layers' activations are computed a second time instead of kept.
+        how: Of the pass.
     """
     num_layers = int(config.num_hidden_layers)
     key = json.dumps(_copied(config).to_dict(), sort_keys=True, default=str)
-    one = _traced(key, 1, rows, row_length, dtype, kernel, checkpointing)
+    one = _traced(key, 1, rows, row_length, how)
     if num_layers == 1:
         return one
-    return one.toward(_traced(key, 2, rows, row_length, dtype, kernel, checkpointing), num_layers - 1)
+    return one.toward(_traced(key, 2, rows, row_length, how), num_layers - 1)
 
 
 @functools.lru_cache(maxsize=256)
-def _traced(
-    config_json: str,
-    num_layers: int,
-    rows: int,
-    row_length: int,
-    dtype: torch.dtype,
-    kernel: Kernel,
-    checkpointing: bool,
-) -> StepBytes:
+def _traced(config_json: str, num_layers: int, rows: int, row_length: int, how: Computation) -> StepBytes:
     # Found by doing it, and remembered: not with tensors without contents.
-    sums_in_float32("cpu", dtype)
-    if kernel == "segments":
-        cpu_product_dtype(dtype)
+    sums_in_float32("cpu", how.dtype)
+    if how.on_cpu:
+        cpu_product_dtype(how.dtype)
     settings = _shortened(json.loads(config_json), num_layers)
+    if not how.on_cpu:  # CUDA's kernel draws attention's dropout anew in the backward pass; a CPU's keeps all weights
+        settings |= {name: 0.0 for name in ATTENTION_DROPOUT if name in settings}
     config = AutoConfig.for_model(**settings)
     head_shape = configured_head_shape(config, config.model_type)
-    with FakeTensorMode(allow_non_fake_inputs=True), _threads_as_before():
+    # Fresh weights draw random numbers even where they are fake; training's own draws must not notice.
+    with random_numbers_apart(), FakeTensorMode(allow_non_fake_inputs=True):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         model.head_shape = head_shape
         use_document_attention(model)
-        model.eval()
-        if checkpointing:
+        model.train(how.dropout)
+        if how.checkpointing:
             checkpoint_layers(model)
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         resident = [*model.parameters(), *(p.grad for p in model.parameters() if p.grad is not None), *model.buffers()]
         with _LiveBytes(resident) as live:
-            return _pass(model, live, rows, row_length, dtype, kernel)
+            return _pass(model, live, rows, row_length, how)
 
 
-def _pass(
-    model: PreTrainedModel, live: _LiveBytes, rows: int, row_length: int, dtype: torch.dtype, kernel: Kernel
-) -> StepBytes:
+def _pass(model: PreTrainedModel, live: _LiveBytes, rows: int, row_length: int, how: Computation) -> StepBytes:
     """Forward and backward."""
     body: list[int] = []
 
@@ -171,18 +180,23 @@ def _pass(
     ids = torch.zeros(rows, row_length, dtype=torch.long)
     positions, targets = torch.zeros_like(ids), torch.zeros_like(ids)
     if knows_attention(model.config):
-        segments = Segments.of((row_length,) * rows, row_length, torch.device("cpu"), kernel)
+        if how.kernel == "mask":
+            mask = torch.ones(rows, 1, row_length, row_length, dtype=torch.bool)
+            segments = Segments(row_length, "mask", mask=mask)
+        else:  # what any flash attention keeps
+            kernel: Kernel = "segments" if how.kernel == "segments" else "kept"
+            segments = Segments.of((row_length,) * rows, row_length, torch.device("cpu"), kernel)
         arguments: dict[str, Any] = {"position_ids": positions, "segments": segments}
     else:
         arguments = {"attention_mask": torch.ones_like(ids)}
-    own_gradients = weight_gradients_in_place("cpu", 1.0) if kernel == "segments" else nullcontext()
+    own_gradients = weight_gradients_in_place("cpu", 1.0) if how.on_cpu else nullcontext()
     with own_gradients:
-        with nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype):
+        with nullcontext() if how.dtype == torch.float32 else torch.autocast("cpu", how.dtype):
             output = model.base_model(input_ids=ids, use_cache=False, **arguments)
         hidden = output.last_hidden_state.flatten(0, 1)
         del output
         kept = float(live.now)
-        loss = linear_cross_entropy(hidden, head_of(model), targets.flatten(), dtype)
+        loss = linear_cross_entropy(hidden, head_of(model), targets.flatten(), how.dtype)
     del hidden
     loss.backward()
     assert len(body) == 1, "the gradient comes back to the embeddings once"
@@ -203,13 +217,3 @@ def _shortened(settings: dict[str, Any], num_layers: int) -> dict[str, Any]:
         for name, value in settings.items()
     }
     return {**cut, **dict.fromkeys(names, num_layers)}
-
-
-@contextmanager
-def _threads_as_before() -> Iterator[None]:
-    """Fresh weights draw from torch's generator even where they are fake; training's own draws must not notice."""
-    before = torch.get_rng_state()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(before)

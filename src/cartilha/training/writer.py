@@ -25,11 +25,15 @@ class CheckpointWriter:
         run: The run's directory.
         every_steps: Write after every so many steps; None for never.
         every_minutes: Write when so much time has passed since the last one; 0 for never.
+        keep: Newest checkpoints to keep.
         background: Whether training may go on while a checkpoint is written.
     """
 
-    def __init__(self, run: Path, *, every_steps: int | None, every_minutes: float, background: bool) -> None:
+    def __init__(
+        self, run: Path, *, every_steps: int | None, every_minutes: float, keep: int, background: bool
+    ) -> None:
         self._run = run
+        self._keep = keep
         self._every_steps = every_steps
         self._every_s = 60 * every_minutes
         self._last = time.monotonic()
@@ -72,9 +76,9 @@ class CheckpointWriter:
         in_background = self._thread if goes_on else None
         frozen = freeze(state, settings, copy=in_background is not None)
         if in_background is not None:
-            self._writing = in_background.submit(write_checkpoint, self._run, frozen, validation_loss)
+            self._writing = in_background.submit(write_checkpoint, self._run, frozen, validation_loss, self._keep)
         else:
-            write_checkpoint(self._run, frozen, validation_loss)
+            write_checkpoint(self._run, frozen, validation_loss, self._keep)
         self._last = time.monotonic()
         stall = self._last - started
         self.stall_s += stall
