@@ -49,7 +49,9 @@ def test_memory_that_runs_out_outside_of_torchs_allocator_is_recognised(error, e
 # Read when torch is loaded
 
 
-@pytest.mark.parametrize("begin", ["import cartilha; cartilha.train", "runpy.run_module('cartilha', run_name='__main__')"])
+@pytest.mark.parametrize(
+    "begin", ["import cartilha; cartilha.train", "runpy.run_module('cartilha', run_name='__main__')"]
+)
 @pytest.mark.parametrize(
     ("given", "expected"),
     [({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],

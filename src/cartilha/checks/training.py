@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from cartilha.blocks.packing import IGNORE_INDEX, PackedStream, stack
 from cartilha.blocks.sampler import BlockSampler
 from cartilha.checks.outcome import CheckResult, Judgement, Subject
+from cartilha.errors import counted
 from cartilha.evaluation.perplexity import perplexity
 from cartilha.model.forward import batch_nll, hidden_states
 from cartilha.model.head import head_of
@@ -109,7 +110,8 @@ def overfit(subject: Subject) -> CheckResult:
     shown = " -> ".join(f"{curve[i]:,.2f}" for i in sorted({0, len(curve) // 4, len(curve) // 2, len(curve) - 1}))
     return words.judge(
         curve[-1] < OVERFIT_PERPLEXITY,
-        f"{len(documents)} texts, {sampler.targets_per_epoch:,} tokens, {len(curve)} passes: perplexity {shown}",
+        f"{counted(len(documents), 'text')}, {counted(sampler.targets_per_epoch, 'token')}, {counted(len(curve), 'pass')}: "
+        f"perplexity {shown}",
         curve=curve,
         num_texts=len(documents),
         num_tokens=sampler.targets_per_epoch,

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 
 from cartilha.blocks.sampler import BlockSampler
 from cartilha.config import PlanConfig
-from cartilha.errors import UserError
+from cartilha.errors import UserError, counted
 from cartilha.model.checkpointing import checkpoint_layers
 from cartilha.model.load import configured_head_shape, context_length, load_model, model_config
 from cartilha.pipeline.preflight import preflight
@@ -257,7 +257,7 @@ def _probe(
     if config.gradient_checkpointing:
         checkpoint_layers(loaded.model)
     blocks = max(1, tokens // block_size)
-    log.info("Probing this machine: %d steps of %d blocks of %d tokens.", PROBE_STEPS, blocks, block_size)
+    log.info("Probing this machine: %d steps of %s of %d tokens.", PROBE_STEPS, counted(blocks, "block"), block_size)
     optimizer = make_optimizer(loaded.model, 1e-6, 0.0)
     allocate_states(optimizer)
     ids = np.random.default_rng(0).integers(0, 256, (blocks * PROBE_STEPS + 1, block_size - 1))

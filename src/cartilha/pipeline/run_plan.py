@@ -11,6 +11,7 @@ import torch
 from transformers import PretrainedConfig
 
 from cartilha.cpu import cpu_matmul_rate
+from cartilha.errors import counted
 from cartilha.model.attention import choose_kernel
 from cartilha.model.products import cpu_product_dtype
 from cartilha.runtime import available_memory_bytes
@@ -186,7 +187,7 @@ def plan_run(
         log.warning(
             "The memory of a step could not be planned (%s): %s; name another with --micro_batch_size.",
             (str(error).strip().splitlines() or [type(error).__name__])[0],
-            f"micro-batches of {size} blocks are tried",
+            f"micro-batches of {counted(size, 'block')} are tried",
         )
     values = {
         "device": facts.name,

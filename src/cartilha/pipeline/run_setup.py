@@ -12,7 +12,7 @@ import torch
 
 from cartilha.blocks.sampler import BlockSampler
 from cartilha.config import GenerateConfig, TrainConfig
-from cartilha.errors import UserError
+from cartilha.errors import UserError, counted
 from cartilha.evaluation.documents import ScoredDocuments, encode_documents, validation_subset
 from cartilha.evaluation.windows import Protocol, make_protocol
 from cartilha.model.checkpointing import checkpoint_layers
@@ -267,9 +267,9 @@ def _plan(
     num_ranks, blocks_per_step = world()[1], sampler.blocks_per_step
     if num_ranks > blocks_per_step:
         log.warning(
-            "%d processes share steps of %d blocks, so that some have nothing to do; use a larger --batch_tokens.",
+            "%d processes share steps of %s, so that some have nothing to do; use a larger --batch_tokens.",
             num_ranks,
-            blocks_per_step,
+            counted(blocks_per_step, "block"),
         )
     share = -(-blocks_per_step // num_ranks)
     asked = min(in_force, share) if in_force else None

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from cartilha.config import GenerateConfig, TrainConfig
-from cartilha.errors import InterruptedRunError, OutOfMemoryError, UserError
+from cartilha.errors import InterruptedRunError, OutOfMemoryError, UserError, counted
 from cartilha.evaluation.measures import Evaluation
 from cartilha.model.compiling import training_body
 from cartilha.pipeline.check import refuse_if_failed
@@ -206,12 +206,12 @@ def _end_epoch(run: Run, record: RunRecord, metrics: MetricsFile, epoch_loss: Ep
 def _announce(run: Run) -> None:
     sampler, schedule = run.sampler, run.schedule
     log.info(
-        "Training %s (%.1f M parameters): %d steps of %s tokens (%d blocks of %d, micro-batch %d), %s on %s, lr %.2g.",
+        "Training %s (%.1f M parameters): %s of %s (%s of %d, micro-batch %d), %s on %s, lr %.2g.",
         run.config.model,
         run.loaded.num_parameters / 1e6,
-        schedule.num_steps,
-        f"{run.config.batch_tokens:,}",
-        sampler.blocks_per_step,
+        counted(schedule.num_steps, "step"),
+        counted(run.config.batch_tokens, "token"),
+        counted(sampler.blocks_per_step, "block"),
         sampler.block_size,
         run.micro_batch_size,
         run.settings["dtype"],
@@ -219,10 +219,10 @@ def _announce(run: Run) -> None:
         schedule.peak_lr,
     )
     log.info(
-        "An epoch is %d steps: %s blocks, %s targets, %.2f %% padding.",
-        sampler.steps_per_epoch,
-        f"{sampler.blocks_per_epoch:,}",
-        f"{sampler.targets_per_epoch:,}",
+        "An epoch is %s: %s, %s, %.2f %% padding.",
+        counted(sampler.steps_per_epoch, "step"),
+        counted(sampler.blocks_per_epoch, "block"),
+        counted(sampler.targets_per_epoch, "target"),
         100 * sampler.padding_share,
     )
 

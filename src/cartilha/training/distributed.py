@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from cartilha.errors import counted
 from cartilha.runtime import gather_objects, seed_everything, start_processes, world
 
 log = logging.getLogger("cartilha")
@@ -50,7 +51,9 @@ def agree(seconds: float, micro_batch_size: int) -> tuple[float, int]:
     ranks = gather_objects((seconds, micro_batch_size))
     smallest = min(size for _, size in ranks)
     if smallest < micro_batch_size:
-        log.warning("Memory ran out in another process: all go on with micro-batches of %d blocks.", smallest)
+        log.warning(
+            "Memory ran out in another process: all go on with micro-batches of %s.", counted(smallest, "block")
+        )
     return ranks[0][0], smallest
 
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from cartilha.errors import counted
 from cartilha.runtime import world
 from cartilha.storage import parse_json, to_json, write_atomically
 from cartilha.training.loop import Progress, StepRecord
@@ -110,7 +111,10 @@ def _open_at(path: Path, resumed_step: int) -> IO[str]:
     lacking = resumed_step - len(steps)
     if lacking > 0:
         log.warning(
-            "%s has lost %d of the %d steps before this one: their curve has a gap.", path, lacking, resumed_step
+            "%s has lost %d of the %s before this one: their curve has a gap.",
+            path,
+            lacking,
+            counted(resumed_step, "step"),
         )
     write_atomically(path, "".join(kept))
     return path.open("a", encoding="utf-8")

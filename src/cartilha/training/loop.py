@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from cartilha.blocks.packing import Block, stack
 from cartilha.blocks.sampler import BlockSampler
+from cartilha.errors import counted
 from cartilha.model.compiling import CompiledBody
 from cartilha.model.forward import batch_nll
 from cartilha.model.weight_gradients import weight_gradients_in_place
@@ -268,10 +269,10 @@ def _gradients(
             continue
         progress.micro_batch_size = (size + 1) // 2
         log.warning(
-            "Memory ran out in step %d with micro-batches of %d blocks: going on with %d, and more of them; "
+            "Memory ran out in step %d with micro-batches of %s: going on with %d, and more of them; "
             "the result stays the same.",
             progress.step + 1,
-            size,
+            counted(size, "block"),
             progress.micro_batch_size,
         )
 
