@@ -201,23 +201,11 @@ class TrainConfig(Settings):
         "never", "auto: go on from the last checkpoint in the output directory, if there is one"
     )
     allow_changes: bool = option(False, "with --resume auto: go on although corpus, model, batch or schedule changed")
-    checkpoint_steps: int | None = option(
-        None, "write a checkpoint every N steps, besides the one at each epoch's end", minimum=1
-    )
-    checkpoint_minutes: float = option(
-        10.0, "and whenever so many minutes have passed since the last one; 0 for never", minimum=0
-    )
-    keep_last: int = option(
-        2,
-        "newest checkpoints to keep, besides the best one; with 1 there may be none to fall back on if it is damaged",
-        minimum=1,
-    )
-    keep_optimizer: bool = option(
-        False, "keep the optimizer states of the finished run's checkpoints, so that more epochs or steps can follow"
-    )
-    save_dtype: Literal["float32", "bfloat16"] = option(
-        "float32", "type of the weights in RUN/model; bfloat16 takes half the space and rounds them"
-    )
+    checkpoint_steps: int | None = option(None, "write a checkpoint every N steps, besides each epoch's", minimum=1)
+    checkpoint_minutes: float = option(10.0, "and when so many minutes have passed since the last; 0: never", minimum=0)
+    keep_last: int = option(2, "newest checkpoints to keep, besides the one with the best validation", minimum=1)
+    keep_optimizer: bool = option(False, "keep a finished run's optimizer states, so that more epochs can follow")
+    save_dtype: Literal["float32", "bfloat16"] = option("float32", "type of the weights in RUN/model")
     scratch: str = option(
         "auto",
         "write the run here first and copy it to --output, again and again if need be; auto: to the user's cache where "

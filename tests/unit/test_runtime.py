@@ -49,9 +49,7 @@ def test_memory_that_runs_out_outside_of_torchs_allocator_is_recognised(error, e
 # Read when torch is loaded
 
 
-@pytest.mark.parametrize(
-    "begin", ["import cartilha; cartilha.train", "runpy.run_module('cartilha', run_name='__main__')"]
-)
+@pytest.mark.parametrize("begin", ["import cartilha; cartilha.train", "from cartilha.__main__ import main; main()"])
 @pytest.mark.parametrize(
     ("given", "expected"),
     [({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
@@ -59,7 +57,7 @@ def test_memory_that_runs_out_outside_of_torchs_allocator_is_recognised(error, e
 def test_threads_spin_briefly_unless_the_user_says_otherwise(begin, given, expected):
     """A process that says how it is set as soon as it looks for torch, and ends there."""
     program = f"""
-import os, runpy, sys
+import os, sys
 class Finder:
     def find_spec(self, name, path=None, target=None):
         if name == "torch":
@@ -210,7 +208,7 @@ def test_dtypes_of_a_cpu(monkeypatch, bf16):
 
 
 def test_processes_compute_in_the_dtype_of_the_first(monkeypatch):
-    monkeypatch.setattr(runtime, "_fastest_cpu_dtype", lambda real: "bfloat16")  # what this process would choose
+    monkeypatch.setattr(runtime, "fastest_cpu_dtype", lambda real: "bfloat16")  # what this process would choose
     monkeypatch.setattr(runtime, "gather_objects", lambda mine: [torch.float32, mine])
     assert choose_dtype("auto", torch.device("cpu")) == torch.float32
 

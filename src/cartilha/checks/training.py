@@ -110,8 +110,8 @@ def overfit(subject: Subject) -> CheckResult:
     shown = " -> ".join(f"{curve[i]:,.2f}" for i in sorted({0, len(curve) // 4, len(curve) // 2, len(curve) - 1}))
     return words.judge(
         curve[-1] < OVERFIT_PERPLEXITY,
-        f"{counted(len(documents), 'text')}, {counted(sampler.targets_per_epoch, 'token')}, {counted(len(curve), 'pass')}: "
-        f"perplexity {shown}",
+        f"{counted(len(documents), 'text')}, {counted(sampler.targets_per_epoch, 'token')}, "
+        f"{counted(len(curve), 'pass')}: perplexity {shown}",
         curve=curve,
         num_texts=len(documents),
         num_tokens=sampler.targets_per_epoch,
