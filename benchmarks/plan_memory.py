@@ -31,7 +31,7 @@ CONFIGURATIONS = (
 MIB = 2**20
 
 
-def run_once(ref: str, store: str, output: str, dtype: str, configuration: tuple[int, ...]) -> None:
+def run_once(ref: str, store: str, output: str, dtype: str, dropout: bool, configuration: tuple[int, ...]) -> None:
     """Train in this process; the run's directory holds plan and measurement."""
     from cartilha.config import GenerateConfig, TrainConfig
     from cartilha.pipeline.train import train
@@ -40,15 +40,17 @@ def run_once(ref: str, store: str, output: str, dtype: str, configuration: tuple
     config = TrainConfig(
         model=ref, store=store, output=output, block_size=block_size, batch_tokens=block_size * blocks,
         micro_batch_size=micro_batch, max_steps=3 if checkpoint_steps else 2, dtype=dtype,
-        validation_tokens=2000, checkpoint_steps=checkpoint_steps or None, skip_checks=True,
+        dropout=dropout, validation_tokens=2000, checkpoint_steps=checkpoint_steps or None, skip_checks=True,
     )  # fmt: skip
     train(config, prompts=GenerateConfig(prompt=("a",), max_new_tokens=2))
 
 
-def compared(ref: str, store: Path, configuration: tuple[int, ...], output: Path, dtype: str) -> dict[str, Any]:
+def compared(
+    ref: str, store: Path, configuration: tuple[int, ...], output: Path, dtype: str, dropout: bool
+) -> dict[str, Any]:
     """Planned and measured bytes of a configuration, run in a process of its own."""
     numbers = map(str, configuration)
-    command = [sys.executable, __file__, "--variant", ref, str(store), str(output), dtype, *numbers]
+    command = [sys.executable, __file__, "--variant", ref, str(store), str(output), dtype, str(int(dropout)), *numbers]
     subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
     plan = json.loads((output / "plan.json").read_text("utf-8"))
     measured = json.loads((output / "results.json").read_text("utf-8"))["memory_bytes"]
@@ -80,11 +82,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", type=int, default=None, help="numbers of configurations, from 0")
     parser.add_argument("--write", type=Path, default=None, help="write the rows to this JSON file")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--variant", nargs=8, default=None, help="internal: run one")
+    parser.add_argument("--dropout", action="store_true", help="with the model's dropout: of attention, under a mask")
+    parser.add_argument("--variant", nargs=9, default=None, help="internal: run one")
     arguments = parser.parse_args()
     if arguments.variant:
-        ref, store, output, dtype, *numbers = arguments.variant
-        run_once(ref, store, output, dtype, tuple(map(int, numbers)))
+        ref, store, output, dtype, dropout, *numbers = arguments.variant
+        run_once(ref, store, output, dtype, dropout == "1", tuple(map(int, numbers)))
         return
     titles = f"{'block':>6}{'micro':>6}{'blocks':>7}{'ckpt':>5}{'planned MiB':>13}{'measured MiB':>14}{'ratio':>7}"
     print(f"{'model':<22}{titles}")
@@ -94,7 +97,7 @@ def main() -> None:
             store = prepared(ref, Path(folder))
             for number in arguments.only or range(len(CONFIGURATIONS)):
                 output = Path(folder) / f"run-{number}"
-                row = compared(ref, store, CONFIGURATIONS[number], output, arguments.dtype)
+                row = compared(ref, store, CONFIGURATIONS[number], output, arguments.dtype, arguments.dropout)
                 rows.append(row)
                 shape = "".join(f"{v:>{w}}" for v, w in zip(CONFIGURATIONS[number], (6, 6, 7, 5), strict=True))
                 figures = f"{row['planned_bytes'] / MIB:>13,.0f}{row['measured_bytes'] / MIB:>14,.0f}"
