@@ -13,7 +13,8 @@ import pytest
 pytest.importorskip("gradio", reason="needs the extra `explorer`")
 
 from cartilha.config import ExploreConfig, PrepareConfig
-from cartilha.explorer.app import create_app, listen, make_server
+from cartilha.explorer.app import create_app, make_server
+from cartilha.explorer.port import listen
 from cartilha.pipeline.explore import open_explorer
 from cartilha.pipeline.prepare import prepare
 
