@@ -81,7 +81,7 @@ def test_invalid_utf_8_names_file_and_line_and_both_remedies_work(refused: Refus
     num_bytes = sum(split["num_bytes"] for split in json.loads(outcome.out)["splits"].values())
     assert num_bytes == len("Primeiro.Segundo.Maçã.Quarto.".encode())
     outcome = cartilha(*prepare, "--output", tmp_path / "replaced", "--invalid_bytes", "replace", "--json")
-    assert outcome.code == 0 and "replaced by U+FFFD in 1 documents" in outcome.err
+    assert outcome.code == 0 and "replaced by U+FFFD in 1 document." in outcome.err
     num_bytes = sum(split["num_bytes"] for split in json.loads(outcome.out)["splits"].values())
     assert num_bytes == len("Primeiro.Segundo.Ma\ufffd\ufffd.Quarto.".encode())
 

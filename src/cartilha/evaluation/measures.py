@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from cartilha.errors import counted
 from cartilha.evaluation.baselines import uniform
 from cartilha.evaluation.bootstrap import FEW_DOCUMENTS, Interval, bootstrap_interval
 from cartilha.evaluation.documents import MAX_DOMAINS, ScoredDocuments, by_domain
@@ -285,12 +286,13 @@ def _notes(evaluation: Evaluation) -> list[str]:
         if not evaluation.bytes_are_meant:
             outcome = "more than 1 %, so there are no byte figures"
         notes.append(
-            f"{evaluation.num_lost} documents ({share:.2%} of the bytes) do not survive this tokenizer's "
-            f"decode(encode(text)): {outcome} ({names})."
+            f"This tokenizer's decode(encode(text)) changes {counted(evaluation.num_lost, 'document')} "
+            f"({share:.2%} of the bytes): {outcome} ({names})."
         )
     if evaluation.total.num_documents < FEW_DOCUMENTS:
         notes.append(
-            f"The interval rests on {evaluation.total.num_documents} documents; below {FEW_DOCUMENTS} it is rough."
+            f"The interval rests on {counted(evaluation.total.num_documents, 'document')}; below {FEW_DOCUMENTS} it is "
+            "rough."
         )
     if evaluation.perplexity > 2 * evaluation.vocabulary_size:
         notes.append(

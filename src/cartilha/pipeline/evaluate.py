@@ -15,7 +15,7 @@ import torch
 
 from cartilha.config import CompareConfig, EvaluateConfig, GenerateConfig
 from cartilha.console import progress
-from cartilha.errors import UserError
+from cartilha.errors import UserError, counted
 from cartilha.evaluation.compressed import CompressedText
 from cartilha.evaluation.continuation import continue_prompts, unused_ids
 from cartilha.evaluation.continuation_scores import continuation_measures
@@ -265,7 +265,9 @@ def _continuations(ready: ReadyModel, text: HeldOut, config: EvaluateConfig) -> 
 
     scores = continuation_measures(list(text.documents()), continue_texts, config.continuations)
     if scores.num_continuations < config.continuations:
-        log.warning("Only %d documents are long enough to be continued.", scores.num_continuations)
+        log.warning(
+            "Only %s can be continued: the others are too short.", counted(scores.num_continuations, "document")
+        )
     return {**scores.to_dict(), "mode": "greedy", "max_new_tokens": CONTINUATION_TOKENS}
 
 

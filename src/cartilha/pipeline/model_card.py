@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from cartilha.errors import UserError
+from cartilha.errors import UserError, counted
 from cartilha.tokens.declared_tokens import read_tokenizer_json
 from cartilha.tokens.sources import resolve_model
 
@@ -105,8 +105,8 @@ def model_card(results: dict[str, Any]) -> str:
 
 # {results["name"]}
 
-`{shown}`, trained on with Cartilha on {corpus["num_train_documents"]:,} documents
-({corpus["num_train_tokens"]:,} tokens; {results["tokens"]:,} targets seen). /
+`{shown}`, trained on with Cartilha on {counted(corpus["num_train_documents"], "document")}
+({counted(corpus["num_train_tokens"], "token")}; {results["tokens"]:,} targets seen). /
 `{shown}`, treinado adiante com o Cartilha em {corpus["num_train_documents"]:,} documentos.
 
 | held-out text / texto reservado | before / antes | after / depois |
@@ -115,13 +115,14 @@ def model_card(results: dict[str, Any]) -> str:
 | bits per byte / bits por byte | {_number(before["bits_per_byte"])} | {_number(after["bits_per_byte"])} |
 
 Protocol / protocolo: {protocol["name"]}, window {protocol["window"]}, stride {protocol["stride"]}, prefix token
-{protocol["prefix_id"]}, {protocol["dtype"]}, hash `{protocol["hash"]}`; {after["num_documents"]:,} documents,
+{protocol["prefix_id"]}, {protocol["dtype"]}, hash `{protocol["hash"]}`; {counted(after["num_documents"], "document")},
 {after["num_tokens"]:,} tokens. Perplexities of other protocols or tokenizers cannot be compared with these; bits per
 byte of the same text can. / Perplexidades de outros protocolos ou tokenizadores não se comparam com estas;
 bits por byte do mesmo texto, sim.
 
 Settings / configuração: block size {settings["block_size"]}, {settings["batch_tokens"]:,} tokens a step,
-{settings["num_steps"]} steps, peak learning rate {settings["lr"]:.2g}, seed {settings["seed"]}, {settings["dtype"]}.
+{counted(settings["num_steps"], "step")}, peak learning rate {settings["lr"]:.2g}, seed {settings["seed"]},
+{settings["dtype"]}.
 
 ## Licence / licença
 

@@ -29,7 +29,7 @@ from cartilha.corpus.readers import Piece, ReadCounts, read_piece
 from cartilha.corpus.shards import Shard, shards, shuffled
 from cartilha.corpus.sources import HubSource
 from cartilha.corpus.splits import SPLITS, Split
-from cartilha.errors import UserError
+from cartilha.errors import UserError, counted
 from cartilha.preparation.assembly import decide, load_corpus, write_rejects, write_sides
 from cartilha.preparation.executors import Executor, Inline, Local, Ray
 from cartilha.preparation.made_from import describe, ready_store, settings_of
@@ -339,6 +339,6 @@ def _nothing_left(config: PrepareConfig, rejected: dict[str, int]) -> UserError:
         return UserError(f"The input holds no text ({', '.join(config.input)}); check the files and --text_column.")
     reasons = ", ".join(f"{number:,} {reason}" for reason, number in rejected.items())
     return UserError(
-        f"Cleaning left out all {sum(rejected.values()):,} documents ({reasons}); name fewer steps with --clean, or"
-        " another --language."
+        f"Cleaning left out all {counted(sum(rejected.values()), 'document')} ({reasons}); name fewer steps with "
+        "--clean, or another --language."
     )

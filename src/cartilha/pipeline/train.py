@@ -253,11 +253,11 @@ def _measure(run: Run, record: RunRecord, metrics: MetricsFile, title: str) -> E
     record.add_evaluation(run.step, run.num_epochs_done, evaluation)
     bits = evaluation.bits_per_byte
     log.info(
-        "%s: perplexity %.2f, bits per byte %s (%s tokens; %s)",
+        "%s: perplexity %.2f, bits per byte %s (%s; %s)",
         title,
         evaluation.perplexity,
         "refused" if bits is None else f"{bits:.4f}",
-        f"{evaluation.total.num_tokens:,}",
+        counted(evaluation.total.num_tokens, "token"),
         run.protocol.describe(),
     )
     if world()[0] == 0:

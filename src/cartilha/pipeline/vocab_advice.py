@@ -18,7 +18,7 @@ from cartilha.config import CompareConfig, EvaluateConfig, PrepareConfig, TrainC
 from cartilha.corpus.english import english_sample
 from cartilha.corpus.readers import read_documents
 from cartilha.corpus.records import ReadSettings
-from cartilha.errors import UserError
+from cartilha.errors import UserError, counted
 from cartilha.pipeline.compare import compare
 from cartilha.pipeline.evaluate import evaluate
 from cartilha.pipeline.preflight import parse_duration
@@ -110,7 +110,7 @@ def _sample_size(config: VocabConfig) -> int:
         num_documents += 1
         num_chars += len(document.text)
         if num_chars >= SAMPLE_CHARS:
-            log.info("The sample is the first %s documents.", f"{num_documents:,}")
+            log.info("The sample is the first %s.", counted(num_documents, "document"))
             break
     if not num_documents:
         raise UserError(f"The input holds no text ({', '.join(config.input)}); check the files and --text_column.")
@@ -223,7 +223,7 @@ def recommend(rows: list[dict[str, Any]], seconds: float) -> tuple[int, list[str
     interval = "no interval" if low is None or high is None else f"95 % interval {low:+.3f} to {high:+.3f}"
     measured = (
         f"after {_minutes(seconds)} of training each, +{size} tokens differ from the vocabulary as it is by {change} "
-        f"bits per byte ({interval}, {best['num_documents']} held-out documents)"
+        f"bits per byte ({interval}, {counted(best['num_documents'], 'held-out document')})"
     )
     share, english = f"{1 - best['share_of_tokens']:.0%}", f"{best['difference_english']:+.3f}"
     if sure:

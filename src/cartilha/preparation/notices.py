@@ -7,6 +7,7 @@ import logging
 from cartilha.config import PrepareConfig
 from cartilha.corpus.readers import ReadCounts
 from cartilha.corpus.splits import Split
+from cartilha.errors import counted
 from cartilha.preparation.assembly import Sides
 from cartilha.tokens.store import SplitCounts
 
@@ -35,9 +36,9 @@ def tell_mixture(config: PrepareConfig, sides: Sides) -> None:
 def tell_rest(read: ReadCounts, sides: Sides, leaks: dict[str, float] | None) -> None:
     """Say what else happened to the documents."""
     if read.replaced_bytes_documents:
-        log.warning("Invalid bytes were replaced by U+FFFD in %d documents.", read.replaced_bytes_documents)
+        log.warning("Invalid bytes were replaced by U+FFFD in %s.", counted(read.replaced_bytes_documents, "document"))
     if read.nul_documents:
-        log.warning("%d documents hold NUL characters, which are kept.", read.nul_documents)
+        log.warning("NUL characters are kept in %s.", counted(read.nul_documents, "document"))
     if read.joined_rows:
         log.warning(
             "Quotes joined several lines into one row %d times, the first at %s; where quotes are plain characters, add"

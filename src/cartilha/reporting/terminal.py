@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from cartilha.errors import counted
 from cartilha.reporting.terminal_measures import MAX_DOMAINS, bits, protocol_line, show_comparison, show_evaluations
 from cartilha.reporting.terminal_vocabulary import show_vocabulary
 
@@ -78,7 +79,9 @@ def _inspect(console: Console, result: Values) -> None:
     console.print(f"Settings: {settings}", markup=False)
     _summary(console, summary)
     for row in result["first_documents"]:
-        console.print(f"[{row['split']}] {row['doc_id']} ({row['num_tokens']} tokens): {row['begins']}", markup=False)
+        console.print(
+            f"[{row['split']}] {row['doc_id']} ({counted(row['num_tokens'], 'token')}): {row['begins']}", markup=False
+        )
 
 
 def _summary(console: Console, summary: Values) -> None:
@@ -103,7 +106,9 @@ def _summary(console: Console, summary: Values) -> None:
     console.print(f"Left of the tokens if documents were truncated: {kept}. Packing keeps all of them.", markup=False)
     clusters = summary["clusters"]
     if clusters["clusters"]:
-        console.print("{clusters:,} clusters of near-duplicates, of {documents:,} documents".format(**clusters))
+        console.print(
+            f"{counted(clusters['clusters'], 'cluster')} of near-duplicates, of {clusters['documents']:,} documents"
+        )
 
 
 def _look(console: Console, result: Values) -> None:
@@ -202,7 +207,9 @@ def _train(console: Console, result: Values) -> None:
         rate = f"{result['tokens_per_second']:,.0f} tokens/s"
         if result.get("tokens_per_second_after_first_step"):
             rate += f"; {result['tokens_per_second_after_first_step']:,.0f} after the first step"
-        console.print(f"Trained {result['tokens']:,} tokens in {result['seconds']:.0f} s ({rate}).", markup=False)
+        console.print(
+            f"Trained {counted(result['tokens'], 'token')} in {result['seconds']:.0f} s ({rate}).", markup=False
+        )
     console.print(f"Model: {result['run']}/model", markup=False)
 
 
@@ -227,7 +234,9 @@ def _report(console: Console, result: Values) -> None:
     console.print(result["table"], markup=False)
     console.print(f"Report: {result['report']}", markup=False)
     if result["figures"]:
-        console.print(f"Figures: {len(result['figures'])} files in {Path(result['figures'][0]).parent}", markup=False)
+        console.print(
+            f"Figures: {counted(len(result['figures']), 'file')} in {Path(result['figures'][0]).parent}", markup=False
+        )
 
 
 def _push(console: Console, result: Values) -> None:

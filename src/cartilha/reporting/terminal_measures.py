@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from cartilha.errors import counted
+
 Values = Mapping[str, Any]
 
 MAX_DOMAINS = 20
@@ -40,7 +42,7 @@ def show_evaluations(console: Console, result: Values) -> None:
         shown = list(row["domains"].items())[:MAX_DOMAINS] if len(row["domains"]) > 1 else []
         for name, domain in shown:
             figures = f"perplexity {domain['perplexity']:,.2f}, bits per byte {bits(domain['bits_per_byte'], 4)}"
-            console.print(f"  {name}: {figures} ({domain['num_documents']} documents)", markup=False)
+            console.print(f"  {name}: {figures} ({counted(domain['num_documents'], 'document')})", markup=False)
         if shown and row.get("num_domains", 0) > len(shown):
             console.print(f"  ... and {row['num_domains'] - len(shown):,} other domains, all smaller", markup=False)
         for task, metrics in (row.get("tasks") or {}).items():

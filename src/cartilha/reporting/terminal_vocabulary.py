@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cartilha.errors import counted
+
 Values = Mapping[str, Any]
 
 
@@ -46,7 +48,8 @@ def show_vocabulary(console: Console, result: Values) -> None:
         row = result["extension"]
         change = f"{row['tokens_after'] / row['tokens_before'] - 1:+.1%}"
         console.print(
-            f"Extended by {row['num_new']:,} tokens ({change} tokens of this text): {row['output']}", markup=False
+            f"Extended by {counted(row['num_new'], 'token')} ({change} tokens of this text): {row['output']}",
+            markup=False,
         )
 
 
