@@ -252,7 +252,7 @@ def test_a_text_that_does_not_survive_is_left_out_of_byte_figures():
     assert record["baselines"]["uniform"]["bits_per_byte"] == pytest.approx(math.log2(259), rel=1e-6)
     assert (record["num_documents"], record["num_documents_lost"]) == (2, 1)
     assert record["documents_lost"] == ["texto-1"]
-    assert any("1 documents (1.00% of the bytes)" in note and "texto-1" in note for note in record["notes"])
+    assert any("1 document (1.00% of the bytes)" in note and "texto-1" in note for note in record["notes"])
 
 
 def test_more_than_one_percent_lost_refuses_byte_figures():

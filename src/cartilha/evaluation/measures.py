@@ -286,8 +286,9 @@ def _notes(evaluation: Evaluation) -> list[str]:
         if not evaluation.bytes_are_meant:
             outcome = "more than 1 %, so there are no byte figures"
         notes.append(
-            f"This tokenizer's decode(encode(text)) changes {counted(evaluation.num_lost, 'document')} "
-            f"({share:.2%} of the bytes): {outcome} ({names})."
+            f"{counted(evaluation.num_lost, 'document')} ({share:.2%} of the bytes) "
+            f"{'does' if evaluation.num_lost == 1 else 'do'} not survive this tokenizer's decode(encode(text)): "
+            f"{outcome} ({names})."
         )
     if evaluation.total.num_documents < FEW_DOCUMENTS:
         notes.append(
