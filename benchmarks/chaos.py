@@ -26,7 +26,15 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-TIMES = {"seconds", "tokens_per_second", "memory_bytes", "modified_ns", "checkpoint_seconds", "mtime"}
+TIMES = {
+    "seconds",
+    "tokens_per_second",
+    "tokens_per_second_after_first_step",
+    "memory_bytes",
+    "modified_ns",
+    "checkpoint_seconds",
+    "mtime",
+}
 WRITING = ("prepare", "train", "evaluate", "report")
 WORDS = "a fazenda o café de manhã lia devagar menina água roça e cartilha não sabia ler nem escrever ainda".split()  # noqa: SIM905
 

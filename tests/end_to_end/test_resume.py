@@ -225,9 +225,11 @@ def test_a_finished_run_drops_its_optimizer_states_and_says_how_to_train_further
     exact = load_file(kept / "model.safetensors")["model.norm.weight"]
     assert exact.dtype == torch.float32 and torch.equal(exact.bfloat16(), run.weights["model.norm.weight"])
     # As if it had been killed just before its end was recorded: it needs no states for what is left to do.
+    (kept / "optimizer.safetensors").write_bytes(b"")
     before = run.results
     (run.path / "results.json").write_text(json.dumps({**before, "status": "running"}), encoding="utf-8")
     assert start(store, run.path, resume="auto")["evaluations"] == before["evaluations"]
+    assert not (kept / "optimizer.safetensors").exists()
     flags = [*FLAGS, "--store", store, "--output", run.path, "--resume", "auto"]
     assert cartilha("train", *flags).code == 0
     for more in ([], ["--allow_changes"]):

@@ -199,15 +199,17 @@ def space_needed(
 def drop_optimizer_states(run: Path) -> None:
     """Leave the weights alone of a run's checkpoints, the newest one last: from it a run can only be finished then.
 
-    A manifest changes before the file goes, so that a kill leaves a file too many and no checkpoint that seems damaged.
+    A manifest changes before the file goes, so that a kill leaves a file too many, which the next end of the run
+    removes, and no checkpoint that seems damaged.
 
     Raises:
         OSError: The disk is full, gone, or not to be written to.
     """
     for path in list_checkpoints(run):
-        manifest = _manifest(path)
-        if manifest and manifest["files"].pop(OPTIMIZER, None):
+        if _has_states(path) and (manifest := _manifest(path)):
+            del manifest["files"][OPTIMIZER]
             write_sealed_json(path / "manifest.json", manifest)
+        if not _has_states(path):
             (path / OPTIMIZER).unlink(missing_ok=True)
 
 
