@@ -125,7 +125,7 @@ def test_a_snapshot_leaves_every_stream_of_random_numbers_where_it_was(run, tmp_
     config = TrainConfig(
         "random:tiny", str(run.parent / "store"), str(tmp_path / "run"), 64, batch_tokens=512, skip_checks=True
     )
-    train(config, prompts=replace(PROMPTS, do_sample=True))
+    train(config, prompts=replace(PROMPTS, do_sample=True, seed=5))
     assert drawn == [[], []]
 
 
