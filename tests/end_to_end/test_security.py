@@ -109,7 +109,7 @@ def test_of_a_model_of_a_known_type_the_code_is_left_alone_and_that_is_said(tmp_
         ("a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n", "no aliases"),
         ("[" * 20_000, "nested too deeply"),
         ("model: !!python/object/apply:os.system [id]\n", "not valid YAML"),
-        ("#" * 1_000_001, "no recipe"),
+        ("#" * 1_000_001, "larger than 1000 kB"),
     ],
     ids=["aliases", "depth", "objects", "size"],
 )

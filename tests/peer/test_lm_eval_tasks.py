@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from cartilha.config import EvaluateConfig
 from cartilha.corpus.document import Document
 from cartilha.errors import UserError
 from cartilha.evaluation.documents import encode_documents
@@ -15,6 +16,7 @@ from cartilha.evaluation.nll import document_nll
 from cartilha.evaluation.windows import Protocol
 from cartilha.model.attention import ATTENTION_NAME
 from cartilha.model.load import load_model
+from cartilha.pipeline.preflight import preflight
 from cartilha.tokens.tokenizer import load_tokenizer
 
 pytest.importorskip("lm_eval", reason="needs lm-eval (extra `eval`)")
@@ -74,4 +76,4 @@ def test_accuracy_is_that_of_our_own_scores(task, monkeypatch, tmp_path):
 
 def test_a_task_file_that_is_not_there():
     with pytest.raises(UserError, match=r"no task file nada\.yaml"):
-        check_tasks(["nada.yaml"])
+        preflight(EvaluateConfig(model=("random:tiny",), input=("primer",), tasks=("nada.yaml",)))
