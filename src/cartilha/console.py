@@ -78,12 +78,15 @@ def terminal() -> Console:
 
 
 def set_up_logging() -> None:
-    """Send the project's log lines to standard error, a line each."""
+    """Send the project's log lines to standard error, a line each; where that is a log, other libraries' bars are off."""
     handler: logging.Handler
     if sys.stderr.isatty():
         handler = RichHandler(console=terminal(), show_time=False, show_path=False, show_level=False)
     else:
         handler = logging.StreamHandler()
+        os.environ.setdefault(
+            "TQDM_DISABLE", "1"
+        )  # read when tqdm is loaded: by transformers, datasets, the hub's client
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("cartilha")
     logger.handlers[:] = [handler]

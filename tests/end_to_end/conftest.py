@@ -47,6 +47,9 @@ def cartilha(capfd: pytest.CaptureFixture[str]) -> Command:
         capfd.readouterr()
         code = main([str(argument) for argument in arguments])
         output = capfd.readouterr()
+        # What is no terminal counts as one of 80 columns: every table must fit, with no cell cut.
+        tables = [line for line in output.out.splitlines() if line.startswith(("┃", "│"))]
+        assert not [line for line in tables if len(line) > 80 or "…" in line], output.out
         return Outcome(code, output.out, output.err)
 
     return call

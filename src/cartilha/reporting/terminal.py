@@ -171,7 +171,8 @@ def _plan(console: Console, result: Values) -> None:
         table.add_row(device, str(block), *cells)
     console.print(table)
     titles = ("block", "micro-batch", "tokens/s", "an epoch", "hours", "price")
-    table = Table(f"steps of {result['batch_tokens']:,} tokens", *(Column(name, justify="right") for name in titles))
+    right = [Column(name, justify="right") for name in titles]
+    table = Table("device", *right, title=f"Steps of {result['batch_tokens']:,} tokens")
     for row in result["recommended"]:
         rate = row["tokens_per_second"]
         about = "~" if row["estimated"] else ""
@@ -183,9 +184,15 @@ def _plan(console: Console, result: Values) -> None:
     console.print(table)
     parts = {"weights": "weights", "gradients": "gradients", "optimizer_states": "AdamW", "activations": "activations"}
     parts |= {"logits_chunk": "logits", "overhead": "overhead", "checkpoint_copy": "checkpoint"}
-    table = Table("GiB of it", *(Column(title, justify="right") for title in ("block", *parts.values())))
-    for row in {row["device"]: row for row in reversed(result["recommended"]) if row["block_size"] <= 512}.values():
-        table.add_row(row["device"], str(row["block_size"]), *(f"{row['memory'][part] / gib:.2f}" for part in parts))
+    # A column per device: one per part would not fit a terminal.
+    rows: dict[str, Values] = {}
+    for row in result["recommended"]:
+        if row["block_size"] <= 512:
+            rows.setdefault(row["device"], row)
+    table = Table("GiB of it", *(Column(device, justify="right") for device in rows))
+    table.add_row("block", *(str(row["block_size"]) for row in rows.values()), end_section=True)
+    for part, title in parts.items():
+        table.add_row(title, *(f"{row['memory'][part] / gib:.2f}" for row in rows.values()))
     console.print(table)
     console.print(
         "~: an estimate, from the device's peak and the share of it that is expected. -: does not fit.", markup=False
