@@ -78,7 +78,7 @@ def terminal() -> Console:
 
 
 def set_up_logging() -> None:
-    """Send the project's log lines to standard error, a line each; where that is a log, other libraries' bars are off."""
+    """Send the project's log lines to standard error, a line each; into a log, other libraries write no bars."""
     handler: logging.Handler
     if sys.stderr.isatty():
         handler = RichHandler(console=terminal(), show_time=False, show_path=False, show_level=False)

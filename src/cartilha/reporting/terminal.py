@@ -185,14 +185,14 @@ def _plan(console: Console, result: Values) -> None:
     parts = {"weights": "weights", "gradients": "gradients", "optimizer_states": "AdamW", "activations": "activations"}
     parts |= {"logits_chunk": "logits", "overhead": "overhead", "checkpoint_copy": "checkpoint"}
     # A column per device: one per part would not fit a terminal.
-    rows: dict[str, Values] = {}
+    shown: dict[str, Values] = {}
     for row in result["recommended"]:
         if row["block_size"] <= 512:
-            rows.setdefault(row["device"], row)
-    table = Table("GiB of it", *(Column(device, justify="right") for device in rows))
-    table.add_row("block", *(str(row["block_size"]) for row in rows.values()), end_section=True)
+            shown.setdefault(row["device"], row)
+    table = Table("GiB of it", *(Column(device, justify="right") for device in shown))
+    table.add_row("block", *(str(row["block_size"]) for row in shown.values()), end_section=True)
     for part, title in parts.items():
-        table.add_row(title, *(f"{row['memory'][part] / gib:.2f}" for row in rows.values()))
+        table.add_row(title, *(f"{row['memory'][part] / gib:.2f}" for row in shown.values()))
     console.print(table)
     console.print(
         "~: an estimate, from the device's peak and the share of it that is expected. -: does not fit.", markup=False
