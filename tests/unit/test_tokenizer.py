@@ -349,7 +349,7 @@ def test_two_files_of_another_class_are_read_by_that_class(opt_tokenizer, tmp_pa
 
 def test_a_random_model_has_no_tokenizer_of_its_own():
     assert "random:opt-125m has no tokenizer of its own" in complaint("random:opt-125m")
-    assert load_tokenizer("random:tiny-32").fingerprint() == TINY.fingerprint()
+    assert load_tokenizer("random:tiny-opt").fingerprint() == TINY.fingerprint()
     assert "There is no architecture random:big; choose from random:tiny" in complaint("random:big")
 
 

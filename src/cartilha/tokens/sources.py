@@ -60,7 +60,10 @@ def resolve_model(ref: str) -> ModelSource:
         UserError: The argument names nothing that is there or that could be a hub id.
     """
     if ref.startswith("random:"):
-        return ModelSource(ref, "random", name=ref.removeprefix("random:"))
+        name = ref.removeprefix("random:")
+        if name not in RANDOM_MODELS:
+            raise UserError(f"There is no architecture {ref}; choose from random:{', random:'.join(RANDOM_MODELS)}.")
+        return ModelSource(ref, "random", name=name)
     if ref.startswith("package:"):
         return ModelSource(ref, "gguf", path=_gguf_in_package(ref.removeprefix("package:")))
     path = _as_spelled(Path(os.path.expanduser(ref)))  # unlike Path.expanduser it leaves an unknown ~user as it is
@@ -121,11 +124,6 @@ def _model_in(ref: str, directory: Path) -> Path:
 def _announce_run(ref: str) -> None:
     """Say it once a process."""
     log.warning("%s is a run: its trained model in %s is taken.", ref, Path(ref, "model"))
-
-
-def unknown_architecture(ref: str) -> UserError:
-    """The error for a `random:` name that stands for no architecture."""
-    return UserError(f"There is no architecture {ref}; choose from random:{', random:'.join(RANDOM_MODELS)}.")
 
 
 def _gguf_in_package(name: str) -> Path:
