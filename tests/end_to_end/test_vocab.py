@@ -54,6 +54,13 @@ def test_the_report_counts_what_can_be_counted_by_hand(cartilha, tmp_path: Path)
     assert english["num_tokens"] == sum(len(text.encode()) for text in english_sample())
 
 
+def test_of_a_line_without_spaces_a_person_reads_the_beginning(cartilha, tmp_path: Path):
+    texts = tmp_path / "a.txt"
+    texts.write_text("a" * 5000 + "\n", encoding="utf-8")
+    outcome = cartilha("vocab", "--model", "random:tiny", "--input", texts)
+    assert "a|a|... (1)" in outcome.out and max(map(len, outcome.out.splitlines())) < 200
+
+
 def test_the_sizes_are_reckoned_on_documents_that_nothing_was_learnt_on(corpus: Path, monkeypatch):
     monkeypatch.setattr("cartilha.pipeline.vocab.SIZES", (10, 30, 10_000))
     report = vocab(VocabConfig(model="random:tiny", input=(str(corpus),))).report

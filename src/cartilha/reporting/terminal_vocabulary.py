@@ -13,6 +13,8 @@ from cartilha.errors import counted
 
 Values = Mapping[str, Any]
 
+MAX_PIECES = 20  # of a word; a line without a space is one, too
+
 
 def show_vocabulary(console: Console, result: Values) -> None:
     """The report on a vocabulary, what an extension changed, or the advice."""
@@ -36,7 +38,7 @@ def show_vocabulary(console: Console, result: Values) -> None:
     spare = "" if report["num_rows"] is None else f", {report['num_spare_rows']} rows of the model are spare"
     used = f"{report['share_of_ids_used']:.0%} of them in this text"
     console.print(f"{report['num_ids']:,} ids, {used}{spare}.", markup=False)
-    words = ", ".join(f"{'|'.join(row['pieces']).strip()} ({row['count']:,})" for row in report["words"][:10])
+    words = ", ".join(f"{_pieces(row['pieces'])} ({row['count']:,})" for row in report["words"][:10])
     letters = ", ".join(f"{row['letter']} {row['share_apart']:.0%}" for row in report["letters"][:10])
     console.print(f"Words that cost most: {words}", markup=False)
     console.print(f"Letters cut or on their own: {letters}", markup=False)
@@ -64,3 +66,8 @@ def _vocab_sizes(rows: Sequence[Values]) -> Table:
         fertility, tokens = f"{row['tokens_per_word']:.2f}", f"{row['share_of_tokens'] - 1:+.0%}"
         table.add_row(f"+{row['num_new']:,}", fertility, tokens, *costs)
     return table
+
+
+def _pieces(pieces: Sequence[str]) -> str:
+    """A word's pieces with marks between; of a line without a space the beginning."""
+    return "|".join([*pieces[:MAX_PIECES], *(["..."] if len(pieces) > MAX_PIECES else [])]).strip()
