@@ -145,8 +145,8 @@ class InspectConfig(Settings):
     """What a store, or the primer, holds."""
 
     what: str = option("", "a store's directory, or primer", required=True, positional=True)
-    document: str | None = option(None, "show this document: its id, or its number (from 0) on the side of --split")
-    block: int | None = option(None, "show this block (from 0) of the first epoch, with the documents in it")
+    document: str | None = option(None, "show this document: its id, or its number (from 1) on the side of --split")
+    block: int | None = option(None, "show this block (from 1) of the first epoch, with the documents in it")
     split: Literal["train", "validation"] = option("train", "side that --document and --block look at")
     block_size: int = option(512, "tokens a block, for --block")
     seed: int = option(0, "order of the documents, for --block: that of the training")
@@ -200,7 +200,7 @@ class TrainConfig(Settings):
     resume: Literal["never", "auto"] = option(
         "never", "auto: go on from the last checkpoint in the output directory, if there is one"
     )
-    allow_changes: bool = option(False, "with --resume auto: go on although corpus, model, batch or schedule changed")
+    allow_changes: bool = option(False, "with --resume auto: go on although store, model, batch or schedule changed")
     checkpoint_steps: int | None = option(None, "write a checkpoint every N steps, besides each epoch's", minimum=1)
     checkpoint_minutes: float = option(10.0, "and when so many minutes have passed since the last; 0: never", minimum=0)
     keep_last: int = option(2, "newest checkpoints to keep, besides the one with the best validation", minimum=1)

@@ -56,12 +56,12 @@ def test_the_numbers(cartilha, store):
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_a_document_by_its_number_and_by_its_id(cartilha, store, split):
     documents = list(store.read_documents(split))
-    for number, document in enumerate(documents):
+    for number, document in enumerate(documents, 1):
         shown = looked(cartilha, store.path, "--document", document.id)["document"]
         assert shown["text"] == document.text and (shown["split"], shown["number"]) == (split, number)
         assert len(shown["tokens"]) == shown["num_tokens"] == len(document.text.encode("utf-8"))
-    by_number = looked(cartilha, store.path, "--document", 1, "--split", split)["document"]
-    assert by_number["doc_id"] == documents[1].id
+        by_number = looked(cartilha, store.path, "--document", number, "--split", split)["document"]
+        assert by_number == shown
 
 
 @pytest.mark.parametrize("block_size", [8, 64])
@@ -69,19 +69,22 @@ def test_every_block_shows_the_documents_in_it(cartilha, store, block_size):
     texts = {document.id: document.text for document in store.read_documents("train")}
     pieces: dict[str, str] = dict.fromkeys(texts, "")
     walk = StoreWalk(str(store.path))
-    num_blocks = looked(cartilha, store.path, "--block", 0, "--block_size", block_size)["block"]["num_blocks"]
-    for number in range(num_blocks):
+    num_blocks = looked(cartilha, store.path, "--block", 1, "--block_size", block_size)["block"]["num_blocks"]
+    numbers = {document.id: number for number, document in enumerate(store.read_documents("train"), 1)}
+    for number in range(1, num_blocks + 1):
         block = looked(cartilha, store.path, "--block", number, "--block_size", block_size)["block"]
         assert sum(row.get("num_inputs", 0) + row.get("padding", 0) for row in block["segments"]) == block_size
-        shown = walk.block(number, block_size).segments
+        assert block["block"] == number
+        shown = walk.block(number - 1, block_size).segments
         for row, segment in zip(block["segments"], shown, strict=True):
             if "padding" in row:
-                assert number == num_blocks - 1 and segment.tokens[0].kind == "padding"
+                assert number == num_blocks and segment.tokens[0].kind == "padding"
                 continue
+            assert row["document"] == numbers[row["doc_id"]]
             assert row["text"].startswith("<s>") == row["from_the_beginning"] == segment.begins
             assert row["from_the_beginning"] == (pieces[row["doc_id"]] == "")
             pieces[row["doc_id"]] += row["text"]
-            last = number == num_blocks - 1 and row is [r for r in block["segments"] if "text" in r][-1]
+            last = number == num_blocks and row is [r for r in block["segments"] if "text" in r][-1]
             ends = pieces[row["doc_id"]] == f"<s>{texts[row['doc_id']]}" + ("" if last else "</s>")
             assert row["to_the_end"] == segment.ends == ends
     assert {name: piece.removesuffix("</s>") for name, piece in pieces.items()} == {
@@ -92,16 +95,18 @@ def test_every_block_shows_the_documents_in_it(cartilha, store, block_size):
 def test_a_person_reads_it(cartilha, store):
     assert "truncated" in cartilha("inspect", store.path).out
     document = next(store.read_documents("train"))
-    assert f"Tokens: {document.text[0]}|{document.text[1]}|" in cartilha("inspect", store.path, "--document", 0).out
-    assert "begins here" in cartilha("inspect", store.path, "--block", 0).out
+    assert f"Tokens: {document.text[0]}|{document.text[1]}|" in cartilha("inspect", store.path, "--document", 1).out
+    assert "begins here" in cartilha("inspect", store.path, "--block", 1).out
 
 
 def test_what_is_not_there_is_said(refused, store):
     assert "no document 'x'" in refused("inspect", store.path, "--document", "x")
-    assert "0 to 5" in refused("inspect", store.path, "--document", 6)
-    assert "--block 99" in refused("inspect", store.path, "--block", 99)
-    assert "block_size" in refused("inspect", store.path, "--block", 0, "--block_size", 0)
-    assert "primer" in refused("inspect", "primer", "--block", 0)
+    for number in (0, 7):
+        assert "a number from 1 to 6" in refused("inspect", store.path, "--document", number)
+    for number in (0, 99):
+        assert f"--block {number} is not from 1 to " in refused("inspect", store.path, "--block", number)
+    assert "block_size" in refused("inspect", store.path, "--block", 1, "--block_size", 0)
+    assert "primer" in refused("inspect", "primer", "--block", 1)
 
 
 def test_a_folder_is_refused(refused, tmp_path: Path):

@@ -108,10 +108,11 @@ def test_of_a_model_of_a_known_type_the_code_is_left_alone_and_that_is_said(tmp_
     [
         ("a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n", "no aliases"),
         ("[" * 20_000, "nested too deeply"),
-        ("model: !!python/object/apply:os.system [id]\n", "not valid YAML"),
+        ("model: !!python/object/apply:os.system [id]\n", "not valid YAML (line 1: could not determine"),
+        ("model: m\ntrain: [\n", "not valid YAML (line 3: "),
         ("#" * 1_000_001, "larger than 1000 kB"),
     ],
-    ids=["aliases", "depth", "objects", "size"],
+    ids=["aliases", "depth", "objects", "syntax", "size"],
 )
 def test_a_recipe_is_plain_values(refused, tmp_path, text, part):
     recipe = tmp_path / "r.yaml"

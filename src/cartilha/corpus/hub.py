@@ -24,11 +24,11 @@ def read_hub(
 ) -> Iterator[tuple[int | str, Mapping[str, Any]]]:
     """Stream the records of a dataset's split, or of some of its data files, in the hub's order.
 
-    Records are numbered from 1; where there are several data files, within each of them, as `FILE:ROW`.
+    Records are numbered from 1; where there are several data files, within each of them, as `FILE:ROW`, both from 1.
 
     Args:
         source: The dataset.
-        begin: First data file.
+        begin: Index of the first data file.
         end: The one after the last; None for all.
 
     Raises:
@@ -42,7 +42,7 @@ def read_hub(
         for file in range(begin, num_files if end is None else end):
             part = dataset.shard(num_shards=num_files, index=file) if num_files > 1 else dataset
             for row, record in enumerate(part, 1):
-                number = f"{file}:{row}" if num_files > 1 else row
+                number = f"{file + 1}:{row}" if num_files > 1 else row
                 yield number, record
     # What `datasets` and the HTTP libraries below it raise shares no base class and changes between releases. Nothing
     # of ours runs inside the `try`: what a consumer raises does not pass through a generator.

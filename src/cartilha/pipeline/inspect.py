@@ -13,7 +13,7 @@ from cartilha.blocks.sampler import epoch_order
 from cartilha.config import InspectConfig
 from cartilha.corpus.primer import PrimerCount, primer_table
 from cartilha.corpus.splits import SPLITS, Split
-from cartilha.errors import UserError
+from cartilha.errors import UserError, counted
 from cartilha.tokens.store import TokenStore
 from cartilha.tokens.summary import summarize
 
@@ -27,8 +27,8 @@ class InspectResult:
         primer: The primer's table.
         summary: Numbers of the store.
         first_documents: How the first documents of each side begin.
-        document: The document asked for.
-        block: The block asked for: what it is, and its `segments`, one for each piece of a document.
+        document: The document asked for; its `number` counts from 1.
+        block: The block asked for: its number from 1, and its `segments`, one for each piece of a document.
     """
 
     store: dict[str, Any] | None
@@ -94,27 +94,27 @@ def _document(store: TokenStore, asked: str, split: Split) -> dict[str, Any]:
         for names, name in ((ids, asked), (plain, normalize("NFC", asked))):
             if name in names:
                 return _described(store, side, names.index(name))
-    number = int(asked) if asked.isdecimal() else -1
+    number = int(asked) if asked.isdecimal() else 0
     num_documents = store.counts[split].num_documents
-    if not 0 <= number < num_documents:
+    if not 1 <= number <= num_documents:
         raise UserError(
-            f"{store.path} has no document {asked!r}; give an id, or a number from 0 to {num_documents - 1} for one of"
-            f" the {split} side (--split)."
+            f"{store.path} has no document {asked!r}; give an id, or a number from 1 to {num_documents} for one of the"
+            f" {split} side (--split)."
         )
-    return _described(store, split, number)
+    return _described(store, split, number - 1)
 
 
-def _described(store: TokenStore, split: Split, number: int) -> dict[str, Any]:
+def _described(store: TokenStore, split: Split, index: int) -> dict[str, Any]:
     table, labels, tokenizer = store.documents(split), store.labels(split), store.tokenizer()
-    begin, num_tokens = int(table.start[number]), int(table.num_tokens[number])
+    begin, num_tokens = int(table.start[index]), int(table.num_tokens[index])
     ids = store.tokens(split)[begin : begin + num_tokens]
     return {
         "split": split,
-        "number": number,
-        **{name: labels[name][number] for name in ("doc_id", "source", "domain", "text_hash")},
-        **{name: int(getattr(table, name)[number]) for name in ("num_tokens", "num_bytes", "num_chars", "num_words")},
+        "number": index + 1,
+        **{name: labels[name][index] for name in ("doc_id", "source", "domain", "text_hash")},
+        **{name: int(getattr(table, name)[index]) for name in ("num_tokens", "num_bytes", "num_chars", "num_words")},
         "first_token": begin,
-        "text": next(islice(store.read_documents(split, first=number), 1)).text,
+        "text": next(islice(store.read_documents(split, first=index), 1)).text,
         "tokens": tokenizer.decode_batch([ids[i : i + 1] for i in range(num_tokens)]),
     }
 
@@ -127,21 +127,22 @@ def _block(store: TokenStore, config: InspectConfig) -> dict[str, Any]:
     order = epoch_order(len(documents), config.seed, 0)
     stream = PackedStream(documents, config.block_size, order)
     assert config.block is not None
-    if not 0 <= config.block < len(stream):
+    if not 1 <= config.block <= len(stream):
         raise UserError(
-            f"{store.path} has {len(stream):,} blocks of {config.block_size} in an epoch; --block {config.block} is not"
-            f" from 0 to {len(stream) - 1}."
+            f"{store.path} has {counted(len(stream), 'block')} of {config.block_size} in an epoch;"
+            f" --block {config.block} is not from 1 to {len(stream)}."
         )
-    block = stream.block(config.block)
+    index = config.block - 1
+    block = stream.block(index)
     segments: list[dict[str, Any]] = []
-    for piece in stream.pieces(config.block):
+    for piece in stream.pieces(index):
         if piece.document is None:
             segments.append({"padding": piece.end - piece.begin})
             continue
         document = int(order[piece.document])
         segments.append(
             {
-                "document": document,
+                "document": document + 1,
                 "doc_id": labels["doc_id"][document],
                 "num_inputs": piece.end - piece.begin,
                 "from_the_beginning": piece.begins,

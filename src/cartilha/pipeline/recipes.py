@@ -70,6 +70,8 @@ def read_settings(file: str | Traversable, what: str) -> dict[str, Any]:
         raise UserError(f"{what} is nested too deeply.") from error
     except (yaml.YAMLError, ValueError) as error:  # a ValueError is a date that does not exist
         where = str(error).splitlines()[-1].strip()
+        if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+            where = f"line {error.problem_mark.line + 1}: {error.problem}"
         raise UserError(f"{what} is not valid YAML ({where}).") from error
     if not isinstance(values, dict):
         raise UserError(f"{what} must be a YAML mapping such as `model: ...`.")
