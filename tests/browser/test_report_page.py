@@ -130,7 +130,7 @@ def test_tables_and_plots_are_there_and_a_script_in_a_text_stays_text(opened):
 def test_the_language_is_the_browsers_and_the_switch_changes_it(opened):
     assert opened("en-US").locator("h1:visible").inner_text() == "Training report"
     page = opened("pt-BR")
-    assert page.locator("h1:visible").inner_text() == "Relatório de treinamento"
+    assert page.locator("h1:visible").inner_text() == "Relatório de treino"
     assert page.evaluate("document.documentElement.lang") == "pt-BR"
     page.locator(f"{SHOWN} [data-show]").focus()
     page.keyboard.press("Enter")

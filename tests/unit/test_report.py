@@ -291,7 +291,7 @@ def test_the_figures_of_a_finished_run(tmp_path: Path) -> None:
     english = list(markdown_cells(to_markdown(rows, "en")))
     assert english[0][5:8] == ["time/epoch", "val perplexity", "val bits per byte"]
     assert english[2] == ["run", "512", "2", "8", "Xeon", "10 min 20 s", "32.51", "1.791", "finished"]
-    assert list(markdown_cells(to_markdown(rows, "pt")))[2][6:] == ["32,51", "1,791", "concluída"]
+    assert list(markdown_cells(to_markdown(rows, "pt")))[2][6:] == ["32,51", "1,791", "concluído"]
     assert footnotes(rows, "en") == []
     (fields,) = csv.DictReader(io.StringIO(to_csv(rows)))
     assert (fields["val_perplexity"], fields["val_bits_per_byte"], fields["seconds_per_epoch"]) == (
@@ -437,9 +437,9 @@ def test_both_languages_are_there_and_one_is_shown(tmp_path: Path, language: str
     english, portuguese = (re.sub('<pre hidden id="csv.*?</pre>', "", part, flags=re.DOTALL) for part in parts)
     for text in ("89.02", "32.51", "−63.5%", "2.310", "1.791", "Training report", "window 2048", "Generated text"):
         assert text in english and text not in portuguese
-    for text in ("89,02", "32,51", "−63,5%", "1,791", "Relatório de treinamento", "janela 2048", "Texto gerado"):
+    for text in ("89,02", "32,51", "−63,5%", "1,791", "Relatório de treino", "janela 2048", "Texto gerado"):
         assert text in portuguese and text not in english
-    assert f"<title>{'Training report' if language == 'en' else 'Relatório de treinamento'}: run</title>" in page
+    assert f"<title>{'Training report' if language == 'en' else 'Relatório de treino'}: run</title>" in page
 
 
 def test_the_language_follows_the_locale(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -463,6 +463,27 @@ def test_every_text_is_there_in_both_languages() -> None:
         assert set(texts) == set(LANGUAGES), key
         slots = [sorted(re.findall(r"\{\w+\}", texts[language])) for language in LANGUAGES]
         assert slots[0] == slots[1], key
+
+
+OTHER_WORDS = "treinamento execução custo reservado tokenizer batch micro-lote repositório diretório cabeça store"
+
+
+def test_portuguese_has_one_term_for_each_thing() -> None:
+    """Code, commands and the English term that stands once in brackets are no Portuguese."""
+    root = Path(html.__file__).parents[1]
+    texts = {
+        f"{path.parts[-3]}: {key}": re.sub(r"\{\w+\}", "", words["pt"])
+        for path in root.glob("*/templates/strings.yaml")
+        for key, words in yaml.safe_load(path.read_text(encoding="utf-8")).items()
+    }
+    for page in (Path(__file__).parents[2] / "docs" / "pt").glob("*.md"):
+        texts[page.name] = re.sub(
+            r"(?s)```.*?```|`[^`]*`|\(\*store\*\)|\]\([^)]*\)|[\w./]+\.json", "", page.read_text("utf-8")
+        )
+    assert len(texts) > 9
+    for name, text in texts.items():
+        found = re.search(rf"\b({'|'.join(OTHER_WORDS.split())})s?\b", text, re.IGNORECASE)
+        assert not found, (name, found)
 
 
 def test_samples_stand_side_by_side(tmp_path: Path) -> None:
@@ -552,6 +573,7 @@ def test_domains_positions_plan_and_epochs_are_shown(tmp_path: Path) -> None:
         "planned",
         "Loss by position",
         "Loss by epoch",
+        "1 or more tokens before it: 4.000",
     ):
         assert part in text, part
     titles = re.findall('aria-label="([^"]*)"', page)

@@ -109,7 +109,7 @@ def model_card(results: dict[str, Any]) -> str:
 ({counted(corpus["num_train_tokens"], "token")}; {results["tokens"]:,} targets seen). /
 `{shown}`, treinado adiante com o Cartilha em {corpus["num_train_documents"]:,} documentos.
 
-| held-out text / texto reservado | before / antes | after / depois |
+| held-out text / texto de validação | before / antes | after / depois |
 |---|---|---|
 | perplexity / perplexidade | {before["perplexity"]:.2f} | {after["perplexity"]:.2f} |
 | bits per byte / bits por byte | {_number(before["bits_per_byte"])} | {_number(after["bits_per_byte"])} |

@@ -191,7 +191,7 @@ def _scored_text(config: configs.EvaluateConfig | configs.CompareConfig) -> None
     if config.stride is not None and not 1 <= config.stride <= (config.window or config.stride):
         raise UserError(f"The stride must lie between 1 and the window ({config.window}), not {config.stride}.")
     if not config.store and not config.input:
-        raise UserError("There is no text to score; give --store STORE (its held-out side) or --input REF.")
+        raise UserError("There is no text to score; give --store STORE (its validation side) or --input REF.")
     _check_store(config.store)
     _check_text(config.input)
 

@@ -131,7 +131,7 @@ def _prepare(config: VocabConfig, model: str, place: Path, num_documents: int) -
 
 
 def _num_held_out(store: TokenStore) -> int:
-    """Documents to score: the first ones of the held-out side, up to some kilobytes."""
+    """Documents to score: the first ones of the validation side, up to some kilobytes."""
     sizes = store.documents("validation").num_bytes.cumsum()
     return min(len(sizes), 1 + int((sizes < HELD_OUT_BYTES).sum()))
 
