@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 
 from cartilha import cli
 from cartilha import config as configs
@@ -27,6 +28,10 @@ from cartilha.errors import UserError
 from cartilha.pipeline.preflight import preflight
 from cartilha.pipeline.recipes import recipe_names
 from cartilha.pipeline.run_files import write_config
+from cartilha.reporting.results import Protocol
+from cartilha.reporting.tables import Row, to_markdown
+from cartilha.reporting.terminal import show
+from cartilha.reporting.terminal_tables import show_table
 
 
 @pytest.fixture
@@ -523,8 +528,6 @@ def test_without_json_a_person_reads_a_table(capsys, tmp_path):
 
 
 def test_the_evaluation_table_cuts_no_figure_and_takes_no_name_for_markup(capsys):
-    from cartilha.reporting.terminal import show
-
     row = {
         "model": "/home/ana/[/red]/models/opt-125m",
         "perplexity": 31.234567,
@@ -547,6 +550,46 @@ def test_the_evaluation_table_cuts_no_figure_and_takes_no_name_for_markup(capsys
     assert [text for text in shown if text not in printed.replace("│\n│", "")] == []
     assert "…" not in printed
     assert printed.count("0123456789ab") == 1
+
+
+def _fits(printed: str, shown: list[str]) -> None:
+    """No line is wider than 80 columns, nothing is cut, and each of these stands in one line."""
+    assert "…" not in printed and max(map(len, printed.splitlines())) <= 80, printed
+    assert [text for text in shown if text not in printed] == []
+
+
+def test_a_table_without_room_goes_on_in_another_with_its_numbers_whole(capsys):
+    titles = ["dispositivo", *(f"milhões de tokens {i}" for i in range(9))]
+    numbers = [[f"{10**9 + 100 * row + i:,}" for i in range(9)] for row in range(2)]
+    rows = [["[/red] uma máquina/de/nome/muito/longo", *numbers[0]], [], ["b", *numbers[1]]]
+    show_table(Console(width=80), titles, rows, title="T" * 100)
+    printed = capsys.readouterr().out
+    _fits(printed, [*(number for row in numbers for number in row), "[/red] uma"])
+    assert printed.count("[/red] uma") == printed.count("┏") == printed.count("T") / 100 > 1
+    show_table(Console(width=300), titles, rows)
+    assert capsys.readouterr().out.count("┏") == 1
+
+
+def test_words_in_a_table_wrap_and_take_what_room_the_numbers_leave(capsys):
+    show_table(Console(width=80), ("a", "b", "c"), [["x" * 90, "1.25", "uma frase " * 9]], words=(0, 2))
+    printed = capsys.readouterr().out
+    _fits(printed, ["1.25"])
+    assert max(map(len, printed.splitlines())) == 80 and printed.count("x") == 90 and printed.count("frase") == 9
+
+
+def test_the_results_table_of_runs_fits_a_terminal(capsys):
+    rows = [
+        Row(f"runs/uma|longa_{i}", "finished", 2048, max_steps=i + 1, batch=123, device="NVIDIA A100-SXM4-80GB",
+            seconds_per_epoch=4000.0, perplexity=31.25, bits_per_byte=1.25, validation_hash=str(i),
+            protocol=Protocol(hash="ab"), mark="abcd"[i]) for i in range(4)
+    ]  # fmt: skip
+    show("report", {"table": to_markdown(rows, "en"), "report": "r.html", "figures": ["f/a.png"]})
+    printed = capsys.readouterr().out
+    _fits(
+        "\n".join(line for line in printed.splitlines() if line.startswith(("┃", "│"))),
+        ["1.250", "1 h 6 min", "|longa_"],
+    )
+    assert "Figures: 1 file in f" in printed and "(a) " in printed
 
 
 # Recipes

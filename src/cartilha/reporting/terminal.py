@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Column, Table
+from rich.text import Text
 
 from cartilha.errors import counted
 from cartilha.reporting.terminal_measures import MAX_DOMAINS, bits, protocol_line, show_comparison, show_evaluations
+from cartilha.reporting.terminal_tables import show_markdown_table, show_table
 from cartilha.reporting.terminal_vocabulary import show_vocabulary
 
 Values = Mapping[str, Any]
@@ -39,11 +39,11 @@ def show(command: str, result: Values) -> None:
 
 
 def _prepare(console: Console, result: Values) -> None:
-    table = Table("split", "documents", "tokens", "bytes", "words", "tokens/word")
+    units, rows = ("documents", "tokens", "bytes", "words"), []
     for split, counts in result["splits"].items():
-        numbers = [f"{counts[f'num_{unit}']:,}" for unit in ("documents", "tokens", "bytes", "words")]
-        table.add_row(split, *numbers, f"{counts['num_tokens'] / max(1, counts['num_words']):.2f}")
-    console.print(table)
+        numbers = [f"{counts[f'num_{unit}']:,}" for unit in units]
+        rows.append([split, *numbers, f"{counts['num_tokens'] / max(1, counts['num_words']):.2f}"])
+    show_table(console, ("split", *units, "tokens/word"), rows)
     dropped = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in result["dropped"].items() if count)
     console.print(f"Left out: {dropped or 'nothing'}.", markup=False)
     if result.get("leaks"):
@@ -55,13 +55,10 @@ def _prepare(console: Console, result: Values) -> None:
 
 def _inspect(console: Console, result: Values) -> None:
     if "primer" in result:
-        table = Table("genre", "variety", "texts", "words")
-        for row in result["primer"]:
-            table.add_row(row["genre"], row["variety"], str(row["num_texts"]), f"{row['num_words']:,}")
-        totals = (sum(row[name] for row in result["primer"]) for name in ("num_texts", "num_words"))
-        table.add_section()
-        table.add_row("all", "", *(f"{total:,}" for total in totals))
-        console.print(table)
+        rows = [[row["genre"], row["variety"], row["num_texts"], row["num_words"]] for row in result["primer"]]
+        totals = ["all", "", *(sum(row[i] for row in rows) for i in (2, 3))]
+        shown = [[*row[:2], *(f"{number:,}" for number in row[2:])] for row in (*rows, totals)]
+        show_table(console, ("genre", "variety", "texts", "words"), [*shown[:-1], [], shown[-1]], words=(0, 1))
         return
     if "document" in result or "block" in result:
         _look(console, result)
@@ -88,18 +85,18 @@ def _summary(console: Console, summary: Values) -> None:
     console.print(
         f"{summary['tokens_per_word']:.2f} tokens a word, {summary['bytes_per_token']:.2f} bytes a token", markup=False
     )
-    lengths = Table("tokens of a document", "documents", "share of the tokens")
+    lengths = []
     total = max(1, sum(row["tokens"] for row in summary["lengths"]))
     for row in summary["lengths"]:
         share = row["tokens"] / total
         name = f"{row['from_tokens']:,} to {row['to_tokens']:,}"
-        lengths.add_row(name, f"{row['documents']:,}", f"{100 * share:5.1f} % {'█' * round(40 * share)}")
-    console.print(lengths)
-    domains = Table("domain", "documents", "held out", "tokens", "tokens/word")
+        lengths.append([name, f"{row['documents']:,}", f"{100 * share:5.1f} % {'█' * round(30 * share)}"])
+    show_table(console, ("tokens of a document", "documents", "share of the tokens"), lengths, words=(0, 2))
+    domains = []
     for row in summary["domains"][:MAX_DOMAINS]:
         numbers = [f"{row[f'num_{name}']:,}" for name in ("documents", "validation_documents", "tokens")]
-        domains.add_row(escape(row["domain"]), *numbers, f"{row['num_tokens'] / max(1, row['num_words']):.2f}")
-    console.print(domains)
+        domains.append([row["domain"], *numbers, f"{row['num_tokens'] / max(1, row['num_words']):.2f}"])
+    show_table(console, ("domain", "documents", "held out", "tokens", "tokens/word"), domains)
     if len(summary["domains"]) > MAX_DOMAINS:
         console.print(f"... and {len(summary['domains']) - MAX_DOMAINS:,} more (--json has all)", markup=False)
     kept = ", ".join(f"{100 * share:.1f} % at {length}" for length, share in summary["kept_by_truncation"].items())
@@ -136,14 +133,15 @@ def _look(console: Console, result: Values) -> None:
             console.print(title, row["text"], sep="\n", markup=False)
 
 
-_MARKS = {"passed": "[green]passed[/]", "failed": "[bold red]FAILED[/]", "not applicable": "[dim]n/a[/]"}
+_MARKS = {"passed": ("passed", "green"), "failed": ("FAILED", "bold red"), "not applicable": ("n/a", "dim")}
 
 
 def _check(console: Console, result: Values) -> None:
-    table = Table("check", "outcome", Column("measured", overflow="fold"), Column("s", justify="right"))
-    for row in result["checks"]:
-        table.add_row(row["name"], _MARKS[row["outcome"]], escape(row["measured"]), f"{row['seconds']:.1f}")
-    console.print(table)
+    rows = [
+        [row["name"], Text(*_MARKS[row["outcome"]]), row["measured"], f"{row['seconds']:.1f}"]
+        for row in result["checks"]
+    ]
+    show_table(console, ("check", "outcome", "measured", "s"), rows, words=(0, 1, 2))
     for row in result["checks"]:
         if row["outcome"] == "failed":
             console.print(f"{row['name']}: expected {row['expected']}.", markup=False)
@@ -162,38 +160,32 @@ def _plan(console: Console, result: Values) -> None:
         f"and while one is written {result['checkpoint_bytes'] / gib:.2f} GiB of the host's memory",
         markup=False,
     )
-    sizes = list(dict.fromkeys(row["micro_batch_size"] for row in result["rows"]))
-    right = [Column(title, justify="right") for title in ("block", *(f"x {size}" for size in sizes))]
-    table = Table("GiB by micro-batch", *right)
-    for device, block in dict.fromkeys((row["device"], row["block_size"]) for row in result["rows"]):
-        rows = [row for row in result["rows"] if (row["device"], row["block_size"]) == (device, block)]
-        cells = [f"{row['memory_bytes'] / gib:.1f}" if row["fits"] else "-" for row in rows]
-        table.add_row(device, str(block), *cells)
-    console.print(table)
-    titles = ("block", "micro-batch", "tokens/s", "an epoch", "hours", "price")
-    right = [Column(name, justify="right") for name in titles]
-    table = Table("device", *right, title=f"Steps of {result['batch_tokens']:,} tokens")
+    places: dict[tuple[str, int], list[str]] = {}
+    for row in result["rows"]:
+        cells = places.setdefault((row["device"], row["block_size"]), [row["device"], str(row["block_size"])])
+        cells.append(f"{row['memory_bytes'] / gib:.1f}" if row["fits"] else "-")
+    sizes = dict.fromkeys(f"x {row['micro_batch_size']}" for row in result["rows"])
+    show_table(console, ("GiB by micro-batch", "block", *sizes), places.values())
+    steps = []
     for row in result["recommended"]:
         rate = row["tokens_per_second"]
         about = "~" if row["estimated"] else ""
         epoch = f"{row['seconds_per_epoch'] / 60:,.0f} min" if row["seconds_per_epoch"] else ""
-        cells = [str(row["block_size"]), str(row["micro_batch_size"]) if row["fits"] else "does not fit"]
+        cells = [str(row["block_size"]), str(row["micro_batch_size"]) if row["fits"] else "-"]
         cells += [f"{about}{rate:,.0f}" if rate else "", epoch]
         cells += [f"{row[name]:,.2f}" if row[name] is not None else "" for name in ("hours", "price")]
-        table.add_row(row["device"], *cells)
-    console.print(table)
+        steps.append([row["device"], *cells])
+    titles = ("device", "block", "micro-batch", "tokens/s", "an epoch", "hours", "price")
+    show_table(console, titles, steps, title=f"Steps of {counted(result['batch_tokens'], 'token')}")
     parts = {"weights": "weights", "gradients": "gradients", "optimizer_states": "AdamW", "activations": "activations"}
     parts |= {"logits_chunk": "logits", "overhead": "overhead", "checkpoint_copy": "checkpoint"}
-    # A column per device: one per part would not fit a terminal.
     shown: dict[str, Values] = {}
     for row in result["recommended"]:
         if row["block_size"] <= 512:
             shown.setdefault(row["device"], row)
-    table = Table("GiB of it", *(Column(device, justify="right") for device in shown))
-    table.add_row("block", *(str(row["block_size"]) for row in shown.values()), end_section=True)
-    for part, title in parts.items():
-        table.add_row(title, *(f"{row['memory'][part] / gib:.2f}" for row in shown.values()))
-    console.print(table)
+    memory = [[title, *(f"{row['memory'][part] / gib:.2f}" for row in shown.values())] for part, title in parts.items()]
+    blocks = ["block", *(str(row["block_size"]) for row in shown.values())]
+    show_table(console, ("GiB of it", *shown), [blocks, [], *memory])
     console.print(
         "~: an estimate, from the device's peak and the share of it that is expected. -: does not fit.", markup=False
     )
@@ -201,12 +193,14 @@ def _plan(console: Console, result: Values) -> None:
 
 def _train(console: Console, result: Values) -> None:
     before, after = result["evaluations"][0], result["evaluations"][-1]
-    table = Table("", "perplexity", "bits/byte", title=f"{escape(result['settings']['model'])}: {result['status']}")
-    for name, row in (("before", before), ("after", after)):
-        table.add_row(name, f"{row['perplexity']:,.2f}", bits(row["bits_per_byte"], 4))
+    rows = [
+        [name, f"{row['perplexity']:,.2f}", bits(row["bits_per_byte"], 4)]
+        for name, row in (("before", before), ("after", after))
+    ]
     change = after["perplexity"] / before["perplexity"] - 1
-    table.add_row("change", f"{change:+.1%}", _difference(before["bits_per_byte"], after["bits_per_byte"]))
-    console.print(table)
+    rows.append(["change", f"{change:+.1%}", _difference(before["bits_per_byte"], after["bits_per_byte"])])
+    title = f"{result['settings']['model']}: {result['status']}"
+    show_table(console, ("", "perplexity", "bits/byte"), rows, title=title)
     console.print(
         f"Protocol: {protocol_line(after['protocol'])}; {after['num_tokens']:,} held-out tokens.", markup=False
     )
@@ -228,7 +222,7 @@ def _run(console: Console, result: Values) -> None:
         for before in (row for row in samples if row["step"] == 0 and row["prompt"] == after["prompt"]):
             console.print(f"\nbefore: {before['text']}\nafter:  {after['text']}", markup=False)
     console.print()
-    console.print(result["table"], markup=False)
+    show_markdown_table(console, result["table"])
     console.print(f"Report: {result['report']}", markup=False)
 
 
@@ -238,7 +232,7 @@ def _generate(console: Console, result: Values) -> None:
 
 
 def _report(console: Console, result: Values) -> None:
-    console.print(result["table"], markup=False)
+    show_markdown_table(console, result["table"])
     console.print(f"Report: {result['report']}", markup=False)
     if result["figures"]:
         console.print(

@@ -6,10 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Column, Table
 
 from cartilha.errors import counted
+from cartilha.reporting.terminal_tables import show_table
 
 Values = Mapping[str, Any]
 
@@ -19,12 +18,8 @@ MAX_DOMAINS = 20
 def show_evaluations(console: Console, result: Values) -> None:
     """A column a model, a row a figure; below, what goes with a single model."""
     models = result["models"]
-    table = Table("", *(Column(escape(row["model"]), justify="right", overflow="fold") for row in models))
-    for title, cell in _FIGURES:
-        cells = [cell(row) for row in models]
-        if any(cells):
-            table.add_row(title, *cells)
-    console.print(table)
+    rows = [[title, *map(cell, models)] for title, cell in _FIGURES]
+    show_table(console, ("", *(row["model"] for row in models)), [row for row in rows if any(row[1:])])
     protocols = [protocol_line(row["protocol"]) for row in models]
     if len(set(protocols)) == 1:
         console.print(f"Protocol: {protocols[0]}", markup=False)
@@ -115,17 +110,13 @@ _FIGURES: tuple[tuple[str, Callable[[Values], str]], ...] = (
 
 def show_comparison(console: Console, result: Values) -> None:
     """Two models on the same documents."""
-    first, second = result["models"]
     low, high = result["bits_per_byte_difference_interval"]
-    table = Table("model", Column("bits per byte", justify="right"), "protocol")
-    for name, bits, protocol in zip(
-        (first, second),
-        (result["bits_per_byte_first"], result["bits_per_byte_second"]),
-        result["protocols"],
-        strict=True,
-    ):
-        table.add_row(escape(name), f"{bits:.4f}", protocol_line(protocol))
-    console.print(table)
+    figures = (result["bits_per_byte_first"], result["bits_per_byte_second"])
+    rows = [
+        [name, f"{bits:.4f}", protocol_line(protocol)]
+        for name, protocol, bits in zip(result["models"], result["protocols"], figures, strict=True)
+    ]
+    show_table(console, ("model", "bits per byte", "protocol"), rows, words=(0, 2))
     interval = "" if low is None or high is None else f", 95 % interval [{low:+.4f}, {high:+.4f}]"
     console.print(
         f"Second minus first: {result['bits_per_byte_difference']:+.4f} bits per byte{interval}, "

@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from cartilha.errors import counted
+from cartilha.reporting.terminal_tables import show_table
 
 Values = Mapping[str, Any]
 
@@ -19,22 +18,21 @@ MAX_PIECES = 20  # of a word; a line without a space is one, too
 def show_vocabulary(console: Console, result: Values) -> None:
     """The report on a vocabulary, what an extension changed, or the advice."""
     if result["advice"] is not None:
-        table = Table("vocabulary", "bits/byte", "against keep", "tokens", "English")
+        rows = []
         for row in result["advice"]["tried"]:
             change, english = f"{row['difference']:+.4f}", f"{row['difference_english']:+.4f}"
             share = f"{row['share_of_tokens'] - 1:+.0%}"
-            table.add_row(f"+{row['num_new']:,}", f"{row['bits_per_byte']:.4f}", change, share, english)
-        console.print(table)
+            rows.append([f"+{row['num_new']:,}", f"{row['bits_per_byte']:.4f}", change, share, english])
+        show_table(console, ("vocabulary", "bits/byte", "against keep", "tokens", "English"), rows)
         for sentence in result["advice"]["sentences"]:
             console.print(sentence, markup=False)
         return
     report = result["report"]
-    table = Table("text", "words", "tokens/word", "bytes/token", "words in 3 or more pieces")
-    rows = {**report["domains"], "all": report["total"], "(English)": report["english"]}
-    for name, row in rows.items():
+    rows = []
+    for name, row in {**report["domains"], "all": report["total"], "(English)": report["english"]}.items():
         figures = [f"{row['tokens_per_word']:.2f}", f"{row['bytes_per_token']:.2f}", f"{row['share_in_pieces']:.1%}"]
-        table.add_row(escape(name), f"{row['num_words']:,}", *figures)
-    console.print(table)
+        rows.append([name, f"{row['num_words']:,}", *figures])
+    show_table(console, ("text", "words", "tokens/word", "bytes/token", "words in 3 or more pieces"), rows)
     spare = "" if report["num_rows"] is None else f", {report['num_spare_rows']} rows of the model are spare"
     used = f"{report['share_of_ids_used']:.0%} of them in this text"
     console.print(f"{report['num_ids']:,} ids, {used}{spare}.", markup=False)
@@ -43,7 +41,7 @@ def show_vocabulary(console: Console, result: Values) -> None:
     console.print(f"Words that cost most: {words}", markup=False)
     console.print(f"Letters cut or on their own: {letters}", markup=False)
     if report["sizes"]:
-        console.print(_vocab_sizes(report["sizes"]))
+        _show_sizes(console, report["sizes"])
     if report["not_extendable"]:
         console.print(report["not_extendable"], markup=False)
     if result["extension"] is not None:
@@ -55,17 +53,19 @@ def show_vocabulary(console: Console, result: Values) -> None:
         )
 
 
-def _vocab_sizes(rows: Sequence[Values]) -> Table:
-    title = "Extended, on documents that the new tokens were not learnt on"
-    table = Table("new tokens", "tokens/word", "tokens", "words in context", "time", "parameters", title=title)
-    for row in rows:
+def _show_sizes(console: Console, sizes: Sequence[Values]) -> None:
+    rows = []
+    for row in sizes:
         costs = ["", "", ""]
         if "new_parameters" in row:
             more = f"+{row['new_parameters'] / 1e6:.1f} M ({row['share_of_parameters']:+.1%})"
             costs = [f"{row['words_in_context']:,.0f}", f"{row['share_of_time'] - 1:+.0%}", more]
         fertility, tokens = f"{row['tokens_per_word']:.2f}", f"{row['share_of_tokens'] - 1:+.0%}"
-        table.add_row(f"+{row['num_new']:,}", fertility, tokens, *costs)
-    return table
+        rows.append([f"+{row['num_new']:,}", fertility, tokens, *costs])
+    title = "Extended, on documents that the new tokens were not learnt on"
+    show_table(
+        console, ("new tokens", "tokens/word", "tokens", "words in context", "time", "parameters"), rows, title=title
+    )
 
 
 def _pieces(pieces: Sequence[str]) -> str:
