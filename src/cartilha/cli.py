@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 from jsonargparse import SUPPRESS, ArgumentParser
 
 from cartilha import config as configs
-from cartilha.console import OptionNames, named_options, set_up_logging
+from cartilha.console import OptionNames, named_options, set_up_logging, silence_bars
 from cartilha.errors import UserError
 from cartilha.storage import DISK_FAULTS, system_error
 
@@ -92,6 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit code is 0 (done), 2 (a user's error), 3 (a failed check) or 75 (interrupted, saved)."""
     _use_utf8()
     set_up_logging()
+    silence_bars()
     try:
         return _dispatch(list(sys.argv[1:] if argv is None else argv))
     except UserError as error:

@@ -78,21 +78,28 @@ def terminal() -> Console:
 
 
 def set_up_logging() -> None:
-    """Send the project's log lines to standard error, a line each; into a log, other libraries write no bars."""
+    """Send the project's log lines to standard error, a line each."""
     handler: logging.Handler
     if sys.stderr.isatty():
         handler = RichHandler(console=terminal(), show_time=False, show_path=False, show_level=False)
     else:
         handler = logging.StreamHandler()
-        os.environ.setdefault(
-            "TQDM_DISABLE", "1"
-        )  # read when tqdm is loaded: by transformers, datasets, the hub's client
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("cartilha")
     logger.handlers[:] = [handler]
     # Of several processes one speaks; the others only of errors.
     logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     logger.propagate = False
+
+
+def silence_bars() -> None:
+    """Keep other libraries' progress bars out of logs: to be called before they are loaded, by a process of ours only.
+
+    tqdm, which transformers, datasets, the hub's client and lm-evaluation-harness draw with, reads it when it is
+    loaded. On a terminal the bars of downloads stay.
+    """
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 def show_by_default() -> None:

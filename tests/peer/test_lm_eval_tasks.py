@@ -54,7 +54,8 @@ metric_list: [{{metric: acc}}]
     return path
 
 
-def test_accuracy_is_that_of_our_own_scores(task, monkeypatch, tmp_path):
+def test_accuracy_is_that_of_our_own_scores(task, monkeypatch, tmp_path, capfd):
+    monkeypatch.setenv("TQDM_DISABLE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     tokenizer = load_tokenizer("random:tiny")
     loaded = load_model("random:tiny", torch.device("cpu"), tokenizer=tokenizer, seed=3)
@@ -72,6 +73,8 @@ def test_accuracy_is_that_of_our_own_scores(task, monkeypatch, tmp_path):
 
     assert results is not None and results["concordancia"]["acc,none"] == pytest.approx(expected)
     assert loaded.model.config._attn_implementation == ATTENTION_NAME, "our attention is back"
+    said = capfd.readouterr().err
+    assert [text for text in ("Tokenizing inputs", "Running", "fatal", "`pretrained`") if text in said] == []
 
 
 def test_a_task_file_that_is_not_there():

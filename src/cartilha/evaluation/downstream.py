@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +57,13 @@ def run_tasks(loaded: LoadedModel, tokenizer: TextTokenizer, tasks: Sequence[str
     if not tasks:
         return None
     import lm_eval
+    import lm_eval.evaluator
     from lm_eval.models.huggingface import HFLM
     from transformers import PreTrainedTokenizerFast
 
+    # That a model is given as an object, as here, is no news; nor is "fatal: not a git repository".
+    logging.getLogger("lm_eval.models.huggingface").setLevel(logging.ERROR)
+    lm_eval.evaluator.get_git_commit_hash = str
     names = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
     special = {name: tokenizer.backend.id_to_token(i) for name, i in names.items() if i is not None}
     with transformers_attention(loaded.model):
@@ -69,6 +75,9 @@ def run_tasks(loaded: LoadedModel, tokenizer: TextTokenizer, tasks: Sequence[str
                 add_bos_token=False,
                 batch_size=8,
             )
+            for request in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
+                quiet = bool(os.environ.get("TQDM_DISABLE"))  # the harness overrides it
+                setattr(harness, request, partial(getattr(harness, request), disable_tqdm=quiet))
             chosen = [yaml.safe_load(Path(task).read_text("utf-8")) if _is_file(task) else task for task in tasks]
             results = lm_eval.simple_evaluate(model=harness, tasks=chosen, bootstrap_iters=1000)
         except Exception as error:
