@@ -83,7 +83,7 @@ def _shortest(path: str) -> str:
     return path if relative.startswith("..") else relative
 
 
-def counted(number: int, noun: str) -> str:
-    """A number with its noun, for messages: `1 step`, `2 steps`, `12,345 micro-batches`."""
+def counted(number: int, noun: str, one: str = "", many: str = "") -> str:
+    """A number with its noun, for messages: `1 step`, `2 steps`, `12,345 micro-batches`; `one` or `many` follows it."""
     plural = "es" if noun.endswith(("ch", "s", "x")) else "s"
-    return f"{number:,} {noun}{plural if number != 1 else ''}"
+    return f"{number:,} {noun} {one}".rstrip() if number == 1 else f"{number:,} {noun}{plural} {many}".rstrip()

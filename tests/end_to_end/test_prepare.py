@@ -374,7 +374,7 @@ def test_weights_are_shares_of_the_tokens(config, tmp_path):
             tokens[row["source"]] += row["num_tokens"]
     assert tokens["english.txt"] / sum(tokens.values()) == pytest.approx(0.1, abs=0.03)
     assert result.dropped["weights"] > 0
-    for weights, part in ((("1",), "1 weights for 2"), (("1", "x"), "numbers"), (("1", "0"), "above 0")):
+    for weights, part in ((("1",), "1 weight for 2"), (("1", "x"), "numbers"), (("1", "0"), "above 0")):
         with pytest.raises(UserError, match=part):
             prepare(replace(weighted, weights=weights, overwrite=True))
 

@@ -79,7 +79,7 @@ def test_what_is_broken_stops_or_is_skipped_and_counted(cartilha, refused: Refus
     assert str(path) in sentence and place in sentence and "--" in sentence
     assert sorted(item.name for item in tmp_path.iterdir()) == sorted(["bom.txt", name])
     outcome = cartilha(*prepare, "--on_error", "skip", "--json")
-    assert outcome.code == 0 and f"1 records were left out ({reason}), the first: {path}" in outcome.err
+    assert outcome.code == 0 and f"1 record was left out ({reason}), the first: {path}" in outcome.err
     result = json.loads(outcome.out)
     assert result["dropped"][reason] == 1
     found = texts_of(store)

@@ -24,7 +24,7 @@ from cartilha import cli
 from cartilha import config as configs
 from cartilha.cli import COMMANDS, main
 from cartilha.console import OptionNames, show_by_default
-from cartilha.errors import UserError
+from cartilha.errors import UserError, counted
 from cartilha.pipeline.preflight import preflight
 from cartilha.pipeline.recipes import recipe_names
 from cartilha.pipeline.run_files import write_config
@@ -522,7 +522,7 @@ def test_without_json_a_person_reads_a_table(capsys, tmp_path):
     arguments = ["prepare", "--input", str(tmp_path / "a.txt"), "--model", "random:tiny"]
     assert main([*arguments, "--output", str(tmp_path / "store")]) == 0
     printed = capsys.readouterr().out
-    assert "validation" in printed and "1 exact duplicates, 1 empty" in printed
+    assert "validation" in printed and "1 exact duplicate, 1 empty" in printed
     assert main(["inspect", str(tmp_path / "store")]) == 0
     assert "a.txt:1" in capsys.readouterr().out
 
@@ -615,6 +615,20 @@ def test_only_a_process_of_ours_turns_bars_off_and_never_against_the_users_setti
     assert logger.handlers and "TQDM_DISABLE" not in os.environ
     main(["--version"])
     assert os.environ["TQDM_DISABLE"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((1, "step"), "1 step"),
+        ((0, "step"), "0 steps"),
+        ((12_345, "micro-batch"), "12,345 micro-batches"),
+        ((1, "record", "was", "were"), "1 record was"),
+        ((2, "record", "was", "were"), "2 records were"),
+    ],
+)
+def test_a_count_has_the_number_of_its_noun(words, said):
+    assert counted(*words) == said
 
 
 # Recipes

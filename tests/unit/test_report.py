@@ -22,6 +22,7 @@ import pytest
 import yaml
 
 from cartilha.errors import UserError, install_command
+from cartilha.explorer.wording import PageWording
 from cartilha.reporting import chart, html, surprisal, tables
 from cartilha.reporting.html import render_report
 from cartilha.reporting.images import write_figures
@@ -743,3 +744,26 @@ def test_the_ninth_run_is_told_from_the_first(tmp_path: Path) -> None:
     assert (
         len(set(styles)) == 9 and styles[8].replace("run8", "run0").replace("stroke-dasharray: 6 4; ", "") == styles[0]
     )
+
+
+@pytest.mark.parametrize("language", ["en", "pt"])
+def test_a_text_agrees_with_the_count_in_it(language):
+    say, one, page = Wording(language), {}, PageWording(language)
+    values = {"difference": "", "low": "", "high": "", "p": "", "share": "9%"}
+    for count in ("1", "2"):
+        one[count] = [
+            say("num_steps", steps=count),
+            say("scored", documents=count, tokens=count, bytes=count),
+            say("paired", documents=count, **values).split("; ")[-1],
+            say("more_samples", count=count),
+            page("padding", count=count),
+        ]
+    expected = {
+        "en": ["1 step", "1 document, 1 token, 1 byte", "9% of 1 document improved.",
+               "1 more prompt is in samples.jsonl.", "padding, 1 position"],
+        "pt": ["1 passo", "1 documento, 1 token, 1 byte", "9% de 1 documento melhorou.",
+               "Há mais 1 prompt em samples.jsonl.", "preenchimento, 1 posição"],
+    }  # fmt: skip
+    assert one["1"] == expected[language]
+    assert not [text for text in one["2"] if "[" in text or "|" in text or "2" not in text]
+    assert one["2"][1].startswith({"en": "2 documents, 2 tokens, 2 bytes", "pt": "2 documentos, 2 tokens"}[language])

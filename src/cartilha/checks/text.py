@@ -12,7 +12,7 @@ import numpy as np
 from cartilha.checks.outcome import CheckResult, Judgement, Subject
 from cartilha.corpus.english import english_sample
 from cartilha.corpus.near_duplicates import has_near_duplicate
-from cartilha.errors import UserError
+from cartilha.errors import UserError, counted
 from cartilha.model.embeddings import input_rows
 from cartilha.model.head import head_weight
 from cartilha.tokens.tokenizer import TextTokenizer
@@ -180,7 +180,7 @@ def leak(subject: Subject) -> CheckResult:
     known = set(subject.store.labels("train")["text_hash"])
     held_out = subject.store.labels("validation")["text_hash"]
     exact = sum(text_hash in known for text_hash in held_out)
-    measured = f"{exact:,} of {len(held_out):,} held-out documents in training"
+    measured = f"{exact:,} of {counted(len(held_out), 'held-out document')} in training"
     scored = [document.text for document in subject.held_out[:NEAR_SAMPLE]]
     near: float | None = None
     seen = 0

@@ -10,6 +10,7 @@ from functools import partial
 from cartilha.corpus import lines
 from cartilha.corpus.lines import Fault, too_long
 from cartilha.corpus.records import JoinedLines, Numbered, Part, missing_column
+from cartilha.errors import counted
 
 HEAD_CHARS = 4 << 20  # of a file, in which its way of quoting must show
 
@@ -105,7 +106,8 @@ def read_csv(part: Part) -> Numbered:
         elif row is None:
             return
         elif row and len(row) != len(header):
-            yield number, _broken_csv(part, number, feed, f"{len(row)} fields where the header has {len(header)}")
+            fields = f"{counted(len(row), 'field')} where the header has {len(header)}"
+            yield number, _broken_csv(part, number, feed, fields)
             feed.begin_again()
         elif not row:
             yield number, {text_column: None}

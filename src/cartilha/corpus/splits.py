@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from cartilha.errors import UserError
+from cartilha.errors import UserError, counted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -152,7 +152,9 @@ def split_documents(
     if given is not None:
         return _fixed(groups, given)
     if rule.documents is not None and rule.documents >= num_documents:
-        raise UserError(f"{rule.documents} of {num_documents} documents are to be held out; leave some to train on.")
+        raise UserError(
+            f"{rule.documents} of {counted(num_documents, 'document')} cannot be held out; leave some to train on."
+        )
     if own is None:
         own = np.array([split_position(str(text_hash), rule.seed) for text_hash in text_hashes])
     sizes = np.bincount(groups)
@@ -205,8 +207,8 @@ def _below(positions: np.ndarray, sizes: np.ndarray, fraction: float, notes: lis
     eligible = (sizes == 1) | (sizes <= wanted)
     if not eligible.all():
         notes.append(
-            f"{(~eligible).sum()} clusters of near-duplicates (the largest of {sizes.max():,} documents) are larger"
-            f" than the {wanted:,.0f} documents to hold out: they stay in training."
+            f"{counted((~eligible).sum(), 'cluster')} of near-duplicates (the largest of {sizes.max():,} documents)"
+            f" cannot be held out, for a cluster may have {counted(round(wanted), 'document')} at most."
         )
     if not eligible.any():
         notes.append("Every cluster is larger than that: the smallest is held out nevertheless.")
@@ -240,6 +242,7 @@ def _so_many(positions: np.ndarray, sizes: np.ndarray, wanted: int, notes: list[
     held_out = int(sizes[chosen].sum())
     if held_out != wanted:
         notes.append(
-            f"{held_out:,} documents are held out instead of {wanted:,}: clusters of near-duplicates are not cut."
+            f"{counted(held_out, 'document', 'is', 'are')} held out instead of {wanted:,}: clusters of near-duplicates"
+            " are not cut."
         )
     return chosen

@@ -8,7 +8,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from cartilha.config import GenerateConfig
-from cartilha.errors import UserError
+from cartilha.errors import UserError, counted
 from cartilha.evaluation.decoding import check_decoding, describe_mode
 from cartilha.model.attention import transformers_attention
 from cartilha.model.head import head_weight
@@ -66,8 +66,8 @@ def _continue(loaded: LoadedModel, tokenizer: TextTokenizer, prompt: str, config
     ids = [tokenizer.prefix_id, *(int(i) for i in tokenizer.encode([stripped])[0])]
     if len(ids) + config.max_new_tokens > loaded.context_length:
         raise UserError(
-            f"A prompt of {len(ids)} tokens and {config.max_new_tokens} new ones do not fit the model's context of "
-            f"{loaded.context_length}; shorten the prompt or use a smaller --max_new_tokens."
+            f"A prompt of {counted(len(ids), 'token')} and {counted(config.max_new_tokens, 'new one')} do not fit the "
+            f"model's context of {loaded.context_length}; shorten the prompt or use a smaller --max_new_tokens."
         )
     device = loaded.model.device
     processors = LogitsProcessorList()

@@ -18,7 +18,7 @@ from typing import Any
 
 from cartilha.corpus.document import Document
 from cartilha.corpus.splits import split_position
-from cartilha.errors import UserError, missing_extra
+from cartilha.errors import UserError, counted, missing_extra
 
 CUT_SEED = 20_04  # of the hash order in which documents are chosen for continuation; never changed
 PROMPT_WORDS = 32
@@ -196,8 +196,8 @@ def cut_documents(
             cuts.append(Cut(document.id, prompt, reference))
     if not cuts:
         raise UserError(
-            f"None of the {num_documents} documents has the {prompt_words + reference_words} words that a prompt and "
-            "its reference need; give longer documents, or ask for no continuations."
+            f"None of the {counted(num_documents, 'document')} has the {prompt_words + reference_words} words "
+            "that a prompt and its reference need; give longer documents, or ask for no continuations."
         )
     return cuts
 

@@ -22,9 +22,9 @@ def _strings() -> dict[str, dict[str, str]]:
 class PageWording(Wording):
     """How one language says what stands on the page."""
 
-    def __call__(self, key: str, **values: object) -> str:
-        """The text of that key, its `{name}` filled in."""
-        return _strings()[key][self.language].format(**values)
+    def template(self, key: str) -> str:
+        """The text of that key with its `{name}` left open."""
+        return _strings()[key][self.language]
 
     def probability(self, value: float) -> str:
         """A probability as per cent; small ones keep two significant digits."""

@@ -100,14 +100,16 @@ def model_card(results: dict[str, Any]) -> str:
     # A directory's path is nobody else's business.
     is_public = record.get("base_model") == base or base.startswith(("package:", "random:"))
     shown = base if is_public else Path(base).name
+    num_documents = corpus["num_train_documents"]
+    documents = f"{num_documents:,} {'documento' if num_documents == 1 else 'documentos'}"
     return f"""---
 {_header(results["name"], record, after)}---
 
 # {results["name"]}
 
 `{shown}`, trained on with Cartilha on {counted(corpus["num_train_documents"], "document")}
-({counted(corpus["num_train_tokens"], "token")}; {results["tokens"]:,} targets seen). /
-`{shown}`, treinado adiante com o Cartilha em {corpus["num_train_documents"]:,} documentos.
+({counted(corpus["num_train_tokens"], "token")}; {counted(results["tokens"], "target")} seen). /
+`{shown}`, treinado adiante com o Cartilha em {documents}.
 
 | held-out text / texto de validação | before / antes | after / depois |
 |---|---|---|
@@ -116,11 +118,11 @@ def model_card(results: dict[str, Any]) -> str:
 
 Protocol / protocolo: {protocol["name"]}, window {protocol["window"]}, stride {protocol["stride"]}, prefix token
 {protocol["prefix_id"]}, {protocol["dtype"]}, hash `{protocol["hash"]}`; {counted(after["num_documents"], "document")},
-{after["num_tokens"]:,} tokens. Perplexities of other protocols or tokenizers cannot be compared with these; bits per
-byte of the same text can. / Perplexidades de outros protocolos ou tokenizadores não se comparam com estas;
+{counted(after["num_tokens"], "token")}. Perplexities of other protocols or tokenizers cannot be compared with these;
+bits per byte of the same text can. / Perplexidades de outros protocolos ou tokenizadores não se comparam com estas;
 bits por byte do mesmo texto, sim.
 
-Settings / configuração: block size {settings["block_size"]}, {settings["batch_tokens"]:,} tokens a step,
+Settings / configuração: block size {settings["block_size"]}, {counted(settings["batch_tokens"], "token")} a step,
 {counted(settings["num_steps"], "step")}, peak learning rate {settings["lr"]:.2g}, seed {settings["seed"]},
 {settings["dtype"]}.
 

@@ -78,7 +78,7 @@ def advise(config: VocabConfig) -> dict[str, Any]:
             raise UserError("The text is too small to learn new tokens from: no pair occurs twice; give more text.")
         sizes = sorted({min(size, learnt) for size in TRIED})
         if learnt < max(TRIED):
-            log.warning("The text is enough for %s new tokens only.", f"{learnt:,}")
+            log.warning("The text is enough for %s only.", counted(learnt, "new token"))
         seconds = budget / (1 + len(sizes))
         limit = _num_held_out(store)
         tried = [_try(config, work / "keep", 0, config.model, keep_store, seconds, keep_store, limit)]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import yaml
 
-from cartilha.errors import UserError
+from cartilha.errors import UserError, counted
 from cartilha.model.embeddings import extend_embeddings, shape_of
 from cartilha.model.load import load_model
 from cartilha.pipeline.model_card import base_record, licence
@@ -34,7 +34,8 @@ def learn_extension(tokenizer: TextTokenizer, words: Counter[str], num_new: int)
     if found < num_new:
         remedy = f"use --extend {found}, or more text" if found else "give more text"
         raise UserError(
-            f"The text is too small for {num_new:,} new tokens: only {found:,} pairs occur twice or more; {remedy}."
+            f"The text is too small for {counted(num_new, 'new token')}: only"
+            f" {counted(found, 'pair', 'occurs', 'occur')} twice or more; {remedy}."
         )
     return extend(tokenizer, merges, before)
 
@@ -91,7 +92,7 @@ def _has_weights(ref: str) -> bool:
 def _card(record: dict[str, Any]) -> str:
     kept = base_record(record["model"])
     header = f"---\n{yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)}---\n\n" if kept else ""
-    return f"""{header}# {record["model"]}, {record["num_new"]:,} tokens more
+    return f"""{header}# {record["model"]}, {counted(record["num_new"], "token")} more
 
 The vocabulary of `{record["model"]}` extended by {record["num_new"]:,} continued byte-pair merges with Cartilha; the
 new rows are means of those of the tokens that they replace, and no weight has been trained since: train it before use.

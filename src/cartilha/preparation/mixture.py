@@ -9,7 +9,7 @@ import numpy as np
 
 from cartilha.config import PrepareConfig
 from cartilha.corpus.sources import Source
-from cartilha.errors import UserError
+from cartilha.errors import UserError, counted
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,10 @@ class Mixture:
         if config.validation_input:
             raise UserError("--weights and --validation_input do not go together; hold out a fraction instead.")
         if len(config.weights) != len(inputs):
-            raise UserError(f"There are {len(config.weights)} weights for {len(inputs)} inputs; give one per --input.")
+            raise UserError(
+                f"--weights has {counted(len(config.weights), 'weight')} for {counted(len(inputs), 'input')}; "
+                "give one per --input."
+            )
         if config.max_repeats < 1:
             raise UserError(f"--max_repeats is {config.max_repeats}; give 1, which repeats nothing, or more.")
         try:

@@ -23,10 +23,10 @@ def tell_mixture(config: PrepareConfig, sides: Sides) -> None:
         )
         if part["num_left_out"]:
             log.warning(
-                "%s; %s of its %s documents are left out (--max_repeats %d, or another weight, keeps more).",
+                "%s; %s of its %s left out (--max_repeats %d, or another weight, keeps more).",
                 taken,
                 f"{part['num_left_out']:,}",
-                f"{part['num_documents']:,}",
+                counted(part["num_documents"], "document", "is", "are"),
                 config.max_repeats + 1,
             )
         else:
@@ -41,16 +41,17 @@ def tell_rest(read: ReadCounts, sides: Sides, leaks: dict[str, float] | None) ->
         log.warning("NUL characters are kept in %s.", counted(read.nul_documents, "document"))
     if read.joined_rows:
         log.warning(
-            "Quotes joined several lines into one row %d times, the first at %s; where quotes are plain characters, add"
+            "Quotes joined several lines into one row %s, the first at %s; where quotes are plain characters, add"
             " --csv_quoting none.",
-            *(read.joined_rows, read.first_joined),
+            *(counted(read.joined_rows, "time"), read.first_joined),
         )
     for reason, number in read.skipped.items():
-        log.warning("%d records were left out (%s), the first: %s", number, reason, read.first_skipped[reason])
+        left_out = counted(number, "record", "was left out", "were left out")
+        log.warning("%s (%s), the first: %s", left_out, reason, read.first_skipped[reason])
     for note in sides.split.notes:
         log.warning("%s", note)
     if sides.dropped["exact_duplicates"]:
-        log.info("%d exact duplicates were left out.", sides.dropped["exact_duplicates"])
+        log.info("%s left out.", counted(sides.dropped["exact_duplicates"], "exact duplicate", "was", "were"))
     if leaks:
         log.info(
             "%.2f %% of the held-out documents have a near-duplicate in training; a split that looked at each document"
@@ -62,11 +63,11 @@ def tell_rest(read: ReadCounts, sides: Sides, leaks: dict[str, float] | None) ->
 def tell_counts(split: Split, counts: SplitCounts) -> None:
     """Say what a side holds."""
     log.info(
-        "%s: %s documents, %s tokens, %s words (%.2f tokens a word, %.2f bytes a token)",
+        "%s: %s, %s, %s (%.2f tokens a word, %.2f bytes a token)",
         split,
-        f"{counts.num_documents:,}",
-        f"{counts.num_tokens:,}",
-        f"{counts.num_words:,}",
+        counted(counts.num_documents, "document"),
+        counted(counts.num_tokens, "token"),
+        counted(counts.num_words, "word"),
         counts.num_tokens / max(1, counts.num_words),
         counts.num_bytes / max(1, counts.num_tokens),
     )

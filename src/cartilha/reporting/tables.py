@@ -157,7 +157,7 @@ def measured_on(row: Row, index: int) -> tuple[object, ...]:
 def cells(row: Row, wanted: Sequence[Column], language: Language) -> list[str]:
     """The row's text for each column; nothing in the columns of runs that it may not be compared with."""
     say = Wording(language)
-    steps = say("one_step") if row.max_steps == 1 else say("num_steps", steps=say.number(row.max_steps))
+    steps = say("num_steps", steps=say.number(row.max_steps))
     epochs = steps if row.max_steps else say.number(row.epochs)
     texts = {
         "run": row.name,

@@ -38,13 +38,22 @@ def show(command: str, result: Values) -> None:
     }[command](console, result)
 
 
+# Of the reasons for which documents are left out, those that are nouns.
+_ONE = {
+    "exact duplicates": "exact duplicate",
+    "near duplicates of validation": "near duplicate of validation",
+    "files": "file",
+}
+
+
 def _prepare(console: Console, result: Values) -> None:
     units, rows = ("documents", "tokens", "bytes", "words"), []
     for split, counts in result["splits"].items():
         numbers = [f"{counts[f'num_{unit}']:,}" for unit in units]
         rows.append([split, *numbers, f"{counts['num_tokens'] / max(1, counts['num_words']):.2f}"])
     show_table(console, ("split", *units, "tokens/word"), rows)
-    dropped = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in result["dropped"].items() if count)
+    left_out = {reason.replace("_", " "): count for reason, count in result["dropped"].items() if count}
+    dropped = ", ".join(f"{count:,} {_ONE.get(what, what) if count == 1 else what}" for what, count in left_out.items())
     console.print(f"Left out: {dropped or 'nothing'}.", markup=False)
     if result.get("leaks"):
         shares = (100 * result["leaks"][name] for name in ("leak_rate", "plain_leak_rate"))
@@ -119,17 +128,17 @@ def _look(console: Console, result: Values) -> None:
     if "block" in result:
         block = result["block"]
         console.print(
-            f"Block {block['block']} of {block['num_blocks']:,} ({block['block_size']} inputs, {block['split']},"
-            f" seed {block['seed']})",
+            f"Block {block['block']} of {block['num_blocks']:,} ({counted(block['block_size'], 'input')},"
+            f" {block['split']}, seed {block['seed']})",
             markup=False,
         )
         for row in block["segments"]:
             if "padding" in row:
-                console.print(f"--- padding: {row['padding']} inputs", markup=False)
+                console.print(f"--- padding: {counted(row['padding'], 'input')}", markup=False)
                 continue
             begins = "begins" if row["from_the_beginning"] else "goes on"
             ends = "ends" if row["to_the_end"] else "is cut"
-            title = f"--- {row['doc_id']}: {row['num_inputs']} inputs; {begins} here and {ends} here"
+            title = f"--- {row['doc_id']}: {counted(row['num_inputs'], 'input')}; {begins} here and {ends} here"
             console.print(title, row["text"], sep="\n", markup=False)
 
 
@@ -202,7 +211,7 @@ def _train(console: Console, result: Values) -> None:
     title = f"{result['settings']['model']}: {result['status']}"
     show_table(console, ("", "perplexity", "bits/byte"), rows, title=title)
     console.print(
-        f"Protocol: {protocol_line(after['protocol'])}; {after['num_tokens']:,} held-out tokens.", markup=False
+        f"Protocol: {protocol_line(after['protocol'])}; {counted(after['num_tokens'], 'held-out token')}.", markup=False
     )
     if result.get("tokens_per_second"):
         rate = f"{result['tokens_per_second']:,.0f} tokens/s"

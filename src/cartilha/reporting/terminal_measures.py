@@ -39,7 +39,9 @@ def show_evaluations(console: Console, result: Values) -> None:
             figures = f"perplexity {domain['perplexity']:,.2f}, bits per byte {bits(domain['bits_per_byte'], 4)}"
             console.print(f"  {name}: {figures} ({counted(domain['num_documents'], 'document')})", markup=False)
         if shown and row.get("num_domains", 0) > len(shown):
-            console.print(f"  ... and {row['num_domains'] - len(shown):,} other domains, all smaller", markup=False)
+            console.print(
+                f"  ... and {counted(row['num_domains'] - len(shown), 'other domain')}, all smaller", markup=False
+            )
         for task, metrics in (row.get("tasks") or {}).items():
             found = ", ".join(f"{k} {v:.4g}" for k, v in metrics.items() if isinstance(v, float))
             console.print(f"  {task}: {found}", markup=False)
@@ -120,13 +122,14 @@ def show_comparison(console: Console, result: Values) -> None:
     interval = "" if low is None or high is None else f", 95 % interval [{low:+.4f}, {high:+.4f}]"
     console.print(
         f"Second minus first: {result['bits_per_byte_difference']:+.4f} bits per byte{interval}, "
-        f"p = {result['p_value']:.4g}; {result['share_improved']:.0%} of {result['num_documents']} documents improved.",
+        f"p = {result['p_value']:.4g}; {result['share_improved']:.0%} of "
+        f"{counted(result['num_documents'], 'document')} improved.",
         markup=False,
     )
     for title, rows in (("Gained most", result["gained_most"]), ("Lost most", result["lost_most"])):
         for row in rows[:3]:
             change = f"{row['bits_per_byte_first']:.3f} -> {row['bits_per_byte_second']:.3f}"
-            console.print(f"{title}: {row['doc_id']} ({row['num_bytes']:,} bytes): {change}", markup=False)
+            console.print(f"{title}: {row['doc_id']} ({counted(row['num_bytes'], 'byte')}): {change}", markup=False)
 
 
 def protocol_line(protocol: Values) -> str:

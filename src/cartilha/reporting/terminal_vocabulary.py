@@ -33,7 +33,7 @@ def show_vocabulary(console: Console, result: Values) -> None:
         figures = [f"{row['tokens_per_word']:.2f}", f"{row['bytes_per_token']:.2f}", f"{row['share_in_pieces']:.1%}"]
         rows.append([name, f"{row['num_words']:,}", *figures])
     show_table(console, ("text", "words", "tokens/word", "bytes/token", "words in 3 or more pieces"), rows)
-    spare = "" if report["num_rows"] is None else f", {report['num_spare_rows']} rows of the model are spare"
+    spare = "" if report["num_rows"] is None else f", {counted(report['num_spare_rows'], 'spare row')} in the model"
     used = f"{report['share_of_ids_used']:.0%} of them in this text"
     console.print(f"{report['num_ids']:,} ids, {used}{spare}.", markup=False)
     words = ", ".join(f"{_pieces(row['pieces'])} ({row['count']:,})" for row in report["words"][:10])

@@ -42,6 +42,10 @@ def _strings() -> dict[str, dict[str, str]]:
     return strings
 
 
+# A count and its noun in the texts: `{steps} [step|steps]`.
+_COUNTED = re.compile(r"\{(\w+)\}([^{}\[\]]*)\[([^|\[\]]+)\|([^|\[\]]+)\]")
+
+
 class Wording:
     """How one language says things. A figure that is None is shown as `-`."""
 
@@ -50,8 +54,12 @@ class Wording:
         self.code = {"en": "en", "pt": "pt-BR"}[language]
 
     def __call__(self, key: str, **values: object) -> str:
-        """The text of that key, its `{name}` filled in."""
-        return _strings()[key][self.language].format(**values)
+        """The text of that key, its `{name}` filled in; of `{name} [one|many]` what goes with that count."""
+
+        def noun(found: re.Match[str]) -> str:
+            return f"{{{found[1]}}}{found[2]}{found[3 if str(values[found[1]]) == '1' else 4]}"
+
+        return _COUNTED.sub(noun, self.template(key)).format(**values)
 
     def template(self, key: str) -> str:
         """The text of that key with its `{name}` left open, for the page's script."""

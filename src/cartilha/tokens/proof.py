@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from cartilha.errors import counted
 from cartilha.tokens.byte_level import BYTE_CHARACTERS
 from cartilha.tokens.encoder import Encoder, Proof, cut
 from cartilha.tokens.text_counts import ranges
@@ -76,12 +77,12 @@ def prove(tokenizer: TextTokenizer, documents: Sequence[str]) -> Encoder:
         fast = fast.with_proof(Proof("gigatoken", "", 0, 0, rare))
         if not rare or _differing(slow_encoder, fast, sample, expected)[1]:
             begins = sample[differing[0]][:40]
-            return slow(f"gives other ids for {len(differing)} of {len(sample)} texts, such as {begins!r}")
+            return slow(f"gives other ids for {len(differing)} of {counted(len(sample), 'text')}, such as {begins!r}")
     proof = Proof("gigatoken", "equal ids on the sample", len(sample), num_bytes, rare, _may_be_cut(fast, sample))
     log.info(
-        "Tokenizing with gigatoken %s: equal ids to tokenizers on a sample of %d texts (%.1f MB).",
+        "Tokenizing with gigatoken %s: equal ids to tokenizers on a sample of %s (%.1f MB).",
         importlib.metadata.version("gigatoken"),
-        len(sample),
+        counted(len(sample), "text"),
         num_bytes / 1e6,
     )
     return fast.with_proof(proof)
