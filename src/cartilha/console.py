@@ -95,9 +95,11 @@ def set_up_logging() -> None:
 def silence_bars() -> None:
     """Keep other libraries' progress bars out of logs: to be called before they are loaded, by a process of ours only.
 
-    tqdm, which transformers, datasets, the hub's client and lm-evaluation-harness draw with, reads it when it is
-    loaded. On a terminal the bars of downloads stay.
+    tqdm, which transformers, datasets, the hub's client and lm-evaluation-harness draw with, reads its variable when it
+    is loaded. On a terminal the bars of downloads stay. The hub's client tells of each retry; our own sentence follows
+    where all of them failed.
     """
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
 

@@ -135,7 +135,7 @@ def test_a_hub_that_stops_half_way_and_the_same_command_afterwards(refused: Refu
     prepare = ["prepare", "--input", "hf:org/nome", "--model", "random:tiny", "--output", tmp_path / "store"]
     prepare += ["--workers", 1]
     sentence = refused(*prepare)
-    assert "hf:org/nome" in sentence and "after row 1:3" in sentence and "reset by peer" in sentence
+    assert "hf:org/nome" in sentence and "after row 2:3" in sentence and "reset by peer" in sentence
     assert "same command" in sentence and not (tmp_path / "store").exists()
     assert hub.read == {0: 2, 1: 2}  # the tokenizer's proof reads the beginning of the input, too
     assert cartilha(*prepare).code == 0

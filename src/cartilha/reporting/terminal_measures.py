@@ -48,7 +48,7 @@ def show_evaluations(console: Console, result: Values) -> None:
     if "wall_seconds" in result:
         scoring = sum(row["seconds"] for row in models)
         console.print(f"Took {result['wall_seconds']:.1f} s in all, {scoring:.1f} s of them scoring.")
-    if len(models) > 1:
+    if len({row["num_tokens"] for row in models}) > 1:
         console.print("Models with different tokenizers compare by bits per byte, not by perplexity.", markup=False)
 
 
