@@ -228,6 +228,15 @@ def test_a_model_without_all_its_weights_is_refused_by_name(small_replica):
     assert "decoder.layers.1.fc1.weight" in complaint(small_replica)
 
 
+def test_weights_that_the_model_does_not_use_are_named_in_one_line(small_replica, caplog, capfd):
+    path = small_replica / "pytorch_model.bin"
+    torch.save({**torch.load(path), "decoder.layers.9.extra": torch.zeros(2)}, path)
+    load_model(str(small_replica), CPU)
+    lines = [record.message for record in caplog.records if "does not use" in record.message]
+    assert len(lines) == 1 and "OPTForCausalLM does not use: " in lines[0] and "layers.9.extra" in lines[0]
+    assert "LOAD REPORT" not in capfd.readouterr().err
+
+
 def test_weights_under_other_names_are_refused_not_replaced_by_random_ones(small_replica):
     path = small_replica / "pytorch_model.bin"
     torch.save({f"other.{key}": value for key, value in torch.load(path).items()}, path)

@@ -187,9 +187,10 @@ def weights_hash(model: PreTrainedModel) -> str:
 def _from_pretrained(ref: str, path: str) -> PreTrainedModel:
     transformers_logging.disable_progress_bar()
     _configuration(ref, path)
-    folder = Path(path)
-    for weights in sorted(folder.glob("model*.safetensors*")) or sorted(folder.glob("pytorch_model*.bin*")):
+    for weights in sorted(Path(path).glob("model*.safetensors*")) or sorted(Path(path).glob("pytorch_model*.bin*")):
         refuse_lfs_pointer(weights)
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # what its report of weights says is said below
     try:
         # Code that comes with a model is never run, and transformers must not ask in the middle of a command.
         result: Any = AutoModelForCausalLM.from_pretrained(
@@ -201,15 +202,18 @@ def _from_pretrained(ref: str, path: str) -> PreTrainedModel:
         raise HubUnreachableError(unreachable_message(ref)) from error
     except UNREADABLE as error:
         raise UserError(f"{ref} {NO_CAUSAL_MODEL} ({_reason(error)}).") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
     model, report = result
     assert isinstance(model, PreTrainedModel)
     if getattr(model.config, "auto_map", None):
         log.warning("%s comes with code of its own, which is not run: %s reads it.", ref, type(model).__name__)
-    missing = sorted(report["missing_keys"])
-    if missing:
-        # transformers would give them random values and go on.
-        names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+    missing, unused = (sorted(report[name]) for name in ("missing_keys", "unexpected_keys"))
+    names = ", ".join((missing or unused)[:3]) + (", ..." if len(missing or unused) > 3 else "")
+    if missing:  # transformers would give them random values and go on
         raise UserError(f"{ref} lacks {len(missing)} of its model's weights ({names}); fetch its files again.")
+    if unused:
+        log.warning("%s has weights that %s does not use: %s.", ref, type(model).__name__, names)
     _take_into_memory(model)
     return model
 
