@@ -183,6 +183,11 @@ def test_a_row_of_two_documents_would_be_noticed(caplog, monkeypatch):
 REFUSED = {
     "mamba": ("mamba", {"state_size": 4}, "carry a state"),
     "recurrent_gemma": ("recurrent_gemma", GLU, "carry a state"),
+    "llama4_text": (
+        "llama4_text",
+        {**GLU, "head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2},
+        "their layers cannot be run without their head",
+    ),
     "bart": ("bart", {"d_model": 32, "decoder_layers": 1, "decoder_ffn_dim": 32}, "have an encoder"),
     "gemma3": (
         "gemma3",

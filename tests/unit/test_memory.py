@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cartilha.errors import UserError
-from cartilha.model.attention import Kernel
+from cartilha.model.attention import Kernel, head_size
 from cartilha.model.checkpointing import checkpoint_layers
 from cartilha.model.load import load_model, model_config
 from cartilha.training import memory as memory_module
@@ -282,3 +282,11 @@ def test_a_model_without_marked_layers_cannot_be_checkpointed():
     found.model.layers = torch.nn.ModuleList()
     with pytest.raises(UserError, match="type llama cannot be trained with --gradient_checkpointing"):
         checkpoint_layers(found)
+
+
+def test_a_model_whose_heads_differ_from_layer_to_layer_has_the_largest():
+    layers = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
+    config = AutoConfig.for_model("gemma4_text", hidden_size=256, **layers)
+    sizes = [layer.head_dim for layer in config.per_layer_config]
+    assert len(set(sizes)) == 2 and head_size(config) == max(sizes)
+    assert attention_flops_per_token(config, 100) == 12 * 2 * config.num_attention_heads * max(sizes) * 100

@@ -121,13 +121,20 @@ def choose_kernel(device_type: str, capability: tuple[int, int] | None, dtype: t
     return "segments" if device_type == "cpu" else "mask"
 
 
+def head_size(config: PretrainedConfig) -> int:
+    """Numbers of an attention head; of the largest where layers differ (Gemma 4)."""
+    layers = getattr(config, "per_layer_config", None) or [config]
+    default = config.hidden_size // config.num_attention_heads
+    return max(int(getattr(layer, "head_dim", None) or default) for layer in layers)
+
+
 def obstacle(kernel: Kernel, config: PretrainedConfig, *, training: bool) -> str | None:
     """Why a kernel cannot compute a model, so that it goes under a mask: the reason in words; None where it can."""
     if kernel not in ("varlen", "segments"):
         return None
-    head_size = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-    if kernel == "varlen" and (head_size % 8 or head_size > 256):
-        return f"flash attention takes heads of 8, 16, ... 256 numbers, and this model's have {head_size}"
+    size = head_size(config)
+    if kernel == "varlen" and (size % 8 or size > 256):
+        return f"flash attention takes heads of 8, 16, ... 256 numbers, and this model's have {size}"
     if training and any(getattr(config, name, 0.0) for name in ATTENTION_DROPOUT):
         return "it knows no dropout of attention weights, which this model is trained with"
     if kernel == "segments" and not HAS_KERNELS:

@@ -105,6 +105,8 @@ def find_head_shape(model: PreTrainedModel) -> HeadShape:
     Raises:
         HeadError: They follow in another way than `HeadShape` says, or a position sees what comes after it.
     """
+    if model.base_model is model:  # Llama 4 in transformers 5
+        raise HeadError("their layers cannot be run without their head")
     head = head_of(model).weight
     length = min(PROBE_TOKENS, int(getattr(model.config, "max_position_embeddings", None) or PROBE_TOKENS))
     ids = torch.arange(2 * length, device=model.device).view(2, length) * 7919 % len(head)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PretrainedConfig
 
-from cartilha.model.attention import Kernel, knows_attention, obstacle
+from cartilha.model.attention import Kernel, head_size, knows_attention, obstacle
 from cartilha.model.products import cpu_product_dtype
 from cartilha.training.trace import Computation
 
@@ -96,9 +96,8 @@ def max_tokens_on_this_cpu(dtype: torch.dtype) -> int:
 
 def attention_flops_per_token(config: PretrainedConfig, block_size: int) -> int:
     """Of scores and weighted sums in training: 12 L d T (arXiv:2204.02311, appendix B), causality ignored."""
-    heads = int(config.num_attention_heads)
-    head_size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-    return 12 * int(config.num_hidden_layers) * heads * head_size * block_size
+    width = int(config.num_attention_heads) * head_size(config)
+    return 12 * int(config.num_hidden_layers) * width * block_size
 
 
 def flops_per_token(config: PretrainedConfig, num_parameters: int, block_size: int) -> int:
