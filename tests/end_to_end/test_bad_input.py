@@ -363,7 +363,7 @@ def test_an_evaluation_without_text(refused: Refused):
 def test_a_prompt_that_is_too_long(refused: Refused, cartilha):
     generate = ["generate", *TINY, "--max_new_tokens", 4, "--prompt"]
     sentence = refused(*generate, "a" * 1020)
-    assert "1021 tokens" in sentence and "1024" in sentence and "--max_new_tokens" in sentence
+    assert "1,021 tokens" in sentence and "1024" in sentence and "--max_new_tokens" in sentence
     assert cartilha(*generate, "a" * 1019).code == 0  # the longest that fits
 
 

@@ -114,6 +114,10 @@ def test_a_damaged_file_among_others_stops_or_is_read_as_far_as_it_goes(tmp_path
         assert f"after line {len(texts) - 2}" in counts.first_skipped["damaged_file"] and len(texts) > 1000
 
 
+def test_a_header_that_is_no_csv_is_a_fault_of_the_file(tmp_path):
+    assert "broken CSV" in complaint(write(tmp_path / "a.csv", b"id,te\rxt\n1,abc\n"))
+
+
 def test_empty_files_among_many_are_no_fault(tmp_path):
     for name in ("a.txt", "b.jsonl", "c.txt"):
         write(tmp_path / name, "" if name != "c.txt" else "um\n")

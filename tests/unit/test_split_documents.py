@@ -72,7 +72,7 @@ def test_a_number_of_documents_is_met_exactly():
     more = split_documents(HASHES[:900], SplitRule(documents=37))
     assert (result.validation[:900] & more.validation).sum() > 30  # adding some displaces few
     assert (split_documents(HASHES, SplitRule(documents=37, seed=1)).validation != result.validation).any()
-    with pytest.raises(UserError, match="1000 of 1000"):
+    with pytest.raises(UserError, match="1,000 of 1,000 documents cannot"):
         split_documents(HASHES, SplitRule(documents=1000))
 
 
@@ -109,7 +109,7 @@ def test_a_cluster_larger_than_the_side_held_out_stays_in_training():
         clusters = np.where(np.arange(100) < 60, 0, np.arange(100))
         result = split_documents(HASHES[:100], SplitRule(0.2, seed=seed), clusters)
         assert not result.validation[:60].any() and result.validation.any()
-        assert "1 clusters" in result.notes[0] and "60 documents" in result.notes[0]
+        assert "1 cluster of" in result.notes[0] and "60 documents" in result.notes[0]
         assert result.leak_rate == 0.0 < result.plain_leak_rate
 
 

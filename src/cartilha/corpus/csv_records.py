@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 
 from cartilha.corpus import lines
@@ -132,8 +133,9 @@ def _delimiter(part: Part) -> str:
         return "\t"
     _, header = next(part.lines(marks=True), (1, ""))
     for sign in ",;\t|":
-        if isinstance(header, str) and part.settings.text_column in next(csv.reader([header], delimiter=sign), []):
-            return sign
+        with suppress(csv.Error):  # a header that is no CSV with this sign; the reader says so
+            if isinstance(header, str) and part.settings.text_column in next(csv.reader([header], delimiter=sign), []):
+                return sign
     return ","
 
 

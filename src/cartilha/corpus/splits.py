@@ -153,7 +153,7 @@ def split_documents(
         return _fixed(groups, given)
     if rule.documents is not None and rule.documents >= num_documents:
         raise UserError(
-            f"{rule.documents} of {counted(num_documents, 'document')} cannot be held out; leave some to train on."
+            f"{rule.documents:,} of {counted(num_documents, 'document')} cannot be held out; leave some to train on."
         )
     if own is None:
         own = np.array([split_position(str(text_hash), rule.seed) for text_hash in text_hashes])
