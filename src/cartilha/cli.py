@@ -84,7 +84,6 @@ class _Accumulate(Action):
     """A repeated list option adds to the list; argparse's own `extend` forgets it where the name has a dot."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        """Add the values."""
         namespace[self.dest] = [*(namespace.get(self.dest) or ()), *values]
 
 
