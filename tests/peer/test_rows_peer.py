@@ -225,7 +225,14 @@ def test_a_model_that_sees_what_comes_is_refused():
 
 
 @pytest.mark.parametrize(
-    "change", [lambda logits: logits + 1, lambda logits: logits.roll(1, -1), torch.nn.functional.softplus]
+    "change",
+    [
+        lambda logits: logits + 1,
+        lambda logits: logits.roll(1, -1),
+        lambda logits: logits * 0,
+        lambda logits: logits / 0,
+        torch.nn.functional.softplus,
+    ],
 )
 def test_logits_that_no_scale_or_cap_explains_are_refused(change):
     model = made("stablelm", GLU)

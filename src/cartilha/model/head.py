@@ -7,6 +7,7 @@ head's place, and what the model makes of them must come out to the bit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -158,6 +159,8 @@ def _variants(shape: HeadShape, planted: torch.Tensor) -> Iterator[torch.Tensor]
 
 def _candidates(value: float) -> list[float]:
     """What a configuration may say where this was measured: one, a round number, or one divided by a round number."""
+    if not math.isfinite(value) or value == 0:
+        return []
     if abs(value - 1.0) < 1e-6:
         return [1.0]
     return [number for digits in (3, 5, 7) for number in (_rounded(value, digits), 1 / _rounded(1 / value, digits))]
