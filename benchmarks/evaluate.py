@@ -36,8 +36,8 @@ from cartilha.corpus.readers import read_documents
 from cartilha.evaluation.documents import encode_documents
 from cartilha.evaluation.nll import document_nll
 from cartilha.evaluation.windows import MAX_WINDOW, Protocol
+from cartilha.machine.devices import choose_device, choose_dtype
 from cartilha.model.load import LoadedModel, load_model
-from cartilha.runtime import choose_device, choose_dtype
 from cartilha.tokens.tokenizer import TextTokenizer, load_tokenizer
 
 OPT_TOKENIZER = Path(__file__).parents[2] / "shared" / "opt_tokenizer"

@@ -12,7 +12,7 @@ from training_speed.setup import Shape
 
 def describe(shape: Shape) -> dict[str, Any]:
     """The device of this name, `available` or not; of a CUDA device its capability and memory too."""
-    from cartilha.runtime import versions
+    from cartilha.machine.versions import versions
 
     about = {"versions": versions(), "cuda": torch.version.cuda}
     if shape.device == "cpu":

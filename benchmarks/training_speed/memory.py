@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from cartilha.runtime import is_out_of_memory
+from cartilha.machine.memory import is_out_of_memory
 from training_speed.setup import Shape, model_config
 from training_speed.variants import peak_memory, train_ours
 
@@ -49,7 +49,7 @@ def measure(
 
 def planned(shape: Shape, dtype: str, kernel: str) -> int:
     """As `cartilha plan` has it; of a CUDA device what torch's allocator holds, so without the context."""
-    from cartilha.training.devices import PROGRAM_BYTES
+    from cartilha.training.device_facts import PROGRAM_BYTES
     from cartilha.training.memory import MemoryModel
     from cartilha.training.trace import Computation
 

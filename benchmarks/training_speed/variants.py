@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from cartilha.runtime import is_out_of_memory
+from cartilha.machine.memory import is_out_of_memory
 from training_speed.setup import Clock, Shape, make_sampler, model_config, packed_rows, padded_rows
 
 VARIANTS = ("ours", "hf_users", "hf_packed", "hf_tuned")
@@ -54,7 +54,7 @@ def peak_memory(device: str) -> dict[str, int]:
             "allocated_bytes": torch.cuda.max_memory_allocated(),
             "peak_bytes": torch.cuda.max_memory_reserved(),
         }
-    from cartilha.runtime import peak_memory_bytes
+    from cartilha.machine.memory import peak_memory_bytes
 
     return {"peak_bytes": peak_memory_bytes(device)}
 
@@ -83,7 +83,7 @@ def train_ours(
 
 
 def _ours(shape: Shape, dtype: str, compiled: bool) -> dict[str, Any]:
-    from cartilha.training.devices import max_tokens_on_this_cpu
+    from cartilha.training.device_facts import max_tokens_on_this_cpu
 
     clock, losses, in_force = Clock(shape), [], 0
     # As the product chooses them: on a CPU small ones.
@@ -106,7 +106,7 @@ def _ours(shape: Shape, dtype: str, compiled: bool) -> dict[str, Any]:
 def _trainer(shape: Shape, variant: str, dtype: str, compiled: bool) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-    from cartilha.runtime import has_cxx_compiler
+    from cartilha.machine.devices import has_cxx_compiler
 
     clock, losses = Clock(shape), []
 

@@ -159,7 +159,7 @@ def _dispatch(arguments: list[str]) -> int:
     preflight(settings)  # a mistake is named before the command's module is imported, which takes seconds
     module, function = command.home
     result = getattr(importlib.import_module(module), function)(settings)
-    from cartilha.runtime import world
+    from cartilha.machine.processes import world
     from cartilha.storage import to_json
 
     if world()[0] != 0:  # under torchrun every process has the result, and one says it
@@ -167,7 +167,7 @@ def _dispatch(arguments: list[str]) -> int:
     if as_json:
         print(to_json(result.to_dict(), indent=2))
     else:
-        from cartilha.reporting.terminal import show
+        from cartilha.terminal.results import show
 
         show(name, result.to_dict())
     return int(getattr(result, "exit_code", 0))

@@ -20,8 +20,8 @@ from cartilha.cli import main
 from cartilha.config import TrainConfig
 from cartilha.errors import UserError
 from cartilha.pipeline import prepare as prepare_module
-from cartilha.pipeline import scratch
 from cartilha.pipeline.train import train
+from cartilha.runs import scratch
 from cartilha.training.checkpoint import list_checkpoints, newest_sound_checkpoint
 from cartilha.training.loop import train_steps
 
@@ -120,7 +120,7 @@ def test_at_every_write_a_full_disk_loses_nothing_earlier(store, tmp_path, undis
 
 def test_a_disk_that_is_too_small_is_refused_before_step_1(store, tmp_path, capfd, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=3_000_000)
-    monkeypatch.setattr("cartilha.pipeline.run_setup.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("cartilha.runs.setup.shutil.disk_usage", lambda path: usage)
     assert main(flags(store, tmp_path / "run")) == 2
     err = capfd.readouterr().err
     assert "has 0.00 GB left, and the run may need 0.01 GB" in err and not (tmp_path / "run").exists()

@@ -13,7 +13,7 @@ import torch
 CHILDREN = """
 import os, sys
 import torch
-from cartilha.cpu import settle_cpu_functions
+from cartilha.machine.cpu import settle_cpu_functions
 
 different = 0
 for number in range(int(sys.argv[1])):

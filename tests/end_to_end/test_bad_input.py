@@ -282,7 +282,7 @@ def test_a_device_that_is_not_there(refused: Refused, store, tmp_path, monkeypat
 
 @pytest.mark.parametrize("command", ["train", "evaluate"])
 def test_bfloat16_where_it_would_be_emulated(refused: Refused, store, tmp_path, monkeypatch, command):
-    monkeypatch.setattr("cartilha.runtime.cpu_has_bfloat16", lambda: False)
+    monkeypatch.setattr("cartilha.machine.devices.cpu_has_bfloat16", lambda: False)
     output = ["--output", tmp_path / "run"] if command == "train" else []
     sentence = refused(command, *TINY, "--store", store, *output, "--device", "cpu", "--dtype", "bfloat16")
     assert sentence == "This cpu device has no bfloat16 in hardware; use --dtype auto or one of: float32."

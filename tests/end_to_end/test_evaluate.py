@@ -20,7 +20,6 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, OPTConfig
 
-from cartilha import runtime
 from cartilha.corpus.document import Document
 from cartilha.errors import install_command
 from cartilha.evaluation import corpus as corpus_module
@@ -28,6 +27,7 @@ from cartilha.evaluation import nll as nll_module
 from cartilha.evaluation.documents import ScoredDocuments
 from cartilha.evaluation.nll import TokenRows
 from cartilha.evaluation.windows import Protocol
+from cartilha.machine import devices
 from cartilha.model.load import load_model
 from cartilha.tokens.store import TokenStore
 from cartilha.tokens.tokenizer import load_tokenizer
@@ -401,7 +401,7 @@ def test_two_evaluations_with_other_windows_are_compared_with_a_warning(
 
 def test_the_drift_of_bf16_is_a_comparison_of_two_dtypes(cartilha, corpus, opt, tmp_path, monkeypatch):
     """As docs/measures.md says it is had; this machine may lack bf16, and emulates it then."""
-    monkeypatch.setattr(runtime, "hardware_dtypes", lambda *_: ("bfloat16", "float32"))
+    monkeypatch.setattr(devices, "hardware_dtypes", lambda *_: ("bfloat16", "float32"))
     files = []
     for dtype in ("float32", "bfloat16"):
         files.append(tmp_path / f"{dtype}.parquet")
@@ -414,7 +414,7 @@ def test_the_drift_of_bf16_is_a_comparison_of_two_dtypes(cartilha, corpus, opt, 
 
 
 def test_the_drift_of_half_precision_is_of_few_tokens_and_the_wall_time_is_told(cartilha, opt, tmp_path, monkeypatch):
-    monkeypatch.setattr(runtime, "hardware_dtypes", lambda *_: ("bfloat16", "float32"))
+    monkeypatch.setattr(devices, "hardware_dtypes", lambda *_: ("bfloat16", "float32"))
     rows = [json.dumps({"text": f"{i} " * 90, "domain": f"d{i % 30}"}) for i in range(120)]
     path = write_lines(tmp_path / "a.jsonl", rows)
     arguments = ["--input", path, "--dtype", "bfloat16"]

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cartilha.config import EvaluateConfig, TrainConfig
-from cartilha.cpu import cpu_has_bfloat16
 from cartilha.errors import InterruptedRunError, OutOfMemoryError
+from cartilha.machine.cpu import cpu_has_bfloat16
 from cartilha.model.forward import batch_nll
 from cartilha.pipeline.evaluate import evaluate
 from cartilha.pipeline.train import train

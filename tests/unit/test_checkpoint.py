@@ -36,9 +36,9 @@ from cartilha.training.checkpoint import (
     space_needed,
     write_checkpoint,
 )
+from cartilha.training.checkpoint_checks import check_scaler
 from cartilha.training.loop import Progress
 from cartilha.training.optimizer import make_optimizer
-from cartilha.training.restore import check_scaler
 
 
 def fresh_state(seed: int) -> TrainingState:

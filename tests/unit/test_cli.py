@@ -27,11 +27,11 @@ from cartilha.console import OptionNames, show_by_default
 from cartilha.errors import UserError, counted
 from cartilha.pipeline.preflight import preflight
 from cartilha.pipeline.recipes import recipe_names
-from cartilha.pipeline.run_files import write_config
 from cartilha.reporting.results import Protocol
 from cartilha.reporting.tables import Row, to_markdown
-from cartilha.reporting.terminal import show
-from cartilha.reporting.terminal_tables import show_table
+from cartilha.runs.files import write_config
+from cartilha.terminal.results import show
+from cartilha.terminal.tables import show_table
 
 
 @pytest.fixture

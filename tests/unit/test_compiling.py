@@ -21,9 +21,9 @@ from cartilha.blocks.sampler import BlockSampler
 from cartilha.errors import UserError
 from cartilha.model import attention, forward
 from cartilha.model.attention import use_document_attention
-from cartilha.model.checkpointing import checkpoint_layers
 from cartilha.model.compiling import CompiledBody, training_body
 from cartilha.model.forward import batch_nll
+from cartilha.model.recomputation import checkpoint_layers
 from cartilha.model.segment_attention import causal_mask
 from cartilha.tokens.packed import PackedDocuments
 from cartilha.training.loop import Progress, Schedule, train_steps

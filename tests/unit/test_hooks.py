@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from cartilha.training.hooks import EpochLoss, MetricsFile, StopRequest, listening_for_stop
 from cartilha.training.loop import Progress, StepRecord
+from cartilha.training.metrics_file import EpochLoss, MetricsFile
+from cartilha.training.stopping import StopRequest, listening_for_stop
 from cartilha.training.watch import LossWatch
 
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from cartilha.pipeline import live
-from cartilha.pipeline.live import TrainingStatus, training_view
-from cartilha.pipeline.run_files import RunRecord
+from cartilha.runs import live
+from cartilha.runs.files import RunRecord
+from cartilha.runs.live import TrainingStatus, training_view
 from cartilha.training.loop import Schedule, StepRecord
 
 

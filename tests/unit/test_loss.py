@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cartilha.blocks.packing import IGNORE_INDEX
+from cartilha.machine.devices import compile_pays
 from cartilha.model import loss as loss_module
 from cartilha.model import products
 from cartilha.model.compiling import CompiledOrPlain
@@ -23,7 +24,6 @@ from cartilha.model.loss import (
     nll_and_gradient,
     token_scores,
 )
-from cartilha.runtime import compile_pays
 
 CHUNK, HIDDEN, NUM_IDS = 8, 16, 37
 SIZES = [1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 5 * CHUNK + 3]

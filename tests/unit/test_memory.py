@@ -11,10 +11,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from cartilha.errors import UserError
 from cartilha.model.attention import Kernel, head_size
-from cartilha.model.checkpointing import checkpoint_layers
 from cartilha.model.load import load_model, model_config
+from cartilha.model.recomputation import checkpoint_layers
 from cartilha.training import memory as memory_module
-from cartilha.training.devices import KNOWN_DEVICES, attention_flops_per_token, flops_per_token
+from cartilha.training.device_facts import KNOWN_DEVICES, attention_flops_per_token, flops_per_token
 from cartilha.training.memory import MemoryModel, check_states_fit, largest_micro_batch
 from cartilha.training.trace import Computation, StepBytes, count_parameters, traced_step
 

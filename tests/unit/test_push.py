@@ -85,7 +85,7 @@ def test_what_the_hub_refuses_is_one_sentence(monkeypatch, run, tmp_path):
 
 
 def card(model: str) -> str:
-    from cartilha.pipeline.model_card import model_card
+    from cartilha.runs.model_card import model_card
 
     evaluation = {
         "protocol": {"name": "full", "window": 8, "stride": 4, "prefix_id": 2, "dtype": "float32", "hash": "ab"},

@@ -11,9 +11,9 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors as hub_errors
 
+from cartilha import model_reference as sources
 from cartilha.errors import HubUnreachableError, UserError
-from cartilha.tokens import sources
-from cartilha.tokens.sources import ModelSource, cache_directory, conversion_directory, download, resolve_model
+from cartilha.model_reference import ModelSource, cache_directory, conversion_directory, download, resolve_model
 
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 250540281\n"
 

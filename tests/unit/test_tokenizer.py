@@ -15,8 +15,8 @@ from tokenizers import AddedToken, Tokenizer, models, processors
 
 from cartilha.corpus.primer import primer_texts
 from cartilha.errors import UserError
+from cartilha.model_reference import conversion_directory
 from cartilha.tokens import tokenizer as tokenizer_module
-from cartilha.tokens.sources import conversion_directory
 from cartilha.tokens.tokenizer import TextTokenizer, gguf_tokenizer, load_tokenizer
 
 TINY = load_tokenizer("random:tiny")

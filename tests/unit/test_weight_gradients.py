@@ -17,10 +17,10 @@ from cartilha.blocks.packing import Batch, PackedStream, stack
 from cartilha.model import loss as loss_module
 from cartilha.model import weight_gradients
 from cartilha.model.attention import use_document_attention
-from cartilha.model.checkpointing import checkpoint_layers
 from cartilha.model.forward import batch_nll
 from cartilha.model.head import Head
 from cartilha.model.loss import linear_cross_entropy
+from cartilha.model.recomputation import checkpoint_layers
 from cartilha.model.segment_attention import segment_attention
 from cartilha.model.weight_gradients import weight_gradients_in_place
 from cartilha.tokens.packed import PackedDocuments

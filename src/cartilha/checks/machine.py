@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 
 from cartilha.checks.outcome import CheckResult, Judgement, Subject
-from cartilha.runtime import available_memory_bytes
+from cartilha.machine.memory import available_memory_bytes
 
 
 def memory_and_disk(subject: Subject) -> CheckResult:

@@ -16,11 +16,11 @@ from cartilha.evaluation.documents import ScoredDocuments, encode_documents
 from cartilha.evaluation.nll import document_nll
 from cartilha.evaluation.perplexity import perplexity
 from cartilha.evaluation.windows import MAX_WINDOW, Protocol, make_protocol
+from cartilha.machine.devices import seed_everything
 from cartilha.model.attention import transformers_attention, use_document_attention
 from cartilha.model.forward import batch_nll, hidden_states
 from cartilha.model.head import head_of, head_weight
 from cartilha.model.loss import token_scores
-from cartilha.runtime import seed_everything
 
 PROBE_POSITIONS = 256  # a block for causality and isolation: the shorter, the cheaper
 START_TOKENS = 2048  # random tokens: the mean of their target logits is known to about 1 %

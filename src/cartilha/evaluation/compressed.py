@@ -12,9 +12,9 @@ from pathlib import Path
 import pyarrow as pa
 
 from cartilha.evaluation.baselines import COMPRESSED_SIZE, MAX_PRIME_BYTES
-from cartilha.runtime import usable_cores
+from cartilha.machine.devices import usable_cores
+from cartilha.model_reference import cache_directory
 from cartilha.storage import read_json, write_json
-from cartilha.tokens.sources import cache_directory
 
 MAX_KEPT = 1000  # sizes in the user's cache: six for each text
 

@@ -10,10 +10,10 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from cartilha.config import GenerateConfig
 from cartilha.errors import UserError, counted
 from cartilha.evaluation.decoding import check_decoding, describe_mode
+from cartilha.machine.devices import seed_everything
 from cartilha.model.attention import transformers_attention
 from cartilha.model.head import head_weight
 from cartilha.model.load import LoadedModel
-from cartilha.runtime import seed_everything
 from cartilha.tokens.tokenizer import TextTokenizer
 
 

@@ -15,7 +15,7 @@ from cartilha.errors import UserError
 from cartilha.evaluation.documents import ScoredDocuments, encode_documents, join
 from cartilha.evaluation.nll import DocumentScores, TokenRows, score_documents
 from cartilha.evaluation.windows import Protocol
-from cartilha.runtime import gather_objects, world
+from cartilha.machine.processes import gather_objects, world
 from cartilha.tokens.store import batches
 from cartilha.tokens.tokenizer import TextTokenizer
 

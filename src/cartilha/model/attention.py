@@ -26,10 +26,10 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from cartilha.errors import UserError
+from cartilha.machine.devices import to_device
 from cartilha.model.long_rope import choose_by_document
 from cartilha.model.rows import refuse_what_cannot_run
 from cartilha.model.segment_attention import HAS_KERNELS, causal_mask, segment_attention
-from cartilha.runtime import to_device
 
 ATTENTION_NAME = "cartilha_documents"
 

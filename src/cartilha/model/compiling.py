@@ -13,8 +13,9 @@ from typing import Any, Generic, Literal, ParamSpec, TypeVar
 import torch
 from transformers import PreTrainedModel
 
+from cartilha.machine.devices import compile_pays, has_cxx_compiler
+from cartilha.machine.memory import is_out_of_memory
 from cartilha.model.attention import knows_attention
-from cartilha.runtime import compile_pays, has_cxx_compiler, is_out_of_memory
 
 log = logging.getLogger("cartilha")
 

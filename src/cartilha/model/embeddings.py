@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from cartilha.errors import HubUnreachableError, UserError
 from cartilha.model.head import head_of, head_weight
 from cartilha.model.load import LoadedModel, context_length, load_model
-from cartilha.tokens.sources import resolve_model
+from cartilha.model_reference import resolve_model
 from cartilha.tokens.tokenizer import TextTokenizer
 
 ROWS_MULTIPLE = 8  # what tensor cores take whole

@@ -10,12 +10,12 @@ import torch
 from transformers import PreTrainedModel
 
 from cartilha.blocks.packing import Batch
+from cartilha.machine.devices import to_device
 from cartilha.model.attention import Segments, choose_kernel, knows_attention, obstacle
 from cartilha.model.compiling import CompiledBody
 from cartilha.model.head import head_of
 from cartilha.model.loss import TokenScores, linear_cross_entropy, token_scores
 from cartilha.model.rows import states_in_rows
-from cartilha.runtime import to_device
 
 log = logging.getLogger("cartilha")
 

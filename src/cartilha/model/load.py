@@ -26,20 +26,20 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from cartilha.cpu import keep_freed_memory, settle_cpu_functions
 from cartilha.errors import HubUnreachableError, UserError, missing_extra
+from cartilha.machine.cpu import keep_freed_memory, settle_cpu_functions
+from cartilha.machine.devices import seed_everything
 from cartilha.model.attention import knows_attention, use_document_attention
 from cartilha.model.head import Head, HeadError, HeadShape, head_of
 from cartilha.model.rows import prove_rows
-from cartilha.runtime import seed_everything
-from cartilha.storage import new_directory, refuse_lfs_pointer
-from cartilha.tokens.sources import (
+from cartilha.model_reference import (
     RANDOM_MODELS,
     ModelSource,
     conversion_directory,
     resolve_model,
     unreachable_message,
 )
+from cartilha.storage import new_directory, refuse_lfs_pointer
 from cartilha.tokens.tokenizer import TextTokenizer
 
 log = logging.getLogger("cartilha")

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from cartilha.blocks.packing import IGNORE_INDEX
+from cartilha.machine.devices import compile_pays, has_cxx_compiler
 from cartilha.model.compiling import CompiledOrPlain
 from cartilha.model.head import Head, HeadShape
 from cartilha.model.products import add_product, cpu_product_dtype
 from cartilha.model.weight_gradients import factor_in_place, gradient_of
-from cartilha.runtime import compile_pays, has_cxx_compiler
 
 CHUNK_TOKENS = 1024
 

@@ -7,7 +7,7 @@ import logging
 
 import torch
 
-from cartilha.cpu import cpu_matmul_rate
+from cartilha.machine.cpu import cpu_matmul_rate
 
 log = logging.getLogger("cartilha")
 

@@ -17,9 +17,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_L
 
 from cartilha.blocks.packing import Batch
 from cartilha.errors import UserError
+from cartilha.machine.devices import to_device
 from cartilha.model.head import HeadError, HeadShape, find_head_shape
 from cartilha.model.long_rope import original_context
-from cartilha.runtime import to_device
 
 
 @dataclass(frozen=True)

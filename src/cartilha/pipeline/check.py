@@ -18,12 +18,12 @@ from cartilha.console import progress
 from cartilha.corpus.document import Document
 from cartilha.corpus.primer import read_primer
 from cartilha.errors import CheckFailedError, UserError
+from cartilha.machine.devices import choose_device, choose_dtype
 from cartilha.model.load import load_model
 from cartilha.pipeline.held_out import model_tokenizer
 from cartilha.pipeline.preflight import preflight
-from cartilha.pipeline.run_plan import plan_run, this_machine
-from cartilha.pipeline.run_setup import Run
-from cartilha.runtime import choose_device, choose_dtype
+from cartilha.runs.setup import Run
+from cartilha.runs.step_plan import plan_run, this_machine
 from cartilha.tokens.store import TokenStore
 from cartilha.training.checkpoint import space_needed
 from cartilha.training.optimizer import resolve_lr

@@ -26,11 +26,12 @@ from cartilha.evaluation.measures import Evaluation, make_evaluation
 from cartilha.evaluation.nll import TokenRows, score_documents
 from cartilha.evaluation.saved import save_evaluation, token_file
 from cartilha.evaluation.windows import Protocol, make_protocol
+from cartilha.machine.devices import choose_device, choose_dtype
+from cartilha.machine.processes import world
 from cartilha.model.head import head_weight
 from cartilha.model.load import LoadedModel, load_model
 from cartilha.pipeline.held_out import HeldOut, UnigramCollector, held_out, model_tokenizer
 from cartilha.pipeline.preflight import preflight
-from cartilha.runtime import choose_device, choose_dtype, world
 from cartilha.tokens.store import batches
 from cartilha.tokens.tokenizer import TextTokenizer
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from cartilha.config import GenerateConfig
 from cartilha.evaluation.continuation import Continuation, continue_prompts
+from cartilha.machine.devices import choose_device
 from cartilha.model.load import load_model
 from cartilha.pipeline.preflight import preflight
-from cartilha.runtime import choose_device
 from cartilha.tokens.tokenizer import load_tokenizer
 
 

@@ -11,11 +11,11 @@ from typing import Any
 from cartilha.config import RunConfig
 from cartilha.pipeline.preflight import preflight
 from cartilha.pipeline.prepare import PrepareResult, prepare
-from cartilha.pipeline.run_files import read_samples
 from cartilha.pipeline.train import TrainResult, train
 from cartilha.reporting.html import render_report
 from cartilha.reporting.results import load_run
 from cartilha.reporting.tables import results_table, to_markdown
+from cartilha.runs.files import read_samples
 
 log = logging.getLogger("cartilha")
 

@@ -14,16 +14,17 @@ from transformers import PretrainedConfig
 from cartilha.blocks.sampler import BlockSampler
 from cartilha.config import PlanConfig
 from cartilha.errors import UserError, counted
-from cartilha.model.checkpointing import checkpoint_layers
+from cartilha.machine.devices import choose_device, choose_dtype
+from cartilha.machine.memory import is_out_of_memory
 from cartilha.model.load import configured_head_shape, context_length, load_model, model_config
+from cartilha.model.recomputation import checkpoint_layers
 from cartilha.pipeline.preflight import preflight
-from cartilha.pipeline.run_plan import best_step, this_machine, with_copy
-from cartilha.runtime import choose_device, choose_dtype, is_out_of_memory
+from cartilha.runs.step_plan import best_step, this_machine, with_copy
 from cartilha.tokens.packed import PackedDocuments
 from cartilha.tokens.store import TokenStore
 from cartilha.training.checkpoint import BYTES_PER_PARAMETER as CHECKPOINT_BYTES_PER_PARAMETER
 from cartilha.training.checkpoint import space_needed
-from cartilha.training.devices import KNOWN_DEVICES, DeviceFacts, flops_per_token
+from cartilha.training.device_facts import KNOWN_DEVICES, DeviceFacts, flops_per_token
 from cartilha.training.loop import Progress, Schedule, train_steps
 from cartilha.training.memory import (
     BYTES_PER_PARAMETER,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import re
 import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,10 +22,11 @@ from cartilha.errors import UserError, missing_extra
 from cartilha.evaluation.decoding import check_decoding
 from cartilha.evaluation.windows import first_tokens
 from cartilha.explorer.port import listen
-from cartilha.pipeline.run_files import check_output, read_status, run_directory
-from cartilha.runtime import world
-from cartilha.tokens.sources import resolve_model
+from cartilha.machine.processes import world
+from cartilha.model_reference import resolve_model
+from cartilha.runs.files import check_output, read_status, run_directory
 from cartilha.training.trackers import check_tracker
+from cartilha.units import parse_duration, parse_share
 
 log = logging.getLogger("cartilha")
 
@@ -125,7 +125,7 @@ def _check_file_to_write(path: str | None, name: str) -> None:
 
 
 def _job(config: configs.RunConfig) -> None:
-    from cartilha.preparation.plan import plan
+    from cartilha.preparation.request import plan
 
     if not config.output:
         raise UserError("A job needs a place for its store, run and report; name a directory with --output.")
@@ -295,41 +295,3 @@ _CHECKS: dict[type[Any], Callable[[Any], None]] = {
     configs.ExploreConfig: _explore,
     configs.PushConfig: _push,
 }
-
-
-# Values with a form of their own
-
-
-def parse_duration(text: str | None) -> float | None:
-    """Seconds in a text such as `50m`, `1h30m`, `90s` or `2.5h`; None for None.
-
-    Raises:
-        UserError: It says no time above 0.
-    """
-    if text is None:
-        return None
-    found = re.fullmatch(r"(?:([\d.]+)h)?(?:([\d.]+)m)?(?:([\d.]+)s)?", text.strip().lower(), re.ASCII)
-    try:
-        parts = [float(part or 0) for part in found.groups()] if found else []
-    except ValueError:  # two points in a number
-        parts = []
-    seconds = sum(part * unit for part, unit in zip(parts, (3600, 60, 1), strict=False))
-    if not 0 < seconds < math.inf:
-        raise UserError(f"A time is written like 50m, 1h30m or 90s, not {text!r}.")
-    return seconds
-
-
-def parse_share(text: str, name: str) -> float:
-    """A share between 0 and 1 from `5%` or `0.05`.
-
-    Raises:
-        UserError: It is neither.
-    """
-    number = text.strip()
-    try:
-        share = float(number.removesuffix("%")) / (100 if number.endswith("%") else 1)
-    except ValueError:
-        share = math.nan
-    if not 0 <= share <= 1:
-        raise UserError(f"{name} is a share such as 5% or 0.05, between 0 and 1, not {text!r}.")
-    return share

@@ -30,14 +30,15 @@ from cartilha.corpus.shards import Shard, shards, shuffled
 from cartilha.corpus.sources import HubSource
 from cartilha.corpus.splits import SPLITS, Split
 from cartilha.errors import UserError, counted
+from cartilha.machine.devices import usable_cores
+from cartilha.machine.versions import TEXT_PACKAGES, versions
 from cartilha.preparation.assembly import decide, load_corpus, write_rejects, write_sides
 from cartilha.preparation.executors import Executor, Inline, Local, Ray
 from cartilha.preparation.made_from import describe, ready_store, settings_of
 from cartilha.preparation.notices import tell_counts, tell_mixture, tell_rest
-from cartilha.preparation.plan import Plan, plan
+from cartilha.preparation.request import Plan, plan
 from cartilha.preparation.shard_work import ShardResult, ShardSettings, ShardTask, done_result, process_shard
 from cartilha.preparation.work_directory import remove_finished_work, require_space, work_directory
-from cartilha.runtime import TEXT_PACKAGES, usable_cores, versions
 from cartilha.tokens.encoder import Encoder, load_encoder
 from cartilha.tokens.proof import MAX_SAMPLE_BYTES, fast_path_version, prove
 from cartilha.tokens.store import SplitCounts

@@ -9,7 +9,7 @@ from typing import Any
 from cartilha.config import PushConfig
 from cartilha.errors import UserError
 from cartilha.pipeline.preflight import preflight
-from cartilha.pipeline.run_files import run_directory
+from cartilha.runs.files import run_directory
 
 log = logging.getLogger("cartilha")
 

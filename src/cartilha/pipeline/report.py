@@ -8,12 +8,12 @@ from typing import Any
 
 from cartilha.config import ReportConfig
 from cartilha.errors import UserError
-from cartilha.pipeline.run_files import run_directory
 from cartilha.reporting.html import render_report
 from cartilha.reporting.images import write_figures
 from cartilha.reporting.several import load_runs
 from cartilha.reporting.tables import results_table, to_markdown
 from cartilha.reporting.wording import Wording, choose_language
+from cartilha.runs.files import run_directory
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,14 @@ import torch
 from cartilha.config import GenerateConfig, TrainConfig
 from cartilha.errors import InterruptedRunError, OutOfMemoryError, UserError, counted
 from cartilha.evaluation.measures import Evaluation
+from cartilha.machine.devices import seed_everything
+from cartilha.machine.memory import is_out_of_memory, peak_memory_bytes
+from cartilha.machine.processes import from_rank_0, gather_objects, world
 from cartilha.model.compiling import training_body
 from cartilha.pipeline.check import refuse_if_failed
 from cartilha.pipeline.evaluate import evaluate_loaded
-from cartilha.pipeline.live import training_view
-from cartilha.pipeline.model_card import model_card
 from cartilha.pipeline.preflight import preflight
-from cartilha.pipeline.run_files import (
+from cartilha.runs.files import (
     NoticeCollector,
     RunRecord,
     check_output,
@@ -28,17 +29,11 @@ from cartilha.pipeline.run_files import (
     read_results,
     write_config,
 )
-from cartilha.pipeline.run_setup import Run, assemble, check_space, facts, is_finished_as_asked
-from cartilha.pipeline.scratch import place_of_run
-from cartilha.pipeline.snapshots import take_snapshot
-from cartilha.runtime import (
-    from_rank_0,
-    gather_objects,
-    is_out_of_memory,
-    peak_memory_bytes,
-    seed_everything,
-    world,
-)
+from cartilha.runs.live import training_view
+from cartilha.runs.model_card import model_card
+from cartilha.runs.scratch import place_of_run
+from cartilha.runs.setup import Run, assemble, check_space, facts, is_finished_as_asked
+from cartilha.runs.snapshots import take_snapshot
 from cartilha.storage import DISK_FAULTS, new_directory, system_error, write_atomically, write_json
 from cartilha.training.checkpoint import (
     best_checkpoint,
@@ -46,8 +41,9 @@ from cartilha.training.checkpoint import (
     list_checkpoints,
     newest_name,
 )
-from cartilha.training.hooks import EpochLoss, MetricsFile, StopRequest, listening_for_stop
 from cartilha.training.loop import Progress, StepRecord, train_steps
+from cartilha.training.metrics_file import EpochLoss, MetricsFile
+from cartilha.training.stopping import StopRequest, listening_for_stop
 from cartilha.training.streams import random_numbers_apart
 from cartilha.training.trackers import TrackedRun, open_tracker
 from cartilha.training.watch import LossWatch

@@ -21,13 +21,13 @@ from cartilha.corpus.records import ReadSettings
 from cartilha.errors import UserError, counted
 from cartilha.pipeline.compare import compare
 from cartilha.pipeline.evaluate import evaluate
-from cartilha.pipeline.preflight import parse_duration
 from cartilha.pipeline.prepare import prepare
 from cartilha.pipeline.train import train
 from cartilha.pipeline.vocab_extension import write_extension
 from cartilha.tokens.store import TokenStore
 from cartilha.tokens.tokenizer import load_tokenizer
 from cartilha.tokens.vocabulary import check_extendable, count_words, extend, first_new_tokens, learn_merges
+from cartilha.units import parse_duration
 
 log = logging.getLogger("cartilha")
 

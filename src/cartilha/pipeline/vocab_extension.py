@@ -13,9 +13,9 @@ import yaml
 from cartilha.errors import UserError, counted
 from cartilha.model.embeddings import extend_embeddings, shape_of
 from cartilha.model.load import load_model
-from cartilha.pipeline.model_card import base_record, licence
+from cartilha.model_reference import resolve_model
+from cartilha.runs.model_card import base_record, licence
 from cartilha.storage import new_directory, write_atomically, write_json
-from cartilha.tokens.sources import resolve_model
 from cartilha.tokens.store import MAX_UINT16_IDS
 from cartilha.tokens.tokenizer import TextTokenizer
 from cartilha.tokens.vocabulary import Extension, extend, learn_merges, save_extended

@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 
 from cartilha.corpus.splits import SPLITS
 from cartilha.errors import UserError
+from cartilha.model_reference import cache_directory
 from cartilha.storage import file_sha256, read_json, read_sealed_json, write_json
-from cartilha.tokens.sources import cache_directory
 
 STORE_KEYS = ("tokenizer_fingerprint", "prefix_id", "end_id", "num_ids", "dtype", "splits", "files")
 COUNTS = ("num_documents", "num_tokens", "num_bytes", "num_chars", "num_words")

@@ -21,16 +21,16 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from cartilha.errors import UserError, missing_extra
-from cartilha.storage import new_directory, refuse_lfs_pointer, write_atomically, write_json
-from cartilha.tokens.byte_level import CHARACTER_BYTES
-from cartilha.tokens.declared_tokens import END_OF_TEXT, GPT2, declared_tokens, read_tokenizer_json, tokenizer_class
-from cartilha.tokens.sources import (
+from cartilha.model_reference import (
     TOKENIZER_FILES,
     ModelSource,
     conversion_directory,
     download,
     resolve_model,
 )
+from cartilha.storage import new_directory, refuse_lfs_pointer, write_atomically, write_json
+from cartilha.tokens.byte_level import CHARACTER_BYTES
+from cartilha.tokens.declared_tokens import END_OF_TEXT, GPT2, declared_tokens, read_tokenizer_json, tokenizer_class
 
 log = logging.getLogger("cartilha")
 

@@ -33,8 +33,8 @@ from cartilha.storage import (
     write_json,
     write_sealed_json,
 )
+from cartilha.training.checkpoint_checks import check_progress, check_scaler, check_tensors, read_tensors
 from cartilha.training.loop import Progress
-from cartilha.training.restore import check_progress, check_scaler, check_tensors, read_tensors
 from cartilha.training.streams import random_state, restore_random_state
 
 log = logging.getLogger("cartilha")

@@ -18,7 +18,8 @@ import torch.distributed as dist
 from torch import nn
 
 from cartilha.errors import counted
-from cartilha.runtime import gather_objects, seed_everything, start_processes, world
+from cartilha.machine.devices import seed_everything
+from cartilha.machine.processes import gather_objects, join_processes, world
 
 log = logging.getLogger("cartilha")
 
@@ -32,7 +33,7 @@ def sum_over_ranks(parameters: Sequence[nn.Parameter], loss: torch.Tensor) -> No
     """
     if world()[1] == 1:
         return
-    start_processes(loss.device)
+    join_processes(loss.device)
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
@@ -71,7 +72,7 @@ def same_everywhere(model: nn.Module, optimizer: torch.optim.Optimizer, seed: in
     if num_ranks == 1:
         return
     parameters = list(model.parameters())
-    start_processes(parameters[0].device)
+    join_processes(parameters[0].device)
     with torch.no_grad():
         for parameter in parameters:
             dist.broadcast(parameter, src=0)

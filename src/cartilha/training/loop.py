@@ -15,10 +15,11 @@ from transformers import PreTrainedModel
 from cartilha.blocks.packing import Block, stack
 from cartilha.blocks.sampler import BlockSampler
 from cartilha.errors import counted
+from cartilha.machine.memory import is_out_of_memory, peak_memory_bytes
+from cartilha.machine.processes import world
 from cartilha.model.compiling import CompiledBody
 from cartilha.model.forward import batch_nll
 from cartilha.model.weight_gradients import weight_gradients_in_place
-from cartilha.runtime import is_out_of_memory, peak_memory_bytes, world
 from cartilha.training.distributed import agree, sum_over_ranks
 from cartilha.training.loader import StepLoader
 from cartilha.training.optimizer import choose_trained, clear_gradients, learning_rate, step_unless

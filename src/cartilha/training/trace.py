@@ -24,11 +24,11 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from cartilha.model.attention import ATTENTION_DROPOUT, Kernel, Segments, knows_attention, use_document_attention
-from cartilha.model.checkpointing import checkpoint_layers
 from cartilha.model.head import head_of, head_weight
 from cartilha.model.load import configured_head_shape
 from cartilha.model.loss import linear_cross_entropy
 from cartilha.model.products import cpu_product_dtype, sums_in_float32
+from cartilha.model.recomputation import checkpoint_layers
 from cartilha.model.weight_gradients import weight_gradients_in_place
 from cartilha.training.streams import random_numbers_apart
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from cartilha.runtime import free_memory_bytes, world
+from cartilha.machine.memory import free_memory_bytes
+from cartilha.machine.processes import world
 from cartilha.training.checkpoint import BYTES_PER_PARAMETER, TrainingState, freeze, write_checkpoint
 
 log = logging.getLogger("cartilha")

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from cartilha.cpu import cpu_matmul_rate
 from cartilha.errors import counted
+from cartilha.machine.cpu import cpu_matmul_rate
+from cartilha.machine.memory import available_memory_bytes
 from cartilha.model.attention import choose_kernel
 from cartilha.model.products import cpu_product_dtype
-from cartilha.runtime import available_memory_bytes
 from cartilha.training.checkpoint import BYTES_PER_PARAMETER as CHECKPOINT_BYTES_PER_PARAMETER
-from cartilha.training.devices import (
+from cartilha.training.device_facts import (
     GIB,
     MAX_TOKENS_GPU,
     PROGRAM_BYTES,

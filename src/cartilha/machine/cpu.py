@@ -1,6 +1,6 @@
 """A CPU and its arithmetic: which dtypes it has, how fast it multiplies, and what its libraries are told.
 
-torch is imported inside the functions that need it, as in `runtime.py`.
+torch is imported inside the functions that need it.
 """
 
 from __future__ import annotations

@@ -15,20 +15,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cartilha import cpu, runtime
-from cartilha.cpu import cpu_has_bfloat16
 from cartilha.errors import UserError, install_command
+from cartilha.machine import cpu, memory
+from cartilha.machine import devices as machine_devices
+from cartilha.machine.cpu import cpu_has_bfloat16
+from cartilha.machine.devices import choose_device, choose_dtype, hardware_dtypes, has_cxx_compiler, seed_everything
+from cartilha.machine.memory import peak_memory_bytes
+from cartilha.machine.versions import TEXT_PACKAGES, versions
 from cartilha.model import products
-from cartilha.runtime import (
-    TEXT_PACKAGES,
-    choose_device,
-    choose_dtype,
-    hardware_dtypes,
-    has_cxx_compiler,
-    peak_memory_bytes,
-    seed_everything,
-    versions,
-)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +37,7 @@ from cartilha.runtime import (
     ],
 )
 def test_memory_that_runs_out_outside_of_torchs_allocator_is_recognised(error, expected):
-    assert runtime.is_out_of_memory(error) is expected
+    assert memory.is_out_of_memory(error) is expected
 
 
 # Read when torch is loaded
@@ -194,7 +188,7 @@ def test_a_t4_is_given_float16_and_refused_bfloat16(monkeypatch):
 
 @pytest.mark.parametrize("bf16", [True, False])
 def test_dtypes_of_a_cpu(monkeypatch, bf16):
-    monkeypatch.setattr(runtime, "cpu_has_bfloat16", lambda: bf16)
+    monkeypatch.setattr(machine_devices, "cpu_has_bfloat16", lambda: bf16)
     cpu = torch.device("cpu")
     assert str(choose_dtype("auto", cpu)).removeprefix("torch.") in hardware_dtypes("cpu", None, bf16)
     assert choose_dtype("float32", cpu) == torch.float32
@@ -208,8 +202,8 @@ def test_dtypes_of_a_cpu(monkeypatch, bf16):
 
 
 def test_processes_compute_in_the_dtype_of_the_first(monkeypatch):
-    monkeypatch.setattr(runtime, "fastest_cpu_dtype", lambda real: "bfloat16")  # what this process would choose
-    monkeypatch.setattr(runtime, "gather_objects", lambda mine: [torch.float32, mine])
+    monkeypatch.setattr(machine_devices, "fastest_cpu_dtype", lambda real: "bfloat16")  # what this process would choose
+    monkeypatch.setattr("cartilha.machine.processes.gather_objects", lambda mine: [torch.float32, mine])
     assert choose_dtype("auto", torch.device("cpu")) == torch.float32
 
 
@@ -237,7 +231,7 @@ def test_a_compiler_counts_where_torch_finds_it(monkeypatch, tmp_path, platform,
     if cxx:
         monkeypatch.setenv("CXX", cxx)
     # shutil.which would look for Windows's endings, too: the platform is changed for our module alone.
-    monkeypatch.setattr(runtime, "sys", type("sys", (), {"platform": platform}))
+    monkeypatch.setattr(memory, "sys", type("sys", (), {"platform": platform}))
     assert has_cxx_compiler() is expected
 
 

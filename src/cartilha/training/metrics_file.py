@@ -1,20 +1,16 @@
-"""What listens to the loop: the metrics file, the epoch's mean loss, and a request to stop."""
+"""metrics.jsonl, one line per step, and the mean loss of the current epoch."""
 
 from __future__ import annotations
 
 import logging
 import math
 import os
-import signal
-import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from cartilha.errors import counted
-from cartilha.runtime import world
+from cartilha.machine.processes import world
 from cartilha.storage import parse_json, to_json, write_atomically
 from cartilha.training.loop import Progress, StepRecord
 from cartilha.training.trackers import Tracker, figures_of
@@ -153,52 +149,3 @@ class EpochLoss:
         result = mean, progress.epoch_seconds
         progress.epoch_nll, progress.epoch_tokens, progress.epoch_seconds = 0.0, 0, 0.0
         return result
-
-
-class StopRequest:
-    """Whether the run is asked to stop: by Ctrl-C, SIGTERM or a file. A second Ctrl-C stops at once.
-
-    Args:
-        stop_file: Its appearance is a request.
-    """
-
-    def __init__(self, stop_file: Path | None = None) -> None:
-        self._asked = False
-        self._stop_file = stop_file
-        self._looked = -math.inf
-
-    @property
-    def requested(self) -> bool:
-        """Whether somebody asked; the file is looked for once a second at most, since it may lie on a slow drive."""
-        if not self._asked and self._stop_file is not None and time.monotonic() - self._looked >= 1:
-            self._looked = time.monotonic()
-            if self._stop_file.exists():
-                self._ask()
-        return self._asked
-
-    def _ask(self) -> None:
-        self._asked = True
-        if world()[0] == 0:
-            print("Stopping after this step; a checkpoint will be written.", file=sys.stderr)
-
-    def _take(self, signum: int, frame: object) -> None:
-        if self._asked and signum == signal.SIGINT:
-            raise KeyboardInterrupt
-        self._ask()
-
-
-@contextmanager
-def listening_for_stop(stop_file: Path | None = None) -> Iterator[StopRequest]:
-    """Catch SIGINT and SIGTERM while the block runs; outside the main thread nothing is caught."""
-    request = StopRequest(stop_file)
-    previous = {}
-    for name in (signal.SIGINT, signal.SIGTERM):
-        try:
-            previous[name] = signal.signal(name, request._take)
-        except ValueError:  # not the main thread
-            break
-    try:
-        yield request
-    finally:
-        for name, handler in previous.items():
-            signal.signal(name, handler)

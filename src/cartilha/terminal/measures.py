@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from cartilha.errors import counted
-from cartilha.reporting.terminal_tables import show_table
+from cartilha.terminal.tables import show_table
 
 Values = Mapping[str, Any]
 

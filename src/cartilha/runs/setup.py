@@ -15,21 +15,14 @@ from cartilha.config import GenerateConfig, TrainConfig
 from cartilha.errors import UserError, counted
 from cartilha.evaluation.documents import ScoredDocuments, encode_documents, validation_subset
 from cartilha.evaluation.windows import Protocol, make_protocol
-from cartilha.model.checkpointing import checkpoint_layers
+from cartilha.machine.devices import choose_device, choose_dtype, describe_machine, seed_everything
+from cartilha.machine.memory import free_memory_bytes
+from cartilha.machine.processes import from_rank_0, world
+from cartilha.machine.versions import versions
 from cartilha.model.load import LoadedModel, load_model, model_config, weights_hash
-from cartilha.pipeline.preflight import parse_duration, parse_share
-from cartilha.pipeline.run_files import read_results, read_status
-from cartilha.pipeline.run_plan import RunPlan, plan_run, this_machine
-from cartilha.runtime import (
-    choose_device,
-    choose_dtype,
-    describe_machine,
-    free_memory_bytes,
-    from_rank_0,
-    seed_everything,
-    versions,
-    world,
-)
+from cartilha.model.recomputation import checkpoint_layers
+from cartilha.runs.files import read_results, read_status
+from cartilha.runs.step_plan import RunPlan, plan_run, this_machine
 from cartilha.tokens.store import TokenStore, read_store_info
 from cartilha.tokens.tokenizer import TextTokenizer, load_tokenizer
 from cartilha.training.checkpoint import (
@@ -46,6 +39,7 @@ from cartilha.training.loop import Progress, Schedule
 from cartilha.training.memory import check_states_fit
 from cartilha.training.optimizer import allocate_states, make_optimizer, resolve_lr
 from cartilha.training.trace import count_parameters
+from cartilha.units import parse_duration, parse_share
 
 log = logging.getLogger("cartilha")
 

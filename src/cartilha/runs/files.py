@@ -13,7 +13,7 @@ import yaml
 
 from cartilha.config import TrainConfig
 from cartilha.errors import UserError
-from cartilha.runtime import world
+from cartilha.machine.processes import world
 from cartilha.storage import exclusive, parse_json, read_json, sweep_below, to_json, write_atomically, write_json
 
 if TYPE_CHECKING:  # they import torch, and a mistake is to be named before that

@@ -22,7 +22,7 @@ from rich.text import Text
 
 from cartilha.console import PLAIN_INTERVAL_S, terminal
 from cartilha.evaluation.perplexity import perplexity
-from cartilha.pipeline.run_files import RunRecord, read_samples
+from cartilha.runs.files import RunRecord, read_samples
 from cartilha.training.loop import Schedule, StepRecord
 
 log = logging.getLogger("cartilha")

@@ -19,8 +19,8 @@ from cartilha.evaluation.continuation import continue_prompts
 from cartilha.evaluation.measures import Evaluation
 from cartilha.evaluation.saved import load_evaluation, save_evaluation
 from cartilha.evaluation.surprisal import add_surprisal, shown_documents
-from cartilha.pipeline.run_files import RunRecord, add_samples
-from cartilha.pipeline.run_setup import Run
+from cartilha.runs.files import RunRecord, add_samples
+from cartilha.runs.setup import Run
 from cartilha.training.streams import random_numbers_apart
 
 NUM_LISTED = 5  # documents that gained most, and that lost most

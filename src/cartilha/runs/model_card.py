@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 
 from cartilha.errors import UserError, counted
+from cartilha.model_reference import resolve_model
 from cartilha.tokens.declared_tokens import read_tokenizer_json
-from cartilha.tokens.sources import resolve_model
 
 HUB_ID = r"[\w-][\w.-]*/[\w.-]+"
 KEPT = ("license", "license_name", "license_link", "language", "base_model")  # what a card takes over from the base's

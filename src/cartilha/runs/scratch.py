@@ -20,9 +20,9 @@ import psutil
 
 from cartilha.config import TrainConfig
 from cartilha.errors import UserError
-from cartilha.pipeline.run_files import check_output, read_status
+from cartilha.model_reference import cache_directory
+from cartilha.runs.files import check_output, read_status
 from cartilha.storage import new_directory, sweep_below, write_atomically
-from cartilha.tokens.sources import cache_directory
 from cartilha.training.checkpoint import list_checkpoints
 
 log = logging.getLogger("cartilha")

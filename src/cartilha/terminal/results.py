@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.text import Text
 
 from cartilha.errors import counted
-from cartilha.reporting.terminal_measures import MAX_DOMAINS, bits, protocol_line, show_comparison, show_evaluations
-from cartilha.reporting.terminal_tables import show_markdown_table, show_table
-from cartilha.reporting.terminal_vocabulary import show_vocabulary
+from cartilha.terminal.measures import MAX_DOMAINS, bits, protocol_line, show_comparison, show_evaluations
+from cartilha.terminal.tables import show_markdown_table, show_table
+from cartilha.terminal.vocabulary import show_vocabulary
 
 Values = Mapping[str, Any]
 

@@ -1,0 +1,57 @@
+"""The processes that torchrun started: who this one is, and what they tell each other."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import TYPE_CHECKING, TypeVar, cast
+
+if TYPE_CHECKING:
+    import torch
+
+
+T = TypeVar("T")
+
+
+def world() -> tuple[int, int]:
+    """This process's rank and the number of processes, as torchrun says; (0, 1) without it."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    """This process's number on its own machine, as torchrun says: which GPU it takes; 0 without it."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def join_processes(device: torch.device | None = None) -> None:
+    """Meet the other processes, once: gloo for what lies in the host's memory, NCCL for CUDA tensors where it is there.
+
+    Args:
+        device: Where tensors will travel from; None where only plain objects do.
+    """
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        import torch
+
+        on_cuda = torch.cuda.is_available() if device is None else device.type == "cuda"
+        # Hours: rank 0 writes samples and checkpoints while the others wait.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=timedelta(hours=6))
+
+
+def gather_objects(mine: T) -> list[T]:
+    """Every rank's value, in the order of the ranks; without torchrun just this one's."""
+    num_ranks = world()[1]
+    if num_ranks == 1:
+        return [mine]
+    import torch.distributed as dist
+
+    join_processes()
+    gathered: list[T | None] = [None] * num_ranks
+    dist.all_gather_object(gathered, mine)
+    return cast("list[T]", gathered)
+
+
+def from_rank_0(mine: T) -> T:
+    """What rank 0 has; without torchrun just this process's value."""
+    return gather_objects(mine)[0]

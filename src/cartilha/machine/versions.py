@@ -1,0 +1,29 @@
+"""Versions of what a number depends on."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import sys
+from collections.abc import Sequence
+
+# What the ids of a text depend on; torch has no part in them.
+TEXT_PACKAGES = ("cartilha", "tokenizers", "numpy", "pyarrow")
+
+
+MODEL_PACKAGES = ("cartilha", "torch", "transformers", "tokenizers", "numpy", "pyarrow")
+
+
+def versions(packages: Sequence[str] = MODEL_PACKAGES) -> dict[str, str]:
+    """Versions of what a number depends on: Python's and those of these packages."""
+    found = {"python": platform.python_version()}
+    for name in packages:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    if (
+        "torch" in found and "torch" in sys.modules
+    ):  # its own version names the build (+cpu, +cu130), which the package's does not
+        found["torch"] = str(sys.modules["torch"].__version__)
+    return found

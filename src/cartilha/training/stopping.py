@@ -1,0 +1,65 @@
+"""Requests to stop: a signal or a file, answered after the step with a checkpoint."""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cartilha.machine.processes import world
+
+log = logging.getLogger("cartilha")
+
+
+class StopRequest:
+    """Whether the run is asked to stop: by Ctrl-C, SIGTERM or a file. A second Ctrl-C stops at once.
+
+    Args:
+        stop_file: Its appearance is a request.
+    """
+
+    def __init__(self, stop_file: Path | None = None) -> None:
+        self._asked = False
+        self._stop_file = stop_file
+        self._looked = -math.inf
+
+    @property
+    def requested(self) -> bool:
+        """Whether somebody asked; the file is looked for once a second at most, since it may lie on a slow drive."""
+        if not self._asked and self._stop_file is not None and time.monotonic() - self._looked >= 1:
+            self._looked = time.monotonic()
+            if self._stop_file.exists():
+                self._ask()
+        return self._asked
+
+    def _ask(self) -> None:
+        self._asked = True
+        if world()[0] == 0:
+            print("Stopping after this step; a checkpoint will be written.", file=sys.stderr)
+
+    def _take(self, signum: int, frame: object) -> None:
+        if self._asked and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._ask()
+
+
+@contextmanager
+def listening_for_stop(stop_file: Path | None = None) -> Iterator[StopRequest]:
+    """Catch SIGINT and SIGTERM while the block runs; outside the main thread nothing is caught."""
+    request = StopRequest(stop_file)
+    previous = {}
+    for name in (signal.SIGINT, signal.SIGTERM):
+        try:
+            previous[name] = signal.signal(name, request._take)
+        except ValueError:  # not the main thread
+            break
+    try:
+        yield request
+    finally:
+        for name, handler in previous.items():
+            signal.signal(name, handler)

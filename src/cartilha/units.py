@@ -1,0 +1,43 @@
+"""Values that users write with a unit: a duration (`1h30m`), a share (`5%`)."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from cartilha.errors import UserError
+
+
+def parse_duration(text: str | None) -> float | None:
+    """Seconds in a text such as `50m`, `1h30m`, `90s` or `2.5h`; None for None.
+
+    Raises:
+        UserError: It says no time above 0.
+    """
+    if text is None:
+        return None
+    found = re.fullmatch(r"(?:([\d.]+)h)?(?:([\d.]+)m)?(?:([\d.]+)s)?", text.strip().lower(), re.ASCII)
+    try:
+        parts = [float(part or 0) for part in found.groups()] if found else []
+    except ValueError:  # two points in a number
+        parts = []
+    seconds = sum(part * unit for part, unit in zip(parts, (3600, 60, 1), strict=False))
+    if not 0 < seconds < math.inf:
+        raise UserError(f"A time is written like 50m, 1h30m or 90s, not {text!r}.")
+    return seconds
+
+
+def parse_share(text: str, name: str) -> float:
+    """A share between 0 and 1 from `5%` or `0.05`.
+
+    Raises:
+        UserError: It is neither.
+    """
+    number = text.strip()
+    try:
+        share = float(number.removesuffix("%")) / (100 if number.endswith("%") else 1)
+    except ValueError:
+        share = math.nan
+    if not 0 <= share <= 1:
+        raise UserError(f"{name} is a share such as 5% or 0.05, between 0 and 1, not {text!r}.")
+    return share
