@@ -231,7 +231,7 @@ def test_a_compiler_counts_where_torch_finds_it(monkeypatch, tmp_path, platform,
     if cxx:
         monkeypatch.setenv("CXX", cxx)
     # shutil.which would look for Windows's endings, too: the platform is changed for our module alone.
-    monkeypatch.setattr(memory, "sys", type("sys", (), {"platform": platform}))
+    monkeypatch.setattr(machine_devices, "sys", type("sys", (), {"platform": platform}))
     assert has_cxx_compiler() is expected
 
 
