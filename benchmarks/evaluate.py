@@ -36,7 +36,7 @@ from cartilha.corpus.readers import read_documents
 from cartilha.evaluation.documents import encode_documents
 from cartilha.evaluation.nll import document_nll
 from cartilha.evaluation.windows import MAX_WINDOW, Protocol
-from cartilha.machine.devices import choose_device, choose_dtype
+from cartilha.machine.devices import choose_device, choose_dtype, dtype_name
 from cartilha.model.load import LoadedModel, load_model
 from cartilha.tokens.tokenizer import TextTokenizer, load_tokenizer
 
@@ -56,7 +56,7 @@ def score_ours(
     loaded: LoadedModel, tokenizer: TextTokenizer, documents: list[Document], window: int, dtype: torch.dtype
 ) -> float:
     """Total nats."""
-    protocol = Protocol("full", window, window, tokenizer.prefix_id, str(dtype).removeprefix("torch."))
+    protocol = Protocol("full", window, window, tokenizer.prefix_id, dtype_name(dtype))
     return float(document_nll(loaded.model, encode_documents(documents, tokenizer), protocol, dtype).sum())
 
 

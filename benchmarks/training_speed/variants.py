@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from cartilha.errors import first_line
 from cartilha.machine.memory import is_out_of_memory
 from training_speed.setup import Clock, Shape, make_sampler, model_config, packed_rows, padded_rows
 
@@ -34,7 +35,7 @@ def measure(shape: Shape, variant: str, dtype: str, compiled: bool = True) -> di
         result = _ours(shape, dtype, compiled) if variant == "ours" else _trainer(shape, variant, dtype, compiled)
     except Exception as error:
         cause = getattr(error, "inner_exception", error)  # torch.compile wraps what happens in it
-        reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0][:200]
+        reason = first_line(cause)[:200]
         if variant == "ours":
             raise
         if is_out_of_memory(cause):

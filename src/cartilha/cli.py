@@ -159,10 +159,10 @@ def _dispatch(arguments: list[str]) -> int:
     preflight(settings)  # a mistake is named before the command's module is imported, which takes seconds
     module, function = command.home
     result = getattr(importlib.import_module(module), function)(settings)
-    from cartilha.machine.processes import world
+    from cartilha.machine.processes import is_main_process
     from cartilha.storage import to_json
 
-    if world()[0] != 0:  # under torchrun every process has the result, and one says it
+    if not is_main_process():  # under torchrun every process has the result, and one says it
         return 0
     if as_json:
         print(to_json(result.to_dict(), indent=2))

@@ -83,6 +83,11 @@ def _shortest(path: str) -> str:
     return path if relative.startswith("..") else relative
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message without its full stop; the name of its type where it has no message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
 def counted(number: int, noun: str, one: str = "", many: str = "") -> str:
     """A number with its noun, for messages: `1 step`, `2 steps`, `12,345 micro-batches`; `one` or `many` follows it."""
     plural = "es" if noun.endswith(("ch", "s", "x")) else "s"

@@ -19,7 +19,14 @@ from cartilha.errors import UserError, install_command
 from cartilha.machine import cpu, memory
 from cartilha.machine import devices as machine_devices
 from cartilha.machine.cpu import cpu_has_bfloat16
-from cartilha.machine.devices import choose_device, choose_dtype, hardware_dtypes, has_cxx_compiler, seed_everything
+from cartilha.machine.devices import (
+    choose_device,
+    choose_dtype,
+    dtype_name,
+    hardware_dtypes,
+    has_cxx_compiler,
+    seed_everything,
+)
 from cartilha.machine.memory import peak_memory_bytes
 from cartilha.machine.versions import TEXT_PACKAGES, versions
 from cartilha.model import products
@@ -190,7 +197,7 @@ def test_a_t4_is_given_float16_and_refused_bfloat16(monkeypatch):
 def test_dtypes_of_a_cpu(monkeypatch, bf16):
     monkeypatch.setattr(machine_devices, "cpu_has_bfloat16", lambda: bf16)
     cpu = torch.device("cpu")
-    assert str(choose_dtype("auto", cpu)).removeprefix("torch.") in hardware_dtypes("cpu", None, bf16)
+    assert dtype_name(choose_dtype("auto", cpu)) in hardware_dtypes("cpu", None, bf16)
     assert choose_dtype("float32", cpu) == torch.float32
     with pytest.raises(UserError, match="no float16 in hardware"):
         choose_dtype("float16", cpu)

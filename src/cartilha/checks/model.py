@@ -16,7 +16,7 @@ from cartilha.evaluation.documents import ScoredDocuments, encode_documents
 from cartilha.evaluation.nll import document_nll
 from cartilha.evaluation.perplexity import perplexity
 from cartilha.evaluation.windows import MAX_WINDOW, Protocol, make_protocol
-from cartilha.machine.devices import seed_everything
+from cartilha.machine.devices import dtype_name, seed_everything
 from cartilha.model.attention import transformers_attention, use_document_attention
 from cartilha.model.forward import batch_nll, hidden_states
 from cartilha.model.head import head_of, head_weight
@@ -124,7 +124,7 @@ def _nll(subject: Subject, dtype: torch.dtype) -> np.ndarray:
 
 def _protocol(subject: Subject, dtype: torch.dtype) -> Protocol:
     return make_protocol(
-        "full", None, None, prefix_id=subject.tokenizer.prefix_id, dtype=str(dtype).removeprefix("torch."),
+        "full", None, None, prefix_id=subject.tokenizer.prefix_id, dtype=dtype_name(dtype),
         context_length=subject.loaded.context_length,
     )  # fmt: skip
 
@@ -248,7 +248,7 @@ def precision(subject: Subject) -> CheckResult:
         )
     half, full = (_nll(subject, dtype).sum() for dtype in (subject.dtype, torch.float32))
     drift = float(half - full) / int(_sample(subject).num_tokens.sum())
-    name = str(subject.dtype).removeprefix("torch.")
+    name = dtype_name(subject.dtype)
     overflows = subject.dtype == torch.float16 and share > 0.5
     return words.judge(
         abs(drift) <= MAX_DRIFT and not overflows,

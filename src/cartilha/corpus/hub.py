@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from cartilha.corpus.sources import HubSource
-from cartilha.errors import HubUnreachableError, missing_extra
+from cartilha.errors import HubUnreachableError, first_line, missing_extra
 
 
 def num_data_files(source: HubSource) -> int:
@@ -66,9 +66,8 @@ def _num_files(dataset: Any) -> int:
 
 
 def _unreachable(source: HubSource, error: Exception, place: str) -> HubUnreachableError:
-    reason = (str(error).strip().splitlines() or ["no reason given"])[0].rstrip(".")
     return HubUnreachableError(
         f"The dataset hf:{source.label} (split {source.split}) cannot be read from the hub{place}"
-        f" ({type(error).__name__}: {reason}); check its name and the connection and run the same command again, or"
-        " give a local file or primer."
+        f" ({type(error).__name__}: {first_line(error)}); check its name and the connection and run the same command"
+        " again, or give a local file or primer."
     )

@@ -8,6 +8,7 @@ from typing import Any, cast
 from cartilha.corpus.files import SourceFile, open_seekable
 from cartilha.corpus.lines import MARK_INVALID, Fault
 from cartilha.corpus.records import Numbered, Part, ReadSettings, Span, missing_column
+from cartilha.errors import first_line
 
 PARQUET_BATCH_ROWS = 256
 PARQUET_BATCH_BYTES = 8 << 20  # of the text column; at least one row is read at a time
@@ -48,7 +49,7 @@ def _read_table(part: Part, kind: str, opened: Callable[[Part, Any], tuple[list[
                     number += 1
                     yield number, dict(zip(columns, row, strict=True))
     except pa.ArrowException as error:
-        reason = str(error).splitlines()[0].rstrip(".")
+        reason = first_line(error)
         place = f" after row {number}" if number else ""
         yield (
             number,

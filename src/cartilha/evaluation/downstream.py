@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from cartilha.errors import UserError
+from cartilha.errors import UserError, first_line
 from cartilha.model.attention import transformers_attention
 from cartilha.model.load import LoadedModel
 from cartilha.tokens.tokenizer import TextTokenizer
@@ -82,7 +82,7 @@ def run_tasks(loaded: LoadedModel, tokenizer: TextTokenizer, tasks: Sequence[str
             results = lm_eval.simple_evaluate(model=harness, tasks=chosen, bootstrap_iters=1000)
         except Exception as error:
             raise UserError(
-                f"lm-evaluation-harness could not run {', '.join(tasks)} ({str(error).splitlines()[0][:200]}); "
+                f"lm-evaluation-harness could not run {', '.join(tasks)} ({first_line(error)[:200]}); "
                 "its tasks need their datasets from the hub."
             ) from error
     assert results is not None

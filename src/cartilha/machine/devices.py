@@ -92,6 +92,11 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return from_rank_0(dtype)
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """`bfloat16`, `float16` or `float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
 def has_cxx_compiler() -> bool:
     """Whether torch.compile can build CPU kernels here; without a compiler the plain code runs and says so.
 

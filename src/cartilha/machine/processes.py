@@ -18,6 +18,11 @@ def world() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def is_main_process() -> bool:
+    """Whether this is the process that writes files and speaks to the user: rank 0, or the only one."""
+    return world()[0] == 0
+
+
 def local_rank() -> int:
     """This process's number on its own machine, as torchrun says: which GPU it takes; 0 without it."""
     return int(os.environ.get("LOCAL_RANK", "0"))

@@ -13,6 +13,7 @@ from typing import Any, Generic, Literal, ParamSpec, TypeVar
 import torch
 from transformers import PreTrainedModel
 
+from cartilha.errors import first_line
 from cartilha.machine.devices import compile_pays, has_cxx_compiler
 from cartilha.machine.memory import is_out_of_memory
 from cartilha.model.attention import knows_attention
@@ -58,8 +59,7 @@ class CompiledOrPlain(Generic[P, R]):
         if not self.is_compiled or is_out_of_memory(cause):
             return False
         self.is_compiled = False
-        reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
-        log.warning("%s could not be compiled (%s): computing it plainly, slower.", self._name, reason)
+        log.warning("%s could not be compiled (%s): computing it plainly, slower.", self._name, first_line(cause))
         return True
 
 

@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from cartilha.errors import HubUnreachableError, UserError, missing_extra
+from cartilha.errors import HubUnreachableError, UserError, first_line, missing_extra
 from cartilha.machine.cpu import keep_freed_memory, settle_cpu_functions
 from cartilha.machine.devices import seed_everything
 from cartilha.model.attention import knows_attention, use_document_attention
@@ -148,7 +148,7 @@ def configured_head_shape(config: PretrainedConfig, ref: str) -> HeadShape:
     except UserError:
         raise
     except Exception as error:  # it may not be made smaller in this way
-        log.info("Whether %s can be trained is seen when it is loaded (%s).", ref, _first_line(error))
+        log.info("Whether %s can be trained is seen when it is loaded (%s).", ref, first_line(error)[:200])
         return HeadShape()
 
 
@@ -198,7 +198,7 @@ def _from_pretrained(ref: str, path: str) -> PreTrainedModel:
         )
     except OSError as error:
         if Path(path).is_dir():
-            raise UserError(f"{ref} holds no model that can be loaded ({_first_line(error)}).") from error
+            raise UserError(f"{ref} holds no model that can be loaded ({first_line(error)[:200]}).") from error
         raise HubUnreachableError(unreachable_message(ref)) from error
     except UNREADABLE as error:
         raise UserError(f"{ref} {NO_CAUSAL_MODEL} ({_reason(error)}).") from error
@@ -233,11 +233,7 @@ def _reason(error: Exception) -> str:
     """Transformers' reason; of a model with code of its own it says how to run that, which is not done here."""
     if "custom code" in str(error):
         return "it needs code that comes with it, which is never run: choose a model of a type that transformers knows"
-    return _first_line(error)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:200]
+    return first_line(error)[:200]
 
 
 def model_config(ref: str, tokenizer: TextTokenizer | None = None) -> PretrainedConfig:
@@ -382,7 +378,7 @@ def convert_gguf(path: Path) -> PreTrainedModel:
     except (ImportError, ValueError, KeyError, OSError) as error:
         if "accelerate" in str(error):
             raise missing_extra("Reading GGUF models", "demo") from error
-        raise UserError(f"{path} cannot be loaded as a causal language model ({_first_line(error)}).") from error
+        raise UserError(f"{path} cannot be loaded as a causal language model ({first_line(error)[:200]}).") from error
     settings = quantized.config.to_dict()
     for name in ("quantization_config", "_name_or_path", "unk_token_id"):
         settings.pop(name, None)

@@ -8,6 +8,7 @@ import logging
 import torch
 
 from cartilha.machine.cpu import cpu_matmul_rate
+from cartilha.machine.devices import dtype_name
 
 log = logging.getLogger("cartilha")
 
@@ -46,7 +47,7 @@ def cpu_product_dtype(dtype: torch.dtype) -> torch.dtype:
     """
     if dtype == torch.float32:
         return dtype
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     half, full = cpu_matmul_rate(name), cpu_matmul_rate("float32")
     if full < MIN_FLOAT32_GAIN * half:
         return dtype

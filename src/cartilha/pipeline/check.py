@@ -17,7 +17,7 @@ from cartilha.config import CheckConfig
 from cartilha.console import progress
 from cartilha.corpus.document import Document
 from cartilha.corpus.primer import read_primer
-from cartilha.errors import CheckFailedError, UserError
+from cartilha.errors import CheckFailedError, UserError, first_line
 from cartilha.machine.devices import choose_device, choose_dtype
 from cartilha.model.load import load_model
 from cartilha.pipeline.held_out import model_tokenizer
@@ -121,11 +121,10 @@ def run_checks(subject: Subject, checks: Sequence[Check]) -> list[CheckResult]:
 
 
 def _broken(check: Check, error: Exception) -> CheckResult:
-    reason = (str(error).strip().splitlines() or [""])[0]
     return CheckResult(
         check.__name__.replace("_", " "),
         "failed",
-        f"{type(error).__name__}: {reason}",
+        f"{type(error).__name__}: {first_line(error)}",
         "the check can be carried out",
         "What is checked here does not work at all with this model.",
         "Look at the error, and at the other checks.",

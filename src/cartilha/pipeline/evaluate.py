@@ -26,8 +26,8 @@ from cartilha.evaluation.measures import Evaluation, make_evaluation
 from cartilha.evaluation.nll import TokenRows, score_documents
 from cartilha.evaluation.saved import save_evaluation, token_file
 from cartilha.evaluation.windows import Protocol, make_protocol
-from cartilha.machine.devices import choose_device, choose_dtype
-from cartilha.machine.processes import world
+from cartilha.machine.devices import choose_device, choose_dtype, dtype_name
+from cartilha.machine.processes import is_main_process, world
 from cartilha.model.head import head_weight
 from cartilha.model.load import LoadedModel, load_model
 from cartilha.pipeline.held_out import HeldOut, UnigramCollector, held_out, model_tokenizer
@@ -116,7 +116,7 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
     check_tasks(config.tasks)
     if text.split == "train":
         log.warning("Scoring the training text: these figures say what was learnt by heart, not how good the model is.")
-    compressed = text.compressed() if world()[0] == 0 else None  # in the background from here on
+    compressed = text.compressed() if is_main_process() else None  # in the background from here on
     with token_file(Path(config.per_token)) if config.per_token else nullcontext() as tokens:
         models = []
         for ref in config.model:
@@ -139,7 +139,7 @@ def ready_model(ref: str, text: HeldOut, config: EvaluateConfig | CompareConfig)
         config.window,
         config.stride,
         prefix_id=_prefix_id(prefix_token, tokenizer),
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=dtype_name(dtype),
         context_length=loaded.context_length,
     )
     return ReadyModel(loaded, tokenizer, protocol, dtype)
@@ -245,7 +245,7 @@ def _extra_notes(text: HeldOut, contamination: float | None) -> list[str]:
         notes.append("This is the training text: the figures are not those of a held-out text.")
     elif contamination:
         notes.append(f"{contamination:.1%} of these documents are in the store's training text, word for word.")
-    if world()[0] == 0 and text.beginning[1]:
+    if is_main_process() and text.beginning[1]:
         notes.append("The compressors were given the first few megabytes of the text only.")
     return notes
 

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 from cartilha.blocks.sampler import BlockSampler
 from cartilha.config import PlanConfig
 from cartilha.errors import UserError, counted
-from cartilha.machine.devices import choose_device, choose_dtype
+from cartilha.machine.devices import choose_device, choose_dtype, dtype_name
 from cartilha.machine.memory import is_out_of_memory
 from cartilha.model.load import configured_head_shape, context_length, load_model, model_config
 from cartilha.model.recomputation import checkpoint_layers
@@ -227,7 +227,7 @@ def _device_values(facts: DeviceFacts) -> dict[str, Any]:
     return {
         "device": facts.name,
         "memory_bytes": facts.memory_bytes,
-        "dtype": str(facts.dtype).removeprefix("torch."),
+        "dtype": dtype_name(facts.dtype),
         "attention": facts.kernel,
         "peak_flops": facts.peak_flops,
         "expected_share_of_peak": facts.share,

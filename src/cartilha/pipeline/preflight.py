@@ -22,7 +22,7 @@ from cartilha.errors import UserError, missing_extra
 from cartilha.evaluation.decoding import check_decoding
 from cartilha.evaluation.windows import first_tokens
 from cartilha.explorer.port import listen
-from cartilha.machine.processes import world
+from cartilha.machine.processes import is_main_process, world
 from cartilha.model_reference import resolve_model
 from cartilha.runs.files import check_output, read_status, run_directory
 from cartilha.training.trackers import check_tracker
@@ -144,7 +144,7 @@ def _train(config: configs.TrainConfig) -> None:
     output, resume = Path(config.output), config.resume == "auto"
     if resume and read_status(output) == "finished":  # store and model may have been removed since
         return
-    if world()[0] == 0:  # the others may come when the first has begun to write there
+    if is_main_process():  # the others may come when the first has begun to write there
         check_output(output, resume)
     _check_store(config.store)
     resolve_model(config.model)

@@ -16,7 +16,7 @@ from cartilha.errors import InterruptedRunError, OutOfMemoryError, UserError, co
 from cartilha.evaluation.measures import Evaluation
 from cartilha.machine.devices import seed_everything
 from cartilha.machine.memory import is_out_of_memory, peak_memory_bytes
-from cartilha.machine.processes import from_rank_0, gather_objects, world
+from cartilha.machine.processes import from_rank_0, gather_objects, is_main_process
 from cartilha.model.compiling import training_body
 from cartilha.pipeline.check import refuse_if_failed
 from cartilha.pipeline.evaluate import evaluate_loaded
@@ -103,13 +103,13 @@ def _run(
         with random_numbers_apart():  # a resumed run goes on with those of its checkpoint
             refuse_if_failed(run)
     setting = facts(run)
-    if world()[0] == 0:
+    if is_main_process():
         check_space(run)
         record = RunRecord.resume(path, run.step, setting) if run.step else RunRecord.begin(path, setting)
-    record = from_rank_0(record if world()[0] == 0 else RunRecord(path, {}))
+    record = from_rank_0(record if is_main_process() else RunRecord(path, {}))
     with _recording_failures(record, notices), listening_for_stop(stop_file) as stop:
         record.update()  # the first file: with it the directory is a run, which can be gone on with
-        if world()[0] == 0:
+        if is_main_process():
             write_config(path, config)
             write_json(path / "plan.json", run.plan.values)
         _train(run, record, notices, stop)
@@ -125,7 +125,7 @@ def _place(config: TrainConfig, resume: bool) -> Iterator[Path | None]:
     output = Path(config.output)
     with ExitStack() as stack:
         path = None
-        if world()[0] == 0 and not (resume and is_finished_as_asked(config, output)):
+        if is_main_process() and not (resume and is_finished_as_asked(config, output)):
             path = stack.enter_context(place_of_run(config, resume))
             stack.enter_context(only_process(path))
             check_output(path, resume)
@@ -135,7 +135,7 @@ def _place(config: TrainConfig, resume: bool) -> Iterator[Path | None]:
 
 
 def _nothing_to_do(path: Path) -> TrainResult:
-    if world()[0] != 0:
+    if not is_main_process():
         return TrainResult(str(path), {}, True)
     log.info("The run %s is finished: nothing to do.", path)
     return TrainResult(str(path), read_results(path), True)
@@ -146,7 +146,7 @@ def _train(run: Run, record: RunRecord, notices: NoticeCollector, stop: StopRequ
     _announce(run)
     watch = LossWatch(run.state.progress, scaled=run.state.scaler.is_enabled())
     tracked = TrackedRun(run.path, run.step, run.settings)
-    tracker = open_tracker(run.config.tracker, tracked) if world()[0] == 0 else None
+    tracker = open_tracker(run.config.tracker, tracked) if is_main_process() else None
     metrics = MetricsFile(run.path / "metrics.jsonl", run.step, watch, tracker)
     epoch_loss = EpochLoss(run.state.progress)
     writer = CheckpointWriter(
@@ -256,7 +256,7 @@ def _measure(run: Run, record: RunRecord, metrics: MetricsFile, title: str) -> E
         counted(evaluation.total.num_tokens, "token"),
         run.protocol.describe(),
     )
-    if world()[0] == 0:
+    if is_main_process():
         metrics.texts(run.step, take_snapshot(run, record, evaluation, nll))
     return evaluation
 
@@ -283,7 +283,7 @@ def _finish(run: Run, record: RunRecord, notices: NoticeCollector, metrics: Metr
         memory_bytes=peak_memory_bytes(run.loaded.model.device.type),
         notices=list(dict.fromkeys([*record.values["notices"], *notices.notices])),
     )
-    if world()[0] != 0:
+    if not is_main_process():
         return
     with new_directory(run.path / "model", replace=True) as temporary:
         torch.nn.Module.to(run.loaded.model, getattr(torch, run.config.save_dtype))  # nothing computes with it any more

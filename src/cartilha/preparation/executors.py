@@ -19,7 +19,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.synchronize import Barrier
 from typing import Protocol, TypeVar
 
-from cartilha.errors import UnfinishedError, UserError, missing_extra
+from cartilha.errors import UnfinishedError, UserError, first_line, missing_extra
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -137,7 +137,7 @@ class Ray:
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise UserError(
                 f"The Ray cluster at {address or 'this machine'} cannot be reached"
-                f" ({str(error).splitlines()[0]}); check --ray_address, or use --executor local."
+                f" ({first_line(error)}); check --ray_address, or use --executor local."
             ) from None
         self._at_once = num_workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
 

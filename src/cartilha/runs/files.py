@@ -13,7 +13,7 @@ import yaml
 
 from cartilha.config import TrainConfig
 from cartilha.errors import UserError
-from cartilha.machine.processes import world
+from cartilha.machine.processes import is_main_process
 from cartilha.storage import exclusive, parse_json, read_json, sweep_below, to_json, write_atomically, write_json
 
 if TYPE_CHECKING:  # they import torch, and a mistake is to be named before that
@@ -64,7 +64,7 @@ class RunRecord:
     def update(self, **values: Any) -> None:
         """Set values and write the file (of several processes, one writes)."""
         self.values.update(values)
-        if world()[0] == 0:
+        if is_main_process():
             write_json(self.path / "results.json", self.values)
 
     def add_evaluation(self, step: int, epoch: int, evaluation: Evaluation) -> None:

@@ -15,9 +15,9 @@ from cartilha.config import GenerateConfig, TrainConfig
 from cartilha.errors import UserError, counted
 from cartilha.evaluation.documents import ScoredDocuments, encode_documents, validation_subset
 from cartilha.evaluation.windows import Protocol, make_protocol
-from cartilha.machine.devices import choose_device, choose_dtype, describe_machine, seed_everything
+from cartilha.machine.devices import choose_device, choose_dtype, describe_machine, dtype_name, seed_everything
 from cartilha.machine.memory import free_memory_bytes
-from cartilha.machine.processes import from_rank_0, world
+from cartilha.machine.processes import from_rank_0, is_main_process, world
 from cartilha.machine.versions import versions
 from cartilha.model.load import LoadedModel, load_model, model_config, weights_hash
 from cartilha.model.recomputation import checkpoint_layers
@@ -132,7 +132,7 @@ def assemble(config: TrainConfig, path: Path, prompts: GenerateConfig, resume: b
     tokenizer = _matching_tokenizer(config.model, store)
     device = choose_device(config.device)
     # Of several processes the first reads the checkpoint, and the others get what it holds.
-    checkpoint = newest_sound_checkpoint(path) if resume and world()[0] == 0 else None
+    checkpoint = newest_sound_checkpoint(path) if resume and is_main_process() else None
     recorded = read_settings(checkpoint) if checkpoint else None
     # A resumed run keeps its compute dtype: `auto` might choose otherwise on another day.
     dtype = choose_dtype(recorded["dtype"] if recorded and config.dtype == "auto" else config.dtype, device)
@@ -162,7 +162,7 @@ def assemble(config: TrainConfig, path: Path, prompts: GenerateConfig, resume: b
         "validation": store.info["splits"]["validation"]["corpus_hash"],
         "tokenizer": store.fingerprint,
         "num_steps": num_steps,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
     }
     optimizer = make_optimizer(loaded.model, lr, config.weight_decay)
     allocate_states(optimizer)
@@ -282,7 +282,7 @@ def _plan(
     )
     by_clock = 60 * config.checkpoint_minutes * num_ranks * plan.tokens_per_second / config.batch_tokens
     steps_between = [sampler.steps_per_epoch, config.checkpoint_steps, by_clock]
-    if not machine.is_host or world()[0] != 0:  # a card's copy is in the host; the first process writes
+    if not machine.is_host or not is_main_process():  # a card's copy is in the host; the first process writes
         return plan
     goes_on = any(steps and steps < num_steps for steps in steps_between)  # after the first one; the last needs no copy
     return plan.with_checkpoints(machine, loaded.num_parameters) if goes_on else plan

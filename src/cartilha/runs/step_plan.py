@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from cartilha.errors import counted
+from cartilha.errors import counted, first_line
 from cartilha.machine.cpu import cpu_matmul_rate
+from cartilha.machine.devices import dtype_name
 from cartilha.machine.memory import available_memory_bytes
 from cartilha.model.attention import choose_kernel
 from cartilha.model.products import cpu_product_dtype
@@ -52,7 +53,7 @@ def this_machine(device: torch.device, dtype: torch.dtype) -> DeviceFacts:
         memory_bytes=available_memory_bytes(device),
         dtype=dtype,
         kernel=choose_kernel(device.type, None, dtype),
-        peak_flops=1e9 * cpu_matmul_rate(str(cpu_product_dtype(dtype)).removeprefix("torch.")),
+        peak_flops=1e9 * cpu_matmul_rate(dtype_name(cpu_product_dtype(dtype))),
         share=0.65,
         overhead_bytes=PROGRAM_BYTES,
         max_tokens=max_tokens_on_this_cpu(dtype),
@@ -186,7 +187,7 @@ def plan_run(
     except Exception as error:  # an architecture may do something that tensors without contents cannot follow
         log.warning(
             "The memory of a step could not be planned (%s): %s; name another with --micro_batch_size.",
-            (str(error).strip().splitlines() or [type(error).__name__])[0],
+            first_line(error),
             f"micro-batches of {counted(size, 'block')} are tried",
         )
     values = {

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from cartilha.errors import counted
+from cartilha.errors import counted, first_line
 from cartilha.tokens.byte_level import BYTE_CHARACTERS
 from cartilha.tokens.encoder import Encoder, Proof, cut
 from cartilha.tokens.text_counts import ranges
@@ -70,7 +70,7 @@ def prove(tokenizer: TextTokenizer, documents: Sequence[str]) -> Encoder:
     except BaseException as error:
         if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
             raise
-        return slow(f"does not take this tokenizer ({(str(error) or type(error).__name__).splitlines()[0]})")
+        return slow(f"does not take this tokenizer ({first_line(error)})")
     rare: tuple[tuple[int, int], ...] = ()
     if differing:
         rare = _characters_that_differ(slow_encoder, fast, [sample[i] for i in differing])

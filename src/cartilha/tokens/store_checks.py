@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cartilha.corpus.splits import SPLITS
-from cartilha.errors import UserError
+from cartilha.errors import UserError, first_line
 from cartilha.model_reference import cache_directory
 from cartilha.storage import file_sha256, read_json, read_sealed_json, write_json
 
@@ -136,9 +136,8 @@ def verify_store(path: Path, info: dict[str, Any]) -> None:
     try:
         _check_contents(path, info)
     except (ValueError, KeyError, OSError, pa.ArrowException) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise UserError(
-            f"The store {path} contradicts itself ({reason}); prepare it again with --overwrite."
+            f"The store {path} contradicts itself ({first_line(error)}); prepare it again with --overwrite."
         ) from error
     remember_verdict(path, info["files"])
 

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from cartilha.errors import UserError
+from cartilha.errors import UserError, first_line
 from cartilha.storage import (
     file_sha256,
     new_directory,
@@ -365,9 +365,8 @@ def load_checkpoint(path: Path, state: TrainingState) -> None:
         check_scaler(saved["scaler"], state.scaler.is_enabled())
         restore_random_state(saved["random"])
     except (OSError, ValueError, LookupError, TypeError, RuntimeError, OverflowError, SafetensorError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
-            f"The checkpoint {path} cannot be used for this model ({reason[0].rstrip('.')}); "
+            f"The checkpoint {path} cannot be used for this model ({first_line(error)}); "
             "use the model and code that it was made with, or another --output."
         ) from error
     weights = read_tensors(path / "model.safetensors", device)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from cartilha.errors import counted
-from cartilha.machine.processes import world
+from cartilha.machine.processes import is_main_process
 from cartilha.storage import parse_json, to_json, write_atomically
 from cartilha.training.loop import Progress, StepRecord
 from cartilha.training.trackers import Tracker, figures_of
@@ -31,7 +31,7 @@ class MetricsFile:
 
     def __init__(self, path: Path, resumed_step: int, watch: LossWatch, tracker: Tracker | None = None) -> None:
         # Of several processes one writes.
-        self._file: IO[str] = _open_at(path, resumed_step) if world()[0] == 0 else open(os.devnull, "w")  # noqa: SIM115
+        self._file: IO[str] = _open_at(path, resumed_step) if is_main_process() else open(os.devnull, "w")  # noqa: SIM115
         self._watch = watch
         self._tracker = tracker
         self._pending: StepRecord | None = None
@@ -81,7 +81,7 @@ class MetricsFile:
     def sync(self) -> None:
         """Write what is held back, to the disk itself: a checkpoint's steps must not be lost where it is kept."""
         self.flush()
-        if world()[0] == 0:
+        if is_main_process():
             os.fsync(self._file.fileno())
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cartilha.machine.processes import world
+from cartilha.machine.processes import is_main_process
 
 log = logging.getLogger("cartilha")
 
@@ -39,7 +39,7 @@ class StopRequest:
 
     def _ask(self) -> None:
         self._asked = True
-        if world()[0] == 0:
+        if is_main_process():
             print("Stopping after this step; a checkpoint will be written.", file=sys.stderr)
 
     def _take(self, signum: int, frame: object) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from cartilha.machine.memory import free_memory_bytes
-from cartilha.machine.processes import world
+from cartilha.machine.processes import is_main_process
 from cartilha.training.checkpoint import BYTES_PER_PARAMETER, TrainingState, freeze, write_checkpoint
 
 log = logging.getLogger("cartilha")
@@ -45,7 +45,7 @@ class CheckpointWriter:
 
     def is_due(self, step: int) -> bool:
         """Whether a checkpoint is due after this step, by steps or by the clock."""
-        if world()[0] != 0:  # of several processes the first one writes
+        if not is_main_process():  # of several processes the first one writes
             return False
         if self._every_steps and step % self._every_steps == 0:
             return True
@@ -70,7 +70,7 @@ class CheckpointWriter:
         Raises:
             OSError: This one, or the one before it, could not be written.
         """
-        if world()[0] != 0:
+        if not is_main_process():
             return
         started = time.monotonic()
         self.finish()
