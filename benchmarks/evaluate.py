@@ -34,7 +34,8 @@ from cartilha.config import EMBEDDED_MODEL
 from cartilha.corpus.document import Document
 from cartilha.corpus.readers import read_documents
 from cartilha.evaluation.documents import encode_documents
-from cartilha.evaluation.nll import document_nll
+from cartilha.evaluation.nll import score_documents
+from cartilha.evaluation.scorer import Scorer
 from cartilha.evaluation.windows import MAX_WINDOW, Protocol
 from cartilha.machine.devices import choose_device, choose_dtype, dtype_name
 from cartilha.model.load import LoadedModel, load_model
@@ -57,7 +58,8 @@ def score_ours(
 ) -> float:
     """Total nats."""
     protocol = Protocol("full", window, window, tokenizer.prefix_id, dtype_name(dtype))
-    return float(document_nll(loaded.model, encode_documents(documents, tokenizer), protocol, dtype).sum())
+    scorer = Scorer(loaded, tokenizer, protocol)
+    return float(score_documents(scorer, encode_documents(documents, tokenizer)).nll.sum())
 
 
 def harness(loaded: LoadedModel, tokenizer: TextTokenizer, window: int) -> Any:

@@ -166,17 +166,16 @@ def make_arm(spec: str, arguments: argparse.Namespace, train: list[Any]) -> Arm:
 
 
 def score(arm: Arm, documents: list[Any]) -> dict[str, Any]:
-    import torch
-
     from cartilha.evaluation.documents import encode_documents
     from cartilha.evaluation.nll import score_documents
+    from cartilha.evaluation.scorer import Scorer
     from cartilha.evaluation.windows import make_protocol
 
     scored = encode_documents(documents, arm.tokenizer)
     protocol = make_protocol(
         "full", None, None, prefix_id=arm.tokenizer.prefix_id, dtype="float32", context_length=2048
     )
-    nll = score_documents(arm.loaded.model, scored, protocol, torch.float32).nll
+    nll = score_documents(Scorer(arm.loaded, arm.tokenizer, protocol), scored).nll
     return {
         "bits_per_byte": float(nll.sum()) / math.log(2) / int(scored.num_bytes.sum()),
         "nll": nll.tolist(),

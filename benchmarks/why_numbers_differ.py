@@ -35,7 +35,8 @@ from cartilha.corpus.readers import read_documents
 from cartilha.corpus.splits import SPLITS, Split, choose_split
 from cartilha.evaluation.documents import encode_documents
 from cartilha.evaluation.measures import Evaluation
-from cartilha.evaluation.nll import document_nll
+from cartilha.evaluation.nll import score_documents
+from cartilha.evaluation.scorer import Scorer
 from cartilha.evaluation.windows import make_protocol
 from cartilha.model.forward import batch_nll, scored_tokens
 from cartilha.model.load import LoadedModel, load_model
@@ -190,7 +191,8 @@ def document_sums(loaded: LoadedModel, tokenizer: TextTokenizer, documents: list
     """Nats and tokens of each document under a protocol: shape (num_documents, 2)."""
     protocol = make_protocol(name, None, None, prefix_id=tokenizer.prefix_id, dtype="float32", context_length=CONTEXT)
     scored = encode_documents(documents, tokenizer, protocol.first_tokens)
-    return np.stack([document_nll(loaded.model, scored, protocol, torch.float32), scored.num_tokens], axis=1)
+    nll = score_documents(Scorer(loaded, tokenizer, protocol), scored).nll
+    return np.stack([nll, scored.num_tokens], axis=1)
 
 
 def mean_of_batches(sums: np.ndarray, batch_size: int) -> tuple[float, float]:

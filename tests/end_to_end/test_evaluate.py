@@ -26,6 +26,7 @@ from cartilha.evaluation import corpus as corpus_module
 from cartilha.evaluation import nll as nll_module
 from cartilha.evaluation.documents import ScoredDocuments
 from cartilha.evaluation.nll import TokenRows
+from cartilha.evaluation.scorer import Scorer
 from cartilha.evaluation.windows import Protocol
 from cartilha.machine import devices
 from cartilha.model.load import load_model
@@ -473,7 +474,7 @@ def test_what_takes_one_process_is_refused_in_several(refused: Refused, store, t
 def test_each_token_is_the_same_on_one_process_and_on_two(corpus, opt, monkeypatch):
     tokenizer = load_tokenizer(str(opt))
     loaded = load_model(str(opt), torch.device("cpu"), tokenizer=tokenizer)
-    protocol = Protocol("full", 32, 16, tokenizer.prefix_id, "float32")
+    scorer = Scorer(loaded, tokenizer, Protocol("full", 32, 16, tokenizer.prefix_id, "float32"))
     documents = [Document(line, f"d{i}", "t", "t") for i, line in enumerate(corpus.read_text("utf-8").splitlines())]
 
     def score(rank: int, num_ranks: int) -> tuple[dict[tuple[int, int], float], Any]:
@@ -487,7 +488,7 @@ def test_each_token_is_the_same_on_one_process_and_on_two(corpus, opt, monkeypat
                 assert (int(document), int(position)) not in found
                 found[int(document), int(position)] = float(nll)
 
-        scored = corpus_module.score_corpus(loaded.model, tokenizer, documents, protocol, torch.float32, take_rows=take)
+        scored = corpus_module.score_corpus(scorer, documents, take_rows=take)
         return found, scored
 
     alone, corpus_alone = score(0, 1)

@@ -16,7 +16,8 @@ from cartilha.corpus.document import Document
 from cartilha.corpus.primer import primer_texts
 from cartilha.evaluation import nll as nll_module
 from cartilha.evaluation.documents import ScoredDocuments, encode_documents
-from cartilha.evaluation.nll import document_nll
+from cartilha.evaluation.nll import score_documents
+from cartilha.evaluation.scorer import Scorer
 from cartilha.evaluation.windows import Protocol, Window, document_windows
 from cartilha.model.load import LoadedModel, load_model, prepare_model
 from cartilha.tokens.tokenizer import TextTokenizer, load_tokenizer
@@ -56,7 +57,7 @@ class Subject:
 
     def ours(self, stride: int) -> np.ndarray:
         """Nats of each document."""
-        return document_nll(self.loaded.model, self.documents, self.protocol(stride), torch.float32)
+        return score_documents(Scorer(self.loaded, self.tokenizer, self.protocol(stride)), self.documents).nll
 
     def theirs(self, stride: int) -> np.ndarray:
         """Nats of each document, from lm-eval's own windows and transformers' own attention.
@@ -179,5 +180,5 @@ def test_a_window_that_is_off_by_one_is_seen(subject, rolling, fault, monkeypatc
 @on_tiny
 def test_another_prefix_is_seen(subject, rolling):
     other = replace(subject.protocol(subject.window), prefix_id=subject.tokenizer.prefix_id - 1)
-    found = document_nll(subject.loaded.model, subject.documents, other, torch.float32)
+    found = score_documents(Scorer(subject.loaded, subject.tokenizer, other), subject.documents).nll
     assert relative_error(found, rolling) > 1e-5

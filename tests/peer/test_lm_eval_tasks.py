@@ -12,7 +12,8 @@ from cartilha.corpus.document import Document
 from cartilha.errors import UserError
 from cartilha.evaluation.documents import encode_documents
 from cartilha.evaluation.downstream import check_tasks, run_tasks
-from cartilha.evaluation.nll import document_nll
+from cartilha.evaluation.nll import score_documents
+from cartilha.evaluation.scorer import Scorer
 from cartilha.evaluation.windows import Protocol
 from cartilha.model.attention import ATTENTION_NAME
 from cartilha.model.load import load_model
@@ -64,7 +65,8 @@ def test_accuracy_is_that_of_our_own_scores(task, monkeypatch, tmp_path, capfd):
             parameter.mul_(3)
     protocol = Protocol("full", 256, 256, tokenizer.prefix_id, "float32")
     documents = [Document(text, str(i), "pairs", "pairs") for pair in PAIRS for i, text in enumerate(pair)]
-    nll = document_nll(loaded.model, encode_documents(documents, tokenizer), protocol, torch.float32).reshape(-1, 2)
+    scores = score_documents(Scorer(loaded, tokenizer, protocol), encode_documents(documents, tokenizer))
+    nll = scores.nll.reshape(-1, 2)
     expected = float((nll[:, 0] < nll[:, 1]).mean())
     assert 0 < expected < 1, "a share that both a right and a wrong answer enter"
 

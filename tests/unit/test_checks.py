@@ -22,6 +22,7 @@ from cartilha.checks.outcome import CheckResult, Subject
 from cartilha.corpus.document import Document
 from cartilha.corpus.primer import read_primer
 from cartilha.evaluation import nll as nll_module
+from cartilha.evaluation.nll import DocumentScores
 from cartilha.model import attention, forward
 from cartilha.model import loss as loss_module
 from cartilha.model.load import load_model, prepare_model
@@ -406,18 +407,19 @@ def test_a_checkpoint_that_forgets_the_moments(fresh, monkeypatch):
 def test_half_precision_that_drifts(fresh, monkeypatch):
     half = replace(fresh, dtype=torch.bfloat16)
     assert failed(run_checks(half, (model.precision,))) == []
-    real = model.document_nll
+    real = model.score_documents
 
-    def drifting(the_model, documents, protocol, dtype):
-        shift = 0.02 * documents.num_tokens if dtype == torch.bfloat16 else 0.0
-        return real(the_model, documents, protocol, dtype) + shift
+    def drifting(scorer, documents):
+        shift = 0.02 * documents.num_tokens if scorer.dtype == torch.bfloat16 else 0.0
+        return DocumentScores(real(scorer, documents).nll + shift)
 
-    monkeypatch.setattr(model, "document_nll", drifting)
+    monkeypatch.setattr(model, "score_documents", drifting)
     assert failed(run_checks(replace(half), (model.precision,))) == ["precision"]
 
 
 def test_fp16_that_would_overflow(fresh, monkeypatch):
-    monkeypatch.setattr(model, "document_nll", lambda the_model, documents, *rest: np.zeros(len(documents.ids)))
+    no_nll = lambda scorer, documents: DocumentScores(np.zeros(len(documents.ids)))  # noqa: E731
+    monkeypatch.setattr(model, "score_documents", no_nll)
     half = replace(fresh, dtype=torch.float16)
     assert failed(run_checks(half, (model.precision,))) == []
     with torch.no_grad():

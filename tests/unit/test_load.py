@@ -19,7 +19,8 @@ from cartilha.corpus.primer import read_primer
 from cartilha.errors import HubUnreachableError, UserError
 from cartilha.evaluation.documents import encode_documents
 from cartilha.evaluation.measures import sum_documents
-from cartilha.evaluation.nll import document_nll
+from cartilha.evaluation.nll import score_documents
+from cartilha.evaluation.scorer import Scorer
 from cartilha.evaluation.windows import Protocol, make_protocol
 from cartilha.model import load
 from cartilha.model.attention import ATTENTION_NAME
@@ -44,7 +45,7 @@ def complaint(ref: Path | str, **arguments: Any) -> str:
 def perplexity(loaded: LoadedModel, tokenizer: TextTokenizer, documents: list[Document]) -> float:
     scored = encode_documents(documents, tokenizer)
     protocol = Protocol("full", min(512, loaded.context_length), 64, tokenizer.prefix_id, "float32")
-    nll = document_nll(loaded.model, scored, protocol, torch.float32)
+    nll = score_documents(Scorer(loaded, tokenizer, protocol), scored).nll
     return sum_documents(scored, nll, np.ones(len(nll), bool)).perplexity
 
 

@@ -8,6 +8,7 @@ import math
 import unicodedata
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from cartilha.corpus.document import Document
 from cartilha.errors import UserError
 from cartilha.evaluation.documents import ScoredDocuments, encode_documents, validation_subset
 from cartilha.evaluation.measures import Evaluation, Sums, make_evaluation
+from cartilha.evaluation.nll import DocumentScores
 from cartilha.evaluation.windows import Protocol
 from cartilha.storage import to_json
 from cartilha.tokens.byte_level import token_bytes
@@ -50,8 +52,9 @@ def documents(*texts: str) -> list[Document]:
     return [Document(text, f"texto-{i}", "here", "test") for i, text in enumerate(texts)]
 
 
-def evaluate(scored: ScoredDocuments, nll: list[float], vocabulary_size: int = VOCABULARY) -> Evaluation:
-    return make_evaluation("modelo", PROTOCOL, scored, np.array(nll), vocabulary_size=vocabulary_size, seconds=2.0)
+def evaluate(scored: ScoredDocuments, nll: list[float]) -> Evaluation:
+    scorer = SimpleNamespace(loaded=SimpleNamespace(ref="modelo"), protocol=PROTOCOL, vocabulary_size=VOCABULARY)
+    return make_evaluation(scorer, scored, DocumentScores(np.array(nll)), seconds=2.0)
 
 
 def decomposed(text: str) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +17,8 @@ from cartilha.errors import UserError
 from cartilha.evaluation import nll as nll_module
 from cartilha.evaluation.documents import ScoredDocuments, encode_documents
 from cartilha.evaluation.measures import make_evaluation
-from cartilha.evaluation.nll import document_nll
+from cartilha.evaluation.nll import score_documents
+from cartilha.evaluation.scorer import Scorer
 from cartilha.evaluation.windows import Protocol
 from cartilha.model.head import head_weight
 from cartilha.model.load import LoadedModel, load_model
@@ -36,6 +39,12 @@ def loaded(request: pytest.FixtureRequest) -> LoadedModel:
         for parameter in found.model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     return found
+
+
+def document_nll(
+    loaded: LoadedModel, documents: ScoredDocuments, protocol: Protocol = PROTOCOL, **options: Any
+) -> np.ndarray:
+    return score_documents(Scorer(loaded, TOKENIZER, protocol), documents, **options).nll
 
 
 def documents_of(ids: list[np.ndarray]) -> ScoredDocuments:
@@ -78,7 +87,7 @@ def test_equals_one_document_at_a_time(loaded, stride):
     protocol = Protocol("full", L, stride, PREFIX, "float32")
     documents = documents_of(random_documents(*LENGTHS))
     expected = [naive_nll(loaded, ids, protocol) for ids in documents.ids]
-    found = document_nll(loaded.model, documents, protocol, torch.float32)
+    found = document_nll(loaded, documents, protocol)
     assert found.dtype == np.float64 and found[0] == 0
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=0)
     # Far from what no model at all would give: the comparison sees the context.
@@ -87,10 +96,7 @@ def test_equals_one_document_at_a_time(loaded, stride):
 
 def test_the_stride_matters_for_long_documents_only(loaded):
     documents = documents_of(random_documents(*LENGTHS))
-    short, long = (
-        document_nll(loaded.model, documents, Protocol("full", L, stride, PREFIX, "float32"), torch.float32)
-        for stride in (1, L)
-    )
+    short, long = (document_nll(loaded, documents, replace(PROTOCOL, stride=stride)) for stride in (1, L))
     is_long = np.array(LENGTHS) > L
     np.testing.assert_allclose(short[~is_long], long[~is_long], rtol=1e-6)
     # A document of L + 1 has one later window of one token under any stride.
@@ -101,11 +107,11 @@ def test_the_stride_matters_for_long_documents_only(loaded):
 @pytest.mark.parametrize("tokens_per_forward", [1, L, 3 * L + 1, 100_000])
 def test_neither_order_nor_batch_size_matters(loaded, tokens_per_forward, monkeypatch):
     ids = random_documents(*LENGTHS)
-    expected = document_nll(loaded.model, documents_of(ids), PROTOCOL, torch.float32)
+    expected = document_nll(loaded, documents_of(ids))
     monkeypatch.setitem(nll_module.TOKENS_PER_FORWARD, "cpu", tokens_per_forward)
     shapes = spy_on_batches(monkeypatch)
     order = np.random.default_rng(tokens_per_forward).permutation(len(ids))
-    found = document_nll(loaded.model, documents_of([ids[i] for i in order]), PROTOCOL, torch.float32)
+    found = document_nll(loaded, documents_of([ids[i] for i in order]))
     np.testing.assert_allclose(found, expected[order], rtol=1e-6, atol=0)
     assert all(rows * length <= max(tokens_per_forward, length) for rows, length in shapes)
     assert (len(shapes) == 1) == (tokens_per_forward == 100_000)
@@ -134,7 +140,7 @@ def test_short_documents_share_rows_and_padding_is_not_scored(loaded, monkeypatc
         lambda model, batch, dtype, **o: batches.append(batch) or scored_tokens(model, batch, dtype, **o),
     )
     lengths = [L, 3, 4, 5, 2, 1, 7]
-    document_nll(loaded.model, documents_of(random_documents(*lengths)), PROTOCOL, torch.float32)
+    document_nll(loaded, documents_of(random_documents(*lengths)))
     assert sum(batch.num_targets for batch in batches) == sum(lengths)
     assert sum(batch.input_ids.size for batch in batches) < 1.3 * sum(lengths) < len(lengths) * L
     assert any((batch.targets == IGNORE_INDEX).any() for batch in batches), "no padding to be left out"
@@ -142,9 +148,9 @@ def test_short_documents_share_rows_and_padding_is_not_scored(loaded, monkeypatc
 
 def test_documents_do_not_influence_each_other(loaded):
     ids = random_documents(5, 7, 3)
-    before = document_nll(loaded.model, documents_of(ids), PROTOCOL, torch.float32)
+    before = document_nll(loaded, documents_of(ids))
     ids[1] = (ids[1] + 1) % 256
-    after = document_nll(loaded.model, documents_of(ids), PROTOCOL, torch.float32)
+    after = document_nll(loaded, documents_of(ids))
     np.testing.assert_allclose(after[[0, 2]], before[[0, 2]], rtol=1e-6)
     assert abs(after[1] - before[1]) > 1e-2
 
@@ -152,7 +158,7 @@ def test_documents_do_not_influence_each_other(loaded):
 def test_the_prefix_is_context_and_never_scored(loaded):
     documents = documents_of(random_documents(5))
     other = Protocol("full", L, L // 2, PAD, "float32")
-    found, changed = (document_nll(loaded.model, documents, p, torch.float32)[0] for p in (PROTOCOL, other))
+    found, changed = (document_nll(loaded, documents, p)[0] for p in (PROTOCOL, other))
     assert changed == pytest.approx(naive_nll(loaded, documents.ids[0], other), rel=1e-6)
     assert abs(found - changed) > 1e-3
 
@@ -164,14 +170,14 @@ def test_the_sum_is_float64(loaded, monkeypatch):
         return TokenScores(nll, torch.zeros_like(nll))
 
     monkeypatch.setattr(nll_module, "scored_tokens", given)
-    nll = document_nll(loaded.model, documents_of(random_documents(L)), PROTOCOL, torch.float32)
+    nll = document_nll(loaded, documents_of(random_documents(L)))
     assert nll.tolist() == [2.0**25 + L - 1]
     assert np.float32(2.0**25) + np.float32(1) == np.float32(2.0**25)
 
 
 def test_progress_is_told_every_token_once(loaded):
     told: list[float] = []
-    document_nll(loaded.model, documents_of(random_documents(*LENGTHS)), PROTOCOL, torch.float32, told.append)
+    document_nll(loaded, documents_of(random_documents(*LENGTHS)), advance=told.append)
     assert sum(told) == sum(LENGTHS)
 
 
@@ -190,7 +196,7 @@ def test_a_nll_that_is_not_finite_names_its_document(loaded, bad, culprit, monke
 
     monkeypatch.setattr(nll_module, "scored_tokens", faulty)
     with pytest.raises(UserError, match=rf"documento-{culprit}\b"):
-        document_nll(loaded.model, documents_of(ids), PROTOCOL, torch.float32)
+        document_nll(loaded, documents_of(ids))
 
 
 def test_weights_that_are_not_numbers_are_found_out(loaded):
@@ -198,7 +204,7 @@ def test_weights_that_are_not_numbers_are_found_out(loaded):
     with torch.no_grad():
         head_weight(broken)[5] = math.nan
     with pytest.raises(UserError, match="documento-0"):
-        document_nll(broken, documents_of(random_documents(3)), PROTOCOL, torch.float32)
+        document_nll(replace(loaded, model=broken), documents_of(random_documents(3)))
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -206,14 +212,14 @@ def test_dropout_is_off_while_scoring_and_back_afterwards(training):
     loaded = load_model("random:tiny-opt", CPU, tokenizer=TOKENIZER)
     assert loaded.model.config.dropout > 0, "a model without dropout would prove nothing"
     documents = documents_of(random_documents(10))
-    expected = document_nll(loaded.model, documents, PROTOCOL, torch.float32)
+    expected = document_nll(loaded, documents)
     loaded.model.train(training)
-    assert document_nll(loaded.model, documents, PROTOCOL, torch.float32) == expected
+    assert document_nll(loaded, documents) == expected
     assert loaded.model.training == training
 
 
 def test_no_gradients_are_kept(loaded):
-    document_nll(loaded.model, documents_of(random_documents(10)), PROTOCOL, torch.float32)
+    document_nll(loaded, documents_of(random_documents(10)))
     assert all(parameter.grad is None for parameter in loaded.model.parameters())
 
 
@@ -229,8 +235,8 @@ def test_a_uniform_model_scores_the_vocabulary_size():
     with torch.no_grad():
         head_weight(loaded.model).zero_()
     documents = scored_texts()
-    nll = document_nll(loaded.model, documents, PROTOCOL, torch.float32)
-    result = make_evaluation("uniform", PROTOCOL, documents, nll, vocabulary_size=259, seconds=1.0)
+    scorer = Scorer(loaded, TOKENIZER, PROTOCOL)
+    result = make_evaluation(scorer, documents, score_documents(scorer, documents), seconds=1.0)
     assert result.perplexity == pytest.approx(259, rel=1e-5)
     record = result.to_dict()
     assert record["bits_per_byte"] == pytest.approx(math.log2(259), rel=1e-6)  # a token a byte
@@ -241,7 +247,7 @@ def test_a_uniform_model_scores_the_vocabulary_size():
 def test_special_tokens_written_out_in_the_text_are_scored_as_text(loaded):
     documents = scored_texts()
     assert [ids.tolist() for ids in documents.ids] == [list(text.encode()) for text in TEXTS]
-    nll = document_nll(loaded.model, documents, PROTOCOL, torch.float32)
+    nll = document_nll(loaded, documents)
     np.testing.assert_allclose(nll, [naive_nll(loaded, ids, PROTOCOL) for ids in documents.ids], rtol=1e-6)
 
 
@@ -250,6 +256,6 @@ def test_real_end_and_padding_tokens_in_the_text_count_like_any_other(loaded):
     ids = [np.array([END, 65, END, END], np.uint32), np.array([PAD] * 5, np.uint32), np.array([PREFIX], np.uint32)]
     for prefix in (PREFIX, END, PAD):
         protocol = Protocol("full", L, L // 2, prefix, "float32")
-        nll = document_nll(loaded.model, documents_of(ids), protocol, torch.float32)
+        nll = document_nll(loaded, documents_of(ids), protocol)
         np.testing.assert_allclose(nll, [naive_nll(loaded, document, protocol) for document in ids], rtol=1e-6)
         assert (nll / [4, 5, 1] > 0.1).all()

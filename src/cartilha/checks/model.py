@@ -13,9 +13,10 @@ from cartilha.blocks.packing import IGNORE_INDEX, Batch, PackedStream, stack
 from cartilha.checks.outcome import CheckResult, Judgement, Subject
 from cartilha.evaluation.baselines import token_counts, unigram_nll
 from cartilha.evaluation.documents import ScoredDocuments, encode_documents
-from cartilha.evaluation.nll import document_nll
+from cartilha.evaluation.nll import score_documents
 from cartilha.evaluation.perplexity import perplexity
-from cartilha.evaluation.windows import MAX_WINDOW, Protocol, make_protocol
+from cartilha.evaluation.scorer import make_scorer
+from cartilha.evaluation.windows import MAX_WINDOW
 from cartilha.machine.devices import dtype_name, seed_everything
 from cartilha.model.attention import transformers_attention, use_document_attention
 from cartilha.model.forward import batch_nll, hidden_states
@@ -118,15 +119,9 @@ def _sample(subject: Subject) -> ScoredDocuments:
 def _nll(subject: Subject, dtype: torch.dtype) -> np.ndarray:
     """Nats of each document of the sample in this compute dtype; scored once for all checks that ask."""
     if dtype not in subject.scored:
-        subject.scored[dtype] = document_nll(subject.loaded.model, _sample(subject), _protocol(subject, dtype), dtype)
+        scorer = make_scorer(subject.loaded, subject.tokenizer, dtype)
+        subject.scored[dtype] = score_documents(scorer, _sample(subject)).nll
     return subject.scored[dtype]
-
-
-def _protocol(subject: Subject, dtype: torch.dtype) -> Protocol:
-    return make_protocol(
-        "full", None, None, prefix_id=subject.tokenizer.prefix_id, dtype=dtype_name(dtype),
-        context_length=subject.loaded.context_length,
-    )  # fmt: skip
 
 
 def causality(subject: Subject) -> CheckResult:

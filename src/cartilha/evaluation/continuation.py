@@ -10,6 +10,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from cartilha.config import GenerateConfig
 from cartilha.errors import UserError, counted
 from cartilha.evaluation.decoding import check_decoding, describe_mode
+from cartilha.evaluation.scorer import unused_ids
 from cartilha.machine.devices import seed_everything
 from cartilha.model.attention import transformers_attention
 from cartilha.model.head import head_weight
@@ -71,7 +72,7 @@ def _continue(loaded: LoadedModel, tokenizer: TextTokenizer, prompt: str, config
         )
     device = loaded.model.device
     processors = LogitsProcessorList()
-    unused, num_rows = unused_ids(tokenizer, loaded), len(head_weight(loaded.model))
+    unused, num_rows = unused_ids(loaded, tokenizer), len(head_weight(loaded.model))
     if healed:
         processors.append(_BeginWith(len(ids), _ids_that_begin_with_space(tokenizer).to(device)))
     settings = GenerationConfig(
@@ -101,12 +102,6 @@ def _continue(loaded: LoadedModel, tokenizer: TextTokenizer, prompt: str, config
     if healed:
         text = text.removeprefix(" ")
     return Continuation(prompt, prompt + text, describe_mode(config), len(new))
-
-
-def unused_ids(tokenizer: TextTokenizer, loaded: LoadedModel) -> list[int]:
-    """Rows of the head that no token uses (OPT has seven): they decode to nothing and are never written."""
-    used = set(tokenizer.backend.get_vocab(with_added_tokens=True).values())
-    return [i for i in range(head_weight(loaded.model).shape[0]) if i not in used]
 
 
 def _ids_that_begin_with_space(tokenizer: TextTokenizer) -> torch.Tensor:

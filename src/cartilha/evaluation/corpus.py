@@ -7,21 +7,16 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
-from transformers import PreTrainedModel
 
 from cartilha.corpus.document import Document
 from cartilha.errors import UserError
-from cartilha.evaluation.documents import ScoredDocuments, encode_documents, join
-from cartilha.evaluation.nll import DocumentScores, TokenRows, score_documents
-from cartilha.evaluation.windows import Protocol
+from cartilha.evaluation.documents import NOTHING_TO_SCORE, ScoredDocuments, encode_documents, join
+from cartilha.evaluation.nll import DocumentScores, TokenRows, join_scores, score_documents
+from cartilha.evaluation.scorer import Scorer
 from cartilha.machine.processes import gather_objects, world
 from cartilha.tokens.store import batches
-from cartilha.tokens.tokenizer import TextTokenizer
 
 SHARD_CHARS = 8_000_000  # enough windows of each length to fill rows; a few hundred MB with everything that hangs on it
-
-Observer = Callable[[ScoredDocuments], None]
 
 
 @dataclass(frozen=True)
@@ -33,26 +28,18 @@ class ScoredCorpus:
 
 
 def score_corpus(
-    model: PreTrainedModel,
-    tokenizer: TextTokenizer,
+    scorer: Scorer,
     documents: Iterable[Document],
-    protocol: Protocol,
-    dtype: torch.dtype,
     *,
-    unused_ids: torch.Tensor | None = None,
     advance: Callable[[float], None] = lambda amount: None,
     take_rows: Callable[[TokenRows], None] | None = None,
-    observe: Observer = lambda scored: None,
+    observe: Callable[[ScoredDocuments], None] = lambda scored: None,
 ) -> ScoredCorpus:
     """Score every document once. Under torchrun each rank takes every n-th document and all ranks get the whole.
 
     Args:
-        model: With attention within documents.
-        tokenizer: Its own.
+        scorer: Its model computes attention within documents.
         documents: Read once, in order.
-        protocol: How to score.
-        dtype: Compute dtype.
-        unused_ids: Rows of the head that no token uses.
         advance: Told the number of tokens scored.
         take_rows: Given each token's scores, with the documents numbered over the whole corpus.
         observe: Given each shard of documents as they are scored (for baselines).
@@ -68,53 +55,29 @@ def score_corpus(
         numbers = np.arange(num_seen, num_seen + len(shard))
         num_seen += len(shard)
         mine = [document for number, document in zip(numbers, shard, strict=True) if number % num_ranks == rank]
-        scored = encode_documents(mine, tokenizer, protocol.first_tokens, allow_empty=True)
+        scored = encode_documents(mine, scorer.tokenizer, scorer.protocol.first_tokens, allow_empty=True)
         kept = numbers[numbers % num_ranks == rank][scored.kept]
         take = None if take_rows is None else _renumbered(take_rows, kept)
-        found = score_documents(model, scored, protocol, dtype, unused_ids=unused_ids, advance=advance, take_rows=take)
+        found = score_documents(scorer, scored, advance=advance, take_rows=take, measure_unused=True)
         observe(scored)
         parts.append((kept, scored.without_ids(), found))
     gathered = [part for share in gather_objects(parts) for part in share]
     if not any(len(kept) for kept, _, _ in gathered):
-        raise UserError(
-            "There are no documents to score; give --input with text, or a store with validation documents."
-        )
-    joined = join([scored for _, scored, _ in gathered], corpus.hexdigest())
+        raise UserError(NOTHING_TO_SCORE)
     order = np.argsort(np.concatenate([kept for kept, _, _ in gathered]), kind="stable")
-    nll = np.concatenate([found.nll for _, _, found in gathered])[order]
-    scores = DocumentScores(
-        nll,
-        sum(found.unused_mass for _, _, found in gathered),
-        np.sum([found.position_nll for _, _, found in gathered], axis=0),
-        np.sum([found.position_tokens for _, _, found in gathered], axis=0),
-    )
-    return ScoredCorpus(joined.taken(order), scores)
+    joined = join([scored for _, scored, _ in gathered], corpus.hexdigest())
+    return ScoredCorpus(joined.taken(order), join_scores([found for _, _, found in gathered], order))
 
 
 def score_in_shares(
-    model: PreTrainedModel,
-    documents: ScoredDocuments,
-    protocol: Protocol,
-    dtype: torch.dtype,
-    *,
-    advance: Callable[[float], None] = lambda amount: None,
+    scorer: Scorer, documents: ScoredDocuments, advance: Callable[[float], None] = lambda amount: None
 ) -> DocumentScores:
     """`score_documents`; under torchrun each rank takes every n-th document and all ranks get the whole."""
     rank, num_ranks = world()
-    if num_ranks == 1:
-        return score_documents(model, documents, protocol, dtype, advance=advance)
     places = [np.arange(r, len(documents.ids), num_ranks) for r in range(num_ranks)]
     mine = replace(documents.taken(places[rank]), ids=[documents.ids[i] for i in places[rank]])
-    shares = gather_objects(score_documents(model, mine, protocol, dtype, advance=advance))
-    nll = np.zeros(len(documents.ids))
-    for place, share in zip(places, shares, strict=True):
-        nll[place] = share.nll
-    return DocumentScores(
-        nll,
-        sum(share.unused_mass for share in shares),
-        np.sum([share.position_nll for share in shares], axis=0),
-        np.sum([share.position_tokens for share in shares], axis=0),
-    )
+    shares = gather_objects(score_documents(scorer, mine, advance=advance))
+    return join_scores(shares, np.argsort(np.concatenate(places)))
 
 
 def _hashed(documents: Iterable[Document], corpus: hashlib._Hash) -> Iterator[Document]:

@@ -17,6 +17,7 @@ from cartilha.tokens.tokenizer import TextTokenizer
 SUBSET_SEED = 20_01  # of the hash order in which validation subsets are chosen; never changed
 MAX_DOMAINS = 200  # figures are given for the largest; a column with a value for each document is no domain
 MAX_DOMAIN_CHARS = 100
+NOTHING_TO_SCORE = "There are no documents to score; give --input with text, or a store with validation documents."
 
 
 @dataclass(frozen=True)
@@ -120,9 +121,7 @@ def encode_documents(
     # A text of which the tokenizer keeps nothing is not empty: it is lost, and counted among those.
     kept = [i for i, ids in enumerate(encoded) if len(ids) or documents[i].text]
     if not any(len(ids) for ids in encoded) and not allow_empty:
-        raise UserError(
-            "There are no documents to score; give --input with text, or a store with validation documents."
-        )
+        raise UserError(NOTHING_TO_SCORE)
     ids: list[np.ndarray] = []
     texts: list[str] = []
     num_bytes: list[int] = []

@@ -15,6 +15,7 @@ from cartilha.evaluation.bootstrap import FEW_DOCUMENTS, Interval, bootstrap_int
 from cartilha.evaluation.documents import MAX_DOMAINS, ScoredDocuments, by_domain
 from cartilha.evaluation.nll import POSITION_EDGES, DocumentScores
 from cartilha.evaluation.perplexity import perplexity
+from cartilha.evaluation.scorer import Scorer
 from cartilha.evaluation.windows import Protocol
 
 MAX_LOST_BYTES = 0.01  # above this share of bytes that do not round-trip, byte figures would not mean the corpus
@@ -198,35 +199,29 @@ class Evaluation:
 
 
 def make_evaluation(
-    model: str,
-    protocol: Protocol,
+    scorer: Scorer,
     documents: ScoredDocuments,
-    nll: np.ndarray,
-    *,
-    vocabulary_size: int,
+    scores: DocumentScores,
     seconds: float,
-    scores: DocumentScores | None = None,
     baselines: Mapping[str, Mapping[str, float | None]] | None = None,
 ) -> Evaluation:
-    """The figures of one model from its documents' nll.
+    """The figures of one model.
 
     Args:
-        model: The MODEL argument.
-        protocol: How the documents were scored.
+        scorer: What scored the documents.
         documents: What was scored.
-        nll: Of each document, nats, float64.
-        vocabulary_size: Rows of the head.
+        scores: What the scoring found.
         seconds: Wall time of the scoring.
-        scores: What else the scoring found (mass of unused rows, loss by position).
         baselines: Beside the uniform model, which is always there.
     """
+    nll, vocabulary_size = scores.nll, scorer.vocabulary_size
     kept = documents.round_trips & (documents.num_bytes > 0)
     byte_total = sum_documents(documents, nll, np.flatnonzero(kept))
     lost = [documents.doc_ids[i] for i in np.flatnonzero(~documents.round_trips)]
     beside = uniform(vocabulary_size, byte_total.num_tokens, byte_total.num_bytes or None)
     evaluation = Evaluation(
-        model=model,
-        protocol=protocol,
+        model=scorer.loaded.ref,
+        protocol=scorer.protocol,
         corpus_hash=documents.corpus_hash,
         total=sum_documents(documents, nll, np.arange(len(nll))),
         byte_total=byte_total,
@@ -235,7 +230,7 @@ def make_evaluation(
         domains=_domains(documents, nll, kept),
         num_domains=len(by_domain(documents.domains)),
         positions=_positions(scores),
-        unused_rows_mass=None if scores is None else scores.unused_mass / int(documents.num_tokens.sum()),
+        unused_rows_mass=None if scores.unused_mass is None else scores.unused_mass / int(documents.num_tokens.sum()),
         baselines={"uniform": beside.to_dict(), **(baselines or {})},
         num_lost=len(lost),
         lost=tuple(lost[:20]),
@@ -269,10 +264,8 @@ def _domains(documents: ScoredDocuments, nll: np.ndarray, kept: np.ndarray) -> d
     return {name: sum_documents(documents, nll, found[name]) for name in largest}
 
 
-def _positions(scores: DocumentScores | None) -> tuple[dict[str, float], ...]:
+def _positions(scores: DocumentScores) -> tuple[dict[str, float], ...]:
     """Mean loss by position, for the bins that hold tokens."""
-    if scores is None:
-        return ()
     rows = zip(POSITION_EDGES, scores.position_nll, scores.position_tokens, strict=True)
     return tuple({"from": edge, "loss": float(n / k), "num_tokens": int(k)} for edge, n, k in rows if k)
 

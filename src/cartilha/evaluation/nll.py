@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from transformers import PreTrainedModel
 
 from cartilha.blocks.packing import IGNORE_INDEX, Batch
 from cartilha.errors import UserError
 from cartilha.evaluation.documents import ScoredDocuments
-from cartilha.evaluation.windows import Protocol, Window, document_windows
+from cartilha.evaluation.scorer import Scorer
+from cartilha.evaluation.windows import Window, document_windows
 from cartilha.model.forward import scored_tokens
 from cartilha.model.loss import TokenScores
 
@@ -64,68 +64,69 @@ class DocumentScores:
 
     Attributes:
         nll: Of each document, nats, float64, shape (num_documents,).
-        unused_mass: Sum over all tokens of the probability of rows that no token uses.
+        unused_mass: Sum over all tokens of the probability of rows that no token uses; None where it was not measured.
         position_nll: Sums of nll by the token's position in its document: bins [edge, next edge), last one open.
         position_tokens: Tokens in each bin.
     """
 
     nll: np.ndarray
-    unused_mass: float = 0.0
+    unused_mass: float | None = None
     position_nll: np.ndarray = field(default_factory=lambda: np.zeros(len(POSITION_EDGES)))
     position_tokens: np.ndarray = field(default_factory=lambda: np.zeros(len(POSITION_EDGES), np.int64))
 
-    def add(self, owner: np.ndarray, position: np.ndarray, nll: np.ndarray, unused_mass: float) -> None:
-        """Add tokens: the document and position of each, its nll in float64, and their mass on unused rows."""
+    def add(self, owner: np.ndarray, position: np.ndarray, nll: np.ndarray) -> None:
+        """Add tokens: the document and position of each, and its nll in float64."""
         np.add.at(self.nll, owner, nll)
-        self.unused_mass += unused_mass
         position_bin = np.searchsorted(POSITION_EDGES, position, side="right") - 1
         np.add.at(self.position_nll, position_bin, nll)
         np.add.at(self.position_tokens, position_bin, 1)
 
 
-def document_nll(
-    model: PreTrainedModel,
-    documents: ScoredDocuments,
-    protocol: Protocol,
-    dtype: torch.dtype,
-    advance: Callable[[float], None] = lambda amount: None,
-) -> np.ndarray:
-    """Minus the sum of ln p(token | context) over each document's tokens: see `score_documents`."""
-    return score_documents(model, documents, protocol, dtype, advance=advance).nll
+def join_scores(parts: Sequence[DocumentScores], order: np.ndarray) -> DocumentScores:
+    """Scores of documents that were scored part by part, as those of one corpus.
+
+    Args:
+        parts: At least one, all measured alike.
+        order: Indices of the documents, the parts one behind the other, in the order of the corpus.
+    """
+    masses = [part.unused_mass for part in parts if part.unused_mass is not None]
+    return DocumentScores(
+        np.concatenate([part.nll for part in parts])[order],
+        sum(masses) if masses else None,
+        np.sum([part.position_nll for part in parts], axis=0),
+        np.sum([part.position_tokens for part in parts], axis=0),
+    )
 
 
 def score_documents(
-    model: PreTrainedModel,
+    scorer: Scorer,
     documents: ScoredDocuments,
-    protocol: Protocol,
-    dtype: torch.dtype,
     *,
-    unused_ids: torch.Tensor | None = None,
     advance: Callable[[float], None] = lambda amount: None,
     take_rows: Callable[[TokenRows], None] | None = None,
     num_likeliest: int = 0,
+    measure_unused: bool = False,
 ) -> DocumentScores:
-    """Score every token of the documents exactly once.
+    """Minus the sum of ln p(token | context) over the tokens of each document, every token scored exactly once.
 
     Args:
-        model: With attention within documents.
+        scorer: Its model computes attention within documents.
         documents: What to score.
-        protocol: Window, stride and prefix.
-        dtype: Compute dtype.
-        unused_ids: Rows of the head that no token uses, on the model's device.
         advance: Told the number of tokens scored after each forward pass.
         take_rows: Given each token's scores, in no particular order.
         num_likeliest: How many of the likeliest tokens the rows hold.
+        measure_unused: Whether to sum the probability of rows that no token uses, which costs a little.
 
     Raises:
         UserError: A document has a token whose nll is not finite; it is named, never dropped.
     """
+    model, protocol = scorer.loaded.model, scorer.protocol
     windows = [
         _Placed(document, window)
         for document, ids in enumerate(documents.ids)
         for window in document_windows(len(ids), protocol.window, protocol.stride)
     ]
-    scores = DocumentScores(np.zeros(len(documents.ids)))
+    scores = DocumentScores(np.zeros(len(documents.ids)), 0.0 if measure_unused else None)
     num_scored = np.zeros(len(documents.ids), np.int64)
     with _without_dropout(model):
         for rows in _batches(windows, TOKENS_PER_FORWARD.get(model.device.type, 4096)):
@@ -133,8 +134,8 @@ def score_documents(
             found = scored_tokens(
                 model,
                 batch,
-                dtype,
-                unused_ids=unused_ids,
+                scorer.dtype,
+                unused_ids=scorer.unused_ids if measure_unused else None,
                 details=take_rows is not None,
                 num_likeliest=num_likeliest,
             )
@@ -143,7 +144,9 @@ def score_documents(
             owner = np.repeat([p.document for p in placed], [p.window.num_scored for p in placed])
             position = np.concatenate([np.arange(p.window.first_target, p.window.past) for p in placed])
             _check_finite(nll, owner, documents.doc_ids)
-            scores.add(owner, position, nll, float(found.unused_mass.double().sum()))
+            scores.add(owner, position, nll)
+            if scores.unused_mass is not None:
+                scores.unused_mass += float(found.unused_mass.double().sum())
             np.add.at(num_scored, owner, 1)
             if take_rows is not None:
                 token_ids = batch.targets[batch.targets != IGNORE_INDEX]

@@ -13,12 +13,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
-from transformers import PreTrainedModel
 
 from cartilha.evaluation.documents import ScoredDocuments
 from cartilha.evaluation.nll import TokenRows, score_documents
-from cartilha.evaluation.windows import Protocol
+from cartilha.evaluation.scorer import Scorer
 from cartilha.storage import new_file
 from cartilha.tokens.tokenizer import TextTokenizer
 
@@ -77,29 +75,18 @@ def token_texts(tokenizer: TextTokenizer, ids: Sequence[int] | np.ndarray) -> li
     return texts
 
 
-def add_surprisal(
-    path: Path,
-    step: int,
-    model: PreTrainedModel,
-    tokenizer: TextTokenizer,
-    documents: ScoredDocuments,
-    protocol: Protocol,
-    dtype: torch.dtype,
-) -> None:
+def add_surprisal(path: Path, step: int, scorer: Scorer, documents: ScoredDocuments) -> None:
     """Score each token and append it to the file; rows of this step or a later one (before a resume) are replaced.
 
     Args:
         path: surprisal.parquet.
-        step: Of the run.
-        model: As it is after that step.
-        tokenizer: The model's.
+        step: Of the run, which the model is at.
+        scorer: The run's.
         documents: What `shown_documents` chose.
-        protocol: The run's.
-        dtype: Compute dtype.
     """
     parts: list[TokenRows] = []
-    score_documents(model, documents, protocol, dtype, take_rows=parts.append, num_likeliest=NUM_LIKELIEST)
-    table = _table(step, parts, tokenizer, documents)
+    score_documents(scorer, documents, take_rows=parts.append, num_likeliest=NUM_LIKELIEST)
+    table = _table(step, parts, scorer.tokenizer, documents)
     if path.is_file():
         old = pq.read_table(path, schema=SURPRISAL_SCHEMA)
         table = pa.concat_tables([old.filter(pa.compute.less(old["step"], step)), table])

@@ -8,45 +8,28 @@ import time
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 
 from cartilha.corpus.document import Document
 from cartilha.evaluation.documents import encode_documents
 from cartilha.evaluation.measures import Evaluation, make_evaluation
 from cartilha.evaluation.nll import TokenRows, score_documents
 from cartilha.evaluation.perplexity import perplexity
-from cartilha.evaluation.windows import Protocol
+from cartilha.evaluation.scorer import Scorer
 from cartilha.explorer.pieces import Piece, text_pieces
-from cartilha.model.head import head_weight
-from cartilha.model.load import LoadedModel
-from cartilha.tokens.tokenizer import TextTokenizer
 
 MAX_CHARS = 10_000
 
 
 @dataclass(frozen=True)
-class Reader:
-    """A model with what reading a text takes.
+class Reader(Scorer):
+    """A model with what reading a text takes; the protocol is that of `cartilha evaluate` by default.
 
     Attributes:
-        loaded: The model.
-        tokenizer: Its tokenizer.
-        protocol: As `cartilha evaluate` has it by default.
-        dtype: Compute dtype.
         lock: Held while the model computes: one page asks for several things at once, and generation switches the
             model's attention.
     """
 
-    loaded: LoadedModel
-    tokenizer: TextTokenizer
-    protocol: Protocol
-    dtype: torch.dtype
     lock: threading.Lock = field(default_factory=threading.Lock)
-
-    @property
-    def vocabulary_size(self) -> int:
-        """Rows of the head: the perplexity of the uniform model."""
-        return int(head_weight(self.loaded.model).shape[0])
 
 
 @dataclass(frozen=True)
@@ -130,16 +113,8 @@ def read(reader: Reader, text: str) -> Reading | None:
 
     started = time.perf_counter()
     with reader.lock:
-        scores = score_documents(reader.loaded.model, documents, reader.protocol, reader.dtype, take_rows=take)
-    evaluation = make_evaluation(
-        reader.loaded.ref,
-        reader.protocol,
-        documents,
-        scores.nll,
-        vocabulary_size=reader.vocabulary_size,
-        seconds=time.perf_counter() - started,
-        scores=scores,
-    )
+        scores = score_documents(reader, documents, take_rows=take)
+    evaluation = make_evaluation(reader, documents, scores, time.perf_counter() - started)
     offsets = reader.tokenizer.backend.encode(text, add_special_tokens=False).offsets
     assert len(offsets) == len(ids), "the same tokenizer over the same text"
     return Reading(text, ids, tuple(text_pieces(text, offsets)), nll, rank, entropy, evaluation)

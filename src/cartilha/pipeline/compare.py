@@ -14,8 +14,7 @@ from cartilha.errors import UserError
 from cartilha.evaluation.compare import Comparison, compare_documents
 from cartilha.evaluation.measures import make_evaluation
 from cartilha.evaluation.saved import SavedEvaluation, load_evaluation, saved_evaluation
-from cartilha.model.head import head_weight
-from cartilha.pipeline.evaluate import ready_model, score_held_out
+from cartilha.pipeline.evaluate import score_held_out, scorer_for
 from cartilha.pipeline.held_out import held_out
 from cartilha.pipeline.preflight import preflight
 
@@ -99,15 +98,7 @@ def compare(config: CompareConfig) -> CompareResult:
 
 def _score(ref: str, config: CompareConfig) -> SavedEvaluation:
     text = held_out(config)
-    ready = ready_model(ref, text, config)
-    corpus = score_held_out(ready, text)
-    evaluation = make_evaluation(
-        ref,
-        ready.protocol,
-        corpus.documents,
-        corpus.scores.nll,
-        vocabulary_size=head_weight(ready.loaded.model).shape[0],
-        seconds=0.0,
-        scores=corpus.scores,
-    )
+    scorer = scorer_for(ref, text, config)
+    corpus = score_held_out(scorer, text)
+    evaluation = make_evaluation(scorer, corpus.documents, corpus.scores, seconds=0.0)
     return saved_evaluation(evaluation.to_dict(), corpus.documents, corpus.scores.nll)

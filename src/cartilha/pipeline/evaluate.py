@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from cartilha.config import CompareConfig, EvaluateConfig, GenerateConfig
 from cartilha.console import progress
 from cartilha.errors import UserError, counted
 from cartilha.evaluation.compressed import CompressedText
-from cartilha.evaluation.continuation import continue_prompts, unused_ids
+from cartilha.evaluation.continuation import continue_prompts
 from cartilha.evaluation.continuation_scores import continuation_measures
 from cartilha.evaluation.corpus import SHARD_CHARS, ScoredCorpus, score_corpus, score_in_shares
 from cartilha.evaluation.documents import ScoredDocuments, encode_documents
@@ -25,15 +26,13 @@ from cartilha.evaluation.downstream import check_tasks, run_tasks
 from cartilha.evaluation.measures import Evaluation, make_evaluation
 from cartilha.evaluation.nll import TokenRows, score_documents
 from cartilha.evaluation.saved import save_evaluation, token_file
-from cartilha.evaluation.windows import Protocol, make_protocol
-from cartilha.machine.devices import choose_device, choose_dtype, dtype_name
+from cartilha.evaluation.scorer import Scorer, make_scorer
+from cartilha.machine.devices import choose_device, choose_dtype
 from cartilha.machine.processes import is_main_process, world
-from cartilha.model.head import head_weight
-from cartilha.model.load import LoadedModel, load_model
+from cartilha.model.load import load_model
 from cartilha.pipeline.held_out import HeldOut, UnigramCollector, held_out, model_tokenizer
 from cartilha.pipeline.preflight import preflight
 from cartilha.tokens.store import batches
-from cartilha.tokens.tokenizer import TextTokenizer
 
 log = logging.getLogger("cartilha")
 
@@ -94,16 +93,6 @@ class EvaluateResult:
         return {**shared, "wall_seconds": self.wall_seconds, "models": models}
 
 
-@dataclass(frozen=True)
-class ReadyModel:
-    """A model with its tokenizer and the protocol that it is scored under."""
-
-    loaded: LoadedModel
-    tokenizer: TextTokenizer
-    protocol: Protocol
-    dtype: torch.dtype
-
-
 def evaluate(config: EvaluateConfig) -> EvaluateResult:
     """Score the documents with each model.
 
@@ -120,49 +109,42 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
     with token_file(Path(config.per_token)) if config.per_token else nullcontext() as tokens:
         models = []
         for ref in config.model:
-            ready = ready_model(ref, text, config)
-            take = None if tokens is None else _labelled(tokens.add, ref)
-            models.append(_evaluate_model(ready, text, compressed, config, take))
-            del ready
+            scorer = scorer_for(ref, text, config)
+            take = None if tokens is None else partial(tokens.add, ref)
+            models.append(_evaluate_model(scorer, text, compressed, config, take))
+            del scorer
     return EvaluateResult(tuple(models), time.perf_counter() - started)
 
 
-def ready_model(ref: str, text: HeldOut, config: EvaluateConfig | CompareConfig) -> ReadyModel:
+def scorer_for(ref: str, text: HeldOut, config: EvaluateConfig | CompareConfig) -> Scorer:
     """Load a model and settle how it is scored."""
     tokenizer = model_tokenizer(ref, text.store)
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
     loaded = load_model(ref, device, tokenizer=tokenizer)
-    prefix_token = config.prefix_token if isinstance(config, EvaluateConfig) else None
-    protocol = make_protocol(
-        config.protocol,
-        config.window,
-        config.stride,
-        prefix_id=_prefix_id(prefix_token, tokenizer),
-        dtype=dtype_name(dtype),
-        context_length=loaded.context_length,
-    )
-    return ReadyModel(loaded, tokenizer, protocol, dtype)
+    scorer = make_scorer(loaded, tokenizer, dtype, config.protocol, config.window, config.stride)
+    if isinstance(config, CompareConfig) or config.prefix_token is None:
+        return scorer
+    prefix_id = tokenizer.backend.token_to_id(config.prefix_token)
+    if prefix_id is None:
+        raise UserError(
+            f"The tokenizer has no token {config.prefix_token!r}; leave --prefix_token out to use bos, else eos."
+        )
+    return replace(scorer, protocol=replace(scorer.protocol, prefix_id=int(prefix_id)))
 
 
 def score_held_out(
-    ready: ReadyModel,
+    scorer: Scorer,
     text: HeldOut,
     *,
     take_rows: Callable[[TokenRows], None] | None = None,
     unigram: UnigramCollector | None = None,
 ) -> ScoredCorpus:
     """One pass over the text with one model."""
-    device = ready.loaded.model.device
-    unused = torch.tensor(unused_ids(ready.tokenizer, ready.loaded), dtype=torch.long, device=device)
-    with progress(f"Scoring with {ready.loaded.ref}", text.num_tokens(ready.tokenizer), "tokens") as advance:
+    with progress(f"Scoring with {scorer.loaded.ref}", text.num_tokens(scorer.tokenizer), "tokens") as advance:
         return score_corpus(
-            ready.loaded.model,
-            ready.tokenizer,
+            scorer,
             text.documents(),
-            ready.protocol,
-            ready.dtype,
-            unused_ids=unused,
             advance=advance,
             take_rows=take_rows,
             observe=(lambda scored: None) if unigram is None else unigram.observe,
@@ -170,30 +152,28 @@ def score_held_out(
 
 
 def _evaluate_model(
-    ready: ReadyModel,
+    scorer: Scorer,
     text: HeldOut,
     compressed: CompressedText | None,
     config: EvaluateConfig,
     take_rows: Callable[[TokenRows], None] | None,
 ) -> EvaluatedModel:
-    num_rows = head_weight(ready.loaded.model).shape[0]
     rank, num_ranks = world()
-    fits = text.store is not None and ready.tokenizer.fingerprint() == text.store.fingerprint
-    unigram = UnigramCollector(text.store, num_rows) if text.store is not None and fits and rank == 0 else None
+    fits = text.store is not None and scorer.tokenizer.fingerprint() == text.store.fingerprint
+    unigram = (
+        UnigramCollector(text.store, scorer.vocabulary_size) if text.store is not None and fits and rank == 0 else None
+    )
     started = time.perf_counter()
-    corpus = score_held_out(ready, text, take_rows=take_rows, unigram=unigram if num_ranks == 1 else None)
+    corpus = score_held_out(scorer, text, take_rows=take_rows, unigram=unigram if num_ranks == 1 else None)
     seconds = time.perf_counter() - started
     if unigram is not None and num_ranks > 1:  # this process has scored a part of the documents only
         for shard in batches(text.documents(), max_chars=SHARD_CHARS):
-            unigram.observe(encode_documents(shard, ready.tokenizer, ready.protocol.first_tokens, allow_empty=True))
+            unigram.observe(encode_documents(shard, scorer.tokenizer, scorer.protocol.first_tokens, allow_empty=True))
     evaluation = make_evaluation(
-        ready.loaded.ref,
-        ready.protocol,
+        scorer,
         corpus.documents,
-        corpus.scores.nll,
-        vocabulary_size=num_rows,
-        seconds=seconds,
-        scores=corpus.scores,
+        corpus.scores,
+        seconds,
         baselines=(unigram.figures() if unigram else {}) | (compressed.figures() if compressed else {}),
     )
     contamination = text.share_in_training(corpus.documents.text_hashes)
@@ -204,31 +184,29 @@ def _evaluate_model(
         evaluation,
         contamination,
         text.share_near_training() if config.near_duplicates and rank == 0 else None,
-        _dtype_drift(ready, text, int(corpus.documents.num_tokens.sum())),
-        _continuations(ready, text, config),
-        run_tasks(ready.loaded, ready.tokenizer, config.tasks),
+        _dtype_drift(scorer, text, int(corpus.documents.num_tokens.sum())),
+        _continuations(scorer, text, config),
+        run_tasks(scorer.loaded, scorer.tokenizer, config.tasks),
     )
     if config.save and rank == 0:
         save_evaluation(Path(config.save), result.to_dict(), corpus.documents, corpus.scores.nll)
     return result
 
 
-def _dtype_drift(ready: ReadyModel, text: HeldOut, num_tokens_scored: int) -> dict[str, float] | None:
+def _dtype_drift(scorer: Scorer, text: HeldOut, num_tokens_scored: int) -> dict[str, float] | None:
     """What half precision changes, on the first tokens: a number to hold against differences between models."""
-    if ready.dtype == torch.float32:
+    if scorer.dtype == torch.float32:
         return None
     left = min(MAX_DRIFT_TOKENS, max(LEAST_DRIFT_TOKENS, num_tokens_scored // 20))
     scored = encode_documents(
-        text.first_characters(8 * left), ready.tokenizer, ready.protocol.first_tokens, allow_empty=True
+        text.first_characters(8 * left), scorer.tokenizer, scorer.protocol.first_tokens, allow_empty=True
     )
     ids = []
     for own in scored.ids:
         ids.append(own[:left])
         left -= len(ids[-1])
     scored = replace(scored, ids=ids)
-    half, full = (
-        score_documents(ready.loaded.model, scored, ready.protocol, dtype).nll for dtype in (ready.dtype, torch.float32)
-    )
+    half, full = (score_documents(one, scored).nll for one in (scorer, scorer.in_dtype(torch.float32)))
     num_tokens = scored.num_tokens
     if not num_tokens.sum():
         return None
@@ -250,7 +228,7 @@ def _extra_notes(text: HeldOut, contamination: float | None) -> list[str]:
     return notes
 
 
-def _continuations(ready: ReadyModel, text: HeldOut, config: EvaluateConfig) -> dict[str, Any] | None:
+def _continuations(scorer: Scorer, text: HeldOut, config: EvaluateConfig) -> dict[str, Any] | None:
     """Greedy continuations of held-out documents against what they go on with."""
     if config.continuations is None:
         return None
@@ -260,7 +238,7 @@ def _continuations(ready: ReadyModel, text: HeldOut, config: EvaluateConfig) -> 
         with progress("Continuing", float(len(prompts)), "texts") as advance:
             found = []
             for prompt in settings.prompt:
-                found += continue_prompts(ready.loaded, ready.tokenizer, replace(settings, prompt=(prompt,)))
+                found += continue_prompts(scorer.loaded, scorer.tokenizer, replace(settings, prompt=(prompt,)))
                 advance(1.0)
         return [continuation.text[len(continuation.prompt) :] for continuation in found]
 
@@ -272,36 +250,14 @@ def _continuations(ready: ReadyModel, text: HeldOut, config: EvaluateConfig) -> 
     return {**scores.to_dict(), "mode": "greedy", "max_new_tokens": CONTINUATION_TOKENS}
 
 
-def _labelled(add: Callable[[str, TokenRows], None], model: str) -> Callable[[TokenRows], None]:
-    return lambda rows: add(model, rows)
-
-
 def evaluate_loaded(
-    loaded: LoadedModel, documents: ScoredDocuments, protocol: Protocol, dtype: torch.dtype, title: str = "Evaluating"
+    scorer: Scorer, documents: ScoredDocuments, title: str = "Evaluating"
 ) -> tuple[Evaluation, np.ndarray]:
     """Score prepared documents with a loaded model (validation during training): the figures, and each one's nll."""
     started = time.perf_counter()
     with progress(title, float(documents.num_tokens.sum()), "tokens") as advance:
-        scores = score_in_shares(loaded.model, documents, protocol, dtype, advance=advance)
-    evaluation = make_evaluation(
-        loaded.ref,
-        protocol,
-        documents,
-        scores.nll,
-        vocabulary_size=head_weight(loaded.model).shape[0],
-        seconds=time.perf_counter() - started,
-        scores=scores,
-    )
+        scores = score_in_shares(scorer, documents, advance)
+    evaluation = make_evaluation(scorer, documents, scores, time.perf_counter() - started)
     for note in evaluation.notes:
         log.warning("%s", note)
-    # The unused rows' mass is not measured here: it would cost each validation a little.
-    return replace(evaluation, unused_rows_mass=None), scores.nll
-
-
-def _prefix_id(token: str | None, tokenizer: TextTokenizer) -> int:
-    if token is None:
-        return tokenizer.prefix_id
-    token_id = tokenizer.backend.token_to_id(token)
-    if token_id is None:
-        raise UserError(f"The tokenizer has no token {token!r}; leave --prefix_token out to use bos, else eos.")
-    return int(token_id)
+    return evaluation, scores.nll

@@ -10,7 +10,7 @@ from cartilha.explorer.port import listen
 from cartilha.explorer.reading import Reader
 from cartilha.explorer.session import Explorer
 from cartilha.explorer.walking import StoreWalk
-from cartilha.pipeline.evaluate import ready_model
+from cartilha.pipeline.evaluate import scorer_for
 from cartilha.pipeline.held_out import HeldOut
 from cartilha.pipeline.preflight import preflight
 from cartilha.reporting.wording import choose_language
@@ -61,5 +61,5 @@ def _reader(ref: str, store: TokenStore | None, config: ExploreConfig) -> Reader
     # As `cartilha evaluate` gets a model ready, so that the figures are the same.
     settings = EvaluateConfig(dtype=config.dtype, device=config.device)
     # What is typed is nobody's store: that is asked only for the tokenizer that a random: model may lack.
-    ready = ready_model(ref, HeldOut(settings, store if ref.startswith("random:") else None, None), settings)
-    return Reader(ready.loaded, ready.tokenizer, ready.protocol, ready.dtype)
+    scorer = scorer_for(ref, HeldOut(settings, store if ref.startswith("random:") else None, None), settings)
+    return Reader(scorer.loaded, scorer.tokenizer, scorer.protocol)

@@ -244,7 +244,7 @@ def _steps(run: Run, record: RunRecord) -> Iterator[StepRecord]:
 
 
 def _measure(run: Run, record: RunRecord, metrics: MetricsFile, title: str) -> Evaluation:
-    evaluation, nll = evaluate_loaded(run.loaded, run.validation, run.protocol, run.dtype, title)
+    evaluation, nll = evaluate_loaded(run.scorer, run.validation, title)
     metrics.evaluation(run.step, run.num_epochs_done, evaluation.to_dict())
     record.add_evaluation(run.step, run.num_epochs_done, evaluation)
     bits = evaluation.bits_per_byte
@@ -254,7 +254,7 @@ def _measure(run: Run, record: RunRecord, metrics: MetricsFile, title: str) -> E
         evaluation.perplexity,
         "refused" if bits is None else f"{bits:.4f}",
         counted(evaluation.total.num_tokens, "token"),
-        run.protocol.describe(),
+        run.scorer.protocol.describe(),
     )
     if is_main_process():
         metrics.texts(run.step, take_snapshot(run, record, evaluation, nll))

@@ -14,7 +14,7 @@ from cartilha.blocks.sampler import BlockSampler
 from cartilha.config import GenerateConfig, TrainConfig
 from cartilha.errors import UserError, counted
 from cartilha.evaluation.documents import ScoredDocuments, encode_documents, validation_subset
-from cartilha.evaluation.windows import Protocol, make_protocol
+from cartilha.evaluation.scorer import Scorer, make_scorer
 from cartilha.machine.devices import choose_device, choose_dtype, describe_machine, dtype_name, seed_everything
 from cartilha.machine.memory import free_memory_bytes
 from cartilha.machine.processes import from_rank_0, is_main_process, world
@@ -58,7 +58,7 @@ class Run:
     schedule: Schedule
     plan: RunPlan
     state: TrainingState
-    protocol: Protocol
+    scorer: Scorer
     validation: ScoredDocuments
     prompts: GenerateConfig
     settings: dict[str, Any]
@@ -175,9 +175,6 @@ def assemble(config: TrainConfig, path: Path, prompts: GenerateConfig, resume: b
             refuse_if_dropped(path)
         log.info("Going on from step %d (%s).", state.progress.step, checkpoint)
     _share_state(state, config.seed)
-    protocol = make_protocol(
-        "full", None, None, prefix_id=tokenizer.prefix_id, dtype=settings["dtype"], context_length=loaded.context_length
-    )
     held_out = store.validation_documents()
     chosen = validation_subset(held_out, store.documents("validation").num_tokens.tolist(), config.validation_tokens)
     return Run(
@@ -198,7 +195,7 @@ def assemble(config: TrainConfig, path: Path, prompts: GenerateConfig, resume: b
         ),
         plan=_plan(config, loaded, sampler, dtype, num_steps, state.progress.micro_batch_size),
         state=state,
-        protocol=protocol,
+        scorer=make_scorer(loaded, tokenizer, dtype),
         validation=encode_documents(chosen, tokenizer),
         prompts=prompts,
         settings=settings,

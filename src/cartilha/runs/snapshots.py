@@ -43,15 +43,7 @@ def take_snapshot(run: Run, record: RunRecord, evaluation: Evaluation, nll: np.n
     with _apart_from_training(run):
         samples = continue_prompts(run.loaded, run.tokenizer, run.prompts)
         add_samples(run.path, run.step, samples)
-        add_surprisal(
-            run.path / "surprisal.parquet",
-            run.step,
-            run.loaded.model,
-            run.tokenizer,
-            shown_documents(run.validation),
-            run.protocol,
-            run.dtype,
-        )
+        add_surprisal(run.path / "surprisal.parquet", run.step, run.scorer, shown_documents(run.validation))
     if run.step:
         record.update(comparison=_comparison(run, evaluation, nll))
     return [(sample.prompt, sample.text) for sample in samples]
@@ -80,7 +72,7 @@ def _comparison(run: Run, evaluation: Evaluation, nll: np.ndarray) -> dict[str, 
     if not before.is_file() or len(kept) < 2 or not evaluation.bytes_are_meant:
         return None
     first = load_evaluation(before)
-    if first.text_hashes != documents.text_hashes or first.record["protocol"]["hash"] != run.protocol.hash:
+    if first.text_hashes != documents.text_hashes or first.record["protocol"]["hash"] != run.scorer.protocol.hash:
         return None
     found = compare_documents(
         first.nll[kept],
