@@ -213,7 +213,7 @@ def write(arguments: argparse.Namespace, arms: list[Arm], *, final: bool = False
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """The curves of a result as a file that stands alone."""
-    from cartilha.reporting.chart import Axis, Series, line_chart
+    from cartilha.reporting.chart import Axis, Figure, Series
 
     series, rules, legend = [], "", ""
     for i, arm in enumerate(result["arms"]):
@@ -224,7 +224,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         legend += f'<text x="600" y="{60 + 18 * i}" class="end" style="fill:{COLOURS[i]}">{label(arm["name"])}</text>'
     seconds = Axis("training time, s", lambda value, decimals: f"{value:.{decimals}f}", from_zero=True)
     bits = Axis("bits per byte, held-out text", lambda value, decimals: f"{value:.{decimals}f}")
-    chart = str(line_chart(series, seconds, bits, "Bits per byte against training time"))
+    chart = str(Figure(path.stem, "Bits per byte against training time", series, seconds, bits).drawing)
     chart = chart.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
     path.write_text(chart.replace("</svg>", legend + CSS % rules + "</svg>") + "\n", encoding="utf-8")
 

@@ -711,7 +711,7 @@ def test_the_curves_of_comparable_runs_share_a_drawing(tmp_path: Path) -> None:
     paths = [make_run(tmp_path / name / "run") for name in ("um", "dois")]
     losses, bits = overlaid_figures(load_runs(paths), Wording("pt"))
     assert drawn_runs(losses) == drawn_runs(bits) == ["um/run", "dois/run"]
-    assert (losses.other_axis, bits.other_axis) == (True, False)
+    assert losses.y.other is not None and bits.y.other is None
     assert "um/run, passo 10: 1,791 bits por byte" in bits.drawing
     page = page_of(*paths)
     assert page.count("<h2>The runs together</h2>") == 1 and page.count("Validation in bits per byte</figcaption>") == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -21,8 +22,8 @@ class Series:
     """One curve of a chart.
 
     Attributes:
-        css_class: `train`, `raw`, `validation`, `before`, `plan` or a `run_class`: its colour and stroke.
-        tips: With one text a point, the points are drawn and carry these as tooltips.
+        css_class: Its colour and stroke in the page's style sheet, such as `train`, `validation` or a `run_class`.
+        tips: One text per point; with them the points are drawn and carry these as tooltips.
     """
 
     css_class: str
@@ -33,11 +34,13 @@ class Series:
 
 @dataclass(frozen=True)
 class Axis:
-    """An axis: its label with the unit, how a tick's value is written, and whether it must begin at 0.
+    """An axis.
 
     Attributes:
+        label: Its name with the unit.
+        tick: How a tick's value is written with so many decimals.
         other: A second label and writing of the same ticks, which the page shows instead on request.
-        names: Ticks at these places only, each with its text.
+        names: Ticks at these places only, each with its text, such as the decades of a logarithmic axis.
     """
 
     label: str
@@ -46,6 +49,37 @@ class Axis:
     whole: bool = False
     other: tuple[str, Callable[[float], str]] | None = None
     names: Sequence[tuple[float, str]] = ()
+
+    def ticks(self, values: Floats) -> list[tuple[float, str]]:
+        """Places and texts of the ticks that cover these values."""
+        if self.names:
+            return list(self.names)
+        places, decimals = ticks(0.0 if self.from_zero else float(values.min()), float(values.max()), whole=self.whole)
+        return [(place, self.tick(place, decimals)) for place in places]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A drawing with its title and the curves that its legend explains.
+
+    Attributes:
+        name: For its file.
+        legend: Class of each curve and what it is.
+        size: Width and height.
+    """
+
+    name: str
+    title: str
+    series: Sequence[Series]
+    x: Axis
+    y: Axis
+    legend: Sequence[tuple[str, str]] = ()
+    size: tuple[int, int] = (640, 340)
+
+    @cached_property
+    def drawing(self) -> Markup:
+        """The chart as SVG."""
+        return line_chart(self)
 
 
 def run_class(number: int) -> str:
@@ -91,40 +125,42 @@ def ticks(low: float, high: float, count: int = 5, whole: bool = False) -> tuple
     return [index * step for index in range(first, max(last, first + 1) + 1)], decimals
 
 
-def line_chart(series: Sequence[Series], x: Axis, y: Axis, title: str, width: int = 640, height: int = 340) -> Markup:
+def line_chart(figure: Figure) -> Markup:
     """An SVG that scales with its container; the y label stands above the axis, the x label below it."""
-    left, right, top, bottom = 62, 18, 40, 56
-    all_x = np.concatenate([np.asarray(one.xs, dtype=np.float64) for one in series])
-    all_y = np.concatenate([np.asarray(one.ys, dtype=np.float64) for one in series])
-    x_ticks, x_decimals = ticks(float(all_x.min()), float(all_x.max()), whole=x.whole)
-    y_ticks, y_decimals = ticks(0.0 if y.from_zero else float(all_y.min()), float(all_y.max()), whole=y.whole)
-    x_low, x_high = float(all_x.min()) if x.names else min(x_ticks[0], float(all_x.min())), float(all_x.max())
+    x, y, (width, height) = figure.x, figure.y, figure.size
+    all_x, all_y = (
+        np.concatenate([np.asarray(getattr(one, name), dtype=np.float64) for one in figure.series])
+        for name in ("xs", "ys")
+    )
+    x_ticks, y_ticks = x.ticks(all_x), y.ticks(all_y)
+    left, right, top, bottom = max(62, 12 + 7 * max(len(text) for _, text in y_ticks)), 18, 40, 56
+    x_low, x_high = min(x_ticks[0][0], float(all_x.min())), float(all_x.max())
     if x_high == x_low:
         x_high = x_low + 1
+    y_low, y_high = y_ticks[0][0], y_ticks[-1][0]
 
     def at_x(value: float) -> float:
         return round(left + (value - x_low) / (x_high - x_low) * (width - left - right), 1)
 
     def at_y(value: float) -> float:
-        span = y_ticks[-1] - y_ticks[0]
-        return round(height - bottom - (value - y_ticks[0]) / span * (height - top - bottom), 1)
+        return round(height - bottom - (value - y_low) / (y_high - y_low) * (height - top - bottom), 1)
 
     parts = [
         f'<svg class="chart{" wide" if width > 500 else ""}" viewBox="0 0 {width} {height}" role="img" '
-        f'aria-label="{escape(title)}">'
+        f'aria-label="{escape(figure.title)}">'
     ]
-    for value in y_ticks:
+    for value, text in y_ticks:
         parts.append(f'<path class="grid" d="M{left} {at_y(value)}H{width - right}"/>')
         place = f'x="{left - 8}" y="{at_y(value)}" dy=".35em"'
-        parts.append(_either(place, "end", y.tick(value, y_decimals), y.other and y.other[1](value)))
-    named = x.names or [(value, x.tick(value, x_decimals)) for value in x_ticks if value <= x_high]
-    for value, name in named:
-        tick = f'<path class="tick" d="M{at_x(value)} {height - bottom}v5"/>'
-        parts.append(f'{tick}<text x="{at_x(value)}" y="{height - bottom + 25}" class="mid">{escape(name)}</text>')
+        parts.append(_either(place, "end", text, y.other and y.other[1](value)))
+    for value, text in x_ticks:
+        if value <= x_high:
+            tick = f'<path class="tick" d="M{at_x(value)} {height - bottom}v5"/>'
+            parts.append(f'{tick}<text x="{at_x(value)}" y="{height - bottom + 25}" class="mid">{escape(text)}</text>')
     parts.append(f'<path class="axis" d="M{left} {height - bottom}H{width - right}"/>')
     parts.append(_either('x="2" y="17"', "label", y.label, y.other and y.other[0]))
     parts.append(f'<text class="label end" x="{width - right}" y="{height - 6}">{escape(x.label)}</text>')
-    for one in series:
+    for one in figure.series:
         points = [(at_x(float(a)), at_y(float(b))) for a, b in zip(one.xs, one.ys, strict=True)]
         parts.append(_curve(one, points))
     return Markup("".join([*parts, "</svg>"]))  # every text above is escaped

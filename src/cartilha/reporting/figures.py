@@ -3,38 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import numpy as np
-from markupsafe import Markup
 
 from cartilha.evaluation.perplexity import perplexity
 from cartilha.reporting import tables
-from cartilha.reporting.chart import Axis, Series, line_chart, smooth, thin
-from cartilha.reporting.results import Evaluation, RunRecord, StepRecord
+from cartilha.reporting.chart import Axis, Figure, Floats, Series, smooth, thin
+from cartilha.reporting.results import Evaluation, RunRecord
 from cartilha.reporting.wording import Wording
 
 SMALL = (460, 260)  # width and height of the drawings that stand two in a row
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A drawing with its title and the curves that its legend explains.
-
-    Attributes:
-        name: For its file.
-        legend: Class of each curve and what it is.
-        other_axis: Whether its vertical axis can be shown as perplexity.
-    """
-
-    name: str
-    title: str
-    drawing: Markup
-    legend: tuple[tuple[str, str], ...] = ()
-    other_axis: bool = False
 
 
 def run_figures(run: RunRecord, say: Wording) -> list[Figure]:
@@ -44,14 +24,21 @@ def run_figures(run: RunRecord, say: Wording) -> list[Figure]:
         _epochs(run, say),
         _positions(run, say),
         _learning_rate(run, say),
-        _speed(run, say),
-        _memory(run, say),
+        _measured(run, say, "speed", "tokens_per_second"),
+        _measured(run, say, "memory", "memory_bytes", unit=1e9),
     ]
     return [figure for figure in found if figure is not None]
 
 
+def curve(records: Iterable[object], name: str, over: str = "step") -> tuple[Floats, Floats]:
+    """Steps (or epochs), and that value of their records, where both were recorded."""
+    points = [(getattr(record, over), getattr(record, name)) for record in records]
+    both = np.array([point for point in points if None not in point], dtype=np.float64).reshape(-1, 2)
+    return both[:, 0], both[:, 1]
+
+
 def loss_axis(say: Wording) -> Axis:
-    """Losses in nats a token, which the page shows as perplexities on request."""
+    """Losses in nats per token, which the page shows as perplexities on request."""
 
     def as_perplexity(loss: float) -> str:
         return say.perplexity(perplexity(loss))
@@ -59,21 +46,12 @@ def loss_axis(say: Wording) -> Axis:
     return Axis(say("loss_axis"), say.number, other=(say("perplexity_axis"), as_perplexity))
 
 
-def _steps_axis(say: Wording) -> Axis:
-    return Axis(say("step"), say.number, whole=True)
+def count_axis(label: str, say: Wording) -> Axis:
+    """Steps, epochs or tokens."""
+    return Axis(label, say.number, whole=True)
 
 
 def _loss(run: RunRecord, say: Wording) -> Figure | None:
-    series = _loss_series(run, say)
-    if not series:
-        return None
-    drawing = line_chart(series, _steps_axis(say), loss_axis(say), say("loss_chart"))
-    kinds = dict.fromkeys(one.css_class for one in series)
-    legend = tuple((kind, say(f"legend_{kind}")) for kind in kinds)
-    return Figure("loss", say("loss_chart"), drawing, legend, other_axis=True)
-
-
-def _loss_series(run: RunRecord, say: Wording) -> list[Series]:
     x, y = curve(run.steps, "loss")
     series = []
     if len(y):
@@ -81,117 +59,90 @@ def _loss_series(run: RunRecord, say: Wording) -> list[Series]:
         if not np.array_equal(smoothed, y):
             series.append(Series("raw", thin(x), thin(y)))
         series.append(Series("train", thin(x), thin(smoothed)))
+    series += [_validation(group, say) for group in _comparable(run.evaluations)]
+    if not series:
+        return None
+    legend = [(kind, say(f"legend_{kind}")) for kind in dict.fromkeys(one.css_class for one in series)]
+    return Figure("loss", say("loss_chart"), series, count_axis(say("step"), say), loss_axis(say), legend)
+
+
+def _comparable(evaluations: Iterable[Evaluation]) -> list[list[Evaluation]]:
+    """Evaluations with a perplexity, by protocol and text: a line joins only what may be compared."""
     groups: list[list[Evaluation]] = []
-    for evaluation in run.evaluations:
+    for evaluation in evaluations:
         if evaluation.perplexity is None or evaluation.perplexity <= 0:
             continue
-        # A line joins only what may be compared: another protocol begins another line.
         group = next((group for group in groups if group[0].comparable_with(evaluation)), None)
         if group is None:
             groups.append([evaluation])
         else:
             group.append(evaluation)
-    for group in groups:
-        losses = [math.log(evaluation.perplexity or 1) for evaluation in group]
-        tips = [_tip(evaluation, loss, say) for evaluation, loss in zip(group, losses, strict=True)]
-        series.append(Series("validation", [one.step or 0 for one in group], losses, tips))
-    return series
+    return groups
 
 
-def _tip(evaluation: Evaluation, loss: float, say: Wording) -> str:
-    step, perplexity = say.number(evaluation.step or 0), say.perplexity(evaluation.perplexity)
-    protocol = tables.protocol_text(evaluation.protocol, say)
-    return say("tip", step=step, loss=say.number(loss, 3), perplexity=perplexity, protocol=protocol)
+def _validation(group: Sequence[Evaluation], say: Wording) -> Series:
+    losses = [math.log(one.perplexity or 1) for one in group]
+    tips = [
+        say(
+            "tip",
+            step=say.number(one.step or 0),
+            loss=say.number(loss, 3),
+            perplexity=say.perplexity(one.perplexity),
+            protocol=tables.protocol_text(one.protocol, say),
+        )
+        for one, loss in zip(group, losses, strict=True)
+    ]
+    return Series("validation", [one.step or 0 for one in group], losses, tips)
 
 
 def _epochs(run: RunRecord, say: Wording) -> Figure | None:
     series = []
-    for kind, name in (("train", "train_loss"), ("validation", "validation_loss")):
-        points = [
-            (e.epoch, value) for e in run.epochs if e.epoch is not None and (value := getattr(e, name)) is not None
-        ]
-        if points:
-            tips = [say("epoch_tip", epoch=epoch, loss=say.number(loss, 4)) for epoch, loss in points]
-            series.append(Series(kind, [p[0] for p in points], [p[1] for p in points], tips))
+    for kind in ("train", "validation"):
+        epochs, losses = curve(run.epochs, f"{kind}_loss", over="epoch")
+        if len(losses):
+            points = zip(epochs, losses, strict=True)
+            tips = [say("epoch_tip", epoch=int(epoch), loss=say.number(loss, 4)) for epoch, loss in points]
+            series.append(Series(kind, epochs, losses, tips))
     if not series:
         return None
-    drawing = line_chart(
-        series, Axis(say("epoch"), say.number, whole=True), loss_axis(say), say("epochs_chart"), *SMALL
-    )
-    legend = tuple((one.css_class, say(f"legend_epoch_{one.css_class}")) for one in series)
-    return Figure("loss-by-epoch", say("epochs_chart"), drawing, legend, other_axis=True)
+    legend = [(one.css_class, say(f"legend_epoch_{one.css_class}")) for one in series]
+    x, y = count_axis(say("epoch"), say), loss_axis(say)
+    return Figure("loss-by-epoch", say("epochs_chart"), series, x, y, legend, SMALL)
 
 
 def _positions(run: RunRecord, say: Wording) -> Figure | None:
     """Loss by the token's position in its document, at even distances: the bins double."""
-    pair = [
-        (kind, evaluation) for kind, evaluation in (("before", run.before), ("validation", run.after)) if evaluation
-    ]
-    begins = sorted({row.begin for _, evaluation in pair for row in evaluation.positions})
+    lines = [("before", "before", run.before), ("validation", "after", run.after)]
+    found = [(kind, word, one.positions) for kind, word, one in lines if one and one.positions]
+    begins = sorted({row.begin for _, _, rows in found for row in rows})
     if not begins:
         return None
-    place = {begin: number for number, begin in enumerate(begins)}
-    series = [
-        Series(
-            kind,
-            [place[r.begin] for r in e.positions],
-            [r.loss for r in e.positions],
-            [_at(r.begin, r.loss, say) for r in e.positions],
-        )
-        for kind, e in pair
-        if e.positions
-    ]
-    axis = Axis(say("position_axis"), say.number, names=[(place[begin], say.number(begin)) for begin in begins])
-    drawing = line_chart(series, axis, loss_axis(say), say("positions_chart"), *SMALL)
-    legend = tuple((kind, say("before" if kind == "before" else "after")) for kind in (one.css_class for one in series))
-    return Figure("loss-by-position", say("positions_chart"), drawing, legend, other_axis=True)
-
-
-def _at(begin: int, loss: float, say: Wording) -> str:
-    return say("position_tip", position=say.number(begin), loss=say.number(loss, 3))
+    series = []
+    for kind, _, rows in found:
+        tips = [say("position_tip", position=say.number(row.begin), loss=say.number(row.loss, 3)) for row in rows]
+        series.append(Series(kind, [begins.index(row.begin) for row in rows], [row.loss for row in rows], tips))
+    names = [(place, say.number(begin)) for place, begin in enumerate(begins)]
+    x, y = Axis(say("position_axis"), say.number, names=names), loss_axis(say)
+    legend = [(kind, say(word)) for kind, word, _ in found]
+    return Figure("loss-by-position", say("positions_chart"), series, x, y, legend, SMALL)
 
 
 def _learning_rate(run: RunRecord, say: Wording) -> Figure | None:
-    x, y = curve(run.steps, "lr")
+    highest = curve(run.steps, "lr")[1].max(initial=0.0)
+    power = math.floor(math.log10(highest)) if highest > 0 else 0
+    return _measured(run, say, "learning-rate", "lr", unit=10.0**power, power=str(power).translate(SUPERSCRIPTS))
+
+
+def _measured(
+    run: RunRecord, say: Wording, name: str, field: str, *, unit: float = 1.0, **of_label: str
+) -> Figure | None:
+    """One value of the steps, from zero, with what was planned of it as a level line."""
+    x, y = curve(run.steps, field)
     if not len(y):
         return None
-    power = math.floor(math.log10(y.max())) if y.max() > 0 else 0
-    label = say("lr_axis", power=str(power).translate(SUPERSCRIPTS))
-    return _simple("learning-rate", "lr_chart", label, x, y / 10.0**power, None, say)
-
-
-def _speed(run: RunRecord, say: Wording) -> Figure | None:
-    x, y = curve(run.steps, "tokens_per_second")
-    planned = run.plan.tokens_per_second if run.plan else None
-    return _simple("speed", "rate_chart", say("rate_axis"), x, y, planned, say) if len(y) else None
-
-
-def _memory(run: RunRecord, say: Wording) -> Figure | None:
-    x, y = curve(run.steps, "memory_bytes")
-    planned = run.plan.memory_bytes / 1e9 if run.plan and run.plan.memory_bytes else None
-    return _simple("memory", "memory_chart", say("memory_axis"), x, y / 1e9, planned, say) if len(y) else None
-
-
-def _simple(
-    name: str,
-    title: str,
-    label: str,
-    x: np.ndarray[Any, Any],
-    y: np.ndarray[Any, Any],
-    planned: float | None,
-    say: Wording,
-) -> Figure:
-    """One measured curve from zero, with what was planned as a level line."""
-    series = [Series("train", thin(x), thin(y))]
-    if planned is not None:
-        series.append(Series("plan", [x[0], x[-1]], [planned, planned]))
-    drawing = line_chart(series, _steps_axis(say), Axis(label, say.number, from_zero=True), say(title), *SMALL)
-    legend = (("train", say("legend_measured")), ("plan", say("legend_plan"))) if planned is not None else ()
-    return Figure(name, say(title), drawing, legend)
-
-
-def curve(steps: Sequence[StepRecord], name: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Steps, and that value of their records, where it was recorded."""
-    points = [(step.step, value) for step in steps if (value := getattr(step, name)) is not None]
-    both = np.array(points, dtype=np.float64).reshape(-1, 2)
-    return both[:, 0], both[:, 1]
+    series, legend = [Series("train", thin(x), thin(y / unit))], []
+    if planned := getattr(run.plan, field, None):
+        series.append(Series("plan", [x[0], x[-1]], [planned / unit, planned / unit]))
+        legend = [("train", say("legend_measured")), ("plan", say("legend_plan"))]
+    y_axis = Axis(say(f"{field}_axis", **of_label), say.number, from_zero=True)
+    return Figure(name, say(f"{field}_chart"), series, count_axis(say("step"), say), y_axis, legend, SMALL)

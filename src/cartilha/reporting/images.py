@@ -10,8 +10,8 @@ from pathlib import Path
 from markupsafe import escape
 
 from cartilha.errors import install_command
-from cartilha.reporting.chart import run_styles
-from cartilha.reporting.figures import Figure, run_figures
+from cartilha.reporting.chart import Figure, run_styles
+from cartilha.reporting.figures import run_figures
 from cartilha.reporting.results import RunRecord
 from cartilha.reporting.several import overlaid_figures
 from cartilha.reporting.wording import Wording
@@ -80,9 +80,7 @@ def _png_converter() -> Callable[[str], bytes] | None:
 
 def standalone(figure: Figure, num_runs: int = 1) -> str:
     """The drawing as a file of its own: with title, legend, colours (of so many runs) and a white ground."""
-    found = re.match(r'<svg [^>]*viewBox="0 0 (\d+) (\d+)"[^>]*>', figure.drawing)
-    assert found is not None, "line_chart writes the size"
-    width, height = int(found[1]), int(found[2])
+    width, height = figure.size
     legend: list[str] = []
     left, row = 2.0, 0
     for kind, text in figure.legend:
@@ -100,5 +98,5 @@ def standalone(figure: Figure, num_runs: int = 1) -> str:
         f'<text x="2" y="20" class="title">{escape(figure.title)}</text>',
         *legend,
     ]
-    drawing = figure.drawing[found.end() :].removesuffix("</svg>")
-    return "".join([*parts, f'<g transform="translate(0 {head})">', str(drawing), "</g></svg>"])
+    drawing = figure.drawing.partition(">")[2].removesuffix("</svg>")
+    return "".join([*parts, f'<g transform="translate(0 {head})">', drawing, "</g></svg>"])

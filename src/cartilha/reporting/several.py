@@ -7,12 +7,10 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from cartilha.errors import UserError
 from cartilha.reporting import tables
-from cartilha.reporting.chart import Axis, Series, line_chart, run_class, smooth, thin
-from cartilha.reporting.figures import Figure, curve, loss_axis
+from cartilha.reporting.chart import Axis, Figure, Series, run_class, smooth, thin
+from cartilha.reporting.figures import count_axis, curve, loss_axis
 from cartilha.reporting.results import RunRecord, load_run
 from cartilha.reporting.wording import Wording
 
@@ -56,13 +54,12 @@ def _groups(members: Sequence[Member], key: Callable[[Member], Hashable]) -> lis
 
 
 def _losses(group: Sequence[Member], say: Wording) -> Figure | None:
-    """The smoothed training losses: in nats a token, so only of runs with the same tokenizer."""
+    """The smoothed training losses: in nats per token, so only of runs with the same tokenizer."""
     series, (scale, axis) = [], _advance(group, say)
     for number, run, _ in group:
         x, y = curve(run.steps, "loss")
-        if len(y):
-            series.append(Series(run_class(number), thin(x * scale(run)), thin(smooth(y))))
-    return _figure("train-loss", series, group, axis, loss_axis(say), say)
+        series.append(Series(run_class(number), thin(x * scale(run)), thin(smooth(y))))
+    return _overlaid(Figure("train-loss", say("overlaid_train_loss"), series, axis, loss_axis(say)), group)
 
 
 def _validations(group: Sequence[Member], say: Wording) -> Figure | None:
@@ -78,24 +75,22 @@ def _validations(group: Sequence[Member], say: Wording) -> Figure | None:
         tips = [say("run_tip", run=run.name, step=say.number(step), bits=say.bits(bits)) for step, bits in points]
         xs, ys = [step * scale(run) for step, _ in points], [bits for _, bits in points]
         series.append(Series(run_class(number), xs, ys, tips))
-    return _figure("validation", series, group, axis, Axis(say("bits_per_byte").lower(), say.number), say)
+    bits_axis = Axis(say("bits_per_byte").lower(), say.number)
+    return _overlaid(Figure("validation", say("overlaid_validation"), series, axis, bits_axis), group)
+
+
+def _overlaid(figure: Figure, group: Sequence[Member]) -> Figure | None:
+    """The figure with the runs that have a curve in its legend; None where fewer than two have."""
+    drawn = [(one, run.name) for one, (_, run, _) in zip(figure.series, group, strict=True) if len(one.xs)]
+    if len(drawn) < 2:
+        return None
+    legend = [(one.css_class, name) for one, name in drawn]
+    return replace(figure, series=[one for one, _ in drawn], legend=legend)
 
 
 def _advance(group: Sequence[Member], say: Wording) -> tuple[Callable[[RunRecord], int], Axis]:
     """What a step counts on the horizontal axis: 1, or its tokens where the runs' steps differ in size."""
     sizes = {run.path: (run.settings.batch or 0) * (run.settings.block_size or 0) for _, run, _ in group}
     if len(set(sizes.values())) == 1 or 0 in sizes.values():
-        return (lambda run: 1), Axis(say("step"), say.number, whole=True)
-    return (lambda run: sizes[run.path]), Axis(say("tokens_axis"), say.number, whole=True)
-
-
-def _figure(
-    name: str, series: Sequence[Series], group: Sequence[Member], x: Axis, y: Axis, say: Wording
-) -> Figure | None:
-    drawn = {one.css_class for one in series if len(np.asarray(one.xs))}
-    if len(drawn) < 2:
-        return None
-    title = say(f"overlaid_{name.replace('-', '_')}")
-    legend = tuple((run_class(number), run.name) for number, run, _ in group if run_class(number) in drawn)
-    drawing = line_chart([one for one in series if one.css_class in drawn], x, y, title)
-    return Figure(name, title, drawing, legend, other_axis=y.other is not None)
+        return (lambda run: 1), count_axis(say("step"), say)
+    return (lambda run: sizes[run.path]), count_axis(say("tokens_axis"), say)

@@ -36,8 +36,8 @@ def choose_language(name: str) -> Language:
 
 
 @cache
-def _strings() -> dict[str, dict[str, str]]:
-    text = (resources.files(__package__) / "templates" / "strings.yaml").read_text(encoding="utf-8")
+def _strings(package: str) -> dict[str, dict[str, str]]:
+    text = (resources.files(package) / "templates" / "strings.yaml").read_text(encoding="utf-8")
     strings: dict[str, dict[str, str]] = yaml.safe_load(text)
     return strings
 
@@ -47,7 +47,12 @@ _COUNTED = re.compile(r"\{(\w+)\}([^{}\[\]]*)\[([^|\[\]]+)\|([^|\[\]]+)\]")
 
 
 class Wording:
-    """How one language says things. A figure that is None is shown as `-`."""
+    """How one language says things. A figure that is None is shown as `-`.
+
+    Another page says its own texts with a subclass that names its package.
+    """
+
+    package = "cartilha.reporting"  # its templates/strings.yaml has the texts
 
     def __init__(self, language: Language) -> None:
         self.language: Language = language
@@ -63,7 +68,7 @@ class Wording:
 
     def template(self, key: str) -> str:
         """The text of that key with its `{name}` left open, for the page's script."""
-        return _strings()[key][self.language]
+        return _strings(self.package)[key][self.language]
 
     def number(self, value: float | None, decimals: int = 0) -> str:
         """With a fixed number of decimals and separators between thousands."""
