@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from cartilha.config import EvaluateConfig, ExploreConfig
 from cartilha.explorer.port import listen
@@ -13,21 +12,18 @@ from cartilha.explorer.walking import StoreWalk
 from cartilha.pipeline.evaluate import scorer_for
 from cartilha.pipeline.held_out import HeldOut
 from cartilha.pipeline.preflight import preflight
+from cartilha.pipeline.result import Result
 from cartilha.reporting.wording import choose_language
 from cartilha.tokens.store import TokenStore
 
 
 @dataclass(frozen=True)
-class ExploreResult:
+class ExploreResult(Result):
     """Where the page was, and with what."""
 
     address: str
     models: tuple[str, ...]
     store: str | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for `--json`."""
-        return asdict(self)
 
 
 def explore(config: ExploreConfig) -> ExploreResult:

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from cartilha.config import GenerateConfig
 from cartilha.evaluation.continuation import Continuation, continue_prompts
 from cartilha.machine.devices import choose_device
 from cartilha.model.load import load_model
 from cartilha.pipeline.preflight import preflight
+from cartilha.pipeline.result import Result
 from cartilha.tokens.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
-class GenerateResult:
+class GenerateResult(Result):
     """What a model wrote after each prompt."""
 
     model: str
     continuations: tuple[Continuation, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for `--json`."""
-        return asdict(self)
 
 
 def generate(config: GenerateConfig) -> GenerateResult:

@@ -2,8 +2,8 @@
 
     inputs -> shards -> work on each, on all cores (shard_work) -> what stays and where (assembly) -> the store
 
-A killed run leaves its finished shards in a work directory beside the store, and the same command goes on from there.
-The rename at the end is the only moment at which the store appears.
+A killed run leaves its finished shards in a work directory beside the store, and the same command continues from there.
+The store appears by the rename at the end and at no earlier moment.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ from cartilha.corpus.splits import SPLITS, Split
 from cartilha.errors import UserError, counted
 from cartilha.machine.devices import usable_cores
 from cartilha.machine.versions import TEXT_PACKAGES, versions
+from cartilha.pipeline.inputs import no_text
+from cartilha.pipeline.result import Result
 from cartilha.preparation.assembly import decide, load_corpus, write_rejects, write_sides
 from cartilha.preparation.executors import Executor, Inline, Local, Ray
 from cartilha.preparation.made_from import describe, ready_store, settings_of
@@ -39,7 +41,7 @@ from cartilha.preparation.notices import tell_counts, tell_mixture, tell_rest
 from cartilha.preparation.request import Plan, plan
 from cartilha.preparation.shard_work import ShardResult, ShardSettings, ShardTask, done_result, process_shard
 from cartilha.preparation.work_directory import remove_finished_work, require_space, work_directory
-from cartilha.tokens.encoder import Encoder, load_encoder
+from cartilha.tokens.encoder import Encoder, Proof, load_encoder
 from cartilha.tokens.proof import MAX_SAMPLE_BYTES, fast_path_version, prove
 from cartilha.tokens.store import SplitCounts
 from cartilha.tokens.store_writer import token_dtype, writing_store
@@ -49,14 +51,14 @@ log = logging.getLogger("cartilha")
 
 SHARD_BYTES = 16 << 20
 SHUFFLED_BYTES = 1 << 20
-INLINE_BYTES = 4 << 20  # less than this is done before processes have begun
+INLINE_BYTES = 4 << 20  # less than this is done before worker processes have started
 PROOF_DOCUMENTS = 2000
-COMPRESSED_TEXT = 0.5  # zstd's share, on the safe side
+COMPRESSED_TEXT = 0.5  # of the text's size under zstd, on the safe side
 CLUSTER_MEMORY_BYTES = 512 << 20
 
 
 @dataclass(frozen=True)
-class PrepareResult:
+class PrepareResult(Result):
     """A store that is ready.
 
     Attributes:
@@ -64,8 +66,8 @@ class PrepareResult:
         splits: What each side holds.
         dropped: Documents left out, by reason.
         was_ready: Whether the same command had made it before.
-        leaks: With near-duplicates, the share of held-out documents that have one in training (`leak_rate`), and the
-            same had the split looked at each document alone (`plain_leak_rate`).
+        leaks: With near-duplicates, the share of held-out documents that have one in training (`leak_rate`), and what
+            it would be if the split looked at each document alone (`plain_leak_rate`).
     """
 
     store: str
@@ -74,9 +76,16 @@ class PrepareResult:
     was_ready: bool
     leaks: dict[str, float] | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for `--json`."""
-        return asdict(self)
+
+@dataclass(frozen=True)
+class _Job:
+    """A store to be made; `identity` tells the work of this command from that of another one."""
+
+    path: Path
+    config: PrepareConfig
+    asked: Plan
+    tokenizer: TextTokenizer
+    identity: dict[str, Any]
 
 
 def prepare(config: PrepareConfig) -> PrepareResult:
@@ -85,10 +94,9 @@ def prepare(config: PrepareConfig) -> PrepareResult:
     Raises:
         UserError: No input, a file that cannot be read, nothing to split, or a directory that holds something else.
     """
-    asked = plan(config)
-    path = Path(config.output)
+    asked, path = plan(config), Path(config.output)
     with ExitStack() as stack:
-        # Processes begin to start here, and import while the tokenizer is loaded; a store may make them needless.
+        # Worker processes start here and import while the tokenizer is loaded; a finished store may need none.
         executor = None if (path / "store.json").exists() else stack.enter_context(closing(_executor(config, asked)))
         tokenizer = load_tokenizer(config.model)
         settings = settings_of(config)
@@ -105,32 +113,14 @@ def prepare(config: PrepareConfig) -> PrepareResult:
             remove_finished_work(path, identity)
             log.info("The store %s was made by this same command before: nothing to do.", path)
             if config.rejects and not Path(config.rejects).exists():
-                log.warning("%s is not written, for nothing is cleaned now; add --overwrite.", config.rejects)
+                log.warning("%s is not written, because nothing is cleaned now; add --overwrite.", config.rejects)
             return PrepareResult(str(path), store.counts, store.info["dropped"], True, store.info.get("leaks"))
         log_hints(asked.sources, asked.reading)
         executor = executor or stack.enter_context(closing(_executor(config, asked)))
-        result = _make(path, asked, config, tokenizer, identity, executor)
+        result = _make(_Job(path, config, asked, tokenizer, identity), executor)
     for split in SPLITS:
         tell_counts(split, result.splits[split])
     return result
-
-
-def _make(
-    path: Path,
-    asked: Plan,
-    config: PrepareConfig,
-    tokenizer: TextTokenizer,
-    identity: dict[str, Any],
-    executor: Executor,
-) -> PrepareResult:
-    """Make the store, in a work directory that stays where the making is interrupted."""
-    with work_directory(path, identity) as work, ThreadPoolExecutor(2) as aside:
-        shard_bytes = SHUFFLED_BYTES if config.shuffle else SHARD_BYTES
-        parts = aside.submit(shards, asked.sources, asked.reading, shard_bytes)  # counts lines
-        made = _do_shards(asked, config, tokenizer, executor, work, parts)
-        # Hashes the files, while the store is written.
-        inputs = aside.submit(describe, asked.sources, asked.num_held_out)
-        return _write(path, asked, config, tokenizer, made, identity["settings"], inputs)
 
 
 def _executor(config: PrepareConfig, asked: Plan) -> Executor:
@@ -143,86 +133,106 @@ def _executor(config: PrepareConfig, asked: Plan) -> Executor:
     return Inline() if num_workers == 1 or is_small else Local(num_workers, imports)
 
 
-@dataclass(frozen=True)
-class _Made:
-    """Finished shards, in order."""
-
-    tasks: list[ShardTask]
-    results: list[ShardResult]
-    encoder: Encoder
-
-    def read(self) -> ReadCounts:
-        """What was read, in sum."""
-        total = ReadCounts()
-        for result in self.results:
-            total.add(result.read_counts())
-        return total
-
-    def rejected(self) -> dict[str, int]:
-        """What cleaning left out, by reason."""
-        total: Counter[str] = Counter()
-        for result in self.results:
-            total.update(result.rejected)
-        return dict(total.most_common())
+def _make(job: _Job, executor: Executor) -> PrepareResult:
+    """Make the store, in a work directory that stays if the work is interrupted."""
+    config, asked = job.config, job.asked
+    with work_directory(job.path, job.identity) as work, ThreadPoolExecutor(2) as aside:
+        shard_bytes = SHUFFLED_BYTES if config.shuffle else SHARD_BYTES
+        cutting = aside.submit(shards, asked.sources, asked.reading, shard_bytes)  # counts lines
+        sample = list(islice(_first_texts(asked), PROOF_DOCUMENTS))
+        encoder = _encoder(job.tokenizer, work, sample)
+        parts = shuffled(cutting.result(), config.seed) if config.shuffle else cutting.result()
+        settings = _shard_settings(job)
+        tasks = [ShardTask(part, settings, work) for part in parts]
+        _check_space(work, tasks, sample, encoder)
+        tasks, results = _do_shards(config, executor, tasks)
+        inputs = aside.submit(describe, asked.sources, asked.num_held_out)  # hashes the files
+        return _write(job, tasks, results, encoder.proof, inputs)
 
 
-def _do_shards(
-    asked: Plan,
-    config: PrepareConfig,
-    tokenizer: TextTokenizer,
-    executor: Executor,
-    work: Path,
-    being_cut: Future[list[Shard]],
-) -> _Made:
-    """Do, or find done, the work on all shards."""
-    sample = list(islice(_documents(asked), PROOF_DOCUMENTS))
+def _first_texts(asked: Plan) -> Iterator[str]:
+    """Texts from the beginning of the input, as many as the tokenizer's proof takes."""
+    num_chars = 0
+    for source in asked.sources:
+        for document in read_piece(Piece(source), asked.reading, ReadCounts()):
+            yield document.text
+            num_chars += len(document.text)
+            if num_chars > MAX_SAMPLE_BYTES:
+                return
+
+
+def _encoder(tokenizer: TextTokenizer, work: Path, sample: list[str]) -> Encoder:
+    """The encoder that the work directory holds, or a new one, proven on the sample."""
     if (work / "encoder.json").is_file():
-        encoder = load_encoder(work)
-    else:
-        encoder = prove(tokenizer, sample)
-        encoder.save(work)
-    dtype = token_dtype(tokenizer.num_ids)
+        return load_encoder(work)
+    encoder = prove(tokenizer, sample)
+    encoder.save(work)
+    return encoder
+
+
+def _shard_settings(job: _Job) -> ShardSettings:
+    config, asked, dtype = job.config, job.asked, token_dtype(job.tokenizer.num_ids)
     if dtype.itemsize > 2:
-        log.info("The tokenizer has %s ids: the store takes 4 bytes a token instead of 2.", f"{tokenizer.num_ids:,}")
-    settings = ShardSettings(
+        num_ids = f"{job.tokenizer.num_ids:,}"
+        log.info("The tokenizer has %s ids: the store takes 4 bytes per token instead of 2.", num_ids)
+    is_counted = config.validation_documents is not None or config.validation_first is not None
+    # If a document's own position alone decides its side, no other texts need to be kept.
+    any_may_be_held_out = config.near_duplicates or asked.mixture or asked.num_held_out or is_counted
+    return ShardSettings(
         reading=asked.reading,
         steps=asked.steps,
         cleaning=asked.cleaning,
         with_signatures=config.near_duplicates,
-        keep_texts_below=_keep_texts_below(asked, config),
+        keep_texts_below=2.0 if any_may_be_held_out else config.validation_fraction,
         seed=config.seed,
         with_rejects=bool(config.rejects),
         dtype=dtype.str,
     )
-    parts = shuffled(being_cut.result(), config.seed) if config.shuffle else being_cut.result()
-    tasks = [ShardTask(part, settings, work) for part in parts]
-    _check_space(work, tasks, sample, encoder)
-    with progress("Preparing", sum(part.num_bytes for part in parts) or None, "bytes") as advance:
+
+
+def _check_space(work: Path, tasks: list[ShardTask], sample: list[str], encoder: Encoder) -> None:
+    """The disk must hold ids and held-out texts twice for a moment: in the shards and in the store."""
+    if not tasks:
+        return
+    texts = [text[:100_000].encode("utf-8") for text in sample]
+    ids_per_byte = len(encoder.encode(texts)[0]) / max(1, sum(map(len, texts)))
+    settings = tasks[0].settings
+    kept = min(1.0, settings.keep_texts_below)
+    stored_per_byte = ids_per_byte * np.dtype(settings.dtype).itemsize + kept * COMPRESSED_TEXT
+    text_bytes = sum(_text_bytes(task.shard) for task in tasks if done_result(task) is None)
+    require_space(work, 2 * stored_per_byte * text_bytes)
+
+
+def _text_bytes(shard: Shard) -> float:
+    """The size of a shard's text once it is decompressed, as far as its sources tell."""
+    sources = [piece.source for piece in shard.pieces]
+    growth = [expansion(source) if isinstance(source, SourceFile) else 1.0 for source in sources]
+    return shard.num_bytes * sum(growth) / len(growth)
+
+
+def _do_shards(
+    config: PrepareConfig, executor: Executor, tasks: list[ShardTask]
+) -> tuple[list[ShardTask], list[ShardResult]]:
+    """Do the work on all shards, or find it done; the tasks that were needed, and their results."""
+    with progress("Preparing", sum(task.shard.num_bytes for task in tasks) or None, "bytes") as advance:
         if config.limit_documents is None:
-            results = _run(executor, tasks, advance)
-        else:
-            tasks, results = _run_up_to(
-                config.limit_documents, executor, tasks, advance, config.workers or usable_cores()
-            )
-    return _Made(tasks, results, encoder)
-
-
-def _documents(asked: Plan) -> Iterator[str]:
-    """Texts from the beginning of the input, as many as the tokenizer's proof takes."""
-    num_bytes = 0
-    for source in asked.sources:
-        for document in read_piece(Piece(source), asked.reading, ReadCounts()):
-            yield document.text
-            num_bytes += len(document.text)
-            if num_bytes > MAX_SAMPLE_BYTES:
-                return
-
-
-def _keep_texts_below(asked: Plan, config: PrepareConfig) -> float:
-    """Where nothing but a document's own position decides, the texts of the others are not kept."""
-    decided = not (config.near_duplicates or asked.mixture or asked.num_held_out)
-    decided = decided and config.validation_documents is None and config.validation_first is None
-    return config.validation_fraction if decided else 2.0
+            return tasks, _run(executor, tasks, advance)
+        chosen: list[ShardTask] = []
+        results: list[ShardResult] = []
+        left, at_once = config.limit_documents, config.workers or usable_cores()
+        # Several shards are done at a time, each up to the limit; the one that goes beyond it is done again.
+        for begin in range(0, len(tasks), at_once):
+            wave = [replace(task, limit=left) for task in tasks[begin : begin + at_once]]
+            for task, result in zip(wave, _run(executor, wave, advance), strict=True):
+                if result.read["documents"] > left:
+                    task = replace(task, limit=left)
+                    result = _run(Inline(), [task], advance)[0]
+                chosen.append(task)
+                results.append(result)
+                left -= result.read["documents"]
+                if left == 0:
+                    return chosen, results
+        return chosen, results
 
 
 def _run(executor: Executor, tasks: list[ShardTask], advance: Advance) -> list[ShardResult]:
@@ -234,63 +244,23 @@ def _run(executor: Executor, tasks: list[ShardTask], advance: Advance) -> list[S
     return [results[task.shard.number] for task in tasks]
 
 
-def _run_up_to(
-    limit: int, executor: Executor, tasks: list[ShardTask], advance: Advance, at_once: int
-) -> tuple[list[ShardTask], list[ShardResult]]:
-    """The shards that the first `limit` documents are in, the last one cut.
-
-    Several are done at a time, none of them further than the limit; the one that goes beyond it is done again.
-    """
-    chosen: list[ShardTask] = []
-    results: list[ShardResult] = []
-    for begin in range(0, len(tasks), at_once):
-        wave = [replace(task, limit=limit) for task in tasks[begin : begin + at_once]]
-        for task, result in zip(wave, _run(executor, wave, advance), strict=True):
-            if result.read["documents"] > limit:
-                task = replace(task, limit=limit)
-                result = _run(Inline(), [task], advance)[0]
-            chosen.append(task)
-            results.append(result)
-            limit -= result.read["documents"]
-            if limit == 0:
-                return chosen, results
-    return chosen, results
-
-
-def _check_space(work: Path, tasks: list[ShardTask], sample: list[str], encoder: Encoder) -> None:
-    """The disk must hold ids and held-out texts twice for a moment: in the shards and in the store."""
-    texts = [text[:100_000].encode("utf-8") for text in sample]
-    num_bytes = max(1, sum(map(len, texts)))
-    ids_a_byte = len(encoder.encode(texts)[0]) / num_bytes
-    settings = tasks[0].settings if tasks else None
-    if settings is None:
-        return
-    text_bytes = 0.0
-    for task in tasks:
-        if done_result(task) is None:
-            for piece in task.shard.pieces:
-                share = task.shard.num_bytes / len(task.shard.pieces)
-                text_bytes += share * (expansion(piece.source) if isinstance(piece.source, SourceFile) else 1.0)
-    kept = min(1.0, settings.keep_texts_below)
-    each = ids_a_byte * np.dtype(settings.dtype).itemsize + kept * COMPRESSED_TEXT
-    require_space(work, 2 * each * text_bytes)
-
-
 def _write(
-    path: Path,
-    asked: Plan,
-    config: PrepareConfig,
-    tokenizer: TextTokenizer,
-    made: _Made,
-    settings: dict[str, Any],
+    job: _Job,
+    tasks: list[ShardTask],
+    results: list[ShardResult],
+    proof: Proof,
     inputs: Future[list[dict[str, Any]]],
 ) -> PrepareResult:
     """Decide what stays and where, and write the store."""
-    read = made.read()
-    corpus = load_corpus(made.tasks, {source: number for number, source in enumerate(asked.sources)})
-    rejected = made.rejected()
+    config, asked = job.config, job.asked
+    read, all_rejected = ReadCounts(), Counter[str]()
+    for result in results:
+        read.add(result.read_counts())
+        all_rejected.update(result.rejected)
+    rejected = dict(all_rejected.most_common())
+    corpus = load_corpus(tasks, {source: number for number, source in enumerate(asked.sources)})
     if not len(corpus.hashes):
-        raise _nothing_left(config, rejected)
+        raise _all_rejected(rejected) if rejected else no_text(config.input)
     sides = decide(
         corpus,
         asked.rule,
@@ -301,22 +271,22 @@ def _write(
     )
     tell_mixture(config, sides)
     if sides.train.max(initial=0) > 1:
-        require_space(path.parent, int(sides.train @ corpus.num_tokens) * token_dtype(tokenizer.num_ids).itemsize)
+        num_tokens = int(sides.train @ corpus.num_tokens)
+        require_space(job.path.parent, num_tokens * token_dtype(job.tokenizer.num_ids).itemsize)
     dropped = {**sides.dropped, "empty": read.empty, **dict(read.skipped), **rejected}
     if asked.left_out:
         dropped["files"] = sum(map(len, asked.left_out.values()))
     leaks = None
     if config.near_duplicates:
         leaks = {"leak_rate": sides.split.leak_rate, "plain_leak_rate": sides.split.plain_leak_rate}
-    proof = made.encoder.proof
-    if config.rejects:  # before the store appears, for then the same command has nothing to do
-        write_rejects(Path(config.rejects), made.tasks)
-    with writing_store(path, tokenizer, replace=config.overwrite) as writer:
+    if config.rejects:  # before the store appears: once it is there, the same command has nothing to do
+        write_rejects(Path(config.rejects), tasks)
+    with writing_store(job.path, job.tokenizer, replace=config.overwrite) as writer:
         write_sides(writer, corpus, sides)
         writer.finish(
             {
                 "inputs": inputs.result(),
-                "settings": settings,
+                "settings": job.identity["settings"],
                 "dropped": dropped,
                 "files_left_out": asked.left_out,
                 "num_documents_read": read.documents + read.empty + sum(read.skipped.values()),
@@ -332,12 +302,10 @@ def _write(
         )
         counts = writer.counts()
     tell_rest(read, sides, leaks)
-    return PrepareResult(str(path), counts, dropped, False, leaks)
+    return PrepareResult(str(job.path), counts, dropped, False, leaks)
 
 
-def _nothing_left(config: PrepareConfig, rejected: dict[str, int]) -> UserError:
-    if not rejected:
-        return UserError(f"The input holds no text ({', '.join(config.input)}); check the files and --text_column.")
+def _all_rejected(rejected: dict[str, int]) -> UserError:
     reasons = ", ".join(f"{number:,} {reason}" for reason, number in rejected.items())
     return UserError(
         f"Cleaning left out all {counted(sum(rejected.values()), 'document')} ({reasons}); name fewer steps with "

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from cartilha.config import PushConfig
 from cartilha.errors import UserError
 from cartilha.pipeline.preflight import preflight
+from cartilha.pipeline.result import Result
 from cartilha.runs.files import run_directory
 
 log = logging.getLogger("cartilha")
@@ -18,15 +18,11 @@ PUSHED = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.t
 
 
 @dataclass(frozen=True)
-class PushResult:
+class PushResult(Result):
     """Where the model is now."""
 
     url: str
     private: bool
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for `--json`."""
-        return asdict(self)
 
 
 def push(config: PushConfig) -> PushResult:

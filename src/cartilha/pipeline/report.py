@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from cartilha.config import ReportConfig
 from cartilha.errors import UserError
+from cartilha.pipeline.result import Result
 from cartilha.reporting.html import render_report
 from cartilha.reporting.images import write_figures
 from cartilha.reporting.several import load_runs
@@ -17,16 +17,12 @@ from cartilha.runs.files import run_directory
 
 
 @dataclass(frozen=True)
-class ReportResult:
+class ReportResult(Result):
     """Where the page is, its results table as Markdown, and the files of its figures where they were asked for."""
 
     report: str
     table: str
     figures: tuple[str, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for `--json`."""
-        return asdict(self)
 
 
 def report(config: ReportConfig) -> ReportResult:

@@ -18,6 +18,7 @@ from cartilha.corpus.splits import choose_split
 from cartilha.errors import UserError
 from cartilha.model.embeddings import ModelShape, model_shape
 from cartilha.pipeline.preflight import preflight
+from cartilha.pipeline.result import Result
 from cartilha.pipeline.vocab_advice import advise
 from cartilha.pipeline.vocab_extension import learn_extension, write_extension
 from cartilha.tokens.fertility import FertilityCounter
@@ -38,7 +39,7 @@ TRAINING_BYTES = 16  # of a parameter: weight, gradient and two moments, float32
 
 
 @dataclass(frozen=True)
-class VocabResult:
+class VocabResult(Result):
     """The report, with the extension where it was asked for, or the advice.
 
     Attributes:
@@ -50,10 +51,6 @@ class VocabResult:
     report: dict[str, Any] | None = None
     extension: dict[str, Any] | None = None
     advice: dict[str, Any] | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for `--json`."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
