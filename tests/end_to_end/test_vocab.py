@@ -124,7 +124,7 @@ def test_a_folder_without_weights_gets_its_tokenizer_extended(cartilha, extended
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(extended / name, bare / name)
     outcome = cartilha("vocab", "--model", bare, "--input", corpus, "--extend", 5, "--output", tmp_path / "new")
-    assert outcome.code == 0 and "the tokenizer alone is extended" in outcome.err
+    assert outcome.code == 0 and "only the tokenizer is extended" in outcome.err
     assert load_tokenizer(str(tmp_path / "new")).num_ids == 294
     assert not (tmp_path / "new/config.json").exists()
 
@@ -161,7 +161,7 @@ def test_a_tokenizer_of_another_kind_is_refused_but_reported_on(refused, cartilh
 
 def test_advice_trains_each_for_its_share_of_the_time(cartilha, refused, corpus: Path, tmp_path: Path, monkeypatch):
     given = ["vocab", "--model", "random:tiny", "--advise", "--time_budget", "1.5s"]
-    assert "1 would be held out" in refused(*given, "--input", corpus)
+    assert "1 document would be held out" in refused(*given, "--input", corpus)
     monkeypatch.setattr("cartilha.pipeline.vocab_advice.TRIED", (20, 60))
     monkeypatch.setattr("cartilha.pipeline.vocab_advice.BLOCK_SIZE", 64)
     monkeypatch.setattr("cartilha.pipeline.vocab_advice.BATCH_TOKENS", 128)

@@ -251,7 +251,7 @@ def test_beyond_65536_ids_the_store_takes_four_bytes_a_token(tmp_path, caplog):
         prepare(PrepareConfig(input=(str(texts),), model=model, output=str(tmp_path / name)))
         store = TokenStore(tmp_path / name)
         assert store.tokens("train").dtype == dtype
-        assert ("4 bytes a token" in caplog.text) == (dtype == "uint32")
+        assert ("4 bytes per token" in caplog.text) == (dtype == "uint32")
         for held_out in store.validation_documents():
             assert tokenizer.decode(tokenizer.encode([held_out.text])[0]) == held_out.text
     assert store.tokens("train").max() > 65_535

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,10 @@ from cartilha.config import VocabConfig
 from cartilha.console import progress
 from cartilha.corpus.document import Document
 from cartilha.corpus.english import english_sample
-from cartilha.corpus.readers import read_documents
-from cartilha.corpus.records import ReadSettings
 from cartilha.corpus.splits import choose_split
 from cartilha.errors import UserError
 from cartilha.model.embeddings import ModelShape, model_shape
+from cartilha.pipeline.inputs import input_documents
 from cartilha.pipeline.preflight import preflight
 from cartilha.pipeline.result import Result
 from cartilha.pipeline.vocab_advice import advise
@@ -33,14 +31,14 @@ from cartilha.tokens.vocabulary import (
     num_tokens,
 )
 
-SIZES = (1000, 2000, 4000, 8000)  # extensions that the report reckons up
-HELD_OUT = 0.2  # of the documents, for what an extension saves on text that it was not learnt on
-TRAINING_BYTES = 16  # of a parameter: weight, gradient and two moments, float32
+SIZES = (1000, 2000, 4000, 8000)  # extensions whose effect the report states
+HELD_OUT = 0.2  # of the documents: what an extension saves is counted on text that it was not learnt on
+TRAINING_BYTES = 16  # per parameter: weight, gradient and two moments, float32
 
 
 @dataclass(frozen=True)
 class VocabResult(Result):
-    """The report, with the extension where it was asked for, or the advice.
+    """The report, with the extension if one was asked for, or the advice.
 
     Attributes:
         report: Figures of the text under the vocabulary as it is (docs/vocabulary.md); None with `--advise`.
@@ -74,10 +72,15 @@ def vocab(config: VocabConfig) -> VocabResult:
     if config.advise:
         return VocabResult(advice=advise(config))
     tokenizer = load_tokenizer(config.model)
-    if config.extend is not None:
+    not_extendable = None
+    try:
         check_extendable(tokenizer, config.model)
-    text = _read(config, tokenizer)
-    report = _report(config.model, tokenizer, text)
+    except UserError as error:
+        if config.extend is not None:
+            raise
+        not_extendable = str(error)
+    text = _read(config, tokenizer, byte_level=not_extendable is None)
+    report = _report(config.model, tokenizer, text, not_extendable)
     if config.extend is None:
         return VocabResult(report)
     learnt = learn_extension(tokenizer, text.learnt_on + text.held_out, config.extend)
@@ -85,13 +88,12 @@ def vocab(config: VocabConfig) -> VocabResult:
     return VocabResult(report, extension=write_extension(config.model, tokenizer, learnt, Path(config.output), origin))
 
 
-def _read(config: VocabConfig, tokenizer: TextTokenizer) -> _Text:
-    byte_level = why_not_extendable(tokenizer, config.model) is None
+def _read(config: VocabConfig, tokenizer: TextTokenizer, *, byte_level: bool) -> _Text:
     figures = FertilityCounter(tokenizer, after_space=byte_level)
     words = {"train": Counter[str](), "validation": Counter[str]()}
     num_words = num_documents = 0
     with progress("Reading", None, "characters") as advance:
-        for batch in batches(_documents(config)):
+        for batch in batches(input_documents(config)):
             figures.add(batch)
             for document in batch:
                 side = choose_split(document.text_hash, HELD_OUT, 0)
@@ -100,50 +102,33 @@ def _read(config: VocabConfig, tokenizer: TextTokenizer) -> _Text:
                 num_words += len(document.text.split()) if side == "validation" else 0
             num_documents += len(batch)
             advance(sum(len(document.text) for document in batch))
-    if not num_documents:
-        raise UserError(f"The input holds no text ({', '.join(config.input)}); check the files and --text_column.")
     return _Text(figures, words["train"], words["validation"], num_words, num_documents)
 
 
-def _documents(config: VocabConfig) -> Iterator[Document]:
-    return read_documents(config.input, ReadSettings.of(config), limit_documents=config.limit_documents)
-
-
-def why_not_extendable(tokenizer: TextTokenizer, name: str) -> str | None:
-    """The sentence that `--extend` would be refused with, or None."""
-    try:
-        check_extendable(tokenizer, name)
-    except UserError as error:
-        return str(error)
-    return None
-
-
-def _report(model: str, tokenizer: TextTokenizer, text: _Text) -> dict[str, Any]:
-    reason = why_not_extendable(tokenizer, model)
-    english = FertilityCounter(tokenizer, after_space=reason is None)
+def _report(model: str, tokenizer: TextTokenizer, text: _Text, not_extendable: str | None) -> dict[str, Any]:
+    english = FertilityCounter(tokenizer, after_space=not_extendable is None)
     english.add([Document(line, str(i), "english", "english") for i, line in enumerate(english_sample())])
     shape = model_shape(model, tokenizer)
-    total = text.figures.total()
-    fertility = total.to_dict()["tokens_per_word"]
+    total = text.figures.total().to_dict()
     return {
         "model": model,
         "num_ids": tokenizer.num_ids,
         "num_rows": None if shape is None else shape.num_rows,
         "num_spare_rows": None if shape is None else max(0, shape.num_rows - tokenizer.num_ids),
         "share_of_ids_used": float((text.figures.id_counts > 0).mean()),
-        "total": total.to_dict(),
+        "total": total,
         "domains": {name: figures.to_dict() for name, figures in text.figures.by_domain().items()},
         "english": english.total().to_dict(),
-        "words_in_context": None if shape is None else shape.context_length / fertility,
+        "words_in_context": None if shape is None else shape.context_length / total["tokens_per_word"],
         "words": [asdict(word) for word in text.figures.costliest_words()],
         "letters": [asdict(letter) for letter in text.figures.costliest_letters()],
-        "sizes": [] if reason is not None else _sizes(tokenizer, text, shape),
-        "not_extendable": reason,
+        "sizes": [] if not_extendable else _sizes(tokenizer, text, shape),
+        "not_extendable": not_extendable,
     }
 
 
 def _sizes(tokenizer: TextTokenizer, text: _Text, shape: ModelShape | None) -> list[dict[str, Any]]:
-    """What extensions of several sizes would save, on documents that they are not learnt on, and cost."""
+    """What extensions of several sizes would cost, and what they would save on documents that taught them nothing."""
     if not text.learnt_on or not text.held_out:
         return []
     merges, before = learn_merges(tokenizer, text.learnt_on, max(SIZES))
@@ -160,12 +145,13 @@ def _sizes(tokenizer: TextTokenizer, text: _Text, shape: ModelShape | None) -> l
         }
         if shape is not None:
             new_rows = max(0, tokenizer.num_ids + size - shape.num_rows)
+            new_parameters = new_rows * shape.row_parameters
             row |= {
                 "words_in_context": shape.context_length / row["tokens_per_word"],
-                "share_of_time": new_tokens / old_tokens * shape.relative_cost(new_rows),
-                "new_parameters": new_rows * shape.row_parameters,
-                "share_of_parameters": new_rows * shape.row_parameters / shape.num_parameters,
-                "training_bytes": new_rows * shape.row_parameters * TRAINING_BYTES,
+                "share_of_time": row["share_of_tokens"] * shape.relative_cost(new_rows),
+                "new_parameters": new_parameters,
+                "share_of_parameters": new_parameters / shape.num_parameters,
+                "training_bytes": new_parameters * TRAINING_BYTES,
             }
         rows.append(row)
     return rows

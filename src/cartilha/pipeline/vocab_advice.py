@@ -1,7 +1,7 @@
 """`vocab --advise`: trains a model with its vocabulary as it is and extended, for the same time, and recommends one.
 
-All that is tried goes through the pipeline's own commands: prepare, train, evaluate, compare. The documents that are
-held out are the same for all, chosen by hash, and the new tokens are learnt on the training side alone.
+Each trial runs the pipeline's own commands: prepare, train, evaluate, compare. All trials hold out the same documents,
+chosen by hash, and the new tokens are learnt on the training side alone.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any, Literal
 
 from cartilha.config import CompareConfig, EvaluateConfig, PrepareConfig, TrainConfig, VocabConfig
 from cartilha.corpus.english import english_sample
-from cartilha.corpus.readers import read_documents
 from cartilha.corpus.records import ReadSettings
 from cartilha.errors import UserError, counted
 from cartilha.pipeline.compare import compare
 from cartilha.pipeline.evaluate import evaluate
+from cartilha.pipeline.inputs import input_documents
 from cartilha.pipeline.prepare import prepare
 from cartilha.pipeline.train import train
 from cartilha.pipeline.vocab_extension import write_extension
@@ -32,22 +32,30 @@ from cartilha.units import parse_duration
 log = logging.getLogger("cartilha")
 
 TRIED = (4000, 8000)
-SAMPLE_CHARS = 20_000_000  # of the text; more than any budget of an hour reads
+SAMPLE_CHARS = 20_000_000  # more than a training of an hour reads
 HELD_OUT = 0.1
-LEAST_HELD_OUT = 5  # documents; the sign-flip test needs as many to find anything
+LEAST_HELD_OUT = 5  # documents; with fewer, the sign-flip test cannot find anything
 HELD_OUT_BYTES = 100_000  # scored with each model after its training
 BATCH_TOKENS = 2048  # small steps, so that a short budget has many
 BLOCK_SIZE = 512
 EMBEDDINGS_FIRST = "5%"
-MANY_EPOCHS = 100_000  # the time decides
+MANY_EPOCHS = 100_000  # the time budget ends the training
+
+
+@dataclass(frozen=True)
+class _Trials:
+    """What all trials have in common: the seconds of training, and the texts that are scored afterwards."""
+
+    config: VocabConfig
+    seconds: float
+    texts: dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class _Tried:
-    """One vocabulary after its training: its model, store and saved evaluations."""
+    """One vocabulary after its training: the run's results, and a saved evaluation for each text."""
 
     num_new: int
-    model: str
     trained: dict[str, Any]
     evaluations: dict[str, str]
 
@@ -56,7 +64,7 @@ def advise(config: VocabConfig) -> dict[str, Any]:
     """Try, compare and recommend; the record that `vocab --json` carries.
 
     Raises:
-        UserError: No time to speak of, a tokenizer that cannot be extended, or a text too small to learn or hold out.
+        UserError: A tokenizer that cannot be extended, or a text too small to learn from or to hold out.
     """
     budget = parse_duration(config.time_budget)
     assert budget is not None
@@ -64,32 +72,31 @@ def advise(config: VocabConfig) -> dict[str, Any]:
     check_extendable(tokenizer, config.model)
     with _work_directory(config) as work:
         num_documents = _sample_size(config)
-        keep_store = _prepare(config, config.model, work / "keep", num_documents)
-        store = TokenStore(keep_store)
-        if store.counts["validation"].num_documents < LEAST_HELD_OUT:  # said before the time is spent
+        keep = work / "keep"
+        store = _prepare(config, config.model, keep, num_documents)
+        num_held_out = store.counts["validation"].num_documents
+        if num_held_out < LEAST_HELD_OUT:  # refused before the time is spent
             raise UserError(
-                f"The text is too small to compare on: of its documents {store.counts['validation'].num_documents} "
-                f"would be held out, and {LEAST_HELD_OUT} are needed; give more documents."
+                f"The text is too small to compare on: {counted(num_held_out, 'document')} would be held out, and "
+                f"{LEAST_HELD_OUT} are needed; give more documents."
             )
         words = count_words(tokenizer, (document.text for document in store.read_documents("train")))
         merges, before = learn_merges(tokenizer, words, max(TRIED))
         learnt = sum(merge.is_new for merge in merges)
         if not learnt:
             raise UserError("The text is too small to learn new tokens from: no pair occurs twice; give more text.")
-        sizes = sorted({min(size, learnt) for size in TRIED})
         if learnt < max(TRIED):
             log.warning("The text is enough for %s only.", counted(learnt, "new token"))
-        seconds = budget / (1 + len(sizes))
-        limit = _num_held_out(store)
-        tried = [_try(config, work / "keep", 0, config.model, keep_store, seconds, keep_store, limit)]
-        lr = tried[0].trained["settings"]["lr"]
+        sizes = sorted({min(size, learnt) for size in TRIED})
+        trials = _Trials(config, budget / (1 + len(sizes)), _scored_texts(store, work))
+        tried = [_try(trials, keep, 0)]
         for size in sizes:
             place = work / f"plus-{size}"
             extension = extend(tokenizer, first_new_tokens(merges, size), before)
             write_extension(config.model, tokenizer, extension, place / "model", {"input": list(config.input)})
-            extended = _prepare(config, str(place / "model"), place, num_documents)
-            tried.append(_try(config, place, size, str(place / "model"), extended, seconds, keep_store, limit, lr))
-        return _recommend(tried, seconds)
+            _prepare(config, str(place / "model"), place, num_documents)
+            tried.append(_try(trials, place, size, tried[0].trained["settings"]["lr"]))
+        return _advice(tried, trials.seconds)
 
 
 @contextmanager
@@ -103,21 +110,18 @@ def _work_directory(config: VocabConfig) -> Iterator[Path]:
 
 
 def _sample_size(config: VocabConfig) -> int:
-    """Documents of the sample: the first ones, up to some megabytes of text."""
-    documents = read_documents(config.input, ReadSettings.of(config), limit_documents=config.limit_documents)
+    """Documents of the sample: the first ones, up to `SAMPLE_CHARS`."""
     num_documents = num_chars = 0
-    for document in documents:
+    for document in input_documents(config):
         num_documents += 1
         num_chars += len(document.text)
         if num_chars >= SAMPLE_CHARS:
             log.info("The sample is the first %s.", counted(num_documents, "document"))
             break
-    if not num_documents:
-        raise UserError(f"The input holds no text ({', '.join(config.input)}); check the files and --text_column.")
     return num_documents
 
 
-def _prepare(config: VocabConfig, model: str, place: Path, num_documents: int) -> str:
+def _prepare(config: VocabConfig, model: str, place: Path, num_documents: int) -> TokenStore:
     settings = PrepareConfig(
         input=config.input,
         model=model,
@@ -127,32 +131,29 @@ def _prepare(config: VocabConfig, model: str, place: Path, num_documents: int) -
         limit_documents=num_documents,
         **vars(ReadSettings.of(config)),
     )
-    return prepare(settings).store
+    return TokenStore(prepare(settings).store)
 
 
-def _num_held_out(store: TokenStore) -> int:
-    """Documents to score: the first ones of the validation side, up to some kilobytes."""
+def _scored_texts(store: TokenStore, work: Path) -> dict[str, dict[str, Any]]:
+    """Two texts as `evaluate` takes them: the first held-out documents, up to `HELD_OUT_BYTES`, and English."""
     sizes = store.documents("validation").num_bytes.cumsum()
-    return min(len(sizes), 1 + int((sizes < HELD_OUT_BYTES).sum()))
+    num_documents = min(len(sizes), 1 + int((sizes < HELD_OUT_BYTES).sum()))
+    english = work / "english.txt"
+    english.write_text("\n".join(english_sample()) + "\n", encoding="utf-8")
+    return {
+        "held_out": {"store": str(store.path), "limit_documents": num_documents},
+        "english": {"input": (str(english),)},
+    }
 
 
-def _try(
-    config: VocabConfig,
-    place: Path,
-    num_new: int,
-    model: str,
-    store: str,
-    seconds: float,
-    scored_store: str,
-    limit_documents: int,
-    lr: float | Literal["auto"] = "auto",
-) -> _Tried:
-    """Train one for its share of the time, and score it on the held-out text and on English."""
+def _try(trials: _Trials, place: Path, num_new: int, lr: float | Literal["auto"] = "auto") -> _Tried:
+    """Train a model on the store in `place` for its share of the time, and score it on each text."""
+    config, run = trials.config, place / "run"
     settings = TrainConfig(
-        model=model,
-        store=store,
-        output=str(place / "run"),
-        time_budget=f"{seconds}s",
+        model=str(place / "model") if num_new else config.model,
+        store=str(place / "store"),
+        output=str(run),
+        time_budget=f"{trials.seconds}s",
         epochs=MANY_EPOCHS,
         block_size=BLOCK_SIZE,
         batch_tokens=BATCH_TOKENS,
@@ -163,29 +164,20 @@ def _try(
         validation_tokens=1,
     )
     trained = train(settings).results
-    english = place / "english.txt"
-    english.write_text("\n".join(english_sample()) + "\n", encoding="utf-8")
-    texts: dict[str, dict[str, Any]] = {
-        "held_out": {"store": scored_store, "limit_documents": limit_documents},
-        "english": {"input": (str(english),)},
-    }
-    saved = {}
-    for name, text in texts.items():
-        saved[name] = str(place / f"{name}.parquet")
-        final = str(place / "run" / "model")
-        evaluate(EvaluateConfig(model=(final,), save=saved[name], device=config.device, **text))
-    return _Tried(num_new, model, trained, saved)
+    saved = {name: str(place / f"{name}.parquet") for name in trials.texts}
+    for name, text in trials.texts.items():
+        evaluate(EvaluateConfig(model=(str(run / "model"),), save=saved[name], device=config.device, **text))
+    return _Tried(num_new, trained, saved)
 
 
-def _recommend(tried: list[_Tried], seconds: float) -> dict[str, Any]:
+def _advice(tried: list[_Tried], seconds: float) -> dict[str, Any]:
     keep, *extended = tried
     rows = []
     for one in extended:
-        found = {
-            name: compare(CompareConfig(evaluations=(keep.evaluations[name], one.evaluations[name]))).to_dict()
-            for name in keep.evaluations
-        }
-        held_out = found["held_out"]
+        held_out, english = (
+            compare(CompareConfig(evaluations=(keep.evaluations[name], one.evaluations[name]))).to_dict()
+            for name in ("held_out", "english")
+        )
         tokens = [row["num_tokens"] for row in held_out["evaluations"]]
         rows.append(
             {
@@ -197,7 +189,7 @@ def _recommend(tried: list[_Tried], seconds: float) -> dict[str, Any]:
                 "p_value": held_out["p_value"],
                 "num_documents": held_out["num_documents"],
                 "share_of_tokens": tokens[1] / tokens[0],
-                "difference_english": found["english"]["bits_per_byte_difference"],
+                "difference_english": english["bits_per_byte_difference"],
                 "tokens_trained": one.trained["tokens"],
                 "tokens_trained_keep": keep.trained["tokens"],
             }
@@ -207,37 +199,33 @@ def _recommend(tried: list[_Tried], seconds: float) -> dict[str, Any]:
 
 
 def recommend(rows: list[dict[str, Any]], seconds: float) -> tuple[int, list[str]]:
-    """What to take (0: the vocabulary as it is) and two sentences that say why.
+    """The number of new tokens to take (0: keep the vocabulary), and two sentences that say why.
 
-    An extension must be better by more than chance: the interval of its paired difference lies below zero. Of two that
-    are, the better one is taken.
+    The best extension is recommended if it is better by more than chance: the interval of its paired difference must
+    lie below zero.
 
     Args:
-        rows: One an extension: `num_new`, `difference`, `interval`, `share_of_tokens`, `difference_english`, ...
+        rows: One for each extension: `num_new`, `difference`, `interval`, `share_of_tokens`, `difference_english`, ...
         seconds: Training time of each.
     """
     best = min(rows, key=lambda row: float(row["difference"]))
-    sure = best["interval"][1] is not None and best["interval"][1] < 0
-    size, change = f"{best['num_new']:,}", f"{best['difference']:+.3f}"
     low, high = best["interval"]
     interval = "no interval" if low is None or high is None else f"95 % interval {low:+.3f} to {high:+.3f}"
+    time = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
     measured = (
-        f"after {_minutes(seconds)} of training each, +{size} tokens differ from the vocabulary as it is by {change} "
-        f"bits per byte ({interval}, {counted(best['num_documents'], 'held-out document')})"
+        f"after {time} of training each, +{best['num_new']:,} tokens differ from the vocabulary as it is by "
+        f"{best['difference']:+.3f} bits per byte ({interval}, {counted(best['num_documents'], 'held-out document')})"
     )
-    share, english = f"{1 - best['share_of_tokens']:.0%}", f"{best['difference_english']:+.3f}"
-    if sure:
+    share = f"{1 - best['share_of_tokens']:.0%}"
+    if high is not None and high < 0:
         return best["num_new"], [
-            f"Extend by {size} tokens: {measured}.",
-            f"The text takes {share} fewer tokens then, and English changed by {english} bits per byte.",
+            f"Extend by {best['num_new']:,} tokens: {measured}.",
+            f"The text then takes {share} fewer tokens, and English changed by {best['difference_english']:+.3f} bits "
+            "per byte.",
         ]
-    worse = best["interval"][0] is not None and best["interval"][0] > 0
+    is_worse = low is not None and low > 0
     return 0, [
-        f"Keep the vocabulary{'' if worse else ', for want of a clear difference'}: {measured}.",
-        f"With {share} fewer tokens the extended one reads more text in the same time, so what is to be trained for "
-        "longer is worth trying with a longer --time_budget.",
+        f"Keep the vocabulary{'' if is_worse else ', for want of a clear difference'}: {measured}.",
+        f"With {share} fewer tokens the extended one reads more text in the same time; for a longer training, try "
+        "again with a longer --time_budget.",
     ]
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

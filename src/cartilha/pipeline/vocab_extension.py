@@ -1,4 +1,4 @@
-"""A model with an extended vocabulary, written so that transformers loads it with no code of ours."""
+"""A model with an extended vocabulary, written so that transformers loads it without Cartilha."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ log = logging.getLogger("cartilha")
 
 
 def learn_extension(tokenizer: TextTokenizer, words: Counter[str], num_new: int) -> Extension:
-    """Learn exactly so many new tokens.
+    """Learn exactly `num_new` tokens.
 
     Raises:
-        UserError: The text has not that many pairs that occur twice.
+        UserError: Too few pairs occur twice in the text.
     """
     merges, before = learn_merges(tokenizer, words, num_new)
     found = sum(merge.is_new for merge in merges)
@@ -57,7 +57,7 @@ def write_extension(
     }
     if base.num_ids <= MAX_UINT16_IDS < learnt.tokenizer.num_ids:
         log.warning(
-            "The vocabulary grows beyond %s ids: stores made with it take 4 bytes a token instead of 2.",
+            "The vocabulary grows beyond %s ids: stores made with it take 4 bytes per token instead of 2.",
             f"{MAX_UINT16_IDS:,}",
         )
     with new_directory(output) as temporary:
@@ -75,7 +75,7 @@ def write_extension(
             loaded.model.save_pretrained(temporary)
             write_atomically(temporary / "README.md", _card(record))
         else:
-            log.warning("%s holds no weights: the tokenizer alone is extended.", ref)
+            log.warning("%s holds no weights: only the tokenizer is extended.", ref)
         save_extended(base, learnt.tokenizer, temporary)
         write_json(temporary / "extension.json", record)
     return {**record, "output": str(output)}
