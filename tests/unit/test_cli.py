@@ -27,8 +27,8 @@ from cartilha.console import OptionNames, show_by_default
 from cartilha.errors import UserError, counted
 from cartilha.pipeline.preflight import preflight
 from cartilha.pipeline.recipes import recipe_names
-from cartilha.reporting.results import Protocol
-from cartilha.reporting.tables import Row, to_markdown
+from cartilha.reporting.results import load_run
+from cartilha.reporting.tables import results_table, to_markdown
 from cartilha.runs.files import write_config
 from cartilha.terminal.results import show
 from cartilha.terminal.tables import show_table
@@ -577,13 +577,17 @@ def test_words_in_a_table_wrap_and_take_what_room_the_numbers_leave(capsys):
     assert max(map(len, printed.splitlines())) == 80 and printed.count("x") == 90 and printed.count("frase") == 9
 
 
-def test_the_results_table_of_runs_fits_a_terminal(capsys):
-    rows = [
-        Row(f"runs/uma|longa_{i}", "finished", 2048, max_steps=i + 1, batch=123, device="NVIDIA A100-SXM4-80GB",
-            seconds_per_epoch=4000.0, perplexity=31.25, bits_per_byte=1.25, validation_hash=str(i),
-            protocol=Protocol(hash="ab"), mark="abcd"[i]) for i in range(4)
-    ]  # fmt: skip
-    show("report", {"table": to_markdown(rows, "en"), "report": "r.html", "figures": ["f/a.png"]})
+def test_the_results_table_of_runs_fits_a_terminal(capsys, tmp_path):
+    for i in range(4):
+        (tmp_path / f"{i}").mkdir()
+        settings = {"block_size": 2048, "max_steps": i + 1, "num_steps": i + 1, "blocks_per_step": 123}
+        last = {"step": i + 1, "perplexity": 31.25, "bits_per_byte": 1.25, "protocol": {"hash": "ab"}}
+        values = {"name": f"runs/uma|longa_{i}", "status": "finished", "settings": settings, "evaluations": [last]}
+        values |= {"packing": {"num_blocks": 123}, "epochs": [{"epoch": 1, "seconds": 4000.0}]}
+        values |= {"machine": {"device_name": "NVIDIA A100-SXM4-80GB"}, "corpus": {"validation_hash": f"{i}"}}
+        (tmp_path / f"{i}" / "results.json").write_text(json.dumps(values), encoding="utf-8")
+    table = to_markdown(results_table([load_run(tmp_path / f"{i}") for i in range(4)]), "en")
+    show("report", {"table": table, "report": "r.html", "figures": ["f/a.png"]})
     printed = capsys.readouterr().out
     _fits(
         "\n".join(line for line in printed.splitlines() if line.startswith(("┃", "│"))),

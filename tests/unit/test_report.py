@@ -10,6 +10,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,12 @@ from cartilha.explorer.wording import PageWording
 from cartilha.reporting import chart, html, surprisal, tables
 from cartilha.reporting.html import render_report
 from cartilha.reporting.images import write_figures
-from cartilha.reporting.results import STATUSES, Settings, load_run
+from cartilha.reporting.results import STATUSES, RecordedSettings, load_run
 from cartilha.reporting.samples import sample_series
 from cartilha.reporting.several import load_runs, overlaid_figures
 from cartilha.reporting.tables import footnotes, results_table, to_csv, to_markdown
 from cartilha.reporting.wording import LANGUAGES, Language, Wording, choose_language
+from cartilha.terminal.results import show
 
 
 def evaluation(
@@ -169,10 +171,9 @@ def markdown_cells(table: str) -> Iterator[list[str]]:
 RUN_FILES = ("results.json", "metrics.jsonl", "samples.jsonl", "config.yaml", "plan.json", "surprisal.parquet")
 
 
-def cells_of(row: tables.Row, language: Language = "en") -> dict[str, str]:
+def cells_of(row: tables.Row) -> dict[str, str]:
     """The texts of a table of this row alone."""
-    wanted = tables.columns([row])
-    return dict(zip((column.key for column in wanted), tables.cells(row, wanted, language), strict=True))
+    return {column.key: column.text(row, Wording("en")) for column in tables.columns([row])}
 
 
 # Reading
@@ -210,7 +211,7 @@ def test_a_run_without_results_is_read_from_what_is_there(tmp_path: Path) -> Non
 @pytest.mark.parametrize("config", ["a: [", "day: 2026-13-45", "just text", ""])
 def test_a_config_that_cannot_be_read_gives_no_settings(tmp_path: Path, config: str) -> None:
     (tmp_path / "config.yaml").write_text(config, encoding="utf-8")
-    assert load_run(tmp_path).settings == Settings()
+    assert load_run(tmp_path).settings == RecordedSettings()
 
 
 def test_empty_results_name_what_they_lack(tmp_path: Path) -> None:
@@ -277,12 +278,14 @@ def test_the_headline_pairs_what_may_be_compared(tmp_path: Path) -> None:
 def test_every_status_is_a_row(tmp_path: Path, status: str) -> None:
     path = make_run(tmp_path / "run", status=status, error="It broke.", evaluations=[evaluation(0)], epochs=[])
     (row,) = results_table([load_run(path)])
-    assert row.status == status
-    assert (row.perplexity, row.bits_per_byte, row.seconds_per_epoch) == (None, None, None)  # not those before training
+    (fields,) = csv.DictReader(io.StringIO(to_csv([row])))
+    assert fields["status"] == status  # and no figures of before training
+    empty = ("val_perplexity", "val_bits_per_byte", "seconds_per_epoch", "step")
+    assert [fields[name] for name in empty] == [""] * 4
     cells = cells_of(row)
     assert list(markdown_cells(to_markdown([row], "en")))[2] == list(cells.values())
     assert cells["status"] == status.replace("_", " ")
-    assert cells["perplexity"] == cells["bits_per_byte"] == cells["time_per_epoch"] == "-"
+    assert cells["val_perplexity"] == cells["val_bits_per_byte"] == cells["seconds_per_epoch"] == "-"
     assert (cells["seq_length"], cells["epochs"], cells["batch"], cells["device"]) == ("512", "2", "8", "Xeon")
     assert "It broke." in page_of(path)
 
@@ -293,7 +296,7 @@ def test_the_figures_of_a_finished_run(tmp_path: Path) -> None:
     assert english[0][5:8] == ["time/epoch", "val perplexity", "val bits per byte"]
     assert english[2] == ["run", "512", "2", "8", "Xeon", "10 min 20 s", "32.51", "1.791", "finished"]
     assert list(markdown_cells(to_markdown(rows, "pt")))[2][6:] == ["32,51", "1,791", "concluído"]
-    assert footnotes(rows, "en") == []
+    assert footnotes(rows, Wording("en")) == []
     (fields,) = csv.DictReader(io.StringIO(to_csv(rows)))
     assert (fields["val_perplexity"], fields["val_bits_per_byte"], fields["seconds_per_epoch"]) == (
         "32.51",
@@ -316,8 +319,28 @@ def test_a_part_of_an_epoch_gives_no_time_per_epoch(tmp_path: Path) -> None:
     record["settings"]["num_steps"] = 8
     (path / "results.json").write_text(json.dumps(record), encoding="utf-8")
     (row,) = results_table([load_run(path)])
-    assert row.seconds_per_epoch == 610.0
+    assert ",610.0," in to_csv([row])
     assert cells_of(row)["epochs"] == "8 steps"
+
+
+def test_a_column_from_outside_is_in_every_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    headings: dict[Language, str] = {"en": "word perplexity", "pt": "perplexidade por palavra"}
+    column = tables.Column("word_perplexity", lambda run: tables.last(run).word_perplexity, headings)
+    column = replace(column, write=Wording.perplexity, plain=round, alike=tables.measured_on)
+    monkeypatch.setattr(tables, "COLUMNS", (*tables.COLUMNS, column))
+    last = evaluation(10, 33.0, word_perplexity=1234.567)
+    paths = [make_run(tmp_path / "a", evaluations=[evaluation(0), last]), make_run(tmp_path / "b")]
+    rows = results_table(load_runs(paths))
+    english = list(markdown_cells(to_markdown(rows, "en")))
+    assert [line[-1] for line in english] == ["word perplexity", "---:", "1,235", "-"]
+    fields = list(csv.DictReader(io.StringIO(to_csv(rows))))
+    assert [row["word_perplexity"] for row in fields] == ["1235", ""]
+    page = page_of(*paths)
+    assert "word perplexity</th>" in page and "<span>1,235</span>" in page and "<span>1.235</span>" in page
+    show("report", {"table": to_markdown(rows, "en"), "report": "r.html", "figures": []})
+    assert "1,235" in capsys.readouterr().out
+    other = make_run(tmp_path / "c", evaluations=[evaluation(0, hash="ffff"), evaluation(10, hash="ffff")])
+    assert "perplexidade por palavra (a)" in to_markdown(results_table(load_runs([*paths, other])), "pt")
 
 
 MISMATCHES = {
@@ -371,7 +394,7 @@ def test_other_tokenizers_part_the_perplexities_alone(tmp_path: Path) -> None:
     rows = results_table([load_run(make_run(tmp_path / "a")), load_run(other)])
     titles = [column.title(Wording("en")) for column in tables.columns(rows)[6:]]
     assert titles == ["val perplexity (a)", "val perplexity (b)", "val bits per byte", "status"]
-    assert [mark for mark, _ in footnotes(rows, "en")] == ["", "", "a", "b"]
+    assert [mark for mark, _ in footnotes(rows, Wording("en"))] == ["", "", "a", "b"]
     assert "only bits per byte can" in to_markdown(rows, "en") and "tokenizer llama" in to_markdown(rows, "en")
 
 
@@ -477,6 +500,7 @@ def test_portuguese_has_one_term_for_each_thing() -> None:
         for path in root.glob("*/templates/strings.yaml")
         for key, words in yaml.safe_load(path.read_text(encoding="utf-8")).items()
     }
+    texts |= {column.key: column.heading["pt"] for column in tables.COLUMNS if column.heading}
     for page in (Path(__file__).parents[2] / "docs" / "pt").glob("*.md"):
         texts[page.name] = re.sub(
             r"(?s)```.*?```|`[^`]*`|\(\*store\*\)|\]\([^)]*\)|[\w./]+\.json", "", page.read_text("utf-8")

@@ -10,14 +10,14 @@ import numpy as np
 from cartilha.evaluation.perplexity import perplexity
 from cartilha.reporting import tables
 from cartilha.reporting.chart import Axis, Figure, Floats, Series, smooth, thin
-from cartilha.reporting.results import Evaluation, RunRecord
+from cartilha.reporting.results import RecordedEvaluation, RecordedRun
 from cartilha.reporting.wording import Wording
 
 SMALL = (460, 260)  # width and height of the drawings that stand two in a row
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
-def run_figures(run: RunRecord, say: Wording) -> list[Figure]:
+def run_figures(run: RecordedRun, say: Wording) -> list[Figure]:
     """All of which there is something to draw, in the order of the page."""
     found = [
         _loss(run, say),
@@ -51,7 +51,7 @@ def count_axis(label: str, say: Wording) -> Axis:
     return Axis(label, say.number, whole=True)
 
 
-def _loss(run: RunRecord, say: Wording) -> Figure | None:
+def _loss(run: RecordedRun, say: Wording) -> Figure | None:
     x, y = curve(run.steps, "loss")
     series = []
     if len(y):
@@ -66,9 +66,9 @@ def _loss(run: RunRecord, say: Wording) -> Figure | None:
     return Figure("loss", say("loss_chart"), series, count_axis(say("step"), say), loss_axis(say), legend)
 
 
-def _comparable(evaluations: Iterable[Evaluation]) -> list[list[Evaluation]]:
+def _comparable(evaluations: Iterable[RecordedEvaluation]) -> list[list[RecordedEvaluation]]:
     """Evaluations with a perplexity, by protocol and text: a line joins only what may be compared."""
-    groups: list[list[Evaluation]] = []
+    groups: list[list[RecordedEvaluation]] = []
     for evaluation in evaluations:
         if evaluation.perplexity is None or evaluation.perplexity <= 0:
             continue
@@ -80,7 +80,7 @@ def _comparable(evaluations: Iterable[Evaluation]) -> list[list[Evaluation]]:
     return groups
 
 
-def _validation(group: Sequence[Evaluation], say: Wording) -> Series:
+def _validation(group: Sequence[RecordedEvaluation], say: Wording) -> Series:
     losses = [math.log(one.perplexity or 1) for one in group]
     tips = [
         say(
@@ -95,7 +95,7 @@ def _validation(group: Sequence[Evaluation], say: Wording) -> Series:
     return Series("validation", [one.step or 0 for one in group], losses, tips)
 
 
-def _epochs(run: RunRecord, say: Wording) -> Figure | None:
+def _epochs(run: RecordedRun, say: Wording) -> Figure | None:
     series = []
     for kind in ("train", "validation"):
         epochs, losses = curve(run.epochs, f"{kind}_loss", over="epoch")
@@ -110,7 +110,7 @@ def _epochs(run: RunRecord, say: Wording) -> Figure | None:
     return Figure("loss-by-epoch", say("epochs_chart"), series, x, y, legend, SMALL)
 
 
-def _positions(run: RunRecord, say: Wording) -> Figure | None:
+def _positions(run: RecordedRun, say: Wording) -> Figure | None:
     """Loss by the token's position in its document, at even distances: the bins double."""
     lines = [("before", "before", run.before), ("validation", "after", run.after)]
     found = [(kind, word, one.positions) for kind, word, one in lines if one and one.positions]
@@ -127,14 +127,14 @@ def _positions(run: RunRecord, say: Wording) -> Figure | None:
     return Figure("loss-by-position", say("positions_chart"), series, x, y, legend, SMALL)
 
 
-def _learning_rate(run: RunRecord, say: Wording) -> Figure | None:
+def _learning_rate(run: RecordedRun, say: Wording) -> Figure | None:
     highest = curve(run.steps, "lr")[1].max(initial=0.0)
     power = math.floor(math.log10(highest)) if highest > 0 else 0
     return _measured(run, say, "learning-rate", "lr", unit=10.0**power, power=str(power).translate(SUPERSCRIPTS))
 
 
 def _measured(
-    run: RunRecord, say: Wording, name: str, field: str, *, unit: float = 1.0, **of_label: str
+    run: RecordedRun, say: Wording, name: str, field: str, *, unit: float = 1.0, **of_label: str
 ) -> Figure | None:
     """One value of the steps, from zero, with what was planned of it as a level line."""
     x, y = curve(run.steps, field)

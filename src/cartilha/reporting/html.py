@@ -23,7 +23,7 @@ from markupsafe import Markup
 from cartilha.reporting import tables
 from cartilha.reporting.chart import run_styles
 from cartilha.reporting.figures import run_figures
-from cartilha.reporting.results import DomainFigures, RunRecord
+from cartilha.reporting.results import DomainFigures, RecordedRun
 from cartilha.reporting.samples import SampleSeries, sample_series
 from cartilha.reporting.several import load_runs, overlaid_figures
 from cartilha.reporting.surprisal import MAX_STEPS, page_data
@@ -68,7 +68,7 @@ def render_report(run_paths: Sequence[str | Path], output: str | Path, language:
     return Path(output)
 
 
-def render_page(runs: Sequence[RunRecord], opening: Wording, *, fixed: bool = True) -> str:
+def render_page(runs: Sequence[RecordedRun], opening: Wording, *, fixed: bool = True) -> str:
     """The page as text, opening in the language of `opening`; unless it is fixed, the reader's browser may choose."""
     environment = Environment(
         loader=PackageLoader("cartilha.reporting"),
@@ -86,6 +86,7 @@ def render_page(runs: Sequence[RunRecord], opening: Wording, *, fixed: bool = Tr
         code=opening.code,
         fixed=fixed,
         title=next(view["title"] for view in views if view["say"].code == opening.code),
+        rows=rows,
         columns=tables.columns(rows),
         csv=tables.to_csv(rows),
         protocol_text=tables.protocol_text,
@@ -102,7 +103,7 @@ def _template_file(name: str) -> str:
     return (resources.files("cartilha.reporting") / "templates" / name).read_text(encoding="utf-8")
 
 
-def _script_data(runs: Sequence[RunRecord], series: Sequence[list[SampleSeries]]) -> Markup:
+def _script_data(runs: Sequence[RecordedRun], series: Sequence[list[SampleSeries]]) -> Markup:
     """What the page's script draws, as JSON that cannot end its element: `<` is written as an escape."""
     values = {
         "words": {
@@ -123,7 +124,7 @@ def _to_json(values: Any) -> str:
     return json.dumps(values, ensure_ascii=False, separators=(",", ":"))
 
 
-def _surprisal_data(run: RunRecord, max_bytes: int) -> dict[str, Any] | None:
+def _surprisal_data(run: RecordedRun, max_bytes: int) -> dict[str, Any] | None:
     """The shown documents; fewer of them, and fewer steps, where they would take more than their share of the page."""
     if run.surprisal is None or not run.surprisal.documents:
         return None
@@ -145,23 +146,21 @@ def _sample_data(series: Sequence[SampleSeries], max_bytes: int) -> dict[str, An
 
 
 def _view(
-    runs: Sequence[RunRecord], rows: Sequence[tables.Row], series: Sequence[list[SampleSeries]], say: Wording
+    runs: Sequence[RecordedRun], rows: Sequence[tables.Row], series: Sequence[list[SampleSeries]], say: Wording
 ) -> dict[str, Any]:
     """What the template needs for one language."""
-    wanted = tables.columns(rows)
     return {
         "say": say,
         "title": f"{say('title')}: {', '.join(run.name for run in runs)}",
         "other": next(Wording(language).code for language in LANGUAGES if language != say.language),
-        "rows": [list(zip(wanted, tables.cells(row, wanted, say.language), strict=True)) for row in rows],
-        "footnotes": tables.footnotes(rows, say.language),
+        "footnotes": tables.footnotes(rows, say),
         "overlaid": overlaid_figures(runs, say),
         "markdown": tables.to_markdown(rows, say.language),
         "runs": [_run_view(run, found, say) for run, found in zip(runs, series, strict=True)],
     }
 
 
-def _run_view(run: RunRecord, series: Sequence[SampleSeries], say: Wording) -> dict[str, Any]:
+def _run_view(run: RecordedRun, series: Sequence[SampleSeries], say: Wording) -> dict[str, Any]:
     return {
         "record": run,
         "figures": run_figures(run, say),
@@ -183,7 +182,7 @@ class DomainRow:
     after: DomainFigures
 
 
-def _domains(run: RunRecord) -> list[DomainRow]:
+def _domains(run: RecordedRun) -> list[DomainRow]:
     last = run.after or run.before
     if last is None:
         return []
@@ -195,7 +194,7 @@ def _domains(run: RunRecord) -> list[DomainRow]:
     ]
 
 
-def _plan(run: RunRecord, say: Wording) -> list[tuple[str, str, str]]:
+def _plan(run: RecordedRun, say: Wording) -> list[tuple[str, str, str]]:
     """What, planned, measured; empty where nothing was planned."""
     if run.plan is None:
         return []
@@ -210,7 +209,7 @@ def _plan(run: RunRecord, say: Wording) -> list[tuple[str, str, str]]:
     ]
 
 
-def _provenance(run: RunRecord, say: Wording) -> list[tuple[str, list[tuple[str, str]]]]:
+def _provenance(run: RecordedRun, say: Wording) -> list[tuple[str, list[tuple[str, str]]]]:
     """Titled groups of keys and values, with the names that the records use: those can be searched for."""
     last = run.after or run.before
     groups: dict[str, Mapping[str, Any]] = {

@@ -12,7 +12,7 @@ from markupsafe import escape
 from cartilha.errors import install_command
 from cartilha.reporting.chart import Figure, run_styles
 from cartilha.reporting.figures import run_figures
-from cartilha.reporting.results import RunRecord
+from cartilha.reporting.results import RecordedRun
 from cartilha.reporting.several import overlaid_figures
 from cartilha.reporting.wording import Wording
 from cartilha.storage import write_atomically
@@ -37,7 +37,7 @@ circle.before { fill: #ffffff; stroke: #5c6168; stroke-width: 2; }
 """
 
 
-def write_figures(runs: Sequence[RunRecord], directory: Path, say: Wording) -> list[Path]:
+def write_figures(runs: Sequence[RecordedRun], directory: Path, say: Wording) -> list[Path]:
     """Write the figures of all runs and of each as SVG and, where vl-convert-python is installed, as PNG.
 
     Args:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import fields
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 
@@ -46,23 +49,44 @@ def interval(value: Any) -> tuple[float, float] | None:
     return bounds[0], bounds[1]
 
 
-_READERS = {
-    "int | None": integer,
-    "float | None": number,
-    "str | None": text,
-    "tuple[float, float] | None": interval,
-}
+_PLAIN = {int: integer, float: number, str: text, Any: lambda value: value, tuple[float, float]: interval}
 
 
 def fill(cls: type[T], raw: Any, **ready: Any) -> T:
-    """A record from a mapping: each field by its declared type, None where the value is absent or of another type."""
+    """A record from a mapping: each field by its declared type, None or empty where the value is absent or another's.
+
+    Args:
+        cls: A dataclass of numbers, texts, other such dataclasses, and tuples or mappings of them.
+        raw: Any value; what is no mapping counts as an empty one.
+        ready: Fields with their values, which are not read.
+    """
     source = raw if isinstance(raw, dict) else {}
-    values = {
-        item.name: _READERS[str(item.type)](source.get(item.name))
-        for item in fields(cls)  # type: ignore[arg-type]
-        if item.name not in ready
-    }
-    return cls(**values, **ready)
+    types = _types(cls)  # type: ignore[arg-type]
+    return cls(**{name: _reader(types[name])(source.get(name)) for name in types if name not in ready}, **ready)
+
+
+@cache
+def _types(cls: Any) -> dict[str, Any]:
+    hints = get_type_hints(cls)
+    return {item.name: hints[item.name] for item in fields(cls)}
+
+
+@cache
+def _reader(wanted: Any) -> Callable[[Any], Any]:
+    """What reads a value of that type."""
+    origin, arguments = get_origin(wanted), get_args(wanted)
+    if isinstance(wanted, type) and is_dataclass(wanted):
+        return partial(fill, wanted)
+    if origin is UnionType:  # `X | None`
+        read = _reader(arguments[0])
+        return (lambda value: read(value) if isinstance(value, dict) else None) if is_dataclass(arguments[0]) else read
+    if origin is Mapping:
+        read = _reader(arguments[1])
+        return lambda value: {key: read(item) for key, item in mapping(value).items()}
+    if origin is tuple and arguments[1] is Ellipsis:
+        read = _reader(arguments[0])
+        return lambda value: tuple(found for item in items(value) if (found := read(item)) is not None)
+    return _PLAIN[wanted]
 
 
 def read_text(path: Path, missing: list[str]) -> str | None:

@@ -1,13 +1,14 @@
 """What a run directory says, as typed records.
 
 Read leniently: the report of a run that was killed, or that still goes on, is worth the most. What is not there or not
-readable becomes None or empty, and `RunRecord.missing` names it; only a path that is no run at all is refused.
+readable becomes None or empty, and `RecordedRun.missing` names it; only a path that is no run at all is refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ STATUSES = ("running", "finished", "interrupted", "out_of_memory", "failed")
 
 
 @dataclass(frozen=True)
-class Settings:
+class RecordedSettings:
     """What was asked of the training; `blocks_per_step` is the batch of the results table."""
 
     model: str | None = None
@@ -43,14 +44,14 @@ class Settings:
 
     @property
     def batch(self) -> int | None:
-        """Blocks an optimizer step."""
+        """Blocks per optimizer step."""
         if self.blocks_per_step is None and self.batch_tokens and self.block_size:
             return self.batch_tokens // self.block_size
         return self.blocks_per_step
 
 
 @dataclass(frozen=True)
-class Corpus:
+class RecordedCorpus:
     """Which text was trained on and which was held out."""
 
     num_train_documents: int | None = None
@@ -64,15 +65,15 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Packing:
-    """Blocks an epoch, and the share of their positions that is padding."""
+    """Blocks per epoch, and the share of their positions that is padding."""
 
     num_blocks: int | None = None
     padding_share: float | None = None
 
 
 @dataclass(frozen=True)
-class EpochRecord:
-    """One line of the epoch table; losses in nats a token."""
+class RecordedEpoch:
+    """One line of the epoch table; losses in nats per token."""
 
     epoch: int | None = None
     train_loss: float | None = None
@@ -81,8 +82,8 @@ class EpochRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class StepRecord:
-    """One optimizer step of `metrics.jsonl`; `loss` in nats a token."""
+class RecordedStep:
+    """One optimizer step of `metrics.jsonl`; `loss` in nats per token."""
 
     step: int | None = None
     epoch: int | None = None
@@ -106,7 +107,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Protocol:
+class RecordedProtocol:
     """How an evaluation was done; two figures may be compared only where the hashes agree."""
 
     name: str | None = None
@@ -129,14 +130,14 @@ class DomainFigures:
 
 @dataclass(frozen=True)
 class PositionLoss:
-    """Mean loss (nats a token) of the tokens from a position in their documents up to the next record's."""
+    """Mean loss (nats per token) of the tokens from a position in their documents up to the next record's."""
 
     begin: int
     loss: float
 
 
 @dataclass(frozen=True)
-class DocumentChange:
+class RecordedChange:
     """A held-out document before and after; `begins` is its beginning."""
 
     doc_id: str | None = None
@@ -148,21 +149,26 @@ class DocumentChange:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """The evaluation of `step` against the one before training, document by document."""
+class RecordedComparison:
+    """The last evaluation against the one before training, document by document; `steps` are those of the two."""
 
-    step: int | None = None
+    steps: tuple[int, ...] = ()
     bits_per_byte_difference: float | None = None
     bits_per_byte_difference_interval: tuple[float, float] | None = None
     p_value: float | None = None
     share_improved: float | None = None
     num_documents: int | None = None
-    gained_most: tuple[DocumentChange, ...] = ()
-    lost_most: tuple[DocumentChange, ...] = ()
+    gained_most: tuple[RecordedChange, ...] = ()
+    lost_most: tuple[RecordedChange, ...] = ()
+
+    @property
+    def step(self) -> int | None:
+        """The step of the later evaluation."""
+        return self.steps[-1] if self.steps else None
 
 
 @dataclass(frozen=True)
-class Plan:
+class RecordedPlan:
     """What the run was expected to take (plan.json)."""
 
     micro_batch_size: int | None = None
@@ -172,7 +178,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class RecordedEvaluation:
     """The measures of the model at one step, and what they were measured on."""
 
     step: int | None = None
@@ -189,20 +195,19 @@ class Evaluation:
     num_words: int | None = None
     num_documents: int | None = None
     seconds: float | None = None
-    protocol: Protocol = field(default_factory=Protocol)
-    baselines: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    protocol: RecordedProtocol = field(default_factory=RecordedProtocol)
+    baselines: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
     domains: Mapping[str, DomainFigures] = field(default_factory=dict)
     positions: tuple[PositionLoss, ...] = ()
 
-    def comparable_with(self, other: Evaluation) -> bool:
+    def comparable_with(self, other: RecordedEvaluation) -> bool:
         """Whether both scored the same amount of text by the same protocol; what is not recorded is not comparable."""
-        if self.protocol.hash is None or self.protocol.hash != other.protocol.hash:
-            return False
-        return (self.num_documents, self.num_bytes) == (other.num_documents, other.num_bytes)
+        pairs = [(one.protocol.hash, one.num_documents, one.num_bytes) for one in (self, other)]
+        return self.protocol.hash is not None and pairs[0] == pairs[1]
 
 
 @dataclass(frozen=True)
-class RunRecord:
+class RecordedRun:
     """Everything that a run directory says.
 
     Attributes:
@@ -218,16 +223,16 @@ class RunRecord:
     status: str = "unknown"
     error: str | None = None
     resumed_from_step: tuple[int, ...] = ()
-    settings: Settings = field(default_factory=Settings)
-    corpus: Corpus = field(default_factory=Corpus)
+    settings: RecordedSettings = field(default_factory=RecordedSettings)
+    corpus: RecordedCorpus = field(default_factory=RecordedCorpus)
     packing: Packing = field(default_factory=Packing)
-    epochs: tuple[EpochRecord, ...] = ()
-    evaluations: tuple[Evaluation, ...] = ()
-    steps: tuple[StepRecord, ...] = ()
+    epochs: tuple[RecordedEpoch, ...] = ()
+    evaluations: tuple[RecordedEvaluation, ...] = ()
+    steps: tuple[RecordedStep, ...] = ()
     samples: tuple[Sample, ...] = ()
-    comparison: Comparison | None = None
+    comparison: RecordedComparison | None = None
     surprisal: Surprisal | None = None
-    plan: Plan | None = None
+    plan: RecordedPlan | None = None
     tokens_per_second: float | None = None
     memory_bytes: int | None = None
     seconds: float | None = None
@@ -238,32 +243,30 @@ class RunRecord:
     missing: list[str] = field(default_factory=list)
 
     @property
-    def before(self) -> Evaluation | None:
+    def before(self) -> RecordedEvaluation | None:
         """The evaluation before step 1."""
-        return self._headline()[0]
+        return self._headline[0]
 
     @property
-    def after(self) -> Evaluation | None:
+    def after(self) -> RecordedEvaluation | None:
         """The last evaluation after training began; it may be older than the last step (see its `step`)."""
-        return self._headline()[1]
+        return self._headline[1]
 
     @property
     def device_name(self) -> str | None:
         """The device as people call it, else its type."""
         return text(self.machine.get("device_name")) or self.settings.device
 
-    def _headline(self) -> tuple[Evaluation | None, Evaluation | None]:
+    @cached_property
+    def _headline(self) -> tuple[RecordedEvaluation | None, RecordedEvaluation | None]:
         """The latest pair that may be compared; without one, the first and the last as they are."""
         before = [evaluation for evaluation in self.evaluations if not evaluation.step]
         after = [evaluation for evaluation in self.evaluations if evaluation.step]
-        for late in reversed(after):
-            for early in before:
-                if early.comparable_with(late):
-                    return early, late
-        return (before[0] if before else None), (after[-1] if after else None)
+        pairs = ((early, late) for late in reversed(after) for early in before if early.comparable_with(late))
+        return next(pairs, (before[0] if before else None, after[-1] if after else None))
 
 
-def load_run(path: str | Path) -> RunRecord:
+def load_run(path: str | Path) -> RecordedRun:
     """Read a run directory, whatever state it is in.
 
     Raises:
@@ -278,30 +281,19 @@ def load_run(path: str | Path) -> RunRecord:
     results = _read_results(directory, missing)
     metrics = read_lines(directory / "metrics.jsonl", missing)
     config = read_text(directory / "config.yaml", missing)
-    machine, versions = mapping(results.get("machine")), mapping(results.get("versions"))
     status = text(results.get("status"))
-    return RunRecord(
+    return fill(
+        RecordedRun,
+        results,
         path=directory,
         name=text(results.get("name")) or directory.resolve().name,
         status=status if status in STATUSES else "unknown",
-        error=text(results.get("error")),
-        resumed_from_step=tuple(step for step in map(integer, items(results.get("resumed_from_step"))) if step),
-        settings=fill(Settings, results.get("settings") or _settings_of_config(config)),
-        corpus=fill(Corpus, results.get("corpus")),
-        packing=fill(Packing, results.get("packing")),
-        epochs=tuple(fill(EpochRecord, epoch) for epoch in items(results.get("epochs"))),
+        settings=fill(RecordedSettings, results.get("settings") or _settings_of_config(config)),
         evaluations=_evaluations(results, metrics),
         steps=_steps(metrics),
         samples=tuple(fill(Sample, line) for line in read_lines(directory / "samples.jsonl", missing)),
-        comparison=_comparison(results),
         surprisal=read_surprisal(directory / "surprisal.parquet", missing),
-        plan=None if (plan := read_object(directory / "plan.json", missing)) is None else fill(Plan, plan),
-        tokens_per_second=number(results.get("tokens_per_second")),
-        memory_bytes=integer(results.get("memory_bytes")),
-        seconds=number(results.get("seconds")),
-        notices=tuple(str(notice) for notice in items(results.get("notices"))),
-        machine=machine,
-        versions=versions,
+        plan=None if (plan := read_object(directory / "plan.json", missing)) is None else fill(RecordedPlan, plan),
         config=config,
         missing=missing,
     )
@@ -330,63 +322,27 @@ def _settings_of_config(config: str | None) -> dict[str, Any]:
     return {**loaded, **mapping(loaded.get("train"))}
 
 
-def _steps(metrics: list[dict[str, Any]]) -> tuple[StepRecord, ...]:
-    by_step: dict[int, StepRecord] = {}
-    for line in metrics:
-        if "evaluation" not in line:
-            record = fill(StepRecord, line)
-            if record.step is not None:
-                by_step[record.step] = record
+def _steps(metrics: list[dict[str, Any]]) -> tuple[RecordedStep, ...]:
+    records = [fill(RecordedStep, line) for line in metrics if "evaluation" not in line]
+    by_step = {record.step: record for record in records if record.step is not None}
     return tuple(by_step[step] for step in sorted(by_step))
 
 
-def _evaluations(results: dict[str, Any], metrics: list[dict[str, Any]]) -> tuple[Evaluation, ...]:
+def _evaluations(results: dict[str, Any], metrics: list[dict[str, Any]]) -> tuple[RecordedEvaluation, ...]:
     found = [_evaluation(mapping(raw)) for raw in items(results.get("evaluations"))]
     known = {evaluation.step for evaluation in found}
-    extra: dict[int | None, Evaluation] = {}
+    extra: dict[int | None, RecordedEvaluation] = {}
     for line in metrics:
         if "evaluation" in line:
-            evaluation = _evaluation({**mapping(line["evaluation"]), **_position(line)})
+            place = {key: value for key, value in line.items() if key in ("step", "epoch")}
+            evaluation = _evaluation({**mapping(line["evaluation"]), **place})
             if evaluation.step not in known:
                 extra[evaluation.step] = evaluation
     return tuple(sorted([*found, *extra.values()], key=lambda evaluation: evaluation.step or 0))
 
 
-def _position(line: dict[str, Any]) -> dict[str, Any]:
-    return {key: line[key] for key in ("step", "epoch") if key in line}
-
-
-def _evaluation(raw: dict[str, Any]) -> Evaluation:
-    baselines = {
-        name: {key: figure for key, value in mapping(figures).items() if (figure := number(value)) is not None}
-        for name, figures in mapping(raw.get("baselines")).items()
-    }
-    return fill(
-        Evaluation,
-        raw,
-        protocol=fill(Protocol, raw.get("protocol")),
-        baselines=baselines,
-        domains={name: fill(DomainFigures, figures) for name, figures in mapping(raw.get("domains")).items()},
-        positions=_positions(raw),
-    )
-
-
-def _positions(raw: dict[str, Any]) -> tuple[PositionLoss, ...]:
-    found = [
-        (integer(mapping(row).get("from")), number(mapping(row).get("loss"))) for row in items(raw.get("positions"))
-    ]
-    return tuple(PositionLoss(begin, loss) for begin, loss in found if begin is not None and loss is not None)
-
-
-def _comparison(results: dict[str, Any]) -> Comparison | None:
-    raw = mapping(results.get("comparison"))
-    steps = items(raw.get("steps"))
-    if len(steps) != 2:
-        return None
-    return fill(
-        Comparison,
-        raw,
-        step=integer(steps[1]),
-        gained_most=tuple(fill(DocumentChange, row) for row in items(raw.get("gained_most"))),
-        lost_most=tuple(fill(DocumentChange, row) for row in items(raw.get("lost_most"))),
-    )
+def _evaluation(raw: dict[str, Any]) -> RecordedEvaluation:
+    rows = [mapping(row) for row in items(raw.get("positions"))]
+    found = [(integer(row.get("from")), number(row.get("loss"))) for row in rows]
+    positions = [PositionLoss(begin, loss) for begin, loss in found if begin is not None and loss is not None]
+    return fill(RecordedEvaluation, raw, positions=tuple(positions))

@@ -11,13 +11,13 @@ from cartilha.errors import UserError
 from cartilha.reporting import tables
 from cartilha.reporting.chart import Axis, Figure, Series, run_class, smooth, thin
 from cartilha.reporting.figures import count_axis, curve, loss_axis
-from cartilha.reporting.results import RunRecord, load_run
+from cartilha.reporting.results import RecordedRun, load_run
 from cartilha.reporting.wording import Wording
 
-Member = tuple[int, RunRecord, tables.Row]  # its number on the page, which decides its colour
+Member = tuple[int, RecordedRun]  # its number on the page, which decides its colour
 
 
-def load_runs(paths: Sequence[str | Path]) -> list[RunRecord]:
+def load_runs(paths: Sequence[str | Path]) -> list[RecordedRun]:
     """Read run directories, each once; those of one name are called by as much of their path as tells them apart.
 
     Raises:
@@ -38,12 +38,11 @@ def load_runs(paths: Sequence[str | Path]) -> list[RunRecord]:
     return [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
 
 
-def overlaid_figures(runs: Sequence[RunRecord], say: Wording) -> list[Figure]:
+def overlaid_figures(runs: Sequence[RecordedRun], say: Wording) -> list[Figure]:
     """One drawing of the training losses and one of the validation, for each group of two or more comparable runs."""
-    rows = tables.results_table(runs)
-    members = list(zip(range(len(runs)), runs, rows, strict=True))
-    found = [_losses(group, say) for group in _groups(members, lambda of: of[2].tokenizer_fingerprint or of[0])]
-    found += [_validations(group, say) for group in _groups(members, lambda of: tables.measured_on(of[2], of[0]))]
+    members = list(enumerate(runs))
+    found = [_losses(group, say) for group in _groups(members, lambda of: of[1].corpus.tokenizer_fingerprint or of[0])]
+    found += [_validations(group, say) for group in _groups(members, lambda of: tables.measured_on(of[1]))]
     figures = [figure for figure in found if figure is not None]
     return [replace(figure, name=f"all-{number}-{figure.name}") for number, figure in enumerate(figures, 1)]
 
@@ -56,7 +55,7 @@ def _groups(members: Sequence[Member], key: Callable[[Member], Hashable]) -> lis
 def _losses(group: Sequence[Member], say: Wording) -> Figure | None:
     """The smoothed training losses: in nats per token, so only of runs with the same tokenizer."""
     series, (scale, axis) = [], _advance(group, say)
-    for number, run, _ in group:
+    for number, run in group:
         x, y = curve(run.steps, "loss")
         series.append(Series(run_class(number), thin(x * scale(run)), thin(smooth(y))))
     return _overlaid(Figure("train-loss", say("overlaid_train_loss"), series, axis, loss_axis(say)), group)
@@ -65,12 +64,13 @@ def _losses(group: Sequence[Member], say: Wording) -> Figure | None:
 def _validations(group: Sequence[Member], say: Wording) -> Figure | None:
     """Bits per byte, of runs that were measured by the same protocol on the same text."""
     series, (scale, axis) = [], _advance(group, say)
-    for number, run, row in group:
+    for number, run in group:
+        last = tables.last(run)
         points = [
             (one.step or 0, one.bits_per_byte)
             for one in run.evaluations
             if one.bits_per_byte is not None
-            and (one.protocol.hash, one.num_bytes) == (row.protocol.hash, row.num_bytes)
+            and (one.protocol.hash, one.num_bytes) == (last.protocol.hash, last.num_bytes)
         ]
         tips = [say("run_tip", run=run.name, step=say.number(step), bits=say.bits(bits)) for step, bits in points]
         xs, ys = [step * scale(run) for step, _ in points], [bits for _, bits in points]
@@ -81,16 +81,16 @@ def _validations(group: Sequence[Member], say: Wording) -> Figure | None:
 
 def _overlaid(figure: Figure, group: Sequence[Member]) -> Figure | None:
     """The figure with the runs that have a curve in its legend; None where fewer than two have."""
-    drawn = [(one, run.name) for one, (_, run, _) in zip(figure.series, group, strict=True) if len(one.xs)]
+    drawn = [(one, run.name) for one, (_, run) in zip(figure.series, group, strict=True) if len(one.xs)]
     if len(drawn) < 2:
         return None
     legend = [(one.css_class, name) for one, name in drawn]
     return replace(figure, series=[one for one, _ in drawn], legend=legend)
 
 
-def _advance(group: Sequence[Member], say: Wording) -> tuple[Callable[[RunRecord], int], Axis]:
+def _advance(group: Sequence[Member], say: Wording) -> tuple[Callable[[RecordedRun], int], Axis]:
     """What a step counts on the horizontal axis: 1, or its tokens where the runs' steps differ in size."""
-    sizes = {run.path: (run.settings.batch or 0) * (run.settings.block_size or 0) for _, run, _ in group}
+    sizes = {run.path: (run.settings.batch or 0) * (run.settings.block_size or 0) for _, run in group}
     if len(set(sizes.values())) == 1 or 0 in sizes.values():
         return (lambda run: 1), count_axis(say("step"), say)
     return (lambda run: sizes[run.path]), count_axis(say("tokens_axis"), say)

@@ -1,8 +1,8 @@
-"""The results table: one row a run, whatever became of it, as rows, Markdown or CSV.
+"""The results table: one row per run, whatever became of it, for the page, as Markdown and as CSV.
 
-Perplexities that were measured differently look alike, and that is how wrong tables come about. So figures of another
-protocol or validation text (and perplexities of another tokenizer) never stand in one column: each group of comparable
-runs has columns of its own, with a letter, in every form of the table, and footnotes say what differs.
+Figures that were measured differently look alike in one column. Figures of another protocol or validation text (and
+perplexities of another tokenizer) therefore never share a column: each group of comparable runs has columns of its
+own, with a letter, in every form of the table, and footnotes say what differs.
 """
 
 from __future__ import annotations
@@ -11,134 +11,91 @@ import csv
 import io
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
-from cartilha.reporting.results import Protocol, RunRecord
-from cartilha.reporting.wording import Language, Wording
-
-SETTINGS = ("run", "seq_length", "epochs", "batch", "device", "time_per_epoch")
-FIGURES = ("perplexity", "bits_per_byte")
-TEXT_COLUMNS = ("run", "device", "status")
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of the table; `marks` are the letters of the rows that have figures in it, none where all may."""
-
-    key: str
-    marks: tuple[str, ...] = ()
-
-    def title(self, say: Wording) -> str:
-        """Its heading."""
-        title = say(f"column_{self.key}")
-        return f"{title} ({', '.join(self.marks)})" if self.marks else title
-
-    @property
-    def is_text(self) -> bool:
-        """Whether it holds words rather than numbers."""
-        return self.key in TEXT_COLUMNS
+from cartilha.reporting.results import RecordedEvaluation, RecordedProtocol, RecordedRun, RecordedSettings
+from cartilha.reporting.wording import ABSENT, Language, Wording
 
 
 @dataclass(frozen=True)
 class Row:
-    """A run in the results table; None where there is no figure.
+    """A run in the results table.
 
     Attributes:
-        epochs: None where `max_steps` set the length.
-        batch: Blocks an optimizer step.
-        seconds_per_epoch: Mean over the epochs that were completed.
-        step: The step that the figures are of.
-        mark: A letter; only perplexities with the same one may be compared. Empty where all of the table's may be.
+        mark: A letter; only figures with the same one may be compared. Empty where all of the table's may be.
     """
 
-    name: str
-    status: str
-    block_size: int | None = None
-    epochs: int | None = None
-    max_steps: int | None = None
-    num_steps: int | None = None
-    batch: int | None = None
-    device: str | None = None
-    seconds_per_epoch: float | None = None
-    perplexity: float | None = None
-    bits_per_byte: float | None = None
-    step: int | None = None
-    protocol: Protocol = field(default_factory=Protocol)
-    num_bytes: int | None = None
-    validation_hash: str | None = None
-    tokenizer_fingerprint: str | None = None
+    run: RecordedRun
     mark: str = ""
 
-    @property
-    def has_figures(self) -> bool:
-        """Whether there is anything to compare."""
-        return self.perplexity is not None or self.bits_per_byte is not None
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the results table, in every form of it.
+
+    Attributes:
+        key: Its name in CSV files.
+        read: What it shows of a run; None where there is nothing.
+        heading: In both languages; a column without one is in CSV files only.
+        write: What was read, as a person reads it.
+        plain: What was read, as a program reads it: with decimal points, in seconds.
+        words: Whether it holds words rather than numbers.
+        alike: What must be equal for two runs' figures to be compared; runs that differ have columns of their own.
+        marks: The letters of the rows that have figures in it; none where all may.
+    """
+
+    key: str
+    read: Callable[[RecordedRun], Any]
+    heading: Mapping[Language, str] = field(default_factory=dict)
+    write: Callable[[Wording, Any], str] = Wording.number
+    plain: Callable[[Any], object] = lambda value: value
+    words: bool = False
+    alike: Callable[[RecordedRun], Hashable] | None = None
+    marks: tuple[str, ...] = ()
+
+    def title(self, say: Wording) -> str:
+        """Its heading."""
+        title = self.heading[say.language]
+        return f"{title} ({', '.join(self.marks)})" if self.marks else title
+
+    def text(self, row: Row, say: Wording) -> str:
+        """The row's cell; empty in the columns of runs that it may not be compared with."""
+        return self.write(say, self.read(row.run)) if self._holds(row) else ""
+
+    def value(self, row: Row) -> object:
+        """The row's field in a CSV file."""
+        found = self.read(row.run) if self._holds(row) else None
+        return None if found is None else self.plain(found)
+
+    def _holds(self, row: Row) -> bool:
+        return not self.marks or row.mark in self.marks
 
 
-def results_table(runs: Sequence[RunRecord]) -> list[Row]:
-    """One row a run, in the order given, with the marks that say which figures may be compared."""
-    rows = [_row(run) for run in runs]
-    groups: dict[tuple[object, ...], str] = {}
-    for index, row in enumerate(rows):
-        if row.has_figures:
-            key = (measured_on(row, index), row.tokenizer_fingerprint)
-            groups.setdefault(key, string.ascii_lowercase[len(groups) % 26] * (len(groups) // 26 + 1))
-    if len(groups) < 2:
-        return rows
-    return [
-        replace(row, mark=groups[measured_on(row, index), row.tokenizer_fingerprint]) if row.has_figures else row
-        for index, row in enumerate(rows)
-    ]
+def last(run: RecordedRun) -> RecordedEvaluation:
+    """The evaluation that the run's figures are of; those before training are not the run's."""
+    return run.after or RecordedEvaluation()
 
 
-def columns(rows: Sequence[Row]) -> list[Column]:
-    """The columns that the rows need: perplexity and bits per byte once for each group that may be compared."""
-    return [
-        *(Column(key) for key in SETTINGS),
-        *(Column("perplexity", marks) for marks in _groups(rows, by_tokenizer=True)),
-        *(Column("bits_per_byte", marks) for marks in _groups(rows, by_tokenizer=False)),
-        Column("status"),
-    ]
+def measured_on(run: RecordedRun) -> Hashable:
+    """Protocol and text, which two runs must share to be compared; a run that does not record them has none's."""
+    protocol, text = last(run).protocol.hash, run.corpus.validation_hash
+    return run.path if protocol is None or text is None else (protocol, text, last(run).num_bytes)
 
 
-def _groups(rows: Sequence[Row], *, by_tokenizer: bool) -> list[tuple[str, ...]]:
-    """The marks that share a column; one group without marks where all do."""
-    found: dict[object, dict[str, None]] = {}
-    for index, row in enumerate(rows):
-        if row.mark:
-            found.setdefault(row.mark if by_tokenizer else measured_on(row, index), {})[row.mark] = None
-    return [tuple(marks) for marks in found.values()] if len(found) > 1 else [()]
+def _measured_with(run: RecordedRun) -> Hashable:
+    return measured_on(run), run.corpus.tokenizer_fingerprint
 
 
-def _row(run: RunRecord) -> Row:
-    settings, after = run.settings, run.after
-    row = Row(
-        name=run.name,
-        status=run.status,
-        block_size=settings.block_size,
-        epochs=None if settings.max_steps else settings.epochs,
-        max_steps=settings.max_steps,
-        num_steps=settings.num_steps,
-        batch=settings.batch,
-        device=run.device_name,
-        seconds_per_epoch=_seconds_per_epoch(run),
-        validation_hash=run.corpus.validation_hash,
-        tokenizer_fingerprint=run.corpus.tokenizer_fingerprint,
-    )
-    if after is None:  # the figures before training are not the run's: a run that failed at once has none
-        return row
-    return replace(
-        row,
-        perplexity=after.perplexity,
-        bits_per_byte=after.bits_per_byte,
-        step=after.step,
-        protocol=after.protocol,
-        num_bytes=after.num_bytes,
-    )
+def _length(say: Wording, settings: RecordedSettings) -> str:
+    if settings.max_steps:
+        return say("num_steps", steps=say.number(settings.max_steps))
+    return say.number(settings.epochs)
 
 
-def _seconds_per_epoch(run: RunRecord) -> float | None:
+def _seconds_per_epoch(run: RecordedRun) -> float | None:
+    """The mean over the epochs that were completed."""
     epochs = run.epochs
     if run.settings.max_steps:  # the last epoch may be a part of one, whose time would look like a fast machine
         blocks = (run.settings.num_steps or 0) * (run.settings.batch or 0)
@@ -147,64 +104,116 @@ def _seconds_per_epoch(run: RunRecord) -> float | None:
     return sum(seconds) / len(seconds) if seconds else None
 
 
-def measured_on(row: Row, index: int) -> tuple[object, ...]:
-    """What has to be equal for two rows to be compared; a row that does not record it is comparable with none."""
-    if row.protocol.hash is None or row.validation_hash is None:
-        return ("unknown", index)
-    return (row.protocol.hash, row.validation_hash, row.num_bytes)
+def _words(_: Wording, text: str | None) -> str:
+    return text or ABSENT
 
 
-def cells(row: Row, wanted: Sequence[Column], language: Language) -> list[str]:
-    """The row's text for each column; nothing in the columns of runs that it may not be compared with."""
-    say = Wording(language)
-    steps = say("num_steps", steps=say.number(row.max_steps))
-    epochs = steps if row.max_steps else say.number(row.epochs)
-    texts = {
-        "run": row.name,
-        "seq_length": say.number(row.block_size),
-        "epochs": epochs,
-        "batch": say.number(row.batch),
-        "device": row.device or "-",
-        "time_per_epoch": say.duration(row.seconds_per_epoch),
-        "perplexity": say.perplexity(row.perplexity),
-        "bits_per_byte": say.bits(row.bits_per_byte),
-        "status": status_text(row, say),
-    }
-    return ["" if column.marks and row.mark not in column.marks else texts[column.key] for column in wanted]
-
-
-def status_text(row: Row, say: Wording) -> str:
+def _status(say: Wording, run: RecordedRun) -> str:
     """The status in words, and the step of the figures where that is not the last."""
-    status = say(f"status_{row.status}")
-    if row.has_figures and row.step is not None and row.step != row.num_steps:
-        return f"{status} ({say('figures_of_step', step=say.number(row.step))})"
-    return status
+    status, step = say(f"status_{run.status}"), last(run).step
+    if step is None or step == run.settings.num_steps or not _has_figures(run):
+        return status
+    return f"{status} ({say('figures_of_step', step=say.number(step))})"
 
 
-def footnotes(rows: Sequence[Row], language: Language) -> list[tuple[str, str]]:
+COLUMNS: tuple[Column, ...] = (
+    Column("run", lambda run: run.name, {"en": "run", "pt": "treino"}, _words, words=True),
+    Column("seq_length", lambda run: run.settings.block_size, {"en": "seq length", "pt": "sequência (tokens)"}),
+    Column(
+        "epochs",
+        lambda run: run.settings,
+        {"en": "epochs", "pt": "épocas"},
+        _length,
+        plain=lambda settings: None if settings.max_steps else settings.epochs,
+    ),
+    Column("max_steps", lambda run: run.settings.max_steps),
+    Column("batch", lambda run: run.settings.batch, {"en": "batch", "pt": "lote"}),
+    Column("device", lambda run: run.device_name, {"en": "device", "pt": "dispositivo"}, _words, words=True),
+    Column(
+        "seconds_per_epoch",
+        _seconds_per_epoch,
+        {"en": "time/epoch", "pt": "tempo/época"},
+        Wording.duration,
+        plain=lambda seconds: round(seconds, 1),
+    ),
+    Column(
+        "val_perplexity",
+        lambda run: last(run).perplexity,
+        {"en": "val perplexity", "pt": "perplexidade de validação"},
+        Wording.perplexity,
+        plain=lambda value: Wording("en").perplexity(value).replace(",", ""),
+        alike=_measured_with,
+    ),
+    Column(
+        "val_bits_per_byte",
+        lambda run: last(run).bits_per_byte,
+        {"en": "val bits per byte", "pt": "bits por byte de validação"},
+        Wording.bits,
+        plain="{:.3f}".format,
+        alike=measured_on,
+    ),
+    Column("status", lambda run: run, {"en": "status", "pt": "estado"}, _status, lambda run: run.status, words=True),
+    Column("step", lambda run: last(run).step),
+    Column("protocol", lambda run: last(run).protocol.name),
+    Column("protocol_hash", lambda run: last(run).protocol.hash),
+    Column("validation_hash", lambda run: run.corpus.validation_hash),
+    Column("num_bytes", lambda run: last(run).num_bytes),
+    Column("tokenizer_fingerprint", lambda run: run.corpus.tokenizer_fingerprint),
+)
+
+
+def _has_figures(run: RecordedRun) -> bool:
+    return any(column.alike and column.read(run) is not None for column in COLUMNS)
+
+
+def results_table(runs: Sequence[RecordedRun]) -> list[Row]:
+    """One row per run, in the order given, with the marks that say which figures may be compared."""
+    groups = list(dict.fromkeys(_measured_with(run) for run in runs if _has_figures(run)))
+    if len(groups) < 2:
+        return [Row(run) for run in runs]
+    marks = {group: string.ascii_lowercase[i % 26] * (i // 26 + 1) for i, group in enumerate(groups)}
+    return [Row(run, marks[_measured_with(run)] if _has_figures(run) else "") for run in runs]
+
+
+def columns(rows: Sequence[Row]) -> list[Column]:
+    """The columns that people read: those of `_all_columns` with a heading."""
+    return [column for column in _all_columns(rows) if column.heading]
+
+
+def _all_columns(rows: Sequence[Row]) -> list[Column]:
+    """The columns that the rows need: one for each group that may be compared where there is more than one."""
+    found = []
+    for column in COLUMNS:
+        groups: dict[Hashable, dict[str, None]] = {}
+        for row in rows:
+            if column.alike and row.mark:
+                groups.setdefault(column.alike(row.run), {})[row.mark] = None
+        found += [replace(column, marks=tuple(marks)) for marks in groups.values()] if len(groups) > 1 else [column]
+    return found
+
+
+def footnotes(rows: Sequence[Row], say: Wording) -> list[tuple[str, str]]:
     """Mark and text of each footnote; those without a mark say why there are letters."""
-    say = Wording(language)
-    notes = {row.mark: _measured_text(row, say) for row in rows if row.mark}
-    if not notes:
+    marked = {row.mark: row.run for row in rows if row.mark}
+    if not marked:
         return []
-    different = len({row.tokenizer_fingerprint for row in rows if row.mark}) > 1
-    sorted_notes = sorted(notes.items(), key=lambda note: (len(note[0]), note[0]))
-    why = [("", say("not_comparable")), *([("", say("different_tokenizers"))] if different else [])]
-    return [*why, *sorted_notes]
+    notes = [("", say("not_comparable"))]
+    if len({run.corpus.tokenizer_fingerprint for run in marked.values()}) > 1:
+        notes.append(("", say("different_tokenizers")))
+    return notes + [(mark, _measured_text(marked[mark], say)) for mark in sorted(marked, key=lambda m: (len(m), m))]
 
 
-def _measured_text(row: Row, say: Wording) -> str:
-    validation = (row.validation_hash or say("not_recorded"))[:16]
+def _measured_text(run: RecordedRun, say: Wording) -> str:
     return say(
         "measured_on",
-        protocol=protocol_text(row.protocol, say),
-        validation=validation,
-        bytes=say.number(row.num_bytes),
-        tokenizer=(row.tokenizer_fingerprint or say("not_recorded"))[:12],
+        protocol=protocol_text(last(run).protocol, say),
+        validation=(run.corpus.validation_hash or say("not_recorded"))[:16],
+        bytes=say.number(last(run).num_bytes),
+        tokenizer=(run.corpus.tokenizer_fingerprint or say("not_recorded"))[:12],
     )
 
 
-def protocol_text(protocol: Protocol, say: Wording) -> str:
+def protocol_text(protocol: RecordedProtocol, say: Wording) -> str:
     """A protocol in one line: `full, window 2048, stride 1024, prefix 0, bfloat16, hash ab12`."""
     values = {key: say("not_recorded") if value is None else value for key, value in vars(protocol).items()}
     return say("protocol_line", **values)
@@ -212,12 +221,11 @@ def protocol_text(protocol: Protocol, say: Wording) -> str:
 
 def to_markdown(rows: Sequence[Row], language: Language) -> str:
     """A GitHub-flavoured Markdown table with its footnotes below; numbers as the language writes them."""
-    say = Wording(language)
-    wanted = columns(rows)
-    lines = [[column.title(say) for column in wanted], ["---" if column.is_text else "---:" for column in wanted]]
-    lines += [[_escape(text) for text in cells(row, wanted, language)] for row in rows]
+    say, wanted = Wording(language), columns(rows)
+    lines = [[column.title(say) for column in wanted], ["---" if column.words else "---:" for column in wanted]]
+    lines += [[_escape(column.text(row, say)) for column in wanted] for row in rows]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-    notes = footnotes(rows, language)
+    notes = footnotes(rows, say)
     if not notes:
         return table
     return table + "\n" + "".join(f"- ({mark}) {_escape(text)}\n" if mark else f"{text}\n\n" for mark, text in notes)
@@ -229,47 +237,13 @@ def _escape(text: str) -> str:
 
 
 def to_csv(rows: Sequence[Row]) -> str:
-    """The table for programs: decimal points, seconds, an empty field where there is no figure.
+    """The table for programs: every column, and the mark as `comparable_group`; empty where there is no figure.
 
     Where not all runs may be compared, each group has columns of its own: `val_perplexity_a`, `val_perplexity_b`.
     """
-    wanted = columns(rows)
-    records = [_csv_fields(row, wanted) for row in rows]
+    wanted = _all_columns(rows)
     out = io.StringIO()
-    writer = csv.DictWriter(out, list(_csv_fields(Row("", ""), wanted)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow([*("_".join([column.key, *column.marks]) for column in wanted), "comparable_group"])
+    writer.writerows([*(column.value(row) for column in wanted), row.mark] for row in rows)
     return out.getvalue()
-
-
-def _csv_fields(row: Row, wanted: Sequence[Column]) -> dict[str, object]:
-    perplexity = None if row.perplexity is None else Wording("en").perplexity(row.perplexity).replace(",", "")
-    texts = {
-        "perplexity": perplexity,
-        "bits_per_byte": None if row.bits_per_byte is None else f"{row.bits_per_byte:.3f}",
-    }
-    figures = {
-        "_".join([f"val_{column.key}", *column.marks]): (
-            None if column.marks and row.mark not in column.marks else texts[column.key]
-        )
-        for column in wanted
-        if column.key in FIGURES
-    }
-    return {
-        "run": row.name,
-        "seq_length": row.block_size,
-        "epochs": row.epochs,
-        "max_steps": row.max_steps,
-        "batch": row.batch,
-        "device": row.device,
-        "seconds_per_epoch": None if row.seconds_per_epoch is None else round(row.seconds_per_epoch, 1),
-        **figures,
-        "status": row.status,
-        "step": row.step,
-        "protocol": row.protocol.name,
-        "protocol_hash": row.protocol.hash,
-        "validation_hash": row.validation_hash,
-        "num_bytes": row.num_bytes,
-        "tokenizer_fingerprint": row.tokenizer_fingerprint,
-        "comparable_group": row.mark,
-    }
