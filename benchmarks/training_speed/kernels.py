@@ -50,7 +50,7 @@ def attention(shape: Shape, dtype: str, kernels: list[str], repeats: int = 5) ->
     The floor: 2 products forward and 5 backward (one of them anew) of n^2 d / 2 multiplications a head and segment.
     """
     from cartilha.blocks.packing import stack
-    from cartilha.model.attention import Segments, document_attention
+    from cartilha.model.attention import KERNELS, Kernel, document_attention
 
     config, compute = model_config(shape), getattr(torch, dtype)
     batch = stack(make_sampler(shape).blocks(0))
@@ -65,9 +65,9 @@ def attention(shape: Shape, dtype: str, kernels: list[str], repeats: int = 5) ->
     rows = []
     for kernel in kernels:
         for capacity in (len(lengths), 2 * len(lengths), 8 * len(lengths)) if kernel == "varlen" else (0,):
-            segments = Segments.of(lengths, shape.block_size, torch.device(shape.device), kernel, capacity)
+            segments = KERNELS[kernel].of(lengths, shape.block_size, torch.device(shape.device), capacity)
 
-            def forward_and_backward(segments: Segments = segments) -> None:
+            def forward_and_backward(segments: Kernel = segments) -> None:
                 document_attention(torch.nn.Identity(), *inputs, None, segments=segments)[0].sum().backward()
 
             seconds = best_seconds(forward_and_backward, shape.device, repeats)

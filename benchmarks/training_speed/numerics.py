@@ -22,6 +22,7 @@ def check(shape: Shape, dtype: str) -> dict[str, Any]:
         `checks`, each with what was found and what is allowed, and `failed` where one of them is beyond.
     """
     from cartilha.blocks.packing import stack
+    from cartilha.model.attention import choose_kernel
     from cartilha.model.compiling import CompiledBody
 
     shape = dataclasses.replace(shape, longest=shape.block_size // 3)
@@ -41,12 +42,13 @@ def check(shape: Shape, dtype: str) -> dict[str, Any]:
     half = getattr(torch, dtype)
     masked = subject.step("mask", half)
     compare(f"mask, {dtype}, against float32", masked, exact, 0.02, 0.2)
-    flash = "varlen" if shape.device == "cuda" and torch.cuda.get_device_capability() >= (8, 0) else None
-    fast = subject.step(flash or ("segments" if shape.device == "cpu" else "mask"), half)
+    capability = torch.cuda.get_device_capability() if shape.device == "cuda" else None
+    own = choose_kernel(shape.device, capability, half)
+    fast = subject.step(own, half)
     compare(f"the hardware's own kernel, {dtype}, against mask", fast, masked, 0.01, 0.2)
     if shape.device == "cuda":
         body = CompiledBody(subject.model)
-        compare(f"compiled, {dtype}, against plain", subject.step(flash or "mask", half, body), fast, 0.01, 0.2)
+        compare(f"compiled, {dtype}, against plain", subject.step(own, half, body), fast, 0.01, 0.2)
         rows.append(_was_compiled("body", body))
     rows += _loss_kernels(shape, half)
     blind = subject.step("mask", torch.float32, leak=True)

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from cartilha.blocks.packing import IGNORE_INDEX, Batch, PackedStream, stack
 from cartilha.model import forward
-from cartilha.model.attention import SUPPORTED_MODEL_TYPES, Segments, choose_kernel, use_document_attention
+from cartilha.model.attention import KERNELS, SUPPORTED_MODEL_TYPES, Kernel, choose_kernel, use_document_attention
 from cartilha.model.forward import batch_nll, scored_tokens
 from cartilha.tokens.packed import PackedDocuments
 
@@ -136,9 +136,9 @@ def use_kernel(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
 
 
 def take_the_document_mask_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    def one_segment_a_row(model: PreTrainedModel, batch: Batch, dtype: torch.dtype, body: Any) -> Segments:
+    def one_segment_a_row(model: PreTrainedModel, batch: Batch, dtype: torch.dtype, body: Any) -> Kernel:
         num_rows, row_length = batch.input_ids.shape
-        return Segments.of((row_length,) * num_rows, row_length, model.device, "segments")
+        return KERNELS["segments"].of((row_length,) * num_rows, row_length, model.device)
 
     monkeypatch.setattr(forward, "_segments", one_segment_a_row)
 

@@ -20,7 +20,7 @@ from cartilha.blocks.packing import Batch, PackedStream, stack
 from cartilha.blocks.sampler import BlockSampler
 from cartilha.errors import UserError
 from cartilha.model import attention, forward
-from cartilha.model.attention import use_document_attention
+from cartilha.model.attention import KERNELS, use_document_attention
 from cartilha.model.compiling import CompiledBody, training_body
 from cartilha.model.forward import batch_nll
 from cartilha.model.recomputation import checkpoint_layers
@@ -327,10 +327,10 @@ def test_what_flash_attention_cannot_compute_goes_under_a_mask_and_that_is_said_
     forward._announce_mask.cache_clear()
     monkeypatch.setattr(forward, "choose_kernel", lambda *hardware: "varlen")
     chosen: list[str] = []
-    of = forward.Segments.of
-    monkeypatch.setattr(
-        forward.Segments, "of", lambda *settings: (chosen.append(settings[3]), of(*settings[:3], "mask", 0))[1]
-    )
+    under_mask = KERNELS["mask"].of
+    for kernel in ("mask", "varlen"):
+        note = lambda *settings, name=kernel: (chosen.append(name), under_mask(*settings[:3]))[1]  # noqa: E731
+        monkeypatch.setattr(KERNELS[kernel], "of", note)
     model = tiny("opt")
     for training, rate, hidden_size in ((False, 0.1, 32), (True, 0.0, 32), (True, 0.1, 32), (False, 0.0, 36)):
         model.train(training)

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cartilha.errors import UserError
-from cartilha.model.attention import Kernel, head_size
+from cartilha.model.attention import head_size
 from cartilha.model.load import load_model, model_config
 from cartilha.model.recomputation import checkpoint_layers
 from cartilha.training import memory as memory_module
@@ -26,7 +26,7 @@ def model(ref: str = "random:tiny", **settings) -> MemoryModel:
     return MemoryModel(model_config(ref), how(**settings), overhead_bytes=overhead_bytes)
 
 
-def how(dtype: torch.dtype = torch.float32, kernel: Kernel = "segments", **settings) -> Computation:
+def how(dtype: torch.dtype = torch.float32, kernel: str = "segments", **settings) -> Computation:
     return Computation(dtype, kernel, settings.pop("on_cpu", kernel == "segments"), **settings)
 
 

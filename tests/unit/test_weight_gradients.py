@@ -21,7 +21,7 @@ from cartilha.model.forward import batch_nll
 from cartilha.model.head import Head
 from cartilha.model.loss import linear_cross_entropy
 from cartilha.model.recomputation import checkpoint_layers
-from cartilha.model.segment_attention import segment_attention
+from cartilha.model.segment_attention import Scoring, segment_attention
 from cartilha.model.weight_gradients import weight_gradients_in_place
 from cartilha.tokens.packed import PackedDocuments
 from cartilha.training.optimizer import choose_trained, clear_gradients, make_optimizer
@@ -217,7 +217,7 @@ def test_attention_within_segments_is_that_under_a_mask(lengths, num_key_value_h
     query = torch.randn(2, BLOCK, 4, 8).transpose(1, 2).requires_grad_()  # as models hand it over
     key, value = (torch.randn(2, num_key_value_heads, BLOCK, 8, requires_grad=True) for _ in range(2))
     upstream = torch.randn(2, BLOCK, 4, 8)
-    found = segment_attention(query, key, value, lengths, 0.3, window)
+    found = segment_attention(query, key, value, lengths, Scoring(0.3, window))
     gradients = torch.autograd.grad(found, (query, key, value), upstream)
     segment = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).view(2, 1, BLOCK)
     distance = torch.arange(BLOCK)[:, None] - torch.arange(BLOCK)
@@ -236,6 +236,6 @@ def test_attention_keeps_its_output_once():
         lambda tensor: (kept.add((tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes())), tensor)[1],
         lambda tensor: tensor,
     ):
-        output = segment_attention(query, key, value, (10, 14, 24), None, None)
+        output = segment_attention(query, key, value, (10, 14, 24), Scoring())
         F.linear(output.reshape(2, BLOCK, 32), weight)
     assert sum(nbytes >= 4 * query.numel() for _, nbytes in kept) == 4  # queries, keys, values, output

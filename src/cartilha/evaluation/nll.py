@@ -16,7 +16,7 @@ from cartilha.evaluation.documents import ScoredDocuments
 from cartilha.evaluation.scorer import Scorer
 from cartilha.evaluation.windows import Window, document_windows
 from cartilha.model.forward import scored_tokens
-from cartilha.model.loss import TokenScores
+from cartilha.model.loss import TokenScores, Wanted
 
 TOKENS_PER_FORWARD = {"cpu": 1024, "cuda": 32_768, "mps": 8192}
 
@@ -128,17 +128,11 @@ def score_documents(
     ]
     scores = DocumentScores(np.zeros(len(documents.ids)), 0.0 if measure_unused else None)
     num_scored = np.zeros(len(documents.ids), np.int64)
+    wanted = Wanted(scorer.unused_ids if measure_unused else None, take_rows is not None, num_likeliest)
     with _without_dropout(model):
         for rows in _batches(windows, TOKENS_PER_FORWARD.get(model.device.type, 4096)):
             batch = _batch(rows, documents.ids, protocol.prefix_id)
-            found = scored_tokens(
-                model,
-                batch,
-                scorer.dtype,
-                unused_ids=scorer.unused_ids if measure_unused else None,
-                details=take_rows is not None,
-                num_likeliest=num_likeliest,
-            )
+            found = scored_tokens(model, batch, scorer.dtype, wanted=wanted)
             nll = found.nll.double().cpu().numpy()
             placed = [window for row in rows for window in row]
             owner = np.repeat([p.document for p in placed], [p.window.num_scored for p in placed])

@@ -1,23 +1,19 @@
 """Attention in which no document sees another: one function, registered once, for every supported architecture.
 
 transformers hands a registered attention function no mask, so this one honours causality, the scale and a sliding
-window itself. The boundaries of the documents travel explicitly with each call (`Segments`); an architecture with
-something this function does not know (soft caps, sinks, biases) keeps its own and runs one document a row (`rows.py`).
-
-Three ways to compute the same thing, chosen from the hardware:
-  varlen    CUDA of capability 8 and above in half precision: torch's variable-length flash attention.
-  segments  CPU: one causal call a segment, so that neither other documents nor the future cost anything
-            (`segment_attention.py`).
-  mask      elsewhere (T4, MPS), and with dropout on a CPU: one call with a block mask.
+window itself. The boundaries of the documents travel explicitly with each call, in the form that the kernel takes
+(`Kernel`, and `KERNELS`, which lists all). An architecture with something that this function does not know (soft caps,
+sinks, biases) keeps its own and runs one document per row (`rows.py`).
 """
 
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -29,221 +25,238 @@ from cartilha.errors import UserError
 from cartilha.machine.devices import to_device
 from cartilha.model.long_rope import choose_by_document
 from cartilha.model.rows import refuse_what_cannot_run
-from cartilha.model.segment_attention import HAS_KERNELS, causal_mask, segment_attention
+from cartilha.model.segment_attention import HAS_KERNELS, Scoring, causal_mask, segment_attention
 
 ATTENTION_NAME = "cartilha_documents"
 
 # Architectures for which tests/peer proves: same loss as transformers, and no document sees another.
 SUPPORTED_MODEL_TYPES = (
-    "opt",
-    "llama",
-    "gpt2",
-    "gpt_neox",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "gemma",
-    "smollm3",
-    "olmo2",
-    "phi3",
+    *("opt", "llama", "gpt2", "gpt_neox", "mistral", "qwen2", "qwen3", "gemma", "smollm3", "olmo2", "phi3"),
 )
+
+ATTENTION_DROPOUT = ("attention_dropout", "attn_pdrop")  # as configurations name it
+
+
+@dataclass(frozen=True)
+class Kernel(ABC):
+    """A way to compute attention; an instance holds the boundaries of one batch's documents.
+
+    Attributes:
+        name: In records and in plan.json.
+        takes_dropout: Whether it can drop attention weights.
+        one_graph: Whether torch.compile needs one graph for all batches. For that, boundaries must be tensors of one
+            shape, since a model is compiled anew for every Python value that changes.
+        counts_tokens_only: Whether its memory depends on the number of tokens alone, however they are cut into rows.
+        row_length: Positions per row; no segment crosses a row's end.
+    """
+
+    name: ClassVar[str]
+    takes_dropout: ClassVar[bool] = False
+    one_graph: ClassVar[bool] = True
+    counts_tokens_only: ClassVar[bool] = True
+
+    row_length: int
+
+    @classmethod
+    @abstractmethod
+    def of(cls, lengths: Sequence[int], row_length: int, device: torch.device, capacity: int = 0) -> Self:
+        """The boundaries of segments of these lengths (in row-major order; they sum to num_rows * row_length).
+
+        Boundaries have room for `capacity` segments at least, so that batches with fewer have the same shape.
+        """
+
+    @abstractmethod
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring) -> torch.Tensor:
+        """Causal attention within each segment.
+
+        Args:
+            query: Shape (num_rows, num_heads, row_length, head_size).
+            key: Shape (num_rows, num_key_value_heads, row_length, head_size).
+            value: Same shape as key.
+            scoring: Scale, window and dropout of this layer.
+
+        Returns:
+            The output; its numbers in order are those of the shape (num_rows, row_length, num_heads, head_size).
+        """
+
+    @classmethod
+    def is_for(cls, device_type: str, capability: tuple[int, int] | None, dtype: torch.dtype) -> bool:
+        """Whether it is the kernel of choice on this device (with this CUDA capability) in this compute dtype."""
+        return False
+
+    @classmethod
+    def obstacle(cls, config: PretrainedConfig, *, training: bool) -> str | None:
+        """Why it cannot compute a model, which goes under `FALLBACK` then; None where it can."""
+        if training and not cls.takes_dropout and any(getattr(config, name, 0.0) for name in ATTENTION_DROPOUT):
+            return "it knows no dropout of attention weights, which this model is trained with"
+        return None
+
+    @classmethod
+    def traced(cls, num_rows: int, row_length: int) -> Kernel:
+        """For tensors without contents, one document per row: a kernel that keeps as much for the backward pass."""
+        return cls.of((row_length,) * num_rows, row_length, torch.device("cpu"))
+
+
+KERNELS: dict[str, type[Kernel]] = {}
+FALLBACK = "mask"  # the name of the one that computes everything
+
+
+def register(kernel: type[Kernel]) -> type[Kernel]:
+    """Add a kernel to `KERNELS`; of several for the same hardware the one that was registered last is chosen."""
+    KERNELS[kernel.name] = kernel
+    return kernel
+
+
+def choose_kernel(device_type: str, capability: tuple[int, int] | None, dtype: torch.dtype) -> str:
+    """The name of the kernel for this hardware and compute dtype."""
+    return next(name for name in reversed(KERNELS) if KERNELS[name].is_for(device_type, capability, dtype))
+
+
+@register
+@dataclass(frozen=True)
+class _Mask(Kernel):
+    """One call under a block mask, which computes every model on every device (T4 and MPS have nothing faster).
+
+    Attributes:
+        mask: True where a query may look, shape (num_rows, 1, row_length, row_length).
+    """
+
+    name = FALLBACK
+    takes_dropout = True
+    counts_tokens_only = False
+
+    mask: torch.Tensor
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], row_length: int, device: torch.device, capacity: int = 0) -> Self:
+        numbers = np.repeat(np.arange(len(lengths)), lengths)
+        segment = to_device(numbers, device).view(-1, 1, row_length, 1)
+        return cls(row_length, (segment == segment.transpose(2, 3)) & causal_mask(row_length, None, device))
+
+    @classmethod
+    def is_for(cls, device_type: str, capability: tuple[int, int] | None, dtype: torch.dtype) -> bool:
+        return True
+
+    @classmethod
+    def traced(cls, num_rows: int, row_length: int) -> Kernel:
+        return cls(row_length, torch.ones(num_rows, 1, row_length, row_length, dtype=torch.bool))
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring) -> torch.Tensor:
+        mask, window = self.mask, scoring.sliding_window
+        if window is not None and window < self.row_length:
+            mask = mask & causal_mask(self.row_length, window, mask.device)
+        repeats = query.shape[1] // key.shape[1]
+        if repeats > 1:  # each query head is given its key-value head
+            key, value = (heads.repeat_interleave(repeats, dim=1) for heads in (key, value))
+        attended = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=scoring.dropout, scale=scoring.scaling
+        )
+        return attended.transpose(1, 2)
+
+
+@register
+@dataclass(frozen=True)
+class _BySegment(Kernel):
+    """One causal call per segment, on CPUs: neither other documents nor the future cost anything.
+
+    Attributes:
+        lengths: Of the segments, in row-major order.
+    """
+
+    name = "segments"
+    one_graph = False
+
+    lengths: tuple[int, ...]
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], row_length: int, device: torch.device, capacity: int = 0) -> Self:
+        return cls(row_length, tuple(lengths))
+
+    @classmethod
+    def is_for(cls, device_type: str, capability: tuple[int, int] | None, dtype: torch.dtype) -> bool:
+        return device_type == "cpu"
+
+    @classmethod
+    def obstacle(cls, config: PretrainedConfig, *, training: bool) -> str | None:
+        missing = None if HAS_KERNELS else "this version of torch does not have it"
+        return super().obstacle(config, training=training) or missing
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring) -> torch.Tensor:
+        return segment_attention(query, key, value, self.lengths, scoring)
+
 
 # What torch's variable-length attention can be told: 2.10 has neither scale nor window, 2.11 no `enable_gqa`.
 VARLEN_SETTINGS = frozenset(inspect.signature(varlen_attn).parameters)
 
-ATTENTION_DROPOUT = ("attention_dropout", "attn_pdrop")  # as configurations name it
 
-# `kept` computes nothing: it keeps what flash attention keeps for its backward pass (for the memory plan).
-Kernel = Literal["varlen", "segments", "mask", "kept"]
-
-
+@register
 @dataclass(frozen=True)
-class Segments:
-    """Where the pieces of documents of a batch begin and end, in the form that the kernel takes.
-
-    Tensors of one shape for all batches, apart from `lengths`, which the CPU's kernel alone has: a compiled model
-    would be compiled anew for every Python value that changes.
+class _Varlen(Kernel):
+    """torch's variable-length flash attention, on CUDA of capability 8 and above in half precision.
 
     Attributes:
-        row_length: Positions a row; no segment crosses a row's end.
-        kernel: How attention is computed.
-        lengths: For `segments`: of each segment in row-major order; they sum to the batch's num_rows * row_length.
-        boundaries: For `varlen`: cumulative lengths from 0, int32, shape (capacity + 1,); the total is repeated at the
-            end, as segments of no length.
-        mask: For `mask`: True where a query may look, shape (num_rows, 1, row_length, row_length).
+        boundaries: Cumulative lengths from 0, int32, shape (capacity + 1,); the total is repeated at the end, as
+            segments of no length.
     """
 
-    row_length: int
-    kernel: Kernel
-    lengths: tuple[int, ...] = ()
-    boundaries: torch.Tensor | None = None
-    mask: torch.Tensor | None = None
+    name = "varlen"
+
+    boundaries: torch.Tensor
 
     @classmethod
-    def of(
-        cls, lengths: Sequence[int], row_length: int, device: torch.device, kernel: Kernel, capacity: int = 0
-    ) -> Segments:
-        """The segments of these lengths.
+    def of(cls, lengths: Sequence[int], row_length: int, device: torch.device, capacity: int = 0) -> Self:
+        cumulative = np.zeros(max(capacity, len(lengths)) + 1, np.int32)
+        cumulative[1 : len(lengths) + 1] = np.cumsum(lengths)
+        cumulative[len(lengths) + 1 :] = cumulative[len(lengths)]
+        return cls(row_length, to_device(cumulative, device))
 
-        Args:
-            lengths: In row-major order.
-            row_length: Positions a row.
-            device: Where the model is.
-            kernel: How attention is computed.
-            capacity: Segments that `boundaries` has room for at least, so that batches with fewer have the same shape.
-        """
-        if kernel == "segments":
-            return cls(row_length, kernel, lengths=tuple(lengths))
-        if kernel == "varlen":
-            return cls(row_length, kernel, boundaries=_boundaries(lengths, capacity, device))
-        if kernel == "mask":
-            return cls(row_length, kernel, mask=_block_mask(lengths, row_length, device))
-        return cls(row_length, kernel)
+    @classmethod
+    def is_for(cls, device_type: str, capability: tuple[int, int] | None, dtype: torch.dtype) -> bool:
+        return device_type == "cuda" and capability is not None and capability >= (8, 0) and dtype != torch.float32
 
+    @classmethod
+    def obstacle(cls, config: PretrainedConfig, *, training: bool) -> str | None:
+        size = head_size(config)
+        if size % 8 or size > 256:
+            return f"flash attention takes heads of 8, 16, ... 256 numbers, and this model's have {size}"
+        return super().obstacle(config, training=training)
 
-def _boundaries(lengths: Sequence[int], capacity: int, device: torch.device) -> torch.Tensor:
-    cumulative = np.zeros(max(capacity, len(lengths)) + 1, np.int32)
-    cumulative[1 : len(lengths) + 1] = np.cumsum(lengths)
-    cumulative[len(lengths) + 1 :] = cumulative[len(lengths)]
-    return to_device(cumulative, device)
+    @classmethod
+    def traced(cls, num_rows: int, row_length: int) -> Kernel:
+        return _TracedVarlen.of((row_length,) * num_rows, row_length, torch.device("cpu"))
 
-
-def _block_mask(lengths: Sequence[int], row_length: int, device: torch.device) -> torch.Tensor:
-    numbers = np.repeat(np.arange(len(lengths)), lengths)
-    segment = to_device(numbers, device).view(-1, 1, row_length, 1)
-    return (segment == segment.transpose(2, 3)) & causal_mask(row_length, None, device)
-
-
-def choose_kernel(device_type: str, capability: tuple[int, int] | None, dtype: torch.dtype) -> Kernel:
-    """How attention is computed on this hardware in this compute dtype."""
-    if device_type == "cuda" and capability is not None and capability >= (8, 0) and dtype != torch.float32:
-        return "varlen"
-    return "segments" if device_type == "cpu" else "mask"
-
-
-def head_size(config: PretrainedConfig) -> int:
-    """Numbers of an attention head; of the largest where layers differ (Gemma 4)."""
-    layers = getattr(config, "per_layer_config", None) or [config]
-    default = config.hidden_size // config.num_attention_heads
-    return max(int(getattr(layer, "head_dim", None) or default) for layer in layers)
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring) -> torch.Tensor:
+        scaling, sliding_window = scoring.scaling, scoring.sliding_window
+        # The longest segment is bounded by the row, a constant: a changing maximum would recompile a compiled model.
+        longest = self.row_length
+        dtype = query.dtype if query.dtype != torch.float32 else torch.get_autocast_dtype(query.device.type)
+        window = (-1, 0) if sliding_window is None or sliding_window >= longest else (sliding_window - 1, 0)
+        settings: dict[str, Any] = {"scale": scaling, "window_size": window}
+        if "window_size" not in VARLEN_SETTINGS:
+            if window[0] >= 0:
+                raise UserError(
+                    f"Attention with a window of {sliding_window} positions needs torch 2.11 or later on this GPU; "
+                    f"install a later one, or use --block_size {sliding_window}."
+                )
+            settings = {"is_causal": True}
+            if scaling is not None:  # it divides by this root in any case
+                query = query * (scaling * query.shape[3] ** 0.5)
+        if "enable_gqa" in VARLEN_SETTINGS:  # without it, fewer keys than queries need no mention
+            settings["enable_gqa"] = query.shape[1] != key.shape[1]
+        # (num_rows, num_heads, row_length, head_size) to (num_rows * row_length, num_heads, head_size)
+        query, key, value = (heads.transpose(1, 2).flatten(0, 1).to(dtype) for heads in (query, key, value))
+        output = varlen_attn(query, key, value, self.boundaries, self.boundaries, longest, longest, **settings)
+        assert isinstance(output, torch.Tensor)
+        return output
 
 
-def obstacle(kernel: Kernel, config: PretrainedConfig, *, training: bool) -> str | None:
-    """Why a kernel cannot compute a model, so that it goes under a mask: the reason in words; None where it can."""
-    if kernel not in ("varlen", "segments"):
-        return None
-    size = head_size(config)
-    if kernel == "varlen" and (size % 8 or size > 256):
-        return f"flash attention takes heads of 8, 16, ... 256 numbers, and this model's have {size}"
-    if training and any(getattr(config, name, 0.0) for name in ATTENTION_DROPOUT):
-        return "it knows no dropout of attention weights, which this model is trained with"
-    if kernel == "segments" and not HAS_KERNELS:
-        return "this version of torch does not have it"
-    return None
+class _TracedVarlen(_BySegment):
+    """Computes nothing, and keeps what flash attention keeps for its backward pass."""
 
-
-def document_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    *,
-    segments: Segments,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Causal attention within each segment.
-
-    Args:
-        module: The attention layer (transformers passes it; unused).
-        query: Shape (num_rows, num_heads, row_length, head_size).
-        key: Shape (num_rows, num_key_value_heads, row_length, head_size); likewise value.
-        value: See key.
-        attention_mask: None: the mask follows from the segments.
-        segments: The boundaries of the documents.
-        scaling: Factor of the scores; None for 1 / sqrt(head_size).
-        dropout: Dropout probability of the attention weights.
-        sliding_window: Positions that a query sees at most, itself included; None for all.
-        **kwargs: What transformers passes to every attention function and this one has no use for.
-
-    Returns:
-        The output, shape (num_rows, row_length, num_heads, head_size), and None for the weights.
-    """
-    assert attention_mask is None, "transformers built a mask although our attention is registered without one"
-    assert kwargs.get("softcap") is None, "soft caps are refused when the model is loaded"
-    num_rows, num_heads, row_length, head_size = query.shape
-    assert row_length == segments.row_length
-    repeats = num_heads // key.shape[1]
-    if segments.kernel == "varlen":
-        output = _varlen(query, key, value, segments, scaling, sliding_window)
-    elif segments.kernel == "segments":
-        assert not dropout, "goes under a mask: see `obstacle`"
-        output = segment_attention(query, key, value, segments.lengths, scaling, sliding_window)
-    elif segments.kernel == "kept":
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring) -> torch.Tensor:
         output = _KeptByFlashAttention.apply(query, key, value)
-    else:
-        mask = segments.mask
-        assert mask is not None
-        if sliding_window is not None and sliding_window < row_length:
-            mask = mask & causal_mask(row_length, sliding_window, mask.device)
-        attended = F.scaled_dot_product_attention(
-            query, _repeat(key, repeats), _repeat(value, repeats), attn_mask=mask, dropout_p=dropout, scale=scaling
-        )
-        output = attended.transpose(1, 2)
-    return output.reshape(num_rows, row_length, num_heads, head_size), None
-
-
-def _repeat(heads: torch.Tensor, repeats: int) -> torch.Tensor:
-    """Give each query head its key-value head: dim 1 grows by `repeats`."""
-    return heads if repeats == 1 else heads.repeat_interleave(repeats, dim=1)
-
-
-def _flat(heads: torch.Tensor) -> torch.Tensor:
-    """(rows, heads, length, size) to (rows * length, heads, size)."""
-    return heads.transpose(1, 2).reshape(-1, heads.shape[1], heads.shape[3])
-
-
-def _varlen(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    segments: Segments,
-    scaling: float | None,
-    sliding_window: int | None,
-) -> torch.Tensor:
-    boundaries = segments.boundaries
-    assert boundaries is not None
-    # The longest segment is bounded by the row, a constant: a changing maximum would recompile a compiled model.
-    longest = segments.row_length
-    dtype = query.dtype if query.dtype != torch.float32 else torch.get_autocast_dtype(query.device.type)
-    window = (-1, 0) if sliding_window is None or sliding_window >= longest else (sliding_window - 1, 0)
-    settings: dict[str, Any] = {"scale": scaling, "window_size": window}
-    if "window_size" not in VARLEN_SETTINGS:
-        if window[0] >= 0:
-            raise UserError(
-                f"Attention with a window of {sliding_window} positions needs torch 2.11 or later on this GPU; install "
-                f"a later one, or use --block_size {sliding_window}."
-            )
-        settings = {"is_causal": True}
-        if scaling is not None:  # it divides by this root in any case
-            query = query * (scaling * query.shape[3] ** 0.5)
-    if "enable_gqa" in VARLEN_SETTINGS:  # without it, fewer keys than queries need no mention
-        settings["enable_gqa"] = query.shape[1] != key.shape[1]
-    output = varlen_attn(
-        _flat(query).to(dtype),
-        _flat(key).to(dtype),
-        _flat(value).to(dtype),
-        boundaries,
-        boundaries,
-        longest,
-        longest,
-        **settings,
-    )
-    assert isinstance(output, torch.Tensor)
-    return output
+        assert isinstance(output, torch.Tensor)
+        return output
 
 
 class _KeptByFlashAttention(torch.autograd.Function):
@@ -259,6 +272,36 @@ class _KeptByFlashAttention(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         query, key, value, *_ = ctx.saved_tensors
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def head_size(config: PretrainedConfig) -> int:
+    """Numbers per attention head; of the largest where layers differ (Gemma 4)."""
+    layers = getattr(config, "per_layer_config", None) or [config]
+    default = config.hidden_size // config.num_attention_heads
+    return max(int(getattr(layer, "head_dim", None) or default) for layer in layers)
+
+
+def document_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **layer: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention as transformers calls it, with the arguments and results of `Kernel.attend`.
+
+    `layer` has the batch's `segments` (a `Kernel`), the layer's `scaling`, `sliding_window` and `dropout`, and settings
+    that transformers passes to every attention function and this one has no use for.
+    """
+    assert attention_mask is None, "transformers built a mask although our attention is registered without one"
+    assert layer.get("softcap") is None, "soft caps are refused when the model is loaded"
+    segments: Kernel = layer["segments"]
+    num_rows, num_heads, row_length, head_size = query.shape
+    assert row_length == segments.row_length
+    scoring = Scoring(layer.get("scaling"), layer.get("sliding_window"), layer.get("dropout", 0.0))
+    output = segments.attend(query, key, value, scoring)
+    return output.reshape(num_rows, row_length, num_heads, head_size), None
 
 
 AttentionInterface.register(ATTENTION_NAME, document_attention)

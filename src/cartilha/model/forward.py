@@ -11,29 +11,28 @@ from transformers import PreTrainedModel
 
 from cartilha.blocks.packing import Batch
 from cartilha.machine.devices import to_device
-from cartilha.model.attention import Segments, choose_kernel, knows_attention, obstacle
+from cartilha.model.attention import FALLBACK, KERNELS, Kernel, choose_kernel, knows_attention
 from cartilha.model.compiling import CompiledBody
 from cartilha.model.head import head_of
-from cartilha.model.loss import TokenScores, linear_cross_entropy, token_scores
+from cartilha.model.loss import NLL_ONLY, TokenScores, Wanted, linear_cross_entropy, token_scores
 from cartilha.model.rows import states_in_rows
 
 log = logging.getLogger("cartilha")
 
 
-def _segments(model: PreTrainedModel, batch: Batch, dtype: torch.dtype, body: CompiledBody | None = None) -> Segments:
+def _segments(model: PreTrainedModel, batch: Batch, dtype: torch.dtype, body: CompiledBody | None = None) -> Kernel:
     device = model.device
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    kernel = choose_kernel(device.type, capability, dtype)
-    reason = obstacle(kernel, model.config, training=model.training)
+    kernel, under_mask = KERNELS[choose_kernel(device.type, capability, dtype)], KERNELS[FALLBACK]
+    reason = kernel.obstacle(model.config, training=model.training)
     if reason:
         _announce_mask(reason)
-        kernel = "mask"
+        kernel = under_mask
     lengths, capacity = batch.segment_lengths.tolist(), 0
     if body is not None and body.is_compiled:
         capacity = body.capacity(len(lengths))
-        if kernel == "segments":  # one call a segment is another graph for every batch
-            kernel = "mask"
-    return Segments.of(lengths, batch.input_ids.shape[1], device, kernel, capacity)
+        kernel = kernel if kernel.one_graph else under_mask
+    return kernel.of(lengths, batch.input_ids.shape[1], device, capacity)
 
 
 @functools.cache
@@ -85,26 +84,10 @@ def batch_nll(
 
 
 @torch.no_grad()
-def scored_tokens(
-    model: PreTrainedModel,
-    batch: Batch,
-    dtype: torch.dtype,
-    *,
-    unused_ids: torch.Tensor | None = None,
-    details: bool = False,
-    num_likeliest: int = 0,
-) -> TokenScores:
+def scored_tokens(model: PreTrainedModel, batch: Batch, dtype: torch.dtype, wanted: Wanted = NLL_ONLY) -> TokenScores:
     """Scores of each scored target in row-major order (`batch.num_targets` of them), without gradients."""
     states = hidden_states(model, batch, dtype).flatten(0, 1)
     targets = torch.from_numpy(batch.targets.reshape(-1))
     positions = (targets >= 0).nonzero()[:, 0].to(states.device)
     chosen = targets.to(states.device)[positions]
-    return token_scores(
-        states[positions],
-        head_of(model),
-        chosen,
-        dtype,
-        unused_ids=unused_ids,
-        details=details,
-        num_likeliest=num_likeliest,
-    )
+    return token_scores(states[positions], head_of(model), chosen, dtype, wanted)

@@ -189,16 +189,27 @@ class TokenScores:
     likeliest: torch.Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What is wanted of each token beside its nll.
+
+    Attributes:
+        unused_ids: Rows of the head that no token uses, for `unused_mass`.
+        details: Whether entropy and rank are wanted; they cost two more passes over the logits.
+        num_likeliest: How many of the likeliest tokens are wanted.
+    """
+
+    unused_ids: torch.Tensor | None = None
+    details: bool = False
+    num_likeliest: int = 0
+
+
+NLL_ONLY = Wanted()
+
+
 @torch.no_grad()
 def token_scores(
-    hidden: torch.Tensor,
-    head: Head,
-    targets: torch.Tensor,
-    dtype: torch.dtype,
-    *,
-    unused_ids: torch.Tensor | None = None,
-    details: bool = False,
-    num_likeliest: int = 0,
+    hidden: torch.Tensor, head: Head, targets: torch.Tensor, dtype: torch.dtype, wanted: Wanted = NLL_ONLY
 ) -> TokenScores:
     """Score each target, without gradients and with one chunk of logits at a time.
 
@@ -207,9 +218,7 @@ def token_scores(
         head: Of num_ids rows.
         targets: Shape (num_tokens,), every one a token id.
         dtype: Of the matrix product; the softmax is float32.
-        unused_ids: Rows of the head that no token uses.
-        details: Whether entropy and rank are wanted; they cost two more passes over the logits.
-        num_likeliest: How many of the likeliest tokens are wanted.
+        wanted: See there.
     """
     weight = head.weight.to(dtype)
     buffer = hidden.new_empty((min(CHUNK_TOKENS, len(targets)), len(weight)), dtype=torch.float32)
@@ -218,7 +227,7 @@ def token_scores(
         rows = slice(begin, begin + CHUNK_TOKENS)
         states = hidden[rows].to(dtype)
         logits = head.finish(_product_into(buffer[: len(states)], states, weight.T))
-        chunks.append(_score_chunk(logits, targets[rows, None], unused_ids, details, num_likeliest))
+        chunks.append(_score_chunk(logits, targets[rows, None], wanted))
     joined: dict[str, torch.Tensor] = {}
     for name, first in vars(chunks[0]).items():
         if first is not None:
@@ -226,10 +235,9 @@ def token_scores(
     return TokenScores(**joined)
 
 
-def _score_chunk(
-    logits: torch.Tensor, index: torch.Tensor, unused_ids: torch.Tensor | None, details: bool, num_likeliest: int
-) -> TokenScores:
+def _score_chunk(logits: torch.Tensor, index: torch.Tensor, wanted: Wanted) -> TokenScores:
     """Scores of a chunk; `logits` (num_tokens, num_ids) are overwritten, `index` (num_tokens, 1) holds the targets."""
+    details, unused_ids = wanted.details, wanted.unused_ids
     target_logits = logits.gather(1, index)
     # Ties count in the token's favour by half, so that a uniform model's ranks average (V + 1) / 2.
     above = (logits > target_logits).sum(dim=1) if details else None
@@ -244,7 +252,7 @@ def _score_chunk(
     unused = weights[:, unused_ids].sum(dim=1) / total if unused_ids is not None else torch.zeros_like(total)
     rank = above + (equal + 1) // 2 if above is not None and equal is not None else None
     scores = TokenScores(total.log() - shifted_target[:, 0], unused, entropy, rank)
-    if not num_likeliest:
+    if not wanted.num_likeliest:
         return scores
-    likeliest, ids = weights.topk(min(num_likeliest, weights.shape[1]), dim=1)
+    likeliest, ids = weights.topk(min(wanted.num_likeliest, weights.shape[1]), dim=1)
     return replace(scores, likeliest_ids=ids, likeliest=likeliest / total[:, None])

@@ -8,6 +8,7 @@ that torch's function would choose are called by themselves, forward and backwar
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,30 +17,40 @@ import torch
 HAS_KERNELS = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward")
 
 
+@dataclass(frozen=True)
+class Scoring:
+    """How an attention layer weighs what a query may see.
+
+    Attributes:
+        scaling: Factor of the scores; None for 1 / sqrt(head_size).
+        sliding_window: Positions that a query sees at most, itself included; None for all.
+        dropout: Probability that an attention weight is dropped.
+    """
+
+    scaling: float | None = None
+    sliding_window: int | None = None
+    dropout: float = 0.0
+
+
 def segment_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    lengths: Sequence[int],
-    scaling: float | None,
-    sliding_window: int | None,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Sequence[int], scoring: Scoring
 ) -> torch.Tensor:
-    """Causal attention within each segment, differentiable once in queries, keys and values.
+    """Causal attention within each segment, without dropout, differentiable once in queries, keys and values.
 
     bf16 is computed in float32: the CPU's attention is slower in bf16 (docs/log.md).
 
     Args:
         query: Shape (num_rows, num_heads, row_length, head_size).
-        key: Shape (num_rows, num_key_value_heads, row_length, head_size); likewise value.
-        value: See key.
+        key: Shape (num_rows, num_key_value_heads, row_length, head_size).
+        value: Same shape as key.
         lengths: Of the segments, in row-major order; none crosses a row's end, and together they fill the rows.
-        scaling: Factor of the scores; None for 1 / sqrt(head_size).
-        sliding_window: Positions that a query sees at most, itself included; None for all.
+        scoring: Scale and window.
 
     Returns:
         Shape (num_rows, row_length, num_heads, head_size), in the queries' dtype.
     """
-    output = _SegmentAttention.apply(query, key, value, lengths, scaling, sliding_window)
+    assert not scoring.dropout, "such models are computed under a mask: see `Kernel.obstacle`"
+    output = _SegmentAttention.apply(query, key, value, lengths, scoring)
     assert isinstance(output, torch.Tensor)
     return output
 
@@ -52,22 +63,21 @@ class _SegmentAttention(torch.autograd.Function):
         key: torch.Tensor,
         value: torch.Tensor,
         lengths: Sequence[int],
-        scaling: float | None,
-        sliding_window: int | None,
+        scoring: Scoring,
     ) -> torch.Tensor:
         query, key, value = (_rows_of_numbers(heads) for heads in (query, key, value))
         output = query.new_empty(query.transpose(1, 2).shape)
         normalisers = []
         for row, positions in _segments(lengths, query.shape[2]):
             q, k, v = (_segment(heads, row, positions, query.shape[1]) for heads in (query, key, value))
-            mask = _window_mask(q, sliding_window)
+            mask = _window_mask(q, scoring.sliding_window)
             attended, normaliser = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                q, k, v, 0.0, mask is None, attn_mask=mask, scale=scaling
+                q, k, v, 0.0, mask is None, attn_mask=mask, scale=scoring.scaling
             )
             output[row, positions] = attended[0].transpose(0, 1)
             normalisers.append(normaliser)
         ctx.save_for_backward(query, key, value, output, *normalisers)
-        ctx.lengths, ctx.scaling, ctx.sliding_window = lengths, scaling, sliding_window
+        ctx.lengths, ctx.scoring = lengths, scoring
         return output
 
     @staticmethod
@@ -82,13 +92,13 @@ class _SegmentAttention(torch.autograd.Function):
             by_output, attended = (
                 _segment(rows.transpose(1, 2), row, positions, num_heads) for rows in (grad_output, output)
             )
-            mask = _window_mask(q, ctx.sliding_window)
+            mask = _window_mask(q, ctx.scoring.sliding_window)
             by_segment = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                by_output, q, k, v, attended, normaliser, 0.0, mask is None, attn_mask=mask, scale=ctx.scaling
+                by_output, q, k, v, attended, normaliser, 0.0, mask is None, attn_mask=mask, scale=ctx.scoring.scaling
             )
             for gradient, by_heads in zip(gradients, by_segment, strict=True):
                 gradient[row, :, positions] = _summed(by_heads[0], gradient.shape[1])
-        return *gradients, None, None, None
+        return *gradients, None, None
 
 
 def _rows_of_numbers(heads: torch.Tensor) -> torch.Tensor:

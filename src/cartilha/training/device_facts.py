@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PretrainedConfig
 
-from cartilha.model.attention import Kernel, head_size, knows_attention, obstacle
+from cartilha.model.attention import FALLBACK, KERNELS, head_size, knows_attention
 from cartilha.model.products import cpu_product_dtype
 from cartilha.training.trace import Computation
 
@@ -22,7 +22,7 @@ class DeviceFacts:
         name: As `--device` takes it.
         memory_bytes: What programs can use of it.
         dtype: Compute dtype there.
-        kernel: How attention is computed there.
+        kernel: How attention is computed there, a name in `attention.KERNELS`.
         peak_flops: Operations a second of dense matrix products in that dtype: the maker's figure, or measured.
         share: Of the peak that training is expected to reach, counted by 6N + attention.
         overhead_bytes: The program and the device's context.
@@ -33,7 +33,7 @@ class DeviceFacts:
     name: str
     memory_bytes: int
     dtype: torch.dtype
-    kernel: Kernel
+    kernel: str
     peak_flops: float
     share: float
     overhead_bytes: int
@@ -51,8 +51,8 @@ class DeviceFacts:
 
     def for_model(self, config: PretrainedConfig, *, dropout: bool = False) -> DeviceFacts:
         """The device as it computes this model: under a mask where its own kernel cannot."""
-        if knows_attention(config) and obstacle(self.kernel, config, training=dropout):
-            return replace(self, kernel="mask")
+        if knows_attention(config) and KERNELS[self.kernel].obstacle(config, training=dropout):
+            return replace(self, kernel=FALLBACK)
         return self
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig
 
 from cartilha.errors import UserError
-from cartilha.model.attention import knows_attention
+from cartilha.model.attention import KERNELS, knows_attention
 from cartilha.model.loss import CHUNK_TOKENS
 from cartilha.training.trace import Computation, StepBytes, count_parameters, traced_step
 
@@ -120,8 +120,8 @@ class MemoryModel:
         return self._trace(full, row_length).toward(self._trace(2 * full, row_length), rows / full - 1)
 
     def _trace(self, rows: int, row_length: int) -> StepBytes:
-        """Packed without a mask, what is kept depends on the number of tokens alone: one long row stands for all."""
-        if knows_attention(self._config) and self._how.kernel != "mask":
+        """Where what is kept depends on the number of tokens alone, one long row stands for all."""
+        if knows_attention(self._config) and KERNELS[self._how.kernel].counts_tokens_only:
             rows, row_length = 1, rows * row_length
         return traced_step(self._config, rows, row_length, self._how)
 

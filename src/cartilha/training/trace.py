@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from cartilha.model.attention import ATTENTION_DROPOUT, Kernel, Segments, knows_attention, use_document_attention
+from cartilha.model.attention import ATTENTION_DROPOUT, KERNELS, knows_attention, use_document_attention
 from cartilha.model.head import head_of, head_weight
 from cartilha.model.load import configured_head_shape
 from cartilha.model.loss import linear_cross_entropy
@@ -66,14 +66,14 @@ class Computation:
 
     Attributes:
         dtype: Compute dtype.
-        kernel: How attention is computed.
+        kernel: How attention is computed, a name in `attention.KERNELS`.
         on_cpu: Whether a CPU computes it: gradients are added in place there, and products may be in float32.
         checkpointing: Whether the layers' activations are computed a second time instead of kept.
         dropout: Whether the dropout that the configuration asks for is drawn.
     """
 
     dtype: torch.dtype
-    kernel: Kernel
+    kernel: str
     on_cpu: bool
     checkpointing: bool = False
     dropout: bool = False
@@ -180,12 +180,7 @@ def _pass(model: PreTrainedModel, live: _LiveBytes, rows: int, row_length: int, 
     ids = torch.zeros(rows, row_length, dtype=torch.long)
     positions, targets = torch.zeros_like(ids), torch.zeros_like(ids)
     if knows_attention(model.config):
-        if how.kernel == "mask":
-            mask = torch.ones(rows, 1, row_length, row_length, dtype=torch.bool)
-            segments = Segments(row_length, "mask", mask=mask)
-        else:  # what any flash attention keeps
-            kernel: Kernel = "segments" if how.kernel == "segments" else "kept"
-            segments = Segments.of((row_length,) * rows, row_length, torch.device("cpu"), kernel)
+        segments = KERNELS[how.kernel].traced(rows, row_length)
         arguments: dict[str, Any] = {"position_ids": positions, "segments": segments}
     else:
         arguments = {"attention_mask": torch.ones_like(ids)}
