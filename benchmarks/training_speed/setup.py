@@ -53,7 +53,7 @@ class Shape:
 
 
 def model_config(shape: Shape) -> Any:
-    from cartilha.model.load import model_config
+    from cartilha.model.configuration import model_config
 
     return model_config(f"random:{shape.model}")
 

@@ -11,8 +11,9 @@ import torch
 
 from cartilha.blocks.packing import Batch
 from cartilha.model.attention import KERNELS, Kernel, choose_kernel, register
+from cartilha.model.configuration import model_config
 from cartilha.model.forward import batch_nll, hidden_states
-from cartilha.model.load import LoadedModel, load_model, model_config
+from cartilha.model.load import LoadedModel, load_model
 from cartilha.runs.step_plan import this_machine
 from cartilha.training.trace import Computation, traced_step
 

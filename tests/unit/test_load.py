@@ -22,10 +22,12 @@ from cartilha.evaluation.measures import sum_documents
 from cartilha.evaluation.nll import score_documents
 from cartilha.evaluation.scorer import Scorer
 from cartilha.evaluation.windows import Protocol, make_protocol
-from cartilha.model import load
+from cartilha.model import configuration, gguf
 from cartilha.model.attention import ATTENTION_NAME
+from cartilha.model.configuration import RANDOM_SHAPES, context_length, model_config
+from cartilha.model.gguf import convert_gguf
 from cartilha.model.head import head_weight
-from cartilha.model.load import LoadedModel, context_length, convert_gguf, load_model, prepare_model
+from cartilha.model.load import LoadedModel, load_model, prepare_model
 from cartilha.tokens.tokenizer import TextTokenizer, load_tokenizer
 
 CPU = torch.device("cpu")
@@ -315,13 +317,13 @@ def test_an_unsupported_architecture_is_refused_by_name(tmp_path):
 def test_a_model_that_counts_distances_takes_any_length():
     config = AutoConfig.for_model("bloom", vocab_size=64, hidden_size=32, n_layer=1, n_head=2)
     loaded = prepare_model(AutoModelForCausalLM.from_config(config), "my-bloom", CPU)
-    assert loaded.context_length == load.NO_LIMIT
+    assert loaded.context_length == configuration.NO_LIMIT
     protocol = make_protocol("full", None, None, prefix_id=0, dtype="float32", context_length=loaded.context_length)
     assert (protocol.window, protocol.stride) == (2048, 1024)
 
 
 def test_a_head_that_is_no_matrix_is_refused():
-    model = AutoModelForCausalLM.from_config(load._tiny_llama())
+    model = AutoModelForCausalLM.from_config(model_config("random:tiny"))
     model.lm_head = torch.nn.Sequential(torch.nn.Linear(64, 259))
     with pytest.raises(UserError, match="my-model are not supported, since their head is not a matrix"):
         prepare_model(model, "my-model", CPU)
@@ -367,7 +369,7 @@ def test_quantised_weights_are_refused_by_name(small_replica, method):
     )
     assert f"quantised (quant_method {method})" in complaint(small_replica)
     with pytest.raises(UserError, match="quantised"):
-        load.model_config(str(small_replica))
+        model_config(str(small_replica))
 
 
 @pytest.mark.parametrize(
@@ -412,26 +414,21 @@ def test_the_seed_chooses_the_weights():
     assert any(not torch.equal(one[name], other[name]) for name in one)
 
 
-def shrink(config: Any) -> Any:
-    config.hidden_size = config.word_embed_proj_dim = config.ffn_dim = config.intermediate_size = 48
-    config.num_hidden_layers = config.num_attention_heads = config.num_key_value_heads = 1
-    return config
-
-
 @pytest.mark.parametrize(
-    ("maker", "name", "num_ids", "rows"),
+    ("name", "num_ids", "rows"),
     [
-        ("_opt_125m", "opt-125m", 50_265, 50_272),  # its own tokenizer: the seven spare rows stay
-        ("_opt_125m", "opt-125m", 259, 264),
-        ("_opt_125m", "opt-125m", 264, 264),
-        ("_opt_125m", "opt-125m", 60_001, 60_008),
-        ("_smollm2_135m", "smollm2-135m", 49_152, 49_152),
-        ("_smollm2_135m", "smollm2-135m", 50_265, 50_272),
+        ("opt-125m", 50_265, 50_272),  # its own tokenizer: the seven spare rows stay
+        ("opt-125m", 259, 264),
+        ("opt-125m", 264, 264),
+        ("opt-125m", 60_001, 60_008),
+        ("smollm2-135m", 49_152, 49_152),
+        ("smollm2-135m", 50_265, 50_272),
     ],
 )
-def test_rows_of_a_random_model_follow_the_tokenizer(maker, name, num_ids, rows, monkeypatch):
-    make = getattr(load, maker)
-    monkeypatch.setattr(load, maker, lambda: shrink(make()))
+def test_rows_of_a_random_model_follow_the_tokenizer(name, num_ids, rows, monkeypatch):
+    widths = dict.fromkeys(("hidden_size", "word_embed_proj_dim", "ffn_dim", "intermediate_size"), 48)
+    single = dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads"), 1)
+    monkeypatch.setitem(RANDOM_SHAPES, name, {**RANDOM_SHAPES[name], **widths, **single})
 
     class Tokenizer:
         prefix_id, end_id, pad_id = 5, 6, 7
@@ -446,14 +443,14 @@ def test_rows_of_a_random_model_follow_the_tokenizer(maker, name, num_ids, rows,
 
 def test_random_opt_has_opts_shape():
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(load._opt_125m())
+        model = AutoModelForCausalLM.from_config(model_config("random:opt-125m"))
     assert sum(parameter.numel() for parameter in model.parameters()) == 125_239_296
     assert context_length(model.config) == 2048
 
 
 def test_random_smollm2_has_its_shape():
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(load._smollm2_135m())
+        model = AutoModelForCausalLM.from_config(model_config("random:smollm2-135m"))
     assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
     assert context_length(model.config) == 8192
 
@@ -604,8 +601,8 @@ def test_a_gguf_is_converted_once(tiny_gguf, tmp_path, monkeypatch):
     path, _ = tiny_gguf
     monkeypatch.setenv("CARTILHA_CACHE", str(tmp_path))
     converted: list[Path] = []
-    convert = load.convert_gguf
-    monkeypatch.setattr(load, "convert_gguf", lambda path: converted.append(path) or convert(path))
+    convert = gguf.convert_gguf
+    monkeypatch.setattr(gguf, "convert_gguf", lambda path: converted.append(path) or convert(path))
     first = load_model(str(path), CPU).model.state_dict()
     assert converted == [path] and list(tmp_path.rglob("model.safetensors"))
     second = load_model(str(path), CPU).model.state_dict()

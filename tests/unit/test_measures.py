@@ -53,7 +53,7 @@ def documents(*texts: str) -> list[Document]:
 
 
 def evaluate(scored: ScoredDocuments, nll: list[float]) -> Evaluation:
-    scorer = SimpleNamespace(loaded=SimpleNamespace(ref="modelo"), protocol=PROTOCOL, vocabulary_size=VOCABULARY)
+    scorer = SimpleNamespace(loaded=SimpleNamespace(reference="modelo"), protocol=PROTOCOL, vocabulary_size=VOCABULARY)
     return make_evaluation(scorer, scored, DocumentScores(np.array(nll)), seconds=2.0)
 
 

@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from cartilha.errors import UserError
 from cartilha.model.attention import head_size
-from cartilha.model.load import load_model, model_config
+from cartilha.model.configuration import model_config
+from cartilha.model.load import load_model
 from cartilha.model.recomputation import checkpoint_layers
 from cartilha.training import memory as memory_module
 from cartilha.training.device_facts import KNOWN_DEVICES, attention_flops_per_token, flops_per_token

@@ -220,7 +220,7 @@ def make_evaluation(
     lost = [documents.doc_ids[i] for i in np.flatnonzero(~documents.round_trips)]
     beside = uniform(vocabulary_size, byte_total.num_tokens, byte_total.num_bytes or None)
     evaluation = Evaluation(
-        model=scorer.loaded.ref,
+        model=scorer.loaded.reference,
         protocol=scorer.protocol,
         corpus_hash=documents.corpus_hash,
         total=sum_documents(documents, nll, np.arange(len(nll))),

@@ -177,7 +177,7 @@ def _reading_tab(page: gr.Blocks, explorer: Explorer, say: PageWording) -> None:
 
 def _writing_tab(page: gr.Blocks, explorer: Explorer, say: PageWording) -> None:
     letters = list(explorer.readers)
-    names = [(f"{letter}: {reader.loaded.ref}", letter) for letter, reader in explorer.readers.items()]
+    names = [(f"{letter}: {reader.loaded.reference}", letter) for letter, reader in explorer.readers.items()]
     prompt = gr.Textbox(
         label=say("prompt"),
         info=say("prompt_info"),

@@ -50,7 +50,7 @@ def header(say: PageWording, readers: Mapping[str, Reader], store: str | None) -
     models = [
         {
             "letter": letter,
-            "ref": reader.loaded.ref,
+            "ref": reader.loaded.reference,
             "parameters": say.number(
                 reader.loaded.num_parameters / 1e6, 1 if reader.loaded.num_parameters < 1e7 else 0
             ),
@@ -116,7 +116,7 @@ def reading(
     evaluation = found.evaluation
     facts = {
         "letter": letter,
-        "ref": reader.loaded.ref,
+        "ref": reader.loaded.reference,
         "perplexity": say.perplexity(evaluation.perplexity),
         "bits_per_byte": say.bits(evaluation.bits_per_byte),
         "refused": evaluation.bits_per_byte is None,
@@ -150,7 +150,7 @@ def running_perplexity(say: PageWording, readings: Mapping[str, tuple[Reader, Re
     curves = []
     for letter, (reader, found) in readings.items():
         chars = np.array([piece.end for piece in found.pieces])
-        label = say("curve_model", letter=letter, ref=reader.loaded.ref)
+        label = say("curve_model", letter=letter, ref=reader.loaded.reference)
         curves.append(Curve(letter.lower(), label, chars, found.running_perplexity))
     sizes = {letter: reader.vocabulary_size for letter, (reader, _) in readings.items()}
     last = max(curve.chars[-1] for curve in curves)
@@ -226,7 +226,7 @@ def three_ways(say: PageWording, prompt: str, found: Mapping[str, tuple[Reader, 
     models = [
         {
             "letter": letter,
-            "ref": reader.loaded.ref,
+            "ref": reader.loaded.reference,
             "prompt": prompt,
             "ways": [("greedy", texts.greedy), ("sampled", texts.sampled), ("beam", texts.beam)],
         }

@@ -9,8 +9,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from cartilha.errors import HubUnreachableError, UserError
+from cartilha.model.configuration import context_length
 from cartilha.model.head import head_of, head_weight
-from cartilha.model.load import LoadedModel, context_length, load_model
+from cartilha.model.load import LoadedModel, load_model
 from cartilha.model_reference import resolve_model
 from cartilha.tokens.tokenizer import TextTokenizer
 
@@ -67,8 +68,7 @@ def model_shape(ref: str, tokenizer: TextTokenizer) -> ModelShape | None:
 def shape_of(model: PreTrainedModel) -> ModelShape:
     """The shape of a loaded model."""
     rows, head = input_rows(model), head_weight(model)
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    return ModelShape(rows.shape[0], rows.shape[1], rows is head, num_parameters, context_length(model.config))
+    return ModelShape(rows.shape[0], rows.shape[1], rows is head, model.num_parameters(), context_length(model.config))
 
 
 def input_rows(model: PreTrainedModel) -> torch.Tensor:
@@ -98,7 +98,7 @@ def extend_embeddings(loaded: LoadedModel, pieces: Sequence[Sequence[int]], firs
     old_rows = head_weight(model).shape[0]
     if any(max(ids) >= old_rows for ids in pieces):  # an unused [PAD] may lie beyond the rows, and gets one here
         raise UserError(
-            f"{loaded.ref} has {old_rows} rows for a tokenizer of {first_id} ids; they do not belong together."
+            f"{loaded.reference} has {old_rows} rows for a tokenizer of {first_id} ids; they do not belong together."
         )
     num_needed = first_id + len(pieces)
     if num_needed > old_rows:

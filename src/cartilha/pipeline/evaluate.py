@@ -141,7 +141,7 @@ def score_held_out(
     unigram: UnigramCollector | None = None,
 ) -> ScoredCorpus:
     """One pass over the text with one model."""
-    with progress(f"Scoring with {scorer.loaded.ref}", text.num_tokens(scorer.tokenizer), "tokens") as advance:
+    with progress(f"Scoring with {scorer.loaded.reference}", text.num_tokens(scorer.tokenizer), "tokens") as advance:
         return score_corpus(
             scorer,
             text.documents(),

@@ -16,7 +16,8 @@ from cartilha.config import PlanConfig
 from cartilha.errors import UserError, counted
 from cartilha.machine.devices import choose_device, choose_dtype, dtype_name
 from cartilha.machine.memory import is_out_of_memory
-from cartilha.model.load import configured_head_shape, context_length, load_model, model_config
+from cartilha.model.configuration import context_length, model_config
+from cartilha.model.load import configured_head_shape, load_model
 from cartilha.model.recomputation import checkpoint_layers
 from cartilha.pipeline.preflight import preflight
 from cartilha.runs.step_plan import best_step, this_machine, with_copy

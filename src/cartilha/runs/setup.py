@@ -19,7 +19,8 @@ from cartilha.machine.devices import choose_device, choose_dtype, describe_machi
 from cartilha.machine.memory import free_memory_bytes
 from cartilha.machine.processes import from_rank_0, is_main_process, world
 from cartilha.machine.versions import versions
-from cartilha.model.load import LoadedModel, load_model, model_config, weights_hash
+from cartilha.model.configuration import model_config
+from cartilha.model.load import LoadedModel, load_model, weights_hash
 from cartilha.model.recomputation import checkpoint_layers
 from cartilha.runs.files import read_results, read_status
 from cartilha.runs.step_plan import RunPlan, plan_run, this_machine

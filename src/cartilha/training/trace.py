@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from cartilha.model.attention import ATTENTION_DROPOUT, KERNELS, knows_attention, use_document_attention
+from cartilha.model.configuration import with_layers
 from cartilha.model.head import head_of, head_weight
 from cartilha.model.load import configured_head_shape
 from cartilha.model.loss import linear_cross_entropy
@@ -121,7 +122,7 @@ def count_parameters(config: PretrainedConfig) -> int:
     """Parameters of a model of this configuration, tied ones once; nothing is allocated."""
     with FakeTensorMode():
         model = AutoModelForCausalLM.from_config(_copied(config))
-        return sum(parameter.numel() for parameter in model.parameters())
+        return int(model.num_parameters())
 
 
 def traced_step(config: PretrainedConfig, rows: int, row_length: int, how: Computation) -> StepBytes:
@@ -149,7 +150,7 @@ def _traced(config_json: str, num_layers: int, rows: int, row_length: int, how: 
     sums_in_float32("cpu", how.dtype)
     if how.on_cpu:
         cpu_product_dtype(how.dtype)
-    settings = _shortened(json.loads(config_json), num_layers)
+    settings = with_layers(json.loads(config_json), num_layers)
     if not how.on_cpu:  # CUDA's kernel draws attention's dropout anew in the backward pass; a CPU's keeps all weights
         settings |= {name: 0.0 for name in ATTENTION_DROPOUT if name in settings}
     config = AutoConfig.for_model(**settings)
@@ -201,14 +202,3 @@ def _pass(model: PreTrainedModel, live: _LiveBytes, rows: int, row_length: int, 
 def _copied(config: PretrainedConfig) -> PretrainedConfig:
     """A copy: models must not share a configuration."""
     return copy.deepcopy(config)
-
-
-def _shortened(settings: dict[str, Any], num_layers: int) -> dict[str, Any]:
-    """The settings of the same model with fewer layers; lists with an entry a layer are cut, too."""
-    names = [name for name in ("num_hidden_layers", "n_layer", "num_layers") if isinstance(settings.get(name), int)]
-    before = settings[names[0]]
-    cut = {
-        name: value[:num_layers] if isinstance(value, list) and len(value) == before else value
-        for name, value in settings.items()
-    }
-    return {**cut, **dict.fromkeys(names, num_layers)}

@@ -1,0 +1,112 @@
+"""What a model's configuration tells without its weights: where it is, its length, its shape with fewer layers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+
+from cartilha.errors import HubUnreachableError, UserError, first_line
+from cartilha.model.gguf import converted_gguf
+from cartilha.model_reference import ModelSource, resolve_model, unreachable_message
+from cartilha.storage import refuse_lfs_pointer
+from cartilha.tokens.tokenizer import TextTokenizer
+
+NO_CAUSAL_MODEL = "cannot be loaded as a causal language model"
+NO_LIMIT = 1 << 20  # positions of models that count distances instead; windows of an evaluation stay 2,048 by default
+
+# What `random:NAME` stands for (`model_reference.RANDOM_MODELS`).
+RANDOM_SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "model_type": "llama", "vocab_size": 259, "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024,
+        "tie_word_embeddings": True,
+    },
+    "tiny-opt": {
+        "model_type": "opt", "vocab_size": 259, "hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 256,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 1024,
+    },
+    "opt-125m": {"model_type": "opt", "vocab_size": 50272, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 2},
+    "smollm2-135m": {
+        "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
+        "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192,
+        "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
+    },
+}  # fmt: skip
+
+
+def model_config(reference: str, tokenizer: TextTokenizer | None = None) -> PretrainedConfig:
+    """The configuration of a MODEL argument; `random:` models take embedding rows and special ids from the tokenizer.
+
+    Raises:
+        UserError: No such model, one that cannot be read, or quantised weights, which cannot be trained.
+        HubUnreachableError: A hub model cannot be had.
+    """
+    source = resolve_model(reference)
+    if source.kind == "random":
+        return _random_config(source.name, tokenizer)
+    place = place_of(source)
+    refuse_lfs_pointer(Path(place) / "config.json")
+    try:
+        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        if not Path(place).is_dir() and isinstance(error, OSError):
+            raise HubUnreachableError(unreachable_message(reference)) from error
+        what = "holds no model that can be loaded" if isinstance(error, OSError) else NO_CAUSAL_MODEL
+        raise UserError(f"{reference} {what} ({reason_of(error)}).") from error
+    assert isinstance(config, PretrainedConfig)
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        settings = quantization if isinstance(quantization, dict) else vars(quantization)
+        raise UserError(
+            f"The weights of {reference} are quantised (quant_method {settings.get('quant_method')}), and such weights "
+            "are neither trained nor scored here; use the model that they were made from."
+        )
+    return config
+
+
+def place_of(source: ModelSource) -> str:
+    """What transformers loads a model from: a directory or a hub id."""
+    return str(converted_gguf(source) if source.kind == "gguf" else source.path or source.name)
+
+
+def reason_of(error: Exception) -> str:
+    """The reason that transformers gives; not its advice to run a model's own code, which is never done here."""
+    if "custom code" in str(error):
+        return "it needs code that comes with it, which is never run: choose a model of a type that transformers knows"
+    return first_line(error)[:200]
+
+
+def _random_config(name: str, tokenizer: TextTokenizer | None) -> PretrainedConfig:
+    config = AutoConfig.for_model(**RANDOM_SHAPES[name])
+    if tokenizer is not None:
+        config.bos_token_id, config.eos_token_id = tokenizer.prefix_id, tokenizer.end_id
+        config.pad_token_id = tokenizer.pad_id
+        if not name.startswith("tiny"):
+            # OPT keeps seven spare rows above its tokenizer; other vocabularies are rounded up to full tiles of eight.
+            rows = -(-tokenizer.num_ids // 8) * 8
+            config.vocab_size = max(rows, config.vocab_size) if config.vocab_size - rows < 64 else rows
+    elif name.startswith("tiny"):
+        config.bos_token_id, config.eos_token_id, config.pad_token_id = 256, 257, 258
+    return config
+
+
+def context_length(config: PretrainedConfig) -> int:
+    """Most positions that a model of this configuration takes; `NO_LIMIT` where it does not say (BLOOM, with ALiBi)."""
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+        length = getattr(config, name, None)
+        if isinstance(length, int) and length > 0:
+            return length
+    return NO_LIMIT
+
+
+def with_layers(settings: dict[str, Any], num_layers: int) -> dict[str, Any]:
+    """A configuration's settings with fewer layers; lists with an entry per layer are cut, too."""
+    names = [name for name in ("num_hidden_layers", "n_layer", "num_layers") if isinstance(settings.get(name), int)]
+    before = settings[names[0]] if names else None
+    cut = {
+        name: value[:num_layers] if isinstance(value, list) and len(value) == before else value
+        for name, value in settings.items()
+    }
+    return {**cut, **dict.fromkeys(names, num_layers)}
