@@ -318,7 +318,7 @@ def test_memory_that_runs_out_halves_the_micro_batch_of_a_compiled_body(monkeypa
     ],
 )
 def test_the_body_is_compiled_where_it_pays(device, choice, num_steps, compiler, compiled, monkeypatch):
-    monkeypatch.setattr("cartilha.model.compiling.has_cxx_compiler", lambda: compiler)
+    monkeypatch.setattr("cartilha.machine.devices.has_cxx_compiler", lambda: compiler)
     monkeypatch.setattr(PreTrainedModel, "device", torch.device(device))
     assert (training_body(tiny("opt"), choice, num_steps) is not None) is compiled
 

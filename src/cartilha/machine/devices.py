@@ -1,4 +1,4 @@
-"""The device and the dtype to compute in, the cores, and the seeds.
+"""Which device and dtype to compute with, the cores, the compiler and the seeds.
 
 torch is imported inside the functions that need it, so that `--help` and `prepare` start without it.
 """
@@ -25,7 +25,7 @@ log = logging.getLogger("cartilha")
 
 
 def choose_device(name: str) -> torch.device:
-    """The device for `auto`, `cpu`, `cuda` or `mps`; `auto` prefers CUDA, then MPS, and says when it takes the CPU.
+    """The device for `auto`, `cpu`, `cuda` or `mps`; `auto` prefers CUDA, then MPS, and logs when it takes the CPU.
 
     Raises:
         UserError: The named device is not there.
@@ -54,12 +54,10 @@ def choose_device(name: str) -> torch.device:
 
 
 def hardware_dtypes(device_type: str, capability: tuple[int, int] | None, bf16_cpu: bool) -> tuple[str, ...]:
-    """Compute dtypes that the hardware really has, the best first (design rule: never an emulated one by default).
+    """Compute dtypes that the hardware has (none that it would emulate), the best first.
 
-    Args:
-        device_type: `cpu`, `cuda` or `mps`.
-        capability: CUDA compute capability; None elsewhere. bf16 is emulated below 8.0 although torch claims support.
-        bf16_cpu: Whether the CPU has bf16 instructions.
+    `capability` is CUDA's: below 8.0 bf16 is emulated, although torch claims support. `bf16_cpu` says whether the CPU
+    has bf16 instructions.
     """
     if device_type == "cuda":
         assert capability is not None
@@ -72,10 +70,10 @@ def hardware_dtypes(device_type: str, capability: tuple[int, int] | None, bf16_c
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """The compute dtype for `auto` or a name; on a CPU with bf16, `auto` measures which one is faster.
 
-    Under torchrun all processes take that of rank 0: each would measure for itself.
+    Under torchrun all processes take the dtype of rank 0, since each would measure for itself.
 
     Raises:
-        UserError: The dtype is not in the device's hardware, so it would be emulated or wrong.
+        UserError: The device's hardware does not have this dtype: it would be emulated or wrong.
     """
     import torch
 
@@ -98,36 +96,33 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def has_cxx_compiler() -> bool:
-    """Whether torch.compile can build CPU kernels here; without a compiler the plain code runs and says so.
-
-    torch tries $CXX, else one compiler for each system, and no other.
-    """
+    """Whether torch.compile finds a compiler: $CXX, or else the one that torch tries on this system."""
     default = {"win32": "cl", "darwin": "clang++"}.get(sys.platform, "g++")
     return shutil.which(os.environ.get("CXX", default)) is not None
 
 
-def compile_pays(device_type: str, compiler: bool) -> bool:
-    """Whether the loss is worth compiling: on CUDA, where Triton fuses it and needs a compiler for its launcher.
+def compile_pays(device_type: str) -> bool:
+    """Whether compiling is worth it: on CUDA, where Triton needs a compiler for its launcher.
 
-    On the CPU the in-place code is within a few per cent of it (docs/log.md, experiment 3), MPS is unproven.
+    On a CPU the loss is within a few per cent of a compiled one (docs/log.md, experiment 3). MPS is unproven.
     """
-    if device_type == "cuda" and not compiler:
+    if device_type != "cuda":
+        return False
+    if not has_cxx_compiler():
         log.warning("There is no C++ compiler, so the loss is not compiled: training is a little slower.")
-    return device_type == "cuda" and compiler
+        return False
+    return True
 
 
 def usable_cores() -> int:
-    """Cores that this process may use, which on a shared machine may be fewer than there are."""
+    """Cores that this process may use; on a shared machine they may be fewer than there are."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def seed_everything(seed: int) -> None:
-    """Seed torch on every device (dropout, fresh weights), and Python and numpy, which some models draw from.
-
-    The data order has generators of its own.
-    """
+    """Seed torch on every device (dropout, fresh weights), Python and numpy; the data order has its own generators."""
     import numpy as np
     import torch
 
@@ -137,7 +132,7 @@ def seed_everything(seed: int) -> None:
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """The machine in words and numbers, for the provenance of a result."""
+    """The machine, for the provenance of a result."""
     import psutil
     import torch
 
@@ -152,7 +147,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 def to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
-    """A copy on the device; to a CUDA device from pinned memory, so that the host need not wait for it."""
+    """A copy on the device; for CUDA through pinned memory, so that the host does not wait for it."""
     import torch
 
     tensor = torch.from_numpy(values)

@@ -1,4 +1,4 @@
-"""Memory: what is free, what was used at most, and whether an error says that it ran out."""
+"""Memory: how much is free, how much was used at most, and whether an error means that it ran out."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def peak_memory_bytes(device_type: str) -> int:
-    """Peak resident set on the CPU, peak reserved memory on CUDA, since the process (or the last reset) began."""
+    """The highest resident set of the process so far; on CUDA the highest reserved memory since the last reset."""
     if device_type == "cuda":
         import torch
 
@@ -28,37 +28,33 @@ def peak_memory_bytes(device_type: str) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Torch has a type for what its CUDA allocator lacks; everything else raises a RuntimeError with these words."""
+    """Whether memory ran out. Only torch's CUDA allocator has a type of error for it; others raise a RuntimeError."""
     import torch
 
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and any(words in text for words in _OUT_OF_MEMORY)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 _OUT_OF_MEMORY = (
     "can't allocate memory",  # torch's CPU allocator
     "not enough memory",  # the same on Windows
     "MPS backend out of memory",
-    "CUDA error: out of memory",  # what CUDA itself takes: pinned memory, events, contexts
+    "CUDA error: out of memory",  # CUDA itself: pinned memory, events, contexts
     "[CUDA]: out of memory",  # Triton, loading a kernel
     "CUBLAS_STATUS_ALLOC_FAILED",
 )
 
 
 def free_memory_bytes(device: torch.device) -> int:
-    """Memory that can still be taken: free device memory on CUDA, available memory of the machine elsewhere.
-
-    A container's limit (cgroup v2) counts where it is below the machine's memory.
-    """
+    """Memory that can still be taken: of the device on CUDA, else of the machine or its container (cgroup v2)."""
     if device.type == "cuda":
         import torch
 
         return int(torch.cuda.mem_get_info(device)[0])
     import psutil
 
-    # Processes of one machine share its memory.
+    # The processes on one machine share its memory.
     available = int(psutil.virtual_memory().available) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     try:
         limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
@@ -71,7 +67,7 @@ def free_memory_bytes(device: torch.device) -> int:
 
 
 def available_memory_bytes(device: torch.device) -> int:
-    """Memory that this process may have in all: what is free, and what it holds already."""
+    """Memory that this process may have in all: what is free and what it already holds."""
     if device.type == "cuda":
         import torch
 

@@ -1,4 +1,4 @@
-"""The processes that torchrun started: who this one is, and what they tell each other."""
+"""The processes that torchrun starts: which of them this is, and what they exchange."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, TypeVar, cast
 if TYPE_CHECKING:
     import torch
 
-
 T = TypeVar("T")
 
 
 def world() -> tuple[int, int]:
-    """This process's rank and the number of processes, as torchrun says; (0, 1) without it."""
+    """This process's rank and the number of processes; (0, 1) without torchrun."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -24,15 +23,14 @@ def is_main_process() -> bool:
 
 
 def local_rank() -> int:
-    """This process's number on its own machine, as torchrun says: which GPU it takes; 0 without it."""
+    """This process's number on its own machine, which is the number of its GPU; 0 without torchrun."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def join_processes(device: torch.device | None = None) -> None:
-    """Meet the other processes, once: gloo for what lies in the host's memory, NCCL for CUDA tensors where it is there.
+    """Join the process group, once: gloo for the host's memory and, where there is CUDA, NCCL for its tensors.
 
-    Args:
-        device: Where tensors will travel from; None where only plain objects do.
+    `device` is that of the tensors to be exchanged; None for plain objects.
     """
     import torch.distributed as dist
 
@@ -45,7 +43,7 @@ def join_processes(device: torch.device | None = None) -> None:
 
 
 def gather_objects(mine: T) -> list[T]:
-    """Every rank's value, in the order of the ranks; without torchrun just this one's."""
+    """Every rank's value, in the order of the ranks."""
     num_ranks = world()[1]
     if num_ranks == 1:
         return [mine]
@@ -58,5 +56,5 @@ def gather_objects(mine: T) -> list[T]:
 
 
 def from_rank_0(mine: T) -> T:
-    """What rank 0 has; without torchrun just this process's value."""
+    """The value of rank 0."""
     return gather_objects(mine)[0]

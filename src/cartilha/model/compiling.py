@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from cartilha.errors import first_line
-from cartilha.machine.devices import compile_pays, has_cxx_compiler
+from cartilha.machine.devices import compile_pays
 from cartilha.machine.memory import is_out_of_memory
 from cartilha.model.attention import knows_attention
 
@@ -103,6 +103,6 @@ def training_body(model: PreTrainedModel, choice: CompileChoice, num_steps: int)
         return None
     if choice == "never" or (choice == "auto" and num_steps < MIN_STEPS_TO_COMPILE):
         return None
-    if choice == "auto" and not compile_pays(model.device.type, has_cxx_compiler()):
+    if choice == "auto" and not compile_pays(model.device.type):
         return None
     return CompiledBody(model)

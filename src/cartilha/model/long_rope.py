@@ -1,7 +1,7 @@
-"""Long RoPE (Phi-3's): one set of frequencies for texts beyond the original context, another for shorter ones.
+"""Long RoPE (Phi-3): one set of frequencies for texts longer than the original context, another for shorter ones.
 
-transformers chooses one set for a whole batch, by its longest text, so that a short document beside a long one would
-get other figures than alone. Here each document gets those of its own length.
+transformers chooses one set for a whole batch, by its longest text. A short document beside a long one would then get
+other figures than alone. Here each document gets the frequencies for its own length.
 """
 
 from __future__ import annotations
@@ -16,19 +16,14 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 def original_context(config: PretrainedConfig) -> int | None:
     """The longest text that gets the frequencies of short ones; None where there is only one set."""
     parameters = getattr(config, "rope_parameters", None) or {}
-    for settings in (parameters, *parameters.values()):  # one for all layers, or one for each kind of layer
+    for settings in (parameters, *parameters.values()):  # for all layers, or for each kind of layer
         if isinstance(settings, dict) and settings.get("rope_type") == "longrope":
             return int(settings["original_max_position_embeddings"])
     return None
 
 
 class LongRopeByDocument(torch.nn.Module):
-    """Takes the place of a model's rotary embedding.
-
-    Args:
-        rotary: The model's own, which knows how to make cosines and sines of frequencies.
-        boundary: The original context.
-    """
+    """Replaces a model's rotary embedding, which makes the cosines and sines; `boundary` is the original context."""
 
     def __init__(self, rotary: Any, boundary: int) -> None:
         super().__init__()
@@ -36,15 +31,13 @@ class LongRopeByDocument(torch.nn.Module):
         self.short, self.long, self.boundary = rotary, type(rotary)(rotary.config), boundary
         self.short.inv_freq = rotary.original_inv_freq.to(frequencies.device)
         self.long.inv_freq = frequencies
-        self.short.rope_type = self.long.rope_type = "default"  # neither is to choose by itself any more
+        self.short.rope_type = self.long.rope_type = "default"  # neither may choose any more
 
     @torch.no_grad()
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Cosines and sines, each of shape (num_rows, row_length, rotated size).
+        """Cosines and sines in the dtype of `x`, each of shape (num_rows, row_length, rotated size).
 
-        Args:
-            x: Says the dtype.
-            position_ids: From 0 at the beginning of each document, shape (num_rows, row_length).
+        `position_ids` begin with 0 in each document and have the shape (num_rows, row_length).
         """
         document = (position_ids == 0).cumsum(dim=1)
         last = position_ids.new_zeros(position_ids.shape[0], position_ids.shape[1] + 1)
@@ -55,9 +48,11 @@ class LongRopeByDocument(torch.nn.Module):
 
 
 def choose_by_document(model: PreTrainedModel) -> None:
-    """Have a model, in place, choose the frequencies for each document by itself."""
+    """Have a model, in place, choose the frequencies document by document."""
     boundary = original_context(model.config)
-    for module in list(model.modules()) if boundary is not None else ():
+    if boundary is None:
+        return
+    for module in list(model.modules()):
         for name, rotary in list(module.named_children()):
-            if getattr(rotary, "rope_type", None) == "longrope" and boundary is not None:
+            if getattr(rotary, "rope_type", None) == "longrope":
                 setattr(module, name, LongRopeByDocument(rotary, boundary))

@@ -1,8 +1,8 @@
 """Head and cross-entropy together, chunk by chunk: never more than one chunk of logits exists.
 
-Logits are the memory: 16 x 1024 tokens times 50,272 ids cost about 9 GiB in the usual code. Here the forward pass
-computes, for each chunk of tokens, the logits, the loss and at once its gradients, and keeps only the gradients of the
-hidden states and of the head. Matrix products run in the compute dtype, reductions and the head's gradient in float32.
+Logits take most of the memory: for 16 x 1024 tokens and 50,272 ids the usual code needs about 9 GiB. Here the forward
+pass computes the logits of one chunk of tokens, their loss and its gradients, and keeps only the gradients of hidden
+states and head. Matrix products run in the compute dtype, reductions and the head's gradient in float32.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from cartilha.blocks.packing import IGNORE_INDEX
-from cartilha.machine.devices import compile_pays, has_cxx_compiler
+from cartilha.machine.devices import compile_pays
 from cartilha.model.compiling import CompiledOrPlain
 from cartilha.model.head import Head, HeadShape
 from cartilha.model.products import add_product, cpu_product_dtype
@@ -27,7 +27,7 @@ CHUNK_TOKENS = 1024
 
 @dataclass(frozen=True)
 class _Manner:
-    """How the loss is computed: the head's shape, the products' dtype, and the factor of the nll where it is known."""
+    """The head's shape, the dtype of the products, and the factor that the nll will be multiplied by, if known."""
 
     shape: HeadShape
     dtype: torch.dtype
@@ -35,9 +35,9 @@ class _Manner:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """sum over scored tokens of -ln softmax(hidden @ weight.T)[target], with the gradients made in the forward pass.
+    """Sum over scored tokens of -ln softmax(hidden @ weight.T)[target]; the forward pass computes the gradients, too.
 
-    Where the factor that the nll will be multiplied by is known, the weight's is added to `weight.grad` at once.
+    Where the factor of the nll is known, it adds the weight's gradient to `weight.grad`.
     """
 
     @staticmethod
@@ -58,7 +58,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden)
         grad_weight = gradient_of(weight) if in_place else torch.zeros_like(weight, dtype=torch.float32)
         nll = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        # One buffer for all chunks: fresh memory costs more than the arithmetic (docs/log.md).
+        # All chunks share one buffer: fresh memory costs more than the arithmetic (docs/log.md).
         buffer = hidden.new_empty((min(CHUNK_TOKENS, len(targets)), len(weight)), dtype=dtype)
         for begin in range(0, len(targets), CHUNK_TOKENS):
             rows = slice(begin, begin + CHUNK_TOKENS)
@@ -82,11 +82,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (scale,) = grad_outputs
-        # In place: the tensors are ours alone and are not needed again.
+        # In place: nothing else uses these tensors.
         gradients = [gradient if gradient is None else gradient.mul_(scale) for gradient in ctx.saved_tensors]
-        if (
-            ctx.known_factor is not None and type(scale) is torch.Tensor
-        ):  # not one without contents, as when memory is traced
+        has_contents = type(scale) is torch.Tensor  # unlike the fake tensors that memory is traced with
+        if ctx.known_factor is not None and has_contents:
             found = float(scale)
             assert not math.isfinite(found) or math.isclose(found, ctx.known_factor, rel_tol=1e-5), found
         return *gradients, None, None
@@ -97,18 +96,11 @@ ChunkKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.T
 
 @functools.cache
 def chunk_kernel(device_type: str) -> ChunkKernel:
-    """How a chunk's softmax and gradient are computed: fused by torch.compile where that pays, plainly elsewhere."""
-    if not compile_pays(device_type, has_cxx_compiler()):
+    """The function for a chunk's nll and gradient: compiled where that pays."""
+    if not compile_pays(device_type):
         return nll_and_gradient
-    # The last chunk may have fewer rows than the others: the second size makes the rows, and them alone, symbolic.
+    # The last chunk may have fewer rows; its size makes the number of rows, and nothing else, symbolic.
     return CompiledOrPlain(torch.compile(fused_nll_and_gradient), nll_and_gradient, "The loss")
-
-
-def _product_into(buffer: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """`left @ right` in their dtype, as float32, in the buffer."""
-    if left.dtype == torch.float32:
-        return torch.mm(left, right, out=buffer)
-    return buffer.copy_(left @ right)
 
 
 def nll_and_gradient(
@@ -117,14 +109,14 @@ def nll_and_gradient(
     """Summed nll and its gradient by the logits: softmax minus one-hot, zero in rows that are not scored.
 
     Args:
-        logits: Shape (num_tokens, num_ids), in the compute dtype; overwritten by the gradient.
+        logits: Shape (num_tokens, num_ids), in the compute dtype; the gradient overwrites them.
         index: The target of each row, shape (num_tokens, 1).
-        scored: 1 where the row counts, else 0, shape (num_tokens, 1), float32.
+        scored: 1 in rows that count, else 0; shape (num_tokens, 1), float32.
 
     Returns:
         The nll, a float32 scalar, and the gradient, in the compute dtype.
     """
-    work = logits.float()  # the logits themselves in float32: one buffer, worked on in place
+    work = logits.float()  # in float32 these are the logits themselves, which are overwritten
     target_logits = work.gather(1, index)
     highest = work.amax(dim=1, keepdim=True)
     total = work.sub_(highest).exp_().sum(dim=1, keepdim=True)
@@ -135,10 +127,10 @@ def nll_and_gradient(
 def fused_nll_and_gradient(
     logits: torch.Tensor, index: torch.Tensor, scored: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`nll_and_gradient` to be compiled: nothing but reductions along rows and elementwise steps.
+    """`nll_and_gradient` for the compiler, in nothing but reductions along rows and elementwise steps.
 
-    So the logits are read and the gradient is written in the compute dtype, and float32 exists in registers alone; a
-    scatter would bring a float32 copy into memory.
+    Logits are read and the gradient is written in the compute dtype, and float32 exists in registers alone. A scatter
+    would need a float32 copy in memory.
     """
     work = logits.float()
     highest = work.amax(dim=1, keepdim=True)
@@ -150,16 +142,13 @@ def fused_nll_and_gradient(
 
 
 def linear_cross_entropy(hidden: torch.Tensor, head: Head, targets: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Summed nll of the targets, differentiable once in `hidden` and the head's weight and bias.
+    """Summed nll of the targets in nats, a float32 scalar, differentiable once in `hidden` and the head.
 
     Args:
         hidden: Last hidden states, shape (num_tokens, hidden_size).
-        head: Of num_ids rows.
-        targets: Shifted token ids, shape (num_tokens,), `IGNORE_INDEX` where nothing is scored.
+        head: The model's.
+        targets: Shifted token ids, shape (num_tokens,); `IGNORE_INDEX` where nothing is scored.
         dtype: Of the matrix products.
-
-    Returns:
-        Scalar float32, in nats.
     """
     manner = _Manner(head.shape, dtype, factor_in_place(head.weight))
     nll = _LinearCrossEntropy.apply(hidden, head.weight, head.bias, targets, manner)
@@ -169,16 +158,15 @@ def linear_cross_entropy(hidden: torch.Tensor, head: Head, targets: torch.Tensor
 
 @dataclass(frozen=True)
 class TokenScores:
-    """What a model says of each scored token; every tensor has the shape (num_tokens,).
+    """Scores of tokens, shape (num_tokens,); None for what was not `Wanted`.
 
     Attributes:
         nll: Minus ln p(token), nats, float32.
-        unused_mass: Probability that the rows of the vocabulary that no token uses get together, float32.
-        entropy: Of the distribution over the next token, nats, float32; None unless asked for.
-        rank: Of the token, 1 for the likeliest, int64; None unless asked for.
-        likeliest_ids: The likeliest tokens, likeliest first, int64, shape (num_tokens, num_likeliest); None unless
-            asked for.
-        likeliest: Their probabilities, float32, of the same shape.
+        unused_mass: Total probability of the rows of the vocabulary that no token uses, float32.
+        entropy: Of the distribution over the next token, nats, float32.
+        rank: Of the token, 1 for the likeliest, int64.
+        likeliest_ids: The likeliest tokens, likeliest first, int64, shape (num_tokens, num_likeliest).
+        likeliest: Their probabilities, float32, same shape.
     """
 
     nll: torch.Tensor
@@ -215,10 +203,10 @@ def token_scores(
 
     Args:
         hidden: Shape (num_tokens, hidden_size).
-        head: Of num_ids rows.
-        targets: Shape (num_tokens,), every one a token id.
+        head: The model's.
+        targets: Token ids, shape (num_tokens,).
         dtype: Of the matrix product; the softmax is float32.
-        wanted: See there.
+        wanted: Which scores.
     """
     weight = head.weight.to(dtype)
     buffer = hidden.new_empty((min(CHUNK_TOKENS, len(targets)), len(weight)), dtype=torch.float32)
@@ -226,7 +214,12 @@ def token_scores(
     for begin in range(0, max(1, len(targets)), CHUNK_TOKENS):  # no targets are one empty chunk
         rows = slice(begin, begin + CHUNK_TOKENS)
         states = hidden[rows].to(dtype)
-        logits = head.finish(_product_into(buffer[: len(states)], states, weight.T))
+        product = buffer[: len(states)]
+        if dtype == torch.float32:
+            torch.mm(states, weight.T, out=product)
+        else:
+            product.copy_(states @ weight.T)
+        logits = head.finish(product)
         chunks.append(_score_chunk(logits, targets[rows, None], wanted))
     joined: dict[str, torch.Tensor] = {}
     for name, first in vars(chunks[0]).items():
@@ -236,7 +229,7 @@ def token_scores(
 
 
 def _score_chunk(logits: torch.Tensor, index: torch.Tensor, wanted: Wanted) -> TokenScores:
-    """Scores of a chunk; `logits` (num_tokens, num_ids) are overwritten, `index` (num_tokens, 1) holds the targets."""
+    """Scores of a chunk: `logits` (num_tokens, num_ids) are overwritten, `index` (num_tokens, 1) has the targets."""
     details, unused_ids = wanted.details, wanted.unused_ids
     target_logits = logits.gather(1, index)
     # Ties count in the token's favour by half, so that a uniform model's ranks average (V + 1) / 2.
@@ -244,7 +237,7 @@ def _score_chunk(logits: torch.Tensor, index: torch.Tensor, wanted: Wanted) -> T
     equal = (logits == target_logits).sum(dim=1) if details else None
     highest = logits.amax(dim=1, keepdim=True)
     shifted_target = target_logits - highest
-    # sum p ln p needs the shifted logits before they are exponentiated in place.
+    # The entropy needs the shifted logits beside their exponentials.
     shifted = logits.sub_(highest)
     weights = shifted.exp() if details else shifted.exp_()
     total = weights.sum(dim=1)

@@ -1,4 +1,4 @@
-"""Matrix products: those that are added to float32 sums, and what they are computed in on a CPU."""
+"""Matrix products that are added to float32 sums, and the dtype of products on a CPU."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from cartilha.machine.devices import dtype_name
 
 log = logging.getLogger("cartilha")
 
-MIN_FLOAT32_GAIN = 1.2  # of the rate of products in half precision; below, the casts take it back
+MIN_FLOAT32_GAIN = 1.2  # a smaller gain over half precision is lost again in the casts
 
 
 def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, factor: float = 1.0) -> None:
-    """Add `factor * left @ right` to `total`, which is float32; the product is not rounded where that can be had."""
+    """Add `factor * left @ right` to `total` (float32), if possible without rounding the product to half precision."""
     if left.dtype == torch.float32:
         total.addmm_(left, right, alpha=factor)
     elif sums_in_float32(left.device.type, left.dtype):
@@ -27,7 +27,7 @@ def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, fa
 
 @functools.cache
 def sums_in_float32(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether half-precision products can be added to a float32 matrix at once, as CUDA can: found by doing it."""
+    """Whether this device can add half-precision products to a float32 matrix without rounding them (CUDA can)."""
     factor = torch.full((16, 16), 1 / 16, dtype=dtype, device=device_type)
     total = torch.ones(16, 16, device=device_type)
     try:
@@ -39,11 +39,10 @@ def sums_in_float32(device_type: str, dtype: torch.dtype) -> bool:
 
 @functools.cache
 def cpu_product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What a model's products are computed in on this CPU, its activations being in `dtype`: float32 where faster.
+    """The dtype in which this CPU multiplies activations of `dtype`: float32 where that is faster.
 
     Cores with AVX512-BF16 and without AMX multiply bfloat16 at half the rate of float32 (docs/log.md, experiment 32).
-    Nothing is lost: products of half-precision numbers are summed in float32 either way, and the weights need not be
-    rounded.
+    Nothing is lost: products of half-precision numbers are summed in float32 either way, and weights stay unrounded.
     """
     if dtype == torch.float32:
         return dtype

@@ -1,7 +1,7 @@
-"""Gradient checkpointing (arXiv:1604.06174): a layer keeps its input alone and is computed anew in the backward pass.
+"""Gradient checkpointing (arXiv:1604.06174): a layer keeps only its input and is computed again in the backward pass.
 
-transformers has a switch for it, which works in training mode only; our models train in evaluation mode, because there
-the mode decides dropout and nothing else.
+transformers' own switch for it works in training mode only, and our models are trained in evaluation mode (without
+dropout).
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from cartilha.model.weight_gradients import same_again
 
 
 def checkpoint_layers(model: PreTrainedModel) -> None:
-    """Compute every layer a second time in the backward pass; in place, and the figures stay the same.
+    """Switch a model, in place, to computing its layers again in the backward pass; the figures stay the same.
 
     Raises:
-        UserError: The architecture's layers are not marked as such.
+        UserError: transformers does not mark this architecture's layers.
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
@@ -37,7 +37,7 @@ def checkpoint_layers(model: PreTrainedModel) -> None:
 
 
 def _computed_twice(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    # Without reentry: saved tensors are tracked one by one, and arguments may be anything (our segments).
+    # Without reentry, arguments may be of any type, such as the segments.
     again = None if torch.compiler.is_compiling() else same_again()
     if again is None:
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
