@@ -31,7 +31,7 @@ from cartilha.reporting.results import load_run
 from cartilha.reporting.tables import results_table, to_markdown
 from cartilha.runs.files import write_config
 from cartilha.terminal.results import show
-from cartilha.terminal.tables import show_table
+from cartilha.terminal.tables import FittingTable
 
 
 @pytest.fixture
@@ -562,16 +562,17 @@ def test_a_table_without_room_goes_on_in_another_with_its_numbers_whole(capsys):
     titles = ["dispositivo", *(f"milhões de tokens {i}" for i in range(9))]
     numbers = [[f"{10**9 + 100 * row + i:,}" for i in range(9)] for row in range(2)]
     rows = [["[/red] uma máquina/de/nome/muito/longo", *numbers[0]], [], ["b", *numbers[1]]]
-    show_table(Console(width=80), titles, rows, title="T" * 100)
+    Console(width=80).print(FittingTable(titles, rows, title="T" * 100))
     printed = capsys.readouterr().out
     _fits(printed, [*(number for row in numbers for number in row), "[/red] uma"])
     assert printed.count("[/red] uma") == printed.count("┏") == printed.count("T") / 100 > 1
-    show_table(Console(width=300), titles, rows)
+    Console(width=300).print(FittingTable(titles, rows))
     assert capsys.readouterr().out.count("┏") == 1
 
 
 def test_words_in_a_table_wrap_and_take_what_room_the_numbers_leave(capsys):
-    show_table(Console(width=80), ("a", "b", "c"), [["x" * 90, "1.25", "uma frase " * 9]], words=(0, 2))
+    rows = [["x" * 90, "1.25", "uma frase " * 9]]
+    Console(width=80).print(FittingTable(("a", "b", "c"), rows, words=(0, 2)))
     printed = capsys.readouterr().out
     _fits(printed, ["1.25"])
     assert max(map(len, printed.splitlines())) == 80 and printed.count("x") == 90 and printed.count("frase") == 9

@@ -2,54 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
-
-from rich.console import Console
+from collections.abc import Callable, Iterator
 
 from cartilha.errors import counted
-from cartilha.terminal.tables import show_table
-
-Values = Mapping[str, Any]
+from cartilha.terminal.tables import FittingTable, Parts, Values
 
 MAX_DOMAINS = 20
 
 
-def show_evaluations(console: Console, result: Values) -> None:
-    """A column a model, a row a figure; below, what goes with a single model."""
+def evaluations(result: Values) -> Parts:
+    """One column per model and one row per figure; below, what goes with a single model."""
     models = result["models"]
     rows = [[title, *map(cell, models)] for title, cell in _FIGURES]
-    show_table(console, ("", *(row["model"] for row in models)), [row for row in rows if any(row[1:])])
+    yield FittingTable(("", *(row["model"] for row in models)), [row for row in rows if any(row[1:])])
     protocols = [protocol_line(row["protocol"]) for row in models]
-    if len(set(protocols)) == 1:
-        console.print(f"Protocol: {protocols[0]}", markup=False)
+    alike = len(set(protocols)) == 1
+    if alike:
+        yield f"Protocol: {protocols[0]}"
     for row, protocol in zip(models, protocols, strict=True):
         if len(models) > 1:
-            console.print(f"{row['model']}{'' if len(set(protocols)) == 1 else f': {protocol}'}", markup=False)
-        if row.get("contamination") is not None:
-            share = f"{row['contamination']:.1%}"
-            console.print(f"  {share} of the documents are in the store's training side, word for word", markup=False)
-        if row.get("dtype_drift") is not None:
-            drift = f"{row['dtype_drift']['nats_per_token']:+.1e}"
-            console.print(f"  {row['protocol']['dtype']} against float32: {drift} nats a token", markup=False)
-        if row.get("near_duplicates") is not None:
-            console.print(f"  {row['near_duplicates']:.1%} of the documents have a near-duplicate there", markup=False)
-        shown = list(row["domains"].items())[:MAX_DOMAINS] if len(row["domains"]) > 1 else []
-        for name, domain in shown:
-            figures = f"perplexity {domain['perplexity']:,.2f}, bits per byte {bits(domain['bits_per_byte'], 4)}"
-            console.print(f"  {name}: {figures} ({counted(domain['num_documents'], 'document')})", markup=False)
-        if shown and row.get("num_domains", 0) > len(shown):
-            console.print(
-                f"  ... and {counted(row['num_domains'] - len(shown), 'other domain')}, all smaller", markup=False
-            )
-        for task, metrics in (row.get("tasks") or {}).items():
-            found = ", ".join(f"{k} {v:.4g}" for k, v in metrics.items() if isinstance(v, float))
-            console.print(f"  {task}: {found}", markup=False)
+            yield row["model"] if alike else f"{row['model']}: {protocol}"
+        yield from (f"  {line}" for line in _of_one_model(row))
     if "wall_seconds" in result:
         scoring = sum(row["seconds"] for row in models)
-        console.print(f"Took {result['wall_seconds']:.1f} s in all, {scoring:.1f} s of them scoring.")
+        yield f"Took {result['wall_seconds']:.1f} s in all, {scoring:.1f} s of them scoring."
     if len({row["num_tokens"] for row in models}) > 1:
-        console.print("Models with different tokenizers compare by bits per byte, not by perplexity.", markup=False)
+        yield "Models with different tokenizers compare by bits per byte, not by perplexity."
+
+
+def _of_one_model(row: Values) -> Iterator[str]:
+    if row.get("contamination") is not None:
+        yield f"{row['contamination']:.1%} of the documents are in the store's training side, word for word"
+    if row.get("dtype_drift") is not None:
+        drift = f"{row['dtype_drift']['nats_per_token']:+.1e}"
+        yield f"{row['protocol']['dtype']} against float32: {drift} nats per token"
+    if row.get("near_duplicates") is not None:
+        yield f"{row['near_duplicates']:.1%} of the documents have a near-duplicate there"
+    shown = list(row["domains"].items())[:MAX_DOMAINS] if len(row["domains"]) > 1 else []
+    for name, domain in shown:
+        figures = f"perplexity {domain['perplexity']:,.2f}, bits per byte {bits(domain['bits_per_byte'], 4)}"
+        yield f"{name}: {figures} ({counted(domain['num_documents'], 'document')})"
+    if shown and row.get("num_domains", 0) > len(shown):
+        yield f"... and {counted(row['num_domains'] - len(shown), 'other domain')}, all smaller"
+    for task, metrics in (row.get("tasks") or {}).items():
+        yield f"{task}: {', '.join(f'{k} {v:.4g}' for k, v in metrics.items() if isinstance(v, float))}"
 
 
 def _interval(row: Values) -> str:
@@ -110,26 +106,25 @@ _FIGURES: tuple[tuple[str, Callable[[Values], str]], ...] = (
 )
 
 
-def show_comparison(console: Console, result: Values) -> None:
+def comparison(result: Values) -> Parts:
     """Two models on the same documents."""
-    low, high = result["bits_per_byte_difference_interval"]
     figures = (result["bits_per_byte_first"], result["bits_per_byte_second"])
     rows = [
         [name, f"{bits:.4f}", protocol_line(protocol)]
         for name, protocol, bits in zip(result["models"], result["protocols"], figures, strict=True)
     ]
-    show_table(console, ("model", "bits per byte", "protocol"), rows, words=(0, 2))
+    yield FittingTable(("model", "bits per byte", "protocol"), rows, words=(0, 2))
+    low, high = result["bits_per_byte_difference_interval"]
     interval = "" if low is None or high is None else f", 95 % interval [{low:+.4f}, {high:+.4f}]"
-    console.print(
+    yield (
         f"Second minus first: {result['bits_per_byte_difference']:+.4f} bits per byte{interval}, "
         f"p = {result['p_value']:.4g}; {result['share_improved']:.0%} of "
-        f"{counted(result['num_documents'], 'document')} improved.",
-        markup=False,
+        f"{counted(result['num_documents'], 'document')} improved."
     )
     for title, rows in (("Gained most", result["gained_most"]), ("Lost most", result["lost_most"])):
         for row in rows[:3]:
             change = f"{row['bits_per_byte_first']:.3f} -> {row['bits_per_byte_second']:.3f}"
-            console.print(f"{title}: {row['doc_id']} ({counted(row['num_bytes'], 'byte')}): {change}", markup=False)
+            yield f"{title}: {row['doc_id']} ({counted(row['num_bytes'], 'byte')}): {change}"
 
 
 def protocol_line(protocol: Values) -> str:

@@ -3,74 +3,81 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from rich.cells import cell_len
-from rich.console import Console
+from rich.console import Console, ConsoleOptions
 from rich.table import Table
 from rich.text import Text
 
 LEAST_TEXT = 16  # narrower columns of words are slivers
 
-Cell = str | Text
+Cell = str | int | Text
+Values = Mapping[str, Any]
 
 
-def show_table(
-    console: Console,
-    titles: Sequence[str],
-    rows: Iterable[Sequence[Cell]],
-    *,
-    words: Collection[int] = (0,),
-    title: str = "",
-) -> None:
-    """Print a table, in parts where it is wider than the terminal; each part repeats the first column.
+@dataclass(frozen=True)
+class FittingTable:
+    """A table that rich prints in parts where it is wider than the terminal; each part repeats the first column.
 
-    Args:
-        console: Where it is printed.
-        titles: A heading a column.
-        rows: A cell a column, taken as they are (no markup); an empty row is a line across.
+    Attributes:
+        titles: One heading per column.
+        rows: One cell per column, without markup; whole numbers get thousands separators. An empty row is a rule.
         words: Which columns hold words; the others hold numbers, which are never broken.
         title: Stands above.
     """
-    rows = list(rows)
-    columns = [[title, *(str(row[i]) for row in rows if row)] for i, title in enumerate(titles)]
-    least = [_longest(cells, words=i in words) for i, cells in enumerate(columns)]
-    parts: list[list[int]] = [[0]]
-    for i in range(1, len(columns)):
-        if len(parts[-1]) > 1 and _room(console, [least[j] for j in (*parts[-1], i)]) < 0:
-            parts.append([0])
-        parts[-1].append(i)
-    for part in parts:
-        widths = {i: least[i] for i in part}
-        wanted = {i: max(map(cell_len, columns[i])) - least[i] for i in part}
-        for i in sorted(part, key=lambda i: wanted[i]):  # what lacks little is given all of it
-            widths[i] += max(0, min(wanted[i], _room(console, widths.values())))
-        table = Table(title=Text(title, "italic") if title else None)
-        for i in part:
-            table.add_column(
-                Text(titles[i]), width=widths[i], justify="left" if i in words else "right", overflow="fold"
-            )
-        for row in rows:
-            if row:
-                table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in (row[i] for i in part)))
-            else:
-                table.add_section()
-        console.print(table)
+
+    titles: Sequence[str]
+    rows: Iterable[Sequence[Cell]]
+    words: Collection[int] = (0,)
+    title: str = ""
+
+    def __rich_console__(self, _: Console, options: ConsoleOptions) -> Iterator[Table]:
+        rows = [[_text(cell) for cell in row] for row in self.rows]
+        columns = [[title, *(row[i].plain for row in rows if row)] for i, title in enumerate(self.titles)]
+        least = [_longest(cells, words=i in self.words) for i, cells in enumerate(columns)]
+        parts: list[list[int]] = [[0]]
+        for i in range(1, len(columns)):
+            if len(parts[-1]) > 1 and _room(options, [least[j] for j in (*parts[-1], i)]) < 0:
+                parts.append([0])
+            parts[-1].append(i)
+        for part in parts:
+            widths = {i: least[i] for i in part}
+            wanted = {i: max(map(cell_len, columns[i])) - least[i] for i in part}
+            for i in sorted(part, key=lambda i: wanted[i]):  # what lacks little is given all of it
+                widths[i] += max(0, min(wanted[i], _room(options, widths.values())))
+            table = Table(title=Text(self.title, "italic") if self.title else None)
+            for i in part:
+                table.add_column(Text(self.titles[i]), width=widths[i], overflow="fold")
+                table.columns[-1].justify = "left" if i in self.words else "right"
+            for row in rows:
+                if row:
+                    table.add_row(*(row[i] for i in part))
+                else:
+                    table.add_section()
+            yield table
 
 
-def show_markdown_table(console: Console, markdown: str) -> None:
-    """Print Markdown's table as the terminal's, and what follows it as it is."""
-    lines = markdown.splitlines()
+Parts = Iterator[FittingTable | str]  # what a command shows, one below the other
+
+
+def markdown_table(markdown: str) -> Parts:
+    """Markdown's table as the terminal's, and what follows it as it is."""
+    lines = [line for line in markdown.splitlines() if line]
     cells = [
         [re.sub(r"\\(.)", r"\1", cell).strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
         for line in lines
         if line.startswith("|")
     ]
     words = [i for i, rule in enumerate(cells[1]) if not rule.endswith(":")]
-    show_table(console, cells[0], cells[2:], words=words)
-    for line in lines:
-        if line and not line.startswith("|"):
-            console.print(line, markup=False)
+    yield FittingTable(cells[0], cells[2:], words)
+    yield from (line for line in lines if not line.startswith("|"))
+
+
+def _text(cell: Cell) -> Text:
+    return cell if isinstance(cell, Text) else Text(f"{cell:,}" if isinstance(cell, int) else cell)
 
 
 def _longest(cells: Sequence[str], *, words: bool) -> int:
@@ -80,7 +87,7 @@ def _longest(cells: Sequence[str], *, words: bool) -> int:
     return max(1, min(heading, LEAST_TEXT), min(longest, LEAST_TEXT) if words else longest)
 
 
-def _room(console: Console, widths: Iterable[int]) -> int:
+def _room(options: ConsoleOptions, widths: Iterable[int]) -> int:
     """How much of the terminal's width is left beside columns of these widths and their borders."""
     widths = list(widths)
-    return console.width - sum(widths) - 3 * len(widths) - 1
+    return options.max_width - sum(widths) - 3 * len(widths) - 1

@@ -2,70 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
-from rich.console import Console
+from collections.abc import Sequence
 
 from cartilha.errors import counted
-from cartilha.terminal.tables import show_table
-
-Values = Mapping[str, Any]
+from cartilha.terminal.tables import FittingTable, Parts, Values
 
 MAX_PIECES = 20  # of a word; a line without a space is one, too
 
 
-def show_vocabulary(console: Console, result: Values) -> None:
+def vocabulary(result: Values) -> Parts:
     """The report on a vocabulary, what an extension changed, or the advice."""
     if result["advice"] is not None:
-        rows = []
-        for row in result["advice"]["tried"]:
-            change, english = f"{row['difference']:+.4f}", f"{row['difference_english']:+.4f}"
-            share = f"{row['share_of_tokens'] - 1:+.0%}"
-            rows.append([f"+{row['num_new']:,}", f"{row['bits_per_byte']:.4f}", change, share, english])
-        show_table(console, ("vocabulary", "bits/byte", "against keep", "tokens", "English"), rows)
-        for sentence in result["advice"]["sentences"]:
-            console.print(sentence, markup=False)
+        tried = map(_tried, result["advice"]["tried"])
+        yield FittingTable(("vocabulary", "bits/byte", "against keep", "tokens", "English"), tried)
+        yield from result["advice"]["sentences"]
         return
     report = result["report"]
+    texts = {**report["domains"], "all": report["total"], "(English)": report["english"]}
     rows = []
-    for name, row in {**report["domains"], "all": report["total"], "(English)": report["english"]}.items():
-        figures = [f"{row['tokens_per_word']:.2f}", f"{row['bytes_per_token']:.2f}", f"{row['share_in_pieces']:.1%}"]
-        rows.append([name, f"{row['num_words']:,}", *figures])
-    show_table(console, ("text", "words", "tokens/word", "bytes/token", "words in 3 or more pieces"), rows)
+    for name, row in texts.items():
+        figures = [f"{row[figure]:.2f}" for figure in ("tokens_per_word", "bytes_per_token")]
+        rows.append([name, row["num_words"], *figures, f"{row['share_in_pieces']:.1%}"])
+    yield FittingTable(("text", "words", "tokens/word", "bytes/token", "words in 3 or more pieces"), rows)
     spare = "" if report["num_rows"] is None else f", {counted(report['num_spare_rows'], 'spare row')} in the model"
-    used = f"{report['share_of_ids_used']:.0%} of them in this text"
-    console.print(f"{report['num_ids']:,} ids, {used}{spare}.", markup=False)
+    yield f"{report['num_ids']:,} ids, {report['share_of_ids_used']:.0%} of them in this text{spare}."
     words = ", ".join(f"{_pieces(row['pieces'])} ({row['count']:,})" for row in report["words"][:10])
+    yield f"Words that cost most: {words}"
     letters = ", ".join(f"{row['letter']} {row['share_apart']:.0%}" for row in report["letters"][:10])
-    console.print(f"Words that cost most: {words}", markup=False)
-    console.print(f"Letters cut or on their own: {letters}", markup=False)
+    yield f"Letters cut or on their own: {letters}"
     if report["sizes"]:
-        _show_sizes(console, report["sizes"])
+        titles = ("new tokens", "tokens/word", "tokens", "words in context", "time", "parameters")
+        title = "Extended, on documents that the new tokens were not learnt on"
+        yield FittingTable(titles, map(_size, report["sizes"]), title=title)
     if report["not_extendable"]:
-        console.print(report["not_extendable"], markup=False)
+        yield report["not_extendable"]
     if result["extension"] is not None:
         row = result["extension"]
         change = f"{row['tokens_after'] / row['tokens_before'] - 1:+.1%}"
-        console.print(
-            f"Extended by {counted(row['num_new'], 'token')} ({change} tokens of this text): {row['output']}",
-            markup=False,
-        )
+        yield f"Extended by {counted(row['num_new'], 'token')} ({change} tokens of this text): {row['output']}"
 
 
-def _show_sizes(console: Console, sizes: Sequence[Values]) -> None:
-    rows = []
-    for row in sizes:
-        costs = ["", "", ""]
-        if "new_parameters" in row:
-            more = f"+{row['new_parameters'] / 1e6:.1f} M ({row['share_of_parameters']:+.1%})"
-            costs = [f"{row['words_in_context']:,.0f}", f"{row['share_of_time'] - 1:+.0%}", more]
-        fertility, tokens = f"{row['tokens_per_word']:.2f}", f"{row['share_of_tokens'] - 1:+.0%}"
-        rows.append([f"+{row['num_new']:,}", fertility, tokens, *costs])
-    title = "Extended, on documents that the new tokens were not learnt on"
-    show_table(
-        console, ("new tokens", "tokens/word", "tokens", "words in context", "time", "parameters"), rows, title=title
-    )
+def _tried(row: Values) -> list[str]:
+    change, english = f"{row['difference']:+.4f}", f"{row['difference_english']:+.4f}"
+    return [f"+{row['num_new']:,}", f"{row['bits_per_byte']:.4f}", change, _change(row["share_of_tokens"]), english]
+
+
+def _size(row: Values) -> list[str]:
+    costs = ["", "", ""]
+    if "new_parameters" in row:
+        more = f"+{row['new_parameters'] / 1e6:.1f} M ({row['share_of_parameters']:+.1%})"
+        costs = [f"{row['words_in_context']:,.0f}", _change(row["share_of_time"]), more]
+    return [f"+{row['num_new']:,}", f"{row['tokens_per_word']:.2f}", _change(row["share_of_tokens"]), *costs]
+
+
+def _change(share: float) -> str:
+    return f"{share - 1:+.0%}"
 
 
 def _pieces(pieces: Sequence[str]) -> str:
