@@ -11,8 +11,9 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,8 @@ from markupsafe import Markup
 from cartilha.reporting import tables
 from cartilha.reporting.chart import run_styles
 from cartilha.reporting.figures import run_figures
-from cartilha.reporting.results import DomainFigures, RecordedRun
-from cartilha.reporting.samples import SampleSeries, sample_series
+from cartilha.reporting.results import DomainFigures, RecordedPlan, RecordedRun
+from cartilha.reporting.samples import SampleSeries, sample_series, steps_of
 from cartilha.reporting.several import load_runs, overlaid_figures
 from cartilha.reporting.surprisal import MAX_STEPS, page_data
 from cartilha.reporting.wording import LANGUAGES, Wording, choose_language
@@ -34,18 +35,7 @@ MAX_PROMPTS = 24
 MAX_DOMAINS = 24
 MAX_SURPRISAL_BYTES = 2_000_000  # of all runs together; a page has 5 MB at most
 MAX_SAMPLE_BYTES = 1_000_000
-SCRIPT_WORDS = (
-    "before",
-    "at_step",
-    "probability",
-    "rank",
-    "surprisal",
-    "bits",
-    "likeliest",
-    "part_of_character",
-    "document",
-    "choose_token",
-)
+SCRIPT_WORDS = re.compile(r"\bwords(?:\[[\w.]+\])?\.(\w+)")  # keys of the texts that the page's script writes
 
 
 def render_report(run_paths: Sequence[str | Path], output: str | Path, language: str = "auto") -> Path:
@@ -63,12 +53,12 @@ def render_report(run_paths: Sequence[str | Path], output: str | Path, language:
     Raises:
         UserError: No path was given, or one of them is no run directory.
     """
-    page = render_page(load_runs(run_paths), Wording(choose_language(language)), fixed=language != "auto")
+    page = _page(load_runs(run_paths), Wording(choose_language(language)), fixed=language != "auto")
     write_atomically(Path(output), page.encode("utf-8", errors="replace"))  # JSON may hold half a surrogate pair
     return Path(output)
 
 
-def render_page(runs: Sequence[RecordedRun], opening: Wording, *, fixed: bool = True) -> str:
+def _page(runs: Sequence[RecordedRun], opening: Wording, *, fixed: bool) -> str:
     """The page as text, opening in the language of `opening`; unless it is fixed, the reader's browser may choose."""
     environment = Environment(
         loader=PackageLoader("cartilha.reporting"),
@@ -77,23 +67,25 @@ def render_page(runs: Sequence[RecordedRun], opening: Wording, *, fixed: bool = 
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    script = _template_file("report.js")
+    of_the_page = (run_figures, overlaid_figures, steps_of, domain_rows, plan_rows, provenance)
+    of_the_table = (tables.footnotes, tables.to_markdown, tables.protocol_text)
+    environment.globals.update({function.__name__: function for function in (*of_the_page, *of_the_table)})
     rows = tables.results_table(runs)
     series = [sample_series(run.samples) for run in runs]
-    views = [_view(runs, rows, series, Wording(language)) for language in LANGUAGES]
+    script = _template_file("report.js")
+    # Style and script are ours: the only texts that are not escaped.
     return environment.get_template("report.html.j2").render(
-        views=views,
-        code=opening.code,
+        wordings=list(map(Wording, LANGUAGES)),
+        opening=opening,
         fixed=fixed,
-        title=next(view["title"] for view in views if view["say"].code == opening.code),
+        runs=runs,
+        series=series,
+        max_prompts=MAX_PROMPTS,
         rows=rows,
         columns=tables.columns(rows),
         csv=tables.to_csv(rows),
-        protocol_text=tables.protocol_text,
         data=_script_data(runs, series),
-        style=Markup(
-            _template_file("report.css") + run_styles(len(runs))
-        ),  # ours, like the script: the only texts that are not escaped
+        style=Markup(_template_file("report.css") + run_styles(len(runs))),
         script=Markup(script),
         script_hash="sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
@@ -105,13 +97,12 @@ def _template_file(name: str) -> str:
 
 def _script_data(runs: Sequence[RecordedRun], series: Sequence[list[SampleSeries]]) -> Markup:
     """What the page's script draws, as JSON that cannot end its element: `<` is written as an escape."""
+    keys = sorted(set(SCRIPT_WORDS.findall(_template_file("report.js"))))
     values = {
-        "words": {
-            say.code: {name: say.template(name) for name in SCRIPT_WORDS} for say in (Wording(one) for one in LANGUAGES)
-        },
+        "words": {say.code: {key: say.template(key) for key in keys} for say in map(Wording, LANGUAGES)},
         "runs": [
             {
-                "samples": _sample_data(found, MAX_SAMPLE_BYTES // len(runs)),
+                "samples": _sample_data(found[:MAX_PROMPTS], MAX_SAMPLE_BYTES // len(runs)),
                 "surprisal": _surprisal_data(run, MAX_SURPRISAL_BYTES // len(runs)),
             }
             for run, found in zip(runs, series, strict=True)
@@ -124,92 +115,49 @@ def _to_json(values: Any) -> str:
     return json.dumps(values, ensure_ascii=False, separators=(",", ":"))
 
 
+def _fits(values: Any, max_bytes: int) -> bool:
+    return len(_to_json(values).encode("utf-8", errors="replace")) <= max_bytes
+
+
 def _surprisal_data(run: RecordedRun, max_bytes: int) -> dict[str, Any] | None:
     """The shown documents; fewer of them, and fewer steps, where they would take more than their share of the page."""
     if run.surprisal is None or not run.surprisal.documents:
         return None
-    for num_documents, max_steps in ((4, MAX_STEPS), (3, 8), (2, 6), (1, 4), (1, 2)):
-        found = page_data(run.surprisal, num_documents, max_steps)
-        if len(_to_json(found).encode("utf-8", errors="replace")) <= max_bytes:
-            return found
-    return None
+    sizes = ((4, MAX_STEPS), (3, 8), (2, 6), (1, 4), (1, 2))
+    found = (page_data(run.surprisal, num_documents, max_steps) for num_documents, max_steps in sizes)
+    return next((data for data in found if _fits(data, max_bytes)), None)
 
 
 def _sample_data(series: Sequence[SampleSeries], max_bytes: int) -> dict[str, Any]:
     """Each prompt's text at each step, for the slider; empty where only the first and the last can be shown."""
-    shown = series[:MAX_PROMPTS]
-    steps = sorted({text.step or 0 for one in shown for text in one.texts})
-    by_step = [{text.step or 0: [text.prompt, text.rest] for text in one.texts} for one in shown]
+    steps = steps_of(series)
+    by_step = [{text.step or 0: [text.prompt, text.rest] for text in one.texts} for one in series]
     found = {"steps": steps, "texts": [[texts.get(step) for step in steps] for texts in by_step]}
-    fits = len(_to_json(found).encode("utf-8", errors="replace")) <= max_bytes
-    return found if fits and len(steps) > 1 else {"steps": [], "texts": []}
+    return found if len(steps) > 1 and _fits(found, max_bytes) else {"steps": [], "texts": []}
 
 
-def _view(
-    runs: Sequence[RecordedRun], rows: Sequence[tables.Row], series: Sequence[list[SampleSeries]], say: Wording
-) -> dict[str, Any]:
-    """What the template needs for one language."""
-    return {
-        "say": say,
-        "title": f"{say('title')}: {', '.join(run.name for run in runs)}",
-        "other": next(Wording(language).code for language in LANGUAGES if language != say.language),
-        "footnotes": tables.footnotes(rows, say),
-        "overlaid": overlaid_figures(runs, say),
-        "markdown": tables.to_markdown(rows, say.language),
-        "runs": [_run_view(run, found, say) for run, found in zip(runs, series, strict=True)],
-    }
+def domain_rows(run: RecordedRun) -> list[tuple[str, DomainFigures, DomainFigures]]:
+    """Each domain's name, its figures before training where they may be compared, and the last ones."""
+    before, after = run.before, run.after
+    known = before.domains if before and after and before.comparable_with(after) else {}
+    last = after or before
+    shown = list(last.domains.items())[:MAX_DOMAINS] if last else []
+    return [(name, known.get(name, DomainFigures()), figures) for name, figures in shown]
 
 
-def _run_view(run: RecordedRun, series: Sequence[SampleSeries], say: Wording) -> dict[str, Any]:
-    return {
-        "record": run,
-        "figures": run_figures(run, say),
-        "domains": _domains(run),
-        "plan": _plan(run, say),
-        "series": series[:MAX_PROMPTS],
-        "more_series": len(series[MAX_PROMPTS:]),
-        "sample_steps": sorted({text.step or 0 for one in series for text in one.texts}),
-        "provenance": _provenance(run, say),
-    }
-
-
-@dataclass(frozen=True)
-class DomainRow:
-    """A domain's figures after training, and those before it where the two may be compared."""
-
-    name: str
-    before: DomainFigures
-    after: DomainFigures
-
-
-def _domains(run: RecordedRun) -> list[DomainRow]:
-    last = run.after or run.before
-    if last is None:
-        return []
-    fair = run.before is not None and run.after is not None and run.before.comparable_with(run.after)
-    known = run.before.domains if run.before is not None and fair else {}
-    nothing = DomainFigures()
-    return [
-        DomainRow(name, known.get(name, nothing), found) for name, found in list(last.domains.items())[:MAX_DOMAINS]
-    ]
-
-
-def _plan(run: RecordedRun, say: Wording) -> list[tuple[str, str, str]]:
+def plan_rows(run: RecordedRun, say: Wording) -> list[tuple[str, str, str]]:
     """What, planned, measured; empty where nothing was planned."""
-    if run.plan is None:
-        return []
+    plan = run.plan or RecordedPlan()
     rows = (
-        ("plan_memory", say.size, run.plan.memory_bytes, run.memory_bytes),
-        ("plan_speed", say.number, run.plan.tokens_per_second, run.tokens_per_second),
-        ("plan_micro_batch", say.number, run.plan.micro_batch_size, run.settings.micro_batch_size),
-        ("plan_available", say.size, run.plan.available_bytes, None),
+        ("plan_memory", say.size, plan.memory_bytes, run.memory_bytes),
+        ("plan_speed", say.number, plan.tokens_per_second, run.tokens_per_second),
+        ("plan_micro_batch", say.number, plan.micro_batch_size, run.settings.micro_batch_size),
+        ("plan_available", say.size, plan.available_bytes, None),
     )
-    return [
-        (say(name), write(planned), write(measured)) for name, write, planned, measured in rows if planned is not None
-    ]
+    return [(say(key), write(planned), write(found)) for key, write, planned, found in rows if planned is not None]
 
 
-def _provenance(run: RecordedRun, say: Wording) -> list[tuple[str, list[tuple[str, str]]]]:
+def provenance(run: RecordedRun, say: Wording) -> list[tuple[str, list[tuple[str, str]]]]:
     """Titled groups of keys and values, with the names that the records use: those can be searched for."""
     last = run.after or run.before
     groups: dict[str, Mapping[str, Any]] = {

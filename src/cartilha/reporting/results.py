@@ -86,14 +86,10 @@ class RecordedStep:
     """One optimizer step of `metrics.jsonl`; `loss` in nats per token."""
 
     step: int | None = None
-    epoch: int | None = None
-    tokens: int | None = None
     loss: float | None = None
     lr: float | None = None
-    grad_norm: float | None = None
     tokens_per_second: float | None = None
     memory_bytes: int | None = None
-    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -182,8 +178,6 @@ class RecordedEvaluation:
     """The measures of the model at one step, and what they were measured on."""
 
     step: int | None = None
-    epoch: int | None = None
-    model: str | None = None
     perplexity: float | None = None
     word_perplexity: float | None = None
     bits_per_byte: float | None = None
@@ -191,8 +185,6 @@ class RecordedEvaluation:
     bits_per_char: float | None = None
     num_tokens: int | None = None
     num_bytes: int | None = None
-    num_chars: int | None = None
-    num_words: int | None = None
     num_documents: int | None = None
     seconds: float | None = None
     protocol: RecordedProtocol = field(default_factory=RecordedProtocol)
@@ -334,8 +326,7 @@ def _evaluations(results: dict[str, Any], metrics: list[dict[str, Any]]) -> tupl
     extra: dict[int | None, RecordedEvaluation] = {}
     for line in metrics:
         if "evaluation" in line:
-            place = {key: value for key, value in line.items() if key in ("step", "epoch")}
-            evaluation = _evaluation({**mapping(line["evaluation"]), **place})
+            evaluation = _evaluation({**mapping(line["evaluation"]), "step": line.get("step")})
             if evaluation.step not in known:
                 extra[evaluation.step] = evaluation
     return tuple(sorted([*found, *extra.values()], key=lambda evaluation: evaluation.step or 0))

@@ -47,6 +47,11 @@ def sample_series(samples: Sequence[Sample]) -> list[SampleSeries]:
     return series
 
 
+def steps_of(series: Sequence[SampleSeries]) -> list[int]:
+    """The steps at which texts were written."""
+    return sorted({text.step or 0 for one in series for text in one.texts})
+
+
 def _shown(sample: Sample) -> ShownSample:
     text = sample.text or ""
     prompt = (sample.prompt or "").rstrip()  # generation strips a prompt's last spaces and heals them

@@ -11,33 +11,21 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-COLUMNS = ("step", "document", "doc_id", "position", "text", "nll", "rank")
-LIKELIEST = ("likeliest_texts", "likeliest_probabilities")
+COLUMNS = ["step", "document", "doc_id", "position", "text", "nll", "rank"]
+LIKELIEST = ["likeliest_texts", "likeliest_probabilities"]
 MAX_STEPS = 12  # positions of the page's slider
 
-
-@dataclass(frozen=True)
-class TokenScore:
-    """A token under the model of one step.
-
-    Attributes:
-        bits: Its surprisal.
-        rank: 1 where it was the likeliest.
-        likeliest: Texts and probabilities of the likeliest tokens.
-    """
-
-    bits: float
-    rank: int
-    likeliest: tuple[tuple[str, float], ...]
+# A token's surprisal in bits, its rank (1: the likeliest), and texts and probabilities of the likeliest tokens.
+TokenScore = tuple[float, int, list[tuple[str, float]]]
 
 
 @dataclass(frozen=True)
 class SurprisalDocument:
-    """A held-out document's first tokens; `scores` has one entry a token for each of the steps."""
+    """A held-out document's first tokens; `scores` has one list for each of the steps, with one entry per token."""
 
     doc_id: str
     texts: tuple[str, ...]
-    scores: tuple[tuple[TokenScore, ...], ...]
+    scores: tuple[list[TokenScore], ...]
 
 
 @dataclass(frozen=True)
@@ -58,8 +46,9 @@ def read_surprisal(path: Path, missing: list[str]) -> Surprisal | None:
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, OverflowError):
         missing.append(f"{path.name} (not readable)")
         return None
-    if found is None:
+    if not found.steps:
         missing.append(f"{path.name} (empty)")
+        return None
     return found
 
 
@@ -67,33 +56,27 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     """The rows of the steps that the page can show."""
     steps = sorted(set(pq.read_table(path, columns=["step"])["step"].to_pylist()))
     chosen = [steps[i] for i in _spread(len(steps), MAX_STEPS)]
-    rows: list[dict[str, Any]] = pq.read_table(
-        path, columns=[*COLUMNS, *LIKELIEST], filters=[("step", "in", chosen)] if chosen else None
-    ).to_pylist()
-    return rows
+    table = pq.read_table(path, columns=COLUMNS + LIKELIEST, filters=[("step", "in", chosen)] if chosen else None)
+    return list(table.to_pylist())
 
 
-def _documents(rows: Sequence[dict[str, Any]]) -> Surprisal | None:
+def _documents(rows: Sequence[dict[str, Any]]) -> Surprisal:
     by_document: dict[int, dict[int, list[dict[str, Any]]]] = {}
     for row in sorted(rows, key=lambda row: (row["document"], row["step"], row["position"])):
         by_document.setdefault(row["document"], {}).setdefault(row["step"], []).append(row)
-    steps = tuple(sorted({step for by_step in by_document.values() for step in by_step}))
-    if not steps:
-        return None
+    steps = tuple(sorted({row["step"] for row in rows}))
     documents = []
     for by_step in by_document.values():
         if set(by_step) == set(steps) and len({len(tokens) for tokens in by_step.values()}) == 1:
             first = by_step[steps[0]]
-            scores = tuple(tuple(_score(row) for row in by_step[step]) for step in steps)
+            scores = tuple([_score(row) for row in by_step[step]] for step in steps)
             documents.append(SurprisalDocument(str(first[0]["doc_id"]), tuple(str(r["text"]) for r in first), scores))
     return Surprisal(steps, tuple(documents))
 
 
 def _score(row: dict[str, Any]) -> TokenScore:
     likeliest = zip(row["likeliest_texts"], row["likeliest_probabilities"], strict=True)
-    return TokenScore(
-        float(row["nll"]) / math.log(2), int(row["rank"]), tuple((str(t), float(p)) for t, p in likeliest)
-    )
+    return float(row["nll"]) / math.log(2), int(row["rank"]), [(str(text), float(p)) for text, p in likeliest]
 
 
 def page_data(surprisal: Surprisal, num_documents: int, max_steps: int = MAX_STEPS) -> dict[str, Any]:
@@ -107,21 +90,15 @@ def page_data(surprisal: Surprisal, num_documents: int, max_steps: int = MAX_STE
     def number(text: str) -> int:
         return texts.setdefault(text, len(texts))
 
+    def compact(score: TokenScore) -> list[int]:
+        bits, rank, likeliest = score
+        return [round(1000 * bits), rank, *(v for text, p in likeliest for v in (number(text), round(10_000 * p)))]
+
     documents = [
         {
             "id": document.doc_id,
             "tokens": [number(text) for text in document.texts],
-            "scores": [
-                [
-                    [
-                        round(1000 * score.bits),
-                        score.rank,
-                        *(v for text, p in score.likeliest for v in (number(text), round(10_000 * p))),
-                    ]
-                    for score in document.scores[step]
-                ]
-                for step in steps
-            ],
+            "scores": [[compact(score) for score in document.scores[step]] for step in steps],
         }
         for document in surprisal.documents[:num_documents]
     ]
