@@ -9,7 +9,9 @@ from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
-from markupsafe import Markup, escape
+from markupsafe import Markup
+
+from cartilha.reporting.pages import environment
 
 Floats = npt.NDArray[np.float64]
 # Colours that tell runs apart; each stands out from the light page and from the dark one.
@@ -127,59 +129,36 @@ def ticks(low: float, high: float, count: int = 5, whole: bool = False) -> tuple
 
 def line_chart(figure: Figure) -> Markup:
     """An SVG that scales with its container; the y label stands above the axis, the x label below it."""
-    x, y, (width, height) = figure.x, figure.y, figure.size
     all_x, all_y = (
         np.concatenate([np.asarray(getattr(one, name), dtype=np.float64) for one in figure.series])
         for name in ("xs", "ys")
     )
-    x_ticks, y_ticks = x.ticks(all_x), y.ticks(all_y)
-    left, right, top, bottom = max(62, 12 + 7 * max(len(text) for _, text in y_ticks)), 18, 40, 56
+    x_ticks, y_ticks = figure.x.ticks(all_x), figure.y.ticks(all_y)
+    (width, height), left, top = figure.size, max(62, 12 + 7 * max(len(text) for _, text in y_ticks)), 40
+    right, bottom = width - 18, height - 56
     x_low, x_high = min(x_ticks[0][0], float(all_x.min())), float(all_x.max())
     if x_high == x_low:
         x_high = x_low + 1
-    y_low, y_high = y_ticks[0][0], y_ticks[-1][0]
-
-    def at_x(value: float) -> float:
-        return round(left + (value - x_low) / (x_high - x_low) * (width - left - right), 1)
-
-    def at_y(value: float) -> float:
-        return round(height - bottom - (value - y_low) / (y_high - y_low) * (height - top - bottom), 1)
-
-    parts = [
-        f'<svg class="chart{" wide" if width > 500 else ""}" viewBox="0 0 {width} {height}" role="img" '
-        f'aria-label="{escape(figure.title)}">'
-    ]
-    for value, text in y_ticks:
-        parts.append(f'<path class="grid" d="M{left} {at_y(value)}H{width - right}"/>')
-        place = f'x="{left - 8}" y="{at_y(value)}" dy=".35em"'
-        parts.append(_either(place, "end", text, y.other and y.other[1](value)))
-    for value, text in x_ticks:
-        if value <= x_high:
-            tick = f'<path class="tick" d="M{at_x(value)} {height - bottom}v5"/>'
-            parts.append(f'{tick}<text x="{at_x(value)}" y="{height - bottom + 25}" class="mid">{escape(text)}</text>')
-    parts.append(f'<path class="axis" d="M{left} {height - bottom}H{width - right}"/>')
-    parts.append(_either('x="2" y="17"', "label", y.label, y.other and y.other[0]))
-    parts.append(f'<text class="label end" x="{width - right}" y="{height - 6}">{escape(x.label)}</text>')
+    at_x = _scale(x_low, x_high, left, right)
+    at_y = _scale(y_ticks[0][0], y_ticks[-1][0], bottom, top)
+    curves = []
     for one in figure.series:
-        points = [(at_x(float(a)), at_y(float(b))) for a, b in zip(one.xs, one.ys, strict=True)]
-        parts.append(_curve(one, points))
-    return Markup("".join([*parts, "</svg>"]))  # every text above is escaped
+        curves.append((one, [(at_x(float(x)), at_y(float(y))) for x, y in zip(one.xs, one.ys, strict=True)]))
+    drawing = environment("cartilha.reporting").get_template("chart.svg.j2")
+    return Markup(
+        drawing.render(
+            figure=figure,
+            other=figure.y.other,
+            x_ticks=[(at_x(value), text) for value, text in x_ticks if value <= x_high],
+            y_ticks=[(at_y(value), value, text) for value, text in y_ticks],
+            curves=curves,
+            left=left,
+            right=right,
+            bottom=bottom,
+        )
+    )
 
 
-def _either(place: str, css_class: str, text: str, other: str | None) -> str:
-    """A text of the drawing, and the one that stands there instead on request."""
-    if other is None:
-        return f'<text {place} class="{css_class}">{escape(text)}</text>'
-    first = f'<text {place} class="{css_class} first">{escape(text)}</text>'
-    return f'{first}<text {place} class="{css_class} other">{escape(other)}</text>'
-
-
-def _curve(series: Series, points: list[tuple[float, float]]) -> str:
-    line = "M" + "L".join(f"{a} {b}" for a, b in points)
-    drawn = f'<path class="curve {series.css_class}" d="{line}"/>' if len(points) > 1 else ""
-    if series.tips:
-        for (a, b), tip in zip(points, series.tips, strict=True):
-            drawn += f'<circle class="{series.css_class}" cx="{a}" cy="{b}" r="4"><title>{escape(tip)}</title></circle>'
-    elif len(points) == 1:
-        drawn = f'<circle class="{series.css_class}" cx="{points[0][0]}" cy="{points[0][1]}" r="3"/>'
-    return drawn
+def _scale(low: float, high: float, first: int, last: int) -> Callable[[float], float]:
+    """Values from `low` to `high` as places from `first` to `last`."""
+    return lambda value: round(first + (value - low) / (high - low) * (last - first), 1)

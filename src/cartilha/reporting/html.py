@@ -14,16 +14,15 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from cartilha.reporting import tables
 from cartilha.reporting.chart import run_styles
 from cartilha.reporting.figures import run_figures
+from cartilha.reporting.pages import environment, template_file
 from cartilha.reporting.results import DomainFigures, RecordedPlan, RecordedRun
 from cartilha.reporting.samples import SampleSeries, sample_series, steps_of
 from cartilha.reporting.several import load_runs, overlaid_figures
@@ -31,6 +30,7 @@ from cartilha.reporting.surprisal import MAX_STEPS, page_data
 from cartilha.reporting.wording import LANGUAGES, Wording, choose_language
 from cartilha.storage import write_atomically
 
+PACKAGE = "cartilha.reporting"
 MAX_PROMPTS = 24
 MAX_DOMAINS = 24
 MAX_SURPRISAL_BYTES = 2_000_000  # of all runs together; a page has 5 MB at most
@@ -60,46 +60,38 @@ def render_report(run_paths: Sequence[str | Path], output: str | Path, language:
 
 def _page(runs: Sequence[RecordedRun], opening: Wording, *, fixed: bool) -> str:
     """The page as text, opening in the language of `opening`; unless it is fixed, the reader's browser may choose."""
-    environment = Environment(
-        loader=PackageLoader("cartilha.reporting"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    of_the_page = (run_figures, overlaid_figures, steps_of, domain_rows, plan_rows, provenance)
+    of_a_run = (run_figures, overlaid_figures, steps_of, domain_rows, plan_rows, provenance)
     of_the_table = (tables.footnotes, tables.to_markdown, tables.protocol_text)
-    environment.globals.update({function.__name__: function for function in (*of_the_page, *of_the_table)})
     rows = tables.results_table(runs)
     series = [sample_series(run.samples) for run in runs]
-    script = _template_file("report.js")
+    script = template_file(PACKAGE, "report.js")
     # Style and script are ours: the only texts that are not escaped.
-    return environment.get_template("report.html.j2").render(
-        wordings=list(map(Wording, LANGUAGES)),
-        opening=opening,
-        fixed=fixed,
-        runs=runs,
-        series=series,
-        max_prompts=MAX_PROMPTS,
-        rows=rows,
-        columns=tables.columns(rows),
-        csv=tables.to_csv(rows),
-        data=_script_data(runs, series),
-        style=Markup(_template_file("report.css") + run_styles(len(runs))),
-        script=Markup(script),
-        script_hash="sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    return (
+        environment(PACKAGE)
+        .get_template("report.html.j2")
+        .render(
+            {function.__name__: function for function in (*of_a_run, *of_the_table)},
+            wordings=list(map(Wording, LANGUAGES)),
+            opening=opening,
+            fixed=fixed,
+            runs=runs,
+            series=series,
+            max_prompts=MAX_PROMPTS,
+            rows=rows,
+            columns=tables.columns(rows),
+            csv=tables.to_csv(rows),
+            data=_script_data(runs, series, sorted(set(SCRIPT_WORDS.findall(script)))),
+            style=Markup(template_file(PACKAGE, "report.css") + run_styles(len(runs))),
+            script=Markup(script),
+            script_hash="sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        )
     )
 
 
-def _template_file(name: str) -> str:
-    return (resources.files("cartilha.reporting") / "templates" / name).read_text(encoding="utf-8")
-
-
-def _script_data(runs: Sequence[RecordedRun], series: Sequence[list[SampleSeries]]) -> Markup:
+def _script_data(runs: Sequence[RecordedRun], series: Sequence[list[SampleSeries]], words: Sequence[str]) -> Markup:
     """What the page's script draws, as JSON that cannot end its element: `<` is written as an escape."""
-    keys = sorted(set(SCRIPT_WORDS.findall(_template_file("report.js"))))
     values = {
-        "words": {say.code: {key: say.template(key) for key in keys} for say in map(Wording, LANGUAGES)},
+        "words": {say.code: {word: say.template(word) for word in words} for say in map(Wording, LANGUAGES)},
         "runs": [
             {
                 "samples": _sample_data(found[:MAX_PROMPTS], MAX_SAMPLE_BYTES // len(runs)),

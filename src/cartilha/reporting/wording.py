@@ -7,10 +7,11 @@ import math
 import os
 import re
 from functools import cache
-from importlib import resources
 from typing import Literal
 
 import yaml
+
+from cartilha.reporting.pages import template_file
 
 Language = Literal["en", "pt"]
 LANGUAGES: tuple[Language, ...] = ("en", "pt")
@@ -37,8 +38,7 @@ def choose_language(name: str) -> Language:
 
 @cache
 def _strings(package: str) -> dict[str, dict[str, str]]:
-    text = (resources.files(package) / "templates" / "strings.yaml").read_text(encoding="utf-8")
-    strings: dict[str, dict[str, str]] = yaml.safe_load(text)
+    strings: dict[str, dict[str, str]] = yaml.safe_load(template_file(package, "strings.yaml"))
     return strings
 
 
