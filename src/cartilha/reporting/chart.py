@@ -143,7 +143,8 @@ def line_chart(figure: Figure) -> Markup:
     at_y = _scale(y_ticks[0][0], y_ticks[-1][0], bottom, top)
     curves = []
     for one in figure.series:
-        curves.append((one, [(at_x(float(x)), at_y(float(y))) for x, y in zip(one.xs, one.ys, strict=True)]))
+        places = [(at_x(float(x)), at_y(float(y))) for x, y in zip(one.xs, one.ys, strict=True)]
+        curves.append((one, places, "L".join(f"{x} {y}" for x, y in places)))
     drawing = environment("cartilha.reporting").get_template("chart.svg.j2")
     return Markup(
         drawing.render(

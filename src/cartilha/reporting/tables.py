@@ -42,7 +42,9 @@ class Column:
         write: What was read, as a person reads it.
         plain: What was read, as a program reads it: with decimal points, in seconds.
         words: Whether it holds words rather than numbers.
-        alike: What must be equal for two runs' figures to be compared; runs that differ have columns of their own.
+        alike: Of a measure: what must be equal for the figures of two runs to be compared, besides protocol and text.
+            Runs that cannot be compared get columns of their own.
+        footnote: Key of the text that says so where runs differ in `alike`.
         marks: The letters of the rows that have figures in it; none where all may.
     """
 
@@ -53,6 +55,7 @@ class Column:
     plain: Callable[[Any], object] = lambda value: value
     words: bool = False
     alike: Callable[[RecordedRun], Hashable] | None = None
+    footnote: str = ""
     marks: tuple[str, ...] = ()
 
     def title(self, say: Wording) -> str:
@@ -69,6 +72,10 @@ class Column:
         found = self.read(row.run) if self._holds(row) else None
         return None if found is None else self.plain(found)
 
+    def group(self, run: RecordedRun) -> Hashable:
+        """What must be equal for the figures of two runs to share this column; None where all may."""
+        return (measured_on(run), self.alike(run)) if self.alike else None
+
     def _holds(self, row: Row) -> bool:
         return not self.marks or row.mark in self.marks
 
@@ -82,10 +89,6 @@ def measured_on(run: RecordedRun) -> Hashable:
     """Protocol and text, which two runs must share to be compared; a run that does not record them has none's."""
     protocol, text = last(run).protocol.hash, run.corpus.validation_hash
     return run.path if protocol is None or text is None else (protocol, text, last(run).num_bytes)
-
-
-def _measured_with(run: RecordedRun) -> Hashable:
-    return measured_on(run), run.corpus.tokenizer_fingerprint
 
 
 def _length(say: Wording, settings: RecordedSettings) -> str:
@@ -142,7 +145,8 @@ COLUMNS: tuple[Column, ...] = (
         {"en": "val perplexity", "pt": "perplexidade de validação"},
         Wording.perplexity,
         plain=lambda value: Wording("en").perplexity(value).replace(",", ""),
-        alike=_measured_with,
+        alike=lambda run: run.corpus.tokenizer_fingerprint,
+        footnote="different_tokenizers",
     ),
     Column(
         "val_bits_per_byte",
@@ -150,7 +154,7 @@ COLUMNS: tuple[Column, ...] = (
         {"en": "val bits per byte", "pt": "bits por byte de validação"},
         Wording.bits,
         plain="{:.3f}".format,
-        alike=measured_on,
+        alike=lambda run: None,
     ),
     Column("status", lambda run: run, {"en": "status", "pt": "estado"}, _status, lambda run: run.status, words=True),
     Column("step", lambda run: last(run).step),
@@ -168,11 +172,10 @@ def _has_figures(run: RecordedRun) -> bool:
 
 def results_table(runs: Sequence[RecordedRun]) -> list[Row]:
     """One row per run, in the order given, with the marks that say which figures may be compared."""
-    groups = list(dict.fromkeys(_measured_with(run) for run in runs if _has_figures(run)))
-    if len(groups) < 2:
-        return [Row(run) for run in runs]
-    marks = {group: string.ascii_lowercase[i % 26] * (i // 26 + 1) for i, group in enumerate(groups)}
-    return [Row(run, marks[_measured_with(run)] if _has_figures(run) else "") for run in runs]
+    groups = [tuple(column.group(run) for column in COLUMNS) if _has_figures(run) else None for run in runs]
+    found = list(dict.fromkeys(group for group in groups if group))
+    marks = {group: string.ascii_lowercase[i % 26] * (i // 26 + 1) for i, group in enumerate(found)}
+    return [Row(run, marks[group] if group and len(found) > 1 else "") for run, group in zip(runs, groups, strict=True)]
 
 
 def columns(rows: Sequence[Row]) -> list[Column]:
@@ -186,8 +189,8 @@ def _all_columns(rows: Sequence[Row]) -> list[Column]:
     for column in COLUMNS:
         groups: dict[Hashable, dict[str, None]] = {}
         for row in rows:
-            if column.alike and row.mark:
-                groups.setdefault(column.alike(row.run), {})[row.mark] = None
+            if row.mark:
+                groups.setdefault(column.group(row.run), {})[row.mark] = None
         found += [replace(column, marks=tuple(marks)) for marks in groups.values()] if len(groups) > 1 else [column]
     return found
 
@@ -197,10 +200,12 @@ def footnotes(rows: Sequence[Row], say: Wording) -> list[tuple[str, str]]:
     marked = {row.mark: row.run for row in rows if row.mark}
     if not marked:
         return []
-    notes = [("", say("not_comparable"))]
-    if len({run.corpus.tokenizer_fingerprint for run in marked.values()}) > 1:
-        notes.append(("", say("different_tokenizers")))
-    return notes + [(mark, _measured_text(marked[mark], say)) for mark in sorted(marked, key=lambda m: (len(m), m))]
+    notes = ["not_comparable"]
+    for column in COLUMNS:
+        if column.footnote and column.alike and len(set(map(column.alike, marked.values()))) > 1:
+            notes.append(column.footnote)
+    texts = [(mark, _measured_text(run, say)) for mark, run in marked.items()]
+    return [("", say(note)) for note in notes] + sorted(texts, key=lambda text: (len(text[0]), text[0]))
 
 
 def _measured_text(run: RecordedRun, say: Wording) -> str:
