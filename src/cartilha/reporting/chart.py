@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from markupsafe import Markup
 
-from cartilha.reporting.pages import environment
+from cartilha.reporting.pages import PACKAGE, environment
 
 Floats = npt.NDArray[np.float64]
 # Colours that tell runs apart; each stands out from the light page and from the dark one.
@@ -145,7 +145,7 @@ def line_chart(figure: Figure) -> Markup:
     for one in figure.series:
         places = [(at_x(float(x)), at_y(float(y))) for x, y in zip(one.xs, one.ys, strict=True)]
         curves.append((one, places, "L".join(f"{x} {y}" for x, y in places)))
-    drawing = environment("cartilha.reporting").get_template("chart.svg.j2")
+    drawing = environment(PACKAGE).get_template("chart.svg.j2")
     return Markup(
         drawing.render(
             figure=figure,

@@ -22,7 +22,7 @@ from markupsafe import Markup
 from cartilha.reporting import tables
 from cartilha.reporting.chart import run_styles
 from cartilha.reporting.figures import run_figures
-from cartilha.reporting.pages import environment, template_file
+from cartilha.reporting.pages import PACKAGE, environment, template_file
 from cartilha.reporting.results import DomainFigures, RecordedPlan, RecordedRun
 from cartilha.reporting.samples import SampleSeries, sample_series, steps_of
 from cartilha.reporting.several import load_runs, overlaid_figures
@@ -30,7 +30,6 @@ from cartilha.reporting.surprisal import MAX_STEPS, page_data
 from cartilha.reporting.wording import LANGUAGES, Wording, choose_language
 from cartilha.storage import write_atomically
 
-PACKAGE = "cartilha.reporting"
 MAX_PROMPTS = 24
 MAX_DOMAINS = 24
 MAX_SURPRISAL_BYTES = 2_000_000  # of all runs together; a page has 5 MB at most

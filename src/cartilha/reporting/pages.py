@@ -7,6 +7,8 @@ from importlib import resources
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+PACKAGE = "cartilha.reporting"
+
 
 @cache
 def environment(package: str) -> Environment:

@@ -11,7 +11,7 @@ from typing import Literal
 
 import yaml
 
-from cartilha.reporting.pages import template_file
+from cartilha.reporting.pages import PACKAGE, template_file
 
 Language = Literal["en", "pt"]
 LANGUAGES: tuple[Language, ...] = ("en", "pt")
@@ -52,7 +52,7 @@ class Wording:
     Another page says its own texts with a subclass that names its package.
     """
 
-    package = "cartilha.reporting"  # its templates/strings.yaml has the texts
+    package = PACKAGE  # its templates/strings.yaml has the texts
 
     def __init__(self, language: Language) -> None:
         self.language: Language = language
