@@ -1,7 +1,7 @@
-"""Durable files: whatever is written appears whole or not at all, and whatever is read is bounded and checked.
+"""Durable files: every file written appears whole or not at all, and every file read is bounded and checked.
 
-A temporary file or directory is locked by the process that writes it. The lock dies with the process, however it ends,
-so that the next one knows what was abandoned and sweeps it.
+The process that writes a temporary file or directory holds its lock. The lock ends with the process, however that ends:
+a temporary file without a lock was abandoned, and the next writer removes it.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from cartilha.errors import UserError
 log = logging.getLogger("cartilha")
 
 LFS_POINTER = re.compile(rb"version https://[^\n]+/spec/v\d+\s+(?:ext-.+\s+)*oid \w+:[0-9a-f]+\s+size (\d+)\r?\n?")
-LONE_SURROGATES = re.compile("[\ud800-\udfff]")  # no characters; in names that are not UTF-8 they stand for bytes
-MAX_JSON_BYTES = 64 * 2**20  # far above anything that is written here, far below any machine's memory
+LONE_SURROGATES = re.compile("[\ud800-\udfff]")  # not characters; Python uses them for the bytes of names not in UTF-8
+MAX_JSON_BYTES = 64 * 2**20  # far above any JSON written here, far below any machine's memory
 
-# What the user's disk or path can be at fault for, and no mistake of ours.
+# Errors that the user's disk or path can cause; others are bugs.
 DISK_FAULTS = frozenset(
     getattr(errno, name)
     for name in (
@@ -44,7 +44,7 @@ DISK_FAULTS = frozenset(
 
 
 def system_error(error: BaseException) -> OSError | None:
-    """The operating system's error behind an exception, or None; safetensors writes its number into a message."""
+    """The operating system's error behind an exception, or None; safetensors puts its number into the message."""
     if isinstance(error, OSError):
         return error
     code = re.search(r"os error (\d+)", str(error)) if type(error).__name__ == "SafetensorError" else None
@@ -59,47 +59,28 @@ def write_atomically(path: Path, data: str | bytes) -> None:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path` that, flushed to the disk, takes its place when the block ends.
+    """Yield a temporary name beside `path`; when the block ends, that file is flushed to disk and renamed to `path`.
 
-    A reader finds the old file or the new one, whole. The directory is made.
+    Readers find either the old file or the whole new one. Missing directories are created.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with _temporary_name(path) as temporary:
         temporary.touch()
-        with _held(temporary):
+        with _locked(temporary):
             yield temporary
             _flush_to_disk(temporary)
             temporary.replace(path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        raise _named(error, path) from error.__cause__
-    _flush_directory(path.parent)
-
-
-def _named(error: BaseException, path: Path) -> BaseException:
-    """The error, with the path where the system's error names none: a full disk is met in the middle of a file."""
-    if isinstance(error, OSError) and error.errno is not None and error.filename is None:
-        return OSError(error.errno, os.strerror(error.errno), str(path))
-    return error
 
 
 @contextmanager
 def new_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield a temporary directory beside `path` that becomes `path` when the block ends without an exception.
 
-    Args:
-        path: The directory to make.
-        replace: Put it in the place of one that is already there; the old one is removed after the rename.
+    With `replace` it takes the place of an existing directory, which is removed after the rename.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        with _held(temporary):
+    with _temporary_name(path) as temporary:
+        _remove(temporary)
+        temporary.mkdir()
+        with _locked(temporary):
             yield temporary
             for file in temporary.rglob("*"):
                 if file.is_file():
@@ -110,35 +91,56 @@ def new_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
                 if path.is_dir() and not any(path.iterdir()):
                     path.rmdir()
                 temporary.replace(path)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise _named(error, path) from error.__cause__
+
+
+@contextmanager
+def _temporary_name(path: Path) -> Iterator[Path]:
+    """Yield a name beside `path`: what has it is removed if the block fails; else its renaming is made durable."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+    except OSError as error:
+        _remove(temporary)
+        if error.errno is None or error.filename is not None:
+            raise
+        # A disk that fills up in the middle of a file gives an error without a path.
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error.__cause__
+    except BaseException:
+        _remove(temporary)
+        raise
     _flush_directory(path.parent)
 
 
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def _put_in_place_of(temporary: Path, path: Path) -> None:
-    """Give the new directory the old one's name, in one go where the system can; the old one is removed."""
+    """Give the new directory the old one's name, atomically where the system can, and remove the old one."""
     if _exchange(temporary, path):
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
         return
-    # Two renames: whoever is killed between them leaves the old one under this name, and `_sweep` puts it back.
+    # If the process is killed between the two renames, `_sweep` restores the old directory.
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
-    shutil.rmtree(old, ignore_errors=True)  # of a run that had this process id
-    with _held(path):
+    _remove(old)  # left by an earlier process with the same id
+    with _locked(path):
         path.replace(old)
         try:
             temporary.replace(path)
         except BaseException:
             old.replace(path)
             raise
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
 
 
 def _exchange(left: Path, right: Path) -> bool:
-    """Swap two directory entries atomically (Linux's renameat2); False where that cannot be done."""
-    if sys.platform != "linux":
-        return False
-    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    """Swap two directory entries atomically (renameat2 of Linux); False where that is not possible."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
     if rename is None:
         return False
     at_working_directory, swap = -100, 2
@@ -147,30 +149,27 @@ def _exchange(left: Path, right: Path) -> bool:
 
 
 def _sweep(path: Path) -> None:
-    """Remove what killed processes left of writing `path`, and put back the old one if it was being replaced."""
+    """Remove what killed processes left of writing `path`, and restore the old directory if they were replacing it."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.old"):
         if _is_abandoned(left):
             if path.exists():
-                shutil.rmtree(left, ignore_errors=True)
+                _remove(left)
             else:
                 left.replace(path)
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         if _is_abandoned(left):
-            if left.is_dir():
-                shutil.rmtree(left, ignore_errors=True)
-            else:
-                left.unlink(missing_ok=True)
+            _remove(left)
 
 
 def sweep_below(directory: Path) -> None:
-    """Remove every abandoned temporary file or directory below a directory that this process has for itself."""
+    """Remove all abandoned temporary files and directories below a directory that only this process uses."""
     for left in [*directory.rglob(".*.tmp"), *directory.rglob(".*.old")]:
-        if left.name.removesuffix(left.suffix).rpartition(".")[2].isdigit() and _is_abandoned(left):
-            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+        if left.name.split(".")[-2].isdigit() and _is_abandoned(left):
+            _remove(left)
 
 
 def _is_abandoned(path: Path) -> bool:
-    """Whether nobody holds the lock of a temporary file or directory any more; no where that cannot be told."""
+    """Whether no process holds the lock of a temporary file or directory; False where that is not known."""
     if sys.platform == "win32":
         import psutil
 
@@ -181,72 +180,47 @@ def _is_abandoned(path: Path) -> bool:
     except OSError:
         return False
     try:
-        return _try_lock(descriptor)
+        return _lock(descriptor)
+    except OSError:
+        return False
     finally:
         os.close(descriptor)
 
 
 @contextmanager
-def _held(path: Path) -> Iterator[None]:
-    """Hold a file's or directory's lock while the block runs (not on Windows, where an open file cannot be renamed)."""
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a file's or directory's lock, if there are locks (not on Windows: an open file cannot be renamed there)."""
     if sys.platform == "win32":
         yield
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        _try_lock(descriptor)
+        with contextlib.suppress(OSError):
+            _lock(descriptor)
         yield
     finally:
         os.close(descriptor)
 
 
-def _try_lock(descriptor: int) -> bool:
-    """Take the lock of an open file if it is free; False where it is taken, or where there are no locks."""
-    try:
-        return _lock(descriptor)
-    except OSError:
-        return False
-
-
 def _lock(descriptor: int) -> bool:
-    """Take the lock of an open file; False where another process has it.
+    """Lock an open file; False if another process has locked it; an OSError if the file system has no locks."""
+    from filelock import lock_descriptor  # not needed by most commands, and takes a while to import
 
-    Raises:
-        OSError: The file system has no locks.
-    """
-    if sys.platform == "win32":
-        import msvcrt
-
-        try:
-            os.lseek(descriptor, 2**30, os.SEEK_SET)  # beyond the text, which others may read
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        except OSError:  # Windows does not tell the two apart
-            return False
-        return True
-    import fcntl
-
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+    return lock_descriptor(descriptor, blocking=False)
 
 
 @contextmanager
 def exclusive(path: Path, what: str) -> Iterator[None]:
-    """Hold the lock file `path` while the block runs; it dies with the process, so that a kill leaves no lock behind.
-
-    Args:
-        path: The lock file; removed at the end.
-        what: What is locked, for the message.
+    """Hold the lock file `path`, which is removed at the end; the lock ends with the process, even if that is killed.
 
     Raises:
-        UserError: Another process holds it.
+        UserError: Another process holds it; the message begins with `what`.
     """
     with _open_lock(path, what) as file:
         file.seek(0)
         file.truncate()
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        # On Windows nobody else can read the first byte of a locked file.
+        file.write(f" process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         try:
             yield
@@ -258,7 +232,7 @@ def exclusive(path: Path, what: str) -> Iterator[None]:
 
 
 def _remove_lock(path: Path) -> None:
-    """Remove a lock file; a disk that has turned read-only keeps it, and has a more telling error on its way."""
+    """Remove a lock file; a disk that became read-only keeps it, and reports a clearer error elsewhere."""
     with contextlib.suppress(OSError):
         path.unlink(missing_ok=True)
 
@@ -270,21 +244,23 @@ def _open_lock(path: Path, what: str) -> IO[str]:
             taken = _lock(file.fileno())
         except OSError as error:
             log.warning(
-                "The disk of %s has no locks (%s): see to it yourself that no other process uses %s.",
+                "The disk of %s has no locks (%s): make sure yourself that no other process uses %s.",
                 *(path.parent, error.strerror, what),
             )
             return file
         if not taken:
+            holder = ""
             with file, contextlib.suppress(OSError):
-                file.seek(0)
+                file.seek(1)
                 holder = file.read(200).strip()
             raise UserError(
-                f"{what} is in use by another process ({holder or 'unknown'}); wait for its end, or name another place."
+                f"{what} is in use by another process ({holder or 'unknown'}); wait until it ends, or name another"
+                " place."
             )
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return file
-        file.close()  # its last holder removed it between our opening and locking
+        file.close()  # the last holder removed it after we had opened it
 
 
 def _flush_to_disk(path: Path) -> None:
@@ -305,7 +281,7 @@ def _flush_directory(path: Path) -> None:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, read in pieces."""
+    """The SHA-256 of a file's bytes, read in blocks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -326,7 +302,7 @@ def refuse_lfs_pointer(path: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a value as indented JSON, atomically. NaN and infinities become null: they are not JSON."""
+    """Write a value as indented JSON, atomically (`to_json`)."""
     write_atomically(path, to_json(value, indent=2) + "\n")
 
 
@@ -334,7 +310,7 @@ def read_json(path: Path) -> Any:
     """The value in a JSON file that somebody else may have written.
 
     Raises:
-        ValueError: It is too large, nested too deeply, or no JSON in UTF-8; the message says which.
+        ValueError: It is too large, nested too deeply, or not JSON in UTF-8; the message says which.
         OSError: It cannot be read.
         UserError: It is only a Git LFS pointer.
     """
@@ -346,11 +322,7 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(data: bytes | str) -> Any:
-    """`json.loads`, for text from others: deep nesting is a ValueError too.
-
-    Raises:
-        ValueError: It is no JSON, or nested too deeply.
-    """
+    """`json.loads` for text from others: deep nesting raises a ValueError, too."""
     try:
         return json.loads(data)
     except RecursionError:
@@ -358,7 +330,7 @@ def parse_json(data: bytes | str) -> Any:
 
 
 def write_sealed_json(path: Path, values: dict[str, Any]) -> None:
-    """Write a JSON object that ends with a hash of its own, so that no change of it goes unnoticed."""
+    """Write a JSON object that contains its own hash, so that every later change is noticed."""
     write_atomically(path, _sealed(values))
 
 
@@ -366,7 +338,7 @@ def read_sealed_json(path: Path) -> dict[str, Any]:
     """The object that `write_sealed_json` wrote, without its hash.
 
     Raises:
-        ValueError: It is not as it was written, to the byte.
+        ValueError: A byte of it has changed.
         OSError: It cannot be read.
     """
     values = read_json(path)
@@ -383,7 +355,7 @@ def _sealed(values: dict[str, Any]) -> str:
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """JSON text of plain values, numpy scalars included; non-finite floats become null, lone surrogates U+FFFD."""
+    """JSON text of plain values, numpy scalars included; NaN and infinities become null, lone surrogates U+FFFD."""
     text = json.dumps(_plain(value), indent=indent, ensure_ascii=False, allow_nan=False)
     return LONE_SURROGATES.sub("\ufffd", text)
 

@@ -137,22 +137,22 @@ def test_segments_are_the_pieces_of_documents_and_positions_restart_in_each(corp
 @example(NOTHING)
 def test_pieces_are_the_segments_and_each_document_begins_and_ends_in_one_of_them(corpus):
     stream = corpus.packed
-    pieces = [piece for number in range(len(stream)) for piece in stream.pieces(number)]
+    segments = [segment for number in range(len(stream)) for segment in stream.segments(number)]
     lengths = [length for block in blocks_of(stream) for length in block.segment_lengths]
-    assert [piece.end - piece.begin for piece in pieces] == lengths
-    of_documents = [piece for piece in pieces if piece.document is not None]
+    assert [segment.end - segment.begin for segment in segments] == lengths
+    of_documents = [segment for segment in segments if segment.document is not None]
     documents = list(range(len(corpus.lengths)))
     inputs = [corpus.lengths[i] + 2 for i in corpus.order]
     if documents:
         inputs[-1] -= 1  # the last end token is a target only
     for number in documents:
-        own = [piece for piece in of_documents if piece.document == number]
-        assert sum(piece.end - piece.begin for piece in own) == inputs[number]
-        assert [piece.begins for piece in own] == [True] + [False] * (len(own) - 1)
-        assert [piece.ends for piece in own] == [False] * (len(own) - 1) + [True]
-        assert [piece.has_end_token for piece in own] == [p.ends and number != documents[-1] for p in own]
-    assert of_documents == pieces[: len(of_documents)]
-    assert len(pieces) - len(of_documents) == bool(stream.padding_share)
+        own = [segment for segment in of_documents if segment.document == number]
+        assert sum(segment.end - segment.begin for segment in own) == inputs[number]
+        assert [segment.begins for segment in own] == [True] + [False] * (len(own) - 1)
+        assert [segment.ends for segment in own] == [False] * (len(own) - 1) + [True]
+        assert [segment.has_end_token for segment in own] == [p.ends and number != documents[-1] for p in own]
+    assert of_documents == segments[: len(of_documents)]
+    assert len(segments) - len(of_documents) == bool(stream.padding_share)
 
 
 def test_not_vacuous_a_document_that_is_cut_goes_on_from_position_0():

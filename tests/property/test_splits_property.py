@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cartilha.corpus.document import Document
-from cartilha.corpus.splits import choose_split, nearest_fraction, split_position
+from cartilha.corpus.splits import SplitRule, choose_split, split_documents, split_position
 
 TEXTS = st.lists(st.text(min_size=1, max_size=8), min_size=2, max_size=12, unique=True)
 FRACTIONS = st.floats(0, 1, exclude_min=True, exclude_max=True)
@@ -47,11 +47,12 @@ def test_a_larger_fraction_only_adds(texts, one, other, seed):
 @example(list(string.ascii_letters), 1e-300, 0)
 @example(list(string.ascii_letters), 1 - 2**-53, 0)
 @example(["a", "b"], 0.5, 0)
-def test_nearest_fraction_leaves_neither_side_empty_and_changes_no_good_split(texts, wanted, seed):
+def test_the_fraction_used_leaves_neither_side_empty_and_changes_no_good_split(texts, wanted, seed):
     corpus = documents(texts)
     by_wanted = held_out(corpus, wanted, seed)
-    nearest = nearest_fraction((d.text_hash for d in corpus), wanted, seed)
-    by_nearest = held_out(corpus, nearest, seed)
+    result = split_documents([d.text_hash for d in corpus], SplitRule(wanted, seed=seed))
+    by_nearest = held_out(corpus, result.fraction_used, seed)
+    assert by_nearest == {d.text for d, chosen in zip(corpus, result.validation, strict=True) if chosen}
     if not by_wanted:
         assert len(by_nearest) == 1
     elif len(by_wanted) == len(texts):

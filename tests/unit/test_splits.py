@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cartilha.corpus.document import Document
-from cartilha.corpus.splits import choose_split, nearest_fraction, split_position
+from cartilha.corpus.splits import SplitRule, choose_split, split_documents, split_position
 
 
 def text_hash(text: str) -> str:
@@ -13,6 +13,10 @@ def text_hash(text: str) -> str:
 
 
 HASHES = [text_hash(f"Texto número {i}.") for i in range(1000)]
+
+
+def fraction_used(hashes: list[str], fraction: float, seed: int = 0) -> float:
+    return split_documents(hashes, SplitRule(fraction, seed=seed)).fraction_used
 
 
 def held_out(hashes: list[str], fraction: float, seed: int) -> set[str]:
@@ -54,25 +58,21 @@ def test_adding_documents_moves_none():
     assert few < many  # not vacuous: some of the new ones are held out
 
 
-def test_nearest_fraction_of_two_documents_puts_one_on_each_side():
+def test_of_two_documents_one_is_on_each_side():
     pair = HASHES[:2]
     for wanted in (1e-9, 0.2, 0.5, 1 - 1e-9):
-        assert len(held_out(pair, nearest_fraction(pair, wanted, 0), 0)) == 1
+        assert len(held_out(pair, fraction_used(pair, wanted), 0)) == 1
+    with pytest.raises(AssertionError, match="cannot be split"):
+        fraction_used(HASHES[:1], 0.2)
 
 
-def test_nearest_fraction_moves_as_few_documents_as_it_can():
+def test_the_fraction_used_moves_as_few_documents_as_it_can():
     handful = HASHES[:9]
-    assert len(held_out(handful, nearest_fraction(handful, 1e-9, 0), 0)) == 1
-    assert len(held_out(handful, nearest_fraction(handful, 1 - 1e-9, 0), 0)) == 8
+    assert len(held_out(handful, fraction_used(handful, 1e-9), 0)) == 1
+    assert len(held_out(handful, fraction_used(handful, 1 - 1e-9), 0)) == 8
     # Not vacuous: those fractions do leave a side empty.
     assert held_out(handful, 1e-9, 0) == set() and held_out(handful, 1 - 1e-9, 0) == set(handful)
 
 
-def test_nearest_fraction_keeps_one_that_will_do():
-    assert nearest_fraction(HASHES, 0.2, 0) == 0.2
-
-
-def test_nearest_fraction_counts_different_texts():
-    assert held_out(HASHES[:2], nearest_fraction([*HASHES[:2], HASHES[0]], 0.2, 0), 0)
-    with pytest.raises(AssertionError, match="cannot be split"):
-        nearest_fraction([HASHES[0], HASHES[0]], 0.2, 0)
+def test_a_fraction_that_will_do_is_used():
+    assert fraction_used(HASHES, 0.2) == 0.2

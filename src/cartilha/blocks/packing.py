@@ -1,9 +1,9 @@
-"""Packing: `[prefix] tokens [end]` of every document in one stream, cut into blocks; nothing truncated, nothing padded.
+"""Packing: `[prefix] tokens [end]` of every document in one stream, cut into blocks without truncation.
 
-Targets are the stream shifted by one, which happens here and nowhere else. Every text token and every end token is a
-target exactly once an epoch; a prefix never is. A document that a block's end cuts goes on in the next block, its
-positions counted from 0 again. Only the last block is padded. The attention must not look across documents:
-`segment_lengths` says where they begin and end.
+Targets are the stream shifted by one; they are shifted here and nowhere else. In each epoch every text token and every
+end token is a target exactly once; a prefix never is. A document that does not fit into a block continues in the next,
+with positions from 0 again. Only the last block is padded. Attention must not look across documents: `segment_lengths`
+gives their boundaries.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ IGNORE_INDEX = -100  # the target that is not scored, as in PyTorch and transfor
 
 @dataclass(frozen=True)
 class Block:
-    """One row of a batch.
+    """One row of a batch; its arrays are int64.
 
     Attributes:
-        input_ids: Shape (block_size,), int64; positions past the last document hold the end token.
-        targets: Shape (block_size,), int64; the token to predict at each position, `IGNORE_INDEX` where none is.
-        position_ids: Shape (block_size,), int64; from 0 at the start of each segment.
-        segment_lengths: Lengths of the pieces of documents (padding last), shape (num_segments,); sum block_size.
+        input_ids: Shape (block_size,); padding is filled with the end token.
+        targets: Shape (block_size,); the token to predict at each position, or `IGNORE_INDEX`.
+        position_ids: Shape (block_size,); from 0 in each segment.
+        segment_lengths: Shape (num_segments,); lengths of the parts of documents, then of the padding.
     """
 
     input_ids: np.ndarray
@@ -36,15 +36,15 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """The inputs of one document, or the padding, in a block.
+class PackedSegment:
+    """The part of one document, or the padding, that lies in a block.
 
     Attributes:
-        document: Its place in the order of the stream; None for padding.
+        document: Its index in the order of the stream; None for padding.
         begin: Its first position in the block; `end` is one past the last.
         begins: Whether it begins with the document's prefix.
-        ends: Whether none of the document's inputs follow in the next block.
-        has_end_token: Whether it ends with the end token. That of the stream's last document is a target only.
+        ends: Whether the next block holds no more inputs of the document.
+        has_end_token: Whether its last input is the end token. That of the stream's last document is only a target.
     """
 
     document: int | None
@@ -57,14 +57,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Batch:
-    """Blocks stacked: `input_ids`, `targets`, `position_ids` of shape (num_blocks, block_size).
-
-    Attributes:
-        input_ids: Token ids, int64.
-        targets: Shifted token ids, int64, `IGNORE_INDEX` where nothing is scored.
-        position_ids: Positions within each segment, int64.
-        segment_lengths: Lengths of all segments in row-major order, shape (num_segments,).
-    """
+    """Blocks stacked: arrays as in `Block`, but of shape (num_blocks, block_size); `segment_lengths` row by row."""
 
     input_ids: np.ndarray
     targets: np.ndarray
@@ -88,12 +81,9 @@ def stack(blocks: Sequence[Block]) -> Batch:
 
 
 class PackedStream:
-    """The stream of an order of documents, and its blocks; nothing is copied until a block is asked for.
+    """The stream of documents in some order, and its blocks; a block's tokens are copied only when it is asked for.
 
-    Args:
-        documents: The documents' tokens, and what is put around each.
-        block_size: Inputs per block.
-        order: Which documents, in which order: indices into `documents`; None takes all, as they come.
+    `order` holds indices into the documents; None takes all as they come.
     """
 
     def __init__(self, documents: PackedDocuments, block_size: int, order: np.ndarray | None = None) -> None:
@@ -133,51 +123,45 @@ class PackedStream:
 
     def block(self, index: int) -> Block:
         """The block with this index, 0 <= index < len(self)."""
-        begin = index * self.block_size
-        end = min(begin + self.block_size, self.num_inputs)
         input_ids = np.full(self.block_size, self.documents.end_id, np.int64)
         targets = np.full(self.block_size, IGNORE_INDEX, np.int64)
-        position_ids = np.zeros(self.block_size, np.int64)
-        segments: list[int] = []
-        document = int(np.searchsorted(self.offsets, begin, side="right")) - 1
-        position = begin
+        position_ids = np.empty(self.block_size, np.int64)
+        segments = self.segments(index)
+        for segment in segments:
+            length = segment.end - segment.begin
+            position_ids[segment.begin : segment.end] = np.arange(length)
+            if segment.document is None:
+                continue
+            first = index * self.block_size + segment.begin - int(self.offsets[segment.document])
+            # One id more than there are inputs, unless the document ends: targets are the inputs shifted by one.
+            ids = self._ids(segment.document, first, first + length + (not segment.has_end_token))
+            input_ids[segment.begin : segment.end] = ids[:length]
+            targets[segment.begin : segment.begin + len(ids) - 1] = ids[1:]
+        lengths = np.array([segment.end - segment.begin for segment in segments], np.int64)
+        return Block(input_ids, targets, position_ids, lengths)
+
+    def segments(self, index: int) -> list[PackedSegment]:
+        """The segments of a block, in order: parts of documents, then the padding."""
+        begin, found = index * self.block_size, []
+        end = min(begin + self.block_size, self.num_inputs)
+        document, position = int(np.searchsorted(self.offsets, begin, side="right")) - 1, begin
         while position < end:
             first, past = int(self.offsets[document]), int(self.offsets[document + 1])
             stop = min(past, end)
-            # One token more than the inputs, where the document has it: the targets are the inputs shifted by one.
-            piece = self._piece(document, position - first, min(past, stop + 1) - first)
-            length = stop - position
-            row = slice(position - begin, stop - begin)
-            input_ids[row] = piece[:length]
-            targets[row.start : row.start + len(piece) - 1] = piece[1:]
-            position_ids[row] = np.arange(length)
-            segments.append(length)
-            position = stop
-            document += 1
-        padding = self.block_size - (end - begin)
-        if padding:
-            position_ids[-padding:] = np.arange(padding)
-            segments.append(padding)
-        return Block(input_ids, targets, position_ids, np.array(segments, np.int64))
-
-    def pieces(self, index: int) -> list[Piece]:
-        """What the segments of a block are, in order: pieces of documents, and the padding."""
-        begin, found = index * self.block_size, []
-        past = np.cumsum(self.block(index).segment_lengths).tolist()
-        for first, end in zip([0, *past], past, strict=False):
-            if begin + first >= self.num_inputs:
-                found.append(Piece(None, first, end))
-                continue
-            document = int(np.searchsorted(self.offsets, begin + first, side="right")) - 1
-            last = int(self.offsets[document + 1])
-            ends, begins = begin + end >= min(last, self.num_inputs), begin + first == int(self.offsets[document])
-            found.append(Piece(document, first, end, begins, ends, begin + end == last))
+            ends = stop >= min(past, self.num_inputs)
+            found.append(
+                PackedSegment(
+                    document, position - begin, stop - begin, position == first, ends, has_end_token=stop == past
+                )
+            )
+            document, position = document + 1, stop
+        if end - begin < self.block_size:
+            found.append(PackedSegment(None, end - begin, self.block_size))
         return found
 
-    def _piece(self, document: int, first: int, past: int) -> np.ndarray:
-        """Positions first to past - 1 of `[prefix] tokens [end]` of a document, int64."""
-        length = int(self.num_tokens[document])
-        start = int(self.start[document])
+    def _ids(self, document: int, first: int, past: int) -> np.ndarray:
+        """Positions first to past - 1 of a document's `[prefix] tokens [end]`: int64."""
+        length, start = int(self.num_tokens[document]), int(self.start[document])
         text = self.documents.tokens[start + max(0, first - 1) : start + min(length, past - 1)].astype(np.int64)
         head = [self.documents.prefix_id] if first == 0 else []
         tail = [self.documents.end_id] if past == length + 2 else []

@@ -1,4 +1,4 @@
-"""Which blocks a training step sees: a pure function of seed and step, so that a resumed run needs no data state."""
+"""The blocks of each training step: a pure function of seed and step, so that a resumed run needs no data state."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from cartilha.tokens.packed import PackedDocuments
 
 
 def epoch_order(num_documents: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of the documents in an epoch (counted from 0): a permutation drawn from seed and epoch alone."""
+    """The order of the documents in an epoch (from 0): a permutation that depends on seed and epoch alone."""
     generator = np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, epoch], np.uint64)))
     return generator.permutation(num_documents)
 
 
 @dataclass(frozen=True)
 class StepPosition:
-    """Where a step stands: its epoch (from 0), its first block there, and how many blocks it takes."""
+    """A step's epoch (from 0), its first block in that epoch, and its number of blocks."""
 
     epoch: int
     first_block: int
@@ -26,14 +26,7 @@ class StepPosition:
 
 
 class BlockSampler:
-    """Blocks of each step. A step never crosses an epoch's end, so an epoch's last step may have fewer blocks.
-
-    Args:
-        documents: What is trained on.
-        block_size: Inputs per block.
-        blocks_per_step: Blocks of a full step.
-        seed: Of the orders.
-    """
+    """The blocks of each step. No step crosses the end of an epoch, so an epoch's last step may have fewer blocks."""
 
     def __init__(self, documents: PackedDocuments, *, block_size: int, blocks_per_step: int, seed: int) -> None:
         self._documents = documents
@@ -48,7 +41,7 @@ class BlockSampler:
         self.padding_share = first.padding_share
 
     def stream(self, epoch: int) -> PackedStream:
-        """The packed stream of an epoch (the last one asked for is kept)."""
+        """The packed stream of an epoch; the one used last is kept."""
         kept = self._stream  # read once: another thread may be preparing the next epoch
         if kept is None or kept[0] != epoch:
             order = epoch_order(len(self._documents), self.seed, epoch)
@@ -56,18 +49,18 @@ class BlockSampler:
         return kept[1]
 
     def position(self, step: int) -> StepPosition:
-        """Where step `step` (counted from 0) stands."""
+        """The position of a step (from 0)."""
         epoch, index = divmod(step, self.steps_per_epoch)
         first = index * self.blocks_per_step
         return StepPosition(epoch, first, min(self.blocks_per_step, self.blocks_per_epoch - first))
 
     def num_targets(self, step: int) -> int:
-        """Scored targets of a step, those of all ranks."""
+        """Scored targets of a step, summed over all ranks."""
         position = self.position(step)
         return self.stream(position.epoch).targets_in(position.first_block, position.num_blocks)
 
     def blocks(self, step: int, rank: int = 0, num_ranks: int = 1) -> list[Block]:
-        """The step's blocks, or one rank's share of them: the ranks' shares in order are the step's blocks."""
+        """One rank's share of the step's blocks; the shares in the order of the ranks are the whole step."""
         position = self.position(step)
         stream = self.stream(position.epoch)
         begin, past = (r * position.num_blocks // num_ranks for r in (rank, rank + 1))

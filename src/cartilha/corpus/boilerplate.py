@@ -1,12 +1,12 @@
-"""What sites say about themselves rather than in their text: phrases in Portuguese, Spanish and English."""
+"""Phrases in which sites speak about themselves, in Portuguese, Spanish and English."""
 
 from __future__ import annotations
 
 import re
 
-PHRASE_CHARS = 40  # no phrase reaches further from its anchor
+PHRASE_CHARS = 40  # no phrase extends further from its anchor
 
-# All in lower case. A phrase holds its anchor, so that a text without any anchor is passed over at once.
+# All in lower case. Each phrase contains its anchor, so that a text without anchors is passed over at once.
 PHRASES = {
     anchor: re.compile("|".join(phrases))
     for anchor, phrases in {

@@ -1,22 +1,26 @@
-"""Cleaning: named steps that mend a document or reject it with a reason; nothing is done that was not asked for.
+"""Cleaning: named steps that mend a document or reject it with a reason; only the steps asked for are applied.
 
-Steps run in the order of `STEPS`, whatever the order in which they are named: what mends comes before what judges, and
-what costs little before what costs much. Each takes many texts at once, and begins with a test that clean text passes
-at hundreds of megabytes a second. Thresholds are those of C4 (Raffel et al. 2020, arXiv:1910.10683), mC4 and
-MassiveText (Rae et al. 2021, arXiv:2112.11446, table A1) where these have one.
+Steps run in the order of `STEPS`, however they are named: those that mend before those that judge, cheap ones before
+expensive ones. Each takes many texts at once, and begins with a test that clean text passes at hundreds of megabytes
+per second. Thresholds are those of C4 (Raffel et al. 2020, arXiv:1910.10683), mC4 and MassiveText (Rae et al. 2021,
+arXiv:2112.11446, table A1) where these have one.
 """
 
 from __future__ import annotations
 
+import importlib
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from cartilha.corpus.boilerplate import PHRASE_CHARS, PHRASES
 from cartilha.corpus.document import Document
 from cartilha.corpus.language import languages, load_identifier
+from cartilha.corpus.signatures import run_hashes
 from cartilha.errors import UserError, missing_extra
 
 # Of `repeated_lines`, as shares of a document's lines and of their characters.
@@ -24,35 +28,35 @@ MAX_REPEATED_LINES = 0.3
 MAX_REPEATED_LINE_CHARS = 0.2
 # Of `repeated_ngrams`: the share of a document's runs of about five words that occurred in it before.
 MAX_REPEATED_NGRAMS = 0.15
-# Of `boilerplate`: what is longer is text that may well speak of cookies.
+# Of `boilerplate`: longer passages are text, which may mention cookies.
 MAX_BOILERPLATE_CHARS = 250
 _SENTENCE_ENDS = (". ", "! ", "? ")
-# Of `language`: a glance suffices for nearly all text in the wanted language (94 % of Portuguese, no Galician); else a
-# longer sample decides. Fewer letters than the least tell nothing.
+# Of `language`: a short sample suffices for nearly all text in the wanted language (94 % of Portuguese, no Galician);
+# otherwise a longer one decides, if it has enough letters.
 GLANCE_CHARS, GLANCE_PLACES = 120, 2
 SURE = 0.8
 SAMPLE_CHARS, SAMPLE_PLACES = 240, 3
 MIN_LETTERS = 20
 
-# Controls but for tab and line feed; what has no width; marks of text direction; Unicode's own line ends.
+# Controls except tab and line feed; characters without width; marks of text direction; line ends of Unicode.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u200b\u200e\u200f\u2028-\u202e\u2060\u2066-\u2069\ufeff]")
 _LINE_ENDS = re.compile("\r\n?|[\x0b\x0c\x85\u2028\u2029]")
-# Tests on the UTF-8 bytes, each of which begins with a fixed byte, are several times faster than on the text.
+# Searches in the UTF-8 bytes are several times faster than in the text, because each begins with a fixed byte.
 _CONTROL_BYTES = bytes((byte < 32 and byte not in b"\t\n") or byte == 127 for byte in range(256))
 _C1_BYTES = re.compile(rb"\xc2[\x80-\x9f\xad]")
 _NO_WIDTH_BYTES = re.compile(rb"\xe2(?:\x80[\x8b\x8e\x8f\xa8-\xae]|\x81[\xa0\xa6-\xa9])")
-# UTF-8 that was read as Latin-1 or Windows-1252: a letter from U+00C0 to U+00FF, then a sign that no letter follows so.
-# And Windows-1252 that was read as Latin-1: its dashes, quotes and ellipsis are controls there (U+0080 to U+009F).
+# UTF-8 read as Latin-1 or Windows-1252: a letter from U+00C0 to U+00FF and then a sign that does not follow letters.
+# Also Windows-1252 read as Latin-1, where its dashes, quotes and ellipsis are controls (U+0080 to U+009F).
 _MOJIBAKE_BYTES = re.compile(rb"\xc3[\x82-\xb4][\xc2\xc5\xc6\xcb\xe2]|\xc2[\x80-\x9f]")
 
 
 @dataclass(frozen=True)
 class CleaningSettings:
-    """What the steps may be told.
+    """Settings of the steps.
 
     Attributes:
         language: ISO 639-1 code of the language that the step `language` keeps.
-        min_chars: Characters that the step `short` asks for, white space at the ends not counted.
+        min_chars: Least number of characters for the step `short`, without white space at the ends.
     """
 
     language: str = "pt"
@@ -61,45 +65,35 @@ class CleaningSettings:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A document that a step left out.
+    """A document that a step left out, as it was read.
 
-    Attributes:
-        document: As it was read.
-        reason: The name under which it is counted: the step's, with detail after a colon (`language:es`).
+    `reason` is the name under which it is counted: the step's, perhaps with a detail after a colon (`language:es`).
     """
 
     document: Document
     reason: str
 
 
-Found = str | None  # a text, mended or the same object; None, or a `_Reason`, where it is rejected
+Found = str | None  # a text, mended or the same object; None, or a `_Reason`, if it is rejected
 Step = Callable[[Sequence[str]], Sequence[Found]]
 
 
 class Cleaner:
-    """Applies steps to documents; pickled by its settings, so that each process makes its own.
-
-    Attributes:
-        steps: Their names, in the order in which they run.
-        settings: What they were told.
+    """Applies steps to documents; `steps` holds their names in the order in which they run.
 
     Raises:
         UserError: There is no such step, or one needs an extra that is not installed.
     """
 
-    def __init__(self, steps: Sequence[str], settings: CleaningSettings) -> None:
+    def __init__(self, steps: Sequence[str], settings: CleaningSettings | None = None) -> None:
         unknown = [step for step in steps if step not in _MAKERS]
         if unknown:
             raise UserError(f"There is no cleaning step {unknown[0]!r}; choose web (all) or from {', '.join(STEPS)}.")
         self.steps = tuple(step for step in STEPS if step in steps)
-        self.settings = settings
-        self._applied = [(step, _MAKERS[step](settings)) for step in self.steps]
-
-    def __reduce__(self) -> tuple[type[Cleaner], tuple[tuple[str, ...], CleaningSettings]]:
-        return Cleaner, (self.steps, self.settings)
+        self._applied = [(step, _MAKERS[step](settings or CleaningSettings())) for step in self.steps]
 
     def __call__(self, documents: Sequence[Document]) -> list[Document | Rejected]:
-        """Each document, mended or as it was (the same object), or the reason why it is left out."""
+        """Each document, mended or the same object, or the reason why it is left out."""
         texts = [document.text for document in documents]
         reasons: dict[int, str] = {}
         left: Sequence[int] = range(len(texts))
@@ -112,100 +106,77 @@ class Cleaner:
                     texts[i] = found
                     stays.append(i)
             left = stays
-        return [
-            Rejected(document, reasons[i])
-            if i in reasons
-            else document
-            if text is document.text
-            else replace(document, text=text)
-            for i, (document, text) in enumerate(zip(documents, texts, strict=True))
-        ]
-
-
-def make_cleaner(steps: Sequence[str], settings: CleaningSettings | None = None) -> Cleaner:
-    """A cleaner of these steps (`STEPS`; `WEB_STEPS` are for text of the web).
-
-    Raises:
-        UserError: There is no such step, or one needs an extra that is not installed.
-    """
-    return Cleaner(steps, settings or CleaningSettings())
+        result: list[Document | Rejected] = []
+        for i, (document, text) in enumerate(zip(documents, texts, strict=True)):
+            if i in reasons:
+                result.append(Rejected(document, reasons[i]))
+            else:
+                result.append(document if text is document.text else replace(document, text=text))
+        return result
 
 
 class _Reason(str):
-    """A reason with detail, told from a text by its type."""
+    """A reason with detail; its type tells it from a text."""
 
     __slots__ = ()
 
 
-def _each(step: Callable[[str], Found]) -> Step:
-    """A step that looks at one text at a time."""
-    return lambda texts: [step(text) for text in texts]
-
-
-# The steps. Each maker gets the settings and gives a function of texts.
+def _each(judge: Callable[[str], Found]) -> Callable[[CleaningSettings], Step]:
+    """The maker of a step that has no settings and looks at one text at a time."""
+    return lambda settings: lambda texts: [judge(text) for text in texts]
 
 
 def _mojibake(settings: CleaningSettings) -> Step:
-    """Mends text that was decoded wrongly, such as "vocÃª"; curly quotes and the like stay as they are."""
-    ftfy = _extra("ftfy")
-
-    def step(text: str) -> str:
-        # ftfy reads some 5 MB/s, the test 400.
-        return ftfy.fix_encoding(text) if _MOJIBAKE_BYTES.search(text.encode("utf-8")) else text
-
-    return _each(step)
+    """Mends text that was decoded wrongly, such as "vocÃª"; curly quotes and the like are kept."""
+    ftfy = _extra("ftfy")  # reads about 5 MB/s, the search below 400
+    return lambda texts: [
+        ftfy.fix_encoding(text) if _MOJIBAKE_BYTES.search(text.encode("utf-8")) else text for text in texts
+    ]
 
 
-def _nfc(settings: CleaningSettings) -> Step:
-    """Puts letters and their accents together: one code point where Unicode has one."""
-    return _each(lambda text: text if unicodedata.is_normalized("NFC", text) else unicodedata.normalize("NFC", text))
+def _nfc(text: str) -> str:
+    """Joins letters and their accents: one code point where Unicode has one."""
+    return text if unicodedata.is_normalized("NFC", text) else unicodedata.normalize("NFC", text)
 
 
-def _control(settings: CleaningSettings) -> Step:
-    """Removes control characters and what has no width; other line ends become line feeds."""
-
-    def step(text: str) -> str:
-        data = text.encode("utf-8")
-        found = b"\1" in data.translate(_CONTROL_BYTES) or b"\xef\xbb\xbf" in data
-        found = found or bool(_C1_BYTES.search(data) or _NO_WIDTH_BYTES.search(data))
-        return _CONTROLS.sub("", _LINE_ENDS.sub("\n", text)) if found else text
-
-    return _each(step)
+def _control(text: str) -> str:
+    """Removes control characters and characters without width; other line ends become line feeds."""
+    data = text.encode("utf-8")
+    found = b"\1" in data.translate(_CONTROL_BYTES) or b"\xef\xbb\xbf" in data
+    found = found or bool(_C1_BYTES.search(data) or _NO_WIDTH_BYTES.search(data))
+    return _CONTROLS.sub("", _LINE_ENDS.sub("\n", text)) if found else text
 
 
 def _boilerplate(settings: CleaningSettings) -> Step:
-    """Removes short lines and sentences of what sites say about themselves: cookies, rights, sharing, placeholders."""
+    """Removes short lines and sentences in which sites speak of themselves: cookies, rights, sharing, placeholders."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    # Arrow's expressions (RE2) look for all phrases in one pass, at a tenth of the price of finding their anchors.
+    # Arrow's expressions (RE2) search for all phrases in one pass, in a tenth of the time that their anchors take.
     any_phrase = "|".join(f"(?:{phrases.pattern})" for phrases in PHRASES.values())
 
     def step(texts: Sequence[str]) -> list[Found]:
         found = pc.match_substring_regex(pa.array(texts, pa.large_string()), any_phrase, ignore_case=True).to_pylist()
-        return [mended(text) if has_phrase else text for text, has_phrase in zip(texts, found, strict=True)]
-
-    def mended(text: str) -> Found:
-        lowered = text.lower()
-        if len(lowered) != len(text):  # a few capitals have two small letters
-            lowered = text
-        found = sorted({_segment(text, place) for place in _phrases(lowered)})
-        found = [(begin, end) for begin, end in found if begin < end]
-        if not found:
-            return text
-        kept, done = [], 0
-        for begin, end in found:
-            kept.append(text[done:begin])
-            done = max(done, end)
-        kept.append(text[done:])
-        left = "".join(kept)
-        return left if left.strip() else None
+        return [_without_phrases(text) if has_phrase else text for text, has_phrase in zip(texts, found, strict=True)]
 
     return step
 
 
+def _without_phrases(text: str) -> Found:
+    lowered = text.lower()
+    if len(lowered) != len(text):  # a few capitals become two small letters
+        lowered = text
+    kept, done = [], 0
+    for begin, end in sorted({_segment(text, place) for place in _phrases(lowered)}):
+        if begin < end:
+            kept.append(text[done:begin])
+            done = max(done, end)
+    left = "".join([*kept, text[done:]])
+    return left if not kept or left.strip() else None
+
+
 def _phrases(lowered: str) -> Iterator[int]:
-    """Places in a text in lower case where a phrase is."""
+    """The places of phrases in a text in lower case."""
     for anchor, phrases in PHRASES.items():
         place = lowered.find(anchor)
         while place >= 0:
@@ -215,7 +186,7 @@ def _phrases(lowered: str) -> Iterator[int]:
 
 
 def _segment(text: str, place: int) -> tuple[int, int]:
-    """The line around a place, with its end; of a long line the sentence; nothing where that is long, too."""
+    """The line around a place, with its end; in a long line the sentence; nothing if that is long, too."""
     begin, end = text.rfind("\n", 0, place) + 1, text.find("\n", place) + 1 or len(text)
     if end - begin > MAX_BOILERPLATE_CHARS:
         before = [found + 2 for sign in _SENTENCE_ENDS if (found := text.rfind(sign, begin, place)) >= 0]
@@ -227,48 +198,37 @@ def _segment(text: str, place: int) -> tuple[int, int]:
 def _short(settings: CleaningSettings) -> Step:
     """Rejects texts of fewer characters than `min_chars`."""
     least = settings.min_chars
-    return _each(lambda text: text if len(text) >= least and len(text.strip()) >= least else None)
+    return lambda texts: [text if len(text) >= least and len(text.strip()) >= least else None for text in texts]
 
 
-def _repeated_lines(settings: CleaningSettings) -> Step:
+def _repeated_lines(text: str) -> Found:
     """Rejects texts in which many lines occurred before: lists, menus, listings."""
-
-    def step(text: str) -> Found:
-        lines = [line for line in (line.strip() for line in text.split("\n")) if line]
-        distinct = set(lines)
-        repeated = len(lines) - len(distinct)
-        if repeated == 0:
-            return text
-        num_chars = sum(map(len, lines))
-        repeated_chars = num_chars - sum(map(len, distinct))
-        alike = repeated > MAX_REPEATED_LINES * len(lines) or repeated_chars > MAX_REPEATED_LINE_CHARS * num_chars
-        return None if alike else text
-
-    return _each(step)
+    lines = [line for line in (line.strip() for line in text.split("\n")) if line]
+    distinct = set(lines)
+    repeated = len(lines) - len(distinct)
+    if repeated == 0:
+        return text
+    num_chars = sum(map(len, lines))
+    repeated_chars = num_chars - sum(map(len, distinct))
+    alike = repeated > MAX_REPEATED_LINES * len(lines) or repeated_chars > MAX_REPEATED_LINE_CHARS * num_chars
+    return None if alike else text
 
 
-def _repeated_ngrams(settings: CleaningSettings) -> Step:
-    """Rejects texts that say the same words over and over."""
-    import numpy as np
-
-    from cartilha.corpus.signatures import run_hashes
-
-    def step(text: str) -> Found:
-        hashes = run_hashes(text.encode("utf-8"))
-        hashes.sort()
-        repeated = np.count_nonzero(hashes[1:] == hashes[:-1])
-        return None if repeated > MAX_REPEATED_NGRAMS * len(hashes) else text
-
-    return _each(step)
+def _repeated_ngrams(text: str) -> Found:
+    """Rejects texts that repeat the same words over and over."""
+    hashes = run_hashes(text.encode("utf-8"))
+    hashes.sort()
+    repeated = np.count_nonzero(hashes[1:] == hashes[:-1])
+    return None if repeated > MAX_REPEATED_NGRAMS * len(hashes) else text
 
 
 def _language(settings: CleaningSettings) -> Step:
-    """Keeps texts in one language, as told by py3langid from a sample; what has no letters to tell by is kept."""
+    """Keeps texts in one language, which py3langid tells from a sample; a text with too few letters is kept."""
     _extra("py3langid")
     wanted = settings.language
 
     def step(texts: Sequence[str]) -> list[Found]:
-        identifier = load_identifier()  # here, for it takes half a second and only those who clean need it
+        identifier = load_identifier()  # takes half a second: only processes that clean load it
         if wanted not in identifier.labels:
             raise UserError(f"There is no language {wanted!r} to keep; give an ISO 639-1 code such as pt, gl or es.")
         glances = languages(identifier, [_sample(text, GLANCE_CHARS, GLANCE_PLACES) for text in texts])
@@ -284,7 +244,7 @@ def _language(settings: CleaningSettings) -> Step:
 
 
 def _sample(text: str, num_chars: int, num_places: int) -> str:
-    """A bounded part of the text, from several places, for a page's head and foot are often in another language."""
+    """A bounded part of the text, from several places: a page's head and foot are often in another language."""
     if len(text) <= 2 * num_chars:
         return text[:num_chars]
     size, stride = num_chars // num_places, len(text) // num_places
@@ -292,8 +252,6 @@ def _sample(text: str, num_chars: int, num_places: int) -> str:
 
 
 def _extra(name: str) -> Any:
-    import importlib
-
     try:
         return importlib.import_module(name)
     except ImportError:
@@ -302,13 +260,12 @@ def _extra(name: str) -> Any:
 
 _MAKERS: dict[str, Callable[[CleaningSettings], Step]] = {
     "mojibake": _mojibake,
-    "control": _control,
-    "nfc": _nfc,
+    "control": _each(_control),
+    "nfc": _each(_nfc),
     "boilerplate": _boilerplate,
     "short": _short,
     "language": _language,
-    "repeated_lines": _repeated_lines,
-    "repeated_ngrams": _repeated_ngrams,
+    "repeated_lines": _each(_repeated_lines),
+    "repeated_ngrams": _each(_repeated_ngrams),
 }
-STEPS: tuple[str, ...] = tuple(_MAKERS)
-WEB_STEPS: tuple[str, ...] = STEPS
+STEPS = tuple(_MAKERS)

@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from cartilha.blocks.packing import IGNORE_INDEX, PackedStream, Piece
+from cartilha.blocks.packing import IGNORE_INDEX, PackedSegment, PackedStream
 from cartilha.blocks.sampler import epoch_order
 from cartilha.corpus.splits import Split
 from cartilha.explorer.pieces import token_label
@@ -125,17 +125,17 @@ class StoreWalk:
         stream = PackedStream(documents, block_size, epoch_order(len(documents), seed, epoch))
         number = min(max(number, 0), len(stream) - 1)
         block = stream.block(number)
-        segments = [self._segment(block.input_ids[piece.begin : piece.end], piece) for piece in stream.pieces(number)]
+        segments = [self._segment(block.input_ids[part.begin : part.end], part) for part in stream.segments(number)]
         return StoredBlock(number, len(stream), tuple(segments), int((block.targets != IGNORE_INDEX).sum()))
 
-    def _segment(self, ids: np.ndarray, piece: Piece) -> Segment:
-        if piece.document is None:
+    def _segment(self, ids: np.ndarray, part: PackedSegment) -> Segment:
+        if part.document is None:
             return Segment((StoreToken(self.store.end_id, "", "padding"),) * len(ids), False, False)
         # Where the two ids are one (OPT's </s>), only the place says which is meant.
-        text = ids[int(piece.begins) : len(ids) - int(piece.has_end_token)]
-        head = (self._mark(int(ids[0]), "prefix"),) if piece.begins else ()
-        tail = (self._mark(int(ids[-1]), "end"),) if piece.has_end_token else ()
-        return Segment((*head, *self._text_tokens(text), *tail), piece.begins, piece.ends)
+        text = ids[int(part.begins) : len(ids) - int(part.has_end_token)]
+        head = (self._mark(int(ids[0]), "prefix"),) if part.begins else ()
+        tail = (self._mark(int(ids[-1]), "end"),) if part.has_end_token else ()
+        return Segment((*head, *self._text_tokens(text), *tail), part.begins, part.ends)
 
     def _mark(self, token_id: int, kind: Kind) -> StoreToken:
         return StoreToken(token_id, token_label(self.tokenizer, token_id), kind)

@@ -135,7 +135,7 @@ def _block(store: TokenStore, config: InspectConfig) -> dict[str, Any]:
     index = config.block - 1
     block = stream.block(index)
     segments: list[dict[str, Any]] = []
-    for piece in stream.pieces(index):
+    for piece in stream.segments(index):
         if piece.document is None:
             segments.append({"padding": piece.end - piece.begin})
             continue

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from cartilha.config import PrepareConfig
-from cartilha.corpus.cleaning import WEB_STEPS, CleaningSettings, make_cleaner
+from cartilha.corpus.cleaning import STEPS, Cleaner, CleaningSettings
 from cartilha.corpus.records import ReadSettings
 from cartilha.corpus.sources import LeftOut, Source, resolve_inputs
 from cartilha.corpus.splits import SplitRule
@@ -70,9 +70,9 @@ def plan(config: PrepareConfig) -> Plan:
         raise UserError(f"--workers is {config.workers}; give 1 or more, or leave it out to use all cores.")
     if config.ray_address and config.executor != "ray":
         raise UserError("--ray_address is for the Ray executor; add --executor ray.")
-    steps = tuple(step for name in config.clean for step in (WEB_STEPS if name == "web" else (name,)) if step != "none")
+    steps = tuple(step for name in config.clean for step in (STEPS if name == "web" else (name,)) if step != "none")
     cleaning = CleaningSettings(language=config.language)
-    make_cleaner(steps, cleaning)  # refuses unknown steps and missing extras
+    Cleaner(steps, cleaning)  # refuses unknown steps and missing extras
     if config.rejects and not steps:
         raise UserError("--rejects takes what cleaning leaves out, and nothing is cleaned; add --clean web.")
     if config.rejects and (Path(config.rejects).is_dir() or not Path(config.rejects).parent.is_dir()):

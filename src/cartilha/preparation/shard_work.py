@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from cartilha.corpus.cleaning import CleaningSettings, Rejected, make_cleaner
+from cartilha.corpus.cleaning import Cleaner, CleaningSettings, Rejected
 from cartilha.corpus.document import Document
 from cartilha.corpus.readers import ReadCounts, read_piece
 from cartilha.corpus.records import ReadSettings
@@ -155,7 +155,7 @@ def process_shard(task: ShardTask) -> ShardResult:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        cleaner = make_cleaner(task.settings.steps, task.settings.cleaning) if task.settings.steps else None
+        cleaner = Cleaner(task.settings.steps, task.settings.cleaning) if task.settings.steps else None
         read, pieces = ReadCounts(), list[int]()
         with _Writer(task, temporary) as writer:
             for batch in batches(_documents(task, read, pieces), BATCH_CHARS, BATCH_DOCUMENTS):
