@@ -18,8 +18,7 @@ from unicodedata import normalize
 
 import numpy as np
 
-from cartilha.corpus.clusters import cluster
-from cartilha.corpus.near_duplicates import MIN_SIMILARITY
+from cartilha.corpus.near_duplicates import MIN_SIMILARITY, cluster
 from cartilha.corpus.readers import read_documents
 from cartilha.corpus.signatures import save_signatures, signatures
 

@@ -19,8 +19,9 @@ import re
 import shutil
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
@@ -150,22 +151,24 @@ def _exchange(left: Path, right: Path) -> bool:
 
 def _sweep(path: Path) -> None:
     """Remove what killed processes left of writing `path`, and restore the old directory if they were replacing it."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.old"):
-        if _is_abandoned(left):
-            if path.exists():
-                _remove(left)
-            else:
-                left.replace(path)
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        if _is_abandoned(left):
-            _remove(left)
+    name = glob.escape(path.name)
+    _clear(chain(path.parent.glob(f".{name}.*.old"), path.parent.glob(f".{name}.*.tmp")))
 
 
 def sweep_below(directory: Path) -> None:
-    """Remove all abandoned temporary files and directories below a directory that only this process uses."""
-    for left in [*directory.rglob(".*.tmp"), *directory.rglob(".*.old")]:
-        if left.name.split(".")[-2].isdigit() and _is_abandoned(left):
-            _remove(left)
+    """Remove or restore what killed processes left anywhere below a directory that only this process uses."""
+    _clear([*directory.rglob(".*.old"), *directory.rglob(".*.tmp")])
+
+
+def _clear(found: Iterable[Path]) -> None:
+    for left in found:
+        name, _, process_id = left.stem.rpartition(".")
+        if process_id.isdigit() and _is_abandoned(left):
+            replaced = left.with_name(name[1:])
+            if left.suffix == ".old" and not replaced.exists():
+                left.replace(replaced)
+            else:
+                _remove(left)
 
 
 def _is_abandoned(path: Path) -> bool:
@@ -173,8 +176,7 @@ def _is_abandoned(path: Path) -> bool:
     if sys.platform == "win32":
         import psutil
 
-        process_id = path.name.split(".")[-2]
-        return process_id.isdigit() and not psutil.pid_exists(int(process_id))
+        return not psutil.pid_exists(int(path.stem.rpartition(".")[2]))
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError:

@@ -13,8 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cartilha.corpus import plain_text
-from cartilha.corpus.readers import ReadCounts, ReadSettings, read_documents, resolve_inputs
-from cartilha.corpus.shards import read_shard, shards, shuffled
+from cartilha.corpus.readers import ReadCounts, read_documents
+from cartilha.corpus.records import ReadSettings
+from cartilha.corpus.shards import shards, shuffled
+from cartilha.corpus.sources import resolve_inputs
+from reading import read_shard
 
 LINES = st.lists(st.sampled_from(["", "a", "ção", "é\r", "\u2028", "um texto mais longo do que os outros", "\0"]))
 
@@ -50,7 +53,7 @@ def test_small_files_share_a_shard_and_large_ones_are_cut(tmp_path):
     for name, size in (("a", 3), ("b", 3), ("c", 40), ("d", 1)):
         (tmp_path / f"{name}.txt").write_text("x\n" * size, encoding="utf-8", newline="")
     cut = shards(resolve_inputs([str(tmp_path)]), ReadSettings(), 20)
-    names = [[(piece.source.stem, piece.begin) for piece in shard.pieces] for shard in cut]
+    names = [[(part.source.stem, part.span.begin) for part in shard.parts] for shard in cut]
     assert names == [
         [("a", 0), ("b", 0)],
         [("c", 0)],
@@ -60,6 +63,6 @@ def test_small_files_share_a_shard_and_large_ones_are_cut(tmp_path):
         [("d", 0)],
     ]
     again = shuffled(cut, 1)
-    assert again != cut and sorted(again, key=lambda shard: cut[0].pieces != shard.pieces)[0].pieces == cut[0].pieces
-    assert {shard.pieces for shard in again} == {shard.pieces for shard in cut}
+    assert again != cut and sorted(again, key=lambda shard: cut[0].parts != shard.parts)[0].parts == cut[0].parts
+    assert {shard.parts for shard in again} == {shard.parts for shard in cut}
     assert again == shuffled(cut, 1) != shuffled(cut, 2)

@@ -16,37 +16,22 @@ import pyarrow.parquet as pq
 import pytest
 
 from cartilha.corpus import lines
-from cartilha.corpus.readers import ReadCounts, ReadSettings, read_documents, resolve_inputs
-from cartilha.corpus.shards import read_shard, shards
+from cartilha.corpus.readers import ReadCounts, read_documents
+from cartilha.corpus.records import ReadSettings
+from cartilha.corpus.shards import shards
+from cartilha.corpus.sources import resolve_inputs
 from cartilha.errors import HubUnreachableError, UserError
+from reading import complaint, read_shard, texts, write, zstd
 
 
 def read(*paths: Path, **options) -> tuple[list[str], ReadCounts]:
     counts = ReadCounts()
-    documents = read_documents([str(path) for path in paths], ReadSettings(**options), counts=counts)
-    return [document.text for document in documents], counts
-
-
-def complaint(*paths: Path, **options) -> str:
-    with pytest.raises(UserError) as caught:
-        read(*paths, **options)
-    sentence = str(caught.value)
-    assert sentence.endswith(".") and "\n" not in sentence
-    return sentence
-
-
-def write(path: Path, data: bytes | str) -> Path:
-    path.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
-    return path
+    return texts(*paths, counts=counts, **options), counts
 
 
 def write_parquet(path: Path, **columns) -> Path:
     pq.write_table(pa.table(columns), path)
     return path
-
-
-def whole_zstd(data: bytes) -> bytes:
-    return pa.Codec("zstd").compress(data, asbytes=True)
 
 
 # What one bad record is, what it is counted as, where the message says it is, and what is left.
@@ -92,7 +77,7 @@ def test_invalid_bytes_may_be_replaced_and_the_rest_skipped(tmp_path):
 
 BAD_FILES = {
     "cut.txt.gz": gzip.compress(b"um\n" * 100_000)[:-200],
-    "cut.txt.zst": whole_zstd(os.urandom(300_000).hex().encode())[:-20_000],
+    "cut.txt.zst": zstd(os.urandom(300_000).hex().encode())[:-20_000],
     "no.txt.gz": b"this is no gzip file",
     "empty.txt.gz": b"",
     "empty.parquet": b"",
@@ -139,7 +124,7 @@ def test_parquet_without_the_column(tmp_path):
 @pytest.fixture
 def small_limit(monkeypatch):
     monkeypatch.setattr(lines, "MAX_DOCUMENT_BYTES", 100)
-    monkeypatch.setattr(lines, "BLOCK_BYTES", 16)
+    monkeypatch.setattr(lines, "BLOCK_CHARS", 16)
 
 
 @pytest.mark.parametrize("length", [84, 99, 100, 101, 117, 500])

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cartilha.corpus import clusters as module
-from cartilha.corpus.clusters import cluster
+from cartilha.corpus import near_duplicates as module
+from cartilha.corpus.near_duplicates import cluster
 from cartilha.corpus.primer import primer_texts
 from cartilha.corpus.signatures import NUM_VALUES, save_signatures, signatures
 from cartilha.errors import UserError

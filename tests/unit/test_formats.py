@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bz2
 import gzip
 import json
 import logging
@@ -15,38 +14,18 @@ import pyarrow as pa
 import pytest
 
 from cartilha.corpus import json_records
-from cartilha.corpus.readers import ReadCounts, ReadSettings, read_documents, resolve_inputs
-from cartilha.corpus.shards import read_shard, shards
-from cartilha.corpus.sources import LeftOut
+from cartilha.corpus.readers import ReadCounts, read_documents
+from cartilha.corpus.records import ReadSettings
+from cartilha.corpus.shards import shards
+from cartilha.corpus.sources import LeftOut, resolve_inputs
 from cartilha.errors import UserError
-
-COMPRESSORS = {
-    "": lambda data: data,
-    ".gz": gzip.compress,
-    ".xz": lzma.compress,
-    ".bz2": bz2.compress,
-    ".zst": lambda data: pa.Codec("zstd").compress(data, asbytes=True),
-}
+from reading import COMPRESSORS, complaint, documents, read_shard, write
 
 
 def read(path: Path, counts: ReadCounts | None = None, **options) -> list[tuple[str, str]]:
     """Number and text of each document."""
-    documents = read_documents([str(path)], ReadSettings(**options), counts=counts)
-    return [(document.id.removeprefix(f"{path.name}:"), document.text) for document in documents]
-
-
-def complaint(path: Path, **options) -> str:
-    with pytest.raises(UserError) as caught:
-        read(path, **options)
-    sentence = str(caught.value)
-    assert sentence.endswith(".") and "\n" not in sentence
-    return sentence
-
-
-def write(path: Path, data: bytes | str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
-    return path
+    found = documents(path, counts=counts, **options)
+    return [(document.id.removeprefix(f"{path.name}:"), document.text) for document in found]
 
 
 # JSON

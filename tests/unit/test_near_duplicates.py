@@ -8,8 +8,7 @@ import unicodedata
 import numpy as np
 import pytest
 
-from cartilha.corpus.clusters import cluster
-from cartilha.corpus.near_duplicates import has_near_duplicate
+from cartilha.corpus.near_duplicates import cluster, has_near_duplicate
 from cartilha.corpus.primer import primer_texts
 from cartilha.corpus.signatures import save_signatures, signatures
 from cartilha.errors import UserError

@@ -20,43 +20,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from cartilha.corpus import primer, tables
-from cartilha.corpus.readers import (
-    HubSource,
-    PrimerSource,
-    ReadCounts,
-    ReadSettings,
-    SourceFile,
-    read_documents,
-    resolve_inputs,
-)
-from cartilha.corpus.shards import read_shard, shards
-from cartilha.errors import HubUnreachableError, UserError, install_command
-
-
-def zstd(data: bytes) -> bytes:
-    return pa.Codec("zstd").compress(data, asbytes=True)
-
-
-def texts(*refs: Path | str, limit_documents=None, counts=None, **options) -> list[str]:
-    documents = read_documents(
-        [str(ref) for ref in refs], ReadSettings(**options), limit_documents=limit_documents, counts=counts
-    )
-    return [document.text for document in documents]
-
-
-def complaint(*refs: Path | str, **options) -> str:
-    """The sentence that reading ends with; it must be one sentence, on one line."""
-    with pytest.raises(UserError) as caught:
-        texts(*refs, **options)
-    sentence = str(caught.value)
-    assert sentence.endswith(".") and "\n" not in sentence
-    return sentence
-
-
-def write(path: Path, data: bytes | str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
-    return path
+from cartilha.corpus.files import SourceFile
+from cartilha.corpus.readers import ReadCounts, read_documents
+from cartilha.corpus.records import ReadSettings
+from cartilha.corpus.shards import shards
+from cartilha.corpus.sources import HubSource, PrimerSource, resolve_inputs
+from cartilha.errors import HubUnreachableError, install_command
+from reading import complaint, documents, read_shard, texts, write, zstd
 
 
 def write_jsonl(path: Path, *records: object) -> Path:
@@ -136,7 +106,7 @@ def test_invalid_utf8_names_file_line_offset_and_remedy(tmp_path):
     ],
 )
 def test_the_encoding_that_is_recommended_follows_the_bytes(tmp_path, data, encoding, likely):
-    assert f"(--encoding {likely}, say)" in complaint(write(tmp_path / "a.txt", data), encoding=encoding)
+    assert f"(perhaps --encoding {likely})" in complaint(write(tmp_path / "a.txt", data), encoding=encoding)
 
 
 @pytest.mark.parametrize("damage", [b"cora\xe7\xe3o", b"\xe2\x82", b"\xf0\x9f\x98x\xff\xff", b"\xed\xa0\x80"])
@@ -569,8 +539,7 @@ def test_import_is_light():
 
 def labels(*refs: Path | str, **options) -> list[tuple[str, str]]:
     """Ids and domains."""
-    documents = read_documents([str(ref) for ref in refs], ReadSettings(**options))
-    return [(document.id, document.domain) for document in documents]
+    return [(document.id, document.domain) for document in documents(*refs, **options)]
 
 
 def test_equal_names_in_two_folders_are_told_apart(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""CSV and TSV: what parts the fields, whether quotes enclose them, and rows that quotes join out of several lines."""
+"""CSV and TSV: what separates the fields, whether quotes enclose them, and rows joined out of several lines."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from contextlib import suppress
 from functools import partial
 
 from cartilha.corpus import lines
-from cartilha.corpus.lines import Fault, too_long
-from cartilha.corpus.records import JoinedLines, Numbered, Part, missing_column
+from cartilha.corpus.lines import LEAVE_OUT, Fault, invalid_bytes, too_long
+from cartilha.corpus.records import FilePart, JoinedLines, Numbered, missing_column
 from cartilha.errors import counted
 
 HEAD_CHARS = 4 << 20  # of a file, in which its way of quoting must show
@@ -19,20 +19,20 @@ _QUOTED_FIELD = re.compile(r'"(?:[^"]|"")*"')
 
 
 class _CsvLines:
-    """Feeds a CSV parser and remembers the lines of the record that it is in, so that it can begin again after one.
+    """Feeds a CSV parser, and remembers the lines of the current record so that the parser can begin again after one.
 
-    A quote that is never closed swallows the lines up to the next quote. Where such a record is left out, only its
-    first line is: the parser begins again with the second.
+    A quote that is never closed swallows the lines up to the next quote. If such a record is left out, only its first
+    line is: the parser begins again with the second.
     """
 
-    def __init__(self, part: Part) -> None:
+    def __init__(self, part: FilePart) -> None:
         self._part = part
         self._lines = part.lines(marks=True)
         self._again: list[str] = []
         self._held: list[str] = []
         self._held_chars = 0
         self.first_line = self.line = 0
-        self.fault: Fault | None = None  # of the bytes of this record
+        self.fault: Fault | None = None  # invalid bytes in this record
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -49,19 +49,18 @@ class _CsvLines:
         if self._held_chars > lines.MAX_DOCUMENT_BYTES:
             raise _TooLongError
         if not self._part.marks and self.fault is None:
-            judged = lines.judged(line, self.line, self._part.source, self._part.settings.encoding)
-            self.fault = judged if isinstance(judged, Fault) else None
+            self.fault = invalid_bytes(line, self.line, self._part.source, self._part.settings.encoding)
         return line
 
     def next_record(self) -> None:
-        """A record was read: what follows is another."""
+        """Begin another record."""
         self._held.clear()
         self._held_chars = 0
         self.fault = None
         self.first_line = self.line + 1
 
     def begin_again(self) -> None:
-        """Take the lines after the faulty record's first once more."""
+        """Return to the second line of the faulty record."""
         self.line -= len(self._held) - 1
         self._again += reversed(self._held[1:])
         self.next_record()
@@ -71,13 +70,13 @@ class _TooLongError(Exception):
     """A record is longer than any document."""
 
 
-def read_csv(part: Part) -> Numbered:
+def read_csv(part: FilePart) -> Numbered:
     """The rows of a file with a header."""
     csv.field_size_limit(lines.MAX_DOCUMENT_BYTES)
     feed = _CsvLines(part)
     delimiter = _delimiter(part)
     if quotes_are_plain(part):
-        rows: Iterator[list[str]] = map(partial(_split, delimiter), feed)  # a `map` goes on after an exception
+        rows: Iterator[list[str]] = map(partial(_split, delimiter), feed)  # a `map` continues after an exception
     else:
         rows = csv.reader(feed, delimiter=delimiter, strict=True)
     text_column = part.settings.text_column
@@ -88,12 +87,9 @@ def read_csv(part: Part) -> Numbered:
         feed.next_record()
         try:
             row = next(rows, None)
-        except csv.Error as error:
-            yield number, _broken_csv(part, number, feed, str(error))
-            feed.begin_again()
-            continue
-        except _TooLongError:
-            yield number, too_long(part.at(number))
+        except (csv.Error, _TooLongError) as error:
+            is_long = isinstance(error, _TooLongError)
+            yield number, too_long(part.at(number)) if is_long else _broken_csv(part, number, feed, str(error))
             feed.begin_again()
             continue
         if feed.fault:
@@ -122,10 +118,10 @@ def _split(delimiter: str, line: str) -> list[str]:
     return text.split(delimiter) if text else []
 
 
-def _delimiter(part: Part) -> str:
+def _delimiter(part: FilePart) -> str:
     """What is asked for; else a tab in `.tsv`, and in `.csv` the first sign that gives the header the text's column.
 
-    Spreadsheets write semicolons where the comma is decimal.
+    Spreadsheets write semicolons where the comma is the decimal sign.
     """
     if part.settings.csv_delimiter != "auto":
         return part.settings.csv_delimiter
@@ -133,18 +129,18 @@ def _delimiter(part: Part) -> str:
         return "\t"
     _, header = next(part.lines(marks=True), (1, ""))
     for sign in ",;\t|":
-        with suppress(csv.Error):  # a header that is no CSV with this sign; the reader says so
+        with suppress(csv.Error):  # a header that is not CSV with this sign; the reader reports it
             if isinstance(header, str) and part.settings.text_column in next(csv.reader([header], delimiter=sign), []):
                 return sign
     return ","
 
 
-def quotes_are_plain(part: Part) -> bool:
-    """Whether quotes are characters like others, told from the head of a file where `csv_quoting` is `auto`.
+def quotes_are_plain(part: FilePart) -> bool:
+    """Whether quotes are ordinary characters; where `csv_quoting` is `auto`, told from the head of the file.
 
-    TSV is written both ways. It is without quoting where more lines that have the header's number of fields hold a
-    field that only begins with a quote than there are lines with another number. A quoted field that holds a line
-    break makes at least one such line. A single column, and fields parted by other signs, are taken as quoted.
+    TSV is written both ways. It is without quoting if more lines with the header's number of fields hold a field that
+    only begins with a quote than there are lines with another number, which every quoted line break makes at least one
+    of. A single column, and fields separated by other signs, are taken as quoted.
     """
     if part.settings.csv_quoting != "auto":
         return part.settings.csv_quoting == "none"
@@ -165,11 +161,11 @@ def quotes_are_plain(part: Part) -> bool:
     return width > 1 and evidence > 0
 
 
-def _broken_csv(part: Part, number: int, feed: _CsvLines, reason: str) -> Fault:
+def _broken_csv(part: FilePart, number: int, feed: _CsvLines, reason: str) -> Fault:
     place = f"line {feed.first_line}" if feed.line == feed.first_line else f"lines {feed.first_line} to {feed.line}"
     return Fault(
         "broken_csv",
         f"{part.at(number)} ({place}): broken CSV ({reason}); look for a stray or unclosed quote there: put quotes"
         ' around fields that hold a comma, a tab or a line break, and write a quote inside them twice (""),'
-        " say --csv_quoting none where quotes are plain characters, or leave such records out by --on_error skip.",
+        f" say --csv_quoting none where quotes are plain characters, {LEAVE_OUT}",
     )

@@ -1,4 +1,4 @@
-"""The one record that the whole project passes around: a document."""
+"""The record that all stages pass on: a document."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ class Document:
 
     Attributes:
         text: The text as read: never stripped, normalised or cut.
-        id: Unique within its source; the record's own id where it has one, else `<source>:<line or row>`.
+        id: Unique within its source; the record's own id if it has one, else `<source>:<line or row>`.
         source: The file or dataset that it was read from; a file is named by its path below the input.
-        domain: The group that per-domain figures are given for: a primer genre, a dataset's own label, else the folder
-            below the input, else the file.
+        domain: The group for figures per domain: a primer genre, a dataset's own label, else the folder below the
+            input, else the file.
     """
 
     text: str
@@ -25,5 +25,5 @@ class Document:
 
     @property
     def text_hash(self) -> str:
-        """The first 32 hexadecimal digits of the SHA-256 of the UTF-8 text: the identity of a document."""
+        """The first 32 hexadecimal digits of the SHA-256 of the UTF-8 text, which identify the document."""
         return hashlib.sha256(self.text.encode("utf-8")).hexdigest()[:32]

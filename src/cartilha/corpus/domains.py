@@ -1,6 +1,6 @@
-"""Which keys of a file's records name a domain: a key with a value of its own in nearly every document names none.
+"""Which keys of a file's records name a domain: a key whose value differs in nearly every document names none.
 
-The head of the file decides, so that it does not matter how the file is cut.
+The head of the file decides, so that the answer does not depend on how the file is cut.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ log = logging.getLogger("cartilha")
 
 HEAD_RECORDS = 200
 HEAD_CHARS = 1 << 20
-MIN_RECORDS = 20  # with fewer, nothing is told from the values
+MIN_RECORDS = 20  # with fewer, the values tell nothing
 MAX_DISTINCT = 0.5  # different values, as a share of the records
 
 
 def read_head(records: Numbered, text_column: str) -> tuple[list[Record], Numbered]:
-    """The first records of a file, and all of them; a mistake among the first is raised where it is reached."""
+    """The first records of a file, and then all of them; an error among the first is raised when it is reached."""
     head: list[tuple[int | str, Record]] = []
     num_chars = 0
     rest = records
@@ -39,11 +39,11 @@ def read_head(records: Numbered, text_column: str) -> tuple[list[Record], Number
 
 def _raising(error: UserError) -> Numbered:
     raise error
-    yield  # a generator, which raises when it is asked
+    yield  # makes it a generator, which raises when it is iterated
 
 
 def keys_of_domains(records: Sequence[Record], settings: ReadSettings, path: str) -> tuple[str, ...]:
-    """Of the keys that may hold a domain, those that do."""
+    """Those of the keys that may hold a domain which do."""
     if settings.domain_column is not None:
         return settings.domain_keys
     mappings = [record for record in records if isinstance(record, Mapping)]
@@ -59,9 +59,9 @@ def keys_of_domains(records: Sequence[Record], settings: ReadSettings, path: str
 
 @lru_cache(maxsize=1024)
 def _tell(path: str, key: str) -> None:
-    """Once for each file."""
+    """Log it once for each file."""
     log.info(
-        "%s: %r has a value of its own in nearly every document, so that it is not taken for the domain;"
-        " --domain_column %s takes it nevertheless.",
+        "%s: %r has a different value in nearly every document, so that it is not taken for the domain;"
+        " --domain_column %s takes it anyway.",
         *(path, key, key),
     )

@@ -1,4 +1,4 @@
-"""Files on the disk: what was found under a name, and its bytes, decompressed."""
+"""Files on the disk: what was found under a name, and its decompressed bytes."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ COMPRESSIONS: dict[str, Callable[[Path], Any]] = {
     ".xz": lzma.open,
     ".bz2": bz2.open,
 }
-READ_ERRORS = (EOFError, zlib.error, lzma.LZMAError, OSError)  # of opening, and of what is damaged or cut off
-COMPRESSED_EXPANSION = 4.0  # text bytes in a compressed byte, for estimates only
+READ_ERRORS = (EOFError, zlib.error, lzma.LZMAError, OSError)  # a file that cannot be opened, is damaged or incomplete
+COMPRESSED_EXPANSION = 4.0  # bytes of text per compressed byte, for estimates only
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file to read; size and time of change tell a store whether its input is still the same.
+    """A file to read; from its size and time of change a store tells whether its input is still the same.
 
     Attributes:
         path: As it was given or found.
         size_bytes: Its size on the disk, compressed or not.
         modified_ns: Its time of change, in nanoseconds since the epoch.
-        name: The path below the input that it was found by, with `/`; documents are called by it.
-        domain: Of its documents, where they name none: its folder below the input, else its stem.
+        name: Its path below the input, with `/`; its documents are named after it.
+        domain: Of its documents, unless they name one: its folder below the input, else its stem.
     """
 
     path: Path
@@ -56,7 +56,7 @@ class SourceFile:
 
     @property
     def format(self) -> str:
-        """The suffix that says how to read it, in lower case and without the compression."""
+        """The suffix that tells how to read it, in lower case and without the compression."""
         return split_name(self.path.name)[1]
 
     @property
@@ -71,7 +71,7 @@ class SourceFile:
 
 
 def split_name(name: str) -> tuple[str, str, str]:
-    """A file name as stem, suffix of the format and compression, both in lower case and empty where there is none."""
+    """A file name as stem, suffix of the format and compression; the suffixes in lower case, empty if missing."""
     stem, compression = os.path.splitext(name)
     if compression.lower() not in COMPRESSIONS:
         stem, compression = name, ""
@@ -80,7 +80,7 @@ def split_name(name: str) -> tuple[str, str, str]:
 
 
 def open_file(source: SourceFile) -> IO[bytes]:
-    """The file's bytes, decompressed.
+    """The file's decompressed bytes.
 
     Raises:
         EOFError: A compressed file is empty.
@@ -91,16 +91,25 @@ def open_file(source: SourceFile) -> IO[bytes]:
     if not source.compression:
         return source.path.open("rb")
     if source.size_bytes == 0:
-        raise EOFError("the file is empty")  # gzip and Arrow would call it an empty text
+        raise EOFError("the file is empty")  # gzip and Arrow would read an empty text
     return cast(IO[bytes], COMPRESSIONS[source.compression](source.path))
 
 
-def refuse_changed(source: SourceFile) -> None:
-    """Compare size and time of change with what they were when the file was found.
+@contextmanager
+def open_seekable(source: SourceFile) -> Iterator[IO[bytes]]:
+    """The file's decompressed bytes, seekable as Parquet needs them: a compressed file is unpacked to the disk."""
+    with open_file(source) as stream:
+        if not source.compression:
+            yield stream
+            return
+        with tempfile.TemporaryFile() as unpacked:
+            shutil.copyfileobj(stream, unpacked)
+            unpacked.seek(0)
+            yield unpacked
 
-    Raises:
-        UserError: They differ.
-    """
+
+def refuse_changed(source: SourceFile) -> None:
+    """Raise a UserError if size and time of change are no longer those that were found."""
     try:
         status = source.path.stat()
     except OSError as error:
@@ -110,16 +119,3 @@ def refuse_changed(source: SourceFile) -> None:
             f"{source.path} changed while it was read (from {source.size_bytes:,} to {status.st_size:,} bytes); wait"
             " until it is complete and run the same command again."
         )
-
-
-@contextmanager
-def open_seekable(source: SourceFile) -> Iterator[IO[bytes]]:
-    """The file's plain bytes with a way back, which Parquet needs: a compressed one is unpacked on the disk first."""
-    with open_file(source) as stream:
-        if not source.compression:
-            yield stream
-            return
-        with tempfile.TemporaryFile() as unpacked:
-            shutil.copyfileobj(stream, unpacked)
-            unpacked.seek(0)
-            yield unpacked

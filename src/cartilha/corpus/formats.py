@@ -1,8 +1,8 @@
-"""The formats that are read: one entry for each, and whatever differs between them is in it.
+"""The formats that are read: one entry for each holds all that differs between them.
 
     suffix -> Format: how a file is read, what its records are called, where it can be cut
 
-A compression (`files.COMPRESSIONS`) may stand behind any suffix.
+A compression (`files.COMPRESSIONS`) may follow any suffix.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from cartilha.corpus.csv_records import read_csv
 from cartilha.corpus.files import COMPRESSED_EXPANSION, COMPRESSIONS, READ_ERRORS, SourceFile, split_name
 from cartilha.corpus.json_records import read_json, read_jsonl
-from cartilha.corpus.lines import Fault
+from cartilha.corpus.lines import Span, damaged
 from cartilha.corpus.plain_text import cut_lines, cut_txt, read_txt
-from cartilha.corpus.records import Numbered, Part, ReadSettings, Span
+from cartilha.corpus.records import FilePart, Numbered, ReadSettings
 from cartilha.corpus.tables import cut_row_groups, read_arrow, read_parquet
 from cartilha.errors import UserError
 
@@ -29,12 +29,12 @@ class Format:
         suffixes: Of its files, in lower case.
         read: A part of a file to its records.
         unit: What messages count by.
-        cut: A file to parts of about so many bytes; None where it is read as a whole.
-        expansion: Text bytes in a byte of a file, for estimates only.
+        cut: A file to parts of about so many bytes; None if it is read as a whole.
+        expansion: Bytes of text per byte of a file, for estimates only.
     """
 
     suffixes: tuple[str, ...]
-    read: Callable[[Part], Numbered]
+    read: Callable[[FilePart], Numbered]
     unit: str
     cut: Callable[[SourceFile, ReadSettings, int], Iterator[Span]] | None = None
     expansion: float = 1.0
@@ -53,29 +53,29 @@ READABLE = f"{', '.join(BY_SUFFIX)}, and {' or '.join(COMPRESSIONS)} of them"
 
 
 def is_readable(path: str) -> bool:
-    """Whether a file's name ends as one of the formats."""
+    """Whether a file's name ends like one of the formats."""
     return split_name(os.path.basename(path))[1] in BY_SUFFIX
 
 
-def format_of(source: SourceFile) -> Format:
-    """The format that a file's name tells."""
-    return BY_SUFFIX[source.format]
-
-
 def expansion(source: SourceFile) -> float:
-    """About how many bytes of text a byte of a file stands for."""
-    return COMPRESSED_EXPANSION if source.compression else format_of(source).expansion
+    """About how many bytes of text a byte of the file stands for."""
+    return COMPRESSED_EXPANSION if source.compression else BY_SUFFIX[source.format].expansion
+
+
+def file_part(source: SourceFile, settings: ReadSettings, span: Span | None = None) -> FilePart:
+    """A part of a file, by default the whole, to be read by these settings."""
+    return FilePart(source, span or Span(), BY_SUFFIX[source.format].unit, settings)
 
 
 def spans(source: SourceFile, settings: ReadSettings, target_bytes: int) -> Iterator[Span]:
-    """Parts of about `target_bytes` that can be read by themselves; the whole where it is smaller or cannot be cut."""
-    cut = format_of(source).cut
+    """Parts of about `target_bytes` that can be read alone; the whole if it is smaller or cannot be cut."""
+    cut = BY_SUFFIX[source.format].cut
     if cut is None or source.compression or source.size_bytes <= target_bytes:
-        return iter([Span(0, None, 1, source.size_bytes)])
+        return iter([Span(num_bytes=source.size_bytes)])
     return cut(source, settings, target_bytes)
 
 
-def read_records(part: Part) -> Numbered:
+def read_records(part: FilePart) -> Numbered:
     """The records of a part of a file; the last may be a fault that stands for the rest of it.
 
     Raises:
@@ -83,7 +83,7 @@ def read_records(part: Part) -> Numbered:
     """
     number: int | str = 0
     try:
-        for number, record in format_of(part.source).read(part):
+        for number, record in BY_SUFFIX[part.source.format].read(part):
             yield number, record
     except READ_ERRORS as error:
         place = f"{part.source.path} cannot be read" + (f" after {part.unit} {number}" if number else "")
@@ -91,16 +91,9 @@ def read_records(part: Part) -> Numbered:
         if system:
             remedy = "change its permissions" if isinstance(error, PermissionError) else "check the file and the disk"
             raise UserError(f"{place} ({system}); {remedy}.") from error
-        if "too much memory" in str(error):  # zstd's own words for what its option --long asks of a reader
+        if "too much memory" in str(error):  # the words of zstd for what its option --long requires of a reader
             raise UserError(
                 f"{place}: it was compressed by zstd --long with a window above 128 MiB; unpack it by"
                 f" `zstd -d --long=31`, or compress it again without --long."
             ) from error
-        yield (
-            number,
-            Fault(
-                "damaged_file",
-                f"{place} ({error}); it is damaged or cut off: copy or download it again, or go on without the"
-                " rest of it by --on_error skip.",
-            ),
-        )
+        yield number, damaged(f"{place} ({error}); it is damaged or cut off: copy or download it again")

@@ -1,4 +1,4 @@
-"""Hints about how files are read: their heads look as if another setting were meant, or one was told from them."""
+"""Hints about how files are read: if their heads suggest another setting, or a setting was told from them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from statistics import quantiles
 
 from cartilha.corpus.csv_records import quotes_are_plain
 from cartilha.corpus.files import READ_ERRORS, SourceFile
-from cartilha.corpus.formats import format_of
+from cartilha.corpus.formats import file_part
 from cartilha.corpus.lines import Fault
-from cartilha.corpus.records import Part, ReadSettings
+from cartilha.corpus.records import FilePart, ReadSettings
 from cartilha.corpus.sources import Source
 from cartilha.errors import UserError
 
@@ -20,7 +20,7 @@ log = logging.getLogger("cartilha")
 
 MAX_FILES = 20
 HEAD_CHARS = 256 << 10
-MIN_LINES = 8  # below this, nothing is told from a file alone
+MIN_LINES = 8  # with fewer, nothing is told from a file alone
 MIN_SMALL_FILES = 5
 SMALL_BYTES = 64 << 10
 SENTENCE_ENDS = (".", "!", "?", "…", ":", ";", '"', "”", "»", ")")
@@ -29,27 +29,24 @@ SENTENCE_ENDS = (".", "!", "?", "…", ":", ";", '"', "”", "»", ")")
 def log_hints(sources: Sequence[Source], settings: ReadSettings) -> None:
     """Log at most one hint about the documents of `.txt` files, and one about the quotes of `.tsv` files."""
     files = [source for source in sources if isinstance(source, SourceFile)][:MAX_FILES]
-    parts = [Part(file, 0, None, 1, format_of(file).unit, settings) for file in files]
-    hints = (
-        [_text_unit([part for part in parts if part.source.format == ".txt"])] if settings.text_unit == "line" else []
-    )
-    hints.append(_quoting([part for part in parts if part.source.format == ".tsv"]))
-    for hint in filter(None, hints):
-        log.warning("%s", hint)
+    texts, tables = ([file_part(file, settings) for file in files if file.format == kind] for kind in (".txt", ".tsv"))
+    for hint in (_text_unit(texts) if settings.text_unit == "line" else None, _quoting(tables)):
+        if hint:
+            log.warning("%s", hint)
 
 
-def _quoting(parts: Sequence[Part]) -> str | None:
+def _quoting(parts: Sequence[FilePart]) -> str | None:
     for part in parts:
-        with contextlib.suppress(UserError, *READ_ERRORS):  # whoever reads the file says so
+        with contextlib.suppress(UserError, *READ_ERRORS):  # the reader reports it
             if part.settings.csv_quoting == "auto" and quotes_are_plain(part):
                 return (
-                    f"{part.source.path}: quotes are taken as characters like others, for they do not enclose whole"
-                    " fields; say --csv_quoting minimal if they do."
+                    f"{part.source.path}: quotes are taken as characters like others, because they do not enclose"
+                    " whole fields; say --csv_quoting minimal if they do."
                 )
     return None
 
 
-def _text_unit(parts: Sequence[Part]) -> str | None:
+def _text_unit(parts: Sequence[FilePart]) -> str | None:
     num_small = 0
     for part in parts:
         lines = _head(part)
@@ -58,7 +55,7 @@ def _text_unit(parts: Sequence[Part]) -> str | None:
         if _are_wrapped(blocks):
             return f"{but} they look like wrapped text; perhaps --text_unit paragraph or --text_unit file is meant."
         if len(lines) >= MIN_LINES and len(blocks) > 2 and sum(len(block) > 1 for block in blocks) > len(blocks) / 2:
-            return f"{but} they stand in blocks parted by empty lines; perhaps --text_unit paragraph is meant."
+            return f"{but} they form blocks separated by empty lines; perhaps --text_unit paragraph is meant."
         num_small += part.source.size_bytes <= SMALL_BYTES and sum(map(len, blocks)) > 1
     if num_small >= MIN_SMALL_FILES and num_small > 0.8 * len(parts):
         return (
@@ -68,8 +65,8 @@ def _text_unit(parts: Sequence[Part]) -> str | None:
     return None
 
 
-def _head(part: Part) -> list[str]:
-    """The first lines, without the spaces around them; none of a file that cannot be read."""
+def _head(part: FilePart) -> list[str]:
+    """The first lines without white space around them; none if the file cannot be read."""
     lines: list[str] = []
     num_chars = 0
     with contextlib.suppress(UserError, *READ_ERRORS):
@@ -82,7 +79,7 @@ def _head(part: Part) -> list[str]:
 
 
 def _are_wrapped(blocks: Sequence[Sequence[str]]) -> bool:
-    """Whether sentences go on from line to line, and lines that do are about as long as the longest."""
+    """Whether sentences continue from line to line, on lines that are about as long as the longest."""
     pairs = [pair for block in blocks for pair in pairwise(block)]
     continued = [len(a) for a, b in pairs if not a.endswith(SENTENCE_ENDS) and b[0].islower()]
     if len(pairs) < MIN_LINES or len(continued) < 0.4 * len(pairs):

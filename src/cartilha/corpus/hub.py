@@ -10,30 +10,20 @@ from cartilha.errors import HubUnreachableError, first_line, missing_extra
 
 
 def num_data_files(source: HubSource) -> int:
-    """Data files of a dataset's split, each of which can be streamed by itself.
-
-    Raises:
-        UserError: The extra `hub` is not installed.
-        HubUnreachableError: The dataset, configuration or split cannot be had.
-    """
+    """The number of data files in a dataset's split, each of which can be streamed alone; raises like `read_hub`."""
     return _num_files(_load(source))
 
 
 def read_hub(
     source: HubSource, begin: int = 0, end: int | None = None
 ) -> Iterator[tuple[int | str, Mapping[str, Any]]]:
-    """Stream the records of a dataset's split, or of some of its data files, in the hub's order.
+    """Stream the records of data files `begin` to `end` - 1 (default all) of a dataset's split, in the hub's order.
 
-    Records are numbered from 1; where there are several data files, within each of them, as `FILE:ROW`, both from 1.
-
-    Args:
-        source: The dataset.
-        begin: Index of the first data file.
-        end: The one after the last; None for all.
+    Records are numbered from 1; if there are several data files, within each of them, as `FILE:ROW`, both from 1.
 
     Raises:
         UserError: The extra `hub` is not installed.
-        HubUnreachableError: The dataset, configuration or split cannot be had, or the connection broke.
+        HubUnreachableError: The dataset, configuration or split cannot be loaded, or the connection broke.
     """
     dataset = _load(source)
     num_files = _num_files(dataset)
@@ -44,8 +34,8 @@ def read_hub(
             for row, record in enumerate(part, 1):
                 number = f"{file + 1}:{row}" if num_files > 1 else row
                 yield number, record
-    # What `datasets` and the HTTP libraries below it raise shares no base class and changes between releases. Nothing
-    # of ours runs inside the `try`: what a consumer raises does not pass through a generator.
+    # The exceptions of `datasets` and its HTTP libraries share no base class and change between releases. An exception
+    # of the consumer does not pass through the generator, so only theirs are caught here.
     except Exception as error:
         raise _unreachable(source, error, f" after row {number}" if number else "") from error
 

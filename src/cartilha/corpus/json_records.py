@@ -1,4 +1,4 @@
-"""JSON: an object a line, or a file of one array or of objects one after another."""
+"""JSON: one object per line, or a file of one array or of objects one after another."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 
 from cartilha.corpus import lines
 from cartilha.corpus.files import open_file
-from cartilha.corpus.lines import MARK_INVALID, Fault, too_long
-from cartilha.corpus.records import Numbered, Part, Record
+from cartilha.corpus.lines import LEAVE_OUT, MARK_INVALID, Fault, damaged, too_long
+from cartilha.corpus.records import FilePart, Numbered, Record
 
 BLOCK_CHARS = 1 << 20
 
 _BEFORE_ITEM = re.compile(r"\s*[\[,]?\s*")
 
 
-def read_jsonl(part: Part) -> Numbered:
-    """An object a line."""
+def read_jsonl(part: FilePart) -> Numbered:
+    """One object per line."""
     for number, line in part.lines():
         if isinstance(line, Fault):
             yield number, line
@@ -28,8 +28,8 @@ def read_jsonl(part: Part) -> Numbered:
             yield number, _parse_line(line, part, number)
 
 
-def read_json(part: Part) -> Numbered:
-    """A `.json` file: an object a line where its first line is an object, else an array or objects over many lines."""
+def read_json(part: FilePart) -> Numbered:
+    """A `.json` file: if its first line is an object, one object per line; else an array or objects over many lines."""
     for _, line in part.lines(marks=True):
         if isinstance(line, Fault) or not line.isspace():
             is_lines = isinstance(line, str) and line.startswith("{") and line.rstrip().endswith("}")
@@ -37,22 +37,22 @@ def read_json(part: Part) -> Numbered:
     return iter(())
 
 
-def _parse_line(line: str, part: Part, number: int) -> Record:
+def _parse_line(line: str, part: FilePart, number: int) -> Record:
     try:
         record = json.loads(line.rstrip("\r\n"))  # the line's end would be named as the place of the fault
     except (ValueError, RecursionError) as error:
         reason = str(error)
-        if isinstance(error, json.JSONDecodeError):  # its own words speak of line 1, whichever it is
+        if isinstance(error, json.JSONDecodeError):  # its own words name line 1, whichever it is
             reason = f"{error.msg} at column {error.colno}"
         return Fault(
             "broken_json",
-            f"{part.at(number)}: not valid JSON ({reason}); each line must be one JSON object: mend or remove this one,"
-            " or leave such records out by --on_error skip.",
+            f"{part.at(number)}: not valid JSON ({reason}); each line must be one JSON object: correct or remove this"
+            f" one, {LEAVE_OUT}",
         )
     return _object(record, part, number, "line")
 
 
-def _object(value: Any, part: Part, number: int, what: str) -> Record:
+def _object(value: Any, part: FilePart, number: int, what: str) -> Record:
     if isinstance(value, dict):
         return value
     return Fault(
@@ -62,14 +62,14 @@ def _object(value: Any, part: Part, number: int, what: str) -> Record:
     )
 
 
-def _read_values(part: Part) -> Numbered:
-    """The items of an array, or values one after another; what cannot be parsed stands for the rest of the file."""
+def _read_values(part: FilePart) -> Numbered:
+    """The items of an array, or values one after another; a value that cannot be parsed ends the file."""
     decode = json.JSONDecoder().raw_decode
     number, held, at, in_array = 0, "", 0, False
     with io.TextIOWrapper(open_file(part.source), part.settings.encoding, MARK_INVALID, newline="") as file:
         while True:
             before = _BEFORE_ITEM.match(held, at)
-            assert before is not None  # it matches nothing, too
+            assert before is not None  # it matches the empty string, too
             opened = in_array or "[" in before.group()
             if opened and "," not in before.group() and held.startswith("]", before.end()):
                 at, in_array = before.end() + 1, False
@@ -77,11 +77,12 @@ def _read_values(part: Part) -> Numbered:
             try:
                 value, end = decode(held, before.end())
             except (ValueError, RecursionError) as error:
-                block = "" if len(held) - at > lines.MAX_DOCUMENT_BYTES else file.read(BLOCK_CHARS)
+                is_long = len(held) - at > lines.MAX_DOCUMENT_BYTES
+                block = "" if is_long else file.read(BLOCK_CHARS)
                 if block:
                     held, at = held[at:] + (block if held else block.removeprefix("\ufeff")), 0
                     continue
-                if len(held) - at > lines.MAX_DOCUMENT_BYTES:
+                if is_long:
                     yield number + 1, too_long(part.at(number + 1))
                 elif in_array or held[at:].strip():
                     yield number + 1, _broken(part, error if before.end() < len(held) else "it ends too early", number)
@@ -90,11 +91,10 @@ def _read_values(part: Part) -> Numbered:
             yield number, _object(value, part, number, "item" if in_array else "value")
 
 
-def _broken(part: Part, error: Exception | str, number: int) -> Fault:
+def _broken(part: FilePart, error: Exception | str, number: int) -> Fault:
     reason = error.msg if isinstance(error, json.JSONDecodeError) else error
     place = f"after record {number}" if number else "from its beginning"
-    return Fault(
-        "damaged_file",
+    return damaged(
         f"{part.source.path} is not valid JSON {place} ({reason}); write it anew as one array of objects, or as an"
-        " object a line, or go on without the rest of it by --on_error skip.",
+        " object a line"
     )

@@ -1,8 +1,8 @@
-"""Which language texts are in: py3langid's model, walked over many texts at once.
+"""The language of texts: py3langid's model, applied to many texts at once.
 
-The model (Lui and Baldwin 2012, "langid.py") is an automaton over UTF-8 bytes that tells which of some byte sequences
-end where, and a naive Bayes classifier of how often each does. py3langid goes through one text byte by byte in Python;
-here the texts of a batch go abreast, a byte of each at a time. The results are py3langid's own, by a test.
+The model (Lui and Baldwin 2012, "langid.py") is an automaton over UTF-8 bytes that finds the ends of certain byte
+sequences, and a naive Bayes classifier of their counts. py3langid goes through one text byte by byte in Python; here
+all texts of a batch advance together. A test compares the results with those of py3langid.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ class Identifier:
     """The model.
 
     Attributes:
-        labels: ISO 639 codes, one a column; a language with two scripts has two.
+        labels: ISO 639 codes, one per column; a language with two scripts has two columns.
         aliases: Columns (first, other) of the same language.
-        next_states: The automaton: for each kind of state and byte the next state.
-        rows: For each state where its kind begins in `next_states`, int64.
-        features: For each state the feature that ends there, -1 where none does, int32.
+        next_states: The automaton: the next state for each kind of state and byte.
+        rows: Where the kind of each state begins in `next_states`, int64.
+        features: The feature that ends at each state, or -1, int32.
         weights: float32, shape (num_features, num_labels); and `priors`, shape (num_labels,).
     """
 
@@ -40,11 +40,7 @@ class Identifier:
 
 @lru_cache(maxsize=1)
 def load_identifier() -> Identifier:
-    """py3langid's own model, read once.
-
-    Raises:
-        ImportError: The extra `text` is missing.
-    """
+    """py3langid's model, read once; an ImportError if the extra `text` is missing."""
     from py3langid import langid
 
     model = langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE)
@@ -56,7 +52,7 @@ def load_identifier() -> Identifier:
         np.asarray(model.tk_nextmove),
         np.asarray(model.tk_row, np.int64) << 8,
         np.asarray(model.tk_output, np.int32),
-        # As float16 the weights are converted at each use; 57 MB instead of 28.
+        # As float16 (28 MB instead of 57) they would be converted at each use.
         np.asarray(model.nb_ptc, np.float32),
         np.asarray(model.nb_pc, np.float32),
     )
@@ -65,9 +61,7 @@ def load_identifier() -> Identifier:
 def languages(identifier: Identifier, texts: Sequence[str]) -> list[tuple[str, float]]:
     """The language of each text and its share of the probability, as `classify` of py3langid gives them.
 
-    Args:
-        identifier: The model.
-        texts: Short ones: all are walked as long as the longest is.
+    The texts should be short and similar in length: each takes as many steps as the longest.
     """
     if not texts:
         return []
@@ -84,7 +78,7 @@ def languages(identifier: Identifier, texts: Sequence[str]) -> list[tuple[str, f
 
 
 def _encoded(text: str) -> bytes:
-    """As the model was trained: no text all in capitals, letters and accents together."""
+    """As in the training of the model: no text all in capitals, accents joined with their letters."""
     return unicodedata.normalize("NFC", text.lower() if text.isupper() else text).encode("utf-8", "surrogatepass")
 
 
@@ -105,12 +99,7 @@ def _scores(identifier: Identifier, encoded: list[bytes]) -> np.ndarray:
 
 
 def _features(identifier: Identifier, encoded: list[bytes]) -> np.ndarray:
-    """The feature that ends at each byte of each text, -1 where none does: int32, shape (longest, num_texts).
-
-    Args:
-        identifier: The model.
-        encoded: The longest first.
-    """
+    """The feature that ends at each byte of each text (longest first), or -1: int32, shape (longest, num_texts)."""
     lengths = np.array([len(text) for text in encoded], np.int64)
     longest = int(lengths.max(initial=0))
     padded = b"".join(text.ljust(longest, b"\0") for text in encoded)
@@ -118,7 +107,7 @@ def _features(identifier: Identifier, encoded: list[bytes]) -> np.ndarray:
     ended = np.full(columns.shape, -1, np.int32)
     states = np.zeros(len(encoded), np.int64)
     for place, column in enumerate(columns):
-        going = int(np.searchsorted(-lengths, -place, side="left"))  # texts that are longer than that
+        going = int(np.searchsorted(-lengths, -place, side="left"))  # texts that are not at their end
         states = identifier.next_states[identifier.rows[states[:going]] + column[:going]]
         ended[place, :going] = identifier.features[states]
     return ended

@@ -1,4 +1,4 @@
-"""Importing this reads the model of `language`: a process that workers are forked from does so once for all of them."""
+"""Importing this module loads the model of `language`, once for all workers that are forked afterwards."""
 
 from cartilha.corpus.language import load_identifier
 

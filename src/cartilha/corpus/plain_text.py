@@ -1,4 +1,4 @@
-"""Plain text: a document a line, a paragraph or a file; and where files of lines can be cut."""
+"""Plain text: one document per line, paragraph or file; and where files of lines can be cut."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from cartilha.corpus import lines
 from cartilha.corpus.files import SourceFile
-from cartilha.corpus.lines import Fault, can_be_cut, too_long
-from cartilha.corpus.records import Numbered, Part, ReadSettings, Span
+from cartilha.corpus.lines import Fault, Span, can_be_cut, too_long
+from cartilha.corpus.records import FilePart, Numbered, ReadSettings
 
 COUNT_BYTES = 4 << 20
 
@@ -16,12 +16,12 @@ _LINE_END = re.compile(rb"\n")
 _EMPTY_LINE = re.compile(rb"\n[ \t\r]*\n")
 
 
-def read_txt(part: Part) -> Numbered:
+def read_txt(part: FilePart) -> Numbered:
     """The documents of a `.txt` file."""
     return _read_lines(part) if part.settings.text_unit == "line" else _read_joined(part)
 
 
-def _read_lines(part: Part) -> Numbered:
+def _read_lines(part: FilePart) -> Numbered:
     for number, line in part.lines():
         if isinstance(line, Fault):
             yield number, line
@@ -30,20 +30,21 @@ def _read_lines(part: Part) -> Numbered:
             yield number, {part.settings.text_column: text} if part.marks else text
 
 
-def _read_joined(part: Part) -> Numbered:
-    """Paragraphs, numbered by their first lines, or the file as one document; line ends inside stay as they are."""
+def _read_joined(part: FilePart) -> Numbered:
+    """Paragraphs, numbered by their first lines, or the file as one document; line ends inside are kept."""
     whole = part.settings.text_unit == "file"
     held: list[str] = []
     num_chars, begin = 0, 1 if whole else 0
     fault: Fault | None = None
 
-    def document() -> str:
-        return "".join(held) if whole else _without_end("".join(held))
+    def document() -> Fault | dict[str, str]:
+        text = "".join(held)
+        return fault or {part.settings.text_column: text if whole else _without_end(text)}
 
     for number, line in part.lines():
         if not whole and isinstance(line, str) and (not line or line.isspace()):
             if begin:
-                yield begin, fault or {part.settings.text_column: document()}
+                yield begin, document()
             held, num_chars, begin, fault = [], 0, 0, None
             continue
         begin = begin or number
@@ -58,7 +59,7 @@ def _read_joined(part: Part) -> Numbered:
             if whole:
                 break
     if begin:
-        yield begin, fault or {part.settings.text_column: document()}
+        yield begin, document()
 
 
 def _without_end(text: str) -> str:
@@ -66,27 +67,25 @@ def _without_end(text: str) -> str:
 
 
 def cut_txt(source: SourceFile, settings: ReadSettings, target_bytes: int) -> Iterator[Span]:
-    """Cut between documents, where one is less than the file."""
+    """Cut between documents, unless the file is one."""
     if settings.text_unit == "file":
-        return iter([Span(0, None, 1, source.size_bytes)])
-    return _cut(source, settings, target_bytes, _LINE_END if settings.text_unit == "line" else _EMPTY_LINE)
+        return iter([Span(num_bytes=source.size_bytes)])
+    return cut_lines(source, settings, target_bytes, _LINE_END if settings.text_unit == "line" else _EMPTY_LINE)
 
 
-def cut_lines(source: SourceFile, settings: ReadSettings, target_bytes: int) -> Iterator[Span]:
-    """Cut between lines; the file is read once to count them."""
-    return _cut(source, settings, target_bytes, _LINE_END)
-
-
-def _cut(source: SourceFile, settings: ReadSettings, target_bytes: int, between: re.Pattern[bytes]) -> Iterator[Span]:
+def cut_lines(
+    source: SourceFile, settings: ReadSettings, target_bytes: int, between: re.Pattern[bytes] = _LINE_END
+) -> Iterator[Span]:
+    """Cut after matches of `between`; the file is read once to count its lines."""
     if not can_be_cut(settings.encoding):
-        yield Span(0, None, 1, source.size_bytes)
+        yield Span(num_bytes=source.size_bytes)
         return
     begin, first, position, num_lines = 0, 1, 0, 0  # `num_lines` from `begin` up to `position`
     with source.path.open("rb") as stream:
         while block := stream.read(COUNT_BYTES):
             offset = 0
             while True:
-                # The first end of a document at or beyond the target ends the part.
+                # A part ends at the first end of a document at or beyond the target.
                 start = max(offset, begin + target_bytes - 1 - position)
                 found = between.search(block, start)
                 if found is None or position + found.end() >= source.size_bytes:

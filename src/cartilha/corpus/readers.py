@@ -1,17 +1,17 @@
-"""REFs to documents: files of any of the `formats`, the hub and the primer.
+"""REFs to documents: files of any of the `formats`, datasets of the hub, and the primer.
 
-    REFs -> resolve_inputs -> pieces of sources (shards) -> a reader for each format: (number, record) -> Document
+    REFs -> resolve_inputs -> parts of sources (shards) -> a reader for each format: (number, record) -> Document
 
-What is a document, what it is called and what is wrong with it depend on its file alone, not on how the file was cut.
-Invalid bytes reach `_document` as lone surrogates, the marks of `lines`; half a surrogate pair that JSON spells out is
-treated alike. Faulty records stop the reading, or are left out and counted by reason.
+A document, its name and its faults depend on its file alone, not on how the file was cut. Invalid bytes reach
+`_document` as lone surrogates, the marks of `lines`; half a surrogate pair in JSON is treated alike. A faulty record
+stops the reading, or is left out and counted by reason.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import islice
 from typing import Any
@@ -20,40 +20,24 @@ from cartilha.corpus import lines
 from cartilha.corpus.document import Document
 from cartilha.corpus.domains import keys_of_domains, read_head
 from cartilha.corpus.files import SourceFile, refuse_changed
-from cartilha.corpus.formats import format_of, read_records
+from cartilha.corpus.formats import file_part, read_records
 from cartilha.corpus.hints import log_hints
 from cartilha.corpus.hub import read_hub
-from cartilha.corpus.lines import Fault, too_long, without_surrogates
+from cartilha.corpus.lines import LEAVE_OUT, Fault, Span, too_long, without_surrogates
 from cartilha.corpus.primer import read_primer
-from cartilha.corpus.records import JoinedLines, Numbered, Part, ReadSettings, missing_column
+from cartilha.corpus.records import JoinedLines, Numbered, ReadSettings, missing_column
 from cartilha.corpus.sources import HubSource, PrimerSource, Source, resolve_inputs
 from cartilha.errors import UserError
-
-__all__ = [
-    "HubSource",
-    "Piece",
-    "PrimerSource",
-    "ReadCounts",
-    "ReadSettings",
-    "Source",
-    "SourceFile",
-    "read_documents",
-    "read_piece",
-    "resolve_inputs",
-]
 
 
 @dataclass
 class ReadCounts:
-    """What was read so far; filled while documents are consumed.
+    """What has been read so far; filled while documents are consumed.
 
     Attributes:
-        documents: Documents given out.
-        empty: Records left out because their text is missing (null), empty or only whitespace.
+        empty: Records left out because their text is missing (null), empty or only white space.
         replaced_bytes_documents: Documents in whose text invalid bytes became U+FFFD.
-        nul_documents: Documents that hold NUL characters, which are kept.
-        joined_rows: Rows of CSV and TSV whose quotes joined several lines.
-        first_joined: Where the first of them is.
+        joined_rows: Rows of CSV and TSV whose quotes joined several lines; `first_joined` is the place of the first.
         skipped: Faulty records left out, by reason; `damaged_file` stands for the rest of a file.
         first_skipped: The message of the first one of each reason.
     """
@@ -68,7 +52,7 @@ class ReadCounts:
     first_skipped: dict[str, str] = field(default_factory=dict)
 
     def add(self, other: ReadCounts) -> None:
-        """Add what another reader counted; in the order of the pieces, so that the first messages are the same."""
+        """Add what another reader counted; in the order of the parts, so that the first messages are the same."""
         self.documents += other.documents
         self.empty += other.empty
         self.replaced_bytes_documents += other.replaced_bytes_documents
@@ -80,34 +64,25 @@ class ReadCounts:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A part of a source that can be read by itself: the same documents, ids and messages as in the whole.
-
-    Attributes:
-        source: Where it is from.
-        begin: First byte (text files), row group (Parquet) or data file (hub).
-        end: The one after the last; None for the end of the source.
-        first: Number of its first line or row.
-    """
+class SourcePart:
+    """A part of a source that can be read alone, with the same documents, ids and messages as in the whole."""
 
     source: Source
-    begin: int = 0
-    end: int | None = None
-    first: int = 1
+    span: Span = Span()
 
 
 @dataclass(frozen=True)
 class _Origin:
-    """How a source is called: in documents (`name`, `domain`) and in messages (`path`, and what it counts by).
+    """How a source is called: in documents (`name`, `domain`) and in messages (`path`, and the `unit` it counts by).
 
-    `domain` is that of records whose `domain_keys` hold none.
+    `domain` is that of records without a domain under one of the `domain_keys`.
     """
 
     name: str
     domain: str
     path: str
     unit: str
-    domain_keys: tuple[str, ...]
+    domain_keys: tuple[str, ...] = ()
 
     def at(self, number: int | str) -> str:
         return f"{self.path}, {self.unit} {number}"
@@ -120,16 +95,11 @@ def read_documents(
     limit_documents: int | None = None,
     counts: ReadCounts | None = None,
 ) -> Iterator[Document]:
-    r"""Stream the documents of REFs, in input order. Texts are never stripped; empty ones are left out and counted.
+    r"""Stream the documents of REFs (`resolve_inputs`), in the order of the input; `counts` is filled as they are read.
 
-    A `.txt` file is one document a line, split at `\n` only (a `\r` before it is dropped). Mistakes in the arguments
-    are raised at once, those in the files when they are reached.
-
-    Args:
-        refs: What to read (`resolve_inputs`).
-        settings: How; default `ReadSettings()`.
-        limit_documents: Stop after this many documents.
-        counts: Filled as documents are read.
+    Texts are never stripped; empty ones are left out and counted. A `.txt` file is one document per line, split at `\n`
+    only (a `\r` before it is dropped). Mistakes in the arguments are raised at once, those in the files when they are
+    reached.
 
     Raises:
         UserError: What was asked for cannot be read; the message names the place and the remedy.
@@ -138,32 +108,27 @@ def read_documents(
         raise UserError(f"--limit_documents is {limit_documents}; give 1 or more, or leave it out to read everything.")
     reading = settings or ReadSettings()
     sources = resolve_inputs(refs)
-    if any(isinstance(ref, str) for ref in refs):  # who resolves them before gives the hints once
+    if any(isinstance(ref, str) for ref in refs):  # callers that resolved them before have logged the hints
         log_hints(sources, reading)
     found = ReadCounts() if counts is None else counts
-    documents = (document for source in sources for document in read_piece(Piece(source), reading, found))
+    documents = (document for source in sources for document in read_part(SourcePart(source), reading, found))
     return islice(documents, limit_documents)
 
 
-def read_piece(piece: Piece, settings: ReadSettings, counts: ReadCounts) -> Iterator[Document]:
-    """Stream the documents of a piece, in order.
-
-    Args:
-        piece: What to read.
-        settings: How.
-        counts: Filled as documents are read.
+def read_part(part: SourcePart, settings: ReadSettings, counts: ReadCounts) -> Iterator[Document]:
+    """Stream the documents of a part, in order; `counts` is filled as they are read.
 
     Raises:
         UserError: It cannot be read, or changed since its source was found; the message names place and remedy.
     """
-    if isinstance(piece.source, PrimerSource):
+    if isinstance(part.source, PrimerSource):
         for document in read_primer():
             counts.documents += 1
             yield document
         return
-    if isinstance(piece.source, SourceFile):
-        refuse_changed(piece.source)
-    origin, records = _open(piece, settings)
+    if isinstance(part.source, SourceFile):
+        refuse_changed(part.source)
+    origin, records = _open(part, settings)
     for number, record in records:
         found = record if isinstance(record, Fault) else _document(record, number, origin, settings, counts)
         if isinstance(found, Fault):
@@ -174,52 +139,52 @@ def read_piece(piece: Piece, settings: ReadSettings, counts: ReadCounts) -> Iter
         elif found is not None:
             counts.documents += 1
             yield found
-    if isinstance(piece.source, SourceFile):
-        refuse_changed(piece.source)
+    if isinstance(part.source, SourceFile):
+        refuse_changed(part.source)
 
 
-def _open(piece: Piece, settings: ReadSettings) -> tuple[_Origin, Numbered]:
-    source = piece.source
+def _open(part: SourcePart, settings: ReadSettings) -> tuple[_Origin, Numbered]:
+    source, span = part.source, part.span
     if isinstance(source, HubSource):
-        records: Numbered = read_hub(source, piece.begin, piece.end)
-        name = domain = source.label
-        path, unit = f"hf:{source.label}", "row"
+        origin = _Origin(source.label, source.label, f"hf:{source.label}", "row")
+        records: Numbered = read_hub(source, span.begin, span.end)
     else:
         assert isinstance(source, SourceFile)
-        part = Part(source, piece.begin, piece.end, piece.first, format_of(source).unit, settings)
-        records, path, unit = read_records(part), str(source.path), part.unit
+        to_read = file_part(source, settings, span)
+        records = read_records(to_read)
         # Names that are not valid UTF-8 come with surrogates from the file system.
-        name, domain = without_surrogates(source.name), without_surrogates(source.domain)
+        names = without_surrogates(source.name), without_surrogates(source.domain)
+        origin = _Origin(*names, str(source.path), to_read.unit)
         if source.format == ".txt":
-            if settings.text_unit == "file" and source.domain == source.stem:  # a stem would be one document's alone
-                domain = without_surrogates(source.path.absolute().parent.name) or domain
-            return _Origin(name, domain, path, unit, ()), records
-    if isinstance(source, HubSource) or (piece.begin == 0 and piece.end is None):
-        head, records = read_head(records, settings.text_column)
-        return _Origin(name, domain, path, unit, keys_of_domains(head, settings, path)), records
-    return _Origin(name, domain, path, unit, _keys_of_file(source, settings)), records
+            if settings.text_unit == "file" and source.domain == source.stem:  # the stem would be of one document only
+                folder = without_surrogates(source.path.absolute().parent.name)
+                origin = replace(origin, domain=folder or origin.domain)
+            return origin, records
+        if span.begin or span.end is not None:
+            return replace(origin, domain_keys=_keys_of_file(source, settings)), records
+    head, records = read_head(records, settings.text_column)
+    return replace(origin, domain_keys=keys_of_domains(head, settings, origin.path)), records
 
 
 @lru_cache(maxsize=64)
 def _keys_of_file(source: SourceFile, settings: ReadSettings) -> tuple[str, ...]:
-    """Those that the whole file has, for a part of it."""
-    return _open(Piece(source), settings)[0].domain_keys
+    """The keys of the whole file, for a part of it."""
+    return _open(SourcePart(source), settings)[0].domain_keys
 
 
 def _document(
     record: str | Mapping[str, Any], number: int | str, origin: _Origin, settings: ReadSettings, counts: ReadCounts
 ) -> Document | Fault | None:
-    """The document in a record, or None where the text is empty, which is counted."""
-    if isinstance(record, str):
-        text: Any = record
-        labels: Mapping[str, Any] = {}
-    elif settings.text_column in record:
+    """The document in a record, or None if the text is empty, which is counted."""
+    labels: Mapping[str, Any] = {}
+    text: Any = record
+    if not isinstance(record, str):
+        if settings.text_column not in record:
+            return missing_column(origin.at(number), settings.text_column, list(record))
         text, labels = record[settings.text_column], record
         if isinstance(record, JoinedLines):
             counts.joined_rows += 1
             counts.first_joined = counts.first_joined or origin.at(number)
-    else:
-        return missing_column(origin.at(number), settings.text_column, list(record))
     if labels and settings.domain_column in origin.domain_keys and settings.domain_column not in labels and text:
         return missing_column(origin.at(number), settings.domain_column, list(labels), "domain")
     if text is None or (isinstance(text, str) and (not text or text.isspace())):
@@ -238,28 +203,25 @@ def _document(
         if settings.invalid_bytes == "stop":
             return Fault(
                 "invalid_bytes",
-                f"{origin.at(number)}: the text holds invalid bytes or half a surrogate pair, which is no character;"
-                " mend it, put U+FFFD in its place by --invalid_bytes replace, or leave such records out by --on_error"
-                " skip.",
+                f"{origin.at(number)}: the text holds invalid bytes or half a surrogate pair, which is not a"
+                f" character; correct it, put U+FFFD in its place by --invalid_bytes replace, {LEAVE_OUT}",
             )
         counts.replaced_bytes_documents += 1
-    if "\0" in clean:
-        counts.nul_documents += 1
+    counts.nul_documents += "\0" in clean
     named = settings.domain_column is not None
     domains = [_label(labels, key) for key in origin.domain_keys if named or isinstance(labels.get(key), str)]
-    domain = next(filter(None, domains), origin.domain)
     # A text column that is called `id` says nothing about the document.
     given_id = _label(labels, "id") if settings.text_column != "id" else ""
     return Document(
         text=clean,
         id=given_id or f"{origin.name}:{number}",
         source=origin.name,
-        domain=domain,
+        domain=next(filter(None, domains), origin.domain),
     )
 
 
 def _label(record: Mapping[str, Any], key: str) -> str:
-    """A text or number under a key; empty where there is none."""
+    """A text or number under a key; empty if there is none."""
     value = record.get(key)
     is_label = isinstance(value, (str, int)) and not isinstance(value, bool)
     return without_surrogates(str(value)) if is_label else ""

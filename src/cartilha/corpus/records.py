@@ -1,18 +1,18 @@
-"""What the readers of all formats share: how to read, what part of a file, and what they give.
+"""What the readers of all formats share: how to read, what part of a file, and what they yield.
 
-A record is a mapping of column to value, a text alone that is known to be valid, or a `Fault` where it cannot be
-read. A reader holds one record at a time (Parquet and Arrow: one batch). Invalid bytes reach a mapping as lone
-surrogates, the marks of `lines`.
+A record is a mapping of column to value, a text that is known to be valid, or a `Fault` if it cannot be read. A reader
+holds one record at a time (Parquet and Arrow: one batch). Invalid bytes in a mapping are lone surrogates, the marks of
+`lines`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from cartilha.corpus.files import SourceFile
-from cartilha.corpus.lines import Fault, known_encoding, read_lines
+from cartilha.corpus.lines import Fault, Span, known_encoding, read_lines
 from cartilha.errors import UserError
 
 DOMAIN_KEYS = ("domain", "genre", "source")
@@ -30,20 +30,20 @@ class ReadSettings:
     """How records become documents.
 
     Attributes:
-        text_column: Key or column that holds the text, where records have keys.
-        encoding: Of text files; any of the names that Python knows it by.
+        text_column: Key or column of the text, where records have keys.
+        encoding: Of text files; any name that Python knows it by.
         invalid_bytes: `replace` puts U+FFFD for bytes that the encoding does not allow and for half surrogate pairs in
-            JSON, and counts the documents; with `stop` they are a fault like others.
+            JSON, and counts these documents; with `stop` they are faults like others.
         on_error: `stop` at the first faulty record, or `skip` it and count it by its reason.
         text_unit: Whether a document in a `.txt` file is a `line`, a `paragraph` (lines up to an empty one) or the
             whole `file`.
-        domain_column: Key or column that holds the domain; None takes the first of `DOMAIN_KEYS` that a record has.
-        csv_quoting: Whether quotes enclose fields of `.csv` and `.tsv` files (`minimal`) or are characters like others
+        domain_column: Key or column of the domain; None takes the first of `DOMAIN_KEYS` that a record has.
+        csv_quoting: Whether quotes enclose fields of `.csv` and `.tsv` files (`minimal`) or are ordinary characters
             (`none`); `auto` tells it from the file.
-        csv_delimiter: What parts their fields: one character, or `tab`; `auto` tells it from suffix and header.
+        csv_delimiter: What separates their fields: one character, or `tab`; `auto` tells it from suffix and header.
 
     Raises:
-        UserError: There is no such encoding, or the delimiter is none.
+        UserError: There is no such encoding, or the delimiter is not a single character.
     """
 
     text_column: str = "text"
@@ -59,12 +59,12 @@ class ReadSettings:
         object.__setattr__(self, "encoding", known_encoding(self.encoding))
         delimiter = {"tab": "\t", r"\t": "\t"}.get(self.csv_delimiter, self.csv_delimiter)
         if delimiter != "auto" and (len(delimiter) != 1 or delimiter in '"\r\n'):
-            raise UserError(f"--csv_delimiter is {delimiter!r}; give one character (';', say), tab, or auto.")
+            raise UserError(f"--csv_delimiter is {delimiter!r}; give one character such as ';', or tab, or auto.")
         object.__setattr__(self, "csv_delimiter", delimiter)
 
     @property
     def domain_keys(self) -> tuple[str, ...]:
-        """Keys or columns that may hold the domain, the first that does decides; the text's own is none of them."""
+        """Keys or columns that may hold the domain, in order of preference; never the text's own."""
         keys = DOMAIN_KEYS if self.domain_column is None else (self.domain_column,)
         return tuple(key for key in keys if key != self.text_column)
 
@@ -75,39 +75,12 @@ class ReadSettings:
         return cls(**{name: getattr(config, name) for name in names})
 
 
-class Span(NamedTuple):
-    """A part of a file that can be read by itself.
-
-    Attributes:
-        begin: First byte; in Parquet first row group.
-        end: Byte or row group after it; None for the end of the file.
-        first: Number of its first line or row.
-        num_bytes: Its size on the disk.
-    """
-
-    begin: int
-    end: int | None
-    first: int
-    num_bytes: int
-
-
 @dataclass(frozen=True)
-class Part:
-    """What to read of a file, and how.
-
-    Attributes:
-        source: The file.
-        begin: As in `Span`, like the next two.
-        end: The same.
-        first: The same.
-        unit: What messages count by.
-        settings: How to read it.
-    """
+class FilePart:
+    """What to read of a file, and how; `unit` is what messages count by."""
 
     source: SourceFile
-    begin: int
-    end: int | None
-    first: int
+    span: Span
     unit: str
     settings: ReadSettings
 
@@ -121,15 +94,8 @@ class Part:
         return f"{self.source.path}, {self.unit} {number}"
 
     def lines(self, marks: bool | None = None) -> Iterator[tuple[int, str | Fault]]:
-        """Its lines, numbered."""
-        return read_lines(
-            self.source,
-            self.settings.encoding,
-            begin=self.begin,
-            end=self.end,
-            first=self.first,
-            marks=self.marks if marks is None else marks,
-        )
+        """Its lines, numbered (`read_lines`)."""
+        return read_lines(self.source, self.span, self.settings.encoding, self.marks if marks is None else marks)
 
 
 def missing_column(place: str, column: str, names: Sequence[str], holds: str = "text") -> Fault | None:
@@ -138,10 +104,10 @@ def missing_column(place: str, column: str, names: Sequence[str], holds: str = "
         return None
     if column in names:
         message = f"{place} has more than one {column!r}; rename all but the one that holds the {holds}."
-        return Fault(f"no_{holds}_column", message)
-    there = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-    message = (
-        f"{place} has no {column!r}, only: {there or 'nothing'};"
-        f" name the one that holds the {holds} by --{holds}_column."
-    )
+    else:
+        there = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+        message = (
+            f"{place} has no {column!r}, only: {there or 'nothing'};"
+            f" name the one that holds the {holds} by --{holds}_column."
+        )
     return Fault(f"no_{holds}_column", message)

@@ -1,95 +1,72 @@
-"""Sources cut into shards of about equal size, so that several processes read them, one big file included.
+"""Sources cut into shards of about equal size, so that several processes can read them, even a single large file.
 
-A shard is a pure description: any process that sees the same files reads the same documents from it, with the ids and
-messages that reading the whole gives, whatever the number of shards. Where a file can be cut is its format's to say;
-the hub's datasets are cut at their data files. What cannot be cut (a compressed file, CSV, encodings such as UTF-16) is
-one piece; small files share a shard.
+A shard is only a description: any process that sees the same files reads the same documents from it, with the same ids
+and messages as from the whole, whatever the number of shards. A file's format says where it can be cut; the hub's
+datasets are cut between their data files. What cannot be cut (a compressed file, CSV, encodings such as UTF-16) is one
+part; small files share a shard.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
-from cartilha.corpus.document import Document
 from cartilha.corpus.files import SourceFile
 from cartilha.corpus.formats import spans
 from cartilha.corpus.hub import num_data_files
-from cartilha.corpus.readers import Piece, ReadCounts, read_piece
+from cartilha.corpus.lines import Span
+from cartilha.corpus.readers import SourcePart
 from cartilha.corpus.records import ReadSettings
 from cartilha.corpus.sources import HubSource, Source
 
-HUB_FILE_BYTES = 1 << 40  # unknown, and enough to be a shard by itself
+HUB_FILE_BYTES = 1 << 40  # not known; enough to be a shard alone
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A part of the input, in the input's order.
-
-    Attributes:
-        number: From 0, in order.
-        pieces: What to read.
-        num_bytes: Its size on the disk, 0 where that is not known.
-    """
+    """A part of the input; `number` counts from 0 in the order of the input."""
 
     number: int
-    pieces: tuple[Piece, ...]
-    num_bytes: int
+    parts: tuple[SourcePart, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Its size on the disk, 0 if not known."""
+        size = sum(part.span.num_bytes for part in self.parts)
+        return size if size < HUB_FILE_BYTES else 0
 
 
 def shards(sources: Iterable[Source], settings: ReadSettings, target_bytes: int = 32 << 20) -> list[Shard]:
-    """Cut sources into shards of about `target_bytes`; text files that are cut are read once to count their lines.
+    """Cut sources into shards of about `target_bytes` on the disk, as the settings of reading allow it.
 
-    Args:
-        sources: As `resolve_inputs` gives them.
-        settings: How they will be read, which decides where they can be cut.
-        target_bytes: Size of a shard on the disk.
+    Text files that are cut are read once, to count their lines.
     """
-    found: list[Shard] = []
-    pieces: list[Piece] = []
+    groups: list[list[SourcePart]] = []
     held = 0
-    for piece, num_bytes in _pieces(sources, settings, target_bytes):
-        if pieces and held + num_bytes > target_bytes:
-            found.append(Shard(len(found), tuple(pieces), held if held < HUB_FILE_BYTES else 0))
-            pieces, held = [], 0
-        pieces.append(piece)
-        held += num_bytes
-    if pieces:
-        found.append(Shard(len(found), tuple(pieces), held if held < HUB_FILE_BYTES else 0))
-    return found
-
-
-def read_shard(shard: Shard, settings: ReadSettings, counts: ReadCounts | None = None) -> Iterator[Document]:
-    """Stream the documents of a shard, in order.
-
-    Args:
-        shard: What to read.
-        settings: How.
-        counts: Filled as documents are read.
-
-    Raises:
-        UserError: It cannot be read, or changed since its source was found.
-    """
-    found = ReadCounts() if counts is None else counts
-    for piece in shard.pieces:
-        yield from read_piece(piece, settings, found)
+    for part in _parts(sources, settings, target_bytes):
+        if not groups or held + part.span.num_bytes > target_bytes:
+            groups.append([])
+            held = 0
+        groups[-1].append(part)
+        held += part.span.num_bytes
+    return [Shard(number, tuple(parts)) for number, parts in enumerate(groups)]
 
 
 def shuffled(found: list[Shard], seed: int) -> list[Shard]:
-    """The shards in an order drawn from the seed, so that a limit takes documents from everywhere, not from the head.
+    """The shards in an order drawn from the seed, so that a limit takes documents from everywhere.
 
-    Documents of one shard stay together and in order.
+    The documents of one shard stay together and in order.
     """
-    order = Random(seed).sample(found, len(found))
-    return [Shard(number, shard.pieces, shard.num_bytes) for number, shard in enumerate(order)]
+    return [replace(shard, number=number) for number, shard in enumerate(Random(seed).sample(found, len(found)))]
 
 
-def _pieces(sources: Iterable[Source], settings: ReadSettings, target_bytes: int) -> Iterator[tuple[Piece, int]]:
+def _parts(sources: Iterable[Source], settings: ReadSettings, target_bytes: int) -> Iterator[SourcePart]:
     for source in sources:
         if isinstance(source, HubSource):
-            yield from ((Piece(source, number, number + 1), HUB_FILE_BYTES) for number in range(num_data_files(source)))
-        elif not isinstance(source, SourceFile):
-            yield Piece(source), 0
+            for number in range(num_data_files(source)):
+                yield SourcePart(source, Span(number, number + 1, num_bytes=HUB_FILE_BYTES))
+        elif isinstance(source, SourceFile):
+            yield from (SourcePart(source, span) for span in spans(source, settings, target_bytes))
         else:
-            yield from ((Piece(source, *span[:3]), span.num_bytes) for span in spans(source, settings, target_bytes))
+            yield SourcePart(source)

@@ -1,7 +1,7 @@
-"""MinHash signatures: a few numbers a document, from which the share of word trigrams that two have in common is told.
+"""MinHash signatures: a few numbers per document that tell the share of word trigrams two documents have in common.
 
-The words of many documents are hashed at once from their UTF-8 bytes, without making a string of any: eight bytes at a
-time are read as a number. The MinHash itself is rensa's (R-MinHash; Broder 1997 for the principle).
+The words of many documents are hashed at once from their UTF-8 bytes, which are read as numbers, eight at a time. The
+MinHash itself is rensa's (R-MinHash; Broder 1997 for the principle).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cartilha.errors import missing_extra
 SHINGLE_WORDS = 3
 NUM_VALUES = 128
 SEED = 0
-BLOCK_BYTES = 1 << 16  # hashed at once, so that the arrays stay in the processor's cache
+BLOCK_BYTES = 1 << 16  # hashed at once; the arrays stay in the processor's cache
 
 WORD_BYTES = 24  # a longer word counts as its length and its first bytes
 RUN_BYTES = 32
@@ -28,11 +28,11 @@ _MASKS = np.array([(1 << 8 * count) - 1 for count in range(9)], np.uint64)  # th
 
 
 def signatures(texts: Sequence[str]) -> np.ndarray:
-    """The signatures of texts: uint16, shape (num_texts, NUM_VALUES); zeros where a text has no word.
+    """The signatures of texts: uint16, shape (num_texts, NUM_VALUES); zeros for a text without words.
 
-    Two texts agree in about that share of the values that is the Jaccard similarity of their trigrams. Words are runs
-    of letters and digits in lower case and NFC (any character beyond ASCII counts as a letter, but for the punctuation
-    of Western text); a text of fewer than three words is one shingle.
+    The share of values in which two texts agree estimates the Jaccard similarity of their trigrams. Words are runs of
+    letters and digits in lower case and NFC (every character beyond ASCII counts as a letter, except the punctuation of
+    Western text); a text of fewer than three words is one shingle.
 
     Raises:
         UserError: The `text` extra is missing.
@@ -44,7 +44,7 @@ def signatures(texts: Sequence[str]) -> np.ndarray:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    # Some times as fast as `str.lower`; the two differ in a final sigma and the Turkish capital I with a dot.
+    # Several times as fast as `str.lower`; the two differ in a final sigma and the Turkish capital I with a dot.
     composed = [unicodedata.normalize("NFC", text) for text in texts]
     lowered = pc.utf8_lower(pa.array(composed, pa.large_string())).cast(pa.large_binary()).to_pylist()
     result = np.zeros((len(texts), NUM_VALUES), np.uint16)
@@ -64,20 +64,15 @@ def signatures(texts: Sequence[str]) -> np.ndarray:
 
 
 def save_signatures(path: Path, values: np.ndarray) -> None:
-    """Write signatures as `cluster` reads them: one value of all documents after the other.
-
-    Args:
-        path: A `.npy` file.
-        values: uint16, shape (num_documents, NUM_VALUES).
-    """
+    """Write signatures to a `.npy` file as `cluster` reads them: uint16, shape (NUM_VALUES, num_documents)."""
     with path.open("wb") as file:
-        # Not np.save, which does not say why a disk took less than it was given.
+        # Unlike np.save, this reports why a disk took less than it was given.
         np.lib.format.write_array_header_1_0(file, {"descr": "<u2", "fortran_order": False, "shape": values.T.shape})
         file.write(np.ascontiguousarray(values.T, "<u2").data)
 
 
 def run_hashes(text: bytes) -> np.ndarray:
-    """Hashes of the `RUN_BYTES` that begin at each word of a text but a first one, about five words each: uint64."""
+    """Hashes of the `RUN_BYTES` that begin at each word of a text but the first, about five words each: uint64."""
     inside = np.frombuffer(text.translate(_IN_WORD), bool)
     starts = np.flatnonzero(inside[1:] > inside[:-1]) + 1
     starts = starts[: np.searchsorted(starts, len(text) - RUN_BYTES, side="right")]
@@ -90,7 +85,7 @@ def run_hashes(text: bytes) -> np.ndarray:
 
 
 def _shingle_hashes(texts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
-    """Hashes of the shingles of all texts, one text after the other, and how many each has: uint64 and int64."""
+    """Hashes of the shingles of all texts, one text after the other, and their number in each: uint64 and int64."""
     starts, words = _word_hashes(b"\n".join(texts))
     bounds = np.cumsum([0, *(len(text) + 1 for text in texts)])
     first = np.searchsorted(starts, bounds)  # each text's first word
@@ -101,7 +96,7 @@ def _shingle_hashes(texts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
     shingle = np.arange(len(words)) - np.repeat(first[:-1], num_words)  # its number within the text
     kept = shingle < np.repeat(counts, num_words)
     short = np.flatnonzero((num_words > 0) & (num_words < SHINGLE_WORDS))
-    for text in short:  # what follows belongs to the next text
+    for text in short:  # the words that follow belong to the next text
         hashes[first[text]] = _mixed(words[first[text] : first[text + 1]].sum(keepdims=True))[0]
     return hashes[kept], counts
 
@@ -114,7 +109,7 @@ def _word_hashes(text: bytes) -> tuple[np.ndarray, np.ndarray]:
     hashes = lengths.astype(np.uint64) * _ODD + (eights[:, 0] & _MASKS[np.minimum(lengths, 8)])
     for column in range(1, WORD_BYTES // 8):
         offset = 8 * column
-        longer = np.flatnonzero(lengths > offset)  # few are
+        longer = np.flatnonzero(lengths > offset)  # a few words
         part = eights[longer, column] & _MASKS[np.minimum(lengths[longer] - offset, 8)]
         hashes[longer] = hashes[longer] * _ODD + part
     return starts, _mixed(hashes)
@@ -132,7 +127,7 @@ def _words(text: bytes) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _punctuation(text: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
-    """Where signs beyond ASCII are that Western text puts between words, and how many bytes each has."""
+    """Where the signs beyond ASCII are that Western text has between words, and how many bytes each has."""
     place = np.flatnonzero(text == 0xE2)
     yield place[(text[place + 1] | 1) == 0x81], 3  # U+2000 to U+207F: quotes, dashes, the ellipsis, spaces
     place = np.flatnonzero(text == 0xC2)
@@ -143,14 +138,13 @@ def _punctuation(text: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
 def _eights(text: bytes, starts: np.ndarray, num_bytes: int) -> np.ndarray:
     """The bytes that begin at each place, eight to a number: uint64, shape (num_starts, num_bytes // 8).
 
-    All bytes of a place are copied at once: as numbers, which stand at no multiple of eight, it takes five times
-    as long.
+    The bytes of a place are copied together; reading them as unaligned numbers takes five times as long.
     """
     pieces = np.ndarray(max(0, len(text) - num_bytes + 1), f"V{num_bytes}", text, strides=(1,))[starts]
     return np.asarray(pieces.view("<u8").reshape(-1, num_bytes // 8))
 
 
 def _mixed(values: np.ndarray) -> np.ndarray:
-    """Spreads every bit over all (the finalizer of SplitMix64, but for its last step)."""
+    """Spread every bit over all (the finalizer of SplitMix64 without its last step)."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     return np.asarray(values ^ (values >> np.uint64(27)))

@@ -1,4 +1,4 @@
-"""What a REF names: files, globs, folders, the primer and hub datasets, found in a fixed order before any is read."""
+"""What a REF names: files, globs, folders, the primer and hub datasets; found in a fixed order before any is read."""
 
 from __future__ import annotations
 
@@ -10,23 +10,22 @@ import os
 import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import dropwhile, takewhile
 from pathlib import Path
 from unicodedata import normalize
 
 from cartilha.corpus.files import SourceFile
 from cartilha.corpus.formats import READABLE, is_readable
 from cartilha.corpus.primer import primer_sha256
-from cartilha.errors import UserError
+from cartilha.errors import UserError, counted
 from cartilha.storage import read_json
 
 log = logging.getLogger("cartilha")
 
-LeftOut = dict[str, list[str]]  # files of folders that are not read, as paths below the folder, by reason
+LeftOut = dict[str, list[str]]  # files in folders that are not read, as paths below the folder, by reason
 
 OTHER_KIND = "of a kind that is not read"
 NAMED_FILES = 5
-# What `datasets` writes beside a dataset's own files.
+# Files that `datasets` writes beside the data.
 DATASET_RECORDS = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
 
 
@@ -56,16 +55,12 @@ Source = SourceFile | HubSource | PrimerSource
 
 
 def resolve_inputs(refs: Sequence[str | Source], left_out: LeftOut | None = None) -> list[Source]:
-    """Expand REFs in the order given; what a glob or folder holds is sorted by path.
+    """Expand REFs in the order given; files of a glob or folder are sorted by path. Resolved sources pass through.
 
-    A path that exists wins over other readings of the same string. A folder stands for the files in it that can be
-    read by their suffix, subfolders included; of a dataset that `save_to_disk` wrote, for the files that it lists. What
-    else is in a folder is logged; a dataset's records, hidden folders and hidden files of other kinds are not. A glob
-    stands for the files that match, and each must be readable. What is named twice is read once, which is logged.
-
-    Args:
-        refs: REFs as the command line has them; sources that were resolved before pass through.
-        left_out: Filled with the files of folders that are not read.
+    A path that exists wins over other meanings of the same string. A folder stands for all files below it with a
+    readable suffix; a dataset written by `save_to_disk` for the files that it lists. Other files of a folder are logged
+    and put into `left_out`, except a dataset's records, hidden folders and hidden files of other kinds. A glob stands
+    for the files that match, all of which must be readable. A file named twice is read once, which is logged.
 
     Raises:
         UserError: A REF names nothing, or something that is not read; the larger part of a folder is not read.
@@ -86,7 +81,7 @@ def resolve_inputs(refs: Sequence[str | Source], left_out: LeftOut | None = None
 
 
 def _with_distinct_names(sources: list[Source]) -> list[Source]:
-    """Name files of equal names by one folder more, again and again; a file's domain is settled here."""
+    """Add parent folders to the names of files until all names differ, and set the domain of each file."""
     files = [source for source in sources if isinstance(source, SourceFile)]
     names = [file.name for file in files]
     while len(set(names)) < len(names):
@@ -100,7 +95,7 @@ def _with_distinct_names(sources: list[Source]) -> list[Source]:
 
 
 def _as_on_disk(ref: str) -> str:
-    """The path as it is there, where that differs by how its accents are written (NFC, NFD)."""
+    """The path as it exists, if only the form of its accents differs (NFC, NFD)."""
     if ref.isascii() or os.path.lexists(ref):
         return ref
     found = ""
@@ -128,18 +123,21 @@ def _resolve(ref: str, left_out: LeftOut) -> list[Source]:
             raise UserError(f"{ref} names no dataset; write hf:NAME, hf:NAME:CONFIG or hf:NAME:CONFIG:SPLIT.")
         return [HubSource(name, config or None, split or "train")]
     if glob.has_magic(ref):
-        parts = Path(ref).parts
-        root = os.path.join("", *takewhile(lambda part: not glob.has_magic(part), parts))
-        pattern = os.path.join(*dropwhile(lambda part: not glob.has_magic(part), parts))
-        patterns = {
-            os.path.join(root, form) for form in (pattern, normalize("NFC", pattern), normalize("NFD", pattern))
-        }
-        paths = {path for each in patterns for path in glob.glob(each, recursive=True)}
-        files = sorted(filter(os.path.isfile, paths), key=_in_order)
-        if files:
-            return [_file(path, root) for path in files]
-        raise UserError(f"No file matches {ref}; {_remedy(ref)}.")
+        files = _matching(ref)
+        if not files:
+            raise UserError(f"No file matches {ref}; {_remedy(ref)}.")
+        return list(files)
     raise UserError(f"There is no file {ref!r}; {_remedy(ref)}.")
+
+
+def _matching(pattern: str) -> list[SourceFile]:
+    """The files that a glob matches, however its accents are written."""
+    parts = Path(pattern).parts
+    num_plain = next(i for i, part in enumerate(parts) if glob.has_magic(part))
+    root, below = os.path.join("", *parts[:num_plain]), os.path.join(*parts[num_plain:])
+    forms = {below, normalize("NFC", below), normalize("NFD", below)}
+    paths = {path for form in forms for path in glob.glob(os.path.join(root, form), recursive=True)}
+    return [_file(path, root) for path in sorted(filter(os.path.isfile, paths), key=_in_order)]
 
 
 def _status(ref: str) -> os.stat_result | None:
@@ -154,7 +152,7 @@ def _status(ref: str) -> os.stat_result | None:
 
 
 def _file(path: str, root: str | None = None) -> SourceFile:
-    """The file; `root` is the folder that the input stands for, None where the input is the file itself."""
+    """The file; `root` is the folder that the input stands for, None if the input is the file itself."""
     if not is_readable(path):
         raise UserError(f"{path} is of a kind that is not read; rename or convert it to one of {READABLE}.")
     status = _status(path)
@@ -179,7 +177,7 @@ def _folder(folder: str, left_out: LeftOut) -> list[Source]:
         raise UserError(
             f"The larger part of the folder {folder} cannot be read: {num_others:,} bytes are {OTHER_KIND}"
             f" ({_named(others)}), {num_bytes:,} bytes can be; unpack or convert the others, or name what is to be read"
-            f" by a glob in quotes ({pattern!r}, say)."
+            f" by a glob in quotes, such as {pattern!r}."
         )
     for reason, paths in by_reason.items():
         log.warning("Left out of the folder %s, %s: %s.", folder, reason, _named(paths))
@@ -188,13 +186,13 @@ def _folder(folder: str, left_out: LeftOut) -> list[Source]:
 
 
 def _named(paths: Sequence[str]) -> str:
-    """The paths' number, and the first of them."""
+    """The number of paths, and the first of them."""
     more = f" and {len(paths) - NAMED_FILES:,} more" if len(paths) > NAMED_FILES else ""
-    return f"{len(paths):,} file{'s' * (len(paths) > 1)} ({', '.join(paths[:NAMED_FILES])}{more})"
+    return f"{counted(len(paths), 'file')} ({', '.join(paths[:NAMED_FILES])}{more})"
 
 
 def _walk(folder: str) -> Iterator[tuple[str, str]]:
-    """Paths below a folder, each with the reason why it is not read, empty where it is."""
+    """Paths below a folder, each with the reason why it is not read, or an empty one."""
 
     def stop(error: OSError) -> None:
         raise UserError(f"The folder {error.filename} cannot be listed ({error.strerror}); change its permissions.")
@@ -212,7 +210,7 @@ def _walk(folder: str) -> Iterator[tuple[str, str]]:
 
 
 def _why_left_out(name: str, listed: set[str] | None) -> str | None:
-    """The reason, empty where the file is read; None where nobody takes it for text."""
+    """The reason, empty if the file is read; None if nobody would take it for text."""
     if name in DATASET_RECORDS or (name.startswith(".") and not is_readable(name)):
         return None
     if not is_readable(name):
@@ -223,7 +221,7 @@ def _why_left_out(name: str, listed: set[str] | None) -> str | None:
 
 
 def _dataset_files(folder: str) -> set[str] | None:
-    """The files that a dataset of `save_to_disk` consists of; None where state.json is of another kind."""
+    """The files of a dataset written by `save_to_disk`; None if state.json is of another kind."""
     try:
         return {str(entry["filename"]) for entry in read_json(Path(folder, "state.json"))["_data_files"]}
     except (OSError, ValueError, TypeError, LookupError):
@@ -231,12 +229,12 @@ def _dataset_files(folder: str) -> set[str] | None:
 
 
 def _in_order(path: str) -> tuple[str, ...]:
-    """Sorts alike on every system, and a folder's files together."""
+    """A sort key that is the same on every system and keeps the files of a folder together."""
     return Path(path).parts
 
 
 def _remedy(ref: str) -> str:
-    """What to write instead of a path that is not there."""
+    """What to write instead of a path that does not exist."""
     parent, name = os.path.split(ref)
     try:
         near = difflib.get_close_matches(name, sorted(os.listdir(parent or ".")), n=1)

@@ -182,7 +182,7 @@ def _below(positions: np.ndarray, sizes: np.ndarray, fraction: float, notes: lis
             f" cannot be held out, because a cluster may have {counted(round(wanted), 'document')} at most."
         )
     if not eligible.any():
-        notes.append("Every cluster is larger than that: the smallest is held out nevertheless.")
+        notes.append("Every cluster is larger than that: the smallest is held out anyway.")
         return np.arange(len(sizes)) == np.lexsort((positions, sizes))[0], fraction
     used = fraction
     if eligible.all():

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 from cartilha.corpus.files import SourceFile, open_seekable
-from cartilha.corpus.lines import MARK_INVALID, Fault
-from cartilha.corpus.records import Numbered, Part, ReadSettings, Span, missing_column
+from cartilha.corpus.lines import MARK_INVALID, Span, damaged
+from cartilha.corpus.records import FilePart, Numbered, ReadSettings, missing_column
 from cartilha.errors import first_line
 
 PARQUET_BATCH_ROWS = 256
@@ -18,27 +18,27 @@ PARQUET_BUFFER_BYTES = 2**20
 Batches = Callable[[list[str]], Iterator[Any]]
 
 
-def read_parquet(part: Part) -> Numbered:
+def read_parquet(part: FilePart) -> Numbered:
     """The rows of a Parquet file."""
     return _read_table(part, "Parquet", _parquet)
 
 
-def read_arrow(part: Part) -> Numbered:
+def read_arrow(part: FilePart) -> Numbered:
     """The rows of an Arrow file or stream."""
     return _read_table(part, "Arrow", _arrow)
 
 
-def _read_table(part: Part, kind: str, opened: Callable[[Part, Any], tuple[list[str], Batches]]) -> Numbered:
+def _read_table(part: FilePart, kind: str, opened: Callable[[FilePart, Any], tuple[list[str], Batches]]) -> Numbered:
     import pyarrow as pa
 
-    number = part.first - 1
-    text_column = part.settings.text_column
+    number = part.span.first - 1
+    path, text_column, domain_column = str(part.source.path), part.settings.text_column, part.settings.domain_column
     try:
         with open_seekable(part.source) as stream:
             names, batches = opened(part, stream)
-            fault = missing_column(str(part.source.path), text_column, names)
-            if fault is None and part.settings.domain_column is not None:
-                fault = missing_column(str(part.source.path), part.settings.domain_column, names, "domain")
+            fault = missing_column(path, text_column, names)
+            if domain_column is not None:
+                fault = fault or missing_column(path, domain_column, names, "domain")
             if fault:
                 yield 0, fault
                 return
@@ -49,24 +49,20 @@ def _read_table(part: Part, kind: str, opened: Callable[[Part, Any], tuple[list[
                     number += 1
                     yield number, dict(zip(columns, row, strict=True))
     except pa.ArrowException as error:
-        reason = first_line(error)
         place = f" after row {number}" if number else ""
-        yield (
-            number,
-            Fault(
-                "damaged_file",
-                f"{part.source.path} cannot be read as {kind}{place} ({reason}); copy, download or write it anew,"
-                " rename it if it is of another kind, or go on without the rest of it by --on_error skip.",
-            ),
+        message = (
+            f"{path} cannot be read as {kind}{place} ({first_line(error)}); copy, download or write it anew, rename it"
+            " if it is of another kind"
         )
+        yield number, damaged(message)
 
 
-def _parquet(part: Part, stream: Any) -> tuple[list[str], Batches]:
+def _parquet(part: FilePart, stream: Any) -> tuple[list[str], Batches]:
     import pyarrow.parquet as pq
 
-    # With Arrow's defaults a whole column chunk, often hundreds of megabytes, is held.
+    # With Arrow's defaults a whole column chunk, often hundreds of megabytes, is in memory.
     file = pq.ParquetFile(stream, buffer_size=PARQUET_BUFFER_BYTES, pre_buffer=False)
-    groups = range(part.begin, file.num_row_groups if part.end is None else part.end)
+    groups = range(part.span.begin, file.num_row_groups if part.span.end is None else part.span.end)
     sizes = [_batch_rows(file.metadata.row_group(n), part.settings.text_column) for n in groups]
     rows = min([PARQUET_BATCH_ROWS, *sizes])
     return file.schema_arrow.names, lambda columns: file.iter_batches(
@@ -74,12 +70,12 @@ def _parquet(part: Part, stream: Any) -> tuple[list[str], Batches]:
     )
 
 
-def _arrow(part: Part, stream: Any) -> tuple[list[str], Batches]:
+def _arrow(part: FilePart, stream: Any) -> tuple[list[str], Batches]:
     import pyarrow as pa
 
     try:
         file = pa.ipc.open_file(stream)
-    except pa.ArrowInvalid:  # no file with a directory at its end, but perhaps a stream
+    except pa.ArrowInvalid:  # not a file with a directory at its end; perhaps a stream
         stream.seek(0)
         reader = pa.ipc.open_stream(stream)
         return reader.schema.names, lambda columns: iter(reader)
@@ -87,7 +83,7 @@ def _arrow(part: Part, stream: Any) -> tuple[list[str], Batches]:
 
 
 def _batch_rows(group: Any, text_column: str) -> int:
-    """Rows of a row group whose texts are about `PARQUET_BATCH_BYTES`, if its rows are of one length."""
+    """The number of rows of a row group whose texts take about `PARQUET_BATCH_BYTES`, if all rows are equally long."""
     columns = [group.column(number) for number in range(group.num_columns)]
     num_bytes = sum(column.total_uncompressed_size for column in columns if column.path_in_schema == text_column)
     num_rows: int = group.num_rows * PARQUET_BATCH_BYTES // max(1, num_bytes)
@@ -104,12 +100,12 @@ def cut_row_groups(source: SourceFile, settings: ReadSettings, target_bytes: int
             begin, first, rows, held = number, first + rows, 0, 0
         rows += num_rows
         held += num_bytes
-    # A file that cannot be read says so when it is reached.
+    # A file that cannot be read is reported when it is reached.
     yield Span(begin, len(groups) or None, first, held or source.size_bytes)
 
 
 def _row_group_sizes(source: SourceFile) -> list[tuple[int, int]]:
-    """Rows and bytes of the row groups of an uncompressed Parquet file; empty where it cannot be read as one."""
+    """Rows and bytes of each row group of an uncompressed Parquet file; empty if it cannot be read as one."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -119,7 +115,7 @@ def _row_group_sizes(source: SourceFile) -> list[tuple[int, int]]:
     except (pa.ArrowException, OSError):
         return []
     groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-    # The text is not the only column, but usually nearly all of the file.
+    # The text is not the only column, but usually most of the file.
     return [
         (group.num_rows, sum(group.column(i).total_compressed_size for i in range(group.num_columns)))
         for group in groups
@@ -127,7 +123,7 @@ def _row_group_sizes(source: SourceFile) -> list[tuple[int, int]]:
 
 
 def _column_values(column: Any) -> list[Any]:
-    """A column's values; strings are decoded here, since Arrow goes no further at invalid bytes."""
+    """A column's values; strings are decoded here, because Arrow stops at invalid bytes."""
     import pyarrow as pa
 
     if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):

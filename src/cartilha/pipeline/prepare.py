@@ -25,7 +25,7 @@ from cartilha.console import Advance, progress
 from cartilha.corpus.files import SourceFile
 from cartilha.corpus.formats import expansion
 from cartilha.corpus.hints import log_hints
-from cartilha.corpus.readers import Piece, ReadCounts, read_piece
+from cartilha.corpus.readers import ReadCounts, SourcePart, read_part
 from cartilha.corpus.shards import Shard, shards, shuffled
 from cartilha.corpus.sources import HubSource
 from cartilha.corpus.splits import SPLITS, Split
@@ -154,7 +154,7 @@ def _first_texts(asked: Plan) -> Iterator[str]:
     """Texts from the beginning of the input, as many as the tokenizer's proof takes."""
     num_chars = 0
     for source in asked.sources:
-        for document in read_piece(Piece(source), asked.reading, ReadCounts()):
+        for document in read_part(SourcePart(source), asked.reading, ReadCounts()):
             yield document.text
             num_chars += len(document.text)
             if num_chars > MAX_SAMPLE_BYTES:
@@ -205,7 +205,7 @@ def _check_space(work: Path, tasks: list[ShardTask], sample: list[str], encoder:
 
 def _text_bytes(shard: Shard) -> float:
     """The size of a shard's text once it is decompressed, as far as its sources tell."""
-    sources = [piece.source for piece in shard.pieces]
+    sources = [part.source for part in shard.parts]
     growth = [expansion(source) if isinstance(source, SourceFile) else 1.0 for source in sources]
     return shard.num_bytes * sum(growth) / len(growth)
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from cartilha.corpus.clusters import cluster
+from cartilha.corpus.near_duplicates import cluster
 from cartilha.corpus.splits import Split, SplitResult, SplitRule, split_documents
 from cartilha.errors import UserError
 from cartilha.preparation.mixture import Mixture, copies
@@ -78,13 +78,13 @@ def load_corpus(tasks: Sequence[ShardTask], source_numbers: dict[Any, int]) -> C
 
     Args:
         tasks: Finished ones, in order.
-        source_numbers: For each source of the tasks' pieces its number.
+        source_numbers: For each source of the tasks' parts its number.
     """
     hashes, positions, num_tokens, sources = [np.zeros((0, 2), np.uint64)], [np.zeros(0)], [np.zeros(0, np.int64)], []
     starts = [0]
     for task in tasks:
         table = _read(task, "documents.arrow", DOCUMENTS_SCHEMA)
-        of_pieces = np.array([source_numbers[piece.source] for piece in task.shard.pieces], np.int32)
+        of_pieces = np.array([source_numbers[part.source] for part in task.shard.parts], np.int32)
         sources.append(of_pieces[table["piece"].to_numpy()])
         positions.append(table["position"].to_numpy())
         num_tokens.append(table["num_tokens"].to_numpy())

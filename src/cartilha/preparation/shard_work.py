@@ -30,7 +30,7 @@ import pyarrow as pa
 
 from cartilha.corpus.cleaning import Cleaner, CleaningSettings, Rejected
 from cartilha.corpus.document import Document
-from cartilha.corpus.readers import ReadCounts, read_piece
+from cartilha.corpus.readers import ReadCounts, read_part
 from cartilha.corpus.records import ReadSettings
 from cartilha.corpus.shards import Shard
 from cartilha.corpus.signatures import save_signatures, signatures
@@ -175,12 +175,12 @@ def process_shard(task: ShardTask) -> ShardResult:
 
 
 def _documents(task: ShardTask, read: ReadCounts, pieces: list[int]) -> Iterator[Document]:
-    """The shard's documents; to `pieces` goes for each the number of its piece."""
-    for number, piece in enumerate(task.shard.pieces):
+    """The shard's documents; to `pieces` goes for each the number of its part."""
+    for number, part in enumerate(task.shard.parts):
         left = None if task.limit is None else task.limit - read.documents
         if left == 0:
             return
-        for document in islice(read_piece(piece, task.settings.reading, read), left):
+        for document in islice(read_part(part, task.settings.reading, read), left):
             pieces.append(number)
             yield document
 
@@ -223,7 +223,7 @@ class _Writer:
         return self._stack.enter_context(pa.ipc.new_file(file, schema, options=options))
 
     def add_or_reject(self, cleaned: list[tuple[Document | Rejected, int]]) -> None:
-        """Take what is left of a batch, each with the number of its piece."""
+        """Take what is left of a batch, each with the number of its part."""
         documents: list[Document] = []
         pieces: list[int] = []
         for found, piece in cleaned:

@@ -1,7 +1,7 @@
-"""English prose that ships with the package: what a tokenizer and a model do to another language, for comparison.
+"""English prose that ships with the package, to compare how a tokenizer and a model treat another language.
 
-The texts were written for this project and are in the public domain (CC0 1.0), like the primer. They are few on
-purpose: enough for tokens a word (the standard error of OPT's 1.146 is 0.4 % of it), not for training.
+The texts were written for this project and are in the public domain (CC0 1.0), like the primer. They suffice for tokens
+per word (OPT's 1.146 has a standard error of 0.4 %), not for training.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The primer: original Portuguese texts that ship with the package, so that all can be tried without a network."""
+"""The primer: original Portuguese texts that ship with the package, so that everything works without a network."""
 
 from __future__ import annotations
 
@@ -15,15 +15,7 @@ from cartilha.corpus.document import Document
 
 @dataclass(frozen=True)
 class PrimerText:
-    """One text of the primer.
-
-    Attributes:
-        id: Unique in the primer.
-        title: As a reader would call it; not part of the text.
-        genre: What kind of text it is; the domain of its document.
-        variety: The variety of Portuguese that it is written in.
-        text: The text itself.
-    """
+    """One text of the primer: its genre is the domain of its document, its title no part of the text."""
 
     id: str
     title: str
@@ -34,7 +26,7 @@ class PrimerText:
 
 @dataclass(frozen=True)
 class PrimerCount:
-    """How much of the primer is of one genre and variety; a word is what whitespace separates."""
+    """How much of the primer is of one genre and variety (of Portuguese); words are separated by white space."""
 
     genre: str
     variety: str
@@ -49,7 +41,7 @@ def primer_texts() -> list[PrimerText]:
 
 
 def read_primer() -> Iterator[Document]:
-    """The primer's texts as documents: the genre is the domain, `primer` the source."""
+    """The primer's texts as documents."""
     for text in primer_texts():
         yield Document(text=text.text, id=text.id, source="primer", domain=text.genre)
 
@@ -65,7 +57,7 @@ def primer_table() -> list[PrimerCount]:
 
 
 def primer_sha256() -> str:
-    """The SHA-256 of the primer's file, in hexadecimal digits: which edition of the texts this is."""
+    """The SHA-256 of the primer's file, in hexadecimal digits, which identifies the edition of the texts."""
     return hashlib.sha256(_texts_file().read_bytes()).hexdigest()
 
 

@@ -1,0 +1,54 @@
+"""What tests of readers share: files to read, the documents in them, and the sentence that a mistake ends with."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import lzma
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from cartilha.corpus.document import Document
+from cartilha.corpus.readers import ReadCounts, read_documents, read_part
+from cartilha.corpus.records import ReadSettings
+from cartilha.corpus.shards import Shard
+from cartilha.errors import UserError
+
+
+def zstd(data: bytes) -> bytes:
+    return pa.Codec("zstd").compress(data, asbytes=True)
+
+
+COMPRESSORS = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress, ".zst": zstd}
+
+
+def write(path: Path, data: bytes | str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
+    return path
+
+
+def documents(*refs: Path | str, counts=None, limit_documents=None, **options) -> Iterator[Document]:
+    settings = ReadSettings(**options)
+    return read_documents([str(ref) for ref in refs], settings, limit_documents=limit_documents, counts=counts)
+
+
+def texts(*refs: Path | str, **options) -> list[str]:
+    return [document.text for document in documents(*refs, **options)]
+
+
+def complaint(*refs: Path | str, **options) -> str:
+    """The sentence that reading ends with; it must be one sentence, on one line."""
+    with pytest.raises(UserError) as caught:
+        texts(*refs, **options)
+    sentence = str(caught.value)
+    assert sentence.endswith(".") and "\n" not in sentence
+    return sentence
+
+
+def read_shard(shard: Shard, settings: ReadSettings, counts: ReadCounts | None = None) -> list[Document]:
+    found = ReadCounts() if counts is None else counts
+    return [document for part in shard.parts for document in read_part(part, settings, found)]
