@@ -6,11 +6,13 @@ An `assert` guards what only a fault of ours can break. `exit_code` is what the 
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shlex
 import sys
 from importlib.metadata import PackageNotFoundError, distribution
+from typing import Any
 
 
 class UserError(ValueError):
@@ -48,6 +50,14 @@ class InterruptedRunError(RuntimeError):
 def missing_extra(what: str, extra: str) -> UserError:
     """The error for a feature (`what`, singular) whose optional dependencies are not installed."""
     return UserError(f"{what} needs the extra `{extra}`, which is not installed: {install_command(extra)}.")
+
+
+def import_extra(module: str, what: str, extra: str) -> Any:
+    """An optional dependency, imported; `missing_extra` if it is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise missing_extra(what, extra) from None
 
 
 def install_command(extra: str) -> str:

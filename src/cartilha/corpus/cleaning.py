@@ -8,12 +8,10 @@ arXiv:2112.11446, table A1) where these have one.
 
 from __future__ import annotations
 
-import importlib
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
@@ -21,7 +19,7 @@ from cartilha.corpus.boilerplate import PHRASE_CHARS, PHRASES
 from cartilha.corpus.document import Document
 from cartilha.corpus.language import languages, load_identifier
 from cartilha.corpus.signatures import run_hashes
-from cartilha.errors import UserError, missing_extra
+from cartilha.errors import UserError, import_extra
 
 # Of `repeated_lines`, as shares of a document's lines and of their characters.
 MAX_REPEATED_LINES = 0.3
@@ -128,7 +126,7 @@ def _each(judge: Callable[[str], Found]) -> Callable[[CleaningSettings], Step]:
 
 def _mojibake(settings: CleaningSettings) -> Step:
     """Mends text that was decoded wrongly, such as "vocÃª"; curly quotes and the like are kept."""
-    ftfy = _extra("ftfy")  # reads about 5 MB/s, the search below 400
+    ftfy = import_extra("ftfy", "Cleaning", "text")  # reads about 5 MB/s, the search below 400
     return lambda texts: [
         ftfy.fix_encoding(text) if _MOJIBAKE_BYTES.search(text.encode("utf-8")) else text for text in texts
     ]
@@ -224,7 +222,7 @@ def _repeated_ngrams(text: str) -> Found:
 
 def _language(settings: CleaningSettings) -> Step:
     """Keeps texts in one language, which py3langid tells from a sample; a text with too few letters is kept."""
-    _extra("py3langid")
+    import_extra("py3langid", "Cleaning", "text")
     wanted = settings.language
 
     def step(texts: Sequence[str]) -> list[Found]:
@@ -249,13 +247,6 @@ def _sample(text: str, num_chars: int, num_places: int) -> str:
         return text[:num_chars]
     size, stride = num_chars // num_places, len(text) // num_places
     return " ".join(text[begin : begin + size] for begin in range((stride - size) // 2, len(text) - size, stride))
-
-
-def _extra(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise missing_extra("Cleaning", "text") from None
 
 
 _MAKERS: dict[str, Callable[[CleaningSettings], Step]] = {

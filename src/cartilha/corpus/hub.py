@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from cartilha.corpus.sources import HubSource
-from cartilha.errors import HubUnreachableError, first_line, missing_extra
+from cartilha.errors import HubUnreachableError, first_line, import_extra
 
 
 def num_data_files(source: HubSource) -> int:
@@ -41,10 +41,7 @@ def read_hub(
 
 
 def _load(source: HubSource) -> Any:
-    try:
-        import datasets
-    except ImportError:
-        raise missing_extra(f"hf:{source.name}", "hub") from None
+    datasets = import_extra("datasets", f"hf:{source.name}", "hub")
     try:
         return datasets.load_dataset(source.name, source.config, split=source.split, streaming=True)
     except Exception as error:  # as above

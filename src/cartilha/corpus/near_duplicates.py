@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from cartilha.corpus.signatures import NUM_VALUES, signatures
-from cartilha.errors import missing_extra
+from cartilha.errors import import_extra
 
 MIN_SIMILARITY = 0.3
 BAND_VALUES = 3
@@ -75,10 +75,7 @@ def cluster(files: Sequence[Path], *, memory_bytes: int = 1 << 30, scratch: Path
     Raises:
         UserError: The `text` extra is missing.
     """
-    try:
-        import duckdb
-    except ImportError:
-        raise missing_extra("The search for near-duplicates", "text") from None
+    duckdb = import_extra("duckdb", "The search for near-duplicates", "text")
     # Files are opened only while they are read: there may be more than a process may hold open.
     starts = np.cumsum([0, *(np.load(file, mmap_mode="r").shape[1] for file in files)])
     parents = np.arange(starts[-1])

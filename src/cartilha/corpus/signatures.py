@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cartilha.errors import missing_extra
+from cartilha.errors import import_extra
 
 SHINGLE_WORDS = 3
 NUM_VALUES = 128
@@ -37,10 +37,7 @@ def signatures(texts: Sequence[str]) -> np.ndarray:
     Raises:
         UserError: The `text` extra is missing.
     """
-    try:
-        from rensa import RMinHash
-    except ImportError:
-        raise missing_extra("The search for near-duplicates", "text") from None
+    rensa = import_extra("rensa", "The search for near-duplicates", "text")
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -56,7 +53,7 @@ def signatures(texts: Sequence[str]) -> np.ndarray:
             end += 1
         hashes, counts = _shingle_hashes(lowered[begin:end])
         offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.uint64)
-        rows = RMinHash.digest_matrix_from_flat_token_hashes(hashes, offsets, NUM_VALUES, SEED).to_rows()
+        rows = rensa.RMinHash.digest_matrix_from_flat_token_hashes(hashes, offsets, NUM_VALUES, SEED).to_rows()
         result[begin:end] = np.asarray(rows, np.uint32).astype(np.uint16)
         result[begin:end][counts == 0] = 0
         begin = end

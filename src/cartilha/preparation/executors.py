@@ -19,7 +19,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.synchronize import Barrier
 from typing import Protocol, TypeVar
 
-from cartilha.errors import UnfinishedError, UserError, first_line, missing_extra
+from cartilha.errors import UnfinishedError, UserError, first_line, import_extra
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -126,10 +126,7 @@ class Ray:
     """
 
     def __init__(self, address: str | None, num_workers: int | None) -> None:
-        try:
-            import ray
-        except ImportError:
-            raise missing_extra("The Ray executor", "scale") from None
+        ray = import_extra("ray", "The Ray executor", "scale")
         self._ray = ray
         options = {} if address else {"num_cpus": num_workers, "include_dashboard": False}
         try:
