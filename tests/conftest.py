@@ -30,7 +30,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     directory = tmp_path_factory.mktemp("cartilha-cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CARTILHA_CACHE", str(directory))
-        patch.chdir(tmp_path_factory.mktemp("here"))  # what a test writes to a relative path is not left in the checkout
+        patch.chdir(tmp_path_factory.mktemp("here"))  # relative paths of tests are not in the checkout
         yield directory
     shutil.rmtree(directory, ignore_errors=True)  # pytest would keep the converted model of the last three sessions
 

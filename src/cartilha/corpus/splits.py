@@ -179,7 +179,7 @@ def _below(positions: np.ndarray, sizes: np.ndarray, fraction: float, notes: lis
     if not eligible.all():
         notes.append(
             f"{counted((~eligible).sum(), 'cluster')} of near-duplicates (the largest of {sizes.max():,} documents)"
-            f" cannot be held out, because a cluster may have {counted(round(wanted), 'document')} at most."
+            f" cannot be held out, for a cluster may have {counted(round(wanted), 'document')} at most."
         )
     if not eligible.any():
         notes.append("Every cluster is larger than that: the smallest is held out anyway.")
