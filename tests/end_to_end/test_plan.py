@@ -95,7 +95,7 @@ def test_the_devices_that_can_be_named_are_those_with_figures():
     [
         (["--device", "t5"], "There is no device 't5' to plan for; choose from auto, t4,"),
         (["--block_size", 4096], "beyond the context of random:tiny (1024 tokens); use --block_size 1024 or less"),
-        (["--block_size", 1], "block size of 1 is too small"),
+        (["--block_size", 1], "--block_size must be 2 or more, not 1."),
         (
             ["--block_size", 256, "--batch_tokens", 300],
             "must be a multiple of block_size (256); use --batch_tokens 256",

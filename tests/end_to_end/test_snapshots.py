@@ -43,7 +43,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     corpus.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     prepare(PrepareConfig(input=(str(corpus),), model="random:tiny", output=str(folder / "store")))
     config = TrainConfig(
-        "random:tiny", str(folder / "store"), str(folder / "run"), 64, 2, batch_tokens=512, skip_checks=True
+        model="random:tiny",
+        store=folder / "store",
+        output=folder / "run",
+        block_size=64,
+        epochs=2,
+        batch_tokens=512,
+        skip_checks=True,
     )
     train(config, prompts=PROMPTS)
     return folder / "run"
@@ -102,7 +108,15 @@ def test_the_comparison_is_of_the_last_evaluation_with_the_first(run):
 
 def test_texts_written_at_an_epochs_end_draw_none_of_the_trainings_random_numbers(run, tmp_path):
     store = run.parent / "store"
-    config = TrainConfig("random:tiny-opt", str(store), "", 64, 2, batch_tokens=512, dropout=True, skip_checks=True)
+    config = TrainConfig(
+        model="random:tiny-opt",
+        store=str(store),
+        block_size=64,
+        epochs=2,
+        batch_tokens=512,
+        dropout=True,
+        skip_checks=True,
+    )
     losses = []
     for number, prompts in enumerate((PROMPTS, replace(PROMPTS, do_sample=True, seed=5, max_new_tokens=9))):
         path = tmp_path / str(number)
@@ -123,7 +137,12 @@ def test_a_snapshot_leaves_every_stream_of_random_numbers_where_it_was(run, tmp_
 
     monkeypatch.setattr("cartilha.pipeline.train.take_snapshot", watched)
     config = TrainConfig(
-        "random:tiny", str(run.parent / "store"), str(tmp_path / "run"), 64, batch_tokens=512, skip_checks=True
+        model="random:tiny",
+        store=run.parent / "store",
+        output=tmp_path / "run",
+        block_size=64,
+        batch_tokens=512,
+        skip_checks=True,
     )
     train(config, prompts=replace(PROMPTS, do_sample=True, seed=5))
     assert drawn == [[], []]

@@ -22,7 +22,8 @@ from rich.console import Console
 
 from cartilha import cli
 from cartilha import config as configs
-from cartilha.cli import COMMANDS, main
+from cartilha.cli import command_parser, home, main
+from cartilha.config import COMMANDS
 from cartilha.console import OptionNames, show_by_default
 from cartilha.errors import UserError, counted
 from cartilha.pipeline.preflight import preflight
@@ -83,7 +84,8 @@ def test_help_and_prepare_import_neither_torch_nor_transformers(tmp_path):
     (tmp_path / "a.txt").write_text("um\ndois\ntrês\nquatro\n", encoding="utf-8")
     code = f"""
 import sys
-from cartilha.cli import main, COMMANDS
+from cartilha.cli import main
+from cartilha.config import COMMANDS
 
 def check(*arguments):
     assert main(arguments) == 0, arguments
@@ -195,11 +197,10 @@ def test_every_commands_help_lists_its_options_and_the_command_is_there(name, ca
     assert main([name, "--help"]) == 0
     output = capsys.readouterr()
     assert output.err == ""
-    for flag in cli._flags(cli._parser(name, COMMANDS[name])):
+    for flag in command_parser(name).flags:
         assert flag in output.out or flag == "--description"  # for recipes only
     assert "--json" in output.out and "--print_config" in output.out
-    module, function = COMMANDS[name].home
-    assert callable(getattr(importlib.import_module(module), function))
+    assert callable(home(name))
 
 
 # What is parsed
@@ -366,7 +367,7 @@ def test_the_package_says_what_it_has():
 
     assert {"train", "evaluate", "TrainConfig", "UserError"} <= set(dir(cartilha))
     shown = pydoc.render_doc(cartilha.TrainConfig, renderer=pydoc.plaintext)
-    assert " batch_tokens: tokens an optimizer step" in shown
+    assert " batch_tokens: tokens per optimizer step" in shown
     for name in dir(configs):
         config = getattr(configs, name)
         if name.endswith("Config"):
@@ -403,8 +404,8 @@ cartilha.prepare(cartilha.PrepareConfig(input=r"{tmp_path}/a.txt", model="random
         (["run", "demo", "--lr", "3"], ["did you mean --train.lr ("]),
         (["train", "--learning_rate", "3"], ["did you mean --lr (peak learning rate"]),
         (["train", "--num-train-epochs=3"], ["did you mean --epochs ("]),
-        (["train", "--batch_size", "3"], ["did you mean --batch_tokens (tokens an optimizer step"]),
-        (["train", "--per_device_train_batch_size", "3"], ["did you mean --micro_batch_size (blocks a forward pass"]),
+        (["train", "--batch_size", "3"], ["did you mean --batch_tokens (tokens per optimizer step"]),
+        (["train", "--per_device_train_batch_size", "3"], ["did you mean --micro_batch_size (blocks per forward pass"]),
         (["train", "--max_length", "3"], ["did you mean --block_size ("]),
         (["generate", "--max_length", "3"], ["did you mean --max_new_tokens ("]),
         (["evaluate", "--model_name_or_path", "m"], ["did you mean --model ("]),
@@ -434,7 +435,7 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(refused, arguments, parts):
 
 
 def every_option() -> set[str]:
-    return {flag.replace("train.", "") for name, it in COMMANDS.items() for flag in cli._flags(cli._parser(name, it))}
+    return {flag.replace("train.", "") for name in COMMANDS for flag in command_parser(name).flags}
 
 
 def test_every_option_that_a_message_names_is_one_of_some_command():
@@ -469,8 +470,7 @@ def test_every_option_that_a_message_names_is_one_of_some_command():
     ],
 )
 def test_messages_name_the_options_of_the_command_that_runs(command, message, expected):
-    configurations = {name: it.config for name, it in COMMANDS.items() if name not in ("demo", "run")}
-    names = OptionNames(cli._flags(cli._parser(command, COMMANDS[command])), configurations)
+    names = OptionNames(command_parser(command).flags)
     assert names.named(message) == (expected or message)
     record = logging.LogRecord("cartilha", logging.WARNING, "", 0, message.replace("%", "%%") + "%s", ("!",), None)
     assert names.filter(record) and record.getMessage() == f"{names.named(message)}!"
@@ -732,12 +732,11 @@ def test_a_recipe_that_is_no_text_is_refused(refused, tmp_path):
 
 def test_every_command_is_a_function_of_the_package():
     import cartilha
-    from cartilha.cli import COMMANDS
 
-    for name, command in COMMANDS.items():
+    for name, config in COMMANDS.items():
         if name != "demo":  # a recipe that `run` takes
-            assert getattr(cartilha, name).__module__ == command.home[0]
-            assert getattr(cartilha, command.config.__name__) is command.config
+            assert getattr(cartilha, name) is home(name)
+            assert getattr(cartilha, config.__name__) is config
 
 
 def test_ctrl_c_while_the_modules_are_loaded_is_one_line(capsys, monkeypatch):

@@ -49,9 +49,9 @@ def run(tmp_path):
     return str(tmp_path / "run")
 
 
-def pushed(monkeypatch, hub: Hub, *values: object) -> object:
+def pushed(monkeypatch, hub: Hub, run: str, name: str, public: bool = False) -> object:
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
-    return push(PushConfig(*values))
+    return push(PushConfig(run=run, name=name, public=public))
 
 
 def test_the_model_and_its_card_are_sent_and_a_new_repository_is_private(monkeypatch, run):

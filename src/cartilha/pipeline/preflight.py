@@ -5,13 +5,12 @@ The command line asks before it imports the command's module; the command asks a
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import Field, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -34,10 +33,7 @@ MAX_EXPLORED_MODELS = 2
 
 
 def preflight(config: Any) -> None:
-    """Refuse settings that cannot work, whatever the model and the text are.
-
-    Args:
-        config: A command's configuration.
+    """Refuse settings of a command that cannot work, whatever the model and the text are.
 
     Raises:
         UserError: A value out of its range, a path that is not there, a missing extra, or two options that exclude
@@ -45,6 +41,9 @@ def preflight(config: Any) -> None:
     """
     with _quietly():
         _check_values(config)
+        for item in fields(config):
+            if item.metadata.get("required") and not getattr(config, item.name):
+                raise UserError(f"--{item.name} is missing; give {item.metadata['help']}.")
         if type(config) in _CHECKS:
             _CHECKS[type(config)](config)
 
@@ -63,32 +62,57 @@ def _quietly() -> Iterator[None]:
         log.removeFilter(reject)
 
 
-def _check_values(config: Any) -> None:
-    """Numbers against the least that their option allows, words against those that it knows."""
+# Of each option alone
+
+
+def _check_values(config: configs.Settings) -> None:
+    """Words against those that the option knows, numbers against its bounds, texts against what they stand for."""
     hints = typing.get_type_hints(type(config))
-    for item in dataclasses.fields(config):
-        value, minimum, hint = getattr(config, item.name), item.metadata.get("minimum"), hints[item.name]
-        if minimum is not None and isinstance(value, int | float) and not value >= minimum:
-            raise UserError(f"{item.name} must be {minimum} or more, not {value}.")
-        if typing.get_origin(hint) is typing.Literal and value not in typing.get_args(hint):
-            raise UserError(f"{item.name} must be one of {', '.join(typing.get_args(hint))}, not {value!r}.")
+    for item in fields(config):
+        value, hint = getattr(config, item.name), hints[item.name]
+        # In `float | Literal["auto"]` a number is no word; in `Literal[...]` everything must be one.
+        literals = [part for part in (hint, *typing.get_args(hint)) if typing.get_origin(part) is typing.Literal]
+        words = [word for literal in literals for word in typing.get_args(literal)]
+        if words and value not in words and (hint in literals or isinstance(value, str)):
+            raise UserError(f"--{item.name} must be one of {', '.join(words)}, not {value!r}.")
+        if isinstance(value, int | float):
+            _check_bounds(item, value)
+        if item.name in _TEXTS and value is not None:
+            _TEXTS[item.name](value)
+
+
+def _check_bounds(item: Field[Any], value: float) -> None:
+    known = item.metadata
+    if "above" in known and not known["above"] < value < math.inf:
+        raise UserError(f"--{item.name} must be a number above {known['above']}, not {value}.")
+    if "minimum" in known and not known["minimum"] <= value <= known.get("maximum", math.inf):
+        allowed = "between {minimum} and {maximum}" if "maximum" in known else "{minimum} or more"
+        raise UserError(f"--{item.name} must be {allowed.format_map(known)}, not {value}.")
+
+
+_TEXTS: dict[str, Callable[[str], object]] = {
+    "embeddings_first": lambda text: parse_share(text, "embeddings_first"),
+    "protocol": first_tokens,
+    "time_budget": parse_duration,
+    "tracker": check_tracker,
+}
 
 
 # What several commands share
 
 
-def _check_store(path: str | None) -> None:
-    if path is None:
-        return
-    from cartilha.tokens.store import read_store_info  # with pyarrow, which not every command needs
+def _check_places(config: Any) -> None:
+    """The store, the text and the models that a command names."""
+    if getattr(config, "store", None):
+        from cartilha.tokens.store import read_store_info  # with pyarrow, which not every command needs
 
-    read_store_info(Path(path))
-
-
-def _check_text(refs: tuple[str, ...]) -> None:
-    for source in resolve_inputs(refs):
+        read_store_info(Path(config.store))
+    for source in resolve_inputs(getattr(config, "input", ())):
         if isinstance(source, HubSource):
             _check_extra("datasets", f"hf:{source.name}", "hub")
+    models = config.model if hasattr(config, "model") else config.models
+    for ref in [models] if isinstance(models, str) else models:
+        resolve_model(ref)
 
 
 def _check_extra(module: str, what: str, extra: str) -> None:
@@ -96,29 +120,14 @@ def _check_extra(module: str, what: str, extra: str) -> None:
         raise missing_extra(what, extra)
 
 
-def _check_block(block_size: int) -> None:
-    if block_size < 2:
-        raise UserError(f"A block size of {block_size} is too small; use 2 or more, 512 as a rule.")
-
-
-def _check_batch(block_size: int, batch_tokens: int) -> None:
-    _check_block(block_size)
-    if batch_tokens < block_size or batch_tokens % block_size:
+def _check_batch(config: configs.TrainConfig | configs.PlanConfig) -> None:
+    block_size, batch_tokens = config.block_size, config.batch_tokens
+    if block_size is not None and (batch_tokens < block_size or batch_tokens % block_size):
         lower = max(1, batch_tokens // block_size) * block_size
         raise UserError(
             f"batch_tokens ({batch_tokens}) must be a multiple of block_size ({block_size}); "
             f"use --batch_tokens {lower}."
         )
-
-
-def _check_rate(rate: float | str, name: str) -> None:
-    if (isinstance(rate, str) and rate != "auto") or (not isinstance(rate, str) and not 0 < rate < math.inf):
-        raise UserError(f"The {name} must be a number above 0, not {rate}.")
-
-
-def _check_file_to_write(path: str | None, name: str) -> None:
-    if path is not None and Path(path).is_dir():
-        raise UserError(f"--{name} {path} is a directory; name a file.")
 
 
 # Commands
@@ -132,45 +141,19 @@ def _job(config: configs.RunConfig) -> None:
     for stage in (config.prepare, config.train, config.generate):
         _check_values(stage)
     plan(replace(config.prepare, model=config.model, output=str(Path(config.output) / "store")))
-    resolve_model(config.model)
-    _training(config.train)
+    _check_places(config)
+    _check_batch(config.train)
     check_decoding(config.generate)
 
 
 def _train(config: configs.TrainConfig) -> None:
-    if not config.store or not config.output:
-        raise UserError("Training needs --store STORE and --output RUN.")
-    _training(config)
+    _check_batch(config)
     output, resume = Path(config.output), config.resume == "auto"
     if resume and read_status(output) == "finished":  # store and model may have been removed since
         return
     if is_main_process():  # the others may come when the first has begun to write there
         check_output(output, resume)
-    _check_store(config.store)
-    resolve_model(config.model)
-
-
-def _training(config: configs.TrainConfig) -> None:
-    """What a training is asked for, but for its paths, which a job sets itself."""
-    _check_batch(config.block_size, config.batch_tokens)
-    parse_duration(config.time_budget)
-    if not 0 <= config.seed < 2**63:
-        raise UserError(f"The seed must lie between 0 and 2**63 - 1, not {config.seed}.")
-    if not config.max_grad_norm > 0:
-        raise UserError(f"max_grad_norm must be above 0, not {config.max_grad_norm}; use a large one to clip nothing.")
-    _check_rate(config.lr, "learning rate")
-    _check_rate(config.embeddings_lr, "embeddings' learning rate")
-    parse_share(config.embeddings_first, "embeddings_first")
-    if not 0 <= config.warmup_fraction <= 1 or not 0 <= config.final_lr_fraction <= 1:
-        raise UserError("warmup_fraction and final_lr_fraction must lie between 0 and 1.")
-    check_tracker(config.tracker)
-
-
-def _check(config: configs.CheckConfig) -> None:
-    _check_block(config.block_size)
-    _check_rate(config.lr, "learning rate")
-    _check_store(config.store)
-    resolve_model(config.model)
+    _check_places(config)
 
 
 def _plan(config: configs.PlanConfig) -> None:
@@ -178,26 +161,19 @@ def _plan(config: configs.PlanConfig) -> None:
     for name in config.device:
         if name not in known:
             raise UserError(f"There is no device {name!r} to plan for; choose from {', '.join(known)}.")
-    if config.block_size is not None:
-        _check_batch(config.block_size, config.batch_tokens)
-    _check_store(config.store)
-    resolve_model(config.model)
+    _check_batch(config)
+    _check_places(config)
 
 
 def _scored_text(config: configs.EvaluateConfig | configs.CompareConfig) -> None:
-    first_tokens(config.protocol)
-    if config.window is not None and config.window < 1:
-        raise UserError(f"A window of {config.window} is impossible; use --window 1 or more.")
-    if config.stride is not None and not 1 <= config.stride <= (config.window or config.stride):
+    if config.stride is not None and config.stride > (config.window or config.stride):
         raise UserError(f"The stride must lie between 1 and the window ({config.window}), not {config.stride}.")
     if not config.store and not config.input:
         raise UserError("There is no text to score; give --store STORE (its validation side) or --input REF.")
-    _check_store(config.store)
-    _check_text(config.input)
+    _check_places(config)
 
 
 def _evaluate(config: configs.EvaluateConfig) -> None:
-    _scored_text(config)
     if not config.model:
         raise UserError("There is no model to evaluate; name one or more with --model.")
     if config.save and len(config.model) != 1:
@@ -213,14 +189,14 @@ def _evaluate(config: configs.EvaluateConfig) -> None:
     for task in config.tasks:
         if Path(task).suffix in (".yaml", ".yml") and not Path(task).is_file():
             raise UserError(f"There is no task file {task}; give one of the harness's YAML files, or a task's name.")
-    for name in ("save", "per_token"):
-        _check_file_to_write(getattr(config, name), name)
+    for name, path in (("save", config.save), ("per_token", config.per_token)):
+        if path is not None and Path(path).is_dir():
+            raise UserError(f"--{name} {path} is a directory; name a file.")
     # Under torchrun the documents are shared out; what must see all of them in one place is refused by name.
     alone = [name for name in ("per_token", "continuations", "tasks") if getattr(config, name)]
     if alone and world()[1] > 1:
         raise UserError(f"--{alone[0]} works in one process only; run it without torchrun.")
-    for ref in config.model:
-        resolve_model(ref)
+    _scored_text(config)
 
 
 def _compare(config: configs.CompareConfig) -> None:
@@ -231,33 +207,25 @@ def _compare(config: configs.CompareConfig) -> None:
 
         for path in config.evaluations:
             load_evaluation(Path(path))
-        return
-    _scored_text(config)
-    for ref in config.models:
-        resolve_model(ref)
+    else:
+        _scored_text(config)
 
 
 def _generate(config: configs.GenerateConfig) -> None:
     check_decoding(config)
-    resolve_model(config.model)
+    _check_places(config)
 
 
 def _vocab(config: configs.VocabConfig) -> None:
-    if not config.input:
-        raise UserError("There is no text; name files, a dataset or the primer with --input.")
-    if config.advise and config.extend is not None:
-        raise UserError("--advise tries several sizes by itself; leave out either it or --extend.")
-    parse_duration(config.time_budget)
     if config.extend is not None:
-        if config.extend < 1:
-            raise UserError(f"--extend must be 1 or more, not {config.extend}.")
+        if config.advise:
+            raise UserError("--advise tries several sizes by itself; leave out either it or --extend.")
         if not config.output:
             raise UserError("There is no place for the extended model; name a directory with --output.")
         output = Path(config.output)
         if output.is_file() or (output.is_dir() and any(output.iterdir())):
             raise UserError(f"{config.output} holds something already; choose another --output for the extended model.")
-    _check_text(config.input)
-    resolve_model(config.model)
+    _check_places(config)
 
 
 def _explore(config: configs.ExploreConfig) -> None:
@@ -269,9 +237,7 @@ def _explore(config: configs.ExploreConfig) -> None:
         )
     _check_extra("gradio", "The explorer", "explorer")
     listen(config.port).close()
-    _check_store(config.store)
-    for ref in config.models:
-        resolve_model(ref)
+    _check_places(config)
 
 
 def _push(config: configs.PushConfig) -> None:
@@ -286,7 +252,7 @@ def _push(config: configs.PushConfig) -> None:
 _CHECKS: dict[type[Any], Callable[[Any], None]] = {
     configs.RunConfig: _job,
     configs.TrainConfig: _train,
-    configs.CheckConfig: _check,
+    configs.CheckConfig: _check_places,
     configs.PlanConfig: _plan,
     configs.EvaluateConfig: _evaluate,
     configs.CompareConfig: _compare,

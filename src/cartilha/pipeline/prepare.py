@@ -36,7 +36,7 @@ from cartilha.pipeline.inputs import no_text
 from cartilha.pipeline.result import Result
 from cartilha.preparation.assembly import decide, load_corpus, write_rejects, write_sides
 from cartilha.preparation.executors import Executor, Inline, Local, Ray
-from cartilha.preparation.made_from import describe, ready_store, settings_of
+from cartilha.preparation.made_from import describe, ready_store
 from cartilha.preparation.notices import tell_counts, tell_mixture, tell_rest
 from cartilha.preparation.request import Plan, plan
 from cartilha.preparation.shard_work import ShardResult, ShardSettings, ShardTask, done_result, process_shard
@@ -99,10 +99,9 @@ def prepare(config: PrepareConfig) -> PrepareResult:
         # Worker processes start here and import while the tokenizer is loaded; a finished store may need none.
         executor = None if (path / "store.json").exists() else stack.enter_context(closing(_executor(config, asked)))
         tokenizer = load_tokenizer(config.model)
-        settings = settings_of(config)
-        store = ready_store(path, asked.sources, asked.num_held_out, settings, tokenizer, config.overwrite)
+        store = ready_store(path, asked.sources, asked.num_held_out, config, tokenizer)
         identity = {
-            "settings": settings,
+            "settings": config.deciding_values(),
             "rejects": bool(config.rejects),
             "sources": [repr(source) for source in asked.sources],
             "num_held_out": asked.num_held_out,

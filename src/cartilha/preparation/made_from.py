@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,35 +13,6 @@ from cartilha.errors import UserError
 from cartilha.storage import file_sha256
 from cartilha.tokens.store import TokenStore
 from cartilha.tokens.tokenizer import TextTokenizer
-
-# What decides the bytes of a store; who does the work, and with how many processes, does not.
-SETTINGS = (
-    "validation_fraction",
-    "validation_documents",
-    "validation_first",
-    "seed",
-    "limit_documents",
-    "shuffle",
-    "weights",
-    "max_repeats",
-    "clean",
-    "language",
-    "near_duplicates",
-    "text_column",
-    "domain_column",
-    "text_unit",
-    "csv_quoting",
-    "csv_delimiter",
-    "encoding",
-    "invalid_bytes",
-    "on_error",
-)
-
-
-def settings_of(config: PrepareConfig) -> dict[str, Any]:
-    """The settings that decide what is in the store, as plain values."""
-    values = {name: getattr(config, name) for name in SETTINGS}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def describe(sources: Sequence[Source], num_held_out: int = 0) -> list[dict[str, Any]]:
@@ -72,9 +43,8 @@ def ready_store(
     path: Path,
     sources: Sequence[Source],
     num_held_out: int,
-    settings: Mapping[str, Any],
+    config: PrepareConfig,
     tokenizer: TextTokenizer,
-    overwrite: bool,
 ) -> TokenStore | None:
     """The store that this same command made before; None where there is none.
 
@@ -90,19 +60,19 @@ def ready_store(
     try:
         store = TokenStore(path)
     except UserError:
-        if overwrite:
+        if config.overwrite:
             return None
         raise
-    defaults = settings_of(PrepareConfig())  # of a setting that the store is older than
-    made_with = {name: store.info["settings"].get(name, defaults[name]) for name in settings}
-    different = [name for name in settings if made_with[name] != settings[name]]
+    # A store is older than an option that it does not record: it was made with the default.
+    made_with = {**type(config)().deciding_values(), **store.info["settings"]}
+    different = [name for name, value in config.deciding_values().items() if made_with[name] != value]
     if store.fingerprint != tokenizer.fingerprint():
         different.insert(0, "tokenizer")
     if not _same_inputs(store.info["inputs"], sources, num_held_out):
         different.insert(0, "input")
     if not different:
         return store
-    if overwrite:
+    if config.overwrite:
         return None
     raise UserError(
         f"The store {path} was made with another {', '.join(different)}; "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -169,7 +168,7 @@ def only_process(run: Path) -> Iterator[None]:
 def write_config(run: Path, config: TrainConfig) -> None:
     """config.yaml: the settings as they were asked for."""
     write_atomically(
-        run / "config.yaml", yaml.safe_dump({"train": asdict(config)}, sort_keys=False, allow_unicode=True)
+        run / "config.yaml", yaml.safe_dump({"train": config.to_dict()}, sort_keys=False, allow_unicode=True)
     )
 
 

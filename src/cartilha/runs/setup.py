@@ -117,14 +117,9 @@ def is_finished_as_asked(config: TrainConfig, path: Path) -> bool:
 
 def _asked(config: TrainConfig, lr: float) -> dict[str, Any]:
     """The settings that a resume must find unchanged, as far as the configuration alone says them."""
-    names = ["model", "block_size", "batch_tokens", "warmup_fraction", "final_lr_fraction", "weight_decay"]
-    names += ["max_grad_norm", "dropout", "loss", "seed", "validation_tokens"]
-    return {
-        **{name: getattr(config, name) for name in names},
-        "lr": lr,
-        **_embeddings_phase(config, lr),
-        "time_budget_s": parse_duration(config.time_budget),
-    }
+    asked = {**config.deciding_values(), "lr": lr, **_embeddings_phase(config, lr)}
+    asked["time_budget_s"] = parse_duration(asked.pop("time_budget"))
+    return asked
 
 
 def assemble(config: TrainConfig, path: Path, prompts: GenerateConfig, resume: bool) -> Run:
