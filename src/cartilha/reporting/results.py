@@ -274,18 +274,21 @@ def load_run(path: str | Path) -> RecordedRun:
     metrics = read_lines(directory / "metrics.jsonl", missing)
     config = read_text(directory / "config.yaml", missing)
     status = text(results.get("status"))
+    others: dict[str, Any] = {
+        "settings": results.get("settings") or _settings_of_config(config),
+        "samples": read_lines(directory / "samples.jsonl", missing),
+        "surprisal": read_surprisal(directory / "surprisal.parquet", missing),
+        "plan": read_object(directory / "plan.json", missing),
+    }
     return fill(
         RecordedRun,
-        results,
+        {**results, **others},
         path=directory,
         name=text(results.get("name")) or directory.resolve().name,
         status=status if status in STATUSES else "unknown",
-        settings=fill(RecordedSettings, results.get("settings") or _settings_of_config(config)),
         evaluations=_evaluations(results, metrics),
         steps=_steps(metrics),
-        samples=tuple(fill(Sample, line) for line in read_lines(directory / "samples.jsonl", missing)),
-        surprisal=read_surprisal(directory / "surprisal.parquet", missing),
-        plan=None if (plan := read_object(directory / "plan.json", missing)) is None else fill(RecordedPlan, plan),
+        surprisal=others["surprisal"],
         config=config,
         missing=missing,
     )
@@ -323,13 +326,10 @@ def _steps(metrics: list[dict[str, Any]]) -> tuple[RecordedStep, ...]:
 def _evaluations(results: dict[str, Any], metrics: list[dict[str, Any]]) -> tuple[RecordedEvaluation, ...]:
     found = [_evaluation(mapping(raw)) for raw in items(results.get("evaluations"))]
     known = {evaluation.step for evaluation in found}
-    extra: dict[int | None, RecordedEvaluation] = {}
-    for line in metrics:
-        if "evaluation" in line:
-            evaluation = _evaluation({**mapping(line["evaluation"]), "step": line.get("step")})
-            if evaluation.step not in known:
-                extra[evaluation.step] = evaluation
-    return tuple(sorted([*found, *extra.values()], key=lambda evaluation: evaluation.step or 0))
+    lines = [{**mapping(line["evaluation"]), "step": line.get("step")} for line in metrics if "evaluation" in line]
+    by_step = {evaluation.step: evaluation for evaluation in map(_evaluation, lines)}
+    found += [evaluation for step, evaluation in by_step.items() if step not in known]
+    return tuple(sorted(found, key=lambda evaluation: evaluation.step or 0))
 
 
 def _evaluation(raw: dict[str, Any]) -> RecordedEvaluation:

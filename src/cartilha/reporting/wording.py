@@ -92,14 +92,11 @@ class Wording:
 
     def signed(self, value: float | None) -> str:
         """A difference of bits per byte, with its sign."""
-        text = self.bits(value)
-        return text if value is None or text.startswith("−") else f"+{text}"
+        return ABSENT if value is None else _with_sign(self.bits(value))
 
     def p_value(self, value: float | None) -> str:
         """With two significant digits."""
-        if value is None:
-            return ABSENT
-        return self.number(value, 4 if value < 0.01 else 2)
+        return self.number(value, 2 if value is None or value >= 0.01 else 4)
 
     def percent(self, share: float | None, decimals: int = 1) -> str:
         """A share as per cent."""
@@ -107,10 +104,7 @@ class Wording:
 
     def change(self, before: float | None, after: float | None) -> str:
         """The relative change with its sign."""
-        if not before or after is None:
-            return ABSENT
-        text = self.percent(after / before - 1)
-        return text if text.startswith("−") else f"+{text}"
+        return ABSENT if not before or after is None else _with_sign(self.percent(after / before - 1))
 
     def duration(self, seconds: float | None) -> str:
         """In the two units that matter."""
@@ -125,9 +119,9 @@ class Wording:
 
     def mode(self, mode: str) -> str:
         """How a sample was chosen (`describe_mode` in the evaluation); what is none of ours is shown as it is."""
+        point = "." if self.language == "en" else ","
         for key, pattern in _MODES.items():
             if found := pattern.fullmatch(mode):
-                point = "." if self.language == "en" else ","
                 return self(key, **{name: value.replace(".", point) for name, value in found.groupdict().items()})
         return mode
 
@@ -135,9 +129,12 @@ class Wording:
         """A number of bytes in a decimal unit."""
         if num_bytes is None:
             return ABSENT
-        value, unit = float(num_bytes), "B"
-        for larger in ("kB", "MB", "GB", "TB"):
-            if value < 1000:
-                break
+        units = iter(("B", "kB", "MB", "GB", "TB"))
+        value, unit = float(num_bytes), next(units)
+        while value >= 1000 and (larger := next(units, "")):
             value, unit = value / 1000, larger
         return f"{self.number(value, 0 if unit == 'B' else 1)} {unit}"
+
+
+def _with_sign(text: str) -> str:
+    return text if text.startswith("−") else f"+{text}"
