@@ -1,11 +1,11 @@
 """The report: reads what runs left on disk and shows it, as a table and as one offline page in two languages.
 
-    results.py  run directory -> RunRecord      lenient: a report is wanted most when a run has broken
-    lenient.py  values of a wanted type, or None       surprisal.py, samples.py  what is shown of each
-    tables.py   RunRecords -> rows -> Markdown, CSV
-    chart.py    numbers -> inline SVG       figures.py  a run's drawings       images.py  them as SVG and PNG files
+    results.py  a run directory -> RecordedRun      surprisal.py, samples.py  two of its files
+    lenient.py  records of declared types from any JSON: a report is wanted most when a run has broken
+    tables.py   RecordedRuns -> rows -> Markdown, CSV: one entry per column
+    chart.py    numbers -> inline SVG       figures.py, several.py  the drawings       images.py  SVG and PNG files
     wording.py  texts and number formats, English and Brazilian Portuguese (templates/strings.yaml)
-    html.py     RunRecords -> one self-contained page (templates/)
+    html.py     RecordedRuns -> one self-contained page       pages.py  the templates of this page and the explorer's
 
 Nothing here imports torch or computes a measure: figures are shown as the evaluation wrote them.
 """

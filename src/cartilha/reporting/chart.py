@@ -1,4 +1,4 @@
-"""Line charts as inline SVG: no library, no script; colours come from the page's style sheet, for dark mode."""
+"""Line charts as inline SVG, without a script; the page's style sheet has the colours, for the dark mode too."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from markupsafe import Markup
 from cartilha.reporting.pages import PACKAGE, environment
 
 Floats = npt.NDArray[np.float64]
-# Colours that tell runs apart; each stands out from the light page and from the dark one.
+# Colours that tell runs apart, on the light page and on the dark one.
 RUN_COLOURS = ("#2f7fc1", "#c8690f", "#2e9462", "#9a6bc9", "#d2505a", "#1f93a3", "#8c8417", "#7d8288")
-MAX_POINTS = 600  # more than the pixels that a curve has: a run of any length gives a page of the same size
+MAX_POINTS = 600  # about one per pixel; the page's size then does not grow with the run's length
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Figure:
 
 
 def run_class(number: int) -> str:
-    """The class of the curve of a page's run, counted from 0; its colour comes back after eight runs, dashed."""
+    """The class of the curve of a page's run, counted from 0; after eight runs the colours repeat, dashed."""
     return f"run{number}"
 
 
@@ -100,7 +100,7 @@ def run_styles(num_runs: int) -> str:
 
 
 def smooth(ys: Floats) -> Floats:
-    """Mean over a centred window of about a fiftieth of the curve, shorter at its ends: lightly, and without a lag."""
+    """Mean over a centred window of about a fiftieth of the curve, shorter at its ends: it adds no lag."""
     reach = len(ys) // 100
     sums = np.concatenate([[0.0], np.cumsum(ys)])
     index = np.arange(len(ys))

@@ -18,7 +18,7 @@ SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def run_figures(run: RecordedRun, say: Wording) -> list[Figure]:
-    """All of which there is something to draw, in the order of the page."""
+    """The figures for which the run recorded something, in the order of the page."""
     found = [
         _loss(run, say),
         _epochs(run, say),
@@ -31,14 +31,14 @@ def run_figures(run: RecordedRun, say: Wording) -> list[Figure]:
 
 
 def curve(records: Iterable[object], name: str, over: str = "step") -> tuple[Floats, Floats]:
-    """Steps (or epochs), and that value of their records, where both were recorded."""
+    """Two arrays: the steps (or epochs) and the value `name`, of the records that have both."""
     points = [(getattr(record, over), getattr(record, name)) for record in records]
     both = np.array([point for point in points if None not in point], dtype=np.float64).reshape(-1, 2)
     return both[:, 0], both[:, 1]
 
 
 def loss_axis(say: Wording) -> Axis:
-    """Losses in nats per token, which the page shows as perplexities on request."""
+    """An axis of losses in nats per token, which the page shows as perplexities on request."""
 
     def as_perplexity(loss: float) -> str:
         return say.perplexity(perplexity(loss))
@@ -47,7 +47,7 @@ def loss_axis(say: Wording) -> Axis:
 
 
 def count_axis(label: str, say: Wording) -> Axis:
-    """Steps, epochs or tokens."""
+    """An axis of steps, epochs or tokens."""
     return Axis(label, say.number, whole=True)
 
 
@@ -67,7 +67,7 @@ def _loss(run: RecordedRun, say: Wording) -> Figure | None:
 
 
 def _comparable(evaluations: Iterable[RecordedEvaluation]) -> list[list[RecordedEvaluation]]:
-    """Evaluations with a perplexity, by protocol and text: a line joins only what may be compared."""
+    """Evaluations with a perplexity, grouped by protocol and text: a line joins only comparable ones."""
     groups: list[list[RecordedEvaluation]] = []
     for evaluation in evaluations:
         if evaluation.perplexity is None or evaluation.perplexity <= 0:
@@ -111,7 +111,7 @@ def _epochs(run: RecordedRun, say: Wording) -> Figure | None:
 
 
 def _positions(run: RecordedRun, say: Wording) -> Figure | None:
-    """Loss by the token's position in its document, at even distances: the bins double."""
+    """Loss by the token's position in its document; the bins double in size and are drawn at even distances."""
     lines = [("before", "before", run.before), ("validation", "after", run.after)]
     found = [(kind, word, one.positions) for kind, word, one in lines if one and one.positions]
     begins = sorted({row.begin for _, _, rows in found for row in rows})
@@ -136,7 +136,7 @@ def _learning_rate(run: RecordedRun, say: Wording) -> Figure | None:
 def _measured(
     run: RecordedRun, say: Wording, name: str, field: str, *, unit: float = 1.0, **of_label: str
 ) -> Figure | None:
-    """One value of the steps, from zero, with what was planned of it as a level line."""
+    """One value of the steps on an axis from zero, with the planned value as a level line."""
     x, y = curve(run.steps, field)
     if not len(y):
         return None

@@ -1,9 +1,9 @@
 """The report page: one file, offline, English and Portuguese, drawn from run records.
 
-The whole body is rendered once a language and a button shows one of the two, so that the template stays plain and a
-number is written the way its language writes it. What moves (texts and surprisal over the steps) is data, once, that
-the script of the page draws. A content security policy forbids the page to load anything, and to run any script but
-that: a `<script>` in a generated text is text twice over.
+The body is rendered once per language, and a button shows one of the two. The template therefore has no translations,
+and each language writes numbers its own way. Texts and surprisal over the steps are in the page once, as data that its
+script draws. Everything is escaped, and a content security policy forbids the page to load anything or to run any other
+script: a `<script>` in a generated text stays text.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def render_report(run_paths: Sequence[str | Path], output: str | Path, language:
 
 
 def _page(runs: Sequence[RecordedRun], opening: Wording, *, fixed: bool) -> str:
-    """The page as text, opening in the language of `opening`; unless it is fixed, the reader's browser may choose."""
+    """The page; it opens in the language of `opening`, or in the reader's browser's unless that is `fixed`."""
     of_a_run = (run_figures, overlaid_figures, steps_of, domain_rows, plan_rows, provenance)
     of_the_table = (tables.footnotes, tables.to_markdown, tables.protocol_text)
     rows = tables.results_table(runs)
@@ -88,7 +88,7 @@ def _page(runs: Sequence[RecordedRun], opening: Wording, *, fixed: bool) -> str:
 
 
 def _script_data(runs: Sequence[RecordedRun], series: Sequence[list[SampleSeries]], words: Sequence[str]) -> Markup:
-    """What the page's script draws, as JSON that cannot end its element: `<` is written as an escape."""
+    """What the page's script draws, as JSON that cannot end its `<script>` element: `<` is escaped."""
     values = {
         "words": {say.code: {word: say.template(word) for word in words} for say in map(Wording, LANGUAGES)},
         "runs": [
@@ -111,7 +111,7 @@ def _fits(values: Any, max_bytes: int) -> bool:
 
 
 def _surprisal_data(run: RecordedRun, max_bytes: int) -> dict[str, Any] | None:
-    """The shown documents; fewer of them, and fewer steps, where they would take more than their share of the page."""
+    """The shown documents; fewer of them, and fewer steps, if they exceed their share of the page's size."""
     if run.surprisal is None or not run.surprisal.documents:
         return None
     sizes = ((4, MAX_STEPS), (3, 8), (2, 6), (1, 4), (1, 2))
@@ -120,7 +120,7 @@ def _surprisal_data(run: RecordedRun, max_bytes: int) -> dict[str, Any] | None:
 
 
 def _sample_data(series: Sequence[SampleSeries], max_bytes: int) -> dict[str, Any]:
-    """Each prompt's text at each step, for the slider; empty where only the first and the last can be shown."""
+    """Each prompt's text at each step, for the slider; empty if only the first and the last can be shown."""
     steps = steps_of(series)
     by_step = [{text.step or 0: [text.prompt, text.rest] for text in one.texts} for one in series]
     found = {"steps": steps, "texts": [[texts.get(step) for step in steps] for texts in by_step]}
@@ -149,7 +149,7 @@ def plan_rows(run: RecordedRun, say: Wording) -> list[tuple[str, str, str]]:
 
 
 def provenance(run: RecordedRun, say: Wording) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Titled groups of keys and values, with the names that the records use: those can be searched for."""
+    """Titled groups of keys and values; the keys are those of the records, so that a reader can search for them."""
     last = run.after or run.before
     groups: dict[str, Mapping[str, Any]] = {
         "group_settings": asdict(run.settings),

@@ -1,4 +1,4 @@
-"""The figures of a report as files for slides: SVG as the page has them, and PNG."""
+"""The figures of a report as files for slides: SVG and PNG."""
 
 from __future__ import annotations
 
@@ -60,12 +60,12 @@ def _png_converter() -> Callable[[str], bytes] | None:
 
 
 def _standalone(figure: Figure, num_runs: int) -> str:
-    """The drawing as a file of its own: with title, legend, colours (of so many runs) and a white ground."""
+    """The drawing as a file of its own, with title, legend, the colours of `num_runs` runs and a white ground."""
     legend: list[tuple[str, str, float, int]] = []
     left, row = 2.0, 0
     for kind, text in figure.legend:
         taken = 28 + 7.2 * len(text) + 20
-        if legend and left + taken > figure.size[0] + 20:  # without the distance to the next
+        if legend and left + taken > figure.size[0] + 20:  # the last entry needs no space behind it
             left, row = 2.0, row + 1
         legend.append((kind, text, left, 38 + 18 * row))
         left += taken

@@ -1,4 +1,4 @@
-"""Values of files that anything may have written: of the type that is wanted, or None."""
+"""Typed values from files that anything may have written: a value of another type counts as absent."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def number(value: Any) -> float | None:
 
 
 def integer(value: Any) -> int | None:
-    """A number as a whole one."""
+    """A finite number, cut to a whole one."""
     found = number(value)
     return None if found is None else int(found)
 
@@ -32,12 +32,12 @@ def text(value: Any) -> str | None:
 
 
 def mapping(value: Any) -> dict[str, Any]:
-    """A mapping with its keys as texts; empty where it is none."""
+    """A mapping with its keys as texts; empty if the value is no mapping."""
     return {str(key): item for key, item in value.items()} if isinstance(value, dict) else {}
 
 
 def items(value: Any) -> list[Any]:
-    """A list; empty where it is none."""
+    """A list; empty if the value is no list."""
     return value if isinstance(value, list) else []
 
 
@@ -53,12 +53,12 @@ _PLAIN = {int: integer, float: number, str: text, Any: lambda value: value, tupl
 
 
 def fill(cls: type[T], raw: Any, **ready: Any) -> T:
-    """A record from a mapping: each field by its declared type, None or empty where the value is absent or another's.
+    """A record from a mapping, each field read by its declared type: None or empty if there is no such value.
 
     Args:
         cls: A dataclass of numbers, texts, other such dataclasses, and tuples or mappings of them.
-        raw: Any value; what is no mapping counts as an empty one.
-        ready: Fields with their values, which are not read.
+        raw: Any value; one that is no mapping counts as an empty mapping.
+        ready: Fields whose values are given and not read.
     """
     source = raw if isinstance(raw, dict) else {}
     types = _types(cls)  # type: ignore[arg-type]
@@ -73,7 +73,7 @@ def _types(cls: Any) -> dict[str, Any]:
 
 @cache
 def _reader(wanted: Any) -> Callable[[Any], Any]:
-    """What reads a value of that type."""
+    """The function that reads a value of that type."""
     origin, arguments = get_origin(wanted), get_args(wanted)
     if isinstance(wanted, type) and is_dataclass(wanted):
         return partial(fill, wanted)
@@ -90,7 +90,7 @@ def _reader(wanted: Any) -> Callable[[Any], Any]:
 
 
 def read_text(path: Path, missing: list[str]) -> str | None:
-    """A file's text; where there is none, its name joins `missing`."""
+    """A file's text; if there is no such file, its name joins `missing`."""
     try:
         return path.read_bytes().decode("utf-8", errors="replace")  # a torn line may end inside a character
     except OSError:
@@ -99,7 +99,7 @@ def read_text(path: Path, missing: list[str]) -> str | None:
 
 
 def read_object(path: Path, missing: list[str]) -> dict[str, Any] | None:
-    """The object in a JSON file; where there is none, `missing` says so."""
+    """The object in a JSON file; if there is none, `missing` says so."""
     found = read_text(path, missing)
     if found is None:
         return None
@@ -114,7 +114,7 @@ def read_object(path: Path, missing: list[str]) -> dict[str, Any] | None:
 
 
 def read_lines(path: Path, missing: list[str]) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file; a line that a kill or a full disk tore is left out and counted."""
+    """The objects of a JSON-lines file; lines that a kill or a full disk tore are left out and counted."""
     records, torn = [], 0
     for line in (read_text(path, missing) or "").split("\n"):
         if not line.strip():

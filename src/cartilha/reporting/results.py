@@ -1,7 +1,7 @@
 """What a run directory says, as typed records.
 
-Read leniently: the report of a run that was killed, or that still goes on, is worth the most. What is not there or not
-readable becomes None or empty, and `RecordedRun.missing` names it; only a path that is no run at all is refused.
+The files are read leniently, because the report matters most for a run that was killed or still goes on. What is absent
+or unreadable becomes None or empty, and `RecordedRun.missing` names it; only a path that is no run at all is refused.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class RecordedProtocol:
-    """How an evaluation was done; two figures may be compared only where the hashes agree."""
+    """How an evaluation was done; two figures may be compared only if the hashes agree."""
 
     name: str | None = None
     window: int | None = None
@@ -193,7 +193,7 @@ class RecordedEvaluation:
     positions: tuple[PositionLoss, ...] = ()
 
     def comparable_with(self, other: RecordedEvaluation) -> bool:
-        """Whether both scored the same amount of text by the same protocol; what is not recorded is not comparable."""
+        """Whether both scored the same amount of text by the same, recorded protocol."""
         pairs = [(one.protocol.hash, one.num_documents, one.num_bytes) for one in (self, other)]
         return self.protocol.hash is not None and pairs[0] == pairs[1]
 
@@ -203,11 +203,11 @@ class RecordedRun:
     """Everything that a run directory says.
 
     Attributes:
-        status: One of `STATUSES`, or `unknown` where there is no `results.json`.
-        steps: In order of step; where a resumed run repeated a step, the later record.
-        evaluations: In order of step; those of `results.json`, and those that only `metrics.jsonl` has.
+        status: One of `STATUSES`, or `unknown` if there is no `results.json`.
+        steps: In order of step; if a resumed run repeated a step, its later record.
+        evaluations: In order of step: those of `results.json`, and those that only `metrics.jsonl` has.
         config: The text of `config.yaml`.
-        missing: What was not there or not readable: `samples.jsonl`, `results.json: epochs`, and the like.
+        missing: What was absent or unreadable, such as `samples.jsonl` or `results.json: epochs`.
     """
 
     path: Path
@@ -251,7 +251,7 @@ class RecordedRun:
 
     @cached_property
     def _headline(self) -> tuple[RecordedEvaluation | None, RecordedEvaluation | None]:
-        """The latest pair that may be compared; without one, the first and the last as they are."""
+        """The latest pair that may be compared; if there is none, the first and the last evaluation."""
         before = [evaluation for evaluation in self.evaluations if not evaluation.step]
         after = [evaluation for evaluation in self.evaluations if evaluation.step]
         pairs = ((early, late) for late in reversed(after) for early in before if early.comparable_with(late))
@@ -309,10 +309,10 @@ def _read_results(directory: Path, missing: list[str]) -> dict[str, Any]:
 
 
 def _settings_of_config(config: str | None) -> dict[str, Any]:
-    """The training settings of `config.yaml`, for a run that wrote no `results.json`."""
+    """The training settings in `config.yaml`, for a run without `results.json`."""
     try:
         loaded = mapping(yaml.safe_load(config or ""))
-    except (yaml.YAMLError, ValueError):  # a ValueError is a date that does not exist
+    except (yaml.YAMLError, ValueError):  # ValueError: a date that does not exist
         return {}
     return {**loaded, **mapping(loaded.get("train"))}
 

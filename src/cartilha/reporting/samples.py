@@ -33,7 +33,7 @@ class SampleSeries:
 def sample_series(samples: Sequence[Sample]) -> list[SampleSeries]:
     """The texts of each prompt and mode, in the order in which the prompts appear.
 
-    A text counts as one from before training only if it is of step 0; the older one of two later texts would not do.
+    Only a text of step 0 counts as one from before training.
     """
     grouped: dict[tuple[str, str | None], list[Sample]] = {}
     for sample in samples:
@@ -54,7 +54,7 @@ def steps_of(series: Sequence[SampleSeries]) -> list[int]:
 
 def _shown(sample: Sample) -> ShownSample:
     text = sample.text or ""
-    prompt = (sample.prompt or "").rstrip()  # generation strips a prompt's last spaces and heals them
+    prompt = (sample.prompt or "").rstrip()  # generation drops a prompt's last spaces
     if not text.startswith(prompt):
         prompt = ""
     rest = text[len(prompt) :]

@@ -18,7 +18,7 @@ Member = tuple[int, RecordedRun]  # its number on the page, which decides its co
 
 
 def load_runs(paths: Sequence[str | Path]) -> list[RecordedRun]:
-    """Read run directories, each once; those of one name are called by as much of their path as tells them apart.
+    """Read run directories, each once; runs of the same name are called by as much of their path as distinguishes them.
 
     Raises:
         UserError: No path was given, or one is no run directory.
@@ -39,7 +39,7 @@ def load_runs(paths: Sequence[str | Path]) -> list[RecordedRun]:
 
 
 def overlaid_figures(runs: Sequence[RecordedRun], say: Wording) -> list[Figure]:
-    """One drawing of the training losses and one of the validation, for each group of two or more comparable runs."""
+    """A drawing of the training losses and one of the validation for each group of two or more comparable runs."""
     members = list(enumerate(runs))
     found = [_losses(group, say) for group in _groups(members, lambda of: of[1].corpus.tokenizer_fingerprint or of[0])]
     found += [_validations(group, say) for group in _groups(members, lambda of: tables.measured_on(of[1]))]
@@ -53,7 +53,7 @@ def _groups(members: Sequence[Member], key: Callable[[Member], Hashable]) -> lis
 
 
 def _losses(group: Sequence[Member], say: Wording) -> Figure | None:
-    """The smoothed training losses: in nats per token, so only of runs with the same tokenizer."""
+    """The smoothed training losses in nats per token, which only runs with the same tokenizer share."""
     series, (scale, axis) = [], _advance(group, say)
     for number, run in group:
         x, y = curve(run.steps, "loss")
@@ -62,7 +62,7 @@ def _losses(group: Sequence[Member], say: Wording) -> Figure | None:
 
 
 def _validations(group: Sequence[Member], say: Wording) -> Figure | None:
-    """Bits per byte, of runs that were measured by the same protocol on the same text."""
+    """Bits per byte of runs that were measured by the same protocol on the same text."""
     series, (scale, axis) = [], _advance(group, say)
     for number, run in group:
         last = tables.last(run)
@@ -80,7 +80,7 @@ def _validations(group: Sequence[Member], say: Wording) -> Figure | None:
 
 
 def _overlaid(figure: Figure, group: Sequence[Member]) -> Figure | None:
-    """The figure with the runs that have a curve in its legend; None where fewer than two have."""
+    """The figure with the runs that have a curve; None if fewer than two have one."""
     drawn = [(one, run.name) for one, (_, run) in zip(figure.series, group, strict=True) if len(one.xs)]
     if len(drawn) < 2:
         return None
@@ -89,7 +89,7 @@ def _overlaid(figure: Figure, group: Sequence[Member]) -> Figure | None:
 
 
 def _advance(group: Sequence[Member], say: Wording) -> tuple[Callable[[RecordedRun], int], Axis]:
-    """What a step counts on the horizontal axis: 1, or its tokens where the runs' steps differ in size."""
+    """What a step counts on the horizontal axis: 1, or its tokens if the runs' steps differ in size."""
     sizes = {run.path: (run.settings.batch or 0) * (run.settings.block_size or 0) for _, run in group}
     if len(set(sizes.values())) == 1 or 0 in sizes.values():
         return (lambda run: 1), count_axis(say("step"), say)

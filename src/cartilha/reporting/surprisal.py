@@ -37,7 +37,7 @@ class Surprisal:
 
 
 def read_surprisal(path: Path, missing: list[str]) -> Surprisal | None:
-    """What the file holds; None where it is not there, not readable or empty, and `missing` says so."""
+    """The file's documents; None if it is absent, unreadable or empty, and `missing` then says so."""
     if not path.is_file():
         missing.append(path.name)
         return None

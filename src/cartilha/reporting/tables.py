@@ -24,7 +24,7 @@ class Row:
     """A run in the results table.
 
     Attributes:
-        mark: A letter; only figures with the same one may be compared. Empty where all of the table's may be.
+        mark: A letter; only figures with the same letter may be compared. Empty if all of the table's may be.
     """
 
     run: RecordedRun
@@ -37,15 +37,15 @@ class Column:
 
     Attributes:
         key: Its name in CSV files.
-        read: What it shows of a run; None where there is nothing.
+        read: The value that it shows of a run, or None.
         heading: In both languages; a column without one is in CSV files only.
-        write: What was read, as a person reads it.
-        plain: What was read, as a program reads it: with decimal points, in seconds.
+        write: Writes the value for people.
+        plain: Writes the value for programs, in CSV files.
         words: Whether it holds words rather than numbers.
-        alike: Of a measure: what must be equal for the figures of two runs to be compared, besides protocol and text.
-            Runs that cannot be compared get columns of their own.
-        footnote: Key of the text that says so where runs differ in `alike`.
-        marks: The letters of the rows that have figures in it; none where all may.
+        alike: For a measure: what must be equal, besides protocol and text, for the figures of two runs to be compared.
+            Each group of comparable runs gets a column of its own.
+        footnote: Key of the text that stands below the table if runs differ in `alike`.
+        marks: The letters of the rows that have figures in it; empty if every row may.
     """
 
     key: str
@@ -73,7 +73,7 @@ class Column:
         return None if found is None else self.plain(found)
 
     def group(self, run: RecordedRun) -> Hashable:
-        """What must be equal for the figures of two runs to share this column; None where all may."""
+        """What two runs must share for their figures to stand in one column; None if all may."""
         return (measured_on(run), self.alike(run)) if self.alike else None
 
     def _holds(self, row: Row) -> bool:
@@ -81,12 +81,12 @@ class Column:
 
 
 def last(run: RecordedRun) -> RecordedEvaluation:
-    """The evaluation that the run's figures are of; those before training are not the run's."""
+    """The evaluation that gives the run's figures: never the one before training."""
     return run.after or RecordedEvaluation()
 
 
 def measured_on(run: RecordedRun) -> Hashable:
-    """Protocol and text, which two runs must share to be compared; a run that does not record them has none's."""
+    """Protocol and text, which two runs must share to be compared; a run that recorded none shares them with no other."""
     protocol, text = last(run).protocol.hash, run.corpus.validation_hash
     return run.path if protocol is None or text is None else (protocol, text, last(run).num_bytes)
 
@@ -100,7 +100,7 @@ def _length(say: Wording, settings: RecordedSettings) -> str:
 def _seconds_per_epoch(run: RecordedRun) -> float | None:
     """The mean over the epochs that were completed."""
     epochs = run.epochs
-    if run.settings.max_steps:  # the last epoch may be a part of one, whose time would look like a fast machine
+    if run.settings.max_steps:  # the last epoch may be incomplete, and its time too short
         blocks = (run.settings.num_steps or 0) * (run.settings.batch or 0)
         epochs = epochs[: blocks // run.packing.num_blocks] if run.packing.num_blocks else ()
     seconds = [epoch.seconds for epoch in epochs if epoch.seconds is not None]
@@ -112,7 +112,7 @@ def _words(_: Wording, text: str | None) -> str:
 
 
 def _status(say: Wording, run: RecordedRun) -> str:
-    """The status in words, and the step of the figures where that is not the last."""
+    """The status in words, with the step of the figures if that is not the last."""
     status, step = say(f"status_{run.status}"), last(run).step
     if step is None or step == run.settings.num_steps or not _has_figures(run):
         return status
@@ -184,7 +184,7 @@ def columns(rows: Sequence[Row]) -> list[Column]:
 
 
 def _all_columns(rows: Sequence[Row]) -> list[Column]:
-    """The columns that the rows need: one for each group that may be compared where there is more than one."""
+    """The columns that the rows need: one for each group of comparable runs."""
     found = []
     for column in COLUMNS:
         groups: dict[Hashable, dict[str, None]] = {}
@@ -237,14 +237,14 @@ def to_markdown(rows: Sequence[Row], language: Language) -> str:
 
 
 def _escape(text: str) -> str:
-    """Text that Markdown leaves as it is and that cannot end its cell."""
+    """Text that Markdown shows as it is and that cannot end its cell."""
     return re.sub(r"([\\`*\[\]<>|])", r"\\\1", " ".join(text.split()))
 
 
 def to_csv(rows: Sequence[Row]) -> str:
-    """The table for programs: every column, and the mark as `comparable_group`; empty where there is no figure.
+    """The table for programs: every column, and the mark as `comparable_group`; a field without a figure is empty.
 
-    Where not all runs may be compared, each group has columns of its own: `val_perplexity_a`, `val_perplexity_b`.
+    If not all runs may be compared, each group has columns of its own: `val_perplexity_a`, `val_perplexity_b`.
     """
     wanted = _all_columns(rows)
     out = io.StringIO()

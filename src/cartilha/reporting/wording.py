@@ -28,7 +28,7 @@ _MODES = {
 
 
 def choose_language(name: str) -> Language:
-    """The language for `en`, `pt` or `auto`; `auto` follows the locale, and is English where that is neither."""
+    """The language for `en`, `pt` or `auto`; `auto` follows the locale and falls back to English."""
     if name == "auto":
         settings = (os.environ.get(variable) for variable in ("LC_ALL", "LC_MESSAGES", "LANG"))
         # Windows sets no such variable and says "Portuguese_Brazil".
@@ -47,9 +47,9 @@ _COUNTED = re.compile(r"\{(\w+)\}([^{}\[\]]*)\[([^|\[\]]+)\|([^|\[\]]+)\]")
 
 
 class Wording:
-    """How one language says things. A figure that is None is shown as `-`.
+    """How one language writes texts and numbers; a number that is None becomes `-`.
 
-    Another page says its own texts with a subclass that names its package.
+    A subclass for another page names the package that has its texts.
     """
 
     package = PACKAGE  # its templates/strings.yaml has the texts
@@ -59,7 +59,7 @@ class Wording:
         self.code = {"en": "en", "pt": "pt-BR"}[language]
 
     def __call__(self, key: str, **values: object) -> str:
-        """The text of that key, its `{name}` filled in; of `{name} [one|many]` what goes with that count."""
+        """The text of that key with its `{name}` filled in; `{name} [one|many]` agrees with the count."""
 
         def noun(found: re.Match[str]) -> str:
             return f"{{{found[1]}}}{found[2]}{found[3 if str(values[found[1]]) == '1' else 4]}"
@@ -118,7 +118,7 @@ class Wording:
         return f"{minutes // 60} h {minutes % 60} min"
 
     def mode(self, mode: str) -> str:
-        """How a sample was chosen (`describe_mode` in the evaluation); what is none of ours is shown as it is."""
+        """How a sample was chosen, as `describe_mode` of the evaluation says; any other text is shown as it is."""
         point = "." if self.language == "en" else ","
         for key, pattern in _MODES.items():
             if found := pattern.fullmatch(mode):

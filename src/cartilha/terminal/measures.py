@@ -128,12 +128,12 @@ def comparison(result: Values) -> Parts:
 
 
 def protocol_line(protocol: Values) -> str:
-    """The protocol in a few words: it goes with every number."""
+    """The protocol in a few words."""
     return f"{protocol['name']}, {protocol['window']}/{protocol['stride']}, {protocol['dtype']}, {protocol['hash']}"
 
 
 def bits(value: float | None, digits: int) -> str:
-    """A measure, or that it was refused."""
+    """A measure, or `refused` if there is none."""
     if value is None:
         return "refused"
     return f"{value:,.{digits}f}" if value < 1e7 else f"{value:.3g}"

@@ -230,7 +230,7 @@ DISPLAYS: dict[str, Callable[[Values], Iterable[FittingTable | str]]] = {
     "compare": comparison,
     "generate": _generate,
     "report": _report,
-    "explore": lambda result: (),  # everything was said while the page was there
+    "explore": lambda result: (),  # the page has shown everything
     "vocab": vocabulary,
     "push": _push,
     "run": _run,

@@ -12,7 +12,7 @@ from rich.console import Console, ConsoleOptions
 from rich.table import Table
 from rich.text import Text
 
-LEAST_TEXT = 16  # narrower columns of words are slivers
+LEAST_TEXT = 16  # a narrower column of words is hard to read
 
 Cell = str | int | Text
 Values = Mapping[str, Any]
@@ -25,7 +25,7 @@ class FittingTable:
     Attributes:
         titles: One heading per column.
         rows: One cell per column, without markup; whole numbers get thousands separators. An empty row is a rule.
-        words: Which columns hold words; the others hold numbers, which are never broken.
+        words: The columns that hold words; the others hold numbers, which are never broken.
         title: Stands above.
     """
 
@@ -46,7 +46,7 @@ class FittingTable:
         for part in parts:
             widths = {i: least[i] for i in part}
             wanted = {i: max(map(cell_len, columns[i])) - least[i] for i in part}
-            for i in sorted(part, key=lambda i: wanted[i]):  # what lacks little is given all of it
+            for i in sorted(part, key=lambda i: wanted[i]):  # a column that lacks little gets all of it
                 widths[i] += max(0, min(wanted[i], _room(options, widths.values())))
             table = Table(title=Text(self.title, "italic") if self.title else None)
             for i in part:
@@ -64,7 +64,7 @@ Parts = Iterator[FittingTable | str]  # what a command shows, one below the othe
 
 
 def markdown_table(markdown: str) -> Parts:
-    """Markdown's table as the terminal's, and what follows it as it is."""
+    """A Markdown table as a terminal's, and the text that follows it as it is."""
     lines = [line for line in markdown.splitlines() if line]
     cells = [
         [re.sub(r"\\(.)", r"\1", cell).strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]

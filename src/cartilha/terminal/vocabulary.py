@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from cartilha.errors import counted
 from cartilha.terminal.tables import FittingTable, Parts, Values
 
-MAX_PIECES = 20  # of a word; a line without a space is one, too
+MAX_PIECES = 20  # of a word, which may be a whole line without spaces
 
 
 def vocabulary(result: Values) -> Parts:
@@ -60,5 +60,5 @@ def _change(share: float) -> str:
 
 
 def _pieces(pieces: Sequence[str]) -> str:
-    """A word's pieces with marks between; of a line without a space the beginning."""
+    """A word's pieces with marks between them."""
     return "|".join([*pieces[:MAX_PIECES], *(["..."] if len(pieces) > MAX_PIECES else [])]).strip()
