@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 import numpy as np
 
@@ -68,16 +68,11 @@ def _loss(run: RecordedRun, say: Wording) -> Figure | None:
 
 def _comparable(evaluations: Iterable[RecordedEvaluation]) -> list[list[RecordedEvaluation]]:
     """Evaluations with a perplexity, grouped by protocol and text: a line joins only comparable ones."""
-    groups: list[list[RecordedEvaluation]] = []
+    groups: dict[Hashable, list[RecordedEvaluation]] = {}
     for evaluation in evaluations:
-        if evaluation.perplexity is None or evaluation.perplexity <= 0:
-            continue
-        group = next((group for group in groups if group[0].comparable_with(evaluation)), None)
-        if group is None:
-            groups.append([evaluation])
-        else:
-            group.append(evaluation)
-    return groups
+        if (evaluation.perplexity or 0) > 0:
+            groups.setdefault(evaluation.measured_on, []).append(evaluation)
+    return list(groups.values())
 
 
 def _validation(group: Sequence[RecordedEvaluation], say: Wording) -> Series:

@@ -11,6 +11,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+from cartilha.errors import counted
+
 T = TypeVar("T")
 
 
@@ -101,32 +103,25 @@ def read_text(path: Path, missing: list[str]) -> str | None:
 def read_object(path: Path, missing: list[str]) -> dict[str, Any] | None:
     """The object in a JSON file; if there is none, `missing` says so."""
     found = read_text(path, missing)
-    if found is None:
-        return None
-    try:
-        value = json.loads(found)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
+    value = None if found is None else _object(found)
+    if found is not None and value is None:
         missing.append(f"{path.name} (not readable)")
-        return None
     return value
 
 
 def read_lines(path: Path, missing: list[str]) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file; lines that a kill or a full disk tore are left out and counted."""
-    records, torn = [], 0
-    for line in (read_text(path, missing) or "").split("\n"):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if isinstance(record, dict):
-            records.append(record)
-        else:
-            torn += 1
-    if torn:
-        missing.append(f"{path.name}: {torn} unreadable line{'s' if torn > 1 else ''}")
+    lines = (read_text(path, missing) or "").split("\n")
+    found = [_object(line) for line in lines if line.strip()]
+    records = [record for record in found if record is not None]
+    if torn := len(found) - len(records):
+        missing.append(f"{path.name}: {counted(torn, 'unreadable line')}")
     return records
+
+
+def _object(text: str) -> dict[str, Any] | None:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None

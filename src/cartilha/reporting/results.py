@@ -6,7 +6,7 @@ or unreadable becomes None or empty, and `RecordedRun.missing` names it; only a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -192,10 +192,14 @@ class RecordedEvaluation:
     domains: Mapping[str, DomainFigures] = field(default_factory=dict)
     positions: tuple[PositionLoss, ...] = ()
 
+    @property
+    def measured_on(self) -> Hashable:
+        """Protocol and amount of text; an evaluation without a recorded protocol shares them with no other."""
+        return (self.protocol.hash, self.num_documents, self.num_bytes) if self.protocol.hash else id(self)
+
     def comparable_with(self, other: RecordedEvaluation) -> bool:
-        """Whether both scored the same amount of text by the same, recorded protocol."""
-        pairs = [(one.protocol.hash, one.num_documents, one.num_bytes) for one in (self, other)]
-        return self.protocol.hash is not None and pairs[0] == pairs[1]
+        """Whether both scored the same amount of text by the same protocol, as far as recorded."""
+        return self.measured_on == other.measured_on
 
 
 @dataclass(frozen=True)

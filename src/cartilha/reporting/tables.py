@@ -86,7 +86,7 @@ def last(run: RecordedRun) -> RecordedEvaluation:
 
 
 def measured_on(run: RecordedRun) -> Hashable:
-    """Protocol and text, which two runs must share to be compared; a run that recorded none shares them with no other."""
+    """Protocol and text, which two runs must share to be compared; a run that recorded none shares them with no run."""
     protocol, text = last(run).protocol.hash, run.corpus.validation_hash
     return run.path if protocol is None or text is None else (protocol, text, last(run).num_bytes)
 

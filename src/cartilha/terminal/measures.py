@@ -55,30 +55,22 @@ def _interval(row: Values) -> str:
     return f"[{bounds[0]:.4f}, {bounds[1]:.4f}]"
 
 
-def _baseline(name: str) -> Callable[[Values], str]:
-    """A cell with a baseline's bits per byte, and its perplexity where it has one."""
-
-    def cell(row: Values) -> str:
-        found = row["baselines"].get(name)
-        if found is None or found["bits_per_byte"] is None:
-            return ""
-        perplexity = f" (perplexity {found['perplexity']:,.0f})" if found.get("perplexity") else ""
-        return f"{found['bits_per_byte']:.4f}{perplexity}"
-
-    return cell
+def _baseline(row: Values, name: str) -> str:
+    """A baseline's bits per byte, and its perplexity if it has one."""
+    found = row["baselines"].get(name)
+    if found is None or found["bits_per_byte"] is None:
+        return ""
+    perplexity = f" (perplexity {found['perplexity']:,.0f})" if found.get("perplexity") else ""
+    return f"{found['bits_per_byte']:.4f}{perplexity}"
 
 
-def _continuation(name: str, digits: int) -> Callable[[Values], str]:
-    """A cell with a measure of the continuations beside its floor (another document's continuation)."""
-
-    def cell(row: Values) -> str:
-        found = row.get("continuations")
-        if not found or found[name] is None:
-            return ""
-        floor = found["floor"][name] if found["floor"] else None
-        return f"{found[name]:.{digits}f}" + ("" if floor is None else f" (floor {floor:.{digits}f})")
-
-    return cell
+def _continuation(row: Values, name: str, digits: int) -> str:
+    """A measure of the continuations beside its floor (another document's continuation)."""
+    found = row.get("continuations")
+    if not found or found[name] is None:
+        return ""
+    floor = found["floor"][name] if found["floor"] else None
+    return f"{found[name]:.{digits}f}" + ("" if floor is None else f" (floor {floor:.{digits}f})")
 
 
 _FIGURES: tuple[tuple[str, Callable[[Values], str]], ...] = (
@@ -91,17 +83,17 @@ _FIGURES: tuple[tuple[str, Callable[[Values], str]], ...] = (
     ("tokens", lambda row: f"{row['num_tokens']:,}"),
     ("documents", lambda row: f"{row['num_documents']:,}"),
     ("mass on unused rows", lambda row: f"{row['unused_rows_mass']:.1e}" if row["unused_rows_mass"] else ""),
-    ("uniform model", _baseline("uniform")),
-    ("unigram model", _baseline("unigram")),
-    ("xz", _baseline("xz")),
-    ("xz, primed", _baseline("xz_primed")),
-    ("zstd", _baseline("zstd")),
-    ("zstd, primed", _baseline("zstd_primed")),
-    ("chrF", _continuation("chrf", 1)),
-    ("BLEU", _continuation("bleu", 2)),
-    ("ROUGE-L", _continuation("rouge_l", 3)),
-    ("distinct-2", _continuation("distinct_2", 3)),
-    ("repeated 4-grams", _continuation("repeated_4grams", 3)),
+    ("uniform model", lambda row: _baseline(row, "uniform")),
+    ("unigram model", lambda row: _baseline(row, "unigram")),
+    ("xz", lambda row: _baseline(row, "xz")),
+    ("xz, primed", lambda row: _baseline(row, "xz_primed")),
+    ("zstd", lambda row: _baseline(row, "zstd")),
+    ("zstd, primed", lambda row: _baseline(row, "zstd_primed")),
+    ("chrF", lambda row: _continuation(row, "chrf", 1)),
+    ("BLEU", lambda row: _continuation(row, "bleu", 2)),
+    ("ROUGE-L", lambda row: _continuation(row, "rouge_l", 3)),
+    ("distinct-2", lambda row: _continuation(row, "distinct_2", 3)),
+    ("repeated 4-grams", lambda row: _continuation(row, "repeated_4grams", 3)),
     ("tokens/s", lambda row: f"{row['tokens_per_second']:,.0f}" if row["tokens_per_second"] else ""),
 )
 
