@@ -97,6 +97,12 @@ def test_nonsense_settings_of_prepare(refused: Refused, corpus, tmp_path):
     assert not (tmp_path / "store").exists()
 
 
+@pytest.mark.parametrize("command", [["prepare", "--output", "again"], ["vocab"], ["evaluate"]])
+def test_a_token_store_is_not_text(refused: Refused, store, command: list[str]):
+    sentence = refused(*command, *TINY, "--input", store)
+    assert f"{store} is a token store, not text" in sentence and "--store" in sentence
+
+
 # Directories that hold something
 
 

@@ -27,6 +27,7 @@ OTHER_KIND = "of a kind that is not read"
 NAMED_FILES = 5
 # Files that `datasets` writes beside the data.
 DATASET_RECORDS = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
+STORE_FILES = ("store.json", "train.tokens")  # by which a token store is recognised
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,11 @@ def _file(path: str, root: str | None = None) -> SourceFile:
 
 
 def _folder(folder: str, left_out: LeftOut) -> list[Source]:
+    if all(os.path.isfile(os.path.join(folder, name)) for name in STORE_FILES):
+        raise UserError(
+            f"The folder {folder} is a token store, not text; name the text that it was made from"
+            " (`evaluate` and `compare` read a store's text with --store)."
+        )
     by_reason: LeftOut = {}
     for path, reason in sorted(_walk(folder), key=lambda found: _in_order(found[0])):
         by_reason.setdefault(reason, []).append(path)

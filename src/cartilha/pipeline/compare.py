@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from cartilha.config import CompareConfig
 from cartilha.errors import UserError
 from cartilha.evaluation.compare import Comparison, compare_documents
 from cartilha.evaluation.measures import make_evaluation
 from cartilha.evaluation.saved import SavedEvaluation, load_evaluation, saved_evaluation
-from cartilha.pipeline.evaluate import score_held_out, scorer_for
+from cartilha.machine.devices import choose_device
+from cartilha.pipeline.evaluate import score_held_out
 from cartilha.pipeline.held_out import held_out
+from cartilha.pipeline.models import load_scorer
 from cartilha.pipeline.preflight import preflight
 
 log = logging.getLogger("cartilha")
@@ -23,12 +26,9 @@ log = logging.getLogger("cartilha")
 
 @dataclass(frozen=True)
 class CompareResult:
-    """The second model against the first.
+    """Two models' records, as `evaluate --json` gives them, and the second against the first.
 
-    Attributes:
-        first: The first model's record, as `evaluate --json` gives it; second likewise.
-        comparison: Over the documents that both tokenizers keep whole.
-        num_left_out: Documents that one of the tokenizers does not keep.
+    The comparison is over the documents that both tokenizers keep whole; `num_left_out` counts the others.
     """
 
     first: dict[str, Any]
@@ -37,15 +37,16 @@ class CompareResult:
     num_left_out: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for `--json`."""
+        """The result as plain values."""
+        both = [self.first, self.second]
         return {
-            "models": [self.first["model"], self.second["model"]],
-            "protocols": [self.first["protocol"], self.second["protocol"]],
+            "models": [record["model"] for record in both],
+            "protocols": [record["protocol"] for record in both],
             "corpus_hash": self.first["corpus_hash"],
             **self.comparison.to_dict(),
             "num_documents_left_out": self.num_left_out,
-            "loss_by_position": [self.first.get("positions", []), self.second.get("positions", [])],
-            "evaluations": [self.first, self.second],
+            "loss_by_position": [record.get("positions", []) for record in both],
+            "evaluations": both,
         }
 
 
@@ -59,29 +60,9 @@ def compare(config: CompareConfig) -> CompareResult:
     if config.evaluations:
         first, second = (load_evaluation(Path(path)) for path in config.evaluations)
     else:
-        first, second = (_score(ref, config) for ref in config.models)
-    if first.text_hashes != second.text_hashes:
-        raise UserError("The two evaluations are of different documents; score the same text with both models.")
-    protocols = [saved.record["protocol"] for saved in (first, second)]
-    names = [protocol["name"] for protocol in protocols]
-    if names[0] != names[1]:
-        raise UserError(f"The two evaluations have the protocols {names[0]} and {names[1]}; use the same for both.")
-    settings = [{name: protocol[name] for name in ("window", "stride", "dtype")} for protocol in protocols]
-    if settings[0] != settings[1]:
-        log.warning(
-            "The two are not scored alike (%s): a part of the difference is the protocol's; --window and --stride "
-            "make them equal.",
-            "; ".join(
-                f"{name} {first_value} and {settings[1][name]}"
-                for name, first_value in settings[0].items()
-                if first_value != settings[1][name]
-            ),
-        )
-    if names[0] != "full" and not np.array_equal(first.num_bytes, second.num_bytes):
-        raise UserError(
-            f"The protocol {names[0]} cuts these documents at other places under the two tokenizers, so they cannot be "
-            "compared; use --protocol full."
-        )
+        device = choose_device(config.device)
+        first, second = (_score(ref, config, device) for ref in config.models)
+    _refuse_unlike(first, second)
     kept = first.round_trips & second.round_trips & (first.num_bytes > 0)
     if kept.sum() < 2:
         raise UserError("Fewer than two documents survive both tokenizers, which is too few to compare.")
@@ -96,9 +77,34 @@ def compare(config: CompareConfig) -> CompareResult:
     return CompareResult(first.record, second.record, comparison, int((~kept).sum()))
 
 
-def _score(ref: str, config: CompareConfig) -> SavedEvaluation:
+def _score(ref: str, config: CompareConfig, device: torch.device) -> SavedEvaluation:
     text = held_out(config)
-    scorer = scorer_for(ref, text, config)
+    scorer = load_scorer(ref, text.store, config, device)
     corpus = score_held_out(scorer, text)
     evaluation = make_evaluation(scorer, corpus.documents, corpus.scores, seconds=0.0)
     return saved_evaluation(evaluation.to_dict(), corpus.documents, corpus.scores.nll)
+
+
+def _refuse_unlike(first: SavedEvaluation, second: SavedEvaluation) -> None:
+    """Refuse evaluations of different documents or of different parts of them; report other differences."""
+    if first.text_hashes != second.text_hashes:
+        raise UserError("The two evaluations are of different documents; score the same text with both models.")
+    one, other = first.record["protocol"], second.record["protocol"]
+    if one["name"] != other["name"]:
+        raise UserError(
+            f"The two evaluations have the protocols {one['name']} and {other['name']}; use the same for both."
+        )
+    unlike = [
+        f"{name} {one[name]} and {other[name]}" for name in ("window", "stride", "dtype") if one[name] != other[name]
+    ]
+    if unlike:
+        log.warning(
+            "The two are not scored alike (%s), which is a part of the difference; --window and --stride make them "
+            "equal.",
+            "; ".join(unlike),
+        )
+    if one["name"] != "full" and not np.array_equal(first.num_bytes, second.num_bytes):
+        raise UserError(
+            f"The protocol {one['name']} cuts these documents at other places under the two tokenizers, so they cannot "
+            "be compared; use --protocol full."
+        )

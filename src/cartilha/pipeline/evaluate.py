@@ -1,4 +1,4 @@
-"""`evaluate`: what models score on held-out text, under one protocol each, before or after any training."""
+"""`evaluate`: how well models predict held-out text."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,31 +14,31 @@ from typing import Any
 import numpy as np
 import torch
 
-from cartilha.config import CompareConfig, EvaluateConfig, GenerateConfig
+from cartilha.config import EvaluateConfig, GenerateConfig
 from cartilha.console import progress
-from cartilha.errors import UserError, counted
+from cartilha.errors import counted
 from cartilha.evaluation.compressed import CompressedText
 from cartilha.evaluation.continuation import continue_prompts
 from cartilha.evaluation.continuation_scores import continuation_measures
-from cartilha.evaluation.corpus import SHARD_CHARS, ScoredCorpus, score_corpus, score_in_shares
-from cartilha.evaluation.documents import ScoredDocuments, encode_documents
+from cartilha.evaluation.corpus import SHARD_CHARS, ScoredCorpus, score_corpus
+from cartilha.evaluation.documents import encode_documents
 from cartilha.evaluation.downstream import check_tasks, run_tasks
 from cartilha.evaluation.measures import Evaluation, make_evaluation
 from cartilha.evaluation.nll import TokenRows, score_documents
 from cartilha.evaluation.saved import save_evaluation, token_file
-from cartilha.evaluation.scorer import Scorer, make_scorer
-from cartilha.machine.devices import choose_device, choose_dtype
+from cartilha.evaluation.scorer import Scorer
+from cartilha.machine.devices import choose_device
 from cartilha.machine.processes import is_main_process, world
-from cartilha.model.load import load_model
-from cartilha.pipeline.held_out import HeldOut, UnigramCollector, held_out, model_tokenizer
+from cartilha.pipeline.held_out import HeldOut, UnigramCollector, held_out
+from cartilha.pipeline.models import load_scorer
 from cartilha.pipeline.preflight import preflight
 from cartilha.tokens.store import batches
 
 log = logging.getLogger("cartilha")
 
-# Of tokens scored a second time in both dtypes: a twentieth of the corpus, between these.
+# Tokens that are scored again in both dtypes: a twentieth of the corpus, between these limits.
 LEAST_DRIFT_TOKENS, MAX_DRIFT_TOKENS = 128, 2_000
-CONTINUATION_TOKENS = 120  # enough for the 32 words that are scored, at three to four tokens a word
+CONTINUATION_TOKENS = 120  # enough for the 32 words that are scored, at three to four tokens per word
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,10 @@ class EvaluatedModel:
     """One model's figures, and what else was asked for.
 
     Attributes:
-        evaluation: Perplexity, bits per byte and what stands beside them.
         contamination: Share of the documents whose exact text is in the store's training side; None without a store.
-        near_duplicates: Likewise of those with a near-duplicate there, with `--near_duplicates`.
-        dtype_drift: Where the compute dtype is not float32: how its nll differs from float32's on the first documents,
-            mean nats a token and the largest difference of a document's mean.
+        near_duplicates: Share of those with a near-duplicate there, with `--near_duplicates`.
+        dtype_drift: If the compute dtype is not float32: how its nll differs from float32's on the first documents, as
+            mean nats per token and as the largest difference of a document's mean.
         continuations: chrF, BLEU, ROUGE-L and so on, with `--continuations`.
         tasks: The harness's results by task, with `--tasks`.
     """
@@ -63,7 +62,7 @@ class EvaluatedModel:
     tasks: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for `--json`."""
+        """The result as plain values."""
         asked = ("near_duplicates", "dtype_drift", "continuations", "tasks")
         extra = {name: getattr(self, name) for name in asked if getattr(self, name) is not None}
         return {**self.evaluation.to_dict(), "contamination": self.contamination, **extra}
@@ -71,15 +70,10 @@ class EvaluatedModel:
 
 @dataclass(frozen=True)
 class EvaluateResult:
-    """One evaluation a model, over the same documents.
+    """One evaluation for each model, over the same documents; the time includes loading the models."""
 
-    Attributes:
-        models: In the order in which they were named.
-        wall_seconds: From the call to the last figure: loading, scoring and all that stands beside.
-    """
-
-    models: tuple[EvaluatedModel, ...] = field(default=())
-    wall_seconds: float = 0.0
+    models: tuple[EvaluatedModel, ...]
+    wall_seconds: float
 
     @property
     def evaluations(self) -> tuple[Evaluation, ...]:
@@ -87,7 +81,7 @@ class EvaluateResult:
         return tuple(model.evaluation for model in self.models)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for `--json`."""
+        """The result as plain values."""
         models = [model.to_dict() for model in self.models]
         shared = {name: models[0][name] for name in ("corpus_hash", "protocol")}
         return {**shared, "wall_seconds": self.wall_seconds, "models": models}
@@ -105,50 +99,16 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
     check_tasks(config.tasks)
     if text.split == "train":
         log.warning("Scoring the training text: these figures say what was learnt by heart, not how good the model is.")
+    device = choose_device(config.device)
     compressed = text.compressed() if is_main_process() else None  # in the background from here on
     with token_file(Path(config.per_token)) if config.per_token else nullcontext() as tokens:
         models = []
         for ref in config.model:
-            scorer = scorer_for(ref, text, config)
+            scorer = load_scorer(ref, text.store, config, device)
             take = None if tokens is None else partial(tokens.add, ref)
             models.append(_evaluate_model(scorer, text, compressed, config, take))
-            del scorer
+            del scorer  # before the next model takes its memory
     return EvaluateResult(tuple(models), time.perf_counter() - started)
-
-
-def scorer_for(ref: str, text: HeldOut, config: EvaluateConfig | CompareConfig) -> Scorer:
-    """Load a model and settle how it is scored."""
-    tokenizer = model_tokenizer(ref, text.store)
-    device = choose_device(config.device)
-    dtype = choose_dtype(config.dtype, device)
-    loaded = load_model(ref, device, tokenizer=tokenizer)
-    scorer = make_scorer(loaded, tokenizer, dtype, config.protocol, config.window, config.stride)
-    if config.prefix_token is None:
-        return scorer
-    prefix_id = tokenizer.backend.token_to_id(config.prefix_token)
-    if prefix_id is None:
-        raise UserError(
-            f"The tokenizer has no token {config.prefix_token!r}; leave --prefix_token out to use bos, else eos."
-        )
-    return replace(scorer, protocol=replace(scorer.protocol, prefix_id=int(prefix_id)))
-
-
-def score_held_out(
-    scorer: Scorer,
-    text: HeldOut,
-    *,
-    take_rows: Callable[[TokenRows], None] | None = None,
-    unigram: UnigramCollector | None = None,
-) -> ScoredCorpus:
-    """One pass over the text with one model."""
-    with progress(f"Scoring with {scorer.loaded.reference}", text.num_tokens(scorer.tokenizer), "tokens") as advance:
-        return score_corpus(
-            scorer,
-            text.documents(),
-            advance=advance,
-            take_rows=take_rows,
-            observe=(lambda scored: None) if unigram is None else unigram.observe,
-        )
 
 
 def _evaluate_model(
@@ -158,15 +118,12 @@ def _evaluate_model(
     config: EvaluateConfig,
     take_rows: Callable[[TokenRows], None] | None,
 ) -> EvaluatedModel:
-    rank, num_ranks = world()
-    fits = text.store is not None and scorer.tokenizer.fingerprint() == text.store.fingerprint
-    unigram = (
-        UnigramCollector(text.store, scorer.vocabulary_size) if text.store is not None and fits and rank == 0 else None
-    )
+    is_alone, is_main = world()[1] == 1, is_main_process()
+    unigram = text.unigram(scorer) if is_main else None
     started = time.perf_counter()
-    corpus = score_held_out(scorer, text, take_rows=take_rows, unigram=unigram if num_ranks == 1 else None)
+    corpus = score_held_out(scorer, text, take_rows, unigram if is_alone else None)
     seconds = time.perf_counter() - started
-    if unigram is not None and num_ranks > 1:  # this process has scored a part of the documents only
+    if unigram is not None and not is_alone:  # this process has scored only a part of the documents
         for shard in batches(text.documents(), max_chars=SHARD_CHARS):
             unigram.observe(encode_documents(shard, scorer.tokenizer, scorer.protocol.first_tokens, allow_empty=True))
     evaluation = make_evaluation(
@@ -183,18 +140,35 @@ def _evaluate_model(
     result = EvaluatedModel(
         evaluation,
         contamination,
-        text.share_near_training() if config.near_duplicates and rank == 0 else None,
+        text.share_near_training() if config.near_duplicates and is_main else None,
         _dtype_drift(scorer, text, int(corpus.documents.num_tokens.sum())),
         _continuations(scorer, text, config),
         run_tasks(scorer.loaded, scorer.tokenizer, config.tasks),
     )
-    if config.save and rank == 0:
+    if config.save and is_main:
         save_evaluation(Path(config.save), result.to_dict(), corpus.documents, corpus.scores.nll)
     return result
 
 
+def score_held_out(
+    scorer: Scorer,
+    text: HeldOut,
+    take_rows: Callable[[TokenRows], None] | None = None,
+    unigram: UnigramCollector | None = None,
+) -> ScoredCorpus:
+    """One pass over the text with one model."""
+    with progress(f"Scoring with {scorer.loaded.reference}", text.num_tokens(scorer.tokenizer), "tokens") as advance:
+        return score_corpus(
+            scorer,
+            text.documents(),
+            advance=advance,
+            take_rows=take_rows,
+            observe=(lambda scored: None) if unigram is None else unigram.observe,
+        )
+
+
 def _dtype_drift(scorer: Scorer, text: HeldOut, num_tokens_scored: int) -> dict[str, float] | None:
-    """What half precision changes, on the first tokens: a number to hold against differences between models."""
+    """What half precision changes, on the first tokens: a scale for differences between models."""
     if scorer.dtype == torch.float32:
         return None
     left = min(MAX_DRIFT_TOKENS, max(LEAST_DRIFT_TOKENS, num_tokens_scored // 20))
@@ -229,7 +203,7 @@ def _extra_notes(text: HeldOut, contamination: float | None) -> list[str]:
 
 
 def _continuations(scorer: Scorer, text: HeldOut, config: EvaluateConfig) -> dict[str, Any] | None:
-    """Greedy continuations of held-out documents against what they go on with."""
+    """Greedy continuations of held-out documents, compared with how the documents continue."""
     if config.continuations is None:
         return None
 
@@ -248,16 +222,3 @@ def _continuations(scorer: Scorer, text: HeldOut, config: EvaluateConfig) -> dic
             "Only %s can be continued: the others are too short.", counted(scores.num_continuations, "document")
         )
     return {**scores.to_dict(), "mode": "greedy", "max_new_tokens": CONTINUATION_TOKENS}
-
-
-def evaluate_loaded(
-    scorer: Scorer, documents: ScoredDocuments, title: str = "Evaluating"
-) -> tuple[Evaluation, np.ndarray]:
-    """Score prepared documents with a loaded model (validation during training): the figures, and each one's nll."""
-    started = time.perf_counter()
-    with progress(title, float(documents.num_tokens.sum()), "tokens") as advance:
-        scores = score_in_shares(scorer, documents, advance)
-    evaluation = make_evaluation(scorer, documents, scores, time.perf_counter() - started)
-    for note in evaluation.notes:
-        log.warning("%s", note)
-    return evaluation, scores.nll

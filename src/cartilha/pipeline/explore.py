@@ -9,8 +9,8 @@ from cartilha.explorer.port import listen
 from cartilha.explorer.reading import Reader
 from cartilha.explorer.session import Explorer
 from cartilha.explorer.walking import StoreWalk
-from cartilha.pipeline.evaluate import scorer_for
-from cartilha.pipeline.held_out import HeldOut
+from cartilha.machine.devices import choose_device
+from cartilha.pipeline.models import load_scorer
 from cartilha.pipeline.preflight import preflight
 from cartilha.pipeline.result import Result
 from cartilha.reporting.wording import choose_language
@@ -49,13 +49,16 @@ def open_explorer(config: ExploreConfig) -> Explorer:
         UserError: One of them is not there, or damaged.
     """
     store = TokenStore(config.store) if config.store else None
-    readers = {letter: _reader(ref, store, config) for letter, ref in zip("AB", config.models, strict=False)}
+    readers = _readers(config, store) if config.models else {}
     return Explorer(readers, StoreWalk(config.store) if config.store else None)
 
 
-def _reader(ref: str, store: TokenStore | None, config: ExploreConfig) -> Reader:
-    # As `cartilha evaluate` gets a model ready, so that the figures are the same.
-    settings = EvaluateConfig(dtype=config.dtype, device=config.device)
-    # What is typed is nobody's store: that is asked only for the tokenizer that a random: model may lack.
-    scorer = scorer_for(ref, HeldOut(settings, store if ref.startswith("random:") else None, None), settings)
-    return Reader(scorer.loaded, scorer.tokenizer, scorer.protocol)
+def _readers(config: ExploreConfig, store: TokenStore | None) -> dict[str, Reader]:
+    """The models by letter, loaded as `cartilha evaluate` loads them, so that the figures are the same."""
+    settings, device = EvaluateConfig(dtype=config.dtype, device=config.device), choose_device(config.device)
+    readers = {}
+    for letter, ref in zip("AB", config.models, strict=False):
+        # The text to read is typed and comes from no store; only a random: model may need the store's tokenizer.
+        scorer = load_scorer(ref, store if ref.startswith("random:") else None, settings, device)
+        readers[letter] = Reader(scorer.loaded, scorer.tokenizer, scorer.protocol)
+    return readers

@@ -1,8 +1,7 @@
-"""The text that an evaluation scores, and the training text that stands beside it."""
+"""The text that an evaluation scores, and the training text that it is set against."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,29 +17,23 @@ from cartilha.corpus.near_duplicates import has_near_duplicate
 from cartilha.corpus.readers import read_documents
 from cartilha.corpus.records import ReadSettings
 from cartilha.corpus.sources import Source, resolve_inputs
-from cartilha.errors import UserError
 from cartilha.evaluation.baselines import MAX_PRIME_BYTES, token_counts, unigram_nll
 from cartilha.evaluation.compressed import CompressedText
 from cartilha.evaluation.documents import ScoredDocuments
 from cartilha.evaluation.measures import Sums
+from cartilha.evaluation.scorer import Scorer
 from cartilha.tokens.store import TokenStore
-from cartilha.tokens.tokenizer import TextTokenizer, load_tokenizer
+from cartilha.tokens.tokenizer import TextTokenizer
 
-log = logging.getLogger("cartilha")
-
-# Compressors read at about 1 MB/s, twice each: beyond this the baseline would take longer than the model.
+# Compressors read at about 1 MB/s, twice each: with more text, the baseline would take longer than the model.
 MAX_COMPRESSED_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What is scored; `documents` may be called once a model.
+    """What is scored: a side of the store, or (if `split` is None) the sources that `--input` names.
 
-    Attributes:
-        config: What was asked for.
-        store: The store named, whose training side is the reference, or None.
-        split: The side of the store that is scored; None where the text comes from `--input`.
-        sources: What `--input` names.
+    The store's training side is the reference for baselines and contamination in both cases.
     """
 
     config: EvaluateConfig | CompareConfig
@@ -69,7 +62,7 @@ class HeldOut:
         return first, False
 
     def first_characters(self, num_chars: int) -> list[Document]:
-        """The first documents, the last one cut, of so many characters in all (at most those of `beginning`)."""
+        """The first documents, the last one cut, of `num_chars` characters in all (at most those of `beginning`)."""
         taken: list[Document] = []
         for document in self.beginning[0]:
             taken.append(replace(document, text=document.text[:num_chars]))
@@ -79,7 +72,7 @@ class HeldOut:
         return taken
 
     def compressed(self) -> CompressedText:
-        """What compressors make of the beginning, alone and behind the end of the store's training text."""
+        """What compressors make of the beginning, alone and after the end of the store's training text."""
         text = "\n".join(document.text for document in self.beginning[0]).encode("utf-8")
         store = self.store
         first = None if store is None else _first_of_the_end(store)
@@ -89,12 +82,18 @@ class HeldOut:
         return CompressedText(text, key, lambda: "\n".join(store.texts("train", first)).encode("utf-8"))
 
     def num_tokens(self, tokenizer: TextTokenizer) -> float | None:
-        """Tokens to score where that is known beforehand, for the progress bar."""
+        """Tokens to score if that is known beforehand, for the progress bar."""
         config = self.config
         whole = config.limit_documents is None and config.protocol == "full"
         if self.store is None or self.split is None or not whole or tokenizer.fingerprint() != self.store.fingerprint:
             return None
         return float(self.store.counts[self.split].num_tokens)
+
+    def unigram(self, scorer: Scorer) -> UnigramCollector | None:
+        """A collector for the unigram baseline, if the model's tokenizer is that of the store."""
+        if self.store is None or scorer.tokenizer.fingerprint() != self.store.fingerprint:
+            return None
+        return UnigramCollector(self.store, scorer.vocabulary_size)
 
     def share_in_training(self, text_hashes: list[str]) -> float | None:
         """Share of the documents whose exact text is in the store's training side; None without a store."""
@@ -116,7 +115,7 @@ def held_out(config: EvaluateConfig | CompareConfig) -> HeldOut:
     """What the configuration says to score.
 
     Raises:
-        UserError: Neither a store nor text is named, or the limit makes no sense.
+        UserError: There is no such store or text.
     """
     store = TokenStore(config.store) if config.store else None
     if config.input:
@@ -126,49 +125,29 @@ def held_out(config: EvaluateConfig | CompareConfig) -> HeldOut:
     return HeldOut(config, store, config.split if isinstance(config, EvaluateConfig) else "validation")
 
 
-def model_tokenizer(ref: str, store: TokenStore | None) -> TextTokenizer:
-    """The model's own tokenizer; random: models without one take the store's."""
-    if ref.startswith("random:") and not ref.startswith("random:tiny"):
-        if store is None:
-            raise UserError(f"{ref} has no tokenizer of its own; evaluate it on a store.")
-        return store.tokenizer()
-    tokenizer = load_tokenizer(ref)
-    if store is not None and tokenizer.fingerprint() != store.fingerprint:
-        log.warning("%s has another tokenizer than the store: the text is tokenized anew with the model's own.", ref)
-    return tokenizer
-
-
 class UnigramCollector:
-    """Sums what the unigram model of a store's training side makes of the documents that stream by.
+    """Scores documents that stream by with a unigram model of a store's training side.
 
-    Args:
-        store: What the model is fitted on.
-        num_rows: Rows of the head of the model that is scored, whose tokenizer is the store's.
+    The vocabulary has `num_rows` rows, like the head of the model that it is compared with.
     """
 
     def __init__(self, store: TokenStore, num_rows: int) -> None:
         self._counts = token_counts(store.tokens("train"), num_rows)
-        self._sums = Sums(0.0, 0, 0, 0, 0, 0)
+        self._nll = 0.0
+        self._num_tokens = self._num_bytes = 0
 
     def observe(self, scored: ScoredDocuments) -> None:
         """Take a shard of documents."""
         kept = scored.round_trips
-        nll = unigram_nll(self._counts, scored.ids)[kept]
-        old = self._sums
-        self._sums = Sums(
-            old.nll + float(nll.sum()),
-            old.num_tokens + int(scored.num_tokens[kept].sum()),
-            old.num_bytes + int(scored.num_bytes[kept].sum()),
-            0,
-            0,
-            old.num_documents + int(kept.sum()),
-        )
+        self._nll += float(unigram_nll(self._counts, scored.ids)[kept].sum())
+        self._num_tokens += int(scored.num_tokens[kept].sum())
+        self._num_bytes += int(scored.num_bytes[kept].sum())
 
     def figures(self) -> dict[str, dict[str, float | None]]:
         """The baseline by its name; nothing where there is no token."""
-        found = self._sums
-        if not found.num_tokens:
+        if not self._num_tokens:
             return {}
+        found = Sums(self._nll, self._num_tokens, self._num_bytes, 0, 0, 0)
         return {"unigram": {"perplexity": found.perplexity, "bits_per_byte": found.bits_per_byte}}
 
 

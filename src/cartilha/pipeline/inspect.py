@@ -14,37 +14,33 @@ from cartilha.config import InspectConfig
 from cartilha.corpus.primer import PrimerCount, primer_table
 from cartilha.corpus.splits import SPLITS, Split
 from cartilha.errors import UserError, counted
+from cartilha.pipeline.result import Result
 from cartilha.tokens.store import TokenStore
 from cartilha.tokens.summary import summarize
 
 
 @dataclass(frozen=True)
-class InspectResult:
-    """What there is: the facts of a store, or the primer's texts by genre and variety (one of the two).
+class InspectResult(Result):
+    """The facts of a store, or the primer's texts by genre and variety.
 
     Attributes:
-        store: What store.json records, but for the hashes of the files.
-        primer: The primer's table.
-        summary: Numbers of the store.
+        store: What store.json records, without the hashes of the files.
+        primer: The primer's table; the other fields are None then.
         first_documents: How the first documents of each side begin.
         document: The document asked for; its `number` counts from 1.
         block: The block asked for: its number from 1, and its `segments`, one for each piece of a document.
     """
 
-    store: dict[str, Any] | None
-    primer: tuple[PrimerCount, ...] | None
+    store: dict[str, Any] | None = None
+    primer: tuple[PrimerCount, ...] | None = None
     summary: dict[str, Any] | None = None
-    first_documents: tuple[dict[str, Any], ...] = ()
+    first_documents: tuple[dict[str, Any], ...] | None = None
     document: dict[str, Any] | None = None
     block: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for `--json`."""
-        if self.primer is not None:
-            return {"primer": [asdict(count) for count in self.primer]}
-        whole = {"store": self.store, "summary": self.summary, "first_documents": list(self.first_documents)}
-        asked = {"document": self.document, "block": self.block}
-        return whole | {name: value for name, value in asked.items() if value is not None}
+        """What there is, as plain values."""
+        return {name: value for name, value in super().to_dict().items() if value is not None}
 
 
 def inspect(config: InspectConfig) -> InspectResult:
@@ -57,16 +53,19 @@ def inspect(config: InspectConfig) -> InspectResult:
     if config.what == "primer" and not Path("primer").is_dir():
         if asked:
             raise UserError("The primer has no documents and blocks to look at before it is prepared; name a store.")
-        return InspectResult(None, tuple(primer_table()))
+        return InspectResult(primer=tuple(primer_table()))
     store = TokenStore(config.what)
-    document = None if config.document is None else _document(store, config.document, config.split)
-    block = None if config.block is None else _block(store, config)
-    facts = {key: value for key, value in store.info.items() if key != "files"}
-    return InspectResult(facts, None, asdict(summarize(store)), tuple(_first_documents(store)), document, block)
+    return InspectResult(
+        store={key: value for key, value in store.info.items() if key != "files"},
+        summary=asdict(summarize(store)),
+        first_documents=tuple(_first_documents(store)),
+        document=None if config.document is None else _document(store, config.document, config.split),
+        block=None if config.block is None else _block(store, config),
+    )
 
 
 def _first_documents(store: TokenStore, num_documents: int = 3, num_tokens: int = 24) -> list[dict[str, Any]]:
-    """The beginnings of each side's first documents, as the model will read them."""
+    """The beginnings of each side's first documents, as a model reads them."""
     tokenizer = store.tokenizer()
     rows = []
     for split in SPLITS:
@@ -90,7 +89,7 @@ def _document(store: TokenStore, asked: str, split: Split) -> dict[str, Any]:
     """A document by its id, on either side, or by its number on one."""
     for side in (split, *(other for other in SPLITS if other != split)):
         ids = store.labels(side)["doc_id"]
-        plain = [normalize("NFC", doc_id) for doc_id in ids]  # a file's name may write its accents apart
+        plain = [normalize("NFC", doc_id) for doc_id in ids]  # in file names, accents may be characters of their own
         for names, name in ((ids, asked), (plain, normalize("NFC", asked))):
             if name in names:
                 return _described(store, side, names.index(name))

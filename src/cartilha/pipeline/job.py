@@ -22,15 +22,7 @@ log = logging.getLogger("cartilha")
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a whole job left behind.
-
-    Attributes:
-        prepared: The store.
-        trained: The run, with the evaluations before and after.
-        report: The page.
-        table: The results table as Markdown.
-        samples: The texts generated before and after, as samples.jsonl has them.
-    """
+    """What a whole job made: `report` is the page's path, `table` Markdown, `samples` the rows of samples.jsonl."""
 
     prepared: PrepareResult
     trained: TrainResult
@@ -39,33 +31,27 @@ class RunResult:
     samples: tuple[dict[str, Any], ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for `--json`."""
-        return {
-            "prepared": self.prepared.to_dict(),
-            "trained": self.trained.to_dict(),
-            "report": self.report,
-            "table": self.table,
-            "samples": list(self.samples),
-        }
+        """The result as plain values."""
+        return {**vars(self), "prepared": self.prepared.to_dict(), "trained": self.trained.to_dict()}
 
 
 def run(config: RunConfig) -> RunResult:
-    """Prepare, train (with validation and texts before and after) and report. What is done already is not done again.
+    """Prepare, train (with validation and texts before and after) and report; a finished stage is not repeated.
 
     Raises:
-        UserError: As each stage does.
+        UserError: For the reasons that each stage has.
     """
     preflight(config)
     output = Path(config.output)
     prepared = prepare(replace(config.prepare, model=config.model, output=str(output / "store")))
     run_path = output / "run"
-    # A job is a script that one runs again after a lost session: it always goes on where it can.
+    # A job is often run again after a lost session, so it always resumes if it can.
     training = replace(config.train, model=config.model, store=prepared.store, output=str(run_path), resume="auto")
     try:
         trained = train(training, prompts=replace(config.generate, model=config.model))
     except BaseException:
         if (run_path / "results.json").is_file():  # a failed or interrupted run is reported too
-            with suppress(OSError):  # where the disk is full, that is what the user must read
+            with suppress(OSError):  # if the disk is full, the user must read the first error, not this one
                 _report(run_path, output)
         raise
     report = _report(run_path, output)

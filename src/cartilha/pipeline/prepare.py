@@ -62,8 +62,6 @@ class PrepareResult(Result):
     """A store that is ready.
 
     Attributes:
-        store: Its directory.
-        splits: What each side holds.
         dropped: Documents left out, by reason.
         was_ready: Whether the same command had made it before.
         leaks: With near-duplicates, the share of held-out documents that have one in training (`leak_rate`), and what

@@ -13,7 +13,7 @@ from cartilha.runs.files import run_directory
 
 log = logging.getLogger("cartilha")
 
-# What `train` writes into RUN/model; whatever else lies there stays on this machine.
+# What `train` writes into RUN/model; other files there stay on this machine.
 PUSHED = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model", "README.md")
 
 
@@ -28,7 +28,7 @@ class PushResult(Result):
 def push(config: PushConfig) -> PushResult:
     """Upload RUN/model: weights, tokenizer, configuration and model card, and nothing else of the run.
 
-    A new repository is private unless `--public` is given; an existing one keeps what it is.
+    A new repository is private unless `--public` is given; an existing one keeps its visibility.
 
     Raises:
         UserError: The run holds no trained model, or the hub refuses the name or the account, or cannot be reached.

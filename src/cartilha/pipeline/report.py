@@ -18,7 +18,7 @@ from cartilha.runs.files import run_directory
 
 @dataclass(frozen=True)
 class ReportResult(Result):
-    """Where the page is, its results table as Markdown, and the files of its figures where they were asked for."""
+    """Path of the page, its results table as Markdown, and the files of its figures if they were asked for."""
 
     report: str
     table: str
@@ -36,7 +36,6 @@ def report(config: ReportConfig) -> ReportResult:
     directories = [run_directory(run) for run in config.runs]
     path = render_report(directories, config.output, config.language)
     runs = load_runs(directories)
-    figures = (
-        write_figures(runs, Path(config.figures), Wording(choose_language(config.language))) if config.figures else []
-    )
+    wording = Wording(choose_language(config.language))
+    figures = write_figures(runs, Path(config.figures), wording) if config.figures else []
     return ReportResult(str(path), to_markdown(results_table(runs), "en"), tuple(map(str, figures)))

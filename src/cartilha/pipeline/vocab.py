@@ -38,13 +38,7 @@ TRAINING_BYTES = 16  # per parameter: weight, gradient and two moments, float32
 
 @dataclass(frozen=True)
 class VocabResult(Result):
-    """The report, with the extension if one was asked for, or the advice.
-
-    Attributes:
-        report: Figures of the text under the vocabulary as it is (docs/vocabulary.md); None with `--advise`.
-        extension: What was added and written, with `--extend`.
-        advice: What was tried and is recommended, with `--advise`.
-    """
+    """The report on the vocabulary (docs/vocabulary.md) and, with `--extend`, the extension; or the advice."""
 
     report: dict[str, Any] | None = None
     extension: dict[str, Any] | None = None

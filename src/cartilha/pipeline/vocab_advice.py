@@ -7,11 +7,10 @@ chosen by hash, and the new tokens are learnt on the training side alone.
 from __future__ import annotations
 
 import logging
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from cartilha.config import CompareConfig, EvaluateConfig, PrepareConfig, TrainConfig, VocabConfig
@@ -70,7 +69,8 @@ def advise(config: VocabConfig) -> dict[str, Any]:
     assert budget is not None
     tokenizer = load_tokenizer(config.model)
     check_extendable(tokenizer, config.model)
-    with _work_directory(config) as work:
+    with _work_directory(config) as place:
+        work = Path(place)
         num_documents = _sample_size(config)
         keep = work / "keep"
         store = _prepare(config, config.model, keep, num_documents)
@@ -91,22 +91,19 @@ def advise(config: VocabConfig) -> dict[str, Any]:
         trials = _Trials(config, budget / (1 + len(sizes)), _scored_texts(store, work))
         tried = [_try(trials, keep, 0)]
         for size in sizes:
-            place = work / f"plus-{size}"
+            plus = work / f"plus-{size}"
             extension = extend(tokenizer, first_new_tokens(merges, size), before)
-            write_extension(config.model, tokenizer, extension, place / "model", {"input": list(config.input)})
-            _prepare(config, str(place / "model"), place, num_documents)
-            tried.append(_try(trials, place, size, tried[0].trained["settings"]["lr"]))
+            write_extension(config.model, tokenizer, extension, plus / "model", {"input": list(config.input)})
+            _prepare(config, str(plus / "model"), plus, num_documents)
+            tried.append(_try(trials, plus, size, tried[0].trained["settings"]["lr"]))
         return _advice(tried, trials.seconds)
 
 
-@contextmanager
-def _work_directory(config: VocabConfig) -> Iterator[Path]:
+def _work_directory(config: VocabConfig) -> AbstractContextManager[str]:
     """`--output`, where the runs stay, or a temporary directory."""
     if config.output:
-        yield Path(config.output)
-        return
-    with tempfile.TemporaryDirectory(prefix="cartilha-vocab-", ignore_cleanup_errors=True) as name:
-        yield Path(name)
+        return nullcontext(config.output)
+    return TemporaryDirectory(prefix="cartilha-vocab-", ignore_cleanup_errors=True)
 
 
 def _sample_size(config: VocabConfig) -> int:
@@ -202,11 +199,7 @@ def recommend(rows: list[dict[str, Any]], seconds: float) -> tuple[int, list[str
     """The number of new tokens to take (0: keep the vocabulary), and two sentences that say why.
 
     The best extension is recommended if it is better by more than chance: the interval of its paired difference must
-    lie below zero.
-
-    Args:
-        rows: One for each extension: `num_new`, `difference`, `interval`, `share_of_tokens`, `difference_english`, ...
-        seconds: Training time of each.
+    lie below zero. Each has been trained for `seconds`; a row is one of the advice's `tried`.
     """
     best = min(rows, key=lambda row: float(row["difference"]))
     low, high = best["interval"]
