@@ -20,7 +20,7 @@ from cartilha.corpus.primer import read_primer
 from cartilha.errors import CheckFailedError, UserError, first_line
 from cartilha.machine.devices import choose_device, choose_dtype
 from cartilha.model.load import load_model
-from cartilha.pipeline.held_out import model_tokenizer
+from cartilha.pipeline.models import model_tokenizer
 from cartilha.pipeline.preflight import preflight
 from cartilha.runs.setup import Run
 from cartilha.runs.step_plan import plan_run, this_machine

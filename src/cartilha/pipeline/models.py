@@ -30,7 +30,7 @@ def load_scorer(
     dtype = choose_dtype(config.dtype, device)
     loaded = load_model(ref, device, tokenizer=tokenizer)
     scorer = make_scorer(loaded, tokenizer, dtype, config.protocol, config.window, config.stride)
-    if isinstance(config, CompareConfig) or config.prefix_token is None:
+    if config.prefix_token is None:
         return scorer
     prefix_id = tokenizer.backend.token_to_id(config.prefix_token)
     if prefix_id is None:
