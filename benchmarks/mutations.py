@@ -38,9 +38,8 @@ from cartilha.cli import main as cartilha
 from cartilha.errors import UserError
 from cartilha.model.load import load_model
 from cartilha.tokens.store import TokenStore
-from cartilha.training.checkpoint import TrainingState, load_checkpoint, newest_sound_checkpoint, save_checkpoint
-from cartilha.training.loop import Progress
-from cartilha.training.optimizer import make_optimizer
+from cartilha.training.checkpoint import load_checkpoint, newest_sound_checkpoint, save_checkpoint
+from cartilha.training.state import TrainingState
 
 SECONDS_AT_MOST = 30
 NASTY = [
@@ -193,9 +192,8 @@ def checkpoints(work: Path, faults: Faults) -> Callable[[list[Any], int], None]:
     """One file of a checkpoint mutated: it must be passed over, and the one before must be loaded."""
     run = work / "run"
     model = load_model("random:tiny", torch.device("cpu")).model
-    state = TrainingState(
-        model, make_optimizer(model, 1e-3, 0.1), torch.amp.GradScaler("cpu", enabled=False), Progress(step=1)
-    )
+    state = TrainingState.begin(model, torch.float32, lr=1e-3, weight_decay=0.1)
+    state.progress.step = 1
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     state.optimizer.step()

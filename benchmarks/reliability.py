@@ -24,15 +24,9 @@ from cartilha.model.load import load_model
 from cartilha.pipeline.prepare import prepare
 from cartilha.pipeline.train import train
 from cartilha.tokens.tokenizer import byte_tokenizer
-from cartilha.training.checkpoint import (
-    TrainingState,
-    freeze,
-    load_checkpoint,
-    newest_sound_checkpoint,
-    write_checkpoint,
-)
-from cartilha.training.loop import Progress, train_steps
-from cartilha.training.optimizer import make_optimizer
+from cartilha.training.checkpoint import freeze, load_checkpoint, newest_sound_checkpoint, write_checkpoint
+from cartilha.training.loop import train_steps
+from cartilha.training.state import TrainingState
 
 
 def main() -> None:
@@ -80,12 +74,8 @@ def memory(work: Path, steps: int) -> dict[str, Any]:
 def checkpoint(work: Path, ref: str) -> dict[str, Any]:
     """Seconds of freezing a state (what training waits for where it is written beside it), of writing, of loading."""
     model = load_model(ref, torch.device("cpu"), tokenizer=byte_tokenizer() if "tiny" in ref else None).model
-    optimizer = make_optimizer(model, 1e-3, 0.1)
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad()
-    state = TrainingState(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), Progress(step=1))
+    state = TrainingState.begin(model, torch.float32, lr=1e-3, weight_decay=0.1)
+    state.progress.step = 1
     rows = []
     for _ in range(3):
         started = time.perf_counter()

@@ -134,8 +134,9 @@ def make_arm(spec: str, arguments: argparse.Namespace, train: list[Any]) -> Arm:
     from cartilha.tokens.packed import PackedDocuments
     from cartilha.tokens.tokenizer import load_tokenizer
     from cartilha.tokens.vocabulary import count_words, extend, learn_merges
-    from cartilha.training.loop import Progress, Schedule, train_steps
-    from cartilha.training.optimizer import make_optimizer
+    from cartilha.training.loop import StepSettings, train_steps
+    from cartilha.training.schedule import Schedule
+    from cartilha.training.state import TrainingState
 
     num_new, percent, rate = (*spec.split(":"), "0", "0")[:3]
     arm = Arm(spec, int(num_new), float(percent) / 100, float(rate))
@@ -146,22 +147,13 @@ def make_arm(spec: str, arguments: argparse.Namespace, train: list[Any]) -> Arm:
         learnt = extend(tokenizer, *learn_merges(tokenizer, count_words(tokenizer, texts), arm.num_new))
         extend_embeddings(arm.loaded, learnt.pieces, learnt.first_id)
         tokenizer = learnt.tokenizer
-    arm.tokenizer, arm.progress = tokenizer, Progress()
+    state = TrainingState.begin(arm.loaded.model, torch.float32, lr=arguments.lr, weight_decay=0.1)
+    arm.tokenizer, arm.progress = tokenizer, state.progress
     documents = PackedDocuments.from_ids(tokenizer.encode(texts), tokenizer.prefix_id, tokenizer.end_id)
     sampler = BlockSampler(documents, block_size=512, blocks_per_step=arguments.batch_tokens // 512, seed=0)
     phase = {"embeddings_first": arm.embeddings_first, "embeddings_lr": arm.embeddings_lr}
     schedule = Schedule(100_000, arguments.lr, 0.05, 0.1, arguments.budget, **phase)
-    arm.steps = train_steps(
-        arm.loaded.model,
-        make_optimizer(arm.loaded.model, arguments.lr, 0.1),
-        sampler,
-        schedule,
-        arm.progress,
-        dtype=torch.float32,
-        micro_batch_size=2,
-        max_grad_norm=1.0,
-        scaler=torch.amp.GradScaler("cpu", enabled=False),
-    )
+    arm.steps = train_steps(state, sampler, schedule, StepSettings(torch.float32, micro_batch_size=2))
     return arm
 
 

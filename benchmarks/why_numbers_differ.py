@@ -42,8 +42,10 @@ from cartilha.model.forward import batch_nll, scored_tokens
 from cartilha.model.load import LoadedModel, load_model
 from cartilha.tokens.packed import PackedDocuments
 from cartilha.tokens.tokenizer import TextTokenizer, load_tokenizer
-from cartilha.training.loop import Progress, Schedule, train_steps
+from cartilha.training.loop import StepSettings, train_steps
 from cartilha.training.optimizer import make_optimizer
+from cartilha.training.schedule import Schedule
+from cartilha.training.state import TrainingState
 
 CONTEXT = 2048
 BLOCKS_PER_STEP = 2
@@ -118,17 +120,8 @@ def train_packed(
     sampler = BlockSampler(documents, block_size=CONTEXT, blocks_per_step=BLOCKS_PER_STEP, seed=seed)
     schedule = Schedule(epochs * sampler.steps_per_epoch, LR, warmup_fraction=0.05, final_lr_fraction=0.1)
     losses, updated = [], math.nan
-    for record in train_steps(
-        loaded.model,
-        make_optimizer(loaded.model, LR, weight_decay=0.1),
-        sampler,
-        schedule,
-        Progress(),
-        dtype=torch.float32,
-        micro_batch_size=BLOCKS_PER_STEP,
-        max_grad_norm=1.0,
-        scaler=torch.amp.GradScaler("cpu", enabled=False),
-    ):
+    state = TrainingState.begin(loaded.model, torch.float32, lr=LR, weight_decay=0.1)
+    for record in train_steps(state, sampler, schedule, StepSettings(torch.float32, BLOCKS_PER_STEP)):
         losses.append(float(record.loss))
         if record.step == 1:
             batch = stack(sampler.blocks(0))

@@ -67,20 +67,18 @@ def train_ours(
     from cartilha.model import forward
     from cartilha.model.compiling import training_body
     from cartilha.model.load import load_model
-    from cartilha.training.loop import Progress, Schedule, train_steps
-    from cartilha.training.optimizer import allocate_states, make_optimizer
+    from cartilha.training.loop import StepSettings, train_steps
+    from cartilha.training.schedule import Schedule
+    from cartilha.training.state import TrainingState
 
     if kernel:
         forward.choose_kernel = lambda *hardware: kernel
     loaded = load_model(f"random:{shape.model}", torch.device(shape.device))
-    optimizer = make_optimizer(loaded.model, 1e-5, 0.1)
-    allocate_states(optimizer)
-    return train_steps(
-        loaded.model, optimizer, make_sampler(shape), Schedule(shape.num_steps, 1e-5, 0.0, 1.0), Progress(),
-        dtype=getattr(torch, dtype), micro_batch_size=micro_batch or shape.micro_batch, max_grad_norm=1.0,
-        scaler=torch.amp.GradScaler(shape.device, enabled=dtype == "float16"),
-        body=training_body(loaded.model, "always" if compiled and shape.device == "cuda" else "never", 0),
-    )  # fmt: skip
+    compute = getattr(torch, dtype)
+    state = TrainingState.begin(loaded.model, compute, lr=1e-5, weight_decay=0.1)
+    body = training_body(loaded.model, "always" if compiled and shape.device == "cuda" else "never", 0)
+    settings = StepSettings(compute, micro_batch or shape.micro_batch, body=body)
+    return train_steps(state, make_sampler(shape), Schedule(shape.num_steps, 1e-5, 0.0, 1.0), settings)
 
 
 def _ours(shape: Shape, dtype: str, compiled: bool) -> dict[str, Any]:

@@ -25,7 +25,6 @@ from cartilha.model.load import load_model
 from cartilha.storage import file_sha256, write_sealed_json
 from cartilha.training.checkpoint import (
     FILES,
-    TrainingState,
     check_settings,
     freeze,
     list_checkpoints,
@@ -37,8 +36,8 @@ from cartilha.training.checkpoint import (
     write_checkpoint,
 )
 from cartilha.training.checkpoint_checks import check_scaler
-from cartilha.training.loop import Progress
 from cartilha.training.optimizer import make_optimizer
+from cartilha.training.state import Progress, TrainingState
 
 
 def fresh_state(seed: int) -> TrainingState:

@@ -32,6 +32,7 @@ from cartilha.tokens.store_writer import writing_store
 from cartilha.tokens.tokenizer import TextTokenizer, load_tokenizer
 from cartilha.training import checkpoint as checkpoint_module
 from cartilha.training import loop
+from cartilha.training.schedule import Schedule
 
 CPU = torch.device("cpu")
 
@@ -64,7 +65,7 @@ def taught_once(tmp_path_factory) -> Iterator[Subject]:
     tokenizer = load_tokenizer("random:tiny")
     subject = subject_of(load_model("random:tiny", CPU, tokenizer=tokenizer), tokenizer, tmp_path_factory.mktemp("run"))
     sampler = training._sampler(subject.stream(subject.training, 128), blocks_per_step=4)
-    for _ in training._steps(subject, training._state(subject, 0.02), sampler, loop.Schedule(150, 0.02, 0.1, 0.1), 4):
+    for _ in training._steps(subject, training._state(subject, 0.02), sampler, Schedule(150, 0.02, 0.1, 0.1), 4):
         pass
     yield replace(subject, is_random=False)
 

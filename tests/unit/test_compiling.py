@@ -26,8 +26,9 @@ from cartilha.model.forward import batch_nll
 from cartilha.model.recomputation import checkpoint_layers
 from cartilha.model.segment_attention import causal_mask
 from cartilha.tokens.packed import PackedDocuments
-from cartilha.training.loop import Progress, Schedule, train_steps
-from cartilha.training.optimizer import make_optimizer
+from cartilha.training.loop import StepSettings, train_steps
+from cartilha.training.schedule import Schedule
+from cartilha.training.state import TrainingState
 
 NUM_IDS, BLOCK = 61, 24
 GLU = {"intermediate_size": 48, "num_key_value_heads": 2}
@@ -246,11 +247,9 @@ def train(model: PreTrainedModel, body: CompiledBody | None, micro_batch_size: i
     ids = [generator.integers(4, NUM_IDS, length) for length in [7, 1, 9, 20, 2, 12, 5, 30, 11, 3] * 3]
     documents = PackedDocuments.from_ids(ids, prefix_id=2, end_id=3)
     sampler = BlockSampler(documents, block_size=BLOCK, blocks_per_step=5, seed=0)
-    records = train_steps(
-        model, make_optimizer(model, 1e-2, 0.1), sampler, Schedule(5, 1e-2, 0.1, 0.1), Progress(),
-        dtype=torch.float32, micro_batch_size=micro_batch_size, max_grad_norm=1.0,
-        scaler=torch.amp.GradScaler("cpu", enabled=False), body=body,
-    )  # fmt: skip
+    state = TrainingState.begin(model, torch.float32, lr=1e-2, weight_decay=0.1)
+    settings = StepSettings(torch.float32, micro_batch_size, body=body)
+    records = train_steps(state, sampler, Schedule(5, 1e-2, 0.1, 0.1), settings)
     return [record.loss.item() for record in records]
 
 

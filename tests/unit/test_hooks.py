@@ -8,14 +8,15 @@ import math
 import os
 import signal
 import threading
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from cartilha.training.loop import Progress, StepRecord
-from cartilha.training.metrics_file import EpochLoss, MetricsFile
+from cartilha.training.metrics_file import MetricsFile
+from cartilha.training.state import Progress, StepRecord
 from cartilha.training.stopping import StopRequest, listening_for_stop
 from cartilha.training.watch import LossWatch
 
@@ -153,37 +154,37 @@ def test_a_loss_that_is_no_number_is_written_as_null(tmp_path):
 
 def test_the_epochs_loss_weighs_each_step_by_its_targets():
     progress = Progress()
-    loss = EpochLoss(progress)
-    loss.step(record(1, loss=1.0, num_targets=30))
-    loss.step(record(2, loss=5.0, num_targets=10))
-    mean, seconds = loss.finish()
+    progress.add_to_epoch(record(1, loss=1.0, num_targets=30))
+    progress.add_to_epoch(record(2, loss=5.0, num_targets=10))
+    mean, seconds = progress.end_epoch()
     assert mean == 2.0  # not 3.0, the mean of the steps' means
     assert seconds == 1.0
     assert (progress.epoch_nll, progress.epoch_tokens, progress.epoch_seconds) == (0.0, 0, 0.0)
 
 
-def test_the_epochs_sums_go_on_after_a_resume():
-    whole = EpochLoss(Progress())
-    halves = Progress()
-    first, second = EpochLoss(halves), EpochLoss(halves)
-    for step in range(1, 7):
-        each = record(step, loss=1 / step, num_targets=step)
-        whole.step(each)
-        (first if step <= 3 else second).step(each)
-        if step == 3:
-            first.flush()  # as before a checkpoint
-    assert second.finish() == whole.finish()
+def test_the_epochs_sums_go_on_after_a_resume(tmp_path):
+    def sums(before: Progress, steps: range) -> Progress:
+        progress = Progress(**asdict(before))
+        metrics = MetricsFile(tmp_path / "metrics.jsonl", 0, LossWatch(progress))
+        for step in steps:
+            metrics.step(record(step, loss=1 / step, num_targets=step))
+        metrics.sync()  # as before a checkpoint
+        metrics.close()
+        return progress
+
+    whole = sums(Progress(), range(1, 7))
+    halves = sums(sums(Progress(), range(1, 4)), range(4, 7))
+    assert halves == whole and halves.epoch_tokens == 21
+    assert halves.end_epoch() == whole.end_epoch()
 
 
 def test_a_loss_that_is_no_number_is_left_out_of_the_mean():
-    loss = EpochLoss(Progress())
-    loss.step(record(1, loss=1.0))
-    loss.step(record(2, loss=math.nan, skipped=True))
-    loss.step(record(3, loss=3.0))
-    assert loss.finish() == (2.0, 1.5)
-    empty = EpochLoss(Progress())
-    empty.step(record(1, loss=math.inf, skipped=True))
-    assert math.isnan(empty.finish()[0])
+    progress = Progress()
+    for step, loss in enumerate((1.0, math.nan, 3.0), 1):
+        progress.add_to_epoch(record(step, loss=loss, skipped=math.isnan(loss)))
+    assert progress.end_epoch() == (2.0, 1.5)
+    progress.add_to_epoch(record(1, loss=math.inf, skipped=True))
+    assert math.isnan(progress.end_epoch()[0])
 
 
 def test_a_request_to_stop_is_noted_and_the_old_handlers_come_back(capsys):

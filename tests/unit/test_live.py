@@ -15,7 +15,8 @@ from rich.console import Console
 from cartilha.runs import live
 from cartilha.runs.files import RunRecord
 from cartilha.runs.live import TrainingStatus, training_view
-from cartilha.training.loop import Schedule, StepRecord
+from cartilha.training.schedule import Schedule
+from cartilha.training.state import StepRecord
 
 
 def step(number: int, loss: float = 4.0, **changes: Any) -> StepRecord:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,12 @@ from cartilha.model.load import load_model
 from cartilha.tokens.packed import PackedDocuments
 from cartilha.training import loop
 from cartilha.training.loader import StepLoader
-from cartilha.training.loop import Progress, Schedule, StepRecord, train_steps
-from cartilha.training.optimizer import allocate_states, make_optimizer
+from cartilha.training.loop import StepSettings, train_steps
+from cartilha.training.schedule import Schedule
+from cartilha.training.state import StepRecord, TrainingState
 
 BLOCK, BLOCKS_PER_STEP, STEPS = 16, 8, 5
+CONSTANT = Schedule(STEPS, 1e-3, warmup_fraction=0.0, final_lr_fraction=1.0)
 
 
 def sampler(num_documents: int = 60) -> BlockSampler:
@@ -35,23 +38,19 @@ def steps(
     dropout: bool = False,
     micro_batch_size: int = 8,
     scaler: Any = None,
+    schedule: Schedule = CONSTANT,
     weights: dict[str, torch.Tensor] | None = None,
     **settings: Any,
 ) -> list[StepRecord]:
     """Five steps of a tiny OPT model (it has dropout to draw); the final weights are put into `weights`."""
     model = load_model("random:tiny-opt", torch.device("cpu")).model
     model.train(dropout)
-    optimizer = make_optimizer(model, 1e-3, 0.1)
-    allocate_states(optimizer)
+    state = TrainingState.begin(model, torch.float32, lr=1e-3, weight_decay=0.1)
+    if scaler is not None:
+        state = replace(state, scaler=scaler)
     torch.manual_seed(7)
-    disabled = torch.amp.GradScaler("cpu", enabled=False)
-    records = list(
-        train_steps(
-            model, optimizer, sampler(), Schedule(STEPS, 1e-3, 0.0, 1.0), Progress(), dtype=torch.float32,
-            micro_batch_size=micro_batch_size, max_grad_norm=settings.pop("max_grad_norm", 1.0),
-            scaler=scaler or disabled, **settings,
-        )
-    )  # fmt: skip
+    how = StepSettings(torch.float32, micro_batch_size, **settings)
+    records = list(train_steps(state, sampler(), schedule, how))
     if weights is not None:
         weights.update({name: value.detach().clone() for name, value in model.named_parameters()})
     return records
@@ -164,7 +163,7 @@ def test_states_made_beforehand_are_those_that_the_optimizer_makes(monkeypatch):
     with_states: dict[str, torch.Tensor] = {}
     without: dict[str, torch.Tensor] = {}
     steps(weights=with_states)
-    monkeypatch.setitem(globals(), "allocate_states", lambda optimizer: None)
+    monkeypatch.setattr("cartilha.training.state.allocate_states", lambda optimizer: None)
     steps(weights=without)
     assert all(torch.equal(with_states[name], without[name]) for name in without)
 
@@ -173,7 +172,7 @@ def test_states_made_beforehand_are_those_that_the_optimizer_makes(monkeypatch):
 
 
 def test_perplexity_as_the_loss_has_the_gradient_of_the_nll_times_the_perplexity():
-    plain, experiment = steps(max_grad_norm=1e9), steps(max_grad_norm=1e9, loss_kind="perplexity")
+    plain, experiment = steps(max_grad_norm=1e9), steps(max_grad_norm=1e9, loss="perplexity")
     assert float(plain[0].loss) == float(experiment[0].loss)  # what is recorded stays the mean nll
     perplexity = np.exp(float(plain[0].loss))
     assert perplexity > 10
@@ -181,15 +180,15 @@ def test_perplexity_as_the_loss_has_the_gradient_of_the_nll_times_the_perplexity
 
 
 def test_perplexity_as_the_loss_is_that_of_the_whole_step_however_it_is_cut():
-    whole = steps(loss_kind="perplexity", max_grad_norm=1e9)
-    parts = steps(loss_kind="perplexity", max_grad_norm=1e9, micro_batch_size=3)
+    whole = steps(loss="perplexity", max_grad_norm=1e9)
+    parts = steps(loss="perplexity", max_grad_norm=1e9, micro_batch_size=3)
     assert losses(whole) == pytest.approx(losses(parts), rel=2e-5)
     assert [float(r.grad_norm) for r in whole] == pytest.approx([float(r.grad_norm) for r in parts], rel=1e-4)
 
 
 def test_clipping_takes_the_factor_away_again():
     # Both gradients are longer than the bound, so that clipping leaves the same direction and length.
-    plain, experiment = steps(max_grad_norm=1e-2), steps(max_grad_norm=1e-2, loss_kind="perplexity")
+    plain, experiment = steps(max_grad_norm=1e-2), steps(max_grad_norm=1e-2, loss="perplexity")
     assert losses(plain) == pytest.approx(losses(experiment), rel=1e-5)
 
 

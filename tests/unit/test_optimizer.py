@@ -9,15 +9,13 @@ import pytest
 import torch
 
 from cartilha.model.load import load_model
-from cartilha.training.loop import Schedule
-from cartilha.training.optimizer import learning_rate, make_optimizer, resolve_lr, step_unless
+from cartilha.training.optimizer import make_optimizer, resolve_lr, step_unless
+from cartilha.training.schedule import Schedule
 
 
 def rates(num_steps: int, warmup: float = 0.1, final: float = 0.1, peak: float = 2e-3) -> list[float]:
-    return [
-        learning_rate(step, num_steps, peak=peak, warmup_fraction=warmup, final_fraction=final)
-        for step in range(num_steps)
-    ]
+    schedule = Schedule(num_steps, peak, warmup, final)
+    return [schedule.lr(step) for step in range(num_steps)]
 
 
 def test_the_rate_rises_from_above_zero_to_the_peak_and_falls_to_its_final_share():

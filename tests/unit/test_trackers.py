@@ -16,8 +16,8 @@ import pytest
 
 from cartilha.errors import UserError
 from cartilha.training import trackers
-from cartilha.training.loop import Progress
 from cartilha.training.metrics_file import MetricsFile
+from cartilha.training.state import Progress
 from cartilha.training.trackers import TrackedRun, check_tracker, figures_of, open_tracker
 from cartilha.training.watch import LossWatch
 

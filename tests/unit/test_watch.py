@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from cartilha.training.loop import Progress, StepRecord
+from cartilha.training.state import Progress, StepRecord
 from cartilha.training.watch import (
     LOSSES_BEFORE_SPIKES,
     MAX_SKIPPED_IN_A_ROW,

@@ -23,9 +23,10 @@ from cartilha.model.forward import batch_nll, hidden_states
 from cartilha.model.head import head_of
 from cartilha.model.loss import linear_cross_entropy
 from cartilha.tokens.packed import PackedDocuments
-from cartilha.training.checkpoint import TrainingState, load_checkpoint, save_checkpoint
-from cartilha.training.loop import Progress, Schedule, StepRecord, train_steps
-from cartilha.training.optimizer import make_optimizer
+from cartilha.training.checkpoint import load_checkpoint, save_checkpoint
+from cartilha.training.loop import StepSettings, train_steps
+from cartilha.training.schedule import Schedule
+from cartilha.training.state import StepRecord, TrainingState
 
 PROBE_BLOCK = 64  # inputs a block where only equality is at stake
 SAME_LOSS = 1e-5  # relative, of two ways to compute a loss in float32
@@ -54,25 +55,13 @@ def _sampler(stream: PackedStream, blocks_per_step: int) -> BlockSampler:
 
 
 def _state(subject: Subject, lr: float, weight_decay: float = 0.1) -> TrainingState:
-    model = subject.loaded.model
-    scaler = torch.amp.GradScaler(subject.device.type, enabled=subject.dtype == torch.float16)
-    return TrainingState(model, make_optimizer(model, lr, weight_decay), scaler, Progress())
+    return TrainingState.begin(subject.loaded.model, subject.dtype, lr=lr, weight_decay=weight_decay)
 
 
 def _steps(
     subject: Subject, state: TrainingState, sampler: BlockSampler, schedule: Schedule, micro_batch_size: int
 ) -> Iterator[StepRecord]:
-    return train_steps(
-        state.model,
-        state.optimizer,
-        sampler,
-        schedule,
-        state.progress,
-        dtype=subject.dtype,
-        micro_batch_size=micro_batch_size,
-        max_grad_norm=1.0,
-        scaler=state.scaler,
-    )
+    return train_steps(state, sampler, schedule, StepSettings(subject.dtype, micro_batch_size))
 
 
 def overfit(subject: Subject) -> CheckResult:

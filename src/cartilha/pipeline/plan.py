@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 from transformers import PretrainedConfig
 
 from cartilha.blocks.sampler import BlockSampler
@@ -26,7 +25,7 @@ from cartilha.tokens.store import TokenStore
 from cartilha.training.checkpoint import BYTES_PER_PARAMETER as CHECKPOINT_BYTES_PER_PARAMETER
 from cartilha.training.checkpoint import space_needed
 from cartilha.training.device_facts import KNOWN_DEVICES, DeviceFacts, flops_per_token
-from cartilha.training.loop import Progress, Schedule, train_steps
+from cartilha.training.loop import StepSettings, train_steps
 from cartilha.training.memory import (
     BYTES_PER_PARAMETER,
     SAFETY,
@@ -35,7 +34,8 @@ from cartilha.training.memory import (
     check_states_fit,
     show_count,
 )
-from cartilha.training.optimizer import allocate_states, make_optimizer
+from cartilha.training.schedule import Schedule
+from cartilha.training.state import TrainingState
 
 log = logging.getLogger("cartilha")
 
@@ -260,18 +260,13 @@ def _probe(
         checkpoint_layers(loaded.model)
     blocks = max(1, tokens // block_size)
     log.info("Probing this machine: %d steps of %s of %d tokens.", PROBE_STEPS, counted(blocks, "block"), block_size)
-    optimizer = make_optimizer(loaded.model, 1e-6, 0.0)
-    allocate_states(optimizer)
     ids = np.random.default_rng(0).integers(0, 256, (blocks * PROBE_STEPS + 1, block_size - 1))
+    state = TrainingState.begin(loaded.model, facts.dtype, lr=1e-6, weight_decay=0.0)
+    schedule = Schedule(PROBE_STEPS, 1e-6, warmup_fraction=0.0, final_lr_fraction=1.0)
     documents = PackedDocuments.from_ids(list(ids), prefix_id=0, end_id=0)
     sampler = BlockSampler(documents, block_size=block_size, blocks_per_step=blocks, seed=0)
     began = time.perf_counter()
-    records = list(
-        train_steps(
-            loaded.model, optimizer, sampler, Schedule(PROBE_STEPS, 1e-6, 0.0, 1.0), Progress(), dtype=facts.dtype,
-            micro_batch_size=blocks, max_grad_norm=1.0, scaler=torch.amp.GradScaler(device.type, enabled=False),
-        )
-    )  # fmt: skip
+    records = list(train_steps(state, sampler, schedule, StepSettings(facts.dtype, blocks)))
     rate = max(blocks * block_size / record.seconds for record in records[1:])
     log.info("%s tokens/s, in %.0f s.", f"{rate:,.0f}", time.perf_counter() - began)
     return _Speed(rate * flops_per_token(model, num_parameters, block_size), block_size)

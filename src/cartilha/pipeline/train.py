@@ -35,14 +35,10 @@ from cartilha.runs.scratch import place_of_run
 from cartilha.runs.setup import Run, assemble, check_space, facts, is_finished_as_asked
 from cartilha.runs.snapshots import take_snapshot
 from cartilha.storage import DISK_FAULTS, new_directory, system_error, write_atomically, write_json
-from cartilha.training.checkpoint import (
-    best_checkpoint,
-    drop_optimizer_states,
-    list_checkpoints,
-    newest_name,
-)
-from cartilha.training.loop import Progress, StepRecord, train_steps
-from cartilha.training.metrics_file import EpochLoss, MetricsFile
+from cartilha.training.checkpoint import best_checkpoint, drop_optimizer_states, list_checkpoints, newest_name
+from cartilha.training.loop import StepSettings, train_steps
+from cartilha.training.metrics_file import MetricsFile
+from cartilha.training.state import Progress, StepRecord
 from cartilha.training.stopping import StopRequest, listening_for_stop
 from cartilha.training.streams import random_numbers_apart
 from cartilha.training.trackers import TrackedRun, open_tracker
@@ -148,7 +144,6 @@ def _train(run: Run, record: RunRecord, notices: NoticeCollector, stop: StopRequ
     tracked = TrackedRun(run.path, run.step, run.settings)
     tracker = open_tracker(run.config.tracker, tracked) if is_main_process() else None
     metrics = MetricsFile(run.path / "metrics.jsonl", run.step, watch, tracker)
-    epoch_loss = EpochLoss(run.state.progress)
     writer = CheckpointWriter(
         run.path,
         every_steps=run.config.checkpoint_steps,
@@ -165,15 +160,13 @@ def _train(run: Run, record: RunRecord, notices: NoticeCollector, stop: StopRequ
         for step in _steps(run, record):
             first = first or step
             metrics.step(step)
-            epoch_loss.step(step)
             if watch.has_diverged:
                 raise watch.diverged(newest_name(run.path))
-            validation_loss = _end_epoch(run, record, metrics, epoch_loss, step) if step.ends_epoch else None
+            validation_loss = _end_epoch(run, record, metrics, step) if step.ends_epoch else None
             last = run.schedule.is_over(step.step, step.total_seconds)
             # Read once: a request that comes while the checkpoint is written waits a step.
             stopping = any(gather_objects(stop.requested))
             if step.ends_epoch or last or stopping or writer.is_due(step.step):
-                epoch_loss.flush()
                 metrics.sync()
                 writer.write(run.state, run.settings, validation_loss, goes_on=not (last or stopping))
             if stopping and not last:
@@ -189,9 +182,10 @@ def _train(run: Run, record: RunRecord, notices: NoticeCollector, stop: StopRequ
         metrics.close()
 
 
-def _end_epoch(run: Run, record: RunRecord, metrics: MetricsFile, epoch_loss: EpochLoss, step: StepRecord) -> float:
+def _end_epoch(run: Run, record: RunRecord, metrics: MetricsFile, step: StepRecord) -> float:
     """Validate and record the epoch that this step ends; returns the validation loss, in nats a token."""
-    train_loss, seconds = epoch_loss.finish()
+    metrics.flush()
+    train_loss, seconds = run.state.progress.end_epoch()
     evaluation = _measure(run, record, metrics, f"Validation after epoch {step.epoch}")
     validation_loss = evaluation.total.nll / evaluation.total.num_tokens
     row = {"epoch": step.epoch, "train_loss": train_loss, "validation_loss": validation_loss, "seconds": seconds}
@@ -225,20 +219,15 @@ def _announce(run: Run) -> None:
 
 def _steps(run: Run, record: RunRecord) -> Iterator[StepRecord]:
     """The loop, shown as it goes."""
+    settings = StepSettings(
+        run.dtype,
+        run.micro_batch_size,
+        run.config.max_grad_norm,
+        run.config.loss,
+        body=training_body(run.loaded.model, run.config.compile, run.schedule.num_steps),
+    )
     with training_view(run.path, record, run.schedule, f"Training {run.config.model}") as show:
-        for step in train_steps(
-            run.loaded.model,
-            run.state.optimizer,
-            run.sampler,
-            run.schedule,
-            run.state.progress,
-            dtype=run.dtype,
-            micro_batch_size=run.micro_batch_size,
-            max_grad_norm=run.config.max_grad_norm,
-            scaler=run.state.scaler,
-            loss_kind=run.config.loss,
-            body=training_body(run.loaded.model, run.config.compile, run.schedule.num_steps),
-        ):
+        for step in train_steps(run.state, run.sampler, run.schedule, settings):
             show(step)
             yield step
 

@@ -23,7 +23,8 @@ from rich.text import Text
 from cartilha.console import PLAIN_INTERVAL_S, terminal
 from cartilha.evaluation.perplexity import perplexity
 from cartilha.runs.files import RunRecord, read_samples
-from cartilha.training.loop import Schedule, StepRecord
+from cartilha.training.schedule import Schedule
+from cartilha.training.state import StepRecord
 
 log = logging.getLogger("cartilha")
 
@@ -72,7 +73,7 @@ class TrainingStatus:
         self.step, self.epoch, self.memory_bytes = step.step, step.epoch, step.memory_bytes
         self.seconds = step.total_seconds
         self.seconds_per_step = _mean(self.seconds_per_step, step.seconds)
-        self.tokens_per_second = _mean(self.tokens_per_second, step.num_targets / step.seconds)
+        self.tokens_per_second = _mean(self.tokens_per_second, step.tokens_per_second)
 
     def read(self, path: Path, results: dict[str, Any]) -> None:
         """Take the last evaluation and the last text from what the run has recorded."""

@@ -27,7 +27,6 @@ from cartilha.runs.step_plan import RunPlan, plan_run, this_machine
 from cartilha.tokens.store import TokenStore, read_store_info
 from cartilha.tokens.tokenizer import TextTokenizer, load_tokenizer
 from cartilha.training.checkpoint import (
-    TrainingState,
     check_settings,
     load_checkpoint,
     newest_sound_checkpoint,
@@ -36,9 +35,10 @@ from cartilha.training.checkpoint import (
     space_needed,
 )
 from cartilha.training.distributed import same_everywhere
-from cartilha.training.loop import Progress, Schedule
 from cartilha.training.memory import check_states_fit
-from cartilha.training.optimizer import allocate_states, make_optimizer, resolve_lr
+from cartilha.training.optimizer import resolve_lr
+from cartilha.training.schedule import Schedule
+from cartilha.training.state import TrainingState
 from cartilha.training.trace import count_parameters
 from cartilha.units import parse_duration, parse_share
 
@@ -160,10 +160,7 @@ def assemble(config: TrainConfig, path: Path, prompts: GenerateConfig, resume: b
         "num_steps": num_steps,
         "dtype": dtype_name(dtype),
     }
-    optimizer = make_optimizer(loaded.model, lr, config.weight_decay)
-    allocate_states(optimizer)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    state = TrainingState(loaded.model, optimizer, scaler, Progress())
+    state = TrainingState.begin(loaded.model, dtype, lr=lr, weight_decay=config.weight_decay)
     if checkpoint is not None and recorded is not None:
         check_settings(recorded, settings, path, allow_changes=config.allow_changes)
         load_checkpoint(checkpoint, state)
@@ -187,7 +184,8 @@ def assemble(config: TrainConfig, path: Path, prompts: GenerateConfig, resume: b
             config.warmup_fraction,
             config.final_lr_fraction,
             settings["time_budget_s"],
-            **_embeddings_phase(config, lr),
+            settings["embeddings_first"],
+            settings["embeddings_lr"],
         ),
         plan=_plan(config, loaded, sampler, dtype, num_steps, state.progress.micro_batch_size),
         state=state,

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from transformers import PreTrainedModel
 
 from cartilha.errors import UserError, first_line
 from cartilha.storage import (
@@ -34,7 +33,7 @@ from cartilha.storage import (
     write_sealed_json,
 )
 from cartilha.training.checkpoint_checks import check_progress, check_scaler, check_tensors, read_tensors
-from cartilha.training.loop import Progress
+from cartilha.training.state import TrainingState
 from cartilha.training.streams import random_state, restore_random_state
 
 log = logging.getLogger("cartilha")
@@ -45,16 +44,6 @@ FORMAT_VERSION = 1
 BYTES_PER_PARAMETER = 12  # weight and two moments, float32
 SMALL_FILES_BYTES = 2**20  # state.json, headers, tokenizer, metrics
 KEEP = 2  # newest checkpoints; the one with the best validation is kept besides
-
-
-@dataclass(frozen=True)
-class TrainingState:
-    """The objects that a checkpoint saves and restores in place."""
-
-    model: PreTrainedModel
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    progress: Progress
 
 
 @dataclass(frozen=True)

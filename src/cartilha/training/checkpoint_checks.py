@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from cartilha.training.loop import Progress
+from cartilha.training.state import Progress
 
 
 def check_progress(values: Any) -> Progress:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import IO, Any
 from cartilha.errors import counted
 from cartilha.machine.processes import is_main_process
 from cartilha.storage import parse_json, to_json, write_atomically
-from cartilha.training.loop import Progress, StepRecord
+from cartilha.training.state import StepRecord
 from cartilha.training.trackers import Tracker, figures_of
 from cartilha.training.watch import LossWatch
 
@@ -58,7 +57,7 @@ class MetricsFile:
                     "loss": float(record.loss),
                     "lr": record.lr,
                     "grad_norm": float(record.grad_norm),
-                    "tokens_per_second": record.num_targets / record.seconds,
+                    "tokens_per_second": record.tokens_per_second,
                     "memory_bytes": record.memory_bytes,
                     "micro_batch_size": record.micro_batch_size,
                     "seconds": record.total_seconds,
@@ -114,38 +113,3 @@ def _open_at(path: Path, resumed_step: int) -> IO[str]:
         )
     write_atomically(path, "".join(kept))
     return path.open("a", encoding="utf-8")
-
-
-class EpochLoss:
-    """Token-weighted mean training loss of the epoch so far: sums and counts, divided once.
-
-    The sums live in the run's progress, so that a resumed run goes on with them.
-    """
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._pending: StepRecord | None = None
-
-    def step(self, record: StepRecord) -> None:
-        """Take a step's record; the one before is read, so that the device is not waited for."""
-        self.flush()
-        self._pending = record
-
-    def flush(self) -> None:
-        """Read the record that is held back; a loss that is no number is left out of the mean."""
-        record, self._pending = self._pending, None
-        if record is not None:
-            loss = float(record.loss)
-            if math.isfinite(loss):
-                self._progress.epoch_nll += loss * record.num_targets
-                self._progress.epoch_tokens += record.num_targets
-            self._progress.epoch_seconds += record.seconds
-
-    def finish(self) -> tuple[float, float]:
-        """Mean loss (nats a token) and seconds of the epoch, which ends here: the sums begin again at zero."""
-        self.flush()
-        progress = self._progress
-        mean = progress.epoch_nll / progress.epoch_tokens if progress.epoch_tokens else math.nan
-        result = mean, progress.epoch_seconds
-        progress.epoch_nll, progress.epoch_tokens, progress.epoch_seconds = 0.0, 0, 0.0
-        return result

@@ -1,4 +1,4 @@
-"""AdamW with decoupled weight decay (arXiv:1711.05101), and the learning rate as a function of the step."""
+"""AdamW with decoupled weight decay (arXiv:1711.05101), and what a step trains."""
 
 from __future__ import annotations
 
@@ -98,15 +98,3 @@ def step_unless(skip: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
         optimizer.step()
     elif not skip:
         optimizer.step()
-
-
-def learning_rate(step: float, num_steps: int, *, peak: float, warmup_fraction: float, final_fraction: float) -> float:
-    """The rate of step `step` (from 0) of `num_steps`: linear rise, then a cosine down to `final_fraction` of the peak.
-
-    The first step already has a rate above 0, and the last step is the first to reach the end of the cosine.
-    """
-    warmup = min(max(1, round(warmup_fraction * num_steps)), num_steps)
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = (step + 1 - warmup) / max(1, num_steps - warmup)
-    return peak * (final_fraction + (1 - final_fraction) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))

@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 from cartilha.errors import UserError
-from cartilha.training.loop import Progress, StepRecord
+from cartilha.training.state import Progress, StepRecord
 
 log = logging.getLogger("cartilha")
 
@@ -35,6 +35,7 @@ class LossWatch:
         """The marks of a step, for its line in the metrics: `skipped`, `spike`, or none. Waits for the device."""
         marks: dict[str, Any] = {}
         progress = self._progress
+        progress.add_to_epoch(record)
         if bool(record.skipped):
             if not progress.skipped_steps:
                 log.warning(

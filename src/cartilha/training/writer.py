@@ -12,7 +12,8 @@ import torch
 
 from cartilha.machine.memory import free_memory_bytes
 from cartilha.machine.processes import is_main_process
-from cartilha.training.checkpoint import BYTES_PER_PARAMETER, TrainingState, freeze, write_checkpoint
+from cartilha.training.checkpoint import BYTES_PER_PARAMETER, freeze, write_checkpoint
+from cartilha.training.state import TrainingState
 
 log = logging.getLogger("cartilha")
 

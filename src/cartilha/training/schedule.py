@@ -1,0 +1,99 @@
+"""Learning-rate schedules: a linear warm-up, then one of the shapes in `SHAPES`.
+
+A new shape is one function, entered in `SHAPES`; `--schedule` takes its name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+def cosine(done: float, final: float) -> float:
+    """Half a cosine wave from 1 down to `final`."""
+    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def linear(done: float, final: float) -> float:
+    """A straight line from 1 down to `final`."""
+    return 1 + (final - 1) * done
+
+
+def constant(done: float, final: float) -> float:
+    """1 to the end."""
+    return 1.0
+
+
+def warmup_stable_decay(done: float, final: float, decay_fraction: float = 0.2) -> float:
+    """1, then a straight line down to `final` in the last fifth (WSD, arXiv:2404.06395)."""
+    return linear(max(0.0, 1 - (1 - done) / decay_fraction), final)
+
+
+# From the part of the time after the warm-up that has passed (0 to 1), and the share of the peak rate at which a decay
+# ends, to the share of the peak rate.
+SHAPES: dict[str, Callable[[float, float], float]] = {
+    "cosine": cosine,
+    "linear": linear,
+    "constant": constant,
+    "wsd": warmup_stable_decay,
+}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long training lasts and how its learning rate runs.
+
+    Attributes:
+        num_steps: Steps at most.
+        peak_lr: The rate after the warm-up.
+        warmup_fraction: Share of the run in which the rate rises.
+        final_lr_fraction: Share of the peak at which the decay ends.
+        time_budget_s: Seconds of training at most; the rate follows whichever of steps and time is further on, so that
+            it decays to the end of either.
+        embeddings_first: Share of the steps, at the beginning, that trains the token embeddings alone. Each of the two
+            phases has a warm-up and a decay of its own.
+        embeddings_lr: Peak rate of that phase.
+        shape: How the rate runs after the warm-up: a name in `SHAPES`.
+    """
+
+    num_steps: int
+    peak_lr: float
+    warmup_fraction: float
+    final_lr_fraction: float
+    time_budget_s: float | None = None
+    embeddings_first: float = 0.0
+    embeddings_lr: float = 0.0
+    shape: str = "cosine"
+
+    def _position(self, step: int, seconds: float) -> float:
+        """Steps taken or, where that is more, the share of the time budget used up, in steps."""
+        return max(step, seconds / self.time_budget_s * self.num_steps if self.time_budget_s else 0.0)
+
+    @property
+    def _num_embedding_steps(self) -> int:
+        return max(round(self.embeddings_first * self.num_steps), int(self.embeddings_first > 0))
+
+    def trains_embeddings_only(self, step: int, seconds: float = 0.0) -> bool:
+        """Whether step `step` (from 0) belongs to the first phase, which has at least one step where there is one."""
+        return self._position(step, seconds) < self._num_embedding_steps
+
+    def lr(self, step: int, seconds: float = 0.0) -> float:
+        """The learning rate of step `step` (from 0), which begins after `seconds` of training.
+
+        The first step of a phase already has a rate above 0, and its last step is the first to reach the shape's end.
+        """
+        position, first = self._position(step, seconds), self._num_embedding_steps
+        if position < first:
+            num_steps, peak = first, self.embeddings_lr
+        else:
+            position, num_steps, peak = position - first, self.num_steps - first, self.peak_lr
+        warmup = min(max(1, round(self.warmup_fraction * num_steps)), num_steps)
+        if position < warmup:
+            return peak * (position + 1) / warmup
+        done = (position + 1 - warmup) / max(1, num_steps - warmup)
+        return peak * SHAPES[self.shape](min(1.0, done), self.final_lr_fraction)
+
+    def is_over(self, step: int, seconds: float) -> bool:
+        """Whether training ends after `step` steps and `seconds` of training."""
+        return step >= self.num_steps or (self.time_budget_s is not None and seconds >= self.time_budget_s)
