@@ -15,7 +15,7 @@ from cartilha.config import PLANNED_DEVICES, GenerateConfig, TrainConfig
 from cartilha.model.attention import KERNELS
 from cartilha.pipeline.train import train
 from cartilha.runs.setup import assemble
-from cartilha.runs.step_plan import plan_run
+from cartilha.runs.step_plan import StepShape, plan_run
 from cartilha.training.checkpoint import space_needed
 from cartilha.training.device_facts import KNOWN_DEVICES
 from cartilha.training.memory import SAFETY, MemoryModel
@@ -162,10 +162,10 @@ def test_heads_that_flash_attention_cannot_take_are_planned_under_a_mask(monkeyp
     flash, other = (AutoConfig.for_model("llama", hidden_size=4 * size, num_attention_heads=4, num_hidden_layers=2,
                                          intermediate_size=64, vocab_size=61) for size in (32, 36))  # fmt: skip
     assert [KNOWN_DEVICES["h100"].for_model(config).kernel for config in (flash, other)] == ["varlen", "mask"]
-    shape = {"num_parameters": 100_000, "block_size": 1024, "blocks_per_step": 2, "micro_batch_size": 2}
-    masked = plan_run(other, KNOWN_DEVICES["h100"], **shape)
+    shape = StepShape(block_size=1024, blocks_per_step=2, micro_batch_size=2)
+    masked = plan_run(other, KNOWN_DEVICES["h100"], 100_000, shape)
     monkeypatch.delattr(KERNELS["varlen"], "obstacle")
-    plain = plan_run(other, KNOWN_DEVICES["h100"], **shape)
+    plain = plan_run(other, KNOWN_DEVICES["h100"], 100_000, shape)
     assert masked.memory.total - plain.memory.total >= 2 * 1024**2 * 3  # a boolean and a number in half precision
 
 

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from cartilha.runs import live
-from cartilha.runs.files import RunRecord
+from cartilha.runs.files import RunWriter
 from cartilha.runs.live import TrainingStatus, training_view
 from cartilha.training.schedule import Schedule
 from cartilha.training.state import StepRecord
@@ -38,10 +38,10 @@ def step(number: int, loss: float = 4.0, **changes: Any) -> StepRecord:
     return StepRecord(**{**values, **changes})
 
 
-def record_at(path: Path, sample: str) -> RunRecord:
+def record_at(path: Path, sample: str) -> RunWriter:
     line = {"step": 0, "prompt": "Era", "text": sample, "mode": "greedy"}
     (path / "samples.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
-    return RunRecord(path, {"evaluations": [{"step": 0, "perplexity": 66.5}]})
+    return RunWriter(path, {"evaluations": [{"step": 0, "perplexity": 66.5}]})
 
 
 def drawn(status: TrainingStatus, width: int = 100) -> str:
@@ -54,7 +54,7 @@ def drawn(status: TrainingStatus, width: int = 100) -> str:
 
 def test_the_panel_has_every_figure_and_the_last_text(tmp_path):
     status = TrainingStatus("Training x", Schedule(100, 1e-3, 0.0, 0.1))
-    status.read(tmp_path, record_at(tmp_path, "Era uma vez [bold]não").values)
+    status.read(record_at(tmp_path, "Era uma vez [bold]não"))
     status.update(step(1))
     status.update(step(2))
     assert status.figures() == {
@@ -74,7 +74,7 @@ def test_the_panel_has_every_figure_and_the_last_text(tmp_path):
 
 def test_no_text_of_a_model_reaches_the_terminal_as_a_command(tmp_path):
     status = TrainingStatus("Training x", Schedule(100, 1e-3, 0.0, 0.1))
-    status.read(tmp_path, record_at(tmp_path, "a\x1b]0;title\x07b\x1b[2Jc\n\rd\u202ee" + "f" * 999).values)
+    status.read(record_at(tmp_path, "a\x1b]0;title\x07b\x1b[2Jc\n\rd\u202ee" + "f" * 999))
     assert status.sample.startswith("a ]0;title b [2Jc  d e") and status.sample.endswith("…")
     for command in ("\x1b]0;", "\x1b[2J", "\x07", "\u202e"):
         assert command not in drawn(status)
@@ -96,7 +96,7 @@ def test_without_a_terminal_there_are_plain_lines(tmp_path, caplog, monkeypatch)
     logger.addHandler(caplog.handler)
     logger.setLevel(logging.INFO)
     record = record_at(tmp_path, "Era")
-    with training_view(tmp_path, record, Schedule(3, 1e-3, 0.0, 0.1), "x") as show:
+    with training_view(record, Schedule(3, 1e-3, 0.0, 0.1), "x") as show:
         show(step(1, ends_epoch=True))
         record.values["evaluations"].append({"step": 1, "perplexity": 50.0})
         show(step(2))
@@ -108,7 +108,7 @@ def test_without_a_terminal_there_are_plain_lines(tmp_path, caplog, monkeypatch)
 def test_nobody_listening_is_shown_nothing(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(live, "PLAIN_INTERVAL_S", 0.0)
     monkeypatch.setattr(logging.getLogger("cartilha"), "handlers", [])
-    with training_view(tmp_path, RunRecord(tmp_path, {}), Schedule(3, 1e-3, 0.0, 0.1), "x") as show:
+    with training_view(RunWriter(tmp_path, {}), Schedule(3, 1e-3, 0.0, 0.1), "x") as show:
         show(step(1))
     assert capfd.readouterr() == ("", "")
 

@@ -23,7 +23,7 @@ from cartilha.model.load import load_model
 from cartilha.pipeline.models import model_tokenizer
 from cartilha.pipeline.preflight import preflight
 from cartilha.runs.setup import Run
-from cartilha.runs.step_plan import plan_run, this_machine
+from cartilha.runs.step_plan import StepShape, plan_run, refuse_beyond_context, this_machine
 from cartilha.tokens.store import TokenStore
 from cartilha.training.checkpoint import space_needed
 from cartilha.training.optimizer import resolve_lr
@@ -166,7 +166,7 @@ def _subject_of_run(run: Run) -> Subject:
         store=run.store,
         block_size=run.config.block_size,
         lr=run.schedule.peak_lr,
-        micro_batch_size=run.micro_batch_size,
+        micro_batch_size=run.plan.micro_batch_size,
         planned_bytes=run.plan.memory_bytes,
         disk_bytes=run.disk_space[0],
         output=run.path,
@@ -184,19 +184,13 @@ def _subject(config: CheckConfig) -> Subject:
     # A store of another tokenizer is a check that fails, not an error: the others go on with the model's own.
     tokenizer = model_tokenizer(config.model, store)
     loaded = load_model(config.model, device, tokenizer=tokenizer)
-    if config.block_size > loaded.context_length:
-        raise UserError(
-            f"A block size of {config.block_size} is beyond the context of {config.model} ({loaded.context_length} "
-            f"tokens); use --block_size {loaded.context_length} or less."
-        )
+    refuse_beyond_context(config.block_size, loaded.context_length, config.model)
     dtype = choose_dtype(config.dtype, device)
     plan = plan_run(
         loaded.model.config,
         this_machine(device, dtype),
-        num_parameters=loaded.num_parameters,
-        block_size=config.block_size,
-        blocks_per_step=max(1, config.batch_tokens // config.block_size),
-        micro_batch_size=None,
+        loaded.num_parameters,
+        StepShape(config.block_size, max(1, config.batch_tokens // config.block_size)),
     )
     return Subject(
         loaded=loaded,

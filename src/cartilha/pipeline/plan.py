@@ -12,14 +12,14 @@ from transformers import PretrainedConfig
 
 from cartilha.blocks.sampler import BlockSampler
 from cartilha.config import PlanConfig
-from cartilha.errors import UserError, counted
+from cartilha.errors import counted
 from cartilha.machine.devices import choose_device, choose_dtype, dtype_name
 from cartilha.machine.memory import is_out_of_memory
 from cartilha.model.configuration import context_length, model_config
 from cartilha.model.load import configured_head_shape, load_model
 from cartilha.model.recomputation import checkpoint_layers
 from cartilha.pipeline.preflight import preflight
-from cartilha.runs.step_plan import best_step, this_machine, with_copy
+from cartilha.runs.step_plan import best_step, refuse_beyond_context, this_machine, with_copy
 from cartilha.tokens.packed import PackedDocuments
 from cartilha.tokens.store import TokenStore
 from cartilha.training.checkpoint import BYTES_PER_PARAMETER as CHECKPOINT_BYTES_PER_PARAMETER
@@ -124,11 +124,7 @@ def plan(config: PlanConfig) -> PlanResult:
 def _block_sizes(config: PlanConfig, longest: int) -> tuple[int, ...]:
     if config.block_size is None:
         return tuple(size for size in BLOCK_SIZES if size <= longest) or (longest,)
-    if config.block_size > longest:
-        raise UserError(
-            f"A block size of {config.block_size} is beyond the context of {config.model} ({longest} tokens); "
-            f"use --block_size {longest} or less."
-        )
+    refuse_beyond_context(config.block_size, longest, config.model)
     return (config.block_size,)
 
 

@@ -23,7 +23,7 @@ from cartilha.pipeline.evaluate import evaluate_loaded
 from cartilha.pipeline.preflight import preflight
 from cartilha.runs.files import (
     NoticeCollector,
-    RunRecord,
+    RunWriter,
     check_output,
     only_process,
     read_results,
@@ -92,7 +92,7 @@ def train(config: TrainConfig, *, prompts: GenerateConfig | None = None) -> Trai
 
 def _run(
     config: TrainConfig, path: Path, prompts: GenerateConfig, notices: NoticeCollector, stop_file: Path | None
-) -> RunRecord:
+) -> RunWriter:
     """Set up and train in a directory that this command has for itself."""
     run = assemble(config, path, prompts, config.resume == "auto")
     if not config.skip_checks:
@@ -101,8 +101,8 @@ def _run(
     setting = facts(run)
     if is_main_process():
         check_space(run)
-        record = RunRecord.resume(path, run.step, setting) if run.step else RunRecord.begin(path, setting)
-    record = from_rank_0(record if is_main_process() else RunRecord(path, {}))
+        record = RunWriter.resume(path, run.step, setting) if run.step else RunWriter.begin(path, setting)
+    record = from_rank_0(record if is_main_process() else RunWriter(path, {}))
     with _recording_failures(record, notices), listening_for_stop(stop_file) as stop:
         record.update()  # the first file: with it the directory is a run, which can be gone on with
         if is_main_process():
@@ -137,7 +137,7 @@ def _nothing_to_do(path: Path) -> TrainResult:
     return TrainResult(str(path), read_results(path), True)
 
 
-def _train(run: Run, record: RunRecord, notices: NoticeCollector, stop: StopRequest) -> None:
+def _train(run: Run, record: RunWriter, notices: NoticeCollector, stop: StopRequest) -> None:
     """Measure, train, measure; a checkpoint at each epoch's end, whenever one is due, and before stopping."""
     _announce(run)
     watch = LossWatch(run.state.progress, scaled=run.state.scaler.is_enabled())
@@ -182,7 +182,7 @@ def _train(run: Run, record: RunRecord, notices: NoticeCollector, stop: StopRequ
         metrics.close()
 
 
-def _end_epoch(run: Run, record: RunRecord, metrics: MetricsFile, step: StepRecord) -> float:
+def _end_epoch(run: Run, record: RunWriter, metrics: MetricsFile, step: StepRecord) -> float:
     """Validate and record the epoch that this step ends; returns the validation loss, in nats a token."""
     metrics.flush()
     train_loss, seconds = run.state.progress.end_epoch()
@@ -203,7 +203,7 @@ def _announce(run: Run) -> None:
         counted(run.config.batch_tokens, "token"),
         counted(sampler.blocks_per_step, "block"),
         sampler.block_size,
-        run.micro_batch_size,
+        run.plan.micro_batch_size,
         run.settings["dtype"],
         run.loaded.model.device.type,
         schedule.peak_lr,
@@ -217,22 +217,22 @@ def _announce(run: Run) -> None:
     )
 
 
-def _steps(run: Run, record: RunRecord) -> Iterator[StepRecord]:
+def _steps(run: Run, record: RunWriter) -> Iterator[StepRecord]:
     """The loop, shown as it goes."""
     settings = StepSettings(
         run.dtype,
-        run.micro_batch_size,
+        run.plan.micro_batch_size,
         run.config.max_grad_norm,
         run.config.loss,
         body=training_body(run.loaded.model, run.config.compile, run.schedule.num_steps),
     )
-    with training_view(run.path, record, run.schedule, f"Training {run.config.model}") as show:
+    with training_view(record, run.schedule, f"Training {run.config.model}") as show:
         for step in train_steps(run.state, run.sampler, run.schedule, settings):
             show(step)
             yield step
 
 
-def _measure(run: Run, record: RunRecord, metrics: MetricsFile, title: str) -> Evaluation:
+def _measure(run: Run, record: RunWriter, metrics: MetricsFile, title: str) -> Evaluation:
     evaluation, nll = evaluate_loaded(run.scorer, run.validation, title)
     metrics.evaluation(run.step, run.num_epochs_done, evaluation.to_dict())
     record.add_evaluation(run.step, run.num_epochs_done, evaluation)
@@ -250,7 +250,7 @@ def _measure(run: Run, record: RunRecord, metrics: MetricsFile, title: str) -> E
     return evaluation
 
 
-def _finish(run: Run, record: RunRecord, notices: NoticeCollector, metrics: MetricsFile) -> None:
+def _finish(run: Run, record: RunWriter, notices: NoticeCollector, metrics: MetricsFile) -> None:
     """The last evaluation where no epoch's end has just made it, the model, and the summary."""
     if record.values["evaluations"][-1]["step"] != run.step:
         _measure(run, record, metrics, "Validation after training")
@@ -304,7 +304,7 @@ def _collecting_notices() -> Iterator[NoticeCollector]:
 
 
 @contextmanager
-def _recording_failures(record: RunRecord, notices: NoticeCollector) -> Iterator[None]:
+def _recording_failures(record: RunWriter, notices: NoticeCollector) -> Iterator[None]:
     """Whatever ends the run early is written to results.json: a failed run is a row of the table too."""
 
     def note(status: str, error: BaseException) -> None:

@@ -13,9 +13,10 @@ import yaml
 from cartilha.config import TrainConfig
 from cartilha.errors import UserError
 from cartilha.machine.processes import is_main_process
-from cartilha.storage import exclusive, parse_json, read_json, sweep_below, to_json, write_atomically, write_json
+from cartilha.reporting.lenient import read_lines
+from cartilha.storage import exclusive, read_json, sweep_below, to_json, write_atomically, write_json
 
-if TYPE_CHECKING:  # they import torch, and a mistake is to be named before that
+if TYPE_CHECKING:  # they import torch, and a mistake is named before that
     from cartilha.evaluation.continuation import Continuation
     from cartilha.evaluation.measures import Evaluation
 
@@ -25,16 +26,16 @@ FORMAT_VERSION = 1
 LOCK = ".lock"
 
 
-class RunRecord:
-    """results.json of a run: changed in memory, written whole at each change."""
+class RunWriter:
+    """Writes results.json of a run: its values are changed in memory, and the whole file is written at each change."""
 
     def __init__(self, path: Path, values: dict[str, Any]) -> None:
         self.path = path
         self.values = values
 
     @classmethod
-    def begin(cls, path: Path, values: dict[str, Any]) -> RunRecord:
-        """The record of a new run."""
+    def begin(cls, path: Path, values: dict[str, Any]) -> RunWriter:
+        """results.json of a new run."""
         start: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             "name": path.resolve().name,
@@ -48,8 +49,8 @@ class RunRecord:
         return cls(path, {**start, **values})
 
     @classmethod
-    def resume(cls, path: Path, step: int, values: dict[str, Any]) -> RunRecord:
-        """The record of a run that goes on from a step: what came after that step is forgotten."""
+    def resume(cls, path: Path, step: int, values: dict[str, Any]) -> RunWriter:
+        """results.json of a run that goes on from a step; what came after that step is removed."""
         old = _history(path)
         steps_per_epoch = max(1, values["packing"]["steps_per_epoch"])
         old["epochs"] = [row for row in old["epochs"] if row["epoch"] * steps_per_epoch <= step]
@@ -61,20 +62,20 @@ class RunRecord:
         return cls(path, {**old, **values, "status": "running", "error": None})
 
     def update(self, **values: Any) -> None:
-        """Set values and write the file (of several processes, one writes)."""
+        """Set values and write the file (of several processes, the main one writes)."""
         self.values.update(values)
         if is_main_process():
             write_json(self.path / "results.json", self.values)
 
     def add_evaluation(self, step: int, epoch: int, evaluation: Evaluation) -> None:
-        """Append an evaluation; one of the same step (an epoch's end is the run's end) is replaced."""
+        """Append an evaluation; one of the same step is replaced (an epoch's end may be the run's end)."""
         rows = [row for row in self.values["evaluations"] if row["step"] != step]
         self.update(evaluations=[*rows, {"step": step, "epoch": epoch, **evaluation.to_dict()}])
 
 
 def _history(path: Path) -> dict[str, Any]:
-    """What results.json says of the run so far; where it cannot be read, the run goes on without its history."""
-    start = RunRecord.begin(path, {}).values
+    """What results.json says of the run so far; if it is damaged, the run goes on without its history."""
+    start = RunWriter.begin(path, {}).values
     try:
         old = {**start, **read_results(path)}
         steps = [row["epoch"] for row in old["epochs"]] + [row["step"] for row in old["evaluations"]]
@@ -88,11 +89,8 @@ def _history(path: Path) -> dict[str, Any]:
 
 
 def _note_another_machine(old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Say where the run goes on under other circumstances: its last bits may differ from the unbroken run's."""
-    before, now = (
-        {**(values.get("machine") or {}), **(values.get("versions") or {})} if isinstance(values, dict) else {}
-        for values in (old, new)
-    )
+    """Warn if the run goes on with another machine or versions: its last bits may differ from the unbroken run's."""
+    before, now = ({**(values.get("machine") or {}), **(values.get("versions") or {})} for values in (old, new))
     names = ("device_name", "threads", "cartilha", "torch", "transformers")
     changed = [f"{n} was {before[n]}, now {now[n]}" for n in names if n in before and before[n] != now.get(n)]
     if changed:
@@ -106,8 +104,7 @@ class NoticeCollector(logging.Handler):
         super().__init__(level=logging.WARNING)
         self.notices: list[str] = []
 
-    def emit(self, record: logging.LogRecord) -> None:
-        """Keep the message."""
+    def emit(self, record: logging.LogRecord) -> None:  # noqa: D102
         self.notices.append(record.getMessage())
 
 
@@ -120,22 +117,17 @@ def read_status(run: Path) -> str | None:
 
 
 def run_directory(path: str) -> Path:
-    """The directory of a run: the one named, or the run inside what a recipe left there, which is said."""
+    """The directory of a run: the one named, or the run inside a recipe's directory (a line says so)."""
     run = Path(path) / "run"
     if (Path(path) / "results.json").is_file() or not (run / "results.json").is_file():
         return Path(path)
-    log.info("%s is what a recipe left; its run is %s.", path, run)
+    log.info("%s is a recipe's directory; its run is %s.", path, run)
     return run
 
 
 def check_output(run: Path, resume: bool) -> None:
-    """Refuse an output directory that holds something already, unless the run there is to go on.
-
-    Raises:
-        UserError: It is a file, or not empty.
-    """
-    if run.exists() and not run.is_dir():
-        raise UserError(f"{run} is a file; name a directory for the run with --output.")
+    """Refuse, with a UserError, an output that holds something already, unless it is a run that is to go on."""
+    _refuse_file(run)
     if not run.is_dir() or all(path.name == LOCK for path in run.iterdir()):
         return
     if not (run / "results.json").is_file():
@@ -146,22 +138,26 @@ def check_output(run: Path, resume: bool) -> None:
         )
 
 
+def _refuse_file(run: Path) -> None:
+    if run.exists() and not run.is_dir():
+        raise UserError(f"{run} is a file; name a directory for the run with --output.")
+
+
 @contextmanager
 def only_process(run: Path) -> Iterator[None]:
-    """Have the run's directory for this process alone, swept of what a killed one left half-written there.
+    """Hold the run's directory for this process alone; files that a killed process left half-written are removed.
 
     Raises:
         UserError: Another process has it, or it is a file.
     """
-    if run.exists() and not run.is_dir():
-        raise UserError(f"{run} is a file; name a directory for the run with --output.")
+    _refuse_file(run)
     run.mkdir(parents=True, exist_ok=True)
     try:
         with exclusive(run / LOCK, f"The run {run}"):
             sweep_below(run)
             yield
     finally:
-        with suppress(OSError):  # nothing came of it: a mistake leaves no directory behind
+        with suppress(OSError):  # it is empty if the command failed: a mistake leaves no directory behind
             run.rmdir()
 
 
@@ -175,25 +171,14 @@ def write_config(run: Path, config: TrainConfig) -> None:
 def add_samples(run: Path, step: int, continuations: Sequence[Continuation]) -> None:
     """Append generated texts to samples.jsonl; those of this step or a later one (before a resume) are replaced."""
     rows = [row for row in read_samples(run) if row["step"] < step]
-    for sample in continuations:
-        rows.append({"step": step, "prompt": sample.prompt, "text": sample.text, "mode": sample.mode})
+    rows += [{"step": step, "prompt": s.prompt, "text": s.text, "mode": s.mode} for s in continuations]
     write_atomically(run / "samples.jsonl", "".join(to_json(row) + "\n" for row in rows))
 
 
 def read_samples(run: Path) -> list[dict[str, Any]]:
     """The texts generated so far, in the order of the steps."""
-    path = run / "samples.jsonl"
-    if not path.is_file():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):  # splitlines would split at U+2028, too
-        try:
-            row = parse_json(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append(row)
-    return rows
+    rows = read_lines(run / "samples.jsonl", missing=[])
+    return [row for row in rows if isinstance(row.get("step"), int)]
 
 
 def read_results(run: Path) -> dict[str, Any]:

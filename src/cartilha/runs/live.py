@@ -1,4 +1,4 @@
-"""What a person sees during training: one panel on a terminal, a plain line now and then elsewhere."""
+"""What a person sees during training: a panel on a terminal, otherwise a plain line from time to time."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
 
 from rich.columns import Columns
 from rich.console import RenderableType
@@ -22,33 +20,22 @@ from rich.text import Text
 
 from cartilha.console import PLAIN_INTERVAL_S, terminal
 from cartilha.evaluation.perplexity import perplexity
-from cartilha.runs.files import RunRecord, read_samples
+from cartilha.runs.files import RunWriter, read_samples
 from cartilha.training.schedule import Schedule
 from cartilha.training.state import StepRecord
 
 log = logging.getLogger("cartilha")
 
 SAMPLE_CHARS = 240
-RECENT = 0.1  # weight of the newest step in the means that are shown
-
-
-class Show(Protocol):
-    """Takes each step's record as it comes."""
-
-    def __call__(self, step: StepRecord) -> None:
-        """Show it; waits for no device."""
+RECENT = 0.1  # weight of the newest step in the means
 
 
 @dataclass
 class TrainingStatus:
     """What is known of a run after its latest step.
 
-    Attributes:
-        title: What is trained.
-        schedule: Of the run.
-        step: Steps taken.
-        loss: Recent mean of the training loss, nats a token; a step late, so that no device is waited for.
-        seconds_per_step: Recent mean.
+    `loss` (nats per token), `tokens_per_second` and `seconds_per_step` are recent means. The loss is read one step
+    late, so that no step waits for the device.
     """
 
     title: str
@@ -65,7 +52,7 @@ class TrainingStatus:
     _previous: StepRecord | None = None
 
     def update(self, step: StepRecord) -> None:
-        """Take a step."""
+        """Take a step's record."""
         if self._previous is not None:
             loss = float(self._previous.loss)
             self.loss = _mean(self.loss, loss) if math.isfinite(loss) else self.loss
@@ -75,18 +62,18 @@ class TrainingStatus:
         self.seconds_per_step = _mean(self.seconds_per_step, step.seconds)
         self.tokens_per_second = _mean(self.tokens_per_second, step.tokens_per_second)
 
-    def read(self, path: Path, results: dict[str, Any]) -> None:
-        """Take the last evaluation and the last text from what the run has recorded."""
-        evaluations = results.get("evaluations") or [{}]
+    def read(self, record: RunWriter) -> None:
+        """Take the last evaluation and the last text that the run has recorded."""
+        evaluations = record.values.get("evaluations") or [{}]
         self.validation_perplexity = evaluations[-1].get("perplexity")
-        samples = read_samples(path)
-        # A terminal obeys control characters; a text of a model may hold any.
+        samples = read_samples(record.path)
+        # A terminal obeys control characters, and a model may write any.
         shown = "".join(c if c.isprintable() else " " for c in samples[-1]["text"]) if samples else ""
         self.sample = shown[:SAMPLE_CHARS] + ("…" if len(shown) > SAMPLE_CHARS else "")
 
     @property
     def seconds_left(self) -> float | None:
-        """By steps or by the time budget, whichever ends first; without evaluations."""
+        """Until the steps or the time budget end, whichever comes first; without evaluations."""
         if self.seconds_per_step is None:
             return None
         left = (self.schedule.num_steps - self.step) * self.seconds_per_step
@@ -110,17 +97,16 @@ class TrainingStatus:
         return found
 
     def line(self) -> str:
-        """All of it in one line, for a log."""
+        """All figures in one line, for a log."""
         figures = ", ".join(f"{name} {text}" for name, text in self.figures().items())
         return f"Step {self.step:,} of {self.schedule.num_steps:,}: {figures}"
 
     def __rich__(self) -> RenderableType:
-        """The panel."""
         total = self.schedule.num_steps
         figures = [
             Text.assemble((f"{name} ", "dim"), (text, "bold"), no_wrap=True) for name, text in self.figures().items()
         ]
-        rows = Table.grid(expand=True)  # a bar ends no line of its own accord: a row does
+        rows = Table.grid(expand=True)  # a bar ends no line by itself: a row does
         rows.add_row(ProgressBar(total=total, completed=self.step))
         rows.add_row(Columns(figures, padding=(0, 3)))
         if self.sample:
@@ -129,22 +115,15 @@ class TrainingStatus:
 
 
 @contextmanager
-def training_view(path: Path, record: RunRecord, schedule: Schedule, title: str) -> Iterator[Show]:
-    """Show a run while the block lasts.
-
-    Args:
-        path: The run's directory, where the last text is read.
-        record: Of the run, with its evaluations.
-        schedule: How long it lasts.
-        title: What is trained.
-    """
+def training_view(record: RunWriter, schedule: Schedule, title: str) -> Iterator[Callable[[StepRecord], None]]:
+    """Show a run while the block lasts; yields a function that takes each step's record and waits for no device."""
     status = TrainingStatus(title, schedule)
     stale = True
 
     def take(step: StepRecord) -> None:
         nonlocal stale
         if stale:
-            status.read(path, record.values)
+            status.read(record)
         status.update(step)
         stale = step.ends_epoch  # an evaluation follows
 

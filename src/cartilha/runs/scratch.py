@@ -1,7 +1,7 @@
-"""Runs on slow or vanishing drives: written on the local disk first, and copied to where they were asked for.
+"""Runs on slow or unreliable drives: written on the local disk first, and copied to the output directory.
 
-A mounted cloud drive disconnects, a network share fills up. The run itself never waits for either: it writes to a local
-directory, and a thread copies what is new, again and again until it is there.
+A mounted cloud drive may disconnect, and a network share may fill up. The run itself waits for neither: it writes to a
+local directory, and a thread copies what is new, and tries again until the copy is complete.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from cartilha.errors import UserError
 from cartilha.model_reference import cache_directory
 from cartilha.runs.files import check_output, read_status
 from cartilha.storage import new_directory, sweep_below, write_atomically
-from cartilha.training.checkpoint import list_checkpoints
+from cartilha.training.checkpoint import list_checkpoints, newest_name
 
 log = logging.getLogger("cartilha")
 
@@ -34,7 +34,7 @@ LAST_PAUSE_S = 2.0
 
 
 def is_on_network_disk(path: Path) -> bool:
-    """Whether a path lies on a network or cloud drive (not where the whole system does)."""
+    """Whether a path is on a network or cloud drive (no, if the whole system is)."""
     real = os.path.realpath(path)
     best = None
     for disk in psutil.disk_partitions(all=True):
@@ -60,10 +60,10 @@ def scratch_directory(config: TrainConfig) -> Path | None:
 
 @contextmanager
 def place_of_run(config: TrainConfig, resume: bool) -> Iterator[Path]:
-    """The directory that the run is to be written to; while the block runs it is copied to `config.output`.
+    """The directory to write the run to; while the block runs, it is copied to `config.output`.
 
     Raises:
-        UserError: At the end, where the output could not be written: the run is whole in the local directory then.
+        UserError: At the end, if the output could not be written; the local directory then has the whole run.
     """
     output, work = Path(config.output), scratch_directory(config)
     if work is None:
@@ -86,7 +86,7 @@ def place_of_run(config: TrainConfig, resume: bool) -> Iterator[Path]:
 
 
 def _fetch(output: Path, work: Path, resume: bool) -> None:
-    """Bring the local directory to where the run stands: the output's state, or the local one where that is further."""
+    """Put the latest state of the run into the local directory, where it already is or from the output."""
     if not resume:
         shutil.rmtree(work, ignore_errors=True)
         return
@@ -94,37 +94,21 @@ def _fetch(output: Path, work: Path, resume: bool) -> None:
         if read_status(work) is not None:
             log.warning("%s holds no run: going on with the local copy of it (%s).", output, work)
         return
-    if _same_command(output, work) and _newest_step(work) >= _newest_step(output):
+    same_command = _same_bytes(output / "config.yaml", work / "config.yaml")
+    if same_command and (newest_name(work) or "") >= (newest_name(output) or ""):
         return
     with new_directory(work, replace=True) as temporary:
         shutil.copytree(output, temporary, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
 
 
-def _same_command(output: Path, work: Path) -> bool:
-    try:
-        return (output / "config.yaml").read_bytes() == (work / "config.yaml").read_bytes()
-    except OSError:
-        return False
-
-
-def _newest_step(run: Path) -> int:
-    found = list_checkpoints(run)
-    return int(found[-1].name.removeprefix("step-")) if found else -1
-
-
 class Copier:
-    """Copies a run's directory to its output whenever something in it is new, in a thread of its own.
-
-    Args:
-        work: The run.
-        output: The copy.
-    """
+    """Copies a run's directory (`work`) to its output in a thread, whenever something in it is new."""
 
     def __init__(self, work: Path, output: Path) -> None:
         self._work, self._output = work, output
         self._copied: dict[Path, tuple[int, int]] = {}
         self._ended = threading.Event()
-        # A drive may hang for good: the thread must not keep the process alive.
+        # A drive may never answer: the thread must not keep the process alive.
         self._thread = threading.Thread(target=self._keep_copying, name="copy", daemon=True)
         self._fault: str | None = None
 
@@ -133,7 +117,7 @@ class Copier:
         self._thread.start()
 
     def finish(self, timeout_s: float = 600.0) -> str | None:
-        """Copy what is left, several times if need be; None when all is there, else what is wrong with the drive."""
+        """Copy what is left, with several tries; returns what is wrong with the drive, or None if all is copied."""
         self._ended.set()
         self._thread.join(timeout_s)
         return "it does not answer" if self._thread.is_alive() else self._fault
@@ -150,7 +134,7 @@ class Copier:
         try:
             self.copy()
         except FileNotFoundError as error:
-            if self._work in Path(str(error.filename)).parents:  # an old checkpoint went while it was being copied
+            if self._work in Path(str(error.filename)).parents:  # an old checkpoint was removed while it was copied
                 return False
             self._note(error)
         except OSError as error:
@@ -170,7 +154,7 @@ class Copier:
         self._fault = error.strerror or str(error)
 
     def copy(self) -> None:
-        """Copy what is new: checkpoints whole, then the other files, so that the output is a run at every instant.
+        """Copy what is new: whole checkpoints, then the other files, so that the output is a valid run at any time.
 
         Raises:
             OSError: The drive is full, gone, or not to be written to.
@@ -187,7 +171,7 @@ class Copier:
         for path in list_checkpoints(self._output):
             if here and path.name not in {other.name for other in here}:
                 shutil.rmtree(path)
-        sweep_below(self._output)  # what a copy that the drive broke off has left
+        sweep_below(self._output)  # what a copy that failed half-way has left
 
     def _copy_directory(self, source: Path, target: Path, decisive: str) -> None:
         key = _state(source / decisive)
@@ -212,4 +196,7 @@ def _state(path: Path) -> tuple[int, int]:
 
 
 def _same_bytes(left: Path, right: Path) -> bool:
-    return right.is_file() and left.read_bytes() == right.read_bytes()
+    try:
+        return left.read_bytes() == right.read_bytes()
+    except OSError:
+        return False

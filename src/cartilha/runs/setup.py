@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,13 @@ from cartilha.evaluation.documents import ScoredDocuments, encode_documents, val
 from cartilha.evaluation.scorer import Scorer, make_scorer
 from cartilha.machine.devices import choose_device, choose_dtype, describe_machine, dtype_name, seed_everything
 from cartilha.machine.memory import free_memory_bytes
-from cartilha.machine.processes import from_rank_0, is_main_process, world
+from cartilha.machine.processes import is_main_process, world
 from cartilha.machine.versions import versions
 from cartilha.model.configuration import model_config
 from cartilha.model.load import LoadedModel, load_model, weights_hash
 from cartilha.model.recomputation import checkpoint_layers
 from cartilha.runs.files import read_results, read_status
-from cartilha.runs.step_plan import RunPlan, plan_run, this_machine
+from cartilha.runs.step_plan import RunPlan, StepShape, plan_run, refuse_beyond_context, this_machine
 from cartilha.tokens.store import TokenStore, read_store_info
 from cartilha.tokens.tokenizer import TextTokenizer, load_tokenizer
 from cartilha.training.checkpoint import (
@@ -34,7 +34,7 @@ from cartilha.training.checkpoint import (
     refuse_if_dropped,
     space_needed,
 )
-from cartilha.training.distributed import same_everywhere
+from cartilha.training.distributed import share_state
 from cartilha.training.memory import check_states_fit
 from cartilha.training.optimizer import resolve_lr
 from cartilha.training.schedule import Schedule
@@ -63,11 +63,6 @@ class Run:
     validation: ScoredDocuments
     prompts: GenerateConfig
     settings: dict[str, Any]
-
-    @property
-    def micro_batch_size(self) -> int:
-        """Blocks a forward pass, to begin with."""
-        return self.plan.micro_batch_size
 
     @property
     def step(self) -> int:
@@ -99,11 +94,10 @@ def is_finished_as_asked(config: TrainConfig, path: Path) -> bool:
     results = read_results(path)
     try:
         recorded = {**results["settings"], "store": results["corpus"]["train_hash"]}
-        lr = resolve_lr(config.lr, recorded["num_parameters"])
-        num_steps = config.max_steps or config.epochs * results["packing"]["steps_per_epoch"]
+        schedule = _schedule(config, recorded["num_parameters"], results["packing"]["steps_per_epoch"])
     except (KeyError, TypeError) as error:
         raise UserError(f"{path}/results.json is damaged ({error!r} in it); train into another --output.") from error
-    current = {**_asked(config, lr), "num_steps": num_steps}
+    current = _asked(config, schedule)
     if config.dtype != "auto":
         current["dtype"] = config.dtype
     if (Path(config.store) / "store.json").is_file():  # it may have been removed since
@@ -115,11 +109,25 @@ def is_finished_as_asked(config: TrainConfig, path: Path) -> bool:
     return True
 
 
-def _asked(config: TrainConfig, lr: float) -> dict[str, Any]:
-    """The settings that a resume must find unchanged, as far as the configuration alone says them."""
-    asked = {**config.deciding_values(), "lr": lr, **_embeddings_phase(config, lr)}
-    asked["time_budget_s"] = parse_duration(asked.pop("time_budget"))
-    return asked
+def _schedule(config: TrainConfig, num_parameters: int, steps_per_epoch: int) -> Schedule:
+    lr = resolve_lr(config.lr, num_parameters)
+    return Schedule(
+        num_steps=config.max_steps or config.epochs * steps_per_epoch,
+        peak_lr=lr,
+        warmup_fraction=config.warmup_fraction,
+        final_lr_fraction=config.final_lr_fraction,
+        time_budget_s=parse_duration(config.time_budget),
+        embeddings_first=parse_share(config.embeddings_first, "embeddings_first"),
+        embeddings_lr=lr if config.embeddings_lr == "auto" else config.embeddings_lr,
+    )
+
+
+def _asked(config: TrainConfig, schedule: Schedule) -> dict[str, Any]:
+    """The settings that a resume must find unchanged, as far as model and text do not decide them."""
+    resolved = ("num_steps", "time_budget_s", "embeddings_first", "embeddings_lr")
+    asked = config.deciding_values() | {name: getattr(schedule, name) for name in resolved}
+    del asked["time_budget"]
+    return {**asked, "lr": schedule.peak_lr}
 
 
 def assemble(config: TrainConfig, path: Path, prompts: GenerateConfig, resume: bool) -> Run:
@@ -129,45 +137,34 @@ def assemble(config: TrainConfig, path: Path, prompts: GenerateConfig, resume: b
     device = choose_device(config.device)
     # Of several processes the first reads the checkpoint, and the others get what it holds.
     checkpoint = newest_sound_checkpoint(path) if resume and is_main_process() else None
-    recorded = read_settings(checkpoint) if checkpoint else None
+    recorded = read_settings(checkpoint) if checkpoint else {}
     # A resumed run keeps its compute dtype: `auto` might choose otherwise on another day.
-    dtype = choose_dtype(recorded["dtype"] if recorded and config.dtype == "auto" else config.dtype, device)
+    dtype = choose_dtype(recorded.get("dtype", "auto") if config.dtype == "auto" else config.dtype, device)
     seed_everything(config.seed)
-    _refuse_what_cannot_fit(config, tokenizer, device)
-    loaded = load_model(config.model, device, tokenizer=tokenizer, seed=config.seed)
-    if config.block_size > loaded.context_length:
-        raise UserError(
-            f"A block size of {config.block_size} is beyond the context of {config.model} ({loaded.context_length} "
-            f"tokens); use --block_size {loaded.context_length} or less."
-        )
-    loaded.model.train(config.dropout)
-    if config.gradient_checkpointing:
-        checkpoint_layers(loaded.model)
+    loaded = _load(config, tokenizer, device)
     sampler = BlockSampler(
         store.packed("train"),
         block_size=config.block_size,
         blocks_per_step=config.batch_tokens // config.block_size,
         seed=config.seed,
     )
-    lr = resolve_lr(config.lr, loaded.num_parameters)
-    num_steps = config.max_steps or config.epochs * sampler.steps_per_epoch
+    schedule = _schedule(config, loaded.num_parameters, sampler.steps_per_epoch)
     settings = {
-        **_asked(config, lr),
+        **_asked(config, schedule),
         "weights": weights_hash(loaded.model),
         "store": store.info["splits"]["train"]["corpus_hash"],
         "validation": store.info["splits"]["validation"]["corpus_hash"],
         "tokenizer": store.fingerprint,
-        "num_steps": num_steps,
         "dtype": dtype_name(dtype),
     }
-    state = TrainingState.begin(loaded.model, dtype, lr=lr, weight_decay=config.weight_decay)
-    if checkpoint is not None and recorded is not None:
+    state = TrainingState.begin(loaded.model, dtype, lr=schedule.peak_lr, weight_decay=config.weight_decay)
+    if checkpoint is not None:
         check_settings(recorded, settings, path, allow_changes=config.allow_changes)
         load_checkpoint(checkpoint, state)
-        if state.progress.step < num_steps:
+        if state.progress.step < schedule.num_steps:
             refuse_if_dropped(path)
         log.info("Going on from step %d (%s).", state.progress.step, checkpoint)
-    _share_state(state, config.seed)
+    share_state(state, config.seed)
     held_out = store.validation_documents()
     chosen = validation_subset(held_out, store.documents("validation").num_tokens.tolist(), config.validation_tokens)
     return Run(
@@ -178,16 +175,8 @@ def assemble(config: TrainConfig, path: Path, prompts: GenerateConfig, resume: b
         loaded=loaded,
         dtype=dtype,
         sampler=sampler,
-        schedule=Schedule(
-            num_steps,
-            lr,
-            config.warmup_fraction,
-            config.final_lr_fraction,
-            settings["time_budget_s"],
-            settings["embeddings_first"],
-            settings["embeddings_lr"],
-        ),
-        plan=_plan(config, loaded, sampler, dtype, num_steps, state.progress.micro_batch_size),
+        schedule=schedule,
+        plan=_plan(config, loaded, dtype, sampler, schedule, state.progress.micro_batch_size),
         state=state,
         scorer=make_scorer(loaded, tokenizer, dtype),
         validation=encode_documents(chosen, tokenizer),
@@ -196,12 +185,21 @@ def assemble(config: TrainConfig, path: Path, prompts: GenerateConfig, resume: b
     )
 
 
-def check_space(run: Run) -> None:
-    """Refuse to begin what the disk cannot hold.
+def _load(config: TrainConfig, tokenizer: TextTokenizer, device: torch.device) -> LoadedModel:
+    """The model as it is trained; one that cannot fit is refused before its weights take memory."""
+    num_parameters = count_parameters(model_config(config.model, tokenizer))
+    place = "this machine" if device.type == "cpu" else f"this machine's {device.type} device"
+    check_states_fit(num_parameters, free_memory_bytes(device), config.model, place)
+    loaded = load_model(config.model, device, tokenizer=tokenizer, seed=config.seed)
+    refuse_beyond_context(config.block_size, loaded.context_length, config.model)
+    loaded.model.train(config.dropout)
+    if config.gradient_checkpointing:
+        checkpoint_layers(loaded.model)
+    return loaded
 
-    Raises:
-        UserError: Saying how much is needed and how much is free.
-    """
+
+def check_space(run: Run) -> None:
+    """Refuse, with a UserError, a run that the disk cannot hold."""
     needed, checkpoint = run.disk_space
     free = shutil.disk_usage(run.path).free
     if free < needed:
@@ -209,12 +207,6 @@ def check_space(run: Run) -> None:
             f"The disk of {run.path} has {free / 1e9:.2f} GB left, and the run may need {needed / 1e9:.2f} GB (a "
             f"checkpoint is {checkpoint / 1e9:.2f} GB); free some space or name another --output."
         )
-
-
-def _embeddings_phase(config: TrainConfig, lr: float) -> dict[str, float]:
-    """The first phase, as the schedule and the settings of a run have it."""
-    rate = lr if config.embeddings_lr == "auto" else config.embeddings_lr
-    return {"embeddings_first": parse_share(config.embeddings_first, "embeddings_first"), "embeddings_lr": rate}
 
 
 def _matching_tokenizer(model: str, store: TokenStore) -> TextTokenizer:
@@ -230,25 +222,15 @@ def _matching_tokenizer(model: str, store: TokenStore) -> TextTokenizer:
     return tokenizer
 
 
-def _share_state(state: TrainingState, seed: int) -> None:
-    """Under torchrun: every process begins where the first one does."""
-    progress, scaler = from_rank_0((state.progress, state.scaler.state_dict()))
-    vars(state.progress).update(vars(progress))
-    state.scaler.load_state_dict(scaler)
-    same_everywhere(state.model, state.optimizer, seed)
-
-
-def _refuse_what_cannot_fit(config: TrainConfig, tokenizer: TextTokenizer, device: torch.device) -> None:
-    """Before the weights are loaded, which would already take a part of what is not there."""
-    num_parameters = count_parameters(model_config(config.model, tokenizer))
-    name = "this machine" if device.type == "cpu" else f"this machine's {device.type} device"
-    check_states_fit(num_parameters, free_memory_bytes(device), config.model, name)
-
-
 def _plan(
-    config: TrainConfig, loaded: LoadedModel, sampler: BlockSampler, dtype: torch.dtype, num_steps: int, in_force: int
+    config: TrainConfig,
+    loaded: LoadedModel,
+    dtype: torch.dtype,
+    sampler: BlockSampler,
+    schedule: Schedule,
+    in_force: int,
 ) -> RunPlan:
-    """The run's plan; a resumed run keeps its micro-batch in force (0: it is none), since another rounds otherwise."""
+    """The run's plan; a resumed run keeps its micro-batch in force (0: none yet), since another rounds otherwise."""
     num_ranks, blocks_per_step = world()[1], sampler.blocks_per_step
     if num_ranks > blocks_per_step:
         log.warning(
@@ -264,46 +246,43 @@ def _plan(
     plan = plan_run(
         loaded.model.config,
         machine,
-        num_parameters=loaded.num_parameters,
-        block_size=config.block_size,
-        blocks_per_step=share,
-        micro_batch_size=asked,
+        loaded.num_parameters,
+        StepShape(config.block_size, share, asked),
         checkpointing=config.gradient_checkpointing,
         dropout=config.dropout,
     )
-    by_clock = 60 * config.checkpoint_minutes * num_ranks * plan.tokens_per_second / config.batch_tokens
-    steps_between = [sampler.steps_per_epoch, config.checkpoint_steps, by_clock]
     if not machine.is_host or not is_main_process():  # a card's copy is in the host; the first process writes
         return plan
-    goes_on = any(steps and steps < num_steps for steps in steps_between)  # after the first one; the last needs no copy
-    return plan.with_checkpoints(machine, loaded.num_parameters) if goes_on else plan
+    by_clock = 60 * config.checkpoint_minutes * num_ranks * plan.tokens_per_second / config.batch_tokens
+    # Training goes on beside a checkpoint unless it is the last one, which needs no copy.
+    intervals = [sampler.steps_per_epoch, config.checkpoint_steps, by_clock]
+    return plan.with_checkpoints() if any(n and n < schedule.num_steps for n in intervals) else plan
 
 
 def facts(run: Run) -> dict[str, Any]:
     """What results.json records of the set-up."""
-    config, sampler, counts = run.config, run.sampler, run.store.counts
+    config, sampler, store = run.config, run.sampler, run.store
     machine = describe_machine(run.loaded.model.device)
+    corpus: dict[str, Any] = {"tokenizer_fingerprint": store.fingerprint}
+    for side, counts in store.counts.items():
+        corpus |= {
+            f"num_{side}_documents": counts.num_documents,
+            f"num_{side}_tokens": counts.num_tokens,
+            f"{side}_hash": counts.corpus_hash,
+        }
     return {
         "settings": {
             **run.settings,
-            "store": str(run.store.path),
+            "store": str(store.path),
             "epochs": config.epochs,
             "max_steps": config.max_steps,
             "blocks_per_step": sampler.blocks_per_step,
-            "micro_batch_size": run.micro_batch_size,
+            "micro_batch_size": run.plan.micro_batch_size,
             "num_processes": world()[1],
             "device": machine["device_name"],
             "num_parameters": run.loaded.num_parameters,
         },
-        "corpus": {
-            "num_train_documents": counts["train"].num_documents,
-            "num_train_tokens": counts["train"].num_tokens,
-            "num_validation_documents": counts["validation"].num_documents,
-            "num_validation_tokens": counts["validation"].num_tokens,
-            "train_hash": counts["train"].corpus_hash,
-            "validation_hash": counts["validation"].corpus_hash,
-            "tokenizer_fingerprint": run.store.fingerprint,
-        },
+        "corpus": corpus,
         "packing": {
             "num_blocks": sampler.blocks_per_epoch,
             "steps_per_epoch": sampler.steps_per_epoch,

@@ -1,8 +1,9 @@
-"""What a run keeps beside each evaluation, so that the report can show the model growing.
+"""What a run keeps beside each evaluation, so that the report can show the model learning.
 
-samples.jsonl holds the fixed prompts, continued; surprisal.parquet each token of a few held-out documents;
-evaluations/step-00000123.parquet the nll of each held-out document, as `compare --evaluations` reads it; `comparison`
-in results.json this evaluation against the one before training, document by document.
+samples.jsonl                           continuations of fixed prompts
+surprisal.parquet                       each token of a few held-out documents
+evaluations/step-00000123.parquet       the nll of each held-out document, as `compare --evaluations` reads it
+results.json, `comparison`              this evaluation against the one before training, document by document
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from cartilha.evaluation.continuation import continue_prompts
 from cartilha.evaluation.measures import Evaluation
 from cartilha.evaluation.saved import load_evaluation, save_evaluation
 from cartilha.evaluation.surprisal import add_surprisal, shown_documents
-from cartilha.runs.files import RunRecord, add_samples
+from cartilha.runs.files import RunWriter, add_samples
 from cartilha.runs.setup import Run
 from cartilha.training.streams import random_numbers_apart
 
@@ -27,8 +28,8 @@ NUM_LISTED = 5  # documents that gained most, and that lost most
 TOKENS_OF_A_BEGINNING = 32  # by which a reader recognises a document
 
 
-def take_snapshot(run: Run, record: RunRecord, evaluation: Evaluation, nll: np.ndarray) -> list[tuple[str, str]]:
-    """Keep what the model writes and how it reads now (in one process).
+def take_snapshot(run: Run, record: RunWriter, evaluation: Evaluation, nll: np.ndarray) -> list[tuple[str, str]]:
+    """Keep what the model writes and how it reads now; called in the main process.
 
     Args:
         run: At the step of the evaluation.
@@ -37,7 +38,7 @@ def take_snapshot(run: Run, record: RunRecord, evaluation: Evaluation, nll: np.n
         nll: Of each of the run's validation documents, nats.
 
     Returns:
-        Each prompt, and it with what the model wrote.
+        Each prompt, and the prompt with its continuation.
     """
     save_evaluation(_saved(run.path, run.step), evaluation.to_dict(), run.validation, nll)
     with _apart_from_training(run):
@@ -55,7 +56,7 @@ def _saved(path: Path, step: int) -> Path:
 
 @contextmanager
 def _apart_from_training(run: Run) -> Iterator[None]:
-    """Without the dropout that training may have, and without drawing from its random numbers."""
+    """Without the dropout that training may have, and without changing its random numbers."""
     with random_numbers_apart():
         run.loaded.model.train(False)
         try:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from cartilha.errors import counted, first_line
+from cartilha.errors import UserError, counted, first_line
 from cartilha.machine.cpu import cpu_matmul_rate
 from cartilha.machine.devices import dtype_name
 from cartilha.machine.memory import available_memory_bytes
@@ -35,14 +35,13 @@ def this_machine(device: torch.device, dtype: torch.dtype) -> DeviceFacts:
 
     Memory that this process holds already counts as available: the plan counts it, too.
     """
+    memory = available_memory_bytes(device)
     if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        capability = torch.cuda.get_device_capability(device)
         return DeviceFacts(
-            name=properties.name,
-            memory_bytes=available_memory_bytes(device),
+            name=torch.cuda.get_device_name(device),
+            memory_bytes=memory,
             dtype=dtype,
-            kernel=choose_kernel("cuda", capability, dtype),
+            kernel=choose_kernel("cuda", torch.cuda.get_device_capability(device), dtype),
             peak_flops=_cuda_matmul_flops(device, dtype),
             share=0.5,  # of what matrix products alone reach
             overhead_bytes=64 * 2**20,  # workspaces; the context is there already and is not free any more
@@ -50,7 +49,7 @@ def this_machine(device: torch.device, dtype: torch.dtype) -> DeviceFacts:
         )
     return DeviceFacts(
         name="this machine",
-        memory_bytes=available_memory_bytes(device),
+        memory_bytes=memory,
         dtype=dtype,
         kernel=choose_kernel(device.type, None, dtype),
         peak_flops=1e9 * cpu_matmul_rate(dtype_name(cpu_product_dtype(dtype))),
@@ -62,7 +61,7 @@ def this_machine(device: torch.device, dtype: torch.dtype) -> DeviceFacts:
 
 
 def _cuda_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a large matrix product, without waiting for anything between products."""
+    """Operations per second of a large matrix product, without synchronising between products."""
     size, repeats = 4096, 20
     left = torch.ones(size, size, device=device, dtype=dtype)
     left @ left
@@ -75,59 +74,74 @@ def _cuda_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 @dataclass(frozen=True)
+class StepShape:
+    """What one process computes per step."""
+
+    block_size: int  # tokens per block
+    blocks_per_step: int  # this process's share of the step's blocks
+    micro_batch_size: int | None = None  # blocks per forward pass; None to choose the largest number that fits
+
+
+@dataclass(frozen=True)
 class RunPlan:
-    """What a run is expected to take, made before its first step.
+    """What a run is expected to take, made before its first step."""
 
-    Attributes:
-        micro_batch_size: Blocks a forward pass.
-        memory: Of a step, by its parts; None where the architecture could not be traced.
-        tokens_per_second: Estimated from the machine's rate of matrix products.
-        values: What plan.json holds.
-        background_checkpoints: Whether training may go on while a checkpoint is written.
-    """
-
+    device: DeviceFacts
+    num_parameters: int
+    block_size: int
     micro_batch_size: int
-    memory: StepMemory | None
-    tokens_per_second: float
-    values: dict[str, Any]
-    background_checkpoints: bool = True
+    flops_per_token: int  # of training
+    memory: StepMemory | None  # of a step; None where the architecture could not be traced
+    background_checkpoints: bool = True  # whether training may go on while a checkpoint is written
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Estimated from the device's rate of matrix products."""
+        return self.device.peak_flops * self.device.share / self.flops_per_token
 
     @property
     def memory_bytes(self) -> int | None:
         """Of all parts together."""
         return self.memory.total if self.memory else None
 
-    def with_checkpoints(self, facts: DeviceFacts, num_parameters: int) -> RunPlan:
+    @property
+    def values(self) -> dict[str, Any]:
+        """The contents of plan.json."""
+        return {
+            "device": self.device.name,
+            "available_bytes": self.device.memory_bytes,
+            "block_size": self.block_size,
+            "micro_batch_size": self.micro_batch_size,
+            "num_parameters": self.num_parameters,
+            "flops_per_token": self.flops_per_token,
+            "memory_bytes": self.memory_bytes,
+            "memory": asdict(self.memory) if self.memory else None,
+            "tokens_per_second": self.tokens_per_second,
+            "estimated": True,
+        }
+
+    def with_checkpoints(self) -> RunPlan:
         """The plan with the copy of the state that is written in the background; see `with_copy`."""
         if self.memory is None:
             return self
-        copied = with_copy(self.memory, facts, num_parameters)
+        copied = with_copy(self.memory, self.device, self.num_parameters)
         if copied is None:
             log.info("There is no memory for a copy of the state: training waits while checkpoints are written.")
             return replace(self, background_checkpoints=False)
-        values = {**self.values, "memory_bytes": copied.total, "memory": asdict(copied)}
-        return replace(self, memory=copied, values=values)
+        return replace(self, memory=copied)
 
 
 def with_copy(step: StepMemory, facts: DeviceFacts, num_parameters: int) -> StepMemory | None:
     """A step with the copy of the state that is written beside it, where the device's memory is the host's.
 
-    Returns:
-        None where there is no room: training waits for its checkpoints then.
+    None where there is no room: training then waits while checkpoints are written.
     """
     copied = replace(step, checkpoint_copy=CHECKPOINT_BYTES_PER_PARAMETER * num_parameters)
     return copied if copied.total <= SAFETY * facts.memory_bytes else None
 
 
 def best_step(model: MemoryModel, facts: DeviceFacts, block_size: int, blocks_per_step: int) -> tuple[int, StepMemory]:
-    """The largest micro-batch that fits the device, 0 where none does, and the step's memory with it (or with 1).
-
-    Args:
-        model: Says what a step takes.
-        facts: Of the device.
-        block_size: Tokens a block.
-        blocks_per_step: Blocks of a step that one process takes.
-    """
+    """The largest micro-batch that fits the device, 0 where none does, and the step's memory with it (or with 1)."""
     size = largest_micro_batch(
         model,
         block_size=block_size,
@@ -138,68 +152,46 @@ def best_step(model: MemoryModel, facts: DeviceFacts, block_size: int, blocks_pe
     return size, model.step(max(1, size), block_size, accumulates=max(1, size) < blocks_per_step)
 
 
+def refuse_beyond_context(block_size: int, context_length: int, model: str) -> None:
+    """Refuse, with a UserError, blocks longer than the model's context."""
+    if block_size > context_length:
+        raise UserError(
+            f"A block size of {block_size} is beyond the context of {model} ({context_length} tokens); "
+            f"use --block_size {context_length} or less."
+        )
+
+
 def plan_run(
     config: PretrainedConfig,
     facts: DeviceFacts,
-    *,
     num_parameters: int,
-    block_size: int,
-    blocks_per_step: int,
-    micro_batch_size: int | None,
+    shape: StepShape,
+    *,
     checkpointing: bool = False,
     dropout: bool = False,
 ) -> RunPlan:
-    """Plan a run on this machine.
-
-    Args:
-        config: The model's.
-        facts: Of the machine.
-        num_parameters: Of the model.
-        block_size: Tokens a block.
-        blocks_per_step: Blocks of a step that this process takes.
-        micro_batch_size: Asked for; None to choose the largest that fits.
-        checkpointing: Whether activations are computed twice instead of kept.
-        dropout: Whether the dropout that the configuration asks for is drawn.
-    """
+    """Plan a run of a model on this machine; `checkpointing` and `dropout` are those of `Computation`."""
     facts = facts.for_model(config, dropout=dropout)
-    rate = facts.peak_flops * facts.share / flops_per_token(config, num_parameters, block_size)
-    memory, size = None, micro_batch_size or 1
+    how = facts.computation(checkpointing=checkpointing, dropout=dropout)
+    memory, size = None, shape.micro_batch_size or 1
     try:
-        model = MemoryModel(
-            config,
-            facts.computation(checkpointing=checkpointing, dropout=dropout),
-            overhead_bytes=facts.overhead_bytes,
-            num_parameters=num_parameters,
-        )
-        if micro_batch_size is None:
-            chosen, memory = best_step(model, facts, block_size, blocks_per_step)
-            size = max(1, chosen)
-            if chosen == 0:
+        model = MemoryModel(config, how, overhead_bytes=facts.overhead_bytes, num_parameters=num_parameters)
+        if shape.micro_batch_size is None:
+            size, memory = best_step(model, facts, shape.block_size, shape.blocks_per_step)
+            if size == 0:
+                size = 1
                 log.warning(
                     "One block of %d tokens is planned to take %.1f GiB of the %.1f that are free: it is tried all the "
                     "same; a smaller --block_size or --gradient_checkpointing takes less.",
-                    block_size,
-                    memory.total / GIB,
-                    facts.memory_bytes / GIB,
+                    *(shape.block_size, memory.total / GIB, facts.memory_bytes / GIB),
                 )
         else:
-            memory = model.step(size, block_size, accumulates=size < blocks_per_step)
+            memory = model.step(size, shape.block_size, accumulates=size < shape.blocks_per_step)
     except Exception as error:  # an architecture may do something that tensors without contents cannot follow
         log.warning(
-            "The memory of a step could not be planned (%s): %s; name another with --micro_batch_size.",
-            first_line(error),
-            f"micro-batches of {counted(size, 'block')} are tried",
+            "The memory of a step could not be planned (%s): micro-batches of %s are tried; name another with "
+            "--micro_batch_size.",
+            *(first_line(error), counted(size, "block")),
         )
-    values = {
-        "device": facts.name,
-        "available_bytes": facts.memory_bytes,
-        "block_size": block_size,
-        "micro_batch_size": size,
-        "num_parameters": num_parameters,
-        "flops_per_token": flops_per_token(config, num_parameters, block_size),
-        "memory_bytes": memory.total if memory else None,
-        "memory": asdict(memory) if memory else None,
-        "tokens_per_second": rate,
-        "estimated": True,
-    }
-    return RunPlan(size, memory, rate, values)
+    flops = flops_per_token(config, num_parameters, shape.block_size)
+    return RunPlan(facts, num_parameters, shape.block_size, size, flops, memory)

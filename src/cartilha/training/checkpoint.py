@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from cartilha.errors import UserError, first_line
 from cartilha.storage import (
@@ -32,14 +32,15 @@ from cartilha.storage import (
     write_json,
     write_sealed_json,
 )
-from cartilha.training.checkpoint_checks import check_progress, check_scaler, check_tensors, read_tensors
+from cartilha.training.checkpoint_checks import check_progress, check_scaler, check_tensors
 from cartilha.training.state import TrainingState
 from cartilha.training.streams import random_state, restore_random_state
 
 log = logging.getLogger("cartilha")
 
+WEIGHTS = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
-FILES = ("model.safetensors", OPTIMIZER, "state.json")
+FILES = (WEIGHTS, OPTIMIZER, "state.json")
 FORMAT_VERSION = 1
 BYTES_PER_PARAMETER = 12  # weight and two moments, float32
 SMALL_FILES_BYTES = 2**20  # state.json, headers, tokenizer, metrics
@@ -48,28 +49,18 @@ KEEP = 2  # newest checkpoints; the one with the best validation is kept besides
 
 @dataclass(frozen=True)
 class FrozenState:
-    """A state at rest: what a checkpoint of it holds, on the host.
-
-    Attributes:
-        step: Steps taken.
-        weights: By parameter name.
-        moments: The optimizer's tensors, by `parameter|key`.
-        values: The contents of state.json.
-    """
+    """What a checkpoint holds, on the host."""
 
     step: int
-    weights: dict[str, torch.Tensor]
-    moments: dict[str, torch.Tensor]
-    values: dict[str, Any]
+    weights: dict[str, torch.Tensor]  # by parameter name
+    moments: dict[str, torch.Tensor]  # the optimizer's tensors, by `parameter|key`
+    values: dict[str, Any]  # the contents of state.json
 
 
 def freeze(state: TrainingState, settings: dict[str, Any], *, copy: bool) -> FrozenState:
-    """The state after its last step.
+    """The state after its last step, with the settings that a resume must find unchanged (`check_settings`).
 
-    Args:
-        state: What to save.
-        settings: What a resume must find unchanged (`check_settings`), and what it goes on with.
-        copy: Copy tensors that are on the host already, so that training may go on while they are written.
+    With `copy`, tensors that are on the host already are copied, so that training may go on while they are written.
     """
 
     def at_rest(tensor: torch.Tensor) -> torch.Tensor:
@@ -79,7 +70,7 @@ def freeze(state: TrainingState, settings: dict[str, Any], *, copy: bool) -> Fro
     names: dict[torch.Tensor, str] = {parameter: name for name, parameter in state.model.named_parameters()}
     return FrozenState(
         step=state.progress.step,
-        weights={name: at_rest(parameter) for name, parameter in state.model.named_parameters()},
+        weights={name: at_rest(parameter) for parameter, name in names.items()},
         moments={
             f"{names[parameter]}|{key}": at_rest(value)
             for parameter, values in state.optimizer.state.items()
@@ -96,22 +87,17 @@ def freeze(state: TrainingState, settings: dict[str, Any], *, copy: bool) -> Fro
 
 
 def write_checkpoint(run: Path, frozen: FrozenState, validation_loss: float | None = None, keep: int = KEEP) -> Path:
-    """Write a checkpoint; older ones are removed afterwards, but for the newest `keep` and the best.
+    """Write a checkpoint of a run; older ones are removed afterwards, except the newest `keep` and the best.
 
-    So are later ones: the run has gone on from before them because they are damaged.
-
-    Args:
-        run: The run's directory.
-        frozen: What to write.
-        validation_loss: Of this state, in nats a token, where it has just been measured: decides which one is the best.
-        keep: Newest checkpoints to keep.
+    The best has the lowest validation loss (nats per token), which is known where it has just been measured. Later
+    checkpoints are removed too: they are damaged, and the run has gone on from before them.
 
     Raises:
         OSError: The disk is full, gone, or not to be written to; the checkpoints that are there stay as they are.
     """
     path = run / "checkpoints" / f"step-{frozen.step:08d}"
     with new_directory(path, replace=True) as temporary:
-        _save_tensors(frozen.weights, temporary / "model.safetensors")
+        _save_tensors(frozen.weights, temporary / WEIGHTS)
         _save_tensors(frozen.moments, temporary / OPTIMIZER)
         write_json(temporary / "state.json", frozen.values)
         files = {n: {"size": (temporary / n).stat().st_size, "sha256": file_sha256(temporary / n)} for n in FILES}
@@ -125,13 +111,13 @@ def write_checkpoint(run: Path, frozen: FrozenState, validation_loss: float | No
     return path
 
 
-def save_checkpoint(run: Path, state: TrainingState, settings: dict[str, Any], *, keep: int = KEEP) -> Path:
+def save_checkpoint(run: Path, state: TrainingState, settings: dict[str, Any]) -> Path:
     """Freeze the state and write it, at once."""
-    return write_checkpoint(run, freeze(state, settings, copy=False), keep=keep)
+    return write_checkpoint(run, freeze(state, settings, copy=False))
 
 
 def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """`save_file`, whose errors become the system's own where one is behind them."""
+    """`save_file`, with the system's own error where one is behind safetensors'."""
     try:
         save_file(tensors, path)
     except SafetensorError as error:
@@ -148,14 +134,9 @@ def list_checkpoints(run: Path) -> list[Path]:
 
 def best_checkpoint(paths: list[Path]) -> Path | None:
     """The one with the lowest validation loss (the later of two equals), or None where none was validated."""
-    losses = {path: _validation_loss(path) for path in paths}
-    measured = [path for path in reversed(paths) if losses[path] is not None]
-    return min(measured, key=lambda path: losses[path] or 0.0, default=None)
-
-
-def _validation_loss(path: Path) -> float | None:
-    loss = _manifest(path).get("validation_loss")
-    return float(loss) if isinstance(loss, (int, float)) else None
+    losses = {path: _manifest(path).get("validation_loss") for path in reversed(paths)}
+    measured = {path: float(loss) for path, loss in losses.items() if isinstance(loss, (int, float))}
+    return min(measured, key=measured.__getitem__, default=None)
 
 
 def _manifest(path: Path) -> dict[str, Any]:
@@ -171,13 +152,8 @@ def space_needed(
 ) -> tuple[int, int]:
     """Bytes that a run's files need at most, and bytes of one checkpoint.
 
-    Kept are the newest checkpoints and the best, while one more is written; then comes the model itself.
-
-    Args:
-        num_parameters: Of the model.
-        run: A directory whose checkpoints need no more space; None for a run that is only planned.
-        keep: Newest checkpoints kept.
-        weight_bytes: Of a weight in the model at the end.
+    The newest checkpoints and the best are kept while one more is written; at the end the model itself is saved with
+    `weight_bytes` per weight. Checkpoints that are in `run` already need no more space.
     """
     checkpoint = BYTES_PER_PARAMETER * num_parameters + SMALL_FILES_BYTES
     there = sum(file.stat().st_size for path in list_checkpoints(run) for file in path.iterdir()) if run else 0
@@ -186,7 +162,7 @@ def space_needed(
 
 
 def drop_optimizer_states(run: Path) -> None:
-    """Leave the weights alone of a run's checkpoints, the newest one last: from it a run can only be finished then.
+    """Remove the optimizer states from a run's checkpoints, the newest last: from then on it can only be finished.
 
     A manifest changes before the file goes, so that a kill leaves a file too many, which the next end of the run
     removes, and no checkpoint that seems damaged.
@@ -202,36 +178,29 @@ def drop_optimizer_states(run: Path) -> None:
             (path / OPTIMIZER).unlink(missing_ok=True)
 
 
+def _has_states(path: Path) -> bool:
+    files = _manifest(path).get("files")
+    return not isinstance(files, dict) or OPTIMIZER in files
+
+
 def refuse_if_dropped(run: Path) -> None:
-    """Refuse to take more steps in a run of whose newest checkpoint the weights alone are left.
-
-    Raises:
-        UserError: Saying how to train further.
-    """
-    if _is_dropped(run):
-        raise UserError(f"The run {run} cannot go on: {_instead(run)}")
+    """Refuse, with a UserError, to take more steps in a run whose newest checkpoint has only weights."""
+    if remedy := _remedy_if_dropped(run):
+        raise UserError(f"The run {run} cannot go on: {remedy}")
 
 
-def _is_dropped(run: Path) -> bool:
-    return not all(_has_states(path) for path in list_checkpoints(run)[-1:])
-
-
-def _instead(run: Path) -> str:
+def _remedy_if_dropped(run: Path) -> str:
+    if all(_has_states(path) for path in list_checkpoints(run)[-1:]):
+        return ""
     return (
         f"its optimizer states were dropped when it was finished; train its model further with --model {run / 'model'} "
         "and another --output, or train anew with --keep_optimizer."
     )
 
 
-def _has_states(path: Path) -> bool:
-    files = _manifest(path).get("files")
-    return not isinstance(files, dict) or OPTIMIZER in files
-
-
 def newest_name(run: Path) -> str | None:
     """The name of the run's newest checkpoint, unverified; None where there is none."""
-    found = list_checkpoints(run)
-    return found[-1].name if found else None
+    return next((path.name for path in reversed(list_checkpoints(run))), None)
 
 
 def newest_sound_checkpoint(run: Path) -> Path | None:
@@ -300,31 +269,22 @@ def _read_state(path: Path) -> dict[str, Any]:
 
 def read_settings(path: Path) -> dict[str, Any]:
     """The settings recorded in a sound checkpoint."""
-    settings = _read_state(path)["settings"]
-    assert isinstance(settings, dict)
-    return settings
+    return dict(_read_state(path)["settings"])
 
 
 def check_settings(
     recorded: dict[str, Any], current: dict[str, Any], run: Path, *, allow_changes: bool = False
 ) -> None:
-    """Refuse to resume with other settings than the run began with.
+    """Refuse, with a UserError that names them, settings other than those that the run began with.
 
-    Args:
-        recorded: Of the checkpoint.
-        current: What is asked for now.
-        run: The run's directory, for the message.
-        allow_changes: Say what differs, and go on.
-
-    Raises:
-        UserError: Naming what differs.
+    With `allow_changes`, a warning names them instead.
     """
     changed = [name for name in current if recorded.get(name) != current[name]]
     if not changed:
         return
     differences = "; ".join(f"{name} was {recorded.get(name)}, now {current[name]}" for name in changed)
     if not allow_changes:
-        remedy = _instead(run) if _is_dropped(run) else "use the old ones, another --output, or --allow_changes."
+        remedy = _remedy_if_dropped(run) or "use the old ones, another --output, or --allow_changes."
         raise UserError(f"The run {run} cannot go on with other settings ({differences}); {remedy}")
     log.warning(
         "The run %s goes on with other settings (%s): it is no longer the run of one command, and steps keep their "
@@ -345,11 +305,11 @@ def load_checkpoint(path: Path, state: TrainingState) -> None:
     try:
         saved = _read_state(path)
         progress = check_progress(saved["progress"])
-        check_tensors(path / "model.safetensors", shapes)
-        moments = {f"{name}|{key}": shape for name, shape in shapes.items() for key in ("exp_avg", "exp_avg_sq")}
-        moments |= {f"{name}|step": () for name in shapes}
+        check_tensors(path / WEIGHTS, shapes)
         has_states = _has_states(path)
         if has_states:
+            moments = {f"{name}|{key}": shape for name, shape in shapes.items() for key in ("exp_avg", "exp_avg_sq")}
+            moments |= {f"{name}|step": () for name in shapes}
             check_tensors(path / OPTIMIZER, moments, all_there=False)
         check_scaler(saved["scaler"], state.scaler.is_enabled())
         restore_random_state(saved["random"])
@@ -358,11 +318,10 @@ def load_checkpoint(path: Path, state: TrainingState) -> None:
             f"The checkpoint {path} cannot be used for this model ({first_line(error)}); "
             "use the model and code that it was made with, or another --output."
         ) from error
-    weights = read_tensors(path / "model.safetensors", device)
     with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
-    for joined, value in (read_tensors(path / OPTIMIZER, device) if has_states else {}).items():
+        for name, weight in load_file(path / WEIGHTS, device=str(device)).items():
+            parameters[name].copy_(weight)
+    for joined, value in (load_file(path / OPTIMIZER, device=str(device)) if has_states else {}).items():
         name, key = joined.rsplit("|", 1)
         # Fused AdamW keeps its step counts beside the parameters. A copy, since what is read is mapped from the file.
         moments_there = state.optimizer.state[parameters[name]]
@@ -371,5 +330,4 @@ def load_checkpoint(path: Path, state: TrainingState) -> None:
         else:
             moments_there[key] = value.clone()
     state.scaler.load_state_dict(saved["scaler"])
-    for field, number in asdict(progress).items():
-        setattr(state.progress, field, number)
+    vars(state.progress).update(vars(progress))

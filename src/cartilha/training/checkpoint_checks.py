@@ -1,4 +1,4 @@
-"""What is checked of a checkpoint's contents before any of it is used: it may be damaged, or somebody's trap."""
+"""What is checked of a checkpoint before any of it is used: it may be damaged, or made to do harm."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 
 from cartilha.training.state import Progress
 
@@ -39,7 +37,7 @@ def check_scaler(values: Any, enabled: bool) -> None:
     """Check a gradient scaler's state: numbers above 0, all there where the scaler is at work.
 
     Raises:
-        ValueError: It is something else.
+        ValueError: It is not such a state.
     """
     expected = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"} if enabled else set()
     if not isinstance(values, dict) or values.keys() != expected:
@@ -50,12 +48,9 @@ def check_scaler(values: Any, enabled: bool) -> None:
 
 
 def check_tensors(path: Path, shapes: dict[str, tuple[int, ...]], *, all_there: bool = True) -> None:
-    """Compare a safetensors file's header with what is expected; no tensor is read.
+    """Compare a safetensors file's header with the expected shapes by name, all float32; no tensor is read.
 
-    Args:
-        path: The file.
-        shapes: Expected shapes by name, all float32.
-        all_there: Whether each of them must be in the file.
+    With `all_there`, each of them must be in the file.
 
     Raises:
         ValueError: A tensor is missing, unknown, or of another shape or type.
@@ -70,8 +65,3 @@ def check_tensors(path: Path, shapes: dict[str, tuple[int, ...]], *, all_there: 
             if tuple(tensor.get_shape()) != shapes[name] or tensor.get_dtype() != "F32":
                 found = f"{tensor.get_dtype()} {list(tensor.get_shape())}"
                 raise ValueError(f"{name} is {found} in {path.name}, not F32 {list(shapes[name])}")
-
-
-def read_tensors(path: Path, device: torch.device) -> dict[str, torch.Tensor]:
-    """All tensors of a safetensors file, on the device."""
-    return load_file(path, device=str(device))

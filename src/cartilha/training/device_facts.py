@@ -1,4 +1,4 @@
-"""What known cards hold and compute, and how much a token costs: enough to plan before one is rented."""
+"""What known cards hold and compute, and what a token costs: enough to plan before a card is rented."""
 
 from __future__ import annotations
 
@@ -16,29 +16,17 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class DeviceFacts:
-    """A device as the plan sees it.
+    """A device as the plan sees it."""
 
-    Attributes:
-        name: As `--device` takes it.
-        memory_bytes: What programs can use of it.
-        dtype: Compute dtype there.
-        kernel: How attention is computed there, a name in `attention.KERNELS`.
-        peak_flops: Operations a second of dense matrix products in that dtype: the maker's figure, or measured.
-        share: Of the peak that training is expected to reach, counted by 6N + attention.
-        overhead_bytes: The program and the device's context.
-        max_tokens: Tokens a forward pass beyond which a larger micro-batch brings nothing.
-        kind: `cuda`, `mps` or `cpu`.
-    """
-
-    name: str
-    memory_bytes: int
+    name: str  # as `--device` takes it
+    memory_bytes: int  # what programs can use of it
     dtype: torch.dtype
-    kernel: str
-    peak_flops: float
-    share: float
-    overhead_bytes: int
-    max_tokens: int
-    kind: str = "cuda"
+    kernel: str  # a name in `attention.KERNELS`
+    peak_flops: float  # operations per second of dense matrix products in that dtype: the maker's figure, or measured
+    share: float  # of the peak that training is expected to reach, counted by 6N + attention
+    overhead_bytes: int  # the program and the device's context
+    max_tokens: int  # tokens per forward pass beyond which a larger micro-batch brings nothing
+    kind: str = "cuda"  # or `mps`, `cpu`
 
     @property
     def is_host(self) -> bool:
@@ -58,48 +46,39 @@ class DeviceFacts:
 
 CONTEXT_BYTES = int(0.6 * GIB)  # CUDA's context with its kernels, and the workspaces of the matrix products
 PROGRAM_BYTES = GIB // 2  # Python, torch, transformers, pyarrow, pandas: resident when step 1 begins (docs/log.md)
-# Tokens a forward pass on a CPU. With products in float32 larger ones brought two cores 4 to 8 % for 950 MB; with
+# Tokens per forward pass on a CPU. With products in float32, larger ones brought two cores 4 to 8 % for 950 MB; with
 # products in bf16, where every micro-batch casts the weights, 10 % (docs/log.md).
 FLOAT32_TOKENS_PER_THREAD, HALF_TOKENS_PER_THREAD, MAX_TOKENS_CPU = 256, 1024, 4096
+TOKENS_LAPTOP = 8 * FLOAT32_TOKENS_PER_THREAD
 MAX_TOKENS_GPU = 32_768
 
-# Memory is what nvidia-smi shows as total. The shares are cautious: of an A100 the exercise's own rule (40 %), of an
-# H100 what llm.c publishes for this size (468 k tokens/s, 35 % by 6N), of a T4 less, for want of flash attention.
+# Memory is what nvidia-smi shows as total. The shares are cautious: for an A100 the exercise's own rule (40 %), for an
+# H100 what llm.c publishes for this size (468 k tokens/s, 35 % by 6N), for a T4 less, since it has no flash attention.
 _KNOWN = (
     DeviceFacts("t4", int(14.75 * GIB), torch.float16, "mask", 65e12, 0.25, CONTEXT_BYTES, MAX_TOKENS_GPU),
     DeviceFacts("l4", int(22.5 * GIB), torch.bfloat16, "varlen", 121e12, 0.35, CONTEXT_BYTES, MAX_TOKENS_GPU),
     DeviceFacts("a100-40gb", int(39.4 * GIB), torch.bfloat16, "varlen", 312e12, 0.40, CONTEXT_BYTES, MAX_TOKENS_GPU),
     DeviceFacts("a100-80gb", int(79.2 * GIB), torch.bfloat16, "varlen", 312e12, 0.40, CONTEXT_BYTES, MAX_TOKENS_GPU),
     DeviceFacts("h100", int(79.1 * GIB), torch.bfloat16, "varlen", 989e12, 0.35, CONTEXT_BYTES, MAX_TOKENS_GPU),
-    # A laptop of 16 GiB, of which a browser has its part, with eight AVX2 cores.
-    DeviceFacts(
-        "cpu",
-        10 * GIB,
-        torch.float32,
-        "segments",
-        0.5e12,
-        0.60,
-        PROGRAM_BYTES,
-        8 * FLOAT32_TOKENS_PER_THREAD,
-        kind="cpu",
-    ),
+    # A laptop with eight AVX2 cores and 16 GiB, of which a browser takes a part.
+    DeviceFacts("cpu", 10 * GIB, torch.float32, "segments", 0.5e12, 0.6, PROGRAM_BYTES, TOKENS_LAPTOP, kind="cpu"),
 )
 KNOWN_DEVICES = {facts.name: facts for facts in _KNOWN}
 
 
 def max_tokens_on_this_cpu(dtype: torch.dtype) -> int:
-    """Tokens a forward pass beyond which a larger micro-batch brings this CPU little, computing in `dtype`."""
+    """Tokens per forward pass beyond which a larger micro-batch brings this CPU little, computing in `dtype`."""
     in_float32 = cpu_product_dtype(dtype) == torch.float32
     per_thread = FLOAT32_TOKENS_PER_THREAD if in_float32 else HALF_TOKENS_PER_THREAD
     return min(MAX_TOKENS_CPU, per_thread * torch.get_num_threads())
 
 
 def attention_flops_per_token(config: PretrainedConfig, block_size: int) -> int:
-    """Of scores and weighted sums in training: 12 L d T (arXiv:2204.02311, appendix B), causality ignored."""
+    """Of scores and weighted sums in training: 12 L d T (arXiv:2204.02311, appendix B), ignoring causality."""
     width = int(config.num_attention_heads) * head_size(config)
     return 12 * int(config.num_hidden_layers) * width * block_size
 
 
 def flops_per_token(config: PretrainedConfig, num_parameters: int, block_size: int) -> int:
-    """Operations a token of training: 6 a parameter (2 forward, 4 backward; arXiv:2001.08361), and attention's."""
+    """Operations per token of training: 6 per parameter (2 forward, 4 backward; arXiv:2001.08361), and attention's."""
     return 6 * num_parameters + attention_flops_per_token(config, block_size)

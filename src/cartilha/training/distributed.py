@@ -2,10 +2,10 @@
 
     torchrun --nproc-per-node N -m cartilha train ...
 
-Summed once a step, after the last micro-batch, and not by DistributedDataParallel's hooks: the loss of a step is the
-mean over the targets of all ranks, whatever share each has, and a rank that runs out of memory may repeat its
-micro-batches alone, because nobody waits for it before the sum. The price is that the sum does not overlap the backward
-pass: 0.5 GB of gradients at 125 M parameters, milliseconds within a machine.
+The gradients are summed once per step, after the last micro-batch, and not by DistributedDataParallel's hooks: the loss
+of a step is the mean over the targets of all ranks, whatever share each has, and a rank that runs out of memory may
+repeat its micro-batches alone, because no other rank waits for it before the sum. The price is that the sum does not
+overlap the backward pass: 0.5 GB of gradients at 125 M parameters, milliseconds within a machine.
 """
 
 from __future__ import annotations
@@ -19,17 +19,16 @@ from torch import nn
 
 from cartilha.errors import counted
 from cartilha.machine.devices import seed_everything
-from cartilha.machine.processes import gather_objects, join_processes, world
+from cartilha.machine.processes import from_rank_0, gather_objects, join_processes, world
+from cartilha.training.state import TrainingState
 
 log = logging.getLogger("cartilha")
 
 
 def sum_over_ranks(parameters: Sequence[nn.Parameter], loss: torch.Tensor) -> None:
-    """Replace every gradient, and the loss, by its sum over the ranks; without torchrun nothing is done.
+    """Replace this rank's gradients, and its share of the loss, by their sums over the ranks.
 
-    Args:
-        parameters: With this rank's gradients; None stands for zero (a rank without blocks).
-        loss: This rank's share of the step's loss, a scalar.
+    Without torchrun nothing is done. A gradient that is None stands for zero (a rank without blocks).
     """
     if world()[1] == 1:
         return
@@ -47,7 +46,7 @@ def sum_over_ranks(parameters: Sequence[nn.Parameter], loss: torch.Tensor) -> No
 def agree(seconds: float, micro_batch_size: int) -> tuple[float, int]:
     """The seconds of rank 0, which decide the learning rate under a time budget, and the smallest micro-batch.
 
-    A rank whose memory ran out has a smaller one than the others, and its warning is not heard: rank 0 speaks for it.
+    A rank whose memory ran out has a smaller one than the others. Its own warning is not shown: rank 0 gives one.
     """
     ranks = gather_objects((seconds, micro_batch_size))
     smallest = min(size for _, size in ranks)
@@ -58,26 +57,24 @@ def agree(seconds: float, micro_batch_size: int) -> tuple[float, int]:
     return ranks[0][0], smallest
 
 
-def same_everywhere(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
-    """Give every rank the weights and the optimizer's state of rank 0, which alone reads checkpoints.
+def share_state(state: TrainingState, seed: int) -> None:
+    """Give every rank the state of rank 0, which alone reads checkpoints; without torchrun nothing is done.
 
-    Each rank draws its own random numbers (dropout) afterwards; rank 0 goes on with those that it has.
-
-    Args:
-        model: The same shape on every rank.
-        optimizer: Over the model's parameters; its states are there (`allocate_states`).
-        seed: Of the run.
+    Each other rank draws its own random numbers (dropout) afterwards, seeded by `seed` and its number.
     """
     rank, num_ranks = world()
     if num_ranks == 1:
         return
-    parameters = list(model.parameters())
+    progress, scaler = from_rank_0((state.progress, state.scaler.state_dict()))
+    vars(state.progress).update(vars(progress))
+    state.scaler.load_state_dict(scaler)
+    parameters = list(state.model.parameters())
     join_processes(parameters[0].device)
     with torch.no_grad():
         for parameter in parameters:
             dist.broadcast(parameter, src=0)
-            state = optimizer.state[parameter]
-            for key in sorted(state):
-                dist.broadcast(state[key], src=0)
+            moments = state.optimizer.state[parameter]
+            for key in sorted(moments):
+                dist.broadcast(moments[key], src=0)
     if rank != 0:
         seed_everything(seed + rank)

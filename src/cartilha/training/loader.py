@@ -1,6 +1,6 @@
-"""Blocks prepared in a thread, a step ahead, so that the device never waits for them.
+"""Blocks prepared in a thread, one step ahead, so that the device never waits for them.
 
-Cutting blocks out of the memory-mapped store is numpy's work and the disk's; neither needs the device. The copy to the
+Cutting blocks out of the memory-mapped store is work for numpy and the disk; neither needs the device. The copy to the
 device itself goes through pinned buffers (`model/forward.py`).
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from types import TracebackType
 
 from cartilha.blocks.packing import Block
 from cartilha.blocks.sampler import BlockSampler
@@ -16,25 +15,14 @@ from cartilha.blocks.sampler import BlockSampler
 
 @dataclass(frozen=True)
 class StepBlocks:
-    """What one step trains on.
+    """What one step trains on."""
 
-    Attributes:
-        blocks: This rank's share.
-        num_targets: Of the whole step, all ranks together.
-    """
-
-    blocks: list[Block]
-    num_targets: int
+    blocks: list[Block]  # this rank's share
+    num_targets: int  # of the whole step, all ranks together
 
 
 class StepLoader:
-    """Gives each step's blocks; while a step runs, the next one's are prepared.
-
-    Args:
-        sampler: Says which blocks a step has.
-        rank: Which share of them is wanted.
-        num_ranks: How many processes share them.
-    """
+    """Gives each step's blocks; while a step runs, a thread prepares the next one's."""
 
     def __init__(self, sampler: BlockSampler, rank: int = 0, num_ranks: int = 1) -> None:
         self._sampler = sampler
@@ -43,23 +31,19 @@ class StepLoader:
         self._next: tuple[int, Future[StepBlocks]] | None = None
 
     def take(self, step: int) -> StepBlocks:
-        """The blocks of `step` (counted from 0); those of the step after it are begun."""
-        expected = self._next
-        found = expected[1] if expected is not None and expected[0] == step else self._begin(step)
-        result = found.result()
+        """The blocks of `step` (counted from 0); those of the next step are begun."""
+        begun = self._next
+        result = (begun[1] if begun is not None and begun[0] == step else self._begin(step)).result()
         self._next = step + 1, self._begin(step + 1)
         return result
 
     def _begin(self, step: int) -> Future[StepBlocks]:
-        return self._thread.submit(self._prepare, step)
-
-    def _prepare(self, step: int) -> StepBlocks:
-        return StepBlocks(self._sampler.blocks(step, *self._share), self._sampler.num_targets(step))
+        return self._thread.submit(
+            lambda: StepBlocks(self._sampler.blocks(step, *self._share), self._sampler.num_targets(step))
+        )
 
     def __enter__(self) -> StepLoader:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._thread.shutdown(wait=True, cancel_futures=True)

@@ -31,20 +31,13 @@ log = logging.getLogger("cartilha")
 
 @dataclass(frozen=True)
 class StepSettings:
-    """How a step is computed.
-
-    Attributes:
-        micro_batch_size: Blocks per forward pass to begin with; halved where memory runs out.
-        max_grad_norm: Gradients are clipped to this norm.
-        loss: `perplexity` differentiates exp(mean nll) of the whole step (docs/measures.md).
-        body: The model's, compiled; micro-batches of the usual size go through it.
-    """
+    """How a step is computed."""
 
     dtype: torch.dtype
-    micro_batch_size: int
-    max_grad_norm: float = 1.0
-    loss: Literal["nll", "perplexity"] = "nll"
-    body: CompiledBody | None = None
+    micro_batch_size: int  # blocks per forward pass to begin with; halved where memory runs out
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm
+    loss: Literal["nll", "perplexity"] = "nll"  # perplexity: exp(mean nll) of the whole step (docs/measures.md)
+    body: CompiledBody | None = None  # the model's, compiled; micro-batches of the usual size go through it
 
 
 def train_steps(

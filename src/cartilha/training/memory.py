@@ -1,11 +1,12 @@
 """How much memory a training step takes, and how many blocks a forward pass may hold.
 
-Weights, gradients and AdamW's two moments are float32: 16 bytes a parameter, whatever the batch. What a step keeps
-besides is traced (`trace.py`) and is a straight line in the number of tokens, as soon as they fill a chunk of logits.
+Weights, gradients and AdamW's two moments are float32: 16 bytes per parameter, whatever the batch. What a step keeps
+besides is traced (`trace.py`). It is a straight line in the number of tokens, once they fill a chunk of logits.
 """
 
 from __future__ import annotations
 
+import bisect
 from dataclasses import dataclass
 
 from transformers import PretrainedConfig
@@ -17,30 +18,20 @@ from cartilha.training.trace import Computation, StepBytes, count_parameters, tr
 
 BYTES_PER_PARAMETER = 16  # weight, gradient, and AdamW's two moments, all float32
 HEADROOM = 1.05  # allocators hand out memory in pieces and cannot use all of what lies between them
-SAFETY = 0.95  # of what is free: other programs breathe, too
+SAFETY = 0.95  # of what is free: other programs need memory, too
 
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes that a process holds at the peak of a training step.
-
-    Attributes:
-        weights: Float32 master weights.
-        gradients: Of all parameters, float32.
-        optimizer_states: AdamW's two moments, float32.
-        activations: What the forward pass keeps for the backward pass.
-        logits_chunk: One chunk of logits with its gradients, and the temporaries at the peak.
-        overhead: The program, the device's context, and what the allocator cannot use.
-        checkpoint_copy: The state as it was, written while training goes on; on a GPU the host has it.
-    """
+    """Bytes that a process holds at the peak of a training step."""
 
     weights: int
     gradients: int
     optimizer_states: int
     activations: int
-    logits_chunk: int
-    overhead: int
-    checkpoint_copy: int = 0
+    logits_chunk: int  # with its gradients, and the temporaries at the peak
+    overhead: int  # the program, the device's context, and what the allocator cannot use
+    checkpoint_copy: int = 0  # of the state, written while training goes on; a GPU's is in the host's memory
 
     @property
     def total(self) -> int:
@@ -49,22 +40,10 @@ class StepMemory:
 
 
 class MemoryModel:
-    """The memory of training steps of one model on one kind of device.
-
-    Args:
-        config: The model's.
-        how: How a step is computed there.
-        overhead_bytes: The program and the device's context.
-        num_parameters: Where it is known; counted otherwise.
-    """
+    """The memory of training steps of one model on one kind of device, whose program and context take an overhead."""
 
     def __init__(
-        self,
-        config: PretrainedConfig,
-        how: Computation,
-        *,
-        overhead_bytes: int,
-        num_parameters: int | None = None,
+        self, config: PretrainedConfig, how: Computation, *, overhead_bytes: int, num_parameters: int | None = None
     ) -> None:
         self._config = config
         self._how = how
@@ -72,12 +51,9 @@ class MemoryModel:
         self.num_parameters = num_parameters or count_parameters(config)
 
     def step(self, micro_batch_size: int, block_size: int, *, accumulates: bool) -> StepMemory:
-        """Memory of a step with micro-batches of this many blocks.
+        """Memory of a step with micro-batches of this many blocks of `block_size` tokens.
 
-        Args:
-            micro_batch_size: Blocks a forward pass.
-            block_size: Tokens a block.
-            accumulates: Whether a step has several micro-batches, so that gradients are there beside activations.
+        Where a step has several micro-batches (`accumulates`), gradients are there beside the activations.
         """
         states = 4 * self.num_parameters
         kept = self._traced(micro_batch_size, block_size)
@@ -102,10 +78,10 @@ class MemoryModel:
     def _unusable(self, moving: float, kept: StepBytes, interleaved: float) -> float:
         """Memory that the allocator holds and cannot use.
 
-        CUDA's caching allocator wastes little of such regular steps. glibc's heap, told to keep what is freed
-        (`cpu.keep_freed_memory`), is left with holes of the size of the head's gradient, and gradients that settle
-        among the activations of a step's first micro-batch keep the next one's from fitting: fitted to measurements
-        (docs/log.md), as `benchmarks/plan_memory.py` prints them.
+        CUDA's caching allocator wastes little in such regular steps. glibc's heap, told to keep what is freed
+        (`cpu.keep_freed_memory`), has holes of the size of the head's gradient. Gradients that lie between the
+        activations of a step's first micro-batch keep the next one's from fitting. The factors are fitted to
+        measurements (docs/log.md).
         """
         loss = (HEADROOM - 1) * moving
         if self._how.on_cpu:
@@ -113,14 +89,14 @@ class MemoryModel:
         return loss
 
     def _traced(self, rows: int, row_length: int) -> StepBytes:
-        """Traced where the tokens do not fill a chunk of logits; beyond that on the line through two larger points."""
+        """Traced where the tokens do not fill a chunk of logits; beyond that, on the line through two larger points."""
         full = -(-CHUNK_TOKENS // row_length)
         if rows <= full:
             return self._trace(rows, row_length)
         return self._trace(full, row_length).toward(self._trace(2 * full, row_length), rows / full - 1)
 
     def _trace(self, rows: int, row_length: int) -> StepBytes:
-        """Where what is kept depends on the number of tokens alone, one long row stands for all."""
+        # Where what is kept depends on the number of tokens alone, one long row stands for all.
         if knows_attention(self._config) and KERNELS[self._how.kernel].counts_tokens_only:
             rows, row_length = 1, rows * row_length
         return traced_step(self._config, rows, row_length, self._how)
@@ -131,12 +107,8 @@ def largest_micro_batch(
 ) -> int:
     """The largest micro-batch (in blocks) planned to fit, a divisor of the step where one is near; 0 if none fits.
 
-    Args:
-        model: Says what a step takes.
-        block_size: Tokens a block.
-        blocks_per_step: Blocks of a step, which is the most that makes sense.
-        available_bytes: Memory for everything that the model counts, overhead included.
-        max_tokens: Tokens beyond which a larger micro-batch brings nothing.
+    `available_bytes` is for everything that the model counts, overhead included. Beyond `max_tokens` a larger
+    micro-batch brings nothing.
     """
 
     def fits(size: int) -> bool:
@@ -145,22 +117,16 @@ def largest_micro_batch(
     most = max(1, min(blocks_per_step, max_tokens // block_size))
     if not fits(1):
         return 0
-    low, high = 1, most
-    while low < high:  # the largest that fits: more blocks never take less memory
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    if low < most and fits(most):  # the whole step at once needs no gradients beside its activations
+    # More blocks never take less memory, except the whole step at once: it has no gradients beside its activations.
+    low = bisect.bisect_left(range(2, most + 1), True, key=lambda size: not fits(size)) + 1
+    if low < most and fits(most):
         low = most
     divisors = [size for size in range(1, low + 1) if blocks_per_step % size == 0]
     return divisors[-1] if divisors[-1] * 2 > low else low
 
 
 def check_states_fit(num_parameters: int, available_bytes: int, ref: str, device: str) -> None:
-    """Refuse a model whose weights, gradients and AdamW states alone are more than the device has.
-
-    Raises:
-        UserError: With the arithmetic, and how large a model may be.
-    """
+    """Refuse, with a UserError, a model whose weights, gradients and AdamW states alone do not fit the device."""
     needed = num_parameters * BYTES_PER_PARAMETER
     if needed > available_bytes:
         most = available_bytes / BYTES_PER_PARAMETER

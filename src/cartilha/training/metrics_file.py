@@ -1,4 +1,4 @@
-"""metrics.jsonl, one line per step, and the mean loss of the current epoch."""
+"""metrics.jsonl: one line per step."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ log = logging.getLogger("cartilha")
 
 
 class MetricsFile:
-    """metrics.jsonl: one line a step, written when the next one comes, so that the device is not waited for.
+    """Writes metrics.jsonl: each step's line when the next step comes, so that no step waits for the device.
 
     Args:
         path: The file; lines after `resumed_step` (and a torn last line) are dropped when a run is resumed.
         resumed_step: Steps already taken.
-        watch: Judges each step as it is written; its marks stand in the step's line.
+        watch: Judges each step as it is written; its marks are added to the step's line.
         tracker: Mirrors what is written.
     """
 
     def __init__(self, path: Path, resumed_step: int, watch: LossWatch, tracker: Tracker | None = None) -> None:
-        # Of several processes one writes.
+        # Of several processes only the main one writes.
         self._file: IO[str] = _open_at(path, resumed_step) if is_main_process() else open(os.devnull, "w")  # noqa: SIM115
         self._watch = watch
         self._tracker = tracker
@@ -72,13 +72,13 @@ class MetricsFile:
             self._tracker.log(line["step"], figures_of(line))
 
     def texts(self, step: int, texts: Sequence[tuple[str, str]]) -> None:
-        """Hand prompts and what the model made of them after `step` to the tracker; samples.jsonl has them already."""
+        """Hand prompts, and what the model made of them after `step`, to the tracker; samples.jsonl has them, too."""
         if self._tracker is not None:
             for number, (prompt, text) in enumerate(texts, 1):
                 self._tracker.text(step, f"samples/{number} {prompt.strip()}", text)
 
     def sync(self) -> None:
-        """Write what is held back, to the disk itself: a checkpoint's steps must not be lost where it is kept."""
+        """Write what is held back to the disk itself: the steps before a checkpoint must last as long as it does."""
         self.flush()
         if is_main_process():
             os.fsync(self._file.fileno())
@@ -107,9 +107,7 @@ def _open_at(path: Path, resumed_step: int) -> IO[str]:
     if lacking > 0:
         log.warning(
             "%s has lost %d of the %s before this one: their curve has a gap.",
-            path,
-            lacking,
-            counted(resumed_step, "step"),
+            *(path, lacking, counted(resumed_step, "step")),
         )
     write_atomically(path, "".join(kept))
     return path.open("a", encoding="utf-8")

@@ -22,7 +22,7 @@ def make_optimizer(model: torch.nn.Module, lr: float, weight_decay: float) -> to
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    # Fused: one pass over weights, gradients and states; on the CPU as well.
+    # Fused: one pass over weights, gradients and states.
     fused = parameters[0].device.type in ("cpu", "cuda")
     return torch.optim.AdamW(groups, lr=lr, betas=ADAM_BETAS, eps=ADAM_EPSILON, fused=fused)
 
@@ -32,9 +32,9 @@ def choose_trained(
 ) -> list[torch.nn.Parameter]:
     """Choose what the next step trains: all of the optimizer's parameters, or the token embeddings alone.
 
-    The head belongs to the embeddings, tied or not. The others get no gradient then, which saves their share of the
-    backward pass, and AdamW passes over a parameter without one: no decay, and its moments begin when its turn comes.
-    On a CPU the memory of the gradients is taken here (see `clear_gradients`).
+    The head belongs to the embeddings, tied or not. The other parameters then get no gradient, which saves their share
+    of the backward pass, and AdamW skips a parameter without one: its weights do not decay, and its moments start when
+    it is first trained. On a CPU, gradients are allocated here (see `clear_gradients`).
     """
     head = head_of(model)
     embeddings = {id(model.get_input_embeddings().weight), id(head.weight), id(head.bias)}
@@ -53,8 +53,8 @@ def choose_trained(
 def clear_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
     """Forget a step's gradients; on a CPU they stay where they are, as zeros.
 
-    Made anew they would settle among the activations of the next step's first micro-batch, and leave holes that the
-    second one's do not fit into (docs/log.md).
+    Allocated again, they would lie between the activations of the next step's first micro-batch, and leave holes that
+    the second one's do not fit into (docs/log.md).
     """
     for parameter in parameters:
         if parameter.device.type == "cpu" and parameter.grad is not None:
@@ -64,10 +64,10 @@ def clear_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
 
 
 def allocate_states(optimizer: torch.optim.AdamW) -> None:
-    """AdamW's moments, all zero, before step 1: what will be resident for good is there when memory is first tried.
+    """Allocate AdamW's moments, all zero, before step 1, so that the first step already needs all memory of a step.
 
-    Left to itself the optimizer makes the same ones at its first step, after the activations have gone; the second
-    step would be the first to hold both.
+    The optimizer would allocate the same ones at its first step, after the activations are freed; the second step would
+    be the first to hold both.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -88,9 +88,9 @@ def resolve_lr(lr: float | Literal["auto"], num_parameters: int) -> float:
 
 
 def step_unless(skip: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """Take the optimizer's step unless `skip`, a boolean on the device, is true; weights and moments stay then.
+    """Take the optimizer's step unless `skip`, a boolean on the device, is true; weights and moments then stay.
 
-    The fused kernels look at the flag themselves (they have it for gradient scaling), so that the host need not wait.
+    The fused kernels read the flag themselves (they have it for gradient scaling), so that the host need not wait.
     """
     fused: Any = optimizer
     if optimizer.defaults.get("fused"):

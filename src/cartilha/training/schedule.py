@@ -44,27 +44,19 @@ SHAPES: dict[str, Callable[[float, float], float]] = {
 class Schedule:
     """How long training lasts and how its learning rate runs.
 
-    Attributes:
-        num_steps: Steps at most.
-        peak_lr: The rate after the warm-up.
-        warmup_fraction: Share of the run in which the rate rises.
-        final_lr_fraction: Share of the peak at which the decay ends.
-        time_budget_s: Seconds of training at most; the rate follows whichever of steps and time is further on, so that
-            it decays to the end of either.
-        embeddings_first: Share of the steps, at the beginning, that trains the token embeddings alone. Each of the two
-            phases has a warm-up and a decay of its own.
-        embeddings_lr: Peak rate of that phase.
-        shape: How the rate runs after the warm-up: a name in `SHAPES`.
+    Training ends after `num_steps` or after the time budget. The rate follows whichever of the two is further on, so
+    that it decays to the end of either. Where the embeddings are trained first, each of the two phases has a warm-up
+    and a decay of its own.
     """
 
     num_steps: int
     peak_lr: float
-    warmup_fraction: float
-    final_lr_fraction: float
+    warmup_fraction: float  # share of the steps in which the rate rises
+    final_lr_fraction: float  # share of the peak rate at which the decay ends
     time_budget_s: float | None = None
-    embeddings_first: float = 0.0
-    embeddings_lr: float = 0.0
-    shape: str = "cosine"
+    embeddings_first: float = 0.0  # share of the steps, at the beginning, that trains the token embeddings alone
+    embeddings_lr: float = 0.0  # peak rate of that phase
+    shape: str = "cosine"  # how the rate runs after the warm-up: a name in `SHAPES`
 
     def _position(self, step: int, seconds: float) -> float:
         """Steps taken or, where that is more, the share of the time budget used up, in steps."""

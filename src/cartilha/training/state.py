@@ -13,35 +13,21 @@ from cartilha.training.optimizer import allocate_states, make_optimizer
 
 @dataclass
 class Progress:
-    """What has been done so far; with the seed it is all the data state that a resume needs.
-
-    Attributes:
-        tokens: Targets trained on.
-        seconds: Training time, without evaluation and checkpoints.
-        epoch_nll: Summed nll of the current epoch so far, in nats.
-        epoch_tokens: Targets in `epoch_nll`.
-        skipped_steps: Steps without an update, because the loss or the gradient was not finite.
-        skipped_in_a_row: How many of them are the latest steps.
-        loss_spikes: Steps whose loss stood far above the ones before.
-        loss_level: Running mean of the losses (`LossWatch` keeps this, and the numbers of skips and spikes).
-        loss_spread: Running mean of their distance from it.
-        losses_seen: Losses in these means.
-        micro_batch_size: Blocks per forward pass, halved where memory ran out; 0 before the first step.
-    """
+    """What has been done so far; with the seed it is all the data state that a resume needs."""
 
     step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    epoch_nll: float = 0.0
-    epoch_tokens: int = 0
+    tokens: int = 0  # targets trained on
+    seconds: float = 0.0  # training time, without evaluation and checkpoints
+    epoch_nll: float = 0.0  # summed nll of the current epoch so far, in nats
+    epoch_tokens: int = 0  # targets in `epoch_nll`
     epoch_seconds: float = 0.0
-    skipped_steps: int = 0
-    skipped_in_a_row: int = 0
-    loss_spikes: int = 0
-    loss_level: float = 0.0
-    loss_spread: float = 0.0
-    losses_seen: int = 0
-    micro_batch_size: int = 0
+    skipped_steps: int = 0  # steps without an update, because the loss or the gradient was not finite
+    skipped_in_a_row: int = 0  # how many of them are the latest steps
+    loss_spikes: int = 0  # steps whose loss was far above the ones before
+    loss_level: float = 0.0  # running mean of the losses; `LossWatch` keeps this and the numbers around it
+    loss_spread: float = 0.0  # running mean of their distance from it
+    losses_seen: int = 0  # losses in these means
+    micro_batch_size: int = 0  # blocks per forward pass, halved where memory ran out; 0 before the first step
 
     def add_to_epoch(self, record: StepRecord) -> None:
         """Add a step's loss, which waits for the device; a loss that is not finite is left out of the mean."""
@@ -79,35 +65,21 @@ class TrainingState:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One optimizer step. `loss`, `grad_norm` and `skipped` stay on the device until they are read.
+    """One optimizer step. `loss`, `grad_norm` and `skipped` stay on the device until they are read."""
 
-    Attributes:
-        step: Counted from 1, as `epoch` is.
-        ends_epoch: Whether this was the epoch's last step.
-        num_targets: Targets of this step.
-        tokens: Targets so far.
-        loss: Mean nll of the step's targets, nats per token.
-        grad_norm: Norm of the gradient before clipping.
-        skipped: Whether the update was left out because the loss or the gradient was not finite.
-        seconds: Of this step.
-        total_seconds: Training time so far.
-        memory_bytes: Peak memory so far.
-        micro_batch_size: Blocks per forward pass.
-    """
-
-    step: int
-    epoch: int
-    ends_epoch: bool
-    num_targets: int
-    tokens: int
-    loss: torch.Tensor
+    step: int  # counted from 1
+    epoch: int  # counted from 1
+    ends_epoch: bool  # whether this was the epoch's last step
+    num_targets: int  # of this step
+    tokens: int  # targets so far
+    loss: torch.Tensor  # mean nll of the step's targets, nats per token
     lr: float
-    grad_norm: torch.Tensor
-    skipped: torch.Tensor
-    seconds: float
-    total_seconds: float
-    memory_bytes: int
-    micro_batch_size: int = 1
+    grad_norm: torch.Tensor  # before clipping
+    skipped: torch.Tensor  # whether the update was left out because the loss or the gradient was not finite
+    seconds: float  # of this step
+    total_seconds: float  # training time so far
+    memory_bytes: int  # peak memory so far
+    micro_batch_size: int = 1  # blocks per forward pass
 
     @property
     def tokens_per_second(self) -> float:

@@ -1,4 +1,4 @@
-"""Requests to stop: a signal or a file, answered after the step with a checkpoint."""
+"""Requests to stop, by a signal or a file: the run writes a checkpoint after the current step and ends."""
 
 from __future__ import annotations
 
@@ -17,11 +17,7 @@ log = logging.getLogger("cartilha")
 
 
 class StopRequest:
-    """Whether the run is asked to stop: by Ctrl-C, SIGTERM or a file. A second Ctrl-C stops at once.
-
-    Args:
-        stop_file: Its appearance is a request.
-    """
+    """Whether the run is asked to stop: by Ctrl-C, SIGTERM or a file. A second Ctrl-C stops at once."""
 
     def __init__(self, stop_file: Path | None = None) -> None:
         self._asked = False
@@ -30,7 +26,7 @@ class StopRequest:
 
     @property
     def requested(self) -> bool:
-        """Whether somebody asked; the file is looked for once a second at most, since it may lie on a slow drive."""
+        """Whether the run is asked to stop; the file, which may be on a slow drive, is looked for once per second."""
         if not self._asked and self._stop_file is not None and time.monotonic() - self._looked >= 1:
             self._looked = time.monotonic()
             if self._stop_file.exists():

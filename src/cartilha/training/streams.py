@@ -28,10 +28,10 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(saved: dict[str, Any]) -> None:
-    """Put the generators back; those of devices that are not here are passed over.
+    """Put the generators back, except those of devices that are not here.
 
     Raises:
-        ValueError, TypeError, KeyError, RuntimeError: It is no state of these generators.
+        ValueError, TypeError, KeyError, RuntimeError: `saved` is not a state of these generators.
     """
     version, words, gauss = saved["python"]
     random.setstate((version, tuple(words), gauss))
@@ -46,7 +46,7 @@ def restore_random_state(saved: dict[str, Any]) -> None:
 
 @contextmanager
 def random_numbers_apart() -> Iterator[None]:
-    """Put all generators back at the block's end, whatever was drawn or seeded in it."""
+    """Put all generators back at the end of the block, whatever was drawn or seeded in it."""
     before = random_state()
     try:
         yield

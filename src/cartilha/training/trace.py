@@ -1,9 +1,8 @@
 """What a training step keeps in memory, found by running the real code on tensors that have shapes and no contents.
 
-torch's fake tensors go through the very forward pass, loss and backward pass of training; a dispatch mode counts the
-bytes of the storages that are alive. No formula for an architecture has to be written, and none can be forgotten: what
-the code keeps is what is counted. A step keeps so much a token, so much a layer, and that is where it is cut short:
-models of one and of two layers are traced, and the rest is a straight line.
+torch's fake tensors go through the very forward pass, loss and backward pass of training, and a dispatch mode counts
+the bytes of the storages that are alive. So no architecture needs a formula of its own. Memory grows linearly with the
+number of layers: models of one and of two layers are traced, and the rest is a straight line.
 """
 
 from __future__ import annotations
@@ -38,18 +37,15 @@ from cartilha.training.streams import random_numbers_apart
 class StepBytes:
     """Bytes that a step of gradients holds beyond weights, gradients and optimizer states.
 
-    Attributes:
-        activations: What the forward pass keeps for the backward pass (cast copies of the weights among it).
-        body: The most that is alive until the gradient has come back to the embeddings, activations included; it is a
-            straight line in layers and tokens.
-        end: The most that is alive after that: the embeddings' own gradients, in models whose vocabulary is large.
-        head: The head's weights, and so of its gradient.
+    `body` is the most that is alive until the gradient has come back to the embeddings, activations included; it is a
+    straight line in layers and tokens. `end` is the most that is alive after that: the embeddings' own gradients, in
+    models whose vocabulary is large.
     """
 
-    activations: float
+    activations: float  # what the forward pass keeps for the backward pass, cast copies of the weights included
     body: float
     end: float
-    head: float
+    head: float  # of the head's weights, and so of their gradient
 
     def toward(self, other: StepBytes, distance: float) -> StepBytes:
         """The point on the line from this one (distance 0) through another one (distance 1)."""
@@ -63,29 +59,17 @@ class StepBytes:
 
 @dataclass(frozen=True)
 class Computation:
-    """How a step is computed, as far as its memory depends on it.
-
-    Attributes:
-        dtype: Compute dtype.
-        kernel: How attention is computed, a name in `attention.KERNELS`.
-        on_cpu: Whether a CPU computes it: gradients are added in place there, and products may be in float32.
-        checkpointing: Whether the layers' activations are computed a second time instead of kept.
-        dropout: Whether the dropout that the configuration asks for is drawn.
-    """
+    """How a step is computed, as far as its memory depends on it."""
 
     dtype: torch.dtype
-    kernel: str
-    on_cpu: bool
-    checkpointing: bool = False
-    dropout: bool = False
+    kernel: str  # a name in `attention.KERNELS`
+    on_cpu: bool  # gradients are added in place there, and products may be in float32
+    checkpointing: bool = False  # the layers' activations are computed a second time instead of kept
+    dropout: bool = False  # the dropout that the configuration asks for is drawn
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that operations make, as long as they are alive.
-
-    Args:
-        others: Tensors that were there before, whose views are not counted either.
-    """
+    """Counts the bytes of all live storages, except those of the tensors that were there before (`others`)."""
 
     def __init__(self, others: Iterable[torch.Tensor]) -> None:
         super().__init__()
@@ -106,7 +90,7 @@ class _LiveBytes(TorchDispatchMode):
         self.now -= size
 
     def restart(self) -> int:
-        """The peak so far; the next one begins with what is alive now."""
+        # Returns the peak so far; the next one begins with what is alive now.
         peak, self.peak = self.peak, self.now
         return peak
 
@@ -121,41 +105,33 @@ class _LiveBytes(TorchDispatchMode):
 def count_parameters(config: PretrainedConfig) -> int:
     """Parameters of a model of this configuration, tied ones once; nothing is allocated."""
     with FakeTensorMode():
-        model = AutoModelForCausalLM.from_config(_copied(config))
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
         return int(model.num_parameters())
 
 
 def traced_step(config: PretrainedConfig, rows: int, row_length: int, how: Computation) -> StepBytes:
-    """Trace a forward and backward pass over `rows` blocks of one document each.
+    """Trace a forward and backward pass over `rows` blocks of one document of `row_length` tokens each.
 
     Gradients are taken to be there already, as in every micro-batch but a step's first.
-
-    Args:
-        config: Of the model; not changed.
-        rows: Blocks a forward pass.
-        row_length: Tokens a block.
-        how: Of the pass.
     """
     num_layers = int(config.num_hidden_layers)
-    key = json.dumps(_copied(config).to_dict(), sort_keys=True, default=str)
+    key = json.dumps(copy.deepcopy(config).to_dict(), sort_keys=True, default=str)
     one = _traced(key, 1, rows, row_length, how)
-    if num_layers == 1:
-        return one
-    return one.toward(_traced(key, 2, rows, row_length, how), num_layers - 1)
+    return one if num_layers == 1 else one.toward(_traced(key, 2, rows, row_length, how), num_layers - 1)
 
 
 @functools.lru_cache(maxsize=256)
 def _traced(config_json: str, num_layers: int, rows: int, row_length: int, how: Computation) -> StepBytes:
-    # Found by doing it, and remembered: not with tensors without contents.
+    # These two measure once and remember the answer, which tensors without contents could not give.
     sums_in_float32("cpu", how.dtype)
     if how.on_cpu:
         cpu_product_dtype(how.dtype)
     settings = with_layers(json.loads(config_json), num_layers)
-    if not how.on_cpu:  # CUDA's kernel draws attention's dropout anew in the backward pass; a CPU's keeps all weights
+    if not how.on_cpu:  # CUDA's kernel draws attention's dropout again in the backward pass; a CPU's keeps all weights
         settings |= {name: 0.0 for name in ATTENTION_DROPOUT if name in settings}
     config = AutoConfig.for_model(**settings)
     head_shape = configured_head_shape(config, config.model_type)
-    # Fresh weights draw random numbers even where they are fake; training's own draws must not notice.
+    # Fresh weights draw random numbers even where they are fake; training's own draws must not change.
     with random_numbers_apart(), FakeTensorMode(allow_non_fake_inputs=True):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         model.head_shape = head_shape
@@ -171,7 +147,6 @@ def _traced(config_json: str, num_layers: int, rows: int, row_length: int, how: 
 
 
 def _pass(model: PreTrainedModel, live: _LiveBytes, rows: int, row_length: int, how: Computation) -> StepBytes:
-    """Forward and backward."""
     body: list[int] = []
 
     def gradient_arrives(module: torch.nn.Module, arguments: Any, embedded: torch.Tensor) -> None:
@@ -185,8 +160,7 @@ def _pass(model: PreTrainedModel, live: _LiveBytes, rows: int, row_length: int, 
         arguments: dict[str, Any] = {"position_ids": positions, "segments": segments}
     else:
         arguments = {"attention_mask": torch.ones_like(ids)}
-    own_gradients = weight_gradients_in_place("cpu", 1.0) if how.on_cpu else nullcontext()
-    with own_gradients:
+    with weight_gradients_in_place("cpu", 1.0) if how.on_cpu else nullcontext():
         with nullcontext() if how.dtype == torch.float32 else torch.autocast("cpu", how.dtype):
             output = model.base_model(input_ids=ids, use_cache=False, **arguments)
         hidden = output.last_hidden_state.flatten(0, 1)
@@ -197,8 +171,3 @@ def _pass(model: PreTrainedModel, live: _LiveBytes, rows: int, row_length: int, 
     loss.backward()
     assert len(body) == 1, "the gradient comes back to the embeddings once"
     return StepBytes(kept, body[0], live.peak, 4.0 * head_weight(model).numel())
-
-
-def _copied(config: PretrainedConfig) -> PretrainedConfig:
-    """A copy: models must not share a configuration."""
-    return copy.deepcopy(config)

@@ -1,8 +1,8 @@
-"""Mirrors of metrics.jsonl: TensorBoard, Trackio, or a plug-in; the file stays the truth.
+"""Mirrors of metrics.jsonl: TensorBoard, Trackio, or a plug-in; metrics.jsonl itself stays complete.
 
-A tracker is anything with the three methods of `Tracker`. One of your own is a function that makes it, named in your
-package's entry points (group `cartilha.trackers`); docs/trackers.md has one of a page. A tracker that fails is left
-out from then on, with one line: the run goes on.
+A tracker is any object with the three methods of `Tracker`. A plug-in is a function that makes one, named in the entry
+points (group `cartilha.trackers`) of its package; docs/trackers.md shows one. A tracker that fails is left out from
+then on, with one warning, and the run goes on.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from __future__ import annotations
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -41,16 +41,10 @@ class Tracker(Protocol):
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """What a tracker is told at the beginning.
+    """What a tracker is told at the beginning."""
 
-    Attributes:
-        path: The run's directory; trackers that write files put them in a folder of their own there.
-        resumed_step: Steps already taken: what was logged after it is repeated.
-        settings: The run's settings.
-    """
-
-    path: Path
-    resumed_step: int
+    path: Path  # the run's directory; trackers that write files put them in a folder of their own there
+    resumed_step: int  # steps already taken; later steps that were logged before are repeated
     settings: Mapping[str, Any]
 
 
@@ -84,7 +78,7 @@ class _Trackio:
         import trackio
 
         path = run.path.resolve()
-        with redirect_stdout(sys.stderr):  # it speaks on standard output, which `--json` has to itself
+        with redirect_stdout(sys.stderr):  # it prints to standard output, which belongs to `--json`
             self._run = trackio.init(
                 project=path.parent.name or "cartilha",
                 name=path.name,
@@ -108,14 +102,12 @@ _OURS: dict[str, Callable[[TrackedRun], Tracker]] = {"tensorboard": _TensorBoard
 
 
 def check_tracker(name: str) -> None:
-    """Refuse a tracker that is not there, before anything is computed.
-
-    Raises:
-        UserError: Neither ours nor a plug-in has that name.
-    """
-    if name != "none" and name not in _OURS and name not in _plug_ins():
-        known = ", ".join(["none", *_OURS, *_plug_ins()])
-        raise UserError(f"There is no tracker {name!r}; choose from {known}, or install a plug-in (docs/trackers.md).")
+    """Refuse, with a UserError, a name that neither a tracker of ours nor a plug-in has."""
+    known = ["none", *_OURS, *_plug_ins()]
+    if name not in known:
+        raise UserError(
+            f"There is no tracker {name!r}; choose from {', '.join(known)}, or install a plug-in (docs/trackers.md)."
+        )
 
 
 def open_tracker(name: str, run: TrackedRun) -> Tracker | None:
@@ -126,73 +118,61 @@ def open_tracker(name: str, run: TrackedRun) -> Tracker | None:
     """
     if name == "none":
         return None
-    make = _OURS[name] if name in _OURS else _plug_ins()[name]
     try:
+        make = _OURS.get(name) or _plug_ins()[name].load()
         return _Careful(name, make(run))
     except ImportError as error:
         raise UserError(
             f"The tracker {name} is not installed ({error}); install it with: {install_command('trackers')}"
         ) from error
-    except Exception as error:  # no server, no permission ...: better said now than after a night
+    except Exception as error:  # no server, no permission ...: better now than after the training
         raise UserError(
             f"The tracker {name} could not be started ({type(error).__name__}: {error}); mend that, or leave it out."
         ) from error
 
 
-def _plug_ins() -> dict[str, Callable[[TrackedRun], Tracker]]:
-    return {point.name: _loader(point) for point in entry_points(group=ENTRY_POINTS)}
-
-
-def _loader(point: Any) -> Callable[[TrackedRun], Tracker]:
-    def make(run: TrackedRun) -> Tracker:
-        tracker: Tracker = point.load()(run)
-        return tracker
-
-    return make
+def _plug_ins() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=ENTRY_POINTS)}
 
 
 class _Careful:
-    """A tracker whose failures cost the mirror and not the run."""
+    """A tracker that is left out as soon as it fails."""
 
     def __init__(self, name: str, tracker: Tracker) -> None:
         self._name = name
         self._tracker: Tracker | None = tracker
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
-        self._call(lambda tracker: tracker.log(step, figures))
+        self._call("log", step, figures)
 
     def text(self, step: int, name: str, text: str) -> None:
-        self._call(lambda tracker: tracker.text(step, name, text))
+        self._call("text", step, name, text)
 
     def close(self) -> None:
-        self._call(lambda tracker: tracker.close())
+        self._call("close")
 
-    def _call(self, act: Callable[[Tracker], None]) -> None:
+    def _call(self, method: str, *arguments: Any) -> None:
         if self._tracker is None:
             return
         try:
-            act(self._tracker)
+            getattr(self._tracker, method)(*arguments)
         except Exception as error:  # whatever a server or a disk far away does
             self._tracker = None
             log.warning(
                 "The tracker %s failed (%s: %s) and is left out from here on; metrics.jsonl has everything.",
-                self._name,
-                type(error).__name__,
-                error,
+                *(self._name, type(error).__name__, error),
             )
 
 
 def figures_of(line: Mapping[str, Any]) -> dict[str, float]:
     """What a line of metrics.jsonl holds for a tracker; a number that is not finite is left out."""
     evaluation = line.get("evaluation")
-    named = (
-        _evaluation_figures(evaluation) if evaluation else ((f"train/{name}", line.get(name)) for name in STEP_FIGURES)
-    )
-    return {name: float(value) for name, value in named if isinstance(value, (int, float)) and math.isfinite(value)}
-
-
-def _evaluation_figures(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    for name in EVALUATION_FIGURES:
-        yield f"validation/{name}", evaluation.get(name)
-    for domain, figures in evaluation.get("domains", {}).items():
-        yield f"validation/bits_per_byte/{domain}", figures.get("bits_per_byte")
+    if evaluation:
+        named = {f"validation/{name}": evaluation.get(name) for name in EVALUATION_FIGURES}
+        for domain, figures in evaluation.get("domains", {}).items():
+            named[f"validation/bits_per_byte/{domain}"] = figures.get("bits_per_byte")
+    else:
+        named = {f"train/{name}": line.get(name) for name in STEP_FIGURES}
+    return {
+        name: float(value) for name, value in named.items() if isinstance(value, (int, float)) and math.isfinite(value)
+    }

@@ -1,4 +1,4 @@
-"""Numbers that go wrong: steps without an update are counted and end the run when they come in a row; spikes marked."""
+"""Losses that go wrong: spikes are marked; steps without an update are counted, and several in a row end the run."""
 
 from __future__ import annotations
 
@@ -12,19 +12,17 @@ from cartilha.training.state import Progress, StepRecord
 log = logging.getLogger("cartilha")
 
 MAX_SKIPPED_IN_A_ROW = 5
-MAX_SKIPPED_IN_A_ROW_FP16 = 20  # its scaler starts too high on purpose and halves itself at each overflow
+MAX_SKIPPED_IN_A_ROW_FP16 = 20  # its scaler starts too high on purpose and is halved at each overflow
 SPIKE_SPREADS = 6.0  # about five standard deviations of normal noise
-SPIKE_NATS = 0.25  # below this nobody looks for a cause
+SPIKE_NATS = 0.25  # smaller jumps are not worth a mark
 LOSSES_BEFORE_SPIKES = 20
 MEMORY = 0.05  # weight of the newest loss in the running means
 
 
 class LossWatch:
-    """Judges each step's loss and gradient; what it remembers lives in the run's progress and survives a resume.
+    """Judges each step's loss and gradient; what it remembers is kept in the run's progress and survives a resume.
 
-    Args:
-        progress: Of the run.
-        scaled: Whether a gradient scaler is at work (fp16), whose first steps overflow as a rule.
+    With a gradient scaler (`scaled`, fp16) the first steps usually overflow, so that more may be skipped in a row.
     """
 
     def __init__(self, progress: Progress, *, scaled: bool = False) -> None:
@@ -32,7 +30,10 @@ class LossWatch:
         self._limit = MAX_SKIPPED_IN_A_ROW_FP16 if scaled else MAX_SKIPPED_IN_A_ROW
 
     def judge(self, record: StepRecord) -> dict[str, Any]:
-        """The marks of a step, for its line in the metrics: `skipped`, `spike`, or none. Waits for the device."""
+        """Add a step to the epoch's sums, and return its marks for the metrics: `skipped`, `spike`, or none.
+
+        This waits for the device.
+        """
         marks: dict[str, Any] = {}
         progress = self._progress
         progress.add_to_epoch(record)
@@ -55,12 +56,12 @@ class LossWatch:
         return marks
 
     def _is_spike(self, loss: float) -> bool:
-        """Whether the loss stands far above the ones before, which it then joins."""
+        # Compares the loss with the means of the ones before, then adds it to them.
         progress = self._progress
         excess = loss - progress.loss_level
         ceiling = max(SPIKE_SPREADS * progress.loss_spread, SPIKE_NATS)
         spike = progress.losses_seen >= LOSSES_BEFORE_SPIKES and excess > ceiling
-        # A spike pulls the level no further than an ordinary high loss: the next one is a spike, too.
+        # A spike moves the level no further than an ordinary high loss does, so that the next one is a spike, too.
         moved = min(excess, ceiling) if progress.losses_seen else 0.0
         weight = max(MEMORY, 1 / (progress.losses_seen + 1))
         progress.loss_level = progress.loss_level + weight * moved if progress.losses_seen else loss
@@ -70,7 +71,7 @@ class LossWatch:
 
     @property
     def has_diverged(self) -> bool:
-        """Whether so many of the latest steps were skipped that going on is pointless."""
+        """Whether so many of the latest steps were skipped that training cannot recover."""
         return self._progress.skipped_in_a_row >= self._limit
 
     def diverged(self, last_good: str | None) -> UserError:

@@ -25,8 +25,8 @@ class CheckpointWriter:
 
     Args:
         run: The run's directory.
-        every_steps: Write after every so many steps; None for never.
-        every_minutes: Write when so much time has passed since the last one; 0 for never.
+        every_steps: Write after this many steps; None for never.
+        every_minutes: Write when this much time has passed since the last one; 0 for never.
         keep: Newest checkpoints to keep.
         background: Whether training may go on while a checkpoint is written.
     """
@@ -39,34 +39,23 @@ class CheckpointWriter:
         self._every_steps = every_steps
         self._every_s = 60 * every_minutes
         self._last = time.monotonic()
-        # One thread for all of them: each new one would take an arena of memory of its own.
+        # One thread for all of them: each new thread would take an arena of memory of its own.
         self._thread = ThreadPoolExecutor(1, "checkpoint") if background else None
         self._writing: Future[Path] | None = None
-        self.stall_s = 0.0  # what training has waited for checkpoints
+        self.stall_s = 0.0  # time that training has waited for checkpoints
 
     def is_due(self, step: int) -> bool:
         """Whether a checkpoint is due after this step, by steps or by the clock."""
-        if not is_main_process():  # of several processes the first one writes
+        if not is_main_process():
             return False
         if self._every_steps and step % self._every_steps == 0:
             return True
         return bool(self._every_s) and time.monotonic() - self._last >= self._every_s
 
-    def write(
-        self,
-        state: TrainingState,
-        settings: dict[str, Any],
-        validation_loss: float | None = None,
-        *,
-        goes_on: bool = True,
-    ) -> None:
-        """Write a checkpoint of the state, after the one before is finished.
+    def write(self, state: TrainingState, settings: dict[str, Any], loss: float | None, *, goes_on: bool) -> None:
+        """Write a checkpoint (see `freeze`) with its validation loss, after the one before is finished.
 
-        Args:
-            state: To be written.
-            settings: See `freeze`.
-            validation_loss: See `write_checkpoint`.
-            goes_on: Whether training does. What nothing goes on beside is written at once, from no copy.
+        If training does not go on, it is written at once and without a copy of the state.
 
         Raises:
             OSError: This one, or the one before it, could not be written.
@@ -75,12 +64,12 @@ class CheckpointWriter:
             return
         started = time.monotonic()
         self.finish()
-        in_background = self._thread if goes_on else None
-        frozen = freeze(state, settings, copy=in_background is not None)
-        if in_background is not None:
-            self._writing = in_background.submit(write_checkpoint, self._run, frozen, validation_loss, self._keep)
+        thread = self._thread if goes_on else None
+        what = self._run, freeze(state, settings, copy=thread is not None), loss, self._keep
+        if thread is not None:
+            self._writing = thread.submit(write_checkpoint, *what)
         else:
-            write_checkpoint(self._run, frozen, validation_loss, self._keep)
+            write_checkpoint(*what)
         self._last = time.monotonic()
         stall = self._last - started
         self.stall_s += stall
@@ -100,7 +89,7 @@ class CheckpointWriter:
             writing.result()
 
     def close(self) -> None:
-        """Wait, where another error is on its way already: one of the disk is only said."""
+        """Wait for the checkpoint and end the thread; an error of the disk is only logged, since the run is over."""
         try:
             self.finish()
         except OSError as error:
@@ -110,7 +99,7 @@ class CheckpointWriter:
 
 
 def can_write_in_background(device: torch.device, num_parameters: int) -> bool:
-    """Whether there is room for a copy of the state: on a GPU the host needs one in any case, on a CPU twice over."""
+    """Whether the host has room for a copy of the state; a GPU's state is copied to the host in any case."""
     if device.type == "cuda":
         return True
     return free_memory_bytes(torch.device("cpu")) > 2 * BYTES_PER_PARAMETER * num_parameters
