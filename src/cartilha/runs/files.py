@@ -104,7 +104,8 @@ class NoticeCollector(logging.Handler):
         super().__init__(level=logging.WARNING)
         self.notices: list[str] = []
 
-    def emit(self, record: logging.LogRecord) -> None:  # noqa: D102
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep the message."""
         self.notices.append(record.getMessage())
 
 

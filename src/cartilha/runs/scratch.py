@@ -73,7 +73,6 @@ def place_of_run(config: TrainConfig, resume: bool) -> Iterator[Path]:
     _fetch(output, work, resume)
     log.info("The run is written to %s first and copied to %s.", work, output)
     copier = Copier(work, output)
-    copier.start()
     try:
         yield work
     finally:
@@ -111,9 +110,6 @@ class Copier:
         # A drive may never answer: the thread must not keep the process alive.
         self._thread = threading.Thread(target=self._keep_copying, name="copy", daemon=True)
         self._fault: str | None = None
-
-    def start(self) -> None:
-        """Begin to copy."""
         self._thread.start()
 
     def finish(self, timeout_s: float = 600.0) -> str | None:
@@ -133,17 +129,15 @@ class Copier:
     def _try(self) -> bool:
         try:
             self.copy()
-        except FileNotFoundError as error:
-            if self._work in Path(str(error.filename)).parents:  # an old checkpoint was removed while it was copied
-                return False
-            self._note(error)
         except OSError as error:
-            self._note(error)
-        else:
-            if self._fault is not None:
-                log.warning("%s can be written to again: the copy is up to date.", self._output)
-            self._fault = None
-        return self._fault is None
+            gone = isinstance(error, FileNotFoundError) and self._work in Path(str(error.filename)).parents
+            if not gone:  # an old checkpoint may be removed while it is copied
+                self._note(error)
+            return False
+        if self._fault is not None:
+            log.warning("%s can be written to again: the copy is up to date.", self._output)
+        self._fault = None
+        return True
 
     def _note(self, error: OSError) -> None:
         if self._fault is None:

@@ -212,13 +212,14 @@ def newest_sound_checkpoint(run: Path) -> Path | None:
     found = list_checkpoints(run)
     others = []
     for path in reversed(found):
-        if other := _other_version(path):
-            others.append(f"{path.name} ({other})")
-            continue
-        fault = _fault(path)
-        if fault is None:
+        try:
+            _verify(path)
+        except _OtherVersionError as error:
+            others.append(f"{path.name} ({error})")
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            log.warning("The checkpoint %s is damaged (%s) and is passed over.", path.name, error)
+        else:
             return path
-        log.warning("The checkpoint %s is damaged (%s) and is passed over.", path.name, fault)
     if others:
         raise UserError(
             f"The checkpoints of the run {run} were written by another version of cartilha: {', '.join(others)}; go on "
@@ -229,35 +230,30 @@ def newest_sound_checkpoint(run: Path) -> Path | None:
     return None
 
 
-def _other_version(path: Path) -> str | None:
-    """What tells a checkpoint of another version from a damaged one, or None."""
+class _OtherVersionError(ValueError):
+    """What tells a checkpoint of another version from a damaged one."""
+
+
+def _verify(path: Path) -> None:
+    """Raise an error unless the checkpoint's files have the recorded sizes and hashes, and its state has settings."""
     try:
         manifest = read_json(path / "manifest.json")
-        if isinstance(manifest, dict) and manifest.keys() == set(FILES):
-            return "its manifest has no hash of its own, as those of the first version"
-        version = read_sealed_json(path / "manifest.json").get("format_version")
-    except (OSError, ValueError):
-        return None
-    return None if version == FORMAT_VERSION else f"format {version}, this version reads {FORMAT_VERSION}"
-
-
-def _fault(path: Path) -> str | None:
-    try:
-        manifest = read_sealed_json(path / "manifest.json")
+        of_first_version = isinstance(manifest, dict) and manifest.keys() == set(FILES)
+        manifest = {} if of_first_version else read_sealed_json(path / "manifest.json")
     except (OSError, ValueError) as error:
-        return f"manifest.json: {error}"
-    try:
-        for name in FILES if _has_states(path) else sorted({*FILES} - {OPTIMIZER}):
-            recorded = manifest["files"][name]
-            if (path / name).stat().st_size != recorded["size"]:
-                return f"{name} has another size"
-            if file_sha256(path / name) != recorded["sha256"]:
-                return f"{name} has another hash"
-        if not isinstance(_read_state(path)["settings"], dict):
-            return "state.json has no settings"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return str(error)
-    return None
+        raise ValueError(f"manifest.json: {error}") from error
+    if of_first_version:
+        raise _OtherVersionError("its manifest has no hash of its own, as those of the first version")
+    if (version := manifest.get("format_version")) != FORMAT_VERSION:
+        raise _OtherVersionError(f"format {version}, this version reads {FORMAT_VERSION}")
+    for name in FILES if _has_states(path) else sorted({*FILES} - {OPTIMIZER}):
+        recorded = manifest["files"][name]
+        if (path / name).stat().st_size != recorded["size"]:
+            raise ValueError(f"{name} has another size")
+        if file_sha256(path / name) != recorded["sha256"]:
+            raise ValueError(f"{name} has another hash")
+    if not isinstance(_read_state(path)["settings"], dict):
+        raise ValueError("state.json has no settings")
 
 
 def _read_state(path: Path) -> dict[str, Any]:

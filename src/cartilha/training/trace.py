@@ -13,7 +13,7 @@ import json
 import weakref
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -49,12 +49,7 @@ class StepBytes:
 
     def toward(self, other: StepBytes, distance: float) -> StepBytes:
         """The point on the line from this one (distance 0) through another one (distance 1)."""
-        return StepBytes(
-            self.activations + distance * (other.activations - self.activations),
-            self.body + distance * (other.body - self.body),
-            self.end + distance * (other.end - self.end),
-            self.head,
-        )
+        return StepBytes(*(a + distance * (b - a) for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
 @dataclass(frozen=True)
