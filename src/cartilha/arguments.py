@@ -36,6 +36,7 @@ NAMES_ELSEWHERE = {
     "model": "model_id model_name model_name_or_path pretrained_model_name_or_path tokenizer_name",
     "output": "output_dir",
     "resume": "resume_from_checkpoint",
+    "schedule": "lr_scheduler_type",
     "store": "train_dataset",
     "text_column": "text_column_name",
     "tracker": "report_to",

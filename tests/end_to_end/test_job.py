@@ -229,6 +229,7 @@ def four_steps(store: Path, tmp_path_factory: pytest.TempPathFactory) -> list[fl
         {"lr": 1e-2},
         {"warmup_fraction": 1.0},
         {"final_lr_fraction": 1.0},
+        {"schedule": "constant"},
         {"weight_decay": 5.0},
         {"max_grad_norm": 1e-3},
         {"dtype": "bfloat16"},

@@ -123,6 +123,7 @@ def test_killed_among_the_first_files_it_can_be_run_again(store, tmp_path, monke
         ({"block_size": 64}, "block_size was 32, now 64"),
         ({"batch_tokens": 64}, "batch_tokens was 128, now 64"),
         ({"weight_decay": 0.0}, "weight_decay was 0.1, now 0.0"),
+        ({"schedule": "linear"}, "schedule was cosine, now linear"),
         ({"dropout": True}, "dropout was False, now True"),
         ({"model": "random:tiny-opt"}, "model was random:tiny, now random:tiny-opt"),
     ],

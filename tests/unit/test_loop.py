@@ -19,7 +19,7 @@ from cartilha.tokens.packed import PackedDocuments
 from cartilha.training import loop
 from cartilha.training.loader import StepLoader
 from cartilha.training.loop import StepSettings, train_steps
-from cartilha.training.schedule import Schedule
+from cartilha.training.schedule import SHAPES, Schedule, check_shape
 from cartilha.training.state import StepRecord, TrainingState
 
 BLOCK, BLOCKS_PER_STEP, STEPS = 16, 8, 5
@@ -166,6 +166,15 @@ def test_states_made_beforehand_are_those_that_the_optimizer_makes(monkeypatch):
     monkeypatch.setattr("cartilha.training.state.allocate_states", lambda optimizer: None)
     steps(weights=without)
     assert all(torch.equal(with_states[name], without[name]) for name in without)
+
+
+def test_a_shape_of_the_learning_rate_from_outside_is_one_function(monkeypatch):
+    monkeypatch.setitem(SHAPES, "halved", lambda done, final: 1.0 if done < 0.5 else 0.5)
+    check_shape("halved")
+    records = steps(schedule=replace(CONSTANT, shape="halved"))
+    assert [record.lr for record in records] == [1e-3, 1e-3, 5e-4, 5e-4, 5e-4]
+    constant = losses(steps())
+    assert losses(records)[:3] == constant[:3] and losses(records)[3:] != constant[3:]
 
 
 # The loss

@@ -10,11 +10,11 @@ import torch
 
 from cartilha.model.load import load_model
 from cartilha.training.optimizer import make_optimizer, resolve_lr, step_unless
-from cartilha.training.schedule import Schedule
+from cartilha.training.schedule import SHAPES, Schedule
 
 
-def rates(num_steps: int, warmup: float = 0.1, final: float = 0.1, peak: float = 2e-3) -> list[float]:
-    schedule = Schedule(num_steps, peak, warmup, final)
+def rates(num_steps: int, warmup: float = 0.1, final: float = 0.1, shape: str = "cosine") -> list[float]:
+    schedule = Schedule(num_steps, 2e-3, warmup, final, shape=shape)
     return [schedule.lr(step) for step in range(num_steps)]
 
 
@@ -31,8 +31,9 @@ def test_the_rate_rises_from_above_zero_to_the_peak_and_falls_to_its_final_share
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 7])
 @pytest.mark.parametrize("warmup", [0.0, 0.05, 0.5, 1.0])
 @pytest.mark.parametrize("final", [0.0, 1.0])
-def test_short_runs_keep_to_the_bounds(num_steps, warmup, final):
-    all_rates = rates(num_steps, warmup, final)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_short_runs_keep_to_the_bounds(num_steps, warmup, final, shape):
+    all_rates = rates(num_steps, warmup, final, shape)
     assert 0 < all_rates[0] <= 2e-3 and max(all_rates) == 2e-3
     assert all(0 <= rate <= 2e-3 for rate in all_rates)
 
@@ -41,6 +42,15 @@ def test_without_decay_the_peak_is_kept_and_with_a_final_share_of_zero_the_last_
     assert rates(50, final=1.0)[5:] == [2e-3] * 45
     assert rates(50, final=0.0)[-1] == pytest.approx(0.0, abs=1e-12)
     assert rates(50, final=0.0)[-2] > 0
+
+
+def test_the_other_shapes_share_the_warm_up_and_end_where_they_should():
+    cosine, linear, constant, wsd = (rates(110, warmup=1 / 11, shape=shape) for shape in SHAPES)
+    assert cosine[:10] == linear[:10] == constant[:10] == wsd[:10]
+    assert linear[9 + 50] == pytest.approx((2e-3 + 2e-4) / 2) and linear[-1] == pytest.approx(2e-4)
+    assert constant[9:] == [2e-3] * 101
+    assert wsd[9:90] == pytest.approx([2e-3] * 81) and wsd[-1] == pytest.approx(2e-4)
+    assert wsd[99] == pytest.approx((2e-3 + 2e-4) / 2)  # half way down in the middle of the last fifth
 
 
 def test_the_automatic_rate_is_3e_4_at_125_million_parameters_and_falls_with_size():

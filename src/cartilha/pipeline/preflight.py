@@ -24,6 +24,7 @@ from cartilha.explorer.port import listen
 from cartilha.machine.processes import is_main_process, world
 from cartilha.model_reference import resolve_model
 from cartilha.runs.files import check_output, read_status, run_directory
+from cartilha.training.schedule import check_shape
 from cartilha.training.trackers import check_tracker
 from cartilha.units import parse_duration, parse_share
 
@@ -93,6 +94,7 @@ def _check_bounds(item: Field[Any], value: float) -> None:
 _TEXTS: dict[str, Callable[[str], object]] = {
     "embeddings_first": lambda text: parse_share(text, "embeddings_first"),
     "protocol": first_tokens,
+    "schedule": check_shape,
     "time_budget": parse_duration,
     "tracker": check_tracker,
 }

@@ -119,6 +119,7 @@ def _schedule(config: TrainConfig, num_parameters: int, steps_per_epoch: int) ->
         time_budget_s=parse_duration(config.time_budget),
         embeddings_first=parse_share(config.embeddings_first, "embeddings_first"),
         embeddings_lr=lr if config.embeddings_lr == "auto" else config.embeddings_lr,
+        shape=config.schedule,
     )
 
 

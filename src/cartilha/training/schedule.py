@@ -9,6 +9,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from cartilha.errors import UserError
+
 
 def cosine(done: float, final: float) -> float:
     """Half a cosine wave from 1 down to `final`."""
@@ -38,6 +40,12 @@ SHAPES: dict[str, Callable[[float, float], float]] = {
     "constant": constant,
     "wsd": warmup_stable_decay,
 }
+
+
+def check_shape(name: str) -> None:
+    """Refuse, with a UserError, a name that is not in `SHAPES`."""
+    if name not in SHAPES:
+        raise UserError(f"There is no schedule {name!r}; choose from {', '.join(SHAPES)}.")
 
 
 @dataclass(frozen=True)
