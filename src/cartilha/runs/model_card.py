@@ -13,7 +13,7 @@ from cartilha.model_reference import resolve_model
 from cartilha.tokens.declared_tokens import read_tokenizer_json
 
 HUB_ID = r"[\w-][\w.-]*/[\w.-]+"
-KEPT = ("license", "license_name", "license_link", "language", "base_model")  # what a card takes over from the base's
+KEPT = ("license", "license_name", "license_link", "language", "base_model")  # what a card copies from the base's card
 OPT = {
     "license": "other",
     "license_name": "opt-175b",
@@ -26,14 +26,13 @@ OPT_LICENCE = (
 
 
 def base_record(base: str) -> dict[str, Any]:
-    """What the base model's own card says of licence, language and origin; OPT's licence where OPT is its origin.
+    """What the card of a base model (the MODEL argument) says of licence, language and origin.
 
-    Args:
-        base: The MODEL argument.
+    Where the origin is an OPT model, the licence is OPT's.
     """
     try:
         source = resolve_model(base)
-    except UserError:  # it has gone since
+    except UserError:  # the model has been removed since
         return {}
     if source.kind == "hub":
         from huggingface_hub import try_to_load_from_cache
@@ -55,7 +54,7 @@ def base_record(base: str) -> dict[str, Any]:
 
 
 def _front_matter(card: Path) -> dict[str, Any]:
-    """The entries of a card's YAML header that a card of a model made from it keeps."""
+    """The entries of a card's YAML header that the card of a model trained from it keeps."""
     try:
         found = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
         values = yaml.safe_load(found[1]) if found else None
@@ -97,7 +96,7 @@ def model_card(results: dict[str, Any]) -> str:
     protocol = after["protocol"]
     base = settings["model"]
     record = base_record(base)
-    # A directory's path is nobody else's business.
+    # The path of a local directory is not published.
     is_public = record.get("base_model") == base or base.startswith(("package:", "random:"))
     shown = base if is_public else Path(base).name
     num_documents = corpus["num_train_documents"]
@@ -122,7 +121,7 @@ Protocol / protocolo: {protocol["name"]}, window {protocol["window"]}, stride {p
 bits per byte of the same text can. / Perplexidades de outros protocolos ou tokenizadores não se comparam com estas;
 bits por byte do mesmo texto, sim.
 
-Settings / configuração: block size {settings["block_size"]}, {counted(settings["batch_tokens"], "token")} a step,
+Settings / configuração: block size {settings["block_size"]}, {counted(settings["batch_tokens"], "token")} per step,
 {counted(settings["num_steps"], "step")}, peak learning rate {settings["lr"]:.2g}, seed {settings["seed"]},
 {settings["dtype"]}.
 

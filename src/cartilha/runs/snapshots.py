@@ -8,8 +8,6 @@ results.json, `comparison`              this evaluation against the one before t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,20 +29,16 @@ TOKENS_OF_A_BEGINNING = 32  # by which a reader recognises a document
 def take_snapshot(run: Run, record: RunWriter, evaluation: Evaluation, nll: np.ndarray) -> list[tuple[str, str]]:
     """Keep what the model writes and how it reads now; called in the main process.
 
-    Args:
-        run: At the step of the evaluation.
-        record: Takes the comparison with the evaluation before training.
-        evaluation: The one just made.
-        nll: Of each of the run's validation documents, nats.
-
-    Returns:
-        Each prompt, and the prompt with its continuation.
+    `nll` is that of each of the run's validation documents, in nats, in the evaluation just made. The comparison with
+    the evaluation before training goes into `record`. Returns each prompt, and the prompt with its continuation.
     """
     save_evaluation(_saved(run.path, run.step), evaluation.to_dict(), run.validation, nll)
-    with _apart_from_training(run):
+    with random_numbers_apart():
+        run.loaded.model.train(False)  # without the dropout that training may have
         samples = continue_prompts(run.loaded, run.tokenizer, run.prompts)
         add_samples(run.path, run.step, samples)
         add_surprisal(run.path / "surprisal.parquet", run.step, run.scorer, shown_documents(run.validation))
+        run.loaded.model.train(run.config.dropout)
     if run.step:
         record.update(comparison=_comparison(run, evaluation, nll))
     return [(sample.prompt, sample.text) for sample in samples]
@@ -52,17 +46,6 @@ def take_snapshot(run: Run, record: RunWriter, evaluation: Evaluation, nll: np.n
 
 def _saved(path: Path, step: int) -> Path:
     return path / "evaluations" / f"step-{step:08d}.parquet"
-
-
-@contextmanager
-def _apart_from_training(run: Run) -> Iterator[None]:
-    """Without the dropout that training may have, and without changing its random numbers."""
-    with random_numbers_apart():
-        run.loaded.model.train(False)
-        try:
-            yield
-        finally:
-            run.loaded.model.train(run.config.dropout)
 
 
 def _comparison(run: Run, evaluation: Evaluation, nll: np.ndarray) -> dict[str, Any] | None:
