@@ -203,7 +203,9 @@ class TrainConfig(Compute):
     )
     embeddings_lr: Rate = deciding("auto", "peak learning rate of that first phase; auto takes --lr", above=0)
     warmup_fraction: float = deciding(0.05, "share of the steps in which the rate rises from 0", minimum=0, maximum=1)
-    schedule: str = deciding("cosine", "how the rate runs after that: cosine, linear, constant, wsd (linear at the end)")
+    schedule: str = deciding(
+        "cosine", "how the rate runs after that: cosine, linear, constant, wsd (linear at the end)"
+    )
     final_lr_fraction: float = deciding(0.1, "share of the peak rate at the end of the decay", minimum=0, maximum=1)
     weight_decay: float = deciding(0.1, "decoupled weight decay of the matrices (AdamW)", minimum=0)
     max_grad_norm: float = deciding(1.0, "gradients are clipped to this norm; a large one clips nothing", above=0)

@@ -181,8 +181,8 @@ def plan_run(
             if size == 0:
                 size = 1
                 log.warning(
-                    "One block of %d tokens is planned to take %.1f GiB of the %.1f that are free: it is tried all the "
-                    "same; a smaller --block_size or --gradient_checkpointing takes less.",
+                    "One block of %d tokens is planned to take %.1f GiB, and %.1f GiB are free: it is tried anyway; a "
+                    "smaller --block_size or --gradient_checkpointing takes less.",
                     *(shape.block_size, memory.total / GIB, facts.memory_bytes / GIB),
                 )
         else:

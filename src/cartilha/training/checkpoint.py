@@ -6,7 +6,7 @@ checkpoints/step-00000123/
     state.json             progress, scaler, random state, settings that a resume must find unchanged
     manifest.json          size and SHA-256 of the files above, and of itself; written last
 
-A checkpoint may come from somebody else: nothing in it is unpickled, and sizes, shapes and ranges are checked before it
+A checkpoint may come from an unknown source. Nothing in it is unpickled; sizes, shapes and ranges are checked before it
 is used.
 """
 
@@ -194,7 +194,7 @@ def _remedy_if_dropped(run: Path) -> str:
         return ""
     return (
         f"its optimizer states were dropped when it was finished; train its model further with --model {run / 'model'} "
-        "and another --output, or train anew with --keep_optimizer."
+        "and another --output, or train again from the start with --keep_optimizer."
     )
 
 
@@ -207,7 +207,7 @@ def newest_sound_checkpoint(run: Path) -> Path | None:
     """The newest checkpoint whose files have the recorded sizes and hashes; damaged ones are named and passed over.
 
     Raises:
-        UserError: There are only checkpoints that another version wrote: a run that began anew would remove them.
+        UserError: Only another version's checkpoints are left: a run that starts again would remove them.
     """
     found = list_checkpoints(run)
     others = []
@@ -226,7 +226,7 @@ def newest_sound_checkpoint(run: Path) -> Path | None:
             "with that version, or train into another --output."
         )
     if found:
-        log.warning("No checkpoint of the run %s is sound: it begins anew.", run)
+        log.warning("No checkpoint of the run %s is sound: it starts again at step 1.", run)
     return None
 
 

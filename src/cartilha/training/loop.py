@@ -163,7 +163,7 @@ def _accumulate(
 
 
 class _OneStepAhead:
-    """Lets the host prepare a step while a CUDA device computes the one before; on other devices nothing is waited for.
+    """Lets the host prepare a step while a CUDA device computes the one before; on other devices it does nothing.
 
     Launches return at once. Waiting for the step before keeps the clock honest (in a steady run a step's time is then
     the device's) without ever leaving the device idle, and keeps the host from running away.

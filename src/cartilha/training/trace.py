@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from cartilha.model.attention import ATTENTION_DROPOUT, KERNELS, knows_attention, use_document_attention
 from cartilha.model.configuration import with_layers
 from cartilha.model.head import head_of, head_weight
-from cartilha.model.load import configured_head_shape, with_layers
+from cartilha.model.load import configured_head_shape
 from cartilha.model.loss import linear_cross_entropy
 from cartilha.model.products import cpu_product_dtype, sums_in_float32
 from cartilha.model.recomputation import checkpoint_layers
