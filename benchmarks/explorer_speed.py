@@ -15,9 +15,8 @@ from collections.abc import Callable
 
 from cartilha.config import EMBEDDED_MODEL, ExploreConfig
 from cartilha.corpus.primer import read_primer
-from cartilha.explorer import session
 from cartilha.explorer.choices import Shaping
-from cartilha.explorer.session import Explorer, Spot
+from cartilha.explorer.session import Answers, Explorer, Spot
 from cartilha.explorer.wording import PageWording
 from cartilha.pipeline.explore import open_explorer
 
@@ -63,15 +62,15 @@ def main() -> None:
 
         def read(explorer: Explorer = explorer) -> None:
             explorer._readings.clear()
-            session.show_reading(explorer, say, text)
+            Answers(explorer, say).reading(text)
 
         def click(explorer: Explorer = explorer) -> None:
-            for letter in explorer.readers:
-                explorer.logits(letter)._kept.clear()
-            session.show_choices(explorer, say, text, Spot("A", 150, 400), Shaping())
+            for reader in explorer.readers.values():
+                reader._kept.clear()
+            Answers(explorer, say).choices(text, Spot("A", 150, 400), Shaping())
 
         read()
-        again = median_seconds(lambda e=explorer: session.show_choices(e, say, text, Spot("A", 99, 300), Shaping()))
+        again = median_seconds(lambda e=explorer: Answers(e, say).choices(text, Spot("A", 99, 300), Shaping()))
         print(
             f"{len(explorer.readers)} model(s), {NUM_TOKENS} tokens: text {median_seconds(read):.2f} s, "
             f"first click {median_seconds(click):.2f} s, later clicks {again:.3f} s"

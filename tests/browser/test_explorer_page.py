@@ -71,8 +71,8 @@ def test_typing_colours_both_models_and_draws_the_perplexity_against_the_uniform
     page.wait_for_selector("#tokens-B .tok[title*='part 1 of 4 of 😀']")
     shown = [page.locator(f"#tokens-{letter} .tok").count() for letter in "AB"]
     assert shown == [len("A roça 😀.".encode())] * 2
-    assert page.locator("#chart path.line").count() == 3
-    assert page.locator("#chart path.line.uniform").count() == 1
+    assert page.locator("#chart path.curve").count() == 3
+    assert page.locator("#chart path.curve.uniform").count() == 1
     stays_at_home(visited, address)
 
 

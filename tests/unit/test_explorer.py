@@ -20,16 +20,17 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 from cartilha.config import EvaluateConfig, ExploreConfig, PrepareConfig
 from cartilha.errors import UserError
 from cartilha.evaluation.windows import make_protocol
-from cartilha.explorer import parts, session
-from cartilha.explorer.choices import LogitReader, Shaping, expect, shaped_probabilities, softmax
-from cartilha.explorer.pieces import text_pieces, token_label, visible
+from cartilha.explorer import parts
+from cartilha.explorer.choices import Shaping, expect, shaped_probabilities, softmax
 from cartilha.explorer.reading import MAX_CHARS, Reader, read, take_text
-from cartilha.explorer.session import Explorer, Spot
+from cartilha.explorer.session import Answers, Explorer, Spot
+from cartilha.explorer.token_text import token_label, token_texts, visible
 from cartilha.explorer.walking import StoreWalk
-from cartilha.explorer.wording import PageWording, _strings, preferred_language
+from cartilha.explorer.wording import PageWording, preferred_language
 from cartilha.pipeline.evaluate import evaluate
 from cartilha.pipeline.explore import open_explorer
 from cartilha.pipeline.prepare import prepare
+from cartilha.reporting.wording import _strings
 
 TEXT = "O sertão é do tamanho do mundo. 😀 Não?"
 EN, PT = PageWording("en"), PageWording("pt")
@@ -70,8 +71,8 @@ def test_a_text_has_the_figures_that_evaluate_gives_it(explorer: Explorer, tmp_p
             per_token=str(tmp_path / "tokens.parquet"),
         )
     ).evaluations
-    for (reader, found), known in zip(explorer.read(text).values(), expected, strict=True):
-        assert len(found.ids) == known.total.num_tokens > 2 * reader.protocol.window
+    for found, known in zip(explorer.read(text).values(), expected, strict=True):
+        assert len(found.ids) == known.total.num_tokens > 2 * found.reader.protocol.window
         assert found.evaluation.perplexity == pytest.approx(known.perplexity, rel=1e-9)
         assert found.evaluation.bits_per_byte == pytest.approx(known.bits_per_byte, rel=1e-9)
         assert found.evaluation.protocol.hash == known.protocol.hash
@@ -85,14 +86,14 @@ def test_logits_of_each_position_give_the_probability_that_was_scored(reader: Re
     )
     found = read(short, TEXT)
     assert found is not None and len(found.ids) > 2 * 16
-    logits = LogitReader(short)
+    logits = short.logits
     for position, token_id in enumerate(found.ids):
         expectation = expect(logits(found.ids, position), Shaping(), asked=int(token_id))
         candidate = next(c for c in expectation.candidates if c.token_id == token_id)
         assert -math.log(candidate.probability) == pytest.approx(found.nll[position], abs=2e-5)
         assert candidate.logit - expectation.log_normaliser == pytest.approx(-found.nll[position], abs=2e-5)
         assert candidate.rank == found.rank[position]
-    assert len(logits._kept) <= 4
+    assert len(short._kept) <= 4
     assert softmax(logits(found.ids, len(found.ids))).sum() == pytest.approx(1)
 
 
@@ -130,13 +131,13 @@ def test_the_candidates_are_the_likeliest_and_the_token_asked_about() -> None:
     assert found.log_normaliser == pytest.approx(math.log(np.exp(logits).sum()))
 
 
-# Pieces
+# Texts of tokens
 
 
 @given(text=st.text(st.characters(codec="utf-8"), max_size=40))
 @settings(max_examples=60)
 def test_pieces_are_the_whole_text_in_order(reader: Reader, text: str) -> None:
-    pieces = text_pieces(text, reader.tokenizer.backend.encode(text, add_special_tokens=False).offsets)
+    pieces = token_texts(text, reader.tokenizer.backend.encode(text, add_special_tokens=False).offsets)
     assert len(pieces) == len(text.encode("utf-8"))  # a token a byte
     assert "".join(piece.text for piece in pieces if piece.part <= 1) == text
     for piece in pieces:
@@ -145,7 +146,7 @@ def test_pieces_are_the_whole_text_in_order(reader: Reader, text: str) -> None:
 
 
 def test_a_space_that_a_tokenizer_trims_belongs_to_the_word_behind_it() -> None:
-    pieces = text_pieces("a casa ", [(0, 1), (2, 6)])
+    pieces = token_texts("a casa ", [(0, 1), (2, 6)])
     assert [piece.text for piece in pieces] == ["a", " casa "]
 
 
@@ -164,19 +165,21 @@ def test_half_a_character_is_shown_by_its_bytes_and_controls_by_their_code(reade
 def test_text_from_outside_is_escaped_everywhere(explorer: Explorer, store: Path, say: PageWording) -> None:
     attack = "<script>alert(1)</script>"
     shaping = Shaping()
-    view = session.show_reading(explorer, say, attack)
-    begun = session.begin_draft(explorer, say, "A", attack, shaping)
+    view = Answers(explorer, say).reading(attack)
+    begun = Answers(explorer, say).new_draft("A", attack, shaping)
     walk = dataclasses.replace(explorer, walk=StoreWalk(str(store)))
     answers = [
         view.notices,
         *view.readings.values(),
         view.chart,
-        *session.show_choices(explorer, say, attack, Spot("A", 20, 20), shaping).values(),
+        *Answers(explorer, say).choices(attack, Spot("A", 20, 20), shaping).values(),
         begun.text,
         begun.alternatives,
-        session.show_three_ways(explorer, say, attack, 5, shaping),
-        session.failure(say, UserError(attack)),
-        *(session.show_stored(walk, say, what, 1, 64, 0, 1).shown for what in ("train", "validation", "blocks")),
+        Answers(explorer, say).three_ways(attack, 5, shaping),
+        Answers(explorer, say)._failure(UserError(attack)),
+        Answers(walk, say).document("train", 1).shown,
+        Answers(walk, say).document("validation", 1).shown,
+        Answers(walk, say).block(1, 64, 0, 1).shown,
     ]
     for answer in answers:
         assert answer == "" or not re.search(r"<(script|b|img)\b", answer)
@@ -185,12 +188,12 @@ def test_text_from_outside_is_escaped_everywhere(explorer: Explorer, store: Path
 
 def test_an_empty_text_asks_for_words_and_a_long_one_is_cut_and_said(explorer: Explorer) -> None:
     for nothing in ("", None):
-        view = session.show_reading(explorer, EN, nothing)
+        view = Answers(explorer, EN).reading(nothing)
         assert "Write something" in view.notices and view.chart == "" and set(view.readings.values()) == {""}
-        assert session.most_surprising(explorer, nothing) is None
+        assert Answers(explorer, EN).most_surprising(nothing) is None
     assert (
-        "escreva" not in session.show_reading(explorer, PT, "").notices
-        and "Escreva" in session.show_reading(explorer, PT, "").notices
+        "escreva" not in Answers(explorer, PT).reading("").notices
+        and "Escreva" in Answers(explorer, PT).reading("").notices
     )
     given = take_text("é" * 200_000)
     assert len(given.text) == MAX_CHARS and given.was_cut
@@ -200,63 +203,60 @@ def test_an_empty_text_asks_for_words_and_a_long_one_is_cut_and_said(explorer: E
 
 def test_a_token_is_coloured_by_its_bits_and_a_character_in_parts_is_numbered(explorer: Explorer) -> None:
     assert [parts.level(bits) for bits in (0, 0.99, 1, 3.9, 4, 11.9, 12, 50)] == [0, 0, 1, 2, 3, 4, 5, 5]
-    shown = session.show_reading(explorer, PT, "é", Spot("A", 1, 0)).readings["A"]
+    shown = Answers(explorer, PT).reading("é", Spot("A", 1, 0)).readings["A"]
     assert shown.count('class="tok ') == shown.count("chosen") == 2
     assert "<sub>1/2</sub>" in shown and "<sub>2/2</sub>" in shown
     assert "parte 2 de 2 de é" in shown
 
 
 def test_the_chart_has_a_curve_a_model_and_the_uniform_one(explorer: Explorer) -> None:
-    chart = session.show_reading(explorer, EN, "Casa").chart
-    assert chart.count('class="line') == 3 and "uniform model (259)" in chart
+    chart = Answers(explorer, EN).reading("Casa").chart
+    assert chart.count('class="curve') == 3 and "uniform model (259)" in chart
     single = Explorer({"A": explorer.readers["A"]})
-    assert 'class="line b"' not in session.show_reading(single, EN, "Casa").chart
-    assert '<circle class="a"' in session.show_reading(single, EN, "C").chart  # one token is a point
+    assert 'class="curve b"' not in Answers(single, EN).reading("Casa").chart
+    assert '<circle class="a"' in Answers(single, EN).reading("C").chart  # one token is a point
 
 
 def test_a_spot_beyond_a_text_that_became_shorter_is_its_last_token(explorer: Explorer) -> None:
-    found = session.show_choices(explorer, EN, "Casa", Spot("A", 400, 400), Shaping())
+    found = Answers(explorer, EN).choices("Casa", Spot("A", 400, 400), Shaping())
     assert "“Cas”" in found["A"] and "“Cas”" in found["B"]
-    assert "Click a token" in session.show_choices(explorer, EN, "Casa", None, Shaping())["A"]
+    assert "Click a token" in Answers(explorer, EN).choices("Casa", None, Shaping())["A"]
 
 
 def test_two_tokenizers_are_said_not_to_be_compared_by_perplexity(explorer: Explorer) -> None:
     readings = explorer.read("Casa")
     assert parts.different_tokens(EN, readings) == ""
-    reader, found = readings["B"]
-    readings["B"] = (reader, dataclasses.replace(found, pieces=found.pieces[:2]))
+    readings["B"] = dataclasses.replace(readings["B"], tokens=readings["B"].tokens[:2])
     assert "bits per byte" in parts.different_tokens(EN, readings)
 
 
 def test_a_draft_grows_by_what_is_chosen_and_shrinks_again(explorer: Explorer) -> None:
     shaping = Shaping(top_k=1)
-    begun = session.begin_draft(explorer, EN, "A", "Era ", shaping)
+    begun = Answers(explorer, EN).new_draft("A", "Era ", shaping)
     assert begun.draft is not None and "space at the end" in begun.alternatives
-    likely = session.step(explorer, EN, "A", begun.draft, shaping, "likeliest")
-    drawn = session.step(explorer, EN, "A", begun.draft, shaping, "draw")
+    likely = Answers(explorer, EN).step("A", begun.draft, shaping, "likeliest")
+    drawn = Answers(explorer, EN).step("A", begun.draft, shaping, "draw")
     assert likely.draft == drawn.draft and likely.draft is not None  # of one token there is one to draw
-    chosen = session.step(explorer, EN, "A", likely.draft, shaping, ord("z"))
+    chosen = Answers(explorer, EN).step("A", likely.draft, shaping, ord("z"))
     assert chosen.draft is not None and chosen.draft.chosen[-1] == ord("z") and "z</span>" in chosen.text
-    assert session.step(explorer, EN, "A", chosen.draft, shaping, "undo").draft == likely.draft
-    ended = session.step(explorer, EN, "A", chosen.draft, shaping, 257)
+    assert Answers(explorer, EN).step("A", chosen.draft, shaping, "undo").draft == likely.draft
+    ended = Answers(explorer, EN).step("A", chosen.draft, shaping, 257)
     assert "finished" in ended.alternatives and "&lt;/s&gt;" not in ended.text
-    assert session.step(explorer, EN, "A", ended.draft, shaping, "draw").draft == ended.draft
-    assert session.step(explorer, EN, "A", chosen.draft, shaping, 10**9).draft == chosen.draft
+    assert Answers(explorer, EN).step("A", ended.draft, shaping, "draw").draft == ended.draft
+    assert Answers(explorer, EN).step("A", chosen.draft, shaping, 10**9).draft == chosen.draft
 
 
 def test_a_draft_that_fills_the_context_is_a_sentence(explorer: Explorer) -> None:
-    full = session.begin_draft(explorer, PT, "A", "a" * 1023, Shaping())
+    full = Answers(explorer, PT).new_draft("A", "a" * 1023, Shaping())
     assert "ocupa todo o contexto do modelo, de 1024 tokens" in full.alternatives
-    assert "do not fit the model&#39;s context of 1024" in session.show_three_ways(
-        explorer, EN, "a" * 1023, 5, Shaping()
-    )
+    assert "do not fit the model&#39;s context of 1024" in Answers(explorer, EN).three_ways("a" * 1023, 5, Shaping())
 
 
 def test_the_three_ways_are_those_of_generate(explorer: Explorer) -> None:
     from cartilha.config import GenerateConfig
     from cartilha.evaluation.continuation import continue_prompts
 
-    found = session.show_three_ways(explorer, EN, "Era", 6, Shaping(temperature=0.7, top_k=5))
+    found = Answers(explorer, EN).three_ways("Era", 6, Shaping(temperature=0.7, top_k=5))
     reader = explorer.readers["A"]
     for num_beams in (1, 4):
         settings = GenerateConfig(prompt=("Era",), max_new_tokens=6, num_beams=num_beams)
@@ -278,7 +278,7 @@ def test_a_store_is_walked_document_by_document(store: Path) -> None:
         assert "".join(token.text for token in found.tokens) == texts[number]
         assert len(found.tokens) == found.num_tokens
     assert walk.document("train", -5).number == 0 and walk.document("train", 10**9).number == total - 1
-    view = session.show_stored(Explorer({}, walk), EN, "validation", 1, 0, 0, 1)
+    view = Answers(Explorer({}, walk), EN).document("validation", 1)
     assert view.number == 1 and "Document 1 of" in view.shown
 
 
@@ -308,18 +308,17 @@ def test_a_store_that_went_away_is_a_sentence(store: Path, tmp_path: Path) -> No
     shutil.copytree(store, copy)
     walk = Explorer({}, StoreWalk(str(copy)))
     shutil.rmtree(copy)
-    for what in ("train", "validation", "blocks"):
-        assert "This did not work" in session.show_stored(walk, EN, what, 1, 64, 0, 1).shown
-    assert (
-        "tamanho do bloco" in session.show_stored(Explorer({}, StoreWalk(str(store))), PT, "blocks", 1, 0, 0, 1).shown
-    )
+    gone = Answers(walk, EN)
+    for view in (gone.document("train", 1), gone.document("validation", 1), gone.block(1, 64, 0, 1)):
+        assert "This did not work" in view.shown
+    assert "tamanho do bloco" in Answers(Explorer({}, StoreWalk(str(store))), PT).block(1, 0, 0, 1).shown
 
 
 # Words
 
 
 def test_both_languages_say_everything_with_the_same_values() -> None:
-    for key, words in _strings().items():
+    for key, words in _strings("cartilha.explorer").items():
         assert set(words) == {"en", "pt"}, key
         en, pt = (sorted(re.findall(r"{(\w+)}", words[language])) for language in ("en", "pt"))
         assert en == pt, key

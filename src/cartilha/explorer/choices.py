@@ -2,21 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections import OrderedDict
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-
-from cartilha.blocks.packing import IGNORE_INDEX, Batch
-from cartilha.evaluation.windows import Window, document_windows
-from cartilha.explorer.reading import Reader
-from cartilha.model.forward import hidden_states
-from cartilha.model.head import head_of
-
-KEPT_STATES = 4
 
 
 @dataclass(frozen=True)
@@ -39,9 +28,7 @@ class Candidate:
     """A token that might come next.
 
     Attributes:
-        token_id: Which.
         rank: Its place by logit, from 1.
-        logit: The model's raw score.
         probability: Its share of the model's own distribution (temperature 1, nothing cut).
         shaped: Its probability after temperature, top-k and top-p.
     """
@@ -96,14 +83,7 @@ def shaped_probabilities(logits: np.ndarray, shaping: Shaping) -> np.ndarray:
 
 
 def expect(logits: np.ndarray, shaping: Shaping, *, num_shown: int = 10, asked: int | None = None) -> Expectation:
-    """The likeliest tokens with logit, probability and shaped probability.
-
-    Args:
-        logits: Of all tokens, shape (num_ids,).
-        shaping: Temperature, top-k, top-p.
-        num_shown: How many of the likeliest.
-        asked: A token that must be among those shown.
-    """
+    """The `num_shown` likeliest tokens, and the token `asked` about; the logits are those of all tokens, (num_ids,)."""
     probabilities, shaped = softmax(logits), shaped_probabilities(logits, shaping)
     order = np.argsort(-logits, kind="stable")
     shown = [int(i) for i in order[:num_shown]]
@@ -117,51 +97,3 @@ def expect(logits: np.ndarray, shaping: Shaping, *, num_shown: int = 10, asked: 
         highest + math.log(float(np.exp(logits.astype(np.float64) - highest).sum())),
         int((shaped > 0).sum()),
     )
-
-
-class LogitReader:
-    """Logits of one position on demand; the hidden states of the last few texts are kept, so that clicks are quick."""
-
-    def __init__(self, reader: Reader) -> None:
-        self.reader = reader
-        self._kept: OrderedDict[bytes, torch.Tensor] = OrderedDict()
-
-    def __call__(self, ids: np.ndarray, position: int) -> np.ndarray:
-        """Logits for the token at `position`, given the tokens before it; float32, shape (num_ids,).
-
-        Args:
-            ids: A text's tokens, shape (num_tokens,).
-            position: From 0 (after the prefix alone) to num_tokens (what comes after the text).
-        """
-        assert 0 <= position <= len(ids)
-        window = self._window(len(ids), position)
-        inputs = self._inputs(ids, window)
-        with self.reader.lock:
-            states = self._states(inputs)
-            with torch.no_grad():
-                row = states[position - 1 - window.first_input, None]
-                logits = head_of(self.reader.loaded.model).logits(row, self.reader.dtype)[0]
-        return np.asarray(logits.cpu().numpy())
-
-    def _window(self, num_tokens: int, position: int) -> Window:
-        """The window through which this position is scored, as in an evaluation of the text with one token more."""
-        protocol = self.reader.protocol
-        windows = document_windows(num_tokens + 1, protocol.window, protocol.stride)
-        return next(window for window in windows if window.first_target <= position < window.past)
-
-    def _inputs(self, ids: np.ndarray, window: Window) -> np.ndarray:
-        prefix = [self.reader.protocol.prefix_id] if window.first_input < 0 else []
-        return np.array([*prefix, *ids[max(0, window.first_input) : window.past - 1]], np.int64)
-
-    def _states(self, inputs: np.ndarray) -> torch.Tensor:
-        key = hashlib.sha256(inputs.tobytes()).digest()
-        if key not in self._kept:
-            row, length = inputs[None], len(inputs)
-            nothing = np.full((1, length), IGNORE_INDEX, np.int64)
-            batch = Batch(row, nothing, np.arange(length)[None], np.array([length], np.int64))
-            with torch.no_grad():
-                self._kept[key] = hidden_states(self.reader.loaded.model, batch, self.reader.dtype)[0]
-        self._kept.move_to_end(key)
-        while len(self._kept) > KEPT_STATES:
-            self._kept.popitem(last=False)
-        return self._kept[key]

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib import resources
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import gradio as gr
 
-from cartilha.explorer import parts, session
+from cartilha.explorer import parts
 from cartilha.explorer.choices import Shaping
-from cartilha.explorer.session import DraftView, Explorer, Spot, What
+from cartilha.explorer.session import MAX_NEW_TOKENS, Answers, DraftView, Explorer, Spot, WalkView
 from cartilha.explorer.wording import PageWording
 from cartilha.explorer.writing import Draft
+from cartilha.reporting.pages import template_file
 from cartilha.reporting.wording import Language
 
 FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif")
@@ -42,19 +41,6 @@ element.addEventListener('click', (event) => {
 """
 
 
-@dataclass(frozen=True)
-class _Sliders:
-    """Temperature, top-k and top-p."""
-
-    temperature: gr.Slider
-    top_k: gr.Slider
-    top_p: gr.Slider
-
-    @property
-    def all(self) -> list[gr.Slider]:
-        return [self.temperature, self.top_k, self.top_p]
-
-
 def theme() -> gr.themes.Base:
     """Plain, with the fonts of the machine: gradio's own themes fetch theirs from a font server."""
     return gr.themes.Base(
@@ -64,30 +50,30 @@ def theme() -> gr.themes.Base:
 
 def stylesheet() -> str:
     """The page's own style sheet."""
-    return (resources.files(__package__) / "templates" / "explorer.css").read_text(encoding="utf-8")
+    return template_file(PageWording.package, "explorer.css")
 
 
 def script(language: Language) -> str:
     """What the page does by itself: the language of the document, marking a token, keeping the text over a switch."""
-    text = (resources.files(__package__) / "templates" / "explorer.js").read_text(encoding="utf-8")
-    return text.replace("LANGUAGE", {"en": "en", "pt": "pt-BR"}[language])
+    return template_file(PageWording.package, "explorer.js").replace("LANGUAGE", {"en": "en", "pt": "pt-BR"}[language])
 
 
 def build_page(explorer: Explorer, language: Language) -> gr.Blocks:
     """The page in one language."""
     say = PageWording(language)
+    answers = Answers(explorer, say)
+    tabs: dict[str, Callable[[gr.Blocks, Answers], None]] = {}
+    if explorer.readers:
+        tabs |= {"tab_read": _reading_tab, "tab_write": _writing_tab}
+    if explorer.walk is not None:
+        tabs["tab_store"] = _store_tab
     with gr.Blocks(title=say("title"), analytics_enabled=False, fill_width=False) as page:
         store = None if explorer.walk is None else explorer.walk.store.path.name
         gr.HTML(parts.header(say, explorer.readers, store))
         with gr.Tabs():
-            if explorer.readers:
-                with gr.Tab(say("tab_read")):
-                    _reading_tab(page, explorer, say)
-                with gr.Tab(say("tab_write")):
-                    _writing_tab(page, explorer, say)
-            if explorer.walk is not None:
-                with gr.Tab(say("tab_store")):
-                    _store_tab(page, explorer, say)
+            for name, build in tabs.items():
+                with gr.Tab(say(name)):
+                    build(page, answers)
     return page
 
 
@@ -99,14 +85,14 @@ def _quiet(tab: str) -> dict[str, Any]:
     return {"show_progress": "hidden", "api_visibility": "private", "concurrency_id": tab, "concurrency_limit": 1}
 
 
-def _sliders(say: PageWording) -> _Sliders:
+def _sliders(say: PageWording) -> list[gr.Slider]:
+    """Temperature, top-k and top-p; `_shaping` takes their values."""
+    ranges = {"temperature": (0.1, 2.0, 1.0, 0.05), "top_k": (0, 100, 0, 1), "top_p": (0.05, 1.0, 1.0, 0.01)}
     with gr.Row(elem_classes="sliders"):
-        temperature = gr.Slider(0.1, 2.0, 1.0, step=0.05, label=say("temperature"), info=say("temperature_info"))
-        top_k = gr.Slider(0, 100, 0, step=1, label=say("top_k"), info=say("top_k_info"))
-        top_p = gr.Slider(0.05, 1.0, 1.0, step=0.01, label=say("top_p"), info=say("top_p_info"))
-    for slider in (temperature, top_k, top_p):
-        slider.buttons = []
-    return _Sliders(temperature, top_k, top_p)
+        return [
+            gr.Slider(low, high, value, step=step, label=say(name), info=say(f"{name}_info"), buttons=[])
+            for name, (low, high, value, step) in ranges.items()
+        ]
 
 
 def _shaping(temperature: float, top_k: float, top_p: float) -> Shaping:
@@ -122,10 +108,10 @@ def _columns(name: str, letters: Sequence[str], **properties: Any) -> dict[str, 
     return places
 
 
-def _reading_tab(page: gr.Blocks, explorer: Explorer, say: PageWording) -> None:
-    letters = list(explorer.readers)
+def _reading_tab(page: gr.Blocks, answers: Answers) -> None:
+    say, letters = answers.say, list(answers.explorer.readers)
     text = gr.Textbox(
-        label=say("text"), info=session.text_info(say), lines=3, max_lines=12, elem_id="text", value=say("example_text")
+        label=say("text"), info=answers.text_info(), lines=3, max_lines=12, elem_id="text", value=say("example_text")
     )
     shown, spot = gr.State(None), gr.State(None)
     notices = gr.HTML(elem_id="notices")
@@ -136,24 +122,20 @@ def _reading_tab(page: gr.Blocks, explorer: Explorer, say: PageWording) -> None:
     gr.HTML(parts.heading(say("choices_title")) + parts.soft_help(say("choices_help")))
     sliders = _sliders(say)
     with gr.Row(equal_height=False):
-        tables = _columns("choices", letters)
+        tables = list(_columns("choices", letters).values())
 
-    def show(text: str | None, spot: Spot | None = None) -> list[Any]:
-        view = session.show_reading(explorer, say, text, spot)
-        return [view.notices, *(view.readings[letter] for letter in letters), view.chart]
+    def show(text: str | None, spot: Spot | None, *values: float) -> list[Any]:
+        view = answers.reading(text, spot)
+        return [text, view.notices, *view.readings.values(), view.chart, spot, *choices(text, spot, *values)]
 
     def choices(text: str | None, spot: Spot | None, *values: float) -> list[str]:
-        shown = session.show_choices(explorer, say, text, spot, _shaping(*values))
-        return [shown[letter] for letter in letters]
+        return list(answers.choices(text, spot, _shaping(*values)).values())
 
     def typed(text: str | None, shown: str | None, *values: float) -> list[Any]:
-        if text == shown:
-            return [gr.skip()] * len(outputs)
-        return [text, *show(text), None, *choices(text, None, *values)]
+        return [gr.skip()] * len(outputs) if text == shown else show(text, None, *values)
 
     def opened(text: str | None, *values: float) -> list[Any]:
-        spot = session.most_surprising(explorer, text)
-        return [text, text, *show(text, spot), spot, *choices(text, spot, *values)]
+        return [text, *show(text, answers.most_surprising(text), *values)]
 
     def pick(letter: str) -> Any:
         def picked(text: str | None, event: gr.EventData, *values: float) -> list[Any]:
@@ -162,22 +144,21 @@ def _reading_tab(page: gr.Blocks, explorer: Explorer, say: PageWording) -> None:
 
         return picked
 
-    outputs = [shown, notices, *texts.values(), chart, spot, *tables.values()]
+    outputs = [shown, notices, *texts.values(), chart, spot, *tables]
     quiet = _quiet("reading")
     # gradio's `input` is not told of pasted text; `change` is.
-    text.change(typed, [text, shown, *sliders.all], outputs, trigger_mode="always_last", **quiet)
+    text.change(typed, [text, shown, *sliders], outputs, trigger_mode="always_last", **quiet)
     # The text that was there before the language was switched, if any.
     kept = "(text, ...sliders) => [window.cartilhaKept() ?? text, ...sliders]"
-    page.load(opened, [text, *sliders.all], [text, *outputs], js=kept, **quiet)
+    page.load(opened, [text, *sliders], [text, *outputs], js=kept, **quiet)
     for letter, one in texts.items():
-        one.click(pick(letter), [text, *sliders.all], [spot, *tables.values()], **quiet)
-    for slider in sliders.all:
-        slider.change(choices, [text, spot, *sliders.all], list(tables.values()), trigger_mode="always_last", **quiet)
+        one.click(pick(letter), [text, *sliders], [spot, *tables], **quiet)
+    for slider in sliders:
+        slider.change(choices, [text, spot, *sliders], tables, trigger_mode="always_last", **quiet)
 
 
-def _writing_tab(page: gr.Blocks, explorer: Explorer, say: PageWording) -> None:
-    letters = list(explorer.readers)
-    names = [(f"{letter}: {reader.loaded.reference}", letter) for letter, reader in explorer.readers.items()]
+def _writing_tab(page: gr.Blocks, answers: Answers) -> None:
+    say = answers.say
     prompt = gr.Textbox(
         label=say("prompt"),
         info=say("prompt_info"),
@@ -188,66 +169,65 @@ def _writing_tab(page: gr.Blocks, explorer: Explorer, say: PageWording) -> None:
     )
     sliders = _sliders(say)
     gr.HTML(parts.heading(say("steps_title")) + parts.soft_help(say("steps_help")))
-    letter = gr.Radio(names, value=letters[0], label=say("write_with"), visible=len(letters) > 1)
-    draft = gr.State(None)
-    text = gr.HTML(elem_id="draft")
-    with gr.Row(elem_classes="actions"):
-        take = gr.Button(say("take_likeliest"), size="sm")
-        draw = gr.Button(say("draw"), size="sm")
-        undo = gr.Button(say("undo"), size="sm")
-        again = gr.Button(say("begin"), size="sm")
-    table = gr.HTML(elem_id="alternatives", js_on_load=PICK_CHOICE)
+    _token_by_token(page, answers, prompt, sliders)
     gr.HTML(parts.heading(say("three_title")) + parts.three_help(say))
     with gr.Row(equal_height=True, elem_classes="actions"):
-        num_tokens = gr.Slider(5, session.MAX_NEW_TOKENS, 30, step=5, label=say("num_tokens"), buttons=[])
+        num_tokens = gr.Slider(5, MAX_NEW_TOKENS, 30, step=5, label=say("num_tokens"), buttons=[])
         write = gr.Button(say("write_all"), variant="primary")
     three = gr.HTML(elem_id="three")
 
-    def view(found: DraftView) -> tuple[Draft | None, str, str]:
-        return found.draft, found.text, found.alternatives
+    def three_ways(prompt: str | None, num_tokens: float, *values: float) -> str:
+        return answers.three_ways(prompt, int(num_tokens), _shaping(*values))
 
-    def begin(letter: str, prompt: str | None, *values: float) -> tuple[Draft | None, str, str]:
-        return view(session.begin_draft(explorer, say, _known(letter, letters), prompt, _shaping(*values)))
+    write.click(three_ways, [prompt, num_tokens, *sliders], three, api_visibility="private")
 
-    def reshape(letter: str, draft: Draft | None, *values: float) -> tuple[Draft | None, str, str]:
-        return view(session.show_draft(explorer, say, _known(letter, letters), draft, _shaping(*values)))
+
+def _token_by_token(page: gr.Blocks, answers: Answers, prompt: gr.Textbox, sliders: list[gr.Slider]) -> None:
+    """A draft with its candidates: each click takes one, and the buttons take, draw or undo one."""
+    say, readers = answers.say, answers.explorer.readers
+    names = [(f"{letter}: {reader.loaded.reference}", letter) for letter, reader in readers.items()]
+    letter = gr.Radio(names, value=names[0][1], label=say("write_with"), visible=len(names) > 1)
+    draft = gr.State(None)
+    text = gr.HTML(elem_id="draft")
+    with gr.Row(elem_classes="actions"):
+        buttons = {
+            "likeliest": gr.Button(say("take_likeliest"), size="sm"),
+            "draw": gr.Button(say("draw"), size="sm"),
+            "undo": gr.Button(say("undo"), size="sm"),
+        }
+        again = gr.Button(say("begin"), size="sm")
+    table = gr.HTML(elem_id="alternatives", js_on_load=PICK_CHOICE)
+
+    def begin(letter: str, prompt: str | None, *values: float) -> DraftView:
+        return answers.new_draft(letter, prompt, _shaping(*values))
+
+    def reshape(letter: str, draft: Draft | None, *values: float) -> DraftView:
+        return answers.draft(letter, draft, _shaping(*values))
 
     def act(action: str) -> Any:
-        def step(letter: str, draft: Draft | None, *values: float) -> tuple[Draft | None, str, str]:
-            known = _known(letter, letters)
-            return view(session.step(explorer, say, known, draft, _shaping(*values), action))
+        return lambda letter, draft, *values: answers.step(letter, draft, _shaping(*values), action)
 
-        return step
-
-    def choose(letter: str, draft: Draft | None, event: gr.EventData, *values: float) -> tuple[Draft | None, str, str]:
-        action, known = int(event._data["token"]), _known(letter, letters)
-        return view(session.step(explorer, say, known, draft, _shaping(*values), action))
-
-    def three_ways(prompt: str | None, num_tokens: float, *values: float) -> str:
-        return session.show_three_ways(explorer, say, prompt, int(num_tokens), _shaping(*values))
+    def choose(letter: str, draft: Draft | None, event: gr.EventData, *values: float) -> DraftView:
+        return answers.step(letter, draft, _shaping(*values), int(event._data["token"]))
 
     outputs = [draft, text, table]
     quiet = _quiet("writing")
-    beginning, going_on = [letter, prompt, *sliders.all], [letter, draft, *sliders.all]
+    beginning, going_on = [letter, prompt, *sliders], [letter, draft, *sliders]
     page.load(begin, beginning, outputs, **quiet)
     prompt.change(begin, beginning, outputs, trigger_mode="always_last", **quiet)
     for trigger in (again.click, letter.change):
         trigger(begin, beginning, outputs, **quiet)
-    for slider in sliders.all:
+    for slider in sliders:
         slider.change(reshape, going_on, outputs, trigger_mode="always_last", **quiet)
     table.click(choose, going_on, outputs, **quiet)
-    for button, action in ((take, "likeliest"), (draw, "draw"), (undo, "undo")):
+    for action, button in buttons.items():
         button.click(act(action), going_on, outputs, **quiet)
-    write.click(three_ways, [prompt, num_tokens, *sliders.all], three, api_visibility="private")
 
 
-def _store_tab(page: gr.Blocks, explorer: Explorer, say: PageWording) -> None:
-    kinds = [
-        (say("documents_of_train"), "train"),
-        (say("documents_of_validation"), "validation"),
-        (say("blocks"), "blocks"),
-    ]
-    what = gr.Radio(kinds, value="train", label=say("what"), elem_id="what")
+def _store_tab(page: gr.Blocks, answers: Answers) -> None:
+    say = answers.say
+    kinds = [(say("documents_of_train"), "train"), (say("documents_of_validation"), "validation")]
+    what = gr.Radio([*kinds, (say("blocks"), "blocks")], value="train", label=say("what"), elem_id="what")
     with gr.Row(elem_classes="actions"):
         number = gr.Number(1, label=say("number"), precision=0, minimum=1, elem_id="number")
         block_size = gr.Number(512, label=say("block_size"), precision=0, minimum=1, visible=False)
@@ -257,18 +237,19 @@ def _store_tab(page: gr.Blocks, explorer: Explorer, say: PageWording) -> None:
         back = gr.Button(say("previous"), size="sm")
         forth = gr.Button(say("next"), size="sm", elem_id="next")
     shown = gr.HTML(elem_id="stored")
-    settings: Sequence[Any] = (block_size, seed, epoch)
+    settings = [block_size, seed, epoch]
 
-    def show(what: str, number: float | None, *values: float) -> tuple[int, str]:
-        view = session.show_stored(
-            explorer, say, cast(What, _known(what, [kind for _, kind in kinds])), number, *values
-        )
-        return view.number, view.shown
+    def show(what: str, number: float | None, *values: float | None) -> WalkView:
+        if what == "blocks":
+            block_size, seed, epoch = (int(value or 0) for value in values)
+            return answers.block(int(number or 1), block_size, seed, epoch)
+        split: Literal["train", "validation"] = "validation" if what == "validation" else "train"
+        return answers.document(split, int(number or 1))
 
     def move(by: int) -> Any:
         return lambda what, number, *values: show(what, (number or 1) + by, *values)
 
-    def change(what: str, *values: float) -> list[Any]:
+    def change(what: str, *values: float | None) -> list[Any]:
         visible = gr.update(visible=what == "blocks")
         return [*show(what, 1, *values), visible, visible, visible]
 
@@ -281,8 +262,3 @@ def _store_tab(page: gr.Blocks, explorer: Explorer, say: PageWording) -> None:
         one.blur(show, inputs, outputs, **quiet)
     back.click(move(-1), inputs, outputs, **quiet)
     forth.click(move(1), inputs, outputs, **quiet)
-
-
-def _known(value: str, allowed: Sequence[str]) -> str:
-    """A choice of the page; whoever sends another gets the first."""
-    return value if value in allowed else allowed[0]

@@ -7,30 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from cartilha.errors import UserError
 from cartilha.explorer import parts
-from cartilha.explorer.choices import LogitReader, Shaping, expect
+from cartilha.explorer.choices import Shaping, expect
 from cartilha.explorer.reading import MAX_CHARS, Reader, Reading, read, take_text
 from cartilha.explorer.walking import StoreWalk
 from cartilha.explorer.wording import PageWording, Refusal
-from cartilha.explorer.writing import (
-    Draft,
-    alternatives,
-    begin,
-    continuations,
-    drawn,
-    has_ended,
-    likeliest,
-    written,
-)
+from cartilha.explorer.writing import Draft, begin, continuations, draw, has_ended, next_logits, written
 
 MAX_NEW_TOKENS = 200
 MAX_EPOCHS = 1_000_000
-What = Literal["train", "validation", "blocks"]
+FAULTS = (UserError, OSError)  # what becomes a sentence
 
 
 @dataclass
@@ -39,34 +30,24 @@ class Explorer:
 
     Attributes:
         readers: The models by letter, `A` first; none where only a store is looked at.
-        walk: The open store, or None.
     """
 
     readers: Mapping[str, Reader]
     walk: StoreWalk | None = None
-    _logits: dict[str, LogitReader] = field(default_factory=dict)
     _readings: dict[tuple[str, str], Reading] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self._logits = {letter: LogitReader(reader) for letter, reader in self.readers.items()}
-
-    def read(self, text: str) -> dict[str, tuple[Reader, Reading]]:
+    def read(self, text: str) -> dict[str, Reading]:
         """The text as each model reads it; empty where it has no tokens. The last text is kept."""
         found = {}
         for letter, reader in self.readers.items():
             reading = self._readings.get((letter, text)) or read(reader, text)
             if reading is not None:
-                found[letter] = (reader, reading)
-        self._readings = {(letter, text): reading for letter, (_, reading) in found.items()}
+                found[letter] = reading
+        self._readings = {(letter, text): reading for letter, reading in found.items()}
         return found
 
-    def logits(self, letter: str) -> LogitReader:
-        """The logits of a model by its letter."""
-        return self._logits[letter]
 
-
-@dataclass(frozen=True)
-class Spot:
+class Spot(NamedTuple):
     """A token that was chosen in one model's text.
 
     Attributes:
@@ -80,8 +61,7 @@ class Spot:
     char: int
 
 
-@dataclass(frozen=True)
-class ReadView:
+class ReadView(NamedTuple):
     """The answer to a text: notices, the coloured text of each model, and the chart."""
 
     notices: str
@@ -89,60 +69,7 @@ class ReadView:
     chart: str
 
 
-def show_reading(explorer: Explorer, say: PageWording, text: str | None, spot: Spot | None = None) -> ReadView:
-    """Colour a text and draw its running perplexity; the token chosen is marked, if there is one."""
-    given = take_text(text)
-    notices = parts.cut_notice(say, given)
-    nothing = dict.fromkeys(explorer.readers, "")
-    try:
-        found = explorer.read(given.text)
-    except (UserError, OSError) as error:
-        return ReadView(notices + failure(say, error), nothing, "")
-    if not found:
-        return ReadView(notices + parts.notice(say("empty")), nothing, "")
-    span = None
-    if spot is not None and spot.letter in found:
-        piece = found[spot.letter][1].pieces[spot.token]
-        span = (piece.start, piece.end)
-    coloured = {
-        letter: parts.reading(say, letter, reader, reading, span) for letter, (reader, reading) in found.items()
-    }
-    notices += parts.different_tokens(say, found)
-    return ReadView(notices, {**nothing, **coloured}, parts.running_perplexity(say, found))
-
-
-def show_choices(
-    explorer: Explorer, say: PageWording, text: str | None, spot: Spot | None, shaping: Shaping
-) -> dict[str, str]:
-    """What each model expected at the token chosen; a hint where none was."""
-    given = take_text(text)
-    if spot is None:
-        return {letter: parts.soft_help(say("choices_hint")) if letter == "A" else "" for letter in explorer.readers}
-    shown = dict.fromkeys(explorer.readers, "")
-    try:
-        for letter, (reader, reading) in explorer.read(given.text).items():
-            token = spot.token if letter == spot.letter else reading.token_at(spot.char)
-            token = min(max(token, 0), len(reading.ids) - 1)  # the text may have changed since
-            asked = int(reading.ids[token])
-            expectation = expect(explorer.logits(letter)(reading.ids, token), shaping, asked=asked)
-            shown[letter] = parts.choices(say, letter, reader, reading, token, expectation)
-    except (UserError, OSError) as error:
-        return {**dict.fromkeys(explorer.readers, ""), "A": failure(say, error)}
-    return shown
-
-
-def most_surprising(explorer: Explorer, text: str | None) -> Spot | None:
-    """The token that surprises the first model most; None for an empty text."""
-    found = explorer.read(take_text(text).text)
-    if not found:
-        return None
-    letter, (_, reading) = next(iter(found.items()))
-    token = int(np.argmax(reading.nll))
-    return Spot(letter, token, reading.pieces[token].start)
-
-
-@dataclass(frozen=True)
-class DraftView:
+class DraftView(NamedTuple):
     """The answer to a step of writing."""
 
     draft: Draft | None
@@ -150,109 +77,138 @@ class DraftView:
     alternatives: str
 
 
-def show_draft(
-    explorer: Explorer, say: PageWording, letter: str, draft: Draft | None, shaping: Shaping, note: str = ""
-) -> DraftView:
-    """A draft and what may come next."""
-    reader = explorer.readers[letter]
-    draft = draft or Draft(())
-    text = parts.draft(*written(reader, draft))
-    if has_ended(reader, draft):
-        return DraftView(draft, text, parts.notice(say("ended")))
-    try:
-        expectation = alternatives(explorer.logits(letter), draft, shaping)
-    except (UserError, OSError) as error:
-        return DraftView(draft, text, note + failure(say, error))
-    return DraftView(draft, text, note + parts.candidates(say, letter, reader, expectation, clickable=True))
-
-
-def begin_draft(explorer: Explorer, say: PageWording, letter: str, prompt: str | None, shaping: Shaping) -> DraftView:
-    """Begin a draft with a prompt."""
-    given = take_text(prompt)
-    note = parts.cut_notice(say, given)
-    if given.text.rstrip(" ") != given.text:
-        note += parts.notice(say("trailing_space"))
-    return show_draft(explorer, say, letter, begin(explorer.readers[letter], given.text), shaping, note)
-
-
-def step(
-    explorer: Explorer, say: PageWording, letter: str, draft: Draft | None, shaping: Shaping, action: int | str
-) -> DraftView:
-    """One step of writing.
-
-    Args:
-        explorer: The models.
-        say: Language of the answer.
-        letter: Who writes.
-        draft: So far.
-        shaping: Of the alternatives, and of what is drawn.
-        action: A token's id, or `likeliest`, `draw` or `undo`.
-    """
-    reader, draft = explorer.readers[letter], draft or Draft(())
-    if action == "undo":
-        return show_draft(explorer, say, letter, draft.without_last(), shaping)
-    if has_ended(reader, draft):
-        return show_draft(explorer, say, letter, draft, shaping)
-    try:
-        if action == "likeliest":
-            draft = likeliest(explorer.logits(letter), draft)
-        elif action == "draw":
-            draft = drawn(explorer.logits(letter), draft, shaping, np.random.default_rng())
-        elif isinstance(action, int) and 0 <= action < reader.vocabulary_size:
-            draft = draft.with_token(action)
-    except (UserError, OSError) as error:
-        return DraftView(draft, parts.draft(*written(reader, draft)), failure(say, error))
-    return show_draft(explorer, say, letter, draft, shaping)
-
-
-def show_three_ways(explorer: Explorer, say: PageWording, prompt: str | None, num_tokens: int, shaping: Shaping) -> str:
-    """Greedy, sampled and beam search of every model."""
-    given = take_text(prompt)
-    num_tokens = min(max(int(num_tokens), 1), MAX_NEW_TOKENS)
-    seed = int(np.random.default_rng().integers(2**31))
-    try:
-        found = {
-            letter: (reader, continuations(reader, given.text, num_tokens, shaping, seed))
-            for letter, reader in explorer.readers.items()
-        }
-    except (UserError, OSError) as error:
-        return failure(say, error)
-    return parts.cut_notice(say, given) + parts.three_ways(say, given.text, found)
-
-
-@dataclass(frozen=True)
-class WalkView:
+class WalkView(NamedTuple):
     """The answer to a step through a store, and the number where one stands, from 1."""
 
     number: int
     shown: str
 
 
-def show_stored(
-    explorer: Explorer, say: PageWording, what: What, number: float | None, block_size: float, seed: float, epoch: float
-) -> WalkView:
-    """A document or block of the store by its number from 1; beyond the ends the first or the last."""
-    assert explorer.walk is not None
-    index = int(number or 1) - 1
-    try:
-        if what == "blocks":
-            block = explorer.walk.block(
-                index, int(block_size or 0), int(seed or 0), min(max(0, int(epoch or 1) - 1), MAX_EPOCHS)
-            )
-            return WalkView(block.number + 1, parts.stored_block(say, block))
-        document = explorer.walk.document(what, index)
-        return WalkView(document.number + 1, parts.stored_document(say, document))
-    except (UserError, OSError) as error:
-        return WalkView(index + 1, failure(say, error))
+@dataclass(frozen=True)
+class Answers:
+    """The answers of the page in one language. A model is named by its letter; an unknown one means the first."""
 
+    explorer: Explorer
+    say: PageWording
 
-def failure(say: PageWording, error: Exception) -> str:
-    """A sentence in the place of an answer."""
-    if isinstance(error, Refusal):
-        return parts.notice(say(error.key, **error.values))
-    return parts.notice(say("failed", reason=str(error)))
+    def reading(self, text: str | None, spot: Spot | None = None) -> ReadView:
+        """Colour a text and draw its running perplexity; the token chosen is marked, if there is one."""
+        given = take_text(text)
+        notices = parts.cut_notice(self.say, given)
+        nothing = dict.fromkeys(self.explorer.readers, "")
+        try:
+            found = self.explorer.read(given.text)
+        except FAULTS as error:
+            return ReadView(notices + self._failure(error), nothing, "")
+        if not found:
+            return ReadView(notices + parts.notice(self.say("empty")), nothing, "")
+        chosen = found[spot.letter].tokens[spot.token] if spot is not None and spot.letter in found else None
+        coloured = {letter: parts.reading(self.say, one, chosen) for letter, one in found.items()}
+        notices += parts.different_tokens(self.say, found)
+        return ReadView(notices, {**nothing, **coloured}, parts.running_perplexity(self.say, found))
 
+    def choices(self, text: str | None, spot: Spot | None, shaping: Shaping) -> dict[str, str]:
+        """What each model expected at the token chosen; a hint where none was."""
+        shown = dict.fromkeys(self.explorer.readers, "")
+        if spot is None:
+            return {**shown, "A": parts.soft_help(self.say("choices_hint"))}
+        try:
+            for letter, reading in self.explorer.read(take_text(text).text).items():
+                token = spot.token if letter == spot.letter else reading.token_at(spot.char)
+                token = min(max(token, 0), len(reading.ids) - 1)  # the text may have changed since
+                logits = reading.reader.logits(reading.ids, token)
+                expectation = expect(logits, shaping, asked=int(reading.ids[token]))
+                shown[letter] = parts.choices(self.say, reading, token, expectation)
+        except FAULTS as error:
+            return {**dict.fromkeys(shown, ""), "A": self._failure(error)}
+        return shown
 
-def text_info(say: PageWording) -> str:
-    """What the box for the text says beside it."""
-    return say("text_info", limit=say.number(MAX_CHARS))
+    def draft(self, letter: str, draft: Draft | None, shaping: Shaping, note: str = "") -> DraftView:
+        """A draft and what may come next."""
+        reader, draft = self._reader(letter), draft or Draft(())
+        text = parts.draft(*written(reader, draft))
+        if has_ended(reader, draft):
+            return DraftView(draft, text, parts.notice(self.say("ended")))
+        try:
+            expectation = expect(next_logits(reader, draft), shaping)
+        except FAULTS as error:
+            return DraftView(draft, text, note + self._failure(error))
+        return DraftView(draft, text, note + parts.candidates(self.say, reader, expectation, clickable=True))
+
+    def new_draft(self, letter: str, prompt: str | None, shaping: Shaping) -> DraftView:
+        """Begin a draft with a prompt."""
+        given = take_text(prompt)
+        note = parts.cut_notice(self.say, given)
+        if given.text.endswith(" "):
+            note += parts.notice(self.say("trailing_space"))
+        return self.draft(letter, begin(self._reader(letter), given.text), shaping, note)
+
+    def step(self, letter: str, draft: Draft | None, shaping: Shaping, action: int | str) -> DraftView:
+        """One step of writing: `likeliest`, `draw`, `undo`, or the id of the next token."""
+        reader, draft = self._reader(letter), draft or Draft(())
+        try:
+            if action == "undo":
+                draft = draft.without_last()
+            elif has_ended(reader, draft):
+                pass
+            elif action == "likeliest":
+                draft = draft.with_token(int(np.argmax(next_logits(reader, draft))))
+            elif action == "draw":
+                draft = draft.with_token(draw(reader, draft, shaping, np.random.default_rng()))
+            elif isinstance(action, int) and 0 <= action < reader.vocabulary_size:
+                draft = draft.with_token(action)
+        except FAULTS as error:
+            return DraftView(draft, parts.draft(*written(reader, draft)), self._failure(error))
+        return self.draft(letter, draft, shaping)
+
+    def three_ways(self, prompt: str | None, num_tokens: int, shaping: Shaping) -> str:
+        """Greedy, sampled and beam search of every model."""
+        given = take_text(prompt)
+        num_tokens = min(max(num_tokens, 1), MAX_NEW_TOKENS)
+        seed = int(np.random.default_rng().integers(2**31))
+        readers = self.explorer.readers.values()
+        try:
+            found = [(reader, continuations(reader, given.text, num_tokens, shaping, seed)) for reader in readers]
+        except FAULTS as error:
+            return self._failure(error)
+        return parts.cut_notice(self.say, given) + parts.three_ways(self.say, given.text, found)
+
+    def document(self, split: Literal["train", "validation"], number: int) -> WalkView:
+        """A document of a store by its number from 1; beyond the ends the first or the last."""
+        walk = self.explorer.walk
+        assert walk is not None
+        try:
+            document = walk.document(split, number - 1)
+        except FAULTS as error:
+            return WalkView(number, self._failure(error))
+        return WalkView(document.number + 1, parts.stored_document(self.say, document))
+
+    def block(self, number: int, block_size: int, seed: int, epoch: int) -> WalkView:
+        """Likewise a block of an epoch, which counts from 1, too."""
+        walk = self.explorer.walk
+        assert walk is not None
+        try:
+            block = walk.block(number - 1, block_size, seed, min(max(0, epoch - 1), MAX_EPOCHS))
+        except FAULTS as error:
+            return WalkView(number, self._failure(error))
+        return WalkView(block.number + 1, parts.stored_block(self.say, block))
+
+    def most_surprising(self, text: str | None) -> Spot | None:
+        """The token that surprises the first model most; None for an empty text."""
+        for letter, reading in self.explorer.read(take_text(text).text).items():
+            token = int(np.argmax(reading.nll))
+            return Spot(letter, token, reading.tokens[token].start)
+        return None
+
+    def text_info(self) -> str:
+        """What the box for the text says beside it."""
+        return self.say("text_info", limit=self.say.number(MAX_CHARS))
+
+    def _reader(self, letter: str) -> Reader:
+        readers = self.explorer.readers
+        return readers.get(letter) or next(iter(readers.values()))
+
+    def _failure(self, error: Exception) -> str:
+        if isinstance(error, Refusal):
+            return parts.notice(self.say(error.key, **error.values))
+        return parts.notice(self.say("failed", reason=str(error)))

@@ -10,7 +10,7 @@ import numpy as np
 from cartilha.blocks.packing import IGNORE_INDEX, PackedSegment, PackedStream
 from cartilha.blocks.sampler import epoch_order
 from cartilha.corpus.splits import Split
-from cartilha.explorer.pieces import token_label
+from cartilha.explorer.token_text import token_label
 from cartilha.explorer.wording import Refusal
 from cartilha.tokens.store import TokenStore
 
@@ -32,11 +32,7 @@ class StoreToken:
 
 @dataclass(frozen=True)
 class StoredDocument:
-    """A document of a store.
-
-    Attributes:
-        tokens: The first `MAX_SHOWN_TOKENS` of them.
-    """
+    """A document of a store, with the first `MAX_SHOWN_TOKENS` of its tokens."""
 
     number: int
     num_documents: int
@@ -57,6 +53,11 @@ class Segment:
     begins: bool
     ends: bool
 
+    @property
+    def is_padding(self) -> bool:
+        """Whether it holds no document."""
+        return self.tokens[0].kind == "padding"
+
 
 @dataclass(frozen=True)
 class StoredBlock:
@@ -73,6 +74,11 @@ class StoredBlock:
     num_blocks: int
     segments: tuple[Segment, ...]
     num_targets: int
+
+    @property
+    def num_padding(self) -> int:
+        """Positions that hold nothing."""
+        return sum(len(segment.tokens) for segment in self.segments if segment.is_padding)
 
 
 class StoreWalk:

@@ -3,28 +3,15 @@
 from __future__ import annotations
 
 import math
-from functools import cache
-from importlib import resources
-
-import yaml
 
 from cartilha.errors import UserError
 from cartilha.reporting.wording import Language, Wording
 
 
-@cache
-def _strings() -> dict[str, dict[str, str]]:
-    text = (resources.files(__package__) / "templates" / "strings.yaml").read_text(encoding="utf-8")
-    strings: dict[str, dict[str, str]] = yaml.safe_load(text)
-    return strings
-
-
 class PageWording(Wording):
     """How one language says what stands on the page."""
 
-    def template(self, key: str) -> str:
-        """The text of that key with its `{name}` left open."""
-        return _strings()[key][self.language]
+    package = "cartilha.explorer"
 
     def probability(self, value: float) -> str:
         """A probability as per cent; small ones keep two significant digits."""

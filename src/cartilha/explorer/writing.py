@@ -8,7 +8,7 @@ import numpy as np
 
 from cartilha.config import GenerateConfig
 from cartilha.evaluation.continuation import continue_prompts
-from cartilha.explorer.choices import Expectation, LogitReader, Shaping, expect, shaped_probabilities
+from cartilha.explorer.choices import Shaping, shaped_probabilities
 from cartilha.explorer.reading import Reader
 from cartilha.explorer.wording import Refusal
 
@@ -41,15 +41,6 @@ class Draft:
         return replace(self, chosen=self.chosen[:-1])
 
 
-@dataclass(frozen=True)
-class Continuations:
-    """What a model writes after one prompt in three ways; each without the prompt."""
-
-    greedy: str
-    sampled: str
-    beam: str
-
-
 def begin(reader: Reader, prompt: str) -> Draft:
     """A draft that begins with a prompt; spaces at its end are left out, as tokens bring the space before them."""
     ids = reader.tokenizer.encode([prompt.rstrip(" ")])[0]
@@ -70,36 +61,25 @@ def written(reader: Reader, draft: Draft) -> tuple[str, str]:
     return (prompt, whole[len(prompt) :]) if whole.startswith(prompt) else ("", whole)
 
 
-def alternatives(logits: LogitReader, draft: Draft, shaping: Shaping, num_shown: int = 10) -> Expectation:
-    """What may come next.
+def next_logits(reader: Reader, draft: Draft) -> np.ndarray:
+    """Logits of what may come next, shape (num_ids,).
 
     Raises:
         Refusal: The text fills the model's context.
     """
-    _check_room(logits.reader, draft)
-    return expect(logits(draft.ids, len(draft.ids)), shaping, num_shown=num_shown)
-
-
-def likeliest(logits: LogitReader, draft: Draft) -> Draft:
-    """The draft with the likeliest token."""
-    _check_room(logits.reader, draft)
-    return draft.with_token(int(np.argmax(logits(draft.ids, len(draft.ids)))))
-
-
-def drawn(logits: LogitReader, draft: Draft, shaping: Shaping, generator: np.random.Generator) -> Draft:
-    """The draft with a token drawn from the shaped probabilities."""
-    _check_room(logits.reader, draft)
-    probabilities = shaped_probabilities(logits(draft.ids, len(draft.ids)), shaping)
-    return draft.with_token(int(generator.choice(len(probabilities), p=probabilities)))
-
-
-def _check_room(reader: Reader, draft: Draft) -> None:
     if len(draft.ids) + 1 >= reader.loaded.context_length:
         raise Refusal("full", context=reader.loaded.context_length)
+    return reader.logits(draft.ids, len(draft.ids))
 
 
-def continuations(reader: Reader, prompt: str, num_tokens: int, shaping: Shaping, seed: int) -> Continuations:
-    """Greedy, sampled and beam search from the same prompt, by the code of `cartilha generate`.
+def draw(reader: Reader, draft: Draft, shaping: Shaping, generator: np.random.Generator) -> int:
+    """A token drawn from the shaped probabilities."""
+    probabilities = shaped_probabilities(next_logits(reader, draft), shaping)
+    return int(generator.choice(len(probabilities), p=probabilities))
+
+
+def continuations(reader: Reader, prompt: str, num_tokens: int, shaping: Shaping, seed: int) -> dict[str, str]:
+    """What `cartilha generate` writes after the prompt: `greedy`, `sampled` and `beam`.
 
     Raises:
         Refusal: The prompt does not fit the model's context.
@@ -115,8 +95,9 @@ def continuations(reader: Reader, prompt: str, num_tokens: int, shaping: Shaping
         top_k=shaping.top_k or reader.vocabulary_size,
         top_p=shaping.top_p,
     )
-    texts = []
-    for settings in (base, sampled, replace(base, num_beams=NUM_BEAMS)):
+    ways = {"greedy": base, "sampled": sampled, "beam": replace(base, num_beams=NUM_BEAMS)}
+    texts = {}
+    for way, settings in ways.items():
         with reader.lock:
-            texts.append(continue_prompts(reader.loaded, reader.tokenizer, settings)[0].text[len(prompt) :])
-    return Continuations(*texts)
+            texts[way] = continue_prompts(reader.loaded, reader.tokenizer, settings)[0].text[len(prompt) :]
+    return texts

@@ -60,5 +60,5 @@ def _readers(config: ExploreConfig, store: TokenStore | None) -> dict[str, Reade
     for letter, ref in zip("AB", config.models, strict=False):
         # The text to read is typed and comes from no store; only a random: model may need the store's tokenizer.
         scorer = load_scorer(ref, store if ref.startswith("random:") else None, settings, device)
-        readers[letter] = Reader(scorer.loaded, scorer.tokenizer, scorer.protocol)
+        readers[letter] = Reader(scorer.loaded, scorer.tokenizer, scorer.protocol, letter)
     return readers

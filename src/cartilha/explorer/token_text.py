@@ -1,4 +1,4 @@
-"""Tokens as something a person can read: pieces of the text, and single tokens by themselves.
+"""Tokens as something a person can read: what each covers of a text, and what a single one stands for.
 
 A byte-level token may be a part of a character (an emoji is often three or four tokens). In a text such parts are
 numbered (`1/3`, `2/3`, `3/3`); alone, a token that is no whole character is shown by its bytes.
@@ -17,13 +17,11 @@ _UNSEEN = ("Cc", "Cf", "Co", "Cn", "Zl", "Zp")  # Unicode categories: controls, 
 
 
 @dataclass(frozen=True)
-class Piece:
+class TokenText:
     """What a token covers of its text.
 
     Attributes:
-        text: The characters; those of a character that several tokens share are with each of them.
-        start: Of the first character in the text.
-        end: One past the last; where tokens share a character, all of them have its start and end.
+        start: Place of its first character; tokens that share a character all have that one's start, end and text.
         part: 1 for the first of the tokens that share a character, and so on; 0 for a token that shares none.
         num_parts: How many tokens share it; 0 for none.
     """
@@ -35,8 +33,8 @@ class Piece:
     num_parts: int = 0
 
 
-def text_pieces(text: str, offsets: Sequence[tuple[int, int]]) -> list[Piece]:
-    """The piece of each token; together they are the whole text.
+def token_texts(text: str, offsets: Sequence[tuple[int, int]]) -> list[TokenText]:
+    """What each token covers; together they are the whole text.
 
     Args:
         text: What was tokenized.
@@ -60,7 +58,7 @@ def text_pieces(text: str, offsets: Sequence[tuple[int, int]]) -> list[Piece]:
     for group, (start, end) in zip(groups, spans, strict=True):
         shared = len(group) if len(group) > 1 else 0
         pieces += [
-            Piece(text[start:end], start, end, part if shared else 0, shared) for part in range(1, 1 + len(group))
+            TokenText(text[start:end], start, end, part if shared else 0, shared) for part in range(1, 1 + len(group))
         ]
     return pieces
 
