@@ -15,82 +15,54 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from cartilha.config import (
-        CheckConfig,
-        CompareConfig,
-        EvaluateConfig,
-        ExploreConfig,
-        GenerateConfig,
-        InspectConfig,
-        PlanConfig,
-        PrepareConfig,
-        PushConfig,
-        ReportConfig,
-        RunConfig,
-        TrainConfig,
-        VocabConfig,
-    )
-    from cartilha.errors import UserError
-    from cartilha.pipeline.check import check
-    from cartilha.pipeline.compare import compare
-    from cartilha.pipeline.evaluate import evaluate
-    from cartilha.pipeline.explore import explore
-    from cartilha.pipeline.generate import generate
-    from cartilha.pipeline.inspect import inspect
-    from cartilha.pipeline.job import run
-    from cartilha.pipeline.plan import plan
-    from cartilha.pipeline.prepare import prepare
-    from cartilha.pipeline.push import push
-    from cartilha.pipeline.report import report
-    from cartilha.pipeline.train import train
-    from cartilha.pipeline.vocab import vocab
+from cartilha.config import COMMANDS
 
-# Read when pyarrow is loaded. Arrow's own allocator (mimalloc) keeps a little more at every evaluation of a run,
-# for good; the system's gives it back, and `prepare` is as fast with it (docs/log.md, experiment 26).
+if TYPE_CHECKING:
+    from cartilha.config import CheckConfig as CheckConfig
+    from cartilha.config import CompareConfig as CompareConfig
+    from cartilha.config import EvaluateConfig as EvaluateConfig
+    from cartilha.config import ExploreConfig as ExploreConfig
+    from cartilha.config import GenerateConfig as GenerateConfig
+    from cartilha.config import InspectConfig as InspectConfig
+    from cartilha.config import PlanConfig as PlanConfig
+    from cartilha.config import PrepareConfig as PrepareConfig
+    from cartilha.config import PushConfig as PushConfig
+    from cartilha.config import ReportConfig as ReportConfig
+    from cartilha.config import RunConfig as RunConfig
+    from cartilha.config import TrainConfig as TrainConfig
+    from cartilha.config import VocabConfig as VocabConfig
+    from cartilha.errors import UserError as UserError
+    from cartilha.pipeline.check import check as check
+    from cartilha.pipeline.compare import compare as compare
+    from cartilha.pipeline.evaluate import evaluate as evaluate
+    from cartilha.pipeline.explore import explore as explore
+    from cartilha.pipeline.generate import generate as generate
+    from cartilha.pipeline.inspect import inspect as inspect
+    from cartilha.pipeline.job import run as run
+    from cartilha.pipeline.plan import plan as plan
+    from cartilha.pipeline.prepare import prepare as prepare
+    from cartilha.pipeline.push import push as push
+    from cartilha.pipeline.report import report as report
+    from cartilha.pipeline.train import train as train
+    from cartilha.pipeline.vocab import vocab as vocab
+
+# Read when pyarrow is loaded. Arrow's own allocator (mimalloc) keeps a little more memory for good at every evaluation
+# of a run; the system's gives it back, and `prepare` is as fast with it (docs/log.md, experiment 26).
 os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
 
-# Read when torch is loaded. By default GNU's OpenMP spins for milliseconds at the end of every parallel region, on the
-# cores that the other threads need where other programs run, too. Short spinning costs nothing on a quiet machine.
+# Read when torch is loaded. By default GNU's OpenMP spins for milliseconds at the end of each parallel region, on cores
+# that other programs, and threads still at work, need. Short spinning costs nothing on a quiet machine.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
-__all__ = [
-    "CheckConfig",
-    "CompareConfig",
-    "EvaluateConfig",
-    "ExploreConfig",
-    "GenerateConfig",
-    "InspectConfig",
-    "PlanConfig",
-    "PrepareConfig",
-    "PushConfig",
-    "ReportConfig",
-    "RunConfig",
-    "TrainConfig",
-    "UserError",
-    "VocabConfig",
-    "check",
-    "compare",
-    "evaluate",
-    "explore",
-    "generate",
-    "inspect",
-    "plan",
-    "prepare",
-    "push",
-    "report",
-    "run",
-    "train",
-    "vocab",
-]
-
 _HOMES = {
-    **{name: f"cartilha.pipeline.{name}" for name in __all__ if name.islower()},
-    **{name: "cartilha.config" for name in __all__ if name.endswith("Config")},
+    **{name: f"cartilha.pipeline.{name}" for name in COMMANDS},
+    **{config.__name__: "cartilha.config" for config in COMMANDS.values()},
     "UserError": "cartilha.errors",
     "run": "cartilha.pipeline.job",
 }
+del _HOMES["demo"]  # a recipe of `run`
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

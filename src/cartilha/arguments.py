@@ -93,9 +93,10 @@ class Option:
         if known.get("positional"):
             parser.add_argument(self.name, **flag)
             return
-        flag |= (
-            {"action": "store_true"} if self.hint is bool else {"metavar": _takes(self.hint) or self.field.name.upper()}
-        )
+        if self.hint is bool:
+            flag["action"] = "store_true"
+        else:
+            flag["metavar"] = _takes(self.hint) or self.field.name.upper()
         # What is not given is not among the parsed values: the defaults are in the dataclass.
         parser.add_argument(*self.flags, dest=self.name, default=SUPPRESS, **flag)
 

@@ -153,14 +153,14 @@ class PrepareConfig(Reading):
     language: str = deciding("pt", "the language that the cleaning step `language` keeps")
     near_duplicates: bool = deciding(False, "keep near-duplicates on one side of the split (extra text)")
     rejects: str | None = option(None, "write what cleaning leaves out to this .jsonl file, with the reasons")
-    limit_documents: int | None = deciding(None, "read at most this many documents")
+    limit_documents: int | None = deciding(None, "read at most this many documents", minimum=1)
     shuffle: bool = deciding(
         False,
         "read the input's parts (1 MB of text, a row group, a file) in an order drawn from the seed: a limit takes"
         " documents from everywhere, not from the head",
     )
     on_error: Literal["stop", "skip"] = deciding("stop", "a faulty record: stop and name it, or skip it")
-    workers: int | None = option(None, "processes that prepare; default all cores")
+    workers: int | None = option(None, "processes that prepare; default all cores", minimum=1)
     executor: Literal["local", "ray"] = option("local", "where they run: here, or on a Ray cluster (extra scale)")
     ray_address: str | None = option(None, "of the Ray cluster; default a new one on this machine")
     overwrite: bool = option(False, "replace a store of another input, tokenizer or setting")

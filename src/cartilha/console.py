@@ -23,6 +23,8 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from cartilha.config import COMMANDS, RunConfig
 
+log = logging.getLogger("cartilha")
+
 PLAIN_INTERVAL_S = 10.0
 
 
@@ -34,13 +36,10 @@ class Advance(Protocol):
 
 
 class OptionNames(logging.Filter):
-    """Names options in messages as the command that runs has them.
+    """Names options in messages as the command that runs has them; `flags` are its own.
 
     Messages are written where the fault is found, by code that several commands share: in a job `--allow_changes` is
     `--train.allow_changes`, and `--on_error`, which `evaluate` lacks, is `cartilha prepare --on_error`.
-
-    Args:
-        flags: The options of the command that runs.
     """
 
     def __init__(self, flags: Collection[str]) -> None:
@@ -51,12 +50,12 @@ class OptionNames(logging.Filter):
         self._homes = {f"--{item.name}": name for name, config in reversed(commands) for item in fields(config)}
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Rewrite a log record."""
+        """Rewrite the message of a log record."""
         record.msg, record.args = self.named(record.getMessage()), ()
         return True
 
     def named(self, message: str) -> str:
-        """The message with this command's options; what follows a command's name are that one's, and stay."""
+        """The message with this command's options; those after the name of a command are that command's, and stay."""
         return re.sub(r"cartilha \w+[^;`]*|(?<![\w-])--[a-z]\w*(?![\w-]|\.\w)", self._named, message)
 
     def _named(self, found: re.Match[str]) -> str:
@@ -69,7 +68,7 @@ class OptionNames(logging.Filter):
 
 def named_options(message: str) -> str:
     """The message as the log's `OptionNames` would write it, if a command has set one."""
-    filters = (known for handler in logging.getLogger("cartilha").handlers for known in handler.filters)
+    filters = (known for handler in log.handlers for known in handler.filters)
     return next((known.named(message) for known in filters if isinstance(known, OptionNames)), message)
 
 
@@ -87,19 +86,17 @@ def set_up_logging() -> None:
     else:
         handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
-    logger = logging.getLogger("cartilha")
-    logger.handlers[:] = [handler]
-    # Of several processes one speaks; the others only of errors.
-    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
-    logger.propagate = False
+    log.handlers[:] = [handler]
+    # Of several processes one reports progress, the others only errors.
+    log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    log.propagate = False
 
 
 def silence_bars() -> None:
-    """Keep other libraries' progress bars out of logs: to be called before they are loaded, by a process of ours only.
+    """Keep other libraries' progress bars out of logs, in a process of ours only.
 
-    tqdm, which transformers, datasets, the hub's client and lm-evaluation-harness draw with, reads its variable when it
-    is loaded. On a terminal the bars of downloads stay. The hub's client tells of each retry; our own sentence follows
-    where all of them failed.
+    tqdm, which those libraries draw with, reads its variable when it is loaded: call this before. The bars of downloads
+    stay on a terminal. The hub's client would report each retry; our own sentence follows if all of them fail.
     """
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     if not sys.stderr.isatty():
@@ -107,50 +104,40 @@ def silence_bars() -> None:
 
 
 def show_by_default() -> None:
-    """Show notices and progress to callers from Python, as the command line does.
+    """Show notices and progress to callers from Python, unless they gave the project's logger a level or a handler.
 
-    Whoever gave the project's logger a level or a handler is left alone. Where the root logger has handlers, as in
-    Colab, they show the lines.
+    If the root logger has handlers, as in Colab, they show the lines.
     """
-    logger = logging.getLogger("cartilha")
-    if logger.level != logging.NOTSET or logger.handlers:
+    if log.level != logging.NOTSET or log.handlers:
         return
     if logging.root.handlers:
-        logger.setLevel(logging.INFO)
+        log.setLevel(logging.INFO)
     else:
         set_up_logging()
 
 
 @contextmanager
 def progress(title: str, total: float | None, unit: str) -> Iterator[Advance]:
-    """Show progress: a bar on a terminal; elsewhere a plain line every ten seconds, so that a log stays readable.
+    """Show progress: a bar on a terminal, else a plain line every ten seconds, so that a log stays readable.
 
     Args:
         title: What is being done.
-        total: Amount of work, in `unit`; None where it is not known.
+        total: Amount of work, in `unit`; None if it is not known.
         unit: Plural name of the unit, for the rate.
     """
-    logger = logging.getLogger("cartilha")
-    if not logger.isEnabledFor(logging.INFO) or not logger.hasHandlers():
+    if not log.isEnabledFor(logging.INFO) or not log.hasHandlers():
         yield lambda amount, note="": None
     elif sys.stderr.isatty():
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-        )
-        with Progress(*columns, console=terminal(), transient=True) as bar:
+        columns = (BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+        with Progress(TextColumn("{task.description}"), *columns, console=terminal(), transient=True) as bar:
             task = bar.add_task(title, total=total, note="")
             started = time.monotonic()
 
-            def advance_bar(amount: float, note: str = "") -> None:
-                done = bar.tasks[0].completed + amount
-                rate = done / max(time.monotonic() - started, 1e-9)
+            def advance(amount: float, note: str = "") -> None:
+                rate = (bar.tasks[0].completed + amount) / max(time.monotonic() - started, 1e-9)
                 bar.update(task, advance=amount, note=f"{_show_rate(rate)} {unit}/s  {note}")
 
-            yield advance_bar
+            yield advance
     else:
         yield _plain_lines(title, total, unit)
 
@@ -169,11 +156,11 @@ def _plain_lines(title: str, total: float | None, unit: str) -> Advance:
             left = f", {(total - done) / rate:,.0f} s left" if total and rate else ""
             of = f" of {total:,.0f}" if total else ""
             line = f"{title}: {done:,.0f}{of} {unit}, {_show_rate(rate)} {unit}/s{left}"
-            logging.getLogger("cartilha").info("%s%s", line, f" ({note})" if note else "")
+            log.info("%s%s", line, f" ({note})" if note else "")
 
     return advance
 
 
 def _show_rate(rate: float) -> str:
-    """Rates from steps of a minute to millions of bytes a second."""
+    """A rate that may be steps per minute or millions of bytes per second."""
     return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"

@@ -61,10 +61,7 @@ def import_extra(module: str, what: str, extra: str) -> Any:
 
 
 def install_command(extra: str) -> str:
-    """The command that installs an extra of this package from where the package itself was installed from.
-
-    That is the index, an archive or repository (by its URL), or a clone (by its directory), as pip has recorded it.
-    """
+    """The command that installs an extra of this package from its own origin: index, URL, repository or clone."""
     from urllib.parse import urlparse  # these two take a while
     from urllib.request import url2pathname
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import typing
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import Field, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -40,27 +39,14 @@ def preflight(config: Any) -> None:
         UserError: A value out of its range, a path that is not there, a missing extra, or two options that exclude
             each other.
     """
-    with _quietly():
+    before, log.disabled = log.disabled, True  # the command itself gives the notices
+    try:
         _check_values(config)
-        for item in fields(config):
-            if item.metadata.get("required") and not getattr(config, item.name):
-                raise UserError(f"--{item.name} is missing; give {item.metadata['help']}.")
+        _check_required(config)
         if type(config) in _CHECKS:
             _CHECKS[type(config)](config)
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Without notices: the command itself gives them."""
-
-    def reject(record: logging.LogRecord) -> bool:
-        return False
-
-    log.addFilter(reject)
-    try:
-        yield
     finally:
-        log.removeFilter(reject)
+        log.disabled = before
 
 
 # Of each option alone
@@ -80,6 +66,14 @@ def _check_values(config: configs.Settings) -> None:
             _check_bounds(item, value)
         if item.name in _TEXTS and value is not None:
             _TEXTS[item.name](value)
+        if item.name in _EXTRAS and value:
+            _check_extra(*_EXTRAS[item.name])
+
+
+def _check_required(config: configs.Settings) -> None:
+    for item in fields(config):
+        if item.metadata.get("required") and not getattr(config, item.name):
+            raise UserError(f"--{item.name} is missing; give {item.metadata['help']}.")
 
 
 def _check_bounds(item: Field[Any], value: float) -> None:
@@ -97,6 +91,11 @@ _TEXTS: dict[str, Callable[[str], object]] = {
     "schedule": check_shape,
     "time_budget": parse_duration,
     "tracker": check_tracker,
+}
+_EXTRAS = {
+    "continuations": ("sacrebleu", "The measure chrF or BLEU (sacrebleu)", "eval"),
+    "near_duplicates": ("rensa", "The search for near-duplicates", "text"),
+    "tasks": ("lm_eval", "A downstream task", "eval"),
 }
 
 
@@ -140,9 +139,11 @@ def _job(config: configs.RunConfig) -> None:
 
     if not config.output:
         raise UserError("A job needs a place for its store, run and report; name a directory with --output.")
-    for stage in (config.prepare, config.train, config.generate):
+    prepare = replace(config.prepare, model=config.model, output=str(Path(config.output) / "store"))
+    for stage in (prepare, config.train, config.generate):
         _check_values(stage)
-    plan(replace(config.prepare, model=config.model, output=str(Path(config.output) / "store")))
+    _check_required(prepare)
+    plan(prepare)
     _check_places(config)
     _check_batch(config.train)
     check_decoding(config.generate)
@@ -180,14 +181,8 @@ def _evaluate(config: configs.EvaluateConfig) -> None:
         raise UserError("There is no model to evaluate; name one or more with --model.")
     if config.save and len(config.model) != 1:
         raise UserError("--save keeps the evaluation of one model; name one with --model.")
-    if config.near_duplicates:
-        if not config.store:
-            raise UserError("--near_duplicates needs the training text to look in; name its store with --store.")
-        _check_extra("rensa", "The search for near-duplicates", "text")
-    if config.continuations is not None:
-        _check_extra("sacrebleu", "The measure chrF or BLEU (sacrebleu)", "eval")
-    if config.tasks:
-        _check_extra("lm_eval", "A downstream task", "eval")
+    if config.near_duplicates and not config.store:
+        raise UserError("--near_duplicates needs the training text to look in; name its store with --store.")
     for task in config.tasks:
         if Path(task).suffix in (".yaml", ".yml") and not Path(task).is_file():
             raise UserError(f"There is no task file {task}; give one of the harness's YAML files, or a task's name.")

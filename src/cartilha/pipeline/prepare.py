@@ -33,6 +33,7 @@ from cartilha.errors import UserError, counted
 from cartilha.machine.devices import usable_cores
 from cartilha.machine.versions import TEXT_PACKAGES, versions
 from cartilha.pipeline.inputs import no_text
+from cartilha.pipeline.preflight import preflight
 from cartilha.pipeline.result import Result
 from cartilha.preparation.assembly import decide, load_corpus, write_rejects, write_sides
 from cartilha.preparation.executors import Executor, Inline, Local, Ray
@@ -92,6 +93,7 @@ def prepare(config: PrepareConfig) -> PrepareResult:
     Raises:
         UserError: No input, a file that cannot be read, nothing to split, or a directory that holds something else.
     """
+    preflight(config)
     asked, path = plan(config), Path(config.output)
     with ExitStack() as stack:
         # Worker processes start here and import while the tokenizer is loaded; a finished store may need none.

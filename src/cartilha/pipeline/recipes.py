@@ -17,10 +17,10 @@ MAX_RECIPE_BYTES = 1_000_000
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Plain values only: no Python objects, and no aliases, of which a few lines may make gigabytes."""
+    """Plain values only: no Python objects, and no aliases, a few lines of which can make gigabytes."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """Compose a node, unless it refers to another."""
+        """Compose a node that is no alias."""
         if self.check_event(yaml.events.AliasEvent):
             raise yaml.constructor.ConstructorError(None, None, "a recipe has no aliases (*name)")
         return super().compose_node(parent, index)
@@ -49,11 +49,7 @@ def read_recipe(name: str) -> dict[str, Any]:
 
 
 def read_settings(file: str | Traversable, what: str) -> dict[str, Any]:
-    """A YAML file's mapping.
-
-    Args:
-        file: Its path, or a file inside the package.
-        what: Its name in messages, as `The file x.yaml`.
+    """The mapping in a YAML file; `what` is its name in messages, such as `The file x.yaml`.
 
     Raises:
         UserError: It cannot be read, or is no YAML mapping.

@@ -54,20 +54,10 @@ def plan(config: PrepareConfig) -> Plan:
     Raises:
         UserError: One of them makes no sense, or an input is not there.
     """
-    if not config.input:
-        raise UserError("There is no input; name files, a dataset or the primer with --input.")
-    if not config.output:
-        raise UserError("There is no place for the store; name a directory with --output.")
     rule = SplitRule(config.validation_fraction, config.validation_documents, config.validation_first, config.seed)
     reading = ReadSettings.of(config)
     if LONE_SURROGATES.search(config.output):
         raise UserError(f"--output {config.output} is not valid UTF-8, which Arrow asks of paths; choose another name.")
-    if config.limit_documents is not None and config.limit_documents < 1:
-        raise UserError(
-            f"--limit_documents is {config.limit_documents}; give 1 or more, or leave it out to read everything."
-        )
-    if config.workers is not None and config.workers < 1:
-        raise UserError(f"--workers is {config.workers}; give 1 or more, or leave it out to use all cores.")
     if config.ray_address and config.executor != "ray":
         raise UserError("--ray_address is for the Ray executor; add --executor ray.")
     steps = tuple(step for name in config.clean for step in (STEPS if name == "web" else (name,)) if step != "none")
