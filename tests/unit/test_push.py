@@ -78,7 +78,7 @@ def test_what_the_hub_refuses_is_one_sentence(monkeypatch, run, tmp_path):
     for words, failure in failures.items():
         with pytest.raises(UserError, match=words):
             pushed(monkeypatch, Hub(failure), run, "ana/x")
-    with pytest.raises(UserError, match="is no name on the hub"):
+    with pytest.raises(UserError, match="is not a name on the hub"):
         pushed(monkeypatch, Hub(), run, "ana/x/y z")
     with pytest.raises(UserError, match="holds no trained model"):
         pushed(monkeypatch, Hub(), str(tmp_path / "elsewhere"), "ana/x")

@@ -144,7 +144,7 @@ class UnigramCollector:
         self._num_bytes += int(scored.num_bytes[kept].sum())
 
     def figures(self) -> dict[str, dict[str, float | None]]:
-        """The baseline by its name; nothing where there is no token."""
+        """The baseline by its name; empty if no token was scored."""
         if not self._num_tokens:
             return {}
         found = Sums(self._nll, self._num_tokens, self._num_bytes, 0, 0, 0)
@@ -152,7 +152,7 @@ class UnigramCollector:
 
 
 def _first_of_the_end(store: TokenStore) -> int | None:
-    """The number of the first of the last training documents, `MAX_PRIME_BYTES` together; None where there are none."""
+    """The number of the first of the last training documents, `MAX_PRIME_BYTES` together; None without documents."""
     sizes = np.cumsum(store.documents("train").num_bytes[::-1] + 1)[::-1]
     first = int(np.searchsorted(-sizes, -MAX_PRIME_BYTES))
     return first if first < len(sizes) else None

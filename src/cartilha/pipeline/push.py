@@ -50,7 +50,7 @@ def push(config: PushConfig) -> PushResult:
             commit_message="A model trained on with Cartilha",
         )
     except HFValidationError as error:
-        raise UserError(f"{config.name!r} is no name on the hub; use USER/NAME, as ana/opt-pt.") from error
+        raise UserError(f"{config.name!r} is not a name on the hub; use USER/NAME, such as ana/opt-pt.") from error
     except LocalTokenNotFoundError as error:
         raise UserError("The hub does not know who you are; run `hf auth login` once, or set HF_TOKEN.") from error
     except HfHubHTTPError as error:
