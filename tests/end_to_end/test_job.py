@@ -132,6 +132,12 @@ def test_validation_before_step_1_and_after_every_epoch_is_in_metrics_and_result
     assert losses[0] > losses[1] > losses[2]
 
 
+def test_a_notice_is_given_once_per_run(store, tmp_path, caplog):
+    results = start(store, tmp_path / "run", batch_tokens=512)
+    assert all("The interval rests on" in row["notes"][0] for row in results["evaluations"])
+    assert len(results["evaluations"]) == 3 and caplog.text.count("The interval rests on") == 1
+
+
 def test_an_epochs_loss_is_the_mean_over_its_tokens(unbroken):
     seen = 0  # tokens before the epoch
     for row in unbroken.results["epochs"]:
@@ -311,7 +317,7 @@ def test_out_of_memory_is_recorded_said_and_a_row_of_the_table(cartilha, store, 
     during_step(dict.fromkeys(range(3, 9), full))
     outcome = cartilha("train", *FLAGS, "--store", store, "--output", tmp_path / "run")
     assert outcome.code == 2 and "Traceback" not in outcome.err
-    assert outcome.err.splitlines()[-1].startswith("cartilha: The device ran out of memory even with one block a ")
+    assert outcome.err.splitlines()[-1].startswith("cartilha: The device ran out of memory even with one block per ")
     run = Left(tmp_path / "run")
     assert run.results["status"] == "out_of_memory" and "9 bytes" in run.results["error"]
     assert len(run.steps) == 2 and len(run.results["evaluations"]) == 1

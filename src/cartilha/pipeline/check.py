@@ -1,29 +1,31 @@
-"""`check`: is the set-up right, before the money is spent? The cheap checks also run before every training."""
+"""`check`: is the set-up right? Every training begins with the cheap checks."""
 
 from __future__ import annotations
 
-import itertools
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from cartilha.checks import model, text, training
 from cartilha.checks.machine import memory_and_disk
 from cartilha.checks.outcome import Check, CheckResult, Subject
-from cartilha.config import CheckConfig
+from cartilha.config import CheckConfig, TrainConfig
 from cartilha.console import progress
 from cartilha.corpus.document import Document
 from cartilha.corpus.primer import read_primer
 from cartilha.errors import CheckFailedError, UserError, first_line
+from cartilha.evaluation.scorer import Scorer, make_scorer
 from cartilha.machine.devices import choose_device, choose_dtype
 from cartilha.model.load import load_model
 from cartilha.pipeline.models import model_tokenizer
 from cartilha.pipeline.preflight import preflight
+from cartilha.pipeline.result import Result
 from cartilha.runs.setup import Run
-from cartilha.runs.step_plan import StepShape, plan_run, refuse_beyond_context, this_machine
+from cartilha.runs.step_plan import RunPlan, StepShape, plan_run, refuse_beyond_context, this_machine
 from cartilha.tokens.store import TokenStore
 from cartilha.training.checkpoint import space_needed
 from cartilha.training.optimizer import resolve_lr
@@ -32,6 +34,8 @@ log = logging.getLogger("cartilha")
 
 SAMPLE_DOCUMENTS, SAMPLE_DOCUMENTS_QUICK = 200, 25
 TRAINING_SAMPLE = 100
+
+Samples = tuple[list[Document], list[Document]]  # held-out and training documents
 
 CHECKS: tuple[Check, ...] = (
     text.round_trip,
@@ -49,27 +53,13 @@ CHECKS: tuple[Check, ...] = (
     training.resume,
     model.truth,
 )
-# What every training does before step 1: seconds, and nothing that moves a weight.
-CHEAP_CHECKS: tuple[Check, ...] = (
-    text.round_trip,
-    text.vocabulary,
-    model.causality,
-    model.isolation,
-    text.leak,
-    memory_and_disk,
-)
+# What every training does before step 1: these take seconds and change no weight.
+CHEAP_CHECKS = (text.round_trip, text.vocabulary, model.causality, model.isolation, text.leak, memory_and_disk)
 
 
 @dataclass(frozen=True)
-class CheckReport:
-    """What all checks found.
-
-    Attributes:
-        model: The model checked.
-        store: The store, or None where the primer stood in.
-        checks: In the order in which they ran.
-        seconds: All together.
-    """
+class CheckReport(Result):
+    """What all checks found, in the order in which they ran; `store` is None if the primer was used instead."""
 
     model: str
     store: str | None
@@ -77,43 +67,41 @@ class CheckReport:
     seconds: float
 
     @property
+    def num_failed(self) -> int:
+        """Checks that failed."""
+        return sum(check.outcome == "failed" for check in self.checks)
+
+    @property
     def exit_code(self) -> int:
-        """0 when none failed, else 3."""
-        return CheckFailedError.exit_code if any(check.outcome == "failed" for check in self.checks) else 0
+        """0 if none failed, else 3."""
+        return CheckFailedError.exit_code if self.num_failed else 0
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for `--json`."""
-        return {
-            "model": self.model,
-            "store": self.store,
-            "checks": [asdict(check) for check in self.checks],
-            "num_failed": sum(check.outcome == "failed" for check in self.checks),
-            "seconds": self.seconds,
-        }
+        """The report as plain values."""
+        return {**super().to_dict(), "num_failed": self.num_failed}
 
 
 def check(config: CheckConfig) -> CheckReport:
-    """Run every check on a model, and on a store's text where one is named.
+    """Run every check on a model, and on a store's text if one is named.
 
     Raises:
-        UserError: There is no such model or store, or nothing in it to check with.
+        UserError: There is no such model or store, or too little text to check with.
     """
     preflight(config)
     started = time.monotonic()
-    subject = _subject(config)
-    results = run_checks(subject, CHECKS)
+    results = run_checks(_subject_of_command(config), CHECKS)
     return CheckReport(config.model, config.store, tuple(results), time.monotonic() - started)
 
 
 def run_checks(subject: Subject, checks: Sequence[Check]) -> list[CheckResult]:
-    """Each check's result, with the time that it took. A check that breaks has failed, and says how."""
+    """Each check's result, with the time that it took. A check that raises an error has failed."""
     results = []
     with progress("Checking", float(len(checks)), "checks") as advance:
         for one in checks:
             began = time.monotonic()
             try:
                 found = one(subject)
-            except Exception as error:  # whatever it is, the user wants the other checks, too
+            except Exception as error:  # the user wants the results of the other checks, too
                 found = _broken(one, error)
             results.append(replace(found, seconds=time.monotonic() - began))
             advance(1.0, results[-1].name)
@@ -132,92 +120,74 @@ def _broken(check: Check, error: Exception) -> CheckResult:
 
 
 def refuse_if_failed(run: Run) -> None:
-    """Run the cheap checks and stop a training whose set-up is wrong.
-
-    Args:
-        run: Assembled, and with nothing of it written yet.
+    """Run the cheap checks, before anything is written, and stop a training whose set-up is wrong.
 
     Raises:
         CheckFailedError: Naming the first check that failed, what it means, and the remedy.
     """
     began = time.monotonic()
-    run.loaded.model.train(False)  # dropout would move every logit
+    run.loaded.model.train(False)  # dropout would change every logit
     results = run_checks(_subject_of_run(run), CHEAP_CHECKS)
     run.loaded.model.train(run.config.dropout)
-    failed = [result for result in results if result.outcome == "failed"]
-    if failed:
-        first = failed[0]
-        raise CheckFailedError(
-            f"The check {first.name!r} failed ({first.measured}; expected: {first.expected}). {first.meaning} "
-            f"{first.remedy} `cartilha check` shows all of them; --skip_checks trains all the same."
-        )
+    for result in results:
+        if result.outcome == "failed":
+            raise CheckFailedError(
+                f"The check {result.name!r} failed ({result.measured}; expected: {result.expected}). {result.meaning} "
+                f"{result.remedy} `cartilha check` shows all of them; --skip_checks trains in spite of it."
+            )
     names = ", ".join(result.name for result in results if result.outcome == "passed")
     log.info("Checked before step 1: %s (%.1f s).", names, time.monotonic() - began)
 
 
 def _subject_of_run(run: Run) -> Subject:
-    held_out, trained_on = sample_documents(run.store, quick=True)
-    return Subject(
-        loaded=run.loaded,
-        tokenizer=run.tokenizer,
-        dtype=run.dtype,
-        held_out=held_out,
-        training=trained_on,
-        store=run.store,
-        block_size=run.config.block_size,
-        lr=run.schedule.peak_lr,
-        micro_batch_size=run.plan.micro_batch_size,
-        planned_bytes=run.plan.memory_bytes,
-        disk_bytes=run.disk_space[0],
-        output=run.path,
-        quick=True,
-        is_random=run.config.model.startswith("random:"),
-    )
+    samples = sample_documents(run.store, quick=True)
+    subject = _subject(run.config, run.scorer, run.store, samples, run.plan)
+    return replace(subject, disk_bytes=run.disk_space[0], output=run.path)
 
 
-def _subject(config: CheckConfig) -> Subject:
+def _subject_of_command(config: CheckConfig) -> Subject:
     store = TokenStore(config.store) if config.store else None
-    held_out, trained_on = sample_documents(store, config.quick)
-    if len(held_out) < 2 or not trained_on:
+    samples = sample_documents(store, config.quick)
+    if len(samples[0]) < 2 or not samples[1]:
         raise UserError("There are too few documents to check with; two held-out and one training document are needed.")
     device = choose_device(config.device)
-    # A store of another tokenizer is a check that fails, not an error: the others go on with the model's own.
+    # A store of another tokenizer is a failed check, not an error: the other checks use the model's own tokenizer.
     tokenizer = model_tokenizer(config.model, store)
     loaded = load_model(config.model, device, tokenizer=tokenizer)
     refuse_beyond_context(config.block_size, loaded.context_length, config.model)
     dtype = choose_dtype(config.dtype, device)
-    plan = plan_run(
-        loaded.model.config,
-        this_machine(device, dtype),
-        loaded.num_parameters,
-        StepShape(config.block_size, max(1, config.batch_tokens // config.block_size)),
-    )
+    shape = StepShape(config.block_size, max(1, config.batch_tokens // config.block_size))
+    plan = plan_run(loaded.model.config, this_machine(device, dtype), loaded.num_parameters, shape)
+    return _subject(config, make_scorer(loaded, tokenizer, dtype), store, samples, plan)
+
+
+def _subject(
+    config: CheckConfig | TrainConfig, scorer: Scorer, store: TokenStore | None, samples: Samples, plan: RunPlan
+) -> Subject:
+    num_parameters, output = scorer.loaded.num_parameters, Path(config.output)
     return Subject(
-        loaded=loaded,
-        tokenizer=tokenizer,
-        dtype=dtype,
-        held_out=held_out,
-        training=trained_on,
+        loaded=scorer.loaded,
+        tokenizer=scorer.tokenizer,
+        dtype=scorer.dtype,
+        held_out=samples[0],
+        training=samples[1],
         store=store,
         block_size=config.block_size,
-        lr=resolve_lr(config.lr, loaded.num_parameters),
+        lr=resolve_lr(config.lr, num_parameters),
         micro_batch_size=plan.micro_batch_size,
         planned_bytes=plan.memory_bytes,
-        disk_bytes=space_needed(loaded.num_parameters, Path(config.output))[0],
-        output=Path(config.output),
-        quick=config.quick,
+        disk_bytes=space_needed(num_parameters, output)[0],
+        output=output,
+        quick=not isinstance(config, CheckConfig) or config.quick,
         is_random=config.model.startswith("random:"),
     )
 
 
-def sample_documents(store: TokenStore | None, quick: bool) -> tuple[list[Document], list[Document]]:
+def sample_documents(store: TokenStore | None, quick: bool) -> Samples:
     """The first held-out and the first training documents of a store, or of the primer cut in two."""
     number = SAMPLE_DOCUMENTS_QUICK if quick else SAMPLE_DOCUMENTS
-    if store is not None:
-        return (
-            list(itertools.islice(store.read_documents("validation"), number)),
-            list(itertools.islice(store.read_documents("train"), TRAINING_SAMPLE)),
-        )
-    texts = list(read_primer())
-    held_out = texts[::5]
-    return held_out[:number], [text for i, text in enumerate(texts) if i % 5][:TRAINING_SAMPLE]
+    if store is None:
+        texts = list(read_primer())
+        return texts[::5][:number], [text for i, text in enumerate(texts) if i % 5][:TRAINING_SAMPLE]
+    held_out, training = store.read_documents("validation"), store.read_documents("train")
+    return list(islice(held_out, number)), list(islice(training, TRAINING_SAMPLE))

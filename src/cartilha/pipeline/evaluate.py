@@ -20,8 +20,8 @@ from cartilha.errors import counted
 from cartilha.evaluation.compressed import CompressedText
 from cartilha.evaluation.continuation import continue_prompts
 from cartilha.evaluation.continuation_scores import continuation_measures
-from cartilha.evaluation.corpus import SHARD_CHARS, ScoredCorpus, score_corpus, score_in_shares
-from cartilha.evaluation.documents import ScoredDocuments, encode_documents
+from cartilha.evaluation.corpus import SHARD_CHARS, ScoredCorpus, score_corpus
+from cartilha.evaluation.documents import encode_documents
 from cartilha.evaluation.downstream import check_tasks, run_tasks
 from cartilha.evaluation.measures import Evaluation, make_evaluation
 from cartilha.evaluation.nll import TokenRows, score_documents
@@ -222,16 +222,3 @@ def _continuations(scorer: Scorer, text: HeldOut, config: EvaluateConfig) -> dic
             "Only %s can be continued: the others are too short.", counted(scores.num_continuations, "document")
         )
     return {**scores.to_dict(), "mode": "greedy", "max_new_tokens": CONTINUATION_TOKENS}
-
-
-def evaluate_loaded(
-    scorer: Scorer, documents: ScoredDocuments, title: str = "Evaluating"
-) -> tuple[Evaluation, np.ndarray]:
-    """Score prepared documents with a loaded model (validation during training): the figures, and each one's nll."""
-    started = time.perf_counter()
-    with progress(title, float(documents.num_tokens.sum()), "tokens") as advance:
-        scores = score_in_shares(scorer, documents, advance)
-    evaluation = make_evaluation(scorer, documents, scores, time.perf_counter() - started)
-    for note in evaluation.notes:
-        log.warning("%s", note)
-    return evaluation, scores.nll

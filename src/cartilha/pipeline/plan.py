@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import PretrainedConfig
 
 from cartilha.blocks.sampler import BlockSampler
@@ -26,14 +27,7 @@ from cartilha.training.checkpoint import BYTES_PER_PARAMETER as CHECKPOINT_BYTES
 from cartilha.training.checkpoint import space_needed
 from cartilha.training.device_facts import KNOWN_DEVICES, DeviceFacts, flops_per_token
 from cartilha.training.loop import StepSettings, train_steps
-from cartilha.training.memory import (
-    BYTES_PER_PARAMETER,
-    SAFETY,
-    MemoryModel,
-    StepMemory,
-    check_states_fit,
-    show_count,
-)
+from cartilha.training.memory import BYTES_PER_PARAMETER, SAFETY, MemoryModel, StepMemory, check_states_fit, show_count
 from cartilha.training.schedule import Schedule
 from cartilha.training.state import TrainingState
 
@@ -41,35 +35,85 @@ log = logging.getLogger("cartilha")
 
 BLOCK_SIZES = (256, 512, 1024, 2048)
 MICRO_BATCH_SIZES = (1, 2, 4, 8, 16, 32)
-PROBE_TOKENS = {"cpu": 1024, "cuda": 16_384}  # a step
+THIS_MACHINE = "this machine"
+PROBE_TOKENS = {"cpu": 1024, "cuda": 16_384}  # per step
 PROBE_STEPS = 3  # the first is not counted
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class PlanResult:
-    """The plan as plain values; `rows` has one for each device, block size and micro-batch."""
+    """The plan as plain values; its `rows` has one for each device, block size and micro-batch."""
 
     values: dict[str, Any]
 
-    @property
-    def rows(self) -> list[dict[str, Any]]:
-        """One for each device, block size and micro-batch."""
-        rows = self.values["rows"]
-        assert isinstance(rows, list)
-        return rows
-
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for `--json`."""
+        """The plan."""
         return self.values
 
 
 @dataclass(frozen=True)
-class _Speed:
-    """Tokens a second of a device: at one block size measured or expected, at others by operations a token."""
+class _Planned:
+    """A device to plan for, and what the training takes on it.
 
+    Attributes:
+        memory: Says what a step takes.
+        tokens: Tokens of all epochs; None without a store.
+        flops: Operations per second, measured or expected; the speed at each block size follows from it.
+        measured_at: Block size of the measurement; None where the speed is expected.
+    """
+
+    config: PlanConfig
+    model: PretrainedConfig
+    facts: DeviceFacts
+    memory: MemoryModel
+    tokens: int | None
     flops: float
     measured_at: int | None = None
+
+    def row(self, block_size: int, size: int) -> dict[str, Any]:
+        """The figures of one micro-batch size."""
+        config = self.config
+        step = self.memory.step(size, block_size, accumulates=size * block_size < config.batch_tokens)
+        fits = step.total <= SAFETY * self.facts.memory_bytes
+        planned = self._with_copy(step)
+        # Layers that are computed twice take another forward pass: 8 operations instead of 6.
+        twice = 4 / 3 if config.gradient_checkpointing and self.measured_at is None else 1.0
+        flops_each = flops_per_token(self.model, self.memory.num_parameters, block_size)
+        rate = self.flops / flops_each / twice if fits else None
+        hours = self.tokens / rate / 3600 if self.tokens and rate else None
+        return {
+            "device": self.facts.name,
+            "block_size": block_size,
+            "micro_batch_size": size,
+            "memory_bytes": planned.total,
+            "memory": asdict(planned),
+            "fits": fits,
+            "tokens_per_second": rate,
+            "estimated": self.measured_at != block_size,
+            "seconds_per_epoch": 3600 * hours / config.epochs if hours else None,
+            "hours": hours,
+            "price": hours * config.price_per_hour if hours and config.price_per_hour is not None else None,
+        }
+
+    def recommended(self, row: dict[str, Any]) -> dict[str, Any]:
+        """A row with the largest micro-batch that fits, for a step of `batch_tokens`; 0 if none fits."""
+        blocks_per_step = max(1, self.config.batch_tokens // row["block_size"])
+        size, step = best_step(self.memory, self.facts, row["block_size"], blocks_per_step)
+        planned = self._with_copy(step)
+        return row | {
+            "micro_batch_size": size,
+            "gradient_accumulation_steps": -(-blocks_per_step // size) if size else None,
+            "memory_bytes": planned.total,
+            "memory": asdict(planned),
+            "fits": size > 0,
+        }
+
+    def _with_copy(self, step: StepMemory) -> StepMemory:
+        """With the copy of the state that exists while a checkpoint is written, as `train` plans longer runs."""
+        if not self.facts.is_host:
+            return step
+        return with_copy(step, self.facts, self.memory.num_parameters) or step
 
 
 def plan(config: PlanConfig) -> PlanResult:
@@ -80,28 +124,24 @@ def plan(config: PlanConfig) -> PlanResult:
     """
     preflight(config)
     store = TokenStore(config.store) if config.store else None
-    tokenizer = store.tokenizer() if store else None
-    model = model_config(config.model, tokenizer if config.model.startswith("random:") else None)
+    model = model_config(config.model, store.tokenizer() if store and config.model.startswith("random:") else None)
     sizes = _block_sizes(config, context_length(model))
-    machine, devices = _devices(config, model)
-    speeds = {facts.name: _Speed(facts.peak_flops * facts.share) for facts in devices}
-    memory = {facts.name: _memory_model(model, facts, config) for facts in devices}
-    num_parameters = memory[devices[0].name].num_parameters
-    _refuse_what_fits_nowhere(config, devices, num_parameters)
-    configured_head_shape(model, config.model)
-    if machine is not None and not config.skip_probe and num_parameters * BYTES_PER_PARAMETER < machine.memory_bytes:
-        speeds[machine.name] = _probed(config, model, machine, num_parameters, sizes) or speeds[machine.name]
     counts = store.counts["train"] if store else None
     tokens = config.epochs * (counts.num_tokens + counts.num_documents) if counts else None
+    devices = [
+        _device(config, model, name, tokens) for name in dict.fromkeys(config.device or ("auto", *KNOWN_DEVICES))
+    ]
+    num_parameters = devices[0].memory.num_parameters
+    _refuse_what_fits_nowhere(config.model, num_parameters, [device.facts for device in devices])
+    configured_head_shape(model, config.model)
+    if not config.skip_probe:
+        devices = [_probed(device, sizes) if device.facts.name == THIS_MACHINE else device for device in devices]
     rows, recommended = [], []
-    for facts in devices:
+    for device in devices:
         for block_size in sizes:
-            of_size = [
-                _row(facts, memory[facts.name], model, block_size, size, speeds[facts.name], tokens, config)
-                for size in MICRO_BATCH_SIZES
-            ]
+            of_size = [device.row(block_size, size) for size in MICRO_BATCH_SIZES]
             rows += of_size
-            recommended.append(_recommended(facts, memory[facts.name], block_size, config, of_size))
+            recommended.append(device.recommended(of_size[0]))
     return PlanResult(
         {
             "model": config.model,
@@ -114,7 +154,7 @@ def plan(config: PlanConfig) -> PlanResult:
             "train_tokens": tokens,
             "checkpoint_bytes": CHECKPOINT_BYTES_PER_PARAMETER * num_parameters,
             "disk_bytes": space_needed(num_parameters)[0],
-            "devices": [_device_values(facts) for facts in devices],
+            "devices": [_device_values(device.facts) for device in devices],
             "recommended": recommended,
             "rows": rows,
         }
@@ -128,96 +168,31 @@ def _block_sizes(config: PlanConfig, longest: int) -> tuple[int, ...]:
     return (config.block_size,)
 
 
-def _devices(config: PlanConfig, model: PretrainedConfig) -> tuple[DeviceFacts | None, list[DeviceFacts]]:
-    """This machine, where it is asked for, and all devices to plan for."""
-    names = config.device or ("auto", *KNOWN_DEVICES)
-    machine = None
-    if "auto" in names:
+def _device(config: PlanConfig, model: PretrainedConfig, name: str, tokens: int | None) -> _Planned:
+    """A known card by its name, or this machine (`auto`)."""
+    if name == "auto":
         device = choose_device("auto")
-        machine = replace(this_machine(device, choose_dtype("auto", device)), name="this machine").for_model(model)
-    found = [machine if name == "auto" else KNOWN_DEVICES[name].for_model(model) for name in dict.fromkeys(names)]
-    return machine, [facts for facts in found if facts is not None]
-
-
-def _memory_model(model: PretrainedConfig, facts: DeviceFacts, config: PlanConfig) -> MemoryModel:
+        facts = replace(this_machine(device, choose_dtype("auto", device)), name=THIS_MACHINE)
+    else:
+        facts = KNOWN_DEVICES[name]
+    facts = facts.for_model(model)
     how = facts.computation(checkpointing=config.gradient_checkpointing)
-    return MemoryModel(model, how, overhead_bytes=facts.overhead_bytes)
+    memory = MemoryModel(model, how, overhead_bytes=facts.overhead_bytes)
+    return _Planned(config, model, facts, memory, tokens, facts.peak_flops * facts.share)
 
 
-def _refuse_what_fits_nowhere(config: PlanConfig, devices: list[DeviceFacts], num_parameters: int) -> None:
-    """A model whose states are too large for every device asked for is refused; for some of them it is said."""
-    too_small = [facts for facts in devices if num_parameters * BYTES_PER_PARAMETER > facts.memory_bytes]
+def _refuse_what_fits_nowhere(model: str, num_parameters: int, devices: list[DeviceFacts]) -> None:
+    """Refuse a model whose states are too large for every device; name the devices that are too small."""
+    state_bytes = num_parameters * BYTES_PER_PARAMETER
+    too_small = [facts for facts in devices if state_bytes > facts.memory_bytes]
     if len(too_small) == len(devices):
         largest = max(devices, key=lambda facts: facts.memory_bytes)
-        check_states_fit(num_parameters, largest.memory_bytes, config.model, largest.name)
+        check_states_fit(num_parameters, largest.memory_bytes, model, largest.name)
     for facts in too_small:
         log.info(
             "%s (%s parameters) cannot be trained on %s: %.1f GiB of states, %.1f GiB of memory.",
-            config.model,
-            show_count(num_parameters),
-            facts.name,
-            num_parameters * BYTES_PER_PARAMETER / GIB,
-            facts.memory_bytes / GIB,
+            *(model, show_count(num_parameters), facts.name, state_bytes / GIB, facts.memory_bytes / GIB),
         )
-
-
-def _as_planned(step: StepMemory, facts: DeviceFacts, memory: MemoryModel) -> StepMemory:
-    """With the copy of the state that is there while a checkpoint is written, as `train` plans it for a longer run."""
-    if not facts.is_host:
-        return step
-    return with_copy(step, facts, memory.num_parameters) or step
-
-
-def _row(
-    facts: DeviceFacts,
-    memory: MemoryModel,
-    model: PretrainedConfig,
-    block_size: int,
-    size: int,
-    speed: _Speed,
-    tokens: int | None,
-    config: PlanConfig,
-) -> dict[str, Any]:
-    step = memory.step(size, block_size, accumulates=size * block_size < config.batch_tokens)
-    fits = step.total <= SAFETY * facts.memory_bytes
-    planned = _as_planned(step, facts, memory)
-    # Layers that are computed twice cost another forward pass, which is 2 of 8 operations then.
-    twice = 4 / 3 if config.gradient_checkpointing and speed.measured_at is None else 1.0
-    rate = speed.flops / flops_per_token(model, memory.num_parameters, block_size) / twice if fits else None
-    hours = tokens / rate / 3600 if tokens and rate else None
-    return {
-        "device": facts.name,
-        "block_size": block_size,
-        "micro_batch_size": size,
-        "memory_bytes": planned.total,
-        "memory": asdict(planned),
-        "fits": fits,
-        "tokens_per_second": rate,
-        "estimated": speed.measured_at != block_size,
-        "seconds_per_epoch": 3600 * hours / config.epochs if hours else None,
-        "hours": hours,
-        "price": hours * config.price_per_hour if hours and config.price_per_hour is not None else None,
-    }
-
-
-def _recommended(
-    facts: DeviceFacts, memory: MemoryModel, block_size: int, config: PlanConfig, rows: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """The largest micro-batch that fits, for a step of `batch_tokens`; 0 where none does."""
-    blocks_per_step = max(1, config.batch_tokens // block_size)
-    size, step = best_step(memory, facts, block_size, blocks_per_step)
-    planned = _as_planned(step, facts, memory)
-    same = ("tokens_per_second", "estimated", "seconds_per_epoch", "hours", "price")
-    return {
-        "device": facts.name,
-        "block_size": block_size,
-        "micro_batch_size": size,
-        "gradient_accumulation_steps": -(-blocks_per_step // size) if size else None,
-        "memory_bytes": planned.total,
-        "memory": asdict(planned),
-        "fits": size > 0,
-        **{name: rows[0][name] for name in same},
-    }
 
 
 def _device_values(facts: DeviceFacts) -> dict[str, Any]:
@@ -231,38 +206,36 @@ def _device_values(facts: DeviceFacts) -> dict[str, Any]:
     }
 
 
-def _probed(
-    config: PlanConfig, model: PretrainedConfig, facts: DeviceFacts, num_parameters: int, sizes: tuple[int, ...]
-) -> _Speed | None:
-    """What `_probe` measures; None where a step, which takes more than the states that were counted, does not fit."""
+def _probed(device: _Planned, sizes: tuple[int, ...]) -> _Planned:
+    """The device with its speed measured; without, if the states or a step do not fit."""
+    if device.memory.num_parameters * BYTES_PER_PARAMETER >= device.facts.memory_bytes:
+        return device
     try:
-        return _probe(config, model, facts, num_parameters, sizes)
+        return _probe(device, 512 if 512 in sizes else sizes[0])
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
     log.warning("Memory ran out in the probe of this machine: its speed is estimated.")
-    return None
+    return device
 
 
-def _probe(
-    config: PlanConfig, model: PretrainedConfig, facts: DeviceFacts, num_parameters: int, sizes: tuple[int, ...]
-) -> _Speed:
-    """Take a few real steps on this machine; the speed at other block sizes follows from their operations a token."""
-    device = choose_device("auto")
+def _probe(planned: _Planned, block_size: int) -> _Planned:
+    """Take a few real steps on this machine."""
+    device = torch.device(planned.facts.kind)
     tokens = PROBE_TOKENS.get(device.type, PROBE_TOKENS["cpu"])
-    block_size = 512 if 512 in sizes else sizes[0]
-    loaded = load_model(config.model, device)
-    if config.gradient_checkpointing:
+    loaded = load_model(planned.config.model, device)
+    if planned.config.gradient_checkpointing:
         checkpoint_layers(loaded.model)
     blocks = max(1, tokens // block_size)
     log.info("Probing this machine: %d steps of %s of %d tokens.", PROBE_STEPS, counted(blocks, "block"), block_size)
     ids = np.random.default_rng(0).integers(0, 256, (blocks * PROBE_STEPS + 1, block_size - 1))
-    state = TrainingState.begin(loaded.model, facts.dtype, lr=1e-6, weight_decay=0.0)
+    state = TrainingState.begin(loaded.model, planned.facts.dtype, lr=1e-6, weight_decay=0.0)
     schedule = Schedule(PROBE_STEPS, 1e-6, warmup_fraction=0.0, final_lr_fraction=1.0)
     documents = PackedDocuments.from_ids(list(ids), prefix_id=0, end_id=0)
     sampler = BlockSampler(documents, block_size=block_size, blocks_per_step=blocks, seed=0)
     began = time.perf_counter()
-    records = list(train_steps(state, sampler, schedule, StepSettings(facts.dtype, blocks)))
+    records = list(train_steps(state, sampler, schedule, StepSettings(planned.facts.dtype, blocks)))
     rate = max(blocks * block_size / record.seconds for record in records[1:])
     log.info("%s tokens/s, in %.0f s.", f"{rate:,.0f}", time.perf_counter() - began)
-    return _Speed(rate * flops_per_token(model, num_parameters, block_size), block_size)
+    flops = rate * flops_per_token(planned.model, planned.memory.num_parameters, block_size)
+    return replace(planned, flops=flops, measured_at=block_size)

@@ -1,10 +1,11 @@
-"""`train`: continued training of a model on a store, validated before step 1 and after every epoch."""
+"""`train`: continued training of a model on a store, with a validation before step 1 and after every epoch."""
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,23 +13,17 @@ from typing import Any
 import torch
 
 from cartilha.config import GenerateConfig, TrainConfig
+from cartilha.console import progress
 from cartilha.errors import InterruptedRunError, OutOfMemoryError, UserError, counted
-from cartilha.evaluation.measures import Evaluation
+from cartilha.evaluation.corpus import score_in_shares
+from cartilha.evaluation.measures import Evaluation, make_evaluation
 from cartilha.machine.devices import seed_everything
 from cartilha.machine.memory import is_out_of_memory, peak_memory_bytes
 from cartilha.machine.processes import from_rank_0, gather_objects, is_main_process
 from cartilha.model.compiling import training_body
 from cartilha.pipeline.check import refuse_if_failed
-from cartilha.pipeline.evaluate import evaluate_loaded
 from cartilha.pipeline.preflight import preflight
-from cartilha.runs.files import (
-    NoticeCollector,
-    RunWriter,
-    check_output,
-    only_process,
-    read_results,
-    write_config,
-)
+from cartilha.runs.files import NoticeCollector, RunWriter, check_output, only_process, read_results, write_config
 from cartilha.runs.live import training_view
 from cartilha.runs.model_card import model_card
 from cartilha.runs.scratch import place_of_run
@@ -50,50 +45,63 @@ log = logging.getLogger("cartilha")
 
 @dataclass(frozen=True)
 class TrainResult:
-    """A finished run.
-
-    Attributes:
-        run: Its directory.
-        results: The contents of results.json.
-        was_finished: Whether it had been finished before (`--resume auto` does nothing then).
-    """
+    """A run's directory and results.json, and whether it was finished before (`--resume auto` then does nothing)."""
 
     run: str
     results: dict[str, Any]
     was_finished: bool
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for `--json`."""
+        """The result as plain values."""
         return {"run": self.run, "was_finished": self.was_finished, **self.results}
 
 
 def train(config: TrainConfig, *, prompts: GenerateConfig | None = None) -> TrainResult:
-    """Train and leave the run's files in `config.output`.
-
-    Args:
-        config: What to train on what, and how.
-        prompts: Prompts that the model continues before and after; by default the default prompt.
+    """Train and leave the run's files in `config.output`; the model continues the prompts before and after.
 
     Raises:
         CheckFailedError: The set-up is unsound (see `cartilha check`); nothing was written.
         UserError: Settings that cannot work, named before anything is computed.
-        OutOfMemoryError: The device's memory did not suffice; the run is recorded so.
+        OutOfMemoryError: The device's memory did not suffice; results.json says so.
         InterruptedRunError: Asked to stop; a checkpoint is saved.
     """
-    output, resume = Path(config.output), config.resume == "auto"
     preflight(config)
     stop_file = Path(config.stop_file) if config.stop_file else None
     if stop_file and stop_file.exists():
-        raise InterruptedRunError(f"The stop file {stop_file} is there: nothing was done; remove it and go on.")
-    with _collecting_notices() as notices, _place(config, resume) as path:
-        record = None if path is None else _run(config, path, prompts or GenerateConfig(), notices, stop_file)
-    return _nothing_to_do(output) if record is None else TrainResult(str(output), record.values, False)
+        raise InterruptedRunError(f"The stop file {stop_file} is there, so nothing was done; remove it and try again.")
+    with _collecting_notices() as notices, _place(config) as path:
+        if path is not None:
+            record = _run(config, path, prompts or GenerateConfig(), notices, stop_file)
+            return TrainResult(config.output, record.values, was_finished=False)
+    if not is_main_process():
+        return TrainResult(config.output, {}, was_finished=True)
+    log.info("The run %s is finished: nothing to do.", config.output)
+    return TrainResult(config.output, read_results(Path(config.output)), was_finished=True)
+
+
+@contextmanager
+def _place(config: TrainConfig) -> Iterator[Path | None]:
+    """The run's directory, locked for this command; None if the run is finished as it was asked for.
+
+    Of several processes the main one looks at the directory, locks it and writes there; the others are told.
+    """
+    output, resume = Path(config.output), config.resume == "auto"
+    with ExitStack() as stack:
+        path = None
+        if is_main_process() and not (resume and is_finished_as_asked(config, output)):
+            path = stack.enter_context(place_of_run(config, resume))
+            stack.enter_context(only_process(path))
+            check_output(path, resume)
+            # The process that had the lock may have finished the run, and so may a local copy of it be finished.
+            if resume and is_finished_as_asked(config, path):
+                path = None
+        yield from_rank_0(path)
 
 
 def _run(
     config: TrainConfig, path: Path, prompts: GenerateConfig, notices: NoticeCollector, stop_file: Path | None
 ) -> RunWriter:
-    """Set up and train in a directory that this command has for itself."""
+    """Set up and train in a directory that is locked for this command."""
     run = assemble(config, path, prompts, config.resume == "auto")
     if not config.skip_checks:
         with random_numbers_apart():  # a resumed run goes on with those of its checkpoint
@@ -104,42 +112,17 @@ def _run(
         record = RunWriter.resume(path, run.step, setting) if run.step else RunWriter.begin(path, setting)
     record = from_rank_0(record if is_main_process() else RunWriter(path, {}))
     with _recording_failures(record, notices), listening_for_stop(stop_file) as stop:
-        record.update()  # the first file: with it the directory is a run, which can be gone on with
+        record.update()  # the first file: from now on the directory is a run, which can be resumed
         if is_main_process():
             write_config(path, config)
             write_json(path / "plan.json", run.plan.values)
+        _announce(run)
         _train(run, record, notices, stop)
     return record
 
 
-@contextmanager
-def _place(config: TrainConfig, resume: bool) -> Iterator[Path | None]:
-    """The run's directory, for this command alone; None where the run is finished as it was asked for.
-
-    Of several processes the first looks at the directory, holds its lock and writes there; the others are told.
-    """
-    output = Path(config.output)
-    with ExitStack() as stack:
-        path = None
-        if is_main_process() and not (resume and is_finished_as_asked(config, output)):
-            path = stack.enter_context(place_of_run(config, resume))
-            stack.enter_context(only_process(path))
-            check_output(path, resume)
-            if resume and is_finished_as_asked(config, path):  # by whoever had it until now, or in the local copy
-                path = None
-        yield from_rank_0(path)
-
-
-def _nothing_to_do(path: Path) -> TrainResult:
-    if not is_main_process():
-        return TrainResult(str(path), {}, True)
-    log.info("The run %s is finished: nothing to do.", path)
-    return TrainResult(str(path), read_results(path), True)
-
-
 def _train(run: Run, record: RunWriter, notices: NoticeCollector, stop: StopRequest) -> None:
-    """Measure, train, measure; a checkpoint at each epoch's end, whenever one is due, and before stopping."""
-    _announce(run)
+    """Measure, train, measure; write a checkpoint after each epoch, whenever one is due, and before stopping."""
     watch = LossWatch(run.state.progress, scaled=run.state.scaler.is_enabled())
     tracked = TrackedRun(run.path, run.step, run.settings)
     tracker = open_tracker(run.config.tracker, tracked) if is_main_process() else None
@@ -152,9 +135,10 @@ def _train(run: Run, record: RunWriter, notices: NoticeCollector, stop: StopRequ
         background=run.plan.background_checkpoints
         and can_write_in_background(run.loaded.model.device, run.loaded.num_parameters),
     )
-    try:
+    log_book = _LogBook(run, record, notices, metrics)
+    with closing(metrics), closing(writer):
         if run.step == 0:
-            _measure(run, record, metrics, "Validation before training")
+            log_book.measure("Validation before training")
             seed_everything(run.config.seed)
         first = None
         for step in _steps(run, record):
@@ -162,9 +146,9 @@ def _train(run: Run, record: RunWriter, notices: NoticeCollector, stop: StopRequ
             metrics.step(step)
             if watch.has_diverged:
                 raise watch.diverged(newest_name(run.path))
-            validation_loss = _end_epoch(run, record, metrics, step) if step.ends_epoch else None
+            validation_loss = log_book.end_epoch(step) if step.ends_epoch else None
             last = run.schedule.is_over(step.step, step.total_seconds)
-            # Read once: a request that comes while the checkpoint is written waits a step.
+            # Read once: a request that comes while the checkpoint is written waits for the next step.
             stopping = any(gather_objects(stop.requested))
             if step.ends_epoch or last or stopping or writer.is_due(step.step):
                 metrics.sync()
@@ -176,21 +160,7 @@ def _train(run: Run, record: RunWriter, notices: NoticeCollector, stop: StopRequ
                 )
         writer.finish()
         record.update(checkpoint_seconds=writer.stall_s, **_rates(run.state.progress, first))
-        _finish(run, record, notices, metrics)
-    finally:
-        writer.close()
-        metrics.close()
-
-
-def _end_epoch(run: Run, record: RunWriter, metrics: MetricsFile, step: StepRecord) -> float:
-    """Validate and record the epoch that this step ends; returns the validation loss, in nats a token."""
-    metrics.flush()
-    train_loss, seconds = run.state.progress.end_epoch()
-    evaluation = _measure(run, record, metrics, f"Validation after epoch {step.epoch}")
-    validation_loss = evaluation.total.nll / evaluation.total.num_tokens
-    row = {"epoch": step.epoch, "train_loss": train_loss, "validation_loss": validation_loss, "seconds": seconds}
-    record.update(epochs=[*record.values["epochs"], row])
-    return validation_loss
+        log_book.finish()
 
 
 def _announce(run: Run) -> None:
@@ -232,60 +202,87 @@ def _steps(run: Run, record: RunWriter) -> Iterator[StepRecord]:
             yield step
 
 
-def _measure(run: Run, record: RunWriter, metrics: MetricsFile, title: str) -> Evaluation:
-    evaluation, nll = evaluate_loaded(run.scorer, run.validation, title)
-    metrics.evaluation(run.step, run.num_epochs_done, evaluation.to_dict())
-    record.add_evaluation(run.step, run.num_epochs_done, evaluation)
-    bits = evaluation.bits_per_byte
-    log.info(
-        "%s: perplexity %.2f, bits per byte %s (%s; %s)",
-        title,
-        evaluation.perplexity,
-        "refused" if bits is None else f"{bits:.4f}",
-        counted(evaluation.total.num_tokens, "token"),
-        run.scorer.protocol.describe(),
-    )
-    if is_main_process():
-        metrics.texts(run.step, take_snapshot(run, record, evaluation, nll))
-    return evaluation
+@dataclass(frozen=True)
+class _LogBook:
+    """A run, and where its evaluations are written down."""
 
+    run: Run
+    record: RunWriter
+    notices: NoticeCollector
+    metrics: MetricsFile
 
-def _finish(run: Run, record: RunWriter, notices: NoticeCollector, metrics: MetricsFile) -> None:
-    """The last evaluation where no epoch's end has just made it, the model, and the summary."""
-    if record.values["evaluations"][-1]["step"] != run.step:
-        _measure(run, record, metrics, "Validation after training")
-    progress = run.state.progress
-    record.values["settings"]["micro_batch_size"] = progress.micro_batch_size  # memory may have run out on the way
-    if progress.step < run.schedule.num_steps:
+    def measure(self, title: str) -> Evaluation:
+        """Score the validation side; a notice that was given before is not repeated."""
+        run, started = self.run, time.perf_counter()
+        with progress(title, float(run.validation.num_tokens.sum()), "tokens") as advance:
+            scores = score_in_shares(run.scorer, run.validation, advance)
+        evaluation = make_evaluation(run.scorer, run.validation, scores, time.perf_counter() - started)
+        for note in evaluation.notes:
+            if note not in self.notices.notices:
+                log.warning("%s", note)
+        self.metrics.evaluation(run.step, run.num_epochs_done, evaluation.to_dict())
+        self.record.add_evaluation(run.step, run.num_epochs_done, evaluation)
+        bits = evaluation.bits_per_byte
         log.info(
-            "The time budget of %s is used up after step %d of %d; a longer one with --allow_changes goes on.",
-            *(run.config.time_budget, progress.step, run.schedule.num_steps),
+            "%s: perplexity %.2f, bits per byte %s (%s; %s)",
+            title,
+            evaluation.perplexity,
+            "refused" if bits is None else f"{bits:.4f}",
+            counted(evaluation.total.num_tokens, "token"),
+            run.scorer.protocol.describe(),
         )
-    best = best_checkpoint(list_checkpoints(run.path))
-    record.update(
-        best_checkpoint=best.name if best else None,
-        steps=progress.step,
-        skipped_steps=progress.skipped_steps,
-        loss_spikes=progress.loss_spikes,
-        tokens=progress.tokens,
-        seconds=progress.seconds,
-        memory_bytes=peak_memory_bytes(run.loaded.model.device.type),
-        notices=list(dict.fromkeys([*record.values["notices"], *notices.notices])),
-    )
-    if not is_main_process():
-        return
-    with new_directory(run.path / "model", replace=True) as temporary:
-        torch.nn.Module.to(run.loaded.model, getattr(torch, run.config.save_dtype))  # nothing computes with it any more
-        run.loaded.model.save_pretrained(temporary)
-        run.tokenizer.save(temporary)
-        write_atomically(temporary / "README.md", model_card(record.values))
-    if not run.config.keep_optimizer and progress.step >= run.schedule.num_steps:  # a longer time budget can go on
-        drop_optimizer_states(run.path)
-    record.update(status="finished")
+        if is_main_process():
+            self.metrics.texts(run.step, take_snapshot(run, self.record, evaluation, scores.nll))
+        return evaluation
+
+    def end_epoch(self, step: StepRecord) -> float:
+        """Validate and record the epoch that this step ends; returns the validation loss, in nats per token."""
+        self.metrics.flush()
+        train_loss, seconds = self.run.state.progress.end_epoch()
+        total = self.measure(f"Validation after epoch {step.epoch}").total
+        validation_loss = total.nll / total.num_tokens
+        row = {"epoch": step.epoch, "train_loss": train_loss, "validation_loss": validation_loss, "seconds": seconds}
+        self.record.update(epochs=[*self.record.values["epochs"], row])
+        return validation_loss
+
+    def finish(self) -> None:
+        """Write the last evaluation (unless an epoch ended here), the model, and the summary."""
+        run, record, progress = self.run, self.record, self.run.state.progress
+        if record.values["evaluations"][-1]["step"] != run.step:
+            self.measure("Validation after training")
+        record.values["settings"]["micro_batch_size"] = progress.micro_batch_size  # smaller if memory ran out
+        is_complete = progress.step >= run.schedule.num_steps
+        if not is_complete:
+            log.info(
+                "The time budget of %s is used up after step %d of %d; a longer one with --allow_changes goes on.",
+                *(run.config.time_budget, progress.step, run.schedule.num_steps),
+            )
+        best = best_checkpoint(list_checkpoints(run.path))
+        record.update(
+            best_checkpoint=best.name if best else None,
+            steps=progress.step,
+            skipped_steps=progress.skipped_steps,
+            loss_spikes=progress.loss_spikes,
+            tokens=progress.tokens,
+            seconds=progress.seconds,
+            memory_bytes=peak_memory_bytes(run.loaded.model.device.type),
+            notices=_all_notices(record, self.notices),
+        )
+        if not is_main_process():
+            return
+        with new_directory(run.path / "model", replace=True) as temporary:
+            # The model is converted in place: nothing computes with it any more.
+            torch.nn.Module.to(run.loaded.model, getattr(torch, run.config.save_dtype))
+            run.loaded.model.save_pretrained(temporary)
+            run.tokenizer.save(temporary)
+            write_atomically(temporary / "README.md", model_card(record.values))
+        if is_complete and not run.config.keep_optimizer:  # a longer time budget goes on with the states
+            drop_optimizer_states(run.path)
+        record.update(status="finished")
 
 
 def _rates(progress: Progress, first: StepRecord | None) -> dict[str, float | None]:
-    """Tokens a second of all steps, and of those after this process's first one, which includes the compilation."""
+    """Tokens per second of all steps, and of those after this process's first one, which includes the compilation."""
     after = progress.seconds - first.total_seconds if first else 0.0
     return {
         "tokens_per_second": progress.tokens / progress.seconds if progress.seconds else None,
@@ -303,36 +300,39 @@ def _collecting_notices() -> Iterator[NoticeCollector]:
         log.removeHandler(collector)
 
 
+def _all_notices(record: RunWriter, notices: NoticeCollector) -> list[str]:
+    """Those of earlier commands and of this one, each once."""
+    return list(dict.fromkeys([*record.values["notices"], *notices.notices]))
+
+
 @contextmanager
 def _recording_failures(record: RunWriter, notices: NoticeCollector) -> Iterator[None]:
-    """Whatever ends the run early is written to results.json: a failed run is a row of the table too."""
-
-    def note(status: str, error: BaseException) -> None:
-        found = list(dict.fromkeys([*record.values["notices"], *notices.notices]))
-        with suppress(OSError):  # where the disk is at fault, this cannot be written either
-            record.update(status=status, error=str(error) or type(error).__name__, notices=found)
-
+    """Write whatever ends the run early to results.json: a failed run is a row of the table too."""
     try:
         yield
-    except (InterruptedRunError, KeyboardInterrupt) as error:
-        note("interrupted", error)
-        raise
-    except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            note("failed", error)
-            raise
-        note("out_of_memory", error)
-        raise OutOfMemoryError(
-            "The device ran out of memory even with one block a forward pass; use a smaller --block_size, "
-            "--gradient_checkpointing, or a smaller model (cartilha plan says what fits)."
-        ) from error
     except BaseException as error:
-        note("failed", error)
-        fault = system_error(error)
-        if fault is None or fault.errno not in DISK_FAULTS:
+        status, told = _failure(error, record.path)
+        with suppress(OSError):  # if the disk is at fault, this cannot be written either
+            reason = str(error) or type(error).__name__
+            record.update(status=status, error=reason, notices=_all_notices(record, notices))
+        if told is error:
             raise
-        newest = newest_name(record.path)
-        raise UserError(
-            f"The run cannot write to {fault.filename or record.path} ({fault.strerror}); free some space or mend the "
-            f"drive, and give the same command with --resume auto: it goes on from {newest or 'the beginning'}."
-        ) from error
+        raise told from error
+
+
+def _failure(error: BaseException, path: Path) -> tuple[str, BaseException]:
+    """The status of a run that an error has ended, and the error that the user sees."""
+    if isinstance(error, InterruptedRunError | KeyboardInterrupt):
+        return "interrupted", error
+    if is_out_of_memory(error):
+        return "out_of_memory", OutOfMemoryError(
+            "The device ran out of memory even with one block per forward pass; use a smaller --block_size, "
+            "--gradient_checkpointing, or a smaller model (cartilha plan says what fits)."
+        )
+    fault = system_error(error)
+    if fault is None or fault.errno not in DISK_FAULTS:
+        return "failed", error
+    return "failed", UserError(
+        f"The run cannot write to {fault.filename or path} ({fault.strerror}); free some space or mend the drive, and "
+        f"give the same command with --resume auto: it goes on from {newest_name(path) or 'the beginning'}."
+    )
