@@ -78,7 +78,7 @@ def test_training_says_what_it_checked(cartilha, store, tmp_path):
 def test_bad_input(refused, store, monkeypatch):
     assert "cannot be reached" in refused("check", "--model", "nada/aqui")  # tests run without a hub
     assert "beyond the context" in refused("check", "--model", "random:tiny", "--store", store, "--block_size", 4096)
-    assert "too small" in refused("check", "--model", "random:tiny", "--block_size", 1)
+    assert "2 or more" in refused("check", "--model", "random:tiny", "--block_size", 1)
     assert "--lr" in refused("check", "--model", "random:tiny", "--lr", "muito")
     monkeypatch.setattr(check_module, "sample_documents", lambda *_: ([], []))
     assert "too few documents" in refused("check", "--model", "random:tiny", "--store", store)
