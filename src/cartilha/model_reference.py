@@ -1,4 +1,4 @@
-"""Where a model's files are: a hub id, a directory, a GGUF file, a package with one, or an architecture's name."""
+"""Where the files of a model are: a hub id, a directory, a GGUF file, a package with one, or an architecture."""
 
 from __future__ import annotations
 
@@ -31,9 +31,7 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     "chat_template.jinja",
 )
-
-
-CONVERSION_VERSION = 2  # raised when the conversion of GGUF files changes, so that no old one is taken from the cache
+CONVERSION_VERSION = 2  # raised when the conversion of GGUF files changes, so that cached ones are made anew
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,6 @@ class ModelSource:
 
     Attributes:
         ref: The argument as given.
-        kind: What it names.
         path: The directory or GGUF file; None for `hub` and `random`.
         name: The hub id or the architecture; empty for the others.
     """
@@ -57,7 +54,7 @@ def resolve_model(ref: str) -> ModelSource:
     """Understand a MODEL argument; nothing is downloaded and no package is imported.
 
     Raises:
-        UserError: The argument names nothing that is there or that could be a hub id.
+        UserError: The argument names nothing that exists or that could be a hub id.
     """
     if ref.startswith("random:"):
         name = ref.removeprefix("random:")
@@ -86,7 +83,7 @@ def resolve_model(ref: str) -> ModelSource:
 
 
 def _as_spelled(path: Path) -> Path:
-    """The path as the file system has it: accents may be written in two ways, and macOS's archives have the rarer."""
+    """The path as the file system spells it: accents have two spellings, and archives from macOS use the rarer one."""
     found = Path(path.anchor)
     for part in path.relative_to(path.anchor).parts:
         spellings = (part, *(unicodedata.normalize(form, part) for form in ("NFC", "NFD")))
@@ -95,11 +92,7 @@ def _as_spelled(path: Path) -> Path:
 
 
 def _model_in(ref: str, directory: Path) -> Path:
-    """The directory of the model: a run's is below it.
-
-    Raises:
-        UserError: It holds a run without a model, or a LoRA adapter instead of a model.
-    """
+    """The directory of the model, which is below that of a run."""
     if (directory / "config.json").is_file():
         return directory
     if (directory / "results.json").is_file():
@@ -122,12 +115,12 @@ def _model_in(ref: str, directory: Path) -> Path:
 
 @functools.cache
 def _announce_run(ref: str) -> None:
-    """Say it once a process."""
+    """Log it once per process."""
     log.warning("%s is a run: its trained model in %s is taken.", ref, Path(ref, "model"))
 
 
 def _gguf_in_package(name: str) -> Path:
-    """The GGUF file inside an installed package, found through its list of files, without importing it."""
+    """The GGUF file inside an installed package, found in its list of files without importing the package."""
     if not name:
         raise UserError(f"package: names no package; name one that holds a GGUF file, such as {EMBEDDED_MODEL}.")
     try:
@@ -145,10 +138,10 @@ def _gguf_in_package(name: str) -> Path:
 
 
 def download(name: str, patterns: tuple[str, ...]) -> Path:
-    """Fetch the files of a hub repository that match the patterns (from the local cache where the hub is away).
+    """Fetch the files of a hub repository that match the patterns, from the local cache if the hub is unreachable.
 
     Raises:
-        HubUnreachableError: The hub cannot be reached and the cache does not have them, or there is no such repository.
+        HubUnreachableError: The files can be had neither from the hub nor from the cache.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
@@ -168,7 +161,7 @@ def download(name: str, patterns: tuple[str, ...]) -> Path:
 
 
 def unreachable_message(name: str) -> str:
-    """The one sentence for a hub that cannot be reached; it names the embedded default and never swaps it in."""
+    """The message for a hub that cannot be reached; it offers the embedded model, which never replaces another."""
     return (
         f"There is no directory {name}, and the hub cannot be reached, so {name} cannot be loaded; connect and run "
         f"again, give a local directory, or use the embedded model with --model {EMBEDDED_MODEL}."
@@ -176,7 +169,7 @@ def unreachable_message(name: str) -> str:
 
 
 def cache_directory() -> Path:
-    """Where conversions and verdicts are kept: $CARTILHA_CACHE, else the system's place for a user's caches."""
+    """Where conversions and verdicts are kept: $CARTILHA_CACHE, or the system's directory for the user's caches."""
     if os.environ.get("CARTILHA_CACHE"):
         return Path(os.environ["CARTILHA_CACHE"])
     if sys.platform == "win32":
@@ -187,7 +180,7 @@ def cache_directory() -> Path:
 
 
 def conversion_directory(path: Path) -> Path:
-    """Where the conversion of this GGUF file is kept; another file, or the same one changed, has another place."""
+    """Where the conversion of a GGUF file is kept; another file, or a changed one, has another directory."""
     status = path.stat()
     key = f"{CONVERSION_VERSION} {path.name} {status.st_size} {status.st_mtime_ns}"
     return cache_directory() / "gguf" / hashlib.sha256(key.encode("utf-8")).hexdigest()[:16]

@@ -295,7 +295,7 @@ def fill(disk: Path, leave: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("moment", "workers"), [("_check_space", 1), ("_check_space", 2), ("load_corpus", 1), ("write_sides", 1)]
+    ("moment", "workers"), [("_check_space", 1), ("_check_space", 2), ("load_index", 1), ("write_sides", 1)]
 )
 def test_a_disk_that_fills_while_text_is_prepared(small_disk, tmp_path, capfd, monkeypatch, moment, workers):
     """Full before the shards, before what is decided, and inside of the store's writing, with near-duplicates."""

@@ -205,7 +205,7 @@ def cut_texts(store: Path) -> None:
 
 
 def without_seal(store: Path) -> None:
-    """As the first version wrote it."""
+    """store.json without its hash of itself."""
     info = json.loads((store / "store.json").read_text(encoding="utf-8"))
     del info["sha256"]
     write(store / "store.json", json.dumps(info, indent=2))
@@ -221,7 +221,7 @@ def without_seal(store: Path) -> None:
         (lambda store: write(store / "store.json", "{}"), "store.json is damaged"),
         (lambda store: write(store / "store.json", '{"format_version": 99}'), "has format 99"),
         (lambda store: write(store / "store.json", '{"format_version": 1}'), "store.json is damaged"),
-        (without_seal, "was made by an older version"),
+        (without_seal, "store.json is damaged (it has no hash of its own)"),
     ],
 )
 def test_an_unreadable_store_and_its_remedy(refused: Refused, cartilha, corpus, tmp_path, damage, named):

@@ -11,6 +11,7 @@ from cartilha.corpus.document import Document
 from cartilha.pipeline import check as check_module
 from cartilha.tokens.store_writer import writing_store
 from cartilha.tokens.tokenizer import load_tokenizer
+from stores import add_documents
 
 KEYS = {"name", "outcome", "measured", "expected", "meaning", "remedy", "figures", "seconds"}
 TRAIN = [
@@ -36,7 +37,7 @@ def leaky(tmp_path) -> Path:
     documents = [Document(text, str(i), "mão", "mão") for i, text in enumerate(texts)]
     with writing_store(tmp_path / "leaky", load_tokenizer("random:tiny"), replace=False) as writer:
         for side, chosen in (("validation", documents[:6]), ("train", documents[5:])):
-            writer.add(side, chosen, [document.text_hash for document in chosen])
+            add_documents(writer, side, chosen)
         writer.finish({"inputs": [], "settings": {}, "dropped": {}})
     return tmp_path / "leaky"
 

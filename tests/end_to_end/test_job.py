@@ -175,7 +175,7 @@ def test_the_saved_model_is_a_plain_float32_model(unbroken, store):
     assert model.config._attn_implementation == "sdpa" and model.dtype == torch.float32
     nll, num_tokens = 0.0, 0
     with torch.inference_mode():
-        for document in TokenStore(store).validation_documents():
+        for document in TokenStore(store).read_documents("validation"):
             ids = [tokenizer.bos_token_id, *tokenizer(document.text, add_special_tokens=False)["input_ids"]]
             tensor = torch.tensor([ids])
             nll += float(model(input_ids=tensor, labels=tensor).loss) * (len(ids) - 1)

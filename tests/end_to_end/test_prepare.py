@@ -27,7 +27,7 @@ from cartilha.errors import UnfinishedError, UserError
 from cartilha.pipeline import prepare as module
 from cartilha.pipeline.prepare import prepare
 from cartilha.preparation import shard_work, work_directory
-from cartilha.preparation.executors import Local
+from cartilha.preparation.executors import in_processes
 from cartilha.tokens.store import TokenStore
 from cartilha.tokens.summary import summarize
 
@@ -267,12 +267,9 @@ def test_all_workers_begin_even_where_the_first_is_quick(monkeypatch):
 
     monkeypatch.setattr(ProcessPoolExecutor, "submit", slowly)
     before = set(multiprocessing.active_children())
-    executor = Local(2)
-    try:
-        executor._start.join()
+    with in_processes(2) as run:
+        assert not list(run(_exit, []))  # waits for the start
         assert len(set(multiprocessing.active_children()) - before) == 2
-    finally:
-        executor.close()
 
 
 def _exit(number: int) -> int:
@@ -282,12 +279,8 @@ def _exit(number: int) -> int:
 
 
 def test_a_killed_worker_is_a_sentence():
-    executor = Local(2)
-    try:
-        with pytest.raises(UnfinishedError, match="--workers"):
-            list(executor.map(_exit, [0, 1, 2]))
-    finally:
-        executor.close()
+    with in_processes(2) as run, pytest.raises(UnfinishedError, match="--workers"):
+        list(run(_exit, [0, 1, 2]))
 
 
 def test_a_second_run_does_nothing(config, monkeypatch):

@@ -28,7 +28,7 @@ def test_both_sides_get_a_document_whatever_the_fraction(cartilha, tmp_path, num
     assert all(splits[side]["num_documents"] >= 1 for side in ("train", "validation"))
     assert sum(splits[side]["num_documents"] for side in splits) == num_documents
     store = TokenStore(tmp_path / "store")
-    kept = [document.text for document in store.validation_documents()]
+    kept = [document.text for document in store.read_documents("validation")]
     assert set(kept) < set(texts)
     # A fraction that had to be changed is said, and recorded; the one that was asked for stays the store's setting.
     asked_for_works = 0 < sum(choose_split(hash_of(text), fraction, 0) == "validation" for text in texts) < len(texts)

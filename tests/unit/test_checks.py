@@ -33,6 +33,7 @@ from cartilha.tokens.tokenizer import TextTokenizer, load_tokenizer
 from cartilha.training import checkpoint as checkpoint_module
 from cartilha.training import loop
 from cartilha.training.schedule import Schedule
+from stores import add_documents
 
 CPU = torch.device("cpu")
 
@@ -80,8 +81,8 @@ def made_store(path: Path, documents: list[Document], leaked: int, tokenizer: Te
     """Ten documents held out, of which so many are trained on, too."""
     with writing_store(path, tokenizer or load_tokenizer("random:tiny"), replace=False) as writer:
         held_out, trained = documents[:10], documents[10:] + documents[:leaked]
-        writer.add("validation", held_out, [d.text_hash for d in held_out])
-        writer.add("train", trained, [d.text_hash for d in trained])
+        add_documents(writer, "validation", held_out)
+        add_documents(writer, "train", trained)
         writer.finish({"inputs": [], "settings": {}, "dropped": {}})
     return path
 

@@ -19,11 +19,11 @@ from cartilha.corpus.document import Document
 from cartilha.corpus.splits import Split
 from cartilha.errors import UserError
 from cartilha.storage import file_sha256, write_sealed_json
-from cartilha.tokens import store as store_module
 from cartilha.tokens import store_checks, store_writer
 from cartilha.tokens.store import TokenStore, batches
 from cartilha.tokens.store_writer import writing_store
 from cartilha.tokens.tokenizer import TextTokenizer, load_tokenizer
+from stores import add_documents
 
 TRAIN = [
     Document("Olá, João!\n Tudo bem?", "1", "cartas.txt", "carta"),
@@ -52,7 +52,7 @@ def write_store(
     sides: list[tuple[Split, list[Document]]] = [("train", train), ("validation", validation)]
     with writing_store(path, tokenizer or load_tokenizer("random:tiny"), replace=replace) as writer:
         for split, documents in sides:
-            writer.add(split, documents, [document.text_hash for document in documents])
+            add_documents(writer, split, documents)
         writer.finish({"settings": {"seed": 3}})
     return path
 
@@ -101,14 +101,14 @@ def test_what_is_written_comes_back(path):
         sums = (table.num_tokens.sum(), table.num_bytes.sum(), table.num_chars.sum(), table.num_words.sum())
         assert (counts.num_documents, len(documents)) == (len(documents), len(table.start))
         assert (counts.num_tokens, counts.num_bytes, counts.num_chars, counts.num_words) == sums
-    assert store.validation_documents() == VALIDATION
+    assert list(store.read_documents("validation")) == VALIDATION
     assert store.info["settings"] == {"seed": 3}
     assert store.counts["train"].num_bytes > store.counts["train"].num_chars > store.counts["train"].num_words > 0
 
 
 def test_the_tokenizer_in_the_store_is_the_one_it_was_made_with(path):
     store, tokenizer = TokenStore(path), load_tokenizer("random:tiny")
-    assert store.fingerprint == tokenizer.fingerprint() == store.tokenizer().fingerprint()
+    assert store.fingerprint == tokenizer.fingerprint == store.tokenizer().fingerprint
     assert (store.prefix_id, store.end_id, store.num_ids) == (256, 257, 259)
     assert store.tokenizer().encode(["Um </s> dois"])[0].tolist() == list(b"Um </s> dois")
 
@@ -147,7 +147,7 @@ def test_the_corpus_hash_tells_texts_and_their_order(path, tmp_path):
 
 def test_a_side_without_tokens_can_be_read(tmp_path):
     store = TokenStore(write_store(tmp_path / "loja", validation=[]))
-    assert store.tokens("validation").shape == (0,) and store.validation_documents() == []
+    assert store.tokens("validation").shape == (0,) and list(store.read_documents("validation")) == []
     assert store.documents("validation").start.shape == (0,)
 
 
@@ -156,7 +156,7 @@ def test_many_row_groups_are_one_table(tmp_path, monkeypatch):
     documents = [Document(f"Texto {i}", str(i), "t", "t") for i in range(7)]
     path = write_store(tmp_path / "loja", documents, documents)
     assert pq.ParquetFile(path / "train.documents.parquet").num_row_groups == 4
-    assert TokenStore(path).validation_documents() == documents
+    assert list(TokenStore(path).read_documents("validation")) == documents
 
 
 # Width of the ids
@@ -280,7 +280,7 @@ def edit_info(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 def test_a_newer_format_is_refused(path):
     edit_info(path, lambda info: info.update(settings="others"))
     TokenStore(path)
-    edit_info(path, lambda info: info.update(format_version=store_module.FORMAT_VERSION + 1))
+    edit_info(path, lambda info: info.update(format_version=store_checks.FORMAT_VERSION + 1))
     assert "has format 2, this version reads 1" in complaint(path)
 
 
@@ -441,7 +441,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch, old, mo
         real = Path.replace
         monkeypatch.setattr(Path, "replace", lambda a, b: fail() if a.suffix == ".tmp" and a.is_dir() else real(a, b))
     with pytest.raises(Interrupted), writing_store(folder / "loja", load_tokenizer("random:tiny"), replace=True) as w:
-        w.add("train", VALIDATION, [d.text_hash for d in VALIDATION])
+        add_documents(w, "train", VALIDATION)
         assert len(list(folder.iterdir())) == 1 + old  # not vacuous: the new one is being written
         if moment == "adding":
             fail()
@@ -450,13 +450,13 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch, old, mo
     assert contents(folder) == before
     assert [p.name for p in folder.iterdir()] == (["loja"] if old else [])
     if old:
-        assert TokenStore(folder / "loja").validation_documents() == VALIDATION
+        assert list(TokenStore(folder / "loja").read_documents("validation")) == VALIDATION
 
 
 def test_a_store_appears_whole_or_not_at_all(tmp_path):
     with writing_store(tmp_path / "loja", load_tokenizer("random:tiny"), replace=False) as writer:
-        writer.add("train", TRAIN, [d.text_hash for d in TRAIN])
-        writer.add("validation", VALIDATION, [d.text_hash for d in VALIDATION])
+        add_documents(writer, "train", TRAIN)
+        add_documents(writer, "validation", VALIDATION)
         writer.finish({})
         assert not (tmp_path / "loja").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["loja"]

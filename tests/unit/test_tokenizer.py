@@ -98,7 +98,7 @@ def opt_in_one_file(opt_tokenizer, tmp_path_factory) -> Path:
 
 def test_the_same_tokenizer_in_another_format_has_the_same_fingerprint(opt_tokenizer, opt_in_one_file):
     two_files, one_file = load_tokenizer(str(opt_tokenizer)), load_tokenizer(str(opt_in_one_file))
-    assert one_file.fingerprint() == two_files.fingerprint()
+    assert one_file.fingerprint == two_files.fingerprint
     assert ids(one_file, MIXED) == ids(two_files, MIXED)
 
 
@@ -138,15 +138,15 @@ CHANGES = {
 @pytest.mark.parametrize("name", CHANGES)
 def test_what_changes_ids_changes_the_fingerprint(name):
     change, text = CHANGES[name]
-    assert changed(MERGED, lambda whole: None).fingerprint() == MERGED.fingerprint()
-    assert changed(MERGED, change).fingerprint() != MERGED.fingerprint()
+    assert changed(MERGED, lambda whole: None).fingerprint == MERGED.fingerprint
+    assert changed(MERGED, change).fingerprint != MERGED.fingerprint
     if text is not None:
         assert ids(changed(MERGED, change), text) != ids(MERGED, text)
 
 
 @pytest.mark.parametrize("name", ["bos_id", "eos_id"])
 def test_prefix_and_end_belong_to_the_fingerprint(name):
-    assert replace(TINY, **{name: 65}).fingerprint() != TINY.fingerprint()
+    assert replace(TINY, **{name: 65}).fingerprint != TINY.fingerprint
 
 
 def test_what_does_not_change_ids_does_not_change_the_fingerprint():
@@ -157,14 +157,14 @@ def test_what_does_not_change_ids_does_not_change_the_fingerprint():
         splitters = [byte_level | {"trim_offsets": trim_offsets}]
         return lambda whole: whole.update(pre_tokenizer={"type": "Sequence", "pretokenizers": splitters})
 
-    assert changed(MERGED, split_with(True)).fingerprint() == changed(MERGED, split_with(False)).fingerprint()
+    assert changed(MERGED, split_with(True)).fingerprint == changed(MERGED, split_with(False)).fingerprint
 
     def decorate(whole):
         whole["post_processor"] = json.loads(template.__getstate__())
         whole["truncation"] = {"max_length": 1, "stride": 0, "strategy": "LongestFirst", "direction": "Right"}
         add_token("</s>", 3, special=True)(whole)
 
-    assert changed(MERGED, decorate).fingerprint() == MERGED.fingerprint()
+    assert changed(MERGED, decorate).fingerprint == MERGED.fingerprint
 
 
 # Saved and loaded again
@@ -179,7 +179,7 @@ def test_saved_files_are_the_exact_ones_and_load_anywhere(opt_tokenizer, opt_in_
         assert names == {path.name for path in folder.iterdir()} - {"config.json", "SOURCE.md"}
         assert all((saved / name).read_bytes() == (folder / name).read_bytes() for name in names)
         again = load_tokenizer(str(saved))
-        assert again.fingerprint() == tokenizer.fingerprint()
+        assert again.fingerprint == tokenizer.fingerprint
         assert ids(again, MIXED) == ids(tokenizer, MIXED) == peer_ids(saved, MIXED)
 
 
@@ -188,7 +188,7 @@ def test_a_tokenizer_made_here_loads_anywhere(tmp_path):
 
     TINY.save(tmp_path)
     again, peer = load_tokenizer(str(tmp_path)), AutoTokenizer.from_pretrained(tmp_path)
-    assert again.fingerprint() == TINY.fingerprint()
+    assert again.fingerprint == TINY.fingerprint
     assert ids(again, MIXED) == peer_ids(tmp_path, MIXED) == list(MIXED.encode("utf-8"))
     assert (peer.bos_token_id, peer.eos_token_id, peer.pad_token_id) == (256, 257, 258)
     assert (again.bos_id, again.eos_id, again.pad_id) == (256, 257, 258)
@@ -212,7 +212,7 @@ def test_special_ids_of_config_json_survive_a_save(
     tokenizer.save(tmp_path / "salvo")
     again = load_tokenizer(str(tmp_path / "salvo"))
     assert (again.prefix_id, again.end_id) == (2, 2)
-    assert again.fingerprint() == tokenizer.fingerprint()
+    assert again.fingerprint == tokenizer.fingerprint
     assert peer_ids(tmp_path / "salvo", BRASIL) == ids(load_tokenizer(str(source)), BRASIL)
     saved_config = json.loads((tmp_path / "salvo" / "tokenizer_config.json").read_text())
     assert saved_config["bos_token"] == "</s>"
@@ -349,7 +349,7 @@ def test_two_files_of_another_class_are_read_by_that_class(opt_tokenizer, tmp_pa
 
 def test_a_random_model_has_no_tokenizer_of_its_own():
     assert "random:opt-125m has no tokenizer of its own" in complaint("random:opt-125m")
-    assert load_tokenizer("random:tiny-opt").fingerprint() == TINY.fingerprint()
+    assert load_tokenizer("random:tiny-opt").fingerprint == TINY.fingerprint
     assert "There is no architecture random:big; choose from random:tiny" in complaint("random:big")
 
 
@@ -376,7 +376,7 @@ def test_a_sentencepiece_model_alone(tmp_path, caplog):
     assert ids(tokenizer, BRASIL) == peer_ids(folder, BRASIL) and tokenizer.decode(ids(tokenizer, BRASIL)) == BRASIL
     assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
     tokenizer.save(tmp_path / "salvo")
-    assert load_tokenizer(str(tmp_path / "salvo")).fingerprint() == tokenizer.fingerprint()
+    assert load_tokenizer(str(tmp_path / "salvo")).fingerprint == tokenizer.fingerprint
 
 
 def test_a_sentencepiece_model_without_the_library(tmp_path, monkeypatch):
@@ -451,11 +451,11 @@ def test_gguf_is_converted_once(tmp_path, monkeypatch):
     first = load_tokenizer(str(path))
     monkeypatch.setattr(tokenizer_module, "gguf_tokenizer", None)  # the second time it is not called
     second = load_tokenizer(str(path))
-    assert second.fingerprint() == first.fingerprint() and second.num_ids == first.num_ids
+    assert second.fingerprint == first.fingerprint and second.num_ids == first.num_ids
     assert (second.bos_id, second.eos_id, second.pad_id) == (first.bos_id, first.eos_id, first.pad_id)
     shutil.rmtree(conversion_directory(path))
     second.save(tmp_path / "salvo")  # what was read from the cache does not need it any more
-    assert load_tokenizer(str(tmp_path / "salvo")).fingerprint() == first.fingerprint()
+    assert load_tokenizer(str(tmp_path / "salvo")).fingerprint == first.fingerprint
 
 
 def test_gguf_keeps_its_chat_template(tmp_path):

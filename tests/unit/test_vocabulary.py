@@ -141,7 +141,7 @@ def test_what_is_saved_encodes_alike_for_us_and_for_transformers(base, learnt, s
     from transformers import AutoTokenizer
 
     again, theirs = load_tokenizer(str(saved)), AutoTokenizer.from_pretrained(saved)
-    assert again.fingerprint() == learnt.tokenizer.fingerprint() != base.fingerprint()
+    assert again.fingerprint == learnt.tokenizer.fingerprint != base.fingerprint
     expected = [ids.tolist() for ids in learnt.tokenizer.encode(OTHERS)]
     assert [ids.tolist() for ids in again.encode(OTHERS)] == expected
     assert theirs(OTHERS, add_special_tokens=False)["input_ids"] == expected
@@ -252,7 +252,7 @@ def test_beyond_65536_ids_the_store_takes_four_bytes_a_token(tmp_path, caplog):
         store = TokenStore(tmp_path / name)
         assert store.tokens("train").dtype == dtype
         assert ("4 bytes per token" in caplog.text) == (dtype == "uint32")
-        for held_out in store.validation_documents():
+        for held_out in store.read_documents("validation"):
             assert tokenizer.decode(tokenizer.encode([held_out.text])[0]) == held_out.text
     assert store.tokens("train").max() > 65_535
     assert next(store.read_documents("train")).text in texts.read_text(encoding="utf-8").split("\n")

@@ -117,7 +117,7 @@ def vocabulary(subject: Subject) -> CheckResult:
     used = set(tokenizer.backend.get_vocab(with_added_tokens=True).values())
     num_unused = rows - len([i for i in used if i < rows])
     store_largest = _largest_id(subject)
-    same = subject.store is None or subject.store.fingerprint == tokenizer.fingerprint()
+    same = subject.store is None or subject.store.fingerprint == tokenizer.fingerprint
     passed = largest < min(rows, num_input_rows) and store_largest < min(rows, num_input_rows) and same
     named = ", ".join(f"{name} {value}" for name, value in special.items() if value is not None)
     measured = (

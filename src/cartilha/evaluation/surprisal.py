@@ -101,7 +101,8 @@ def _table(step: int, parts: list[TokenRows], tokenizer: TextTokenizer, document
         for name in ("document", "position", "nll", "entropy", "rank", "likeliest_ids", "likeliest")
     )
     order = np.lexsort((position, document))
-    texts = {int(i): _token_text(tokenizer, int(i)) for i in np.unique(likeliest_ids)}
+    shown = np.unique(likeliest_ids).tolist()
+    texts = dict(zip(shown, tokenizer.decode_each(shown), strict=True))
     columns = {
         "step": np.full(len(order), step),
         "document": document[order],
@@ -117,10 +118,3 @@ def _table(step: int, parts: list[TokenRows], tokenizer: TextTokenizer, document
         "likeliest_probabilities": likeliest[order].tolist(),
     }
     return pa.table({field.name: pa.array(columns[field.name], field.type) for field in SURPRISAL_SCHEMA})
-
-
-def _token_text(tokenizer: TextTokenizer, token_id: int) -> str:
-    """What a token would add in the middle of a text; decoders of SentencePiece drop the space of a first token."""
-    text = tokenizer.decode([token_id])
-    piece = tokenizer.backend.id_to_token(token_id) or ""
-    return f" {text}" if piece.startswith("▁") and not text.startswith(" ") else text

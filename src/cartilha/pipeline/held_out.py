@@ -85,13 +85,13 @@ class HeldOut:
         """Tokens to score if that is known beforehand, for the progress bar."""
         config = self.config
         whole = config.limit_documents is None and config.protocol == "full"
-        if self.store is None or self.split is None or not whole or tokenizer.fingerprint() != self.store.fingerprint:
+        if self.store is None or self.split is None or not whole or tokenizer.fingerprint != self.store.fingerprint:
             return None
         return float(self.store.counts[self.split].num_tokens)
 
     def unigram(self, scorer: Scorer) -> UnigramCollector | None:
         """A collector for the unigram baseline, if the model's tokenizer is that of the store."""
-        if self.store is None or scorer.tokenizer.fingerprint() != self.store.fingerprint:
+        if self.store is None or scorer.tokenizer.fingerprint != self.store.fingerprint:
             return None
         return UnigramCollector(self.store, scorer.vocabulary_size)
 

@@ -114,7 +114,7 @@ def _described(store: TokenStore, split: Split, index: int) -> dict[str, Any]:
         **{name: int(getattr(table, name)[index]) for name in ("num_tokens", "num_bytes", "num_chars", "num_words")},
         "first_token": begin,
         "text": next(islice(store.read_documents(split, first=index), 1)).text,
-        "tokens": tokenizer.decode_batch([ids[i : i + 1] for i in range(num_tokens)]),
+        "tokens": tokenizer.decode_each(ids),
     }
 
 

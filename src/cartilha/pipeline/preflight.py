@@ -105,7 +105,7 @@ _EXTRAS = {
 def _check_places(config: Any) -> None:
     """The store, the text and the models that a command names."""
     if getattr(config, "store", None):
-        from cartilha.tokens.store import read_store_info  # with pyarrow, which not every command needs
+        from cartilha.tokens.store_checks import read_store_info  # with pyarrow, which not every command needs
 
         read_store_info(Path(config.store))
     for source in resolve_inputs(getattr(config, "input", ())):
@@ -135,7 +135,7 @@ def _check_batch(config: configs.TrainConfig | configs.PlanConfig) -> None:
 
 
 def _job(config: configs.RunConfig) -> None:
-    from cartilha.preparation.request import plan
+    from cartilha.preparation.request import read_request
 
     if not config.output:
         raise UserError("A job needs a place for its store, run and report; name a directory with --output.")
@@ -143,7 +143,7 @@ def _job(config: configs.RunConfig) -> None:
     for stage in (prepare, config.train, config.generate):
         _check_values(stage)
     _check_required(prepare)
-    plan(prepare)
+    read_request(prepare)
     _check_places(config)
     _check_batch(config.train)
     check_decoding(config.generate)

@@ -12,8 +12,8 @@ import logging
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -35,15 +35,15 @@ from cartilha.machine.versions import TEXT_PACKAGES, versions
 from cartilha.pipeline.inputs import no_text
 from cartilha.pipeline.preflight import preflight
 from cartilha.pipeline.result import Result
-from cartilha.preparation.assembly import decide, load_corpus, write_rejects, write_sides
-from cartilha.preparation.executors import Executor, Inline, Local, Ray
+from cartilha.preparation.assembly import decide, load_index, write_rejects, write_sides
+from cartilha.preparation.executors import Executor, in_processes, on_ray
 from cartilha.preparation.made_from import describe, ready_store
 from cartilha.preparation.notices import tell_counts, tell_mixture, tell_rest
-from cartilha.preparation.request import Plan, plan
+from cartilha.preparation.request import PrepareRequest, read_request
 from cartilha.preparation.shard_work import ShardResult, ShardSettings, ShardTask, done_result, process_shard
 from cartilha.preparation.work_directory import remove_finished_work, require_space, work_directory
 from cartilha.tokens.encoder import Encoder, Proof, load_encoder
-from cartilha.tokens.proof import MAX_SAMPLE_BYTES, fast_path_version, prove
+from cartilha.tokens.proof import MAX_SAMPLE_BYTES, prove
 from cartilha.tokens.store import SplitCounts
 from cartilha.tokens.store_writer import token_dtype, writing_store
 from cartilha.tokens.tokenizer import TextTokenizer, load_tokenizer
@@ -55,7 +55,8 @@ SHUFFLED_BYTES = 1 << 20
 INLINE_BYTES = 4 << 20  # less than this is done before worker processes have started
 PROOF_DOCUMENTS = 2000
 COMPRESSED_TEXT = 0.5  # of the text's size under zstd, on the safe side
-CLUSTER_MEMORY_BYTES = 512 << 20
+
+_ShardExecutor = Executor[ShardTask, ShardResult]
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class _Job:
 
     path: Path
     config: PrepareConfig
-    asked: Plan
+    asked: PrepareRequest
     tokenizer: TextTokenizer
     identity: dict[str, Any]
 
@@ -94,10 +95,10 @@ def prepare(config: PrepareConfig) -> PrepareResult:
         UserError: No input, a file that cannot be read, nothing to split, or a directory that holds something else.
     """
     preflight(config)
-    asked, path = plan(config), Path(config.output)
+    asked, path = read_request(config), Path(config.output)
     with ExitStack() as stack:
         # Worker processes start here and import while the tokenizer is loaded; a finished store may need none.
-        executor = None if (path / "store.json").exists() else stack.enter_context(closing(_executor(config, asked)))
+        executor = None if (path / "store.json").exists() else stack.enter_context(_executor(config, asked))
         tokenizer = load_tokenizer(config.model)
         store = ready_store(path, asked.sources, asked.num_held_out, config, tokenizer)
         identity = {
@@ -105,7 +106,7 @@ def prepare(config: PrepareConfig) -> PrepareResult:
             "rejects": bool(config.rejects),
             "sources": [repr(source) for source in asked.sources],
             "num_held_out": asked.num_held_out,
-            "tokenizer": tokenizer.fingerprint(),
+            "tokenizer": tokenizer.fingerprint,
             "cartilha": versions(("cartilha",))["cartilha"],
         }
         if store is not None:
@@ -115,24 +116,24 @@ def prepare(config: PrepareConfig) -> PrepareResult:
                 log.warning("%s is not written, because nothing is cleaned now; add --overwrite.", config.rejects)
             return PrepareResult(str(path), store.counts, store.info["dropped"], True, store.info.get("leaks"))
         log_hints(asked.sources, asked.reading)
-        executor = executor or stack.enter_context(closing(_executor(config, asked)))
+        executor = executor or stack.enter_context(_executor(config, asked))
         result = _make(_Job(path, config, asked, tokenizer, identity), executor)
     for split in SPLITS:
         tell_counts(split, result.splits[split])
     return result
 
 
-def _executor(config: PrepareConfig, asked: Plan) -> Executor:
+def _executor(config: PrepareConfig, asked: PrepareRequest) -> AbstractContextManager[_ShardExecutor]:
     if config.executor == "ray":
-        return Ray(config.ray_address, config.workers)
+        return on_ray(config.ray_address, config.workers)
     num_workers = config.workers or usable_cores()
     sizes = [source.size_bytes for source in asked.sources if isinstance(source, SourceFile)]
     imports = ["cartilha.corpus.language_model"] if "language" in asked.steps else []
     is_small = sum(sizes) < INLINE_BYTES and not any(isinstance(source, HubSource) for source in asked.sources)
-    return Inline() if num_workers == 1 or is_small else Local(num_workers, imports)
+    return nullcontext(map) if num_workers == 1 or is_small else in_processes(num_workers, imports)
 
 
-def _make(job: _Job, executor: Executor) -> PrepareResult:
+def _make(job: _Job, executor: _ShardExecutor) -> PrepareResult:
     """Make the store, in a work directory that stays if the work is interrupted."""
     config, asked = job.config, job.asked
     with work_directory(job.path, job.identity) as work, ThreadPoolExecutor(2) as aside:
@@ -149,7 +150,7 @@ def _make(job: _Job, executor: Executor) -> PrepareResult:
         return _write(job, tasks, results, encoder.proof, inputs)
 
 
-def _first_texts(asked: Plan) -> Iterator[str]:
+def _first_texts(asked: PrepareRequest) -> Iterator[str]:
     """Texts from the beginning of the input, as many as the tokenizer's proof takes."""
     num_chars = 0
     for source in asked.sources:
@@ -210,7 +211,7 @@ def _text_bytes(shard: Shard) -> float:
 
 
 def _do_shards(
-    config: PrepareConfig, executor: Executor, tasks: list[ShardTask]
+    config: PrepareConfig, executor: _ShardExecutor, tasks: list[ShardTask]
 ) -> tuple[list[ShardTask], list[ShardResult]]:
     """Do the work on all shards, or find it done; the tasks that were needed, and their results."""
     with progress("Preparing", sum(task.shard.num_bytes for task in tasks) or None, "bytes") as advance:
@@ -225,7 +226,7 @@ def _do_shards(
             for task, result in zip(wave, _run(executor, wave, advance), strict=True):
                 if result.read["documents"] > left:
                     task = replace(task, limit=left)
-                    result = _run(Inline(), [task], advance)[0]
+                    result = _run(map, [task], advance)[0]
                 chosen.append(task)
                 results.append(result)
                 left -= result.read["documents"]
@@ -234,10 +235,10 @@ def _do_shards(
         return chosen, results
 
 
-def _run(executor: Executor, tasks: list[ShardTask], advance: Advance) -> list[ShardResult]:
+def _run(executor: _ShardExecutor, tasks: list[ShardTask], advance: Advance) -> list[ShardResult]:
     results = {task.shard.number: result for task in tasks if (result := done_result(task)) is not None}
     advance(sum(result.num_bytes for result in results.values()))
-    for result in executor.map(process_shard, [task for task in tasks if task.shard.number not in results]):
+    for result in executor(process_shard, [task for task in tasks if task.shard.number not in results]):
         results[result.number] = result
         advance(result.num_bytes)
     return [results[task.shard.number] for task in tasks]
@@ -257,20 +258,13 @@ def _write(
         read.add(result.read_counts())
         all_rejected.update(result.rejected)
     rejected = dict(all_rejected.most_common())
-    corpus = load_corpus(tasks, {source: number for number, source in enumerate(asked.sources)})
-    if not len(corpus.hashes):
+    index = load_index(tasks, asked.sources)
+    if not len(index.hashes):
         raise _all_rejected(rejected) if rejected else no_text(config.input)
-    sides = decide(
-        corpus,
-        asked.rule,
-        near_duplicates=config.near_duplicates,
-        mixture=asked.mixture,
-        given=asked.given,
-        memory_bytes=CLUSTER_MEMORY_BYTES,
-    )
+    sides = decide(index, asked, near_duplicates=config.near_duplicates)
     tell_mixture(config, sides)
     if sides.train.max(initial=0) > 1:
-        num_tokens = int(sides.train @ corpus.num_tokens)
+        num_tokens = int(sides.train @ index.num_tokens)
         require_space(job.path.parent, num_tokens * token_dtype(job.tokenizer.num_ids).itemsize)
     dropped = {**sides.dropped, "empty": read.empty, **dict(read.skipped), **rejected}
     if asked.left_out:
@@ -280,8 +274,9 @@ def _write(
         leaks = {"leak_rate": sides.split.leak_rate, "plain_leak_rate": sides.split.plain_leak_rate}
     if config.rejects:  # before the store appears: once it is there, the same command has nothing to do
         write_rejects(Path(config.rejects), tasks)
+    gigatoken = {"gigatoken": versions(("gigatoken",))["gigatoken"]}
     with writing_store(job.path, job.tokenizer, replace=config.overwrite) as writer:
-        write_sides(writer, corpus, sides)
+        write_sides(writer, index, sides)
         writer.finish(
             {
                 "inputs": inputs.result(),
@@ -295,7 +290,7 @@ def _write(
                 "leaks": leaks,
                 **({"mixture": list(sides.mixture)} if sides.mixture else {}),
                 "notes": list(sides.split.notes),
-                "tokenization": {**proof.to_dict(), "gigatoken": fast_path_version()},
+                "tokenization": {**asdict(proof), **gigatoken},
                 "versions": versions(TEXT_PACKAGES),
             }
         )

@@ -16,7 +16,7 @@ from cartilha.model.load import load_model
 from cartilha.model_reference import resolve_model
 from cartilha.runs.model_card import base_record, licence
 from cartilha.storage import new_directory, write_atomically, write_json
-from cartilha.tokens.store import MAX_UINT16_IDS
+from cartilha.tokens.store_writer import MAX_UINT16_IDS
 from cartilha.tokens.tokenizer import TextTokenizer
 from cartilha.tokens.vocabulary import Extension, extend, learn_merges, save_extended
 
@@ -52,8 +52,8 @@ def write_extension(
         "num_ids": learnt.tokenizer.num_ids,
         "tokens_before": learnt.num_tokens_before,
         "tokens_after": learnt.num_tokens,
-        "tokenizer_before": base.fingerprint(),
-        "tokenizer_after": learnt.tokenizer.fingerprint(),
+        "tokenizer_before": base.fingerprint,
+        "tokenizer_after": learnt.tokenizer.fingerprint,
     }
     if base.num_ids <= MAX_UINT16_IDS < learnt.tokenizer.num_ids:
         log.warning(

@@ -1,6 +1,6 @@
-"""Shards to a store: which documents stay, on which side each is, and one pass that writes them in the input's order.
+"""Shards to a store: which documents stay and on which side, and one pass that writes them in the order of the input.
 
-Nothing here depends on how the input was cut or on who did the work: the same documents give the same bytes.
+Nothing depends on how the input was cut or on which executor did the work: the same documents give the same bytes.
 """
 
 from __future__ import annotations
@@ -15,27 +15,31 @@ import numpy as np
 import pyarrow as pa
 
 from cartilha.corpus.near_duplicates import cluster
-from cartilha.corpus.splits import Split, SplitResult, SplitRule, split_documents
+from cartilha.corpus.sources import Source
+from cartilha.corpus.splits import Split, SplitResult, split_documents
 from cartilha.errors import UserError
 from cartilha.preparation.mixture import Mixture, copies
+from cartilha.preparation.request import PrepareRequest
 from cartilha.preparation.shard_work import DOCUMENTS_SCHEMA, TEXTS_SCHEMA, ShardTask
+from cartilha.storage import new_file
 from cartilha.tokens.store_writer import ROW_SCHEMA, SplitWriter, StoreWriter
 
 COPY_TOKENS = 4 << 20  # tokens copied at a time
-MASKED_TOKENS = 100  # shorter documents than this are picked by a mask
+MASKED_TOKENS = 100  # documents shorter than this are picked by a mask
+CLUSTER_MEMORY_BYTES = 512 << 20
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """All documents of all shards, in the input's order, by number.
+class DocumentIndex:
+    """The numbers of all documents of all shards, in the order of the input.
 
     Attributes:
-        tasks: The shards.
-        starts: Number of each shard's first document, and of the one after the last, int64.
-        hashes: The first 16 bytes of the SHA-256 of each text, as two numbers, uint64: shape (num_documents, 2).
-        positions: `split_position` of each, float64.
-        num_tokens: Tokens of each, int64.
-        sources: Number of the source that each was read from, int32.
+        tasks: The finished shards.
+        starts: Index of each shard's first document, and the number of documents at the end, int64.
+        hashes: The first 16 bytes of the SHA-256 of each text as two numbers, uint64, shape (num_documents, 2).
+        positions: `split_position` of each document, float64.
+        num_tokens: Of each document, int64.
+        sources: Number of the source of each document, int32.
     """
 
     tasks: Sequence[ShardTask]
@@ -46,7 +50,7 @@ class Corpus:
     sources: np.ndarray
 
     def hex_hashes(self, which: np.ndarray) -> np.ndarray:
-        """Hashes as they are printed, bytes of 32 characters."""
+        """The hashes of some documents in hexadecimal, as arrays of 32 bytes."""
         digits = self.hashes[which].astype(">u8").tobytes().hex().encode("ascii")
         return np.frombuffer(digits, "S32")
 
@@ -57,11 +61,10 @@ class Sides:
 
     Attributes:
         validation: Whether it is held out, bool, shape (num_documents,).
-        train: How many times it stands in the training side, int64; on neither side where it is left out.
-        clusters: Its cluster: the number of the first document, among those kept, that is a near-duplicate; int64.
+        train: How many times it is on the training side, int64; a document that is left out is on neither side.
+        clusters: The number, among the documents kept, of the first one in its cluster of near-duplicates, int64.
         dropped: Documents left out, by reason.
-        split: What decided.
-        mixture: With weights, for each input its share of the tokens, its documents and their tokens, how many times
+        mixture: With weights, the figures of each input: its share of the tokens, documents, tokens, how many times
             they are taken, and how many documents are left out.
     """
 
@@ -73,41 +76,34 @@ class Sides:
     mixture: tuple[dict[str, Any], ...]
 
 
-def load_corpus(tasks: Sequence[ShardTask], source_numbers: dict[Any, int]) -> Corpus:
-    """The numbers of all documents.
-
-    Args:
-        tasks: Finished ones, in order.
-        source_numbers: For each source of the tasks' parts its number.
-    """
-    hashes, positions, num_tokens, sources = [np.zeros((0, 2), np.uint64)], [np.zeros(0)], [np.zeros(0, np.int64)], []
+def load_index(tasks: Sequence[ShardTask], sources: Sequence[Source]) -> DocumentIndex:
+    """Read the numbers of all documents of finished shards, given in order."""
+    source_numbers = {source: number for number, source in enumerate(sources)}
+    hashes, positions = [np.zeros((0, 2), np.uint64)], [np.zeros(0)]
+    num_tokens, own_sources = [np.zeros(0, np.int64)], [np.zeros(0, np.int32)]
     starts = [0]
     for task in tasks:
         table = _read(task, "documents.arrow", DOCUMENTS_SCHEMA)
         of_pieces = np.array([source_numbers[part.source] for part in task.shard.parts], np.int32)
-        sources.append(of_pieces[table["piece"].to_numpy()])
+        own_sources.append(of_pieces[table["piece"].to_numpy()])
         positions.append(table["position"].to_numpy())
         num_tokens.append(table["num_tokens"].to_numpy())
         for chunk in table["text_hash"].chunks:
             found = np.frombuffer(chunk.buffers()[1], ">u8", 2 * len(chunk), 16 * chunk.offset)
             hashes.append(found.reshape(-1, 2).astype(np.uint64))
         starts.append(starts[-1] + len(table))
-    return Corpus(
+    return DocumentIndex(
         tasks,
         np.array(starts),
         np.concatenate(hashes),
         np.concatenate(positions),
         np.concatenate(num_tokens),
-        np.concatenate([np.zeros(0, np.int32), *sources]),
+        np.concatenate(own_sources),
     )
 
 
 def first_of_each(hashes: np.ndarray) -> np.ndarray:
-    """Whether each document is the first with its text: bool, shape (num_documents,).
-
-    Args:
-        hashes: Shape (num_documents, 2).
-    """
+    """Whether each document is the first with its hash: bool, shape (num_documents,)."""
     order = np.lexsort((hashes[:, 1], hashes[:, 0]))  # stable
     ordered = hashes[order]
     result = np.ones(len(hashes), bool)
@@ -115,38 +111,22 @@ def first_of_each(hashes: np.ndarray) -> np.ndarray:
     return result
 
 
-def decide(
-    corpus: Corpus,
-    rule: SplitRule,
-    *,
-    near_duplicates: bool,
-    mixture: Mixture | None,
-    given: np.ndarray | None,
-    memory_bytes: int,
-) -> Sides:
-    """Which documents stay and on which side.
-
-    Args:
-        corpus: All documents.
-        rule: How many are held out.
-        near_duplicates: Whether clusters of near-duplicates are kept together.
-        mixture: What share of the tokens each input is to have; None where everything is taken once.
-        given: For each source whether it is held out as a whole; None where the rule decides.
-        memory_bytes: What clustering may hold.
+def decide(index: DocumentIndex, asked: PrepareRequest, *, near_duplicates: bool) -> Sides:
+    """Which documents stay and on which side, with clusters of near-duplicates kept together if that is asked for.
 
     Raises:
         UserError: There is nothing to split.
     """
-    num_documents = len(corpus.hashes)
-    stays = first_of_each(corpus.hashes)
+    num_documents = len(index.hashes)
+    stays = first_of_each(index.hashes)
     dropped = {"exact_duplicates": int((~stays).sum())}
-    found = None
+    all_clusters = None
     if near_duplicates:
-        files = [task.directory / "signatures.npy" for task in corpus.tasks]
-        found = cluster(files, memory_bytes=memory_bytes, scratch=corpus.tasks[0].work)
+        files = [task.directory / "signatures.npy" for task in index.tasks]
+        all_clusters = cluster(files, memory_bytes=CLUSTER_MEMORY_BYTES, scratch=index.tasks[0].work)
     times, mixed = np.ones(num_documents, np.int64), tuple[dict[str, Any], ...]()
-    if mixture is not None:
-        times, mixed = _mix(corpus, stays, mixture)
+    if asked.mixture is not None:
+        times, mixed = _mix(index, stays, asked.mixture)
         dropped["weights"] = int((stays & (times == 0)).sum())
         stays &= times > 0
     kept = np.flatnonzero(stays)
@@ -154,79 +134,72 @@ def decide(
         raise UserError(
             "The corpus is a single document, which cannot be split into training and validation; add more."
         )
-    own_clusters = None if found is None else found[kept]
+    own_clusters = None if all_clusters is None else all_clusters[kept]
     result = split_documents(
-        corpus.hex_hashes(kept),
-        rule,
+        index.hex_hashes(kept),
+        asked.rule,
         clusters=own_clusters,
-        given=None if given is None else given[corpus.sources[kept]],
-        own=corpus.positions[kept],
+        given=None if asked.given is None else asked.given[index.sources[kept]],
+        own=index.positions[kept],
     )
     if result.left_out.any():
         dropped["near_duplicates_of_validation"] = int(result.left_out.sum())
     validation, train = np.zeros(num_documents, bool), np.zeros(num_documents, bool)
     validation[kept] = result.validation
     train[kept] = ~result.validation & ~result.left_out
-    clusters = np.arange(num_documents)
-    if own_clusters is not None:
-        firsts = np.full(num_documents, num_documents)
-        np.minimum.at(firsts, own_clusters, np.arange(len(kept)))
-        clusters[kept] = firsts[own_clusters]
-    else:
-        clusters[kept] = np.arange(len(kept))
+    numbers = np.arange(len(kept))
+    groups = numbers if own_clusters is None else own_clusters
+    firsts, clusters = np.full(num_documents, num_documents), np.arange(num_documents)
+    np.minimum.at(firsts, groups, numbers)
+    clusters[kept] = firsts[groups]
     return Sides(validation, np.where(train, times, 0), clusters, dropped, result, mixed)
 
 
-def _mix(corpus: Corpus, stays: np.ndarray, mixture: Mixture) -> tuple[np.ndarray, tuple[dict[str, Any], ...]]:
+def _mix(index: DocumentIndex, stays: np.ndarray, mixture: Mixture) -> tuple[np.ndarray, tuple[dict[str, Any], ...]]:
     """How many times each document is taken, and the figures of each input."""
-    of_document = mixture.inputs[corpus.sources]
-    tokens = np.bincount(of_document[stays], corpus.num_tokens[stays], len(mixture.shares))
+    of_document = mixture.inputs[index.sources]
+    num_inputs = len(mixture.shares)
+    tokens = np.bincount(of_document[stays], index.num_tokens[stays], num_inputs)
     rates = mixture.rates(tokens)
-    times = copies(rates[of_document], corpus.hashes)
-    figures = []
-    for number, share in enumerate(mixture.shares.tolist()):
-        own = stays & (of_document == number)
-        figures.append(
-            {
-                "share": share,
-                "num_documents": int(own.sum()),
-                "num_tokens": int(tokens[number]),
-                "times": float(rates[number]),
-                "num_left_out": int((own & (times == 0)).sum()),
-            }
-        )
-    return times, tuple(figures)
+    times = copies(rates[of_document], index.hashes)
+    columns = {
+        "share": mixture.shares,
+        "num_documents": np.bincount(of_document[stays], minlength=num_inputs),
+        "num_tokens": tokens.astype(np.int64),
+        "times": rates,
+        "num_left_out": np.bincount(of_document[stays & (times == 0)], minlength=num_inputs),
+    }
+    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+    return times, tuple(dict(zip(columns, row, strict=True)) for row in rows)
 
 
-def write_sides(writer: StoreWriter, corpus: Corpus, sides: Sides) -> None:
-    """Write both sides, by a thread each: they share nothing but what they read.
+def write_sides(writer: StoreWriter, index: DocumentIndex, sides: Sides) -> None:
+    """Write both sides, each in its own thread.
 
     Documents that are taken several times come again after all others, pass by pass.
     """
     passes = [sides.train > times for times in range(int(sides.train.max(initial=1)))]
-    masks: list[tuple[Split, list[np.ndarray]]] = [("train", passes), ("validation", [sides.validation])]
 
-    def write(split: Split, own: list[np.ndarray]) -> None:
-        for mask in own:
-            _write_side(writer.splits[split], corpus, sides, mask)
+    def write(split: Split, masks: list[np.ndarray]) -> None:
+        for mask in masks:
+            _write_side(writer.splits[split], index, sides, mask)
 
     with ThreadPoolExecutor(2) as pool:
-        for work in [pool.submit(write, split, own) for split, own in masks]:
-            work.result()
+        list(pool.map(write, ("train", "validation"), (passes, [sides.validation])))
 
 
-def _write_side(writer: SplitWriter, corpus: Corpus, sides: Sides, mask: np.ndarray) -> None:
-    for number, task in enumerate(corpus.tasks):
-        begin, end = corpus.starts[number], corpus.starts[number + 1]
+def _write_side(writer: SplitWriter, index: DocumentIndex, sides: Sides, mask: np.ndarray) -> None:
+    for number, task in enumerate(index.tasks):
+        begin, end = index.starts[number], index.starts[number + 1]
         own = mask[begin:end]
         if not own.any():
             continue
         table = _read(task, "documents.arrow", DOCUMENTS_SCHEMA).filter(pa.array(own))
-        hashes = corpus.hex_hashes(begin + np.flatnonzero(own)).astype("U32").tolist()
+        hashes = index.hex_hashes(begin + np.flatnonzero(own)).astype("U32").tolist()
         columns = [table[name] for name in ROW_SCHEMA.names[:-2]]
         columns += [pa.array(hashes, pa.string()), pa.array(sides.clusters[begin:end][own], pa.int64())]
         writer.add_rows(pa.Table.from_arrays(columns, schema=ROW_SCHEMA))
-        for ids in _tokens(task, corpus.num_tokens[begin:end], own):
+        for ids in _tokens(task, index.num_tokens[begin:end], own):
             writer.add_tokens(ids)
         if mask is sides.validation:
             for text_hash, text in zip(hashes, _texts(task, own), strict=True):
@@ -234,7 +207,7 @@ def _write_side(writer: SplitWriter, corpus: Corpus, sides: Sides, mask: np.ndar
 
 
 def _tokens(task: ShardTask, num_tokens: np.ndarray, own: np.ndarray) -> Iterator[np.ndarray]:
-    """The ids of some documents of a shard, some millions at a time."""
+    """The ids of some documents of a shard, a few million at a time."""
     path = task.directory / "tokens.bin"
     if not path.stat().st_size:
         return
@@ -248,7 +221,7 @@ def _tokens(task: ShardTask, num_tokens: np.ndarray, own: np.ndarray) -> Iterato
         chosen = own[first:last]
         if chosen.all():
             yield from np.array_split(part, max(1, len(part) // COPY_TOKENS))
-        elif len(part) > MASKED_TOKENS * len(chosen):  # long documents: copy them, run by run
+        elif len(part) > MASKED_TOKENS * len(chosen):  # long documents are copied, run by run
             edges = np.flatnonzero(np.diff(chosen, prepend=False, append=False))
             bounds = np.concatenate(([0], ends[first:last] - begin))[edges].tolist()
             yield np.concatenate([part[:0], *(part[a:b] for a, b in zip(bounds[::2], bounds[1::2], strict=True))])
@@ -260,8 +233,7 @@ def _tokens(task: ShardTask, num_tokens: np.ndarray, own: np.ndarray) -> Iterato
 def _texts(task: ShardTask, own: np.ndarray) -> Iterator[bytes]:
     """The texts of some documents of a shard, in order.
 
-    A shard whose kept texts are all of the other side may have an earlier row's text at its end, that of its lowest
-    position; where that one is wanted, no other is.
+    The last text may be that of an earlier row, the one of the lowest position; if it is wanted, no other is.
     """
     with pa.memory_map(str(task.directory / "texts.arrow")) as file:
         reader = pa.ipc.open_file(file)
@@ -279,9 +251,7 @@ def _read(task: ShardTask, name: str, schema: pa.Schema) -> pa.Table:
 
 
 def write_rejects(path: Path, tasks: Sequence[ShardTask]) -> None:
-    """Gather what cleaning left out, in the input's order, in one file that appears whole."""
-    temporary = path.with_name(f".{path.name}.part")
-    with temporary.open("wb") as out:
+    """Gather what cleaning left out, in the order of the input, in one file that appears whole."""
+    with new_file(path) as temporary, temporary.open("wb") as out:
         for task in tasks:
             out.write((task.directory / "rejects.jsonl").read_bytes())
-    temporary.replace(path)

@@ -1,11 +1,9 @@
-"""Where the work on shards is done: in this process, on this machine's cores, or on a Ray cluster.
-
-Each executor runs the same function on the same tasks and hands back results as they come, in no order.
-"""
+"""Where the work on shards is done: in this process (by `map`), on the cores of this machine, or on a Ray cluster."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import multiprocessing
 import os
@@ -16,82 +14,57 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from itertools import islice
 from multiprocessing.synchronize import Barrier
-from typing import Protocol, TypeVar
+from typing import Any, TypeVar
 
 from cartilha.errors import UnfinishedError, UserError, first_line, import_extra
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-# What a worker imports before it is needed, by one process for all of them where the system can fork. Arrow imports
-# pandas, where that is installed, to see whether a list is one of its; that takes a third of a second.
+# What workers import before their first task; on Linux, one process imports it for all. Arrow imports pandas, if it is
+# installed, to see whether a list is one of its types; that takes a third of a second.
 PRELOAD = ["cartilha.preparation.shard_work", "gigatoken", "awkward", "pandas"]
+START_S = 60.0  # after which work begins with the processes that have started
 
 
-START_S = 60.0  # after which work begins with the processes that are there
+# Runs a function on tasks: results come unordered, and after an exception no further task begins.
+Executor = Callable[[Callable[[Task], Result], Sequence[Task]], Iterator[Result]]
 
 
-class Executor(Protocol):
-    """Runs a function on tasks."""
-
-    def map(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
-        """Results as they come. What the function raises is raised here, and no more is begun then."""
-        ...
-
-    def close(self) -> None:
-        """Let go of processes; safe to call twice."""
-
-
-class Inline:
-    """Does the work here, one task after the other."""
-
-    def map(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
-        """See `Executor`."""
-        for task in tasks:
-            yield function(task)
-
-    def close(self) -> None:
-        """Nothing is held."""
-
-
-class Local:
-    """Does the work in processes of this machine, which begin to start at once and import while others prepare.
+@contextmanager
+def in_processes(num_workers: int, imports: Sequence[str] = ()) -> Iterator[Executor[Any, Any]]:
+    """An executor of processes on this machine, which start and import while the caller prepares.
 
     Args:
-        num_workers: How many.
-        imports: More modules to import at once.
+        num_workers: Number of processes.
+        imports: Modules to import beyond `PRELOAD`.
     """
+    modules = [*PRELOAD, *imports]
+    # Threads (of Arrow, rayon) do not survive a fork, so workers are forked from a process without threads, or new.
+    method = "forkserver" if sys.platform == "linux" else "spawn"
+    context = multiprocessing.get_context(method)
+    if method == "forkserver":
+        context.set_forkserver_preload(modules)
+    pool = ProcessPoolExecutor(num_workers, context, _begin, (context.Barrier(num_workers),))
 
-    def __init__(self, num_workers: int, imports: Sequence[str] = ()) -> None:
-        self._num_workers = num_workers
-        self._imports = [*PRELOAD, *imports]
-        # Threads (of Arrow, rayon) do not survive a fork: workers come from a process that has none, or are new.
-        method = "forkserver" if sys.platform == "linux" else "spawn"
-        context = multiprocessing.get_context(method)
-        if method == "forkserver":
-            context.set_forkserver_preload(self._imports)
-        self._pool = ProcessPoolExecutor(num_workers, context, _begin, (context.Barrier(num_workers),))
-        self._start = threading.Thread(target=self._start_workers)
-        self._start.start()
-
-    def _start_workers(self) -> None:
-        """Have all processes begin: the pool starts one only where it knows of none that is idle."""
+    def start_workers() -> None:  # all of them: the pool starts one only when no other is idle
         with _without_main_module():
-            for _ in range(self._num_workers):
-                self._pool.submit(_import_all, self._imports)
+            for _ in range(num_workers):
+                pool.submit(_import_all, modules)
 
-    def map(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
-        """See `Executor`."""
-        self._start.join()
+    start = threading.Thread(target=start_workers)
+    start.start()
+
+    def run(function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
+        start.join()
         left = iter(tasks)
         running: set[Future[Result]] = set()
         try:
             while True:
-                for task in left:
-                    running.add(self._pool.submit(function, task))
-                    if len(running) >= 2 * self._num_workers:
-                        break
+                running |= {pool.submit(function, task) for task in islice(left, 2 * num_workers - len(running))}
                 if not running:
                     return
                 done, running = wait(running, return_when=FIRST_COMPLETED)
@@ -100,55 +73,47 @@ class Local:
         except BrokenProcessPool:
             raise UnfinishedError(
                 "A process that prepared a part of the text was killed, perhaps for want of memory; run the same"
-                f" command again with fewer than {self._num_workers} --workers: what is done is kept."
+                f" command again with fewer than {num_workers} --workers: what is done is kept."
             ) from None
         finally:
             for future in running:
                 future.cancel()
 
-    def close(self) -> None:
-        """Wait for what is running and end the processes."""
-        self._start.join()
-        self._pool.shutdown(wait=True, cancel_futures=True)
+    try:
+        yield run
+    finally:
+        start.join()
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
-class Ray:
-    """Does the work on a Ray cluster, or on a local one where no address is given.
-
-    Inputs and the store's directory must be reachable under the same paths from all of its machines.
+@contextmanager
+def on_ray(address: str | None, num_workers: int | None) -> Iterator[Executor[Any, Any]]:
+    """An executor on a Ray cluster, all of whose machines reach inputs and store under the same paths.
 
     Args:
-        address: Of the cluster (`auto`, `host:port`, `ray://host:port`); None starts one here.
-        num_workers: Tasks at a time; None for as many as there are cores.
+        address: The cluster's (`auto`, `host:port`, `ray://host:port`); None starts one here.
+        num_workers: Tasks at a time; None for as many as the cluster has cores.
 
     Raises:
         UserError: The extra is missing, or the cluster cannot be reached.
     """
+    ray = import_extra("ray", "The Ray executor", "scale")
+    options = {} if address else {"num_cpus": num_workers, "include_dashboard": False}
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"The Ray cluster at {address or 'this machine'} cannot be reached ({first_line(error)}); check"
+            " --ray_address, or use --executor local."
+        ) from None
+    at_once = 2 * (num_workers or max(1, int(ray.cluster_resources().get("CPU", 1))))
 
-    def __init__(self, address: str | None, num_workers: int | None) -> None:
-        ray = import_extra("ray", "The Ray executor", "scale")
-        self._ray = ray
-        options = {} if address else {"num_cpus": num_workers, "include_dashboard": False}
-        try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise UserError(
-                f"The Ray cluster at {address or 'this machine'} cannot be reached"
-                f" ({first_line(error)}); check --ray_address, or use --executor local."
-            ) from None
-        self._at_once = num_workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
-
-    def map(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
-        """See `Executor`."""
-        ray = self._ray
+    def run(function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
         remote = ray.remote(num_cpus=1, max_retries=2)(function)
         left = iter(tasks)
-        running: list[object] = []
+        running: list[Any] = []
         while True:
-            for task in left:
-                running.append(remote.remote(task))
-                if len(running) >= 2 * self._at_once:
-                    break
+            running += [remote.remote(task) for task in islice(left, at_once - len(running))]
             if not running:
                 return
             done, running = ray.wait(running)
@@ -162,16 +127,17 @@ class Ray:
                     " again: what is done is kept."
                 ) from None
 
-    def close(self) -> None:
-        """Disconnect."""
-        self._ray.shutdown()
+    try:
+        yield run
+    finally:
+        ray.shutdown()
 
 
-_all_begun: Barrier | None = None  # in a worker: of all workers
+_all_begun: Barrier | None = None  # in a worker: shared by all workers
 
 
 def _begin(all_begun: Barrier) -> None:
-    """A worker's first act: leave Ctrl-C to the parent, end when the parent is gone, and use one core."""
+    """Begin a worker: it leaves Ctrl-C to the parent, ends when the parent is gone, and uses one core."""
     global _all_begun
     _all_begun = all_begun
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -187,9 +153,7 @@ def _end_with_parent() -> None:
 
 
 def _import_all(names: Sequence[str]) -> None:
-    """Import, and be busy until all workers are: each has begun then."""
-    import importlib
-
+    """Import modules once all workers have begun; waiting keeps this one busy, so that the pool starts the others."""
     assert _all_begun is not None
     with contextlib.suppress(threading.BrokenBarrierError):
         _all_begun.wait(START_S)
@@ -198,9 +162,9 @@ def _import_all(names: Sequence[str]) -> None:
             importlib.import_module(name)
 
 
-@contextlib.contextmanager
+@contextmanager
 def _without_main_module() -> Iterator[None]:
-    """Workers started here do not run the caller's script again, which needs no `if __name__ == "__main__"` then."""
+    """Keep workers from running the caller's script, which therefore needs no `if __name__ == "__main__"`."""
     real = sys.modules["__main__"]
     sys.modules["__main__"] = types.ModuleType("__main__")
     try:

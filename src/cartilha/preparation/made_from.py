@@ -1,4 +1,4 @@
-"""What a store was made from, and whether the same command made it before."""
+"""What a store was made from, and whether the same command has made it before."""
 
 from __future__ import annotations
 
@@ -16,27 +16,18 @@ from cartilha.tokens.tokenizer import TextTokenizer
 
 
 def describe(sources: Sequence[Source], num_held_out: int = 0) -> list[dict[str, Any]]:
-    """The inputs as store.json records them; the files are read to hash them.
-
-    Args:
-        sources: In order.
-        num_held_out: So many of them, from the first, are given as the validation side.
-    """
-    found = [_describe(source) for source in sources]
-    return [{**entry, "held_out": True} if i < num_held_out else entry for i, entry in enumerate(found)]
+    """The inputs as store.json records them, the first `num_held_out` held out; files are read to hash them."""
+    return [_describe(source, number < num_held_out) for number, source in enumerate(sources)]
 
 
-def _describe(source: Source) -> dict[str, Any]:
-    if isinstance(source, SourceFile):
-        return {
-            "name": source.name,
-            "size": source.size_bytes,
-            "modified_ns": source.modified_ns,
-            "sha256": file_sha256(Path(source.path)),
-        }
+def _describe(source: Source, held_out: bool) -> dict[str, Any]:
+    side = {"held_out": True} if held_out else {}
     if isinstance(source, PrimerSource):
-        return {"name": "primer", "sha256": source.sha256}
-    return {"name": f"hf:{source.label}"}
+        return {"name": "primer", "sha256": source.sha256, **side}
+    if not isinstance(source, SourceFile):
+        return {"name": f"hf:{source.label}", **side}
+    stamp = {"size": source.size_bytes, "modified_ns": source.modified_ns}
+    return {"name": source.name, **stamp, "sha256": file_sha256(Path(source.path)), **side}
 
 
 def ready_store(
@@ -66,7 +57,7 @@ def ready_store(
     # A store is older than an option that it does not record: it was made with the default.
     made_with = {**type(config)().deciding_values(), **store.info["settings"]}
     different = [name for name, value in config.deciding_values().items() if made_with[name] != value]
-    if store.fingerprint != tokenizer.fingerprint():
+    if store.fingerprint != tokenizer.fingerprint:
         different.insert(0, "tokenizer")
     if not _same_inputs(store.info["inputs"], sources, num_held_out):
         different.insert(0, "input")
@@ -81,17 +72,16 @@ def ready_store(
 
 
 def _same_inputs(recorded: list[dict[str, Any]], sources: Sequence[Source], num_held_out: int) -> bool:
-    if len(recorded) != len(sources):
+    pairs = enumerate(zip(recorded, sources, strict=False))
+    return len(recorded) == len(sources) and all(
+        _is_same(record, source, number < num_held_out) for number, (record, source) in pairs
+    )
+
+
+def _is_same(record: dict[str, Any], source: Source, held_out: bool) -> bool:
+    if not isinstance(source, SourceFile):
+        return record == _describe(source, held_out)
+    if record.get("size") != source.size_bytes or record.get("held_out", False) != held_out:
         return False
-    for number, (record, source) in enumerate(zip(recorded, sources, strict=True)):
-        if bool(record.get("held_out")) != (number < num_held_out):
-            return False
-        if isinstance(source, SourceFile):
-            if record.get("size") != source.size_bytes:
-                return False
-            # An unchanged time of change is trusted; after a copy or a touch the bytes decide.
-            if record.get("modified_ns") != source.modified_ns and record["sha256"] != file_sha256(Path(source.path)):
-                return False
-        elif {key: value for key, value in record.items() if key != "held_out"} != _describe(source):
-            return False
-    return True
+    # An unchanged time of change is trusted; after a copy or a touch, the bytes decide.
+    return record.get("modified_ns") == source.modified_ns or record["sha256"] == file_sha256(Path(source.path))

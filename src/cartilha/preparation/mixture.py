@@ -1,4 +1,4 @@
-"""A mixture of inputs: the share of the training tokens that each is to have, and how often its documents are taken."""
+"""A mixture of inputs: the share of the training tokens that each gets, and how often its documents are taken."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Mixture:
     """Shares, and how far documents may be repeated to reach them.
 
     Attributes:
-        inputs: For each source the number of its input.
-        shares: For each input its share of the tokens; their sum is 1.
-        max_repeats: A document is taken at most this many times.
+        inputs: The number of each source's input, shape (num_sources,).
+        shares: The share of the tokens of each input, shape (num_inputs,); they sum to 1.
+        max_repeats: How many times a document is taken at most.
     """
 
     inputs: np.ndarray
@@ -28,12 +28,7 @@ class Mixture:
 
     @classmethod
     def of(cls, config: PrepareConfig, inputs: Sequence[Sequence[Source]], sources: Sequence[Source]) -> Mixture:
-        """The mixture that `--weights` asks for.
-
-        Args:
-            config: With a weight for each input.
-            inputs: The sources of each input.
-            sources: All sources, in order.
+        """The mixture of these inputs (the sources of each) that `--weights` asks for.
 
         Raises:
             UserError: The weights make no sense.
@@ -61,33 +56,34 @@ class Mixture:
         return cls(np.array([owners[source] for source in sources]), values / values.sum(), config.max_repeats)
 
     def rates(self, num_tokens: np.ndarray) -> np.ndarray:
-        """How often each input is taken: 0.5 is half of its documents, 1.5 all of them and half of them once more.
+        """How often each input is taken: 0.5 is half of its documents, 1.5 is all of them and half of them again.
 
-        An input of which there is too little is repeated rather than the others cut; only where it would have to be
-        repeated more than `max_repeats` times are documents of the others left out.
+        An input that is too small is repeated. Documents of the others are left out only if it would have to be
+        repeated more than `max_repeats` times.
 
         Args:
             num_tokens: Tokens of each input, shape (num_inputs,).
 
         Raises:
-            UserError: An input has none.
+            UserError: An input has no tokens.
         """
         if not num_tokens.all():
             raise UserError(
                 "One of the weighted inputs gave no text; leave it out, with its weight, or, where --limit_documents"
                 " ends before it, add --shuffle or give a larger limit."
             )
-        totals = num_tokens / self.shares  # of a mixture in which this input stands once
+        totals = num_tokens / self.shares  # of a mixture that takes this input once
         return np.asarray(min(totals.max(), self.max_repeats * totals.min()) * self.shares / num_tokens)
 
 
 def copies(rates: np.ndarray, hashes: np.ndarray) -> np.ndarray:
     """How many times each document is taken: int64, shape (num_documents,).
 
-    Its own hash decides on the part of a time, by another draw than that of the split; adding documents moves few.
+    The hash of a document decides whether a fraction of the rate counts, by another draw than that of the split, so
+    that few documents change when others are added.
 
     Args:
-        rates: Of each document's input, shape (num_documents,).
+        rates: The rate of each document's input, shape (num_documents,).
         hashes: Shape (num_documents, 2).
     """
     draw = (hashes[:, 1] >> np.uint64(11)) / 2.0**53

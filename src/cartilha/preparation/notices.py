@@ -1,4 +1,4 @@
-"""What `prepare` tells about the documents: how inputs are mixed, what was left out, what each side holds."""
+"""What `prepare` logs about the documents: how inputs are mixed, what was left out, what each side holds."""
 
 from __future__ import annotations
 
@@ -15,26 +15,22 @@ log = logging.getLogger("cartilha")
 
 
 def tell_mixture(config: PrepareConfig, sides: Sides) -> None:
-    """Say what `--weights` does to each input before the store is written."""
+    """Log what `--weights` does to each input, before the store is written."""
     for ref, part in zip(config.input, sides.mixture, strict=False):
         taken = (
             f"{ref}: its {part['num_tokens']:,} tokens are taken {part['times']:.2f} times, for {part['share']:.1%} of"
             " the training tokens"
         )
         if part["num_left_out"]:
-            log.warning(
-                "%s; %s of its %s left out (--max_repeats %d, or another weight, keeps more).",
-                taken,
-                f"{part['num_left_out']:,}",
-                counted(part["num_documents"], "document", "is", "are"),
-                config.max_repeats + 1,
-            )
+            documents = counted(part["num_documents"], "document", "is", "are")
+            more = f"--max_repeats {config.max_repeats + 1}, or another weight, keeps more"
+            log.warning("%s; %s of its %s left out (%s).", taken, f"{part['num_left_out']:,}", documents, more)
         else:
             log.info("%s.", taken)
 
 
 def tell_rest(read: ReadCounts, sides: Sides, leaks: dict[str, float] | None) -> None:
-    """Say what else happened to the documents."""
+    """Log what else happened to the documents."""
     if read.replaced_bytes_documents:
         log.warning("Invalid bytes were replaced by U+FFFD in %s.", counted(read.replaced_bytes_documents, "document"))
     if read.nul_documents:
@@ -61,9 +57,9 @@ def tell_rest(read: ReadCounts, sides: Sides, leaks: dict[str, float] | None) ->
 
 
 def tell_counts(split: Split, counts: SplitCounts) -> None:
-    """Say what a side holds."""
+    """Log what a side holds."""
     log.info(
-        "%s: %s, %s, %s (%.2f tokens a word, %.2f bytes a token)",
+        "%s: %s, %s, %s (%.2f tokens per word, %.2f bytes per token)",
         split,
         counted(counts.num_documents, "document"),
         counted(counts.num_tokens, "token"),

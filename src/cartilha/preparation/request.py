@@ -1,4 +1,4 @@
-"""What `prepare` is asked to do, understood before anything is read."""
+"""What `prepare` is asked to do, checked before anything is read."""
 
 from __future__ import annotations
 
@@ -18,19 +18,15 @@ from cartilha.storage import LONE_SURROGATES
 
 
 @dataclass(frozen=True)
-class Plan:
+class PrepareRequest:
     """What is to be read, and what becomes of it.
 
     Attributes:
-        sources: All of them; those that are held out as a whole first, so that a text that is on both sides stays
-            there.
-        left_out: Files of the inputs' folders that are not read.
+        sources: The sources that are held out as a whole come first, so that a text that is on both sides stays there.
+        left_out: Files in the folders of the input that are not read.
         num_held_out: How many of the sources are held out as a whole.
-        mixture: What share of the tokens each input is to have; None where everything is taken once.
-        rule: How many documents are held out.
-        reading: How records become documents.
-        steps: Cleaning steps.
-        cleaning: What they are told.
+        mixture: The share of the tokens that each input is to have; None if everything is taken once.
+        steps: Cleaning steps, whose settings are `cleaning`.
     """
 
     sources: list[Source]
@@ -44,15 +40,15 @@ class Plan:
 
     @property
     def given(self) -> np.ndarray | None:
-        """For each source whether it is held out as a whole; None where the rule decides."""
+        """For each source whether it is held out as a whole; None if the rule decides."""
         return np.arange(len(self.sources)) < self.num_held_out if self.num_held_out else None
 
 
-def plan(config: PrepareConfig) -> Plan:
-    """Understand the settings.
+def read_request(config: PrepareConfig) -> PrepareRequest:
+    """Check the settings and find the inputs.
 
     Raises:
-        UserError: One of them makes no sense, or an input is not there.
+        UserError: A setting makes no sense, or an input does not exist.
     """
     rule = SplitRule(config.validation_fraction, config.validation_documents, config.validation_first, config.seed)
     reading = ReadSettings.of(config)
@@ -71,8 +67,8 @@ def plan(config: PrepareConfig) -> Plan:
     held_out = resolve_inputs(config.validation_input, left_out)
     if held_out and (config.validation_documents is not None or config.validation_first is not None):
         raise UserError("Hold out either given files or a number of documents, not both.")
-    # Together where nothing parts them, so that files of equal names are told apart by their folders.
+    # Unweighted inputs are resolved together, so that files of equal names are named with their folders.
     inputs = [resolve_inputs(refs, left_out) for refs in (zip(config.input) if config.weights else [config.input])]
     sources = resolve_inputs([*held_out, *(source for found in inputs for source in found)])
     mixture = Mixture.of(config, inputs, sources) if config.weights else None
-    return Plan(sources, left_out, len(held_out), mixture, rule, reading, steps, cleaning)
+    return PrepareRequest(sources, left_out, len(held_out), mixture, rule, reading, steps, cleaning)

@@ -3,7 +3,7 @@
 shard -> read -> clean -> hash, count, tokenize -> files in a directory that appears by one rename
 
 shard-00007/  tokens.bin        ids of all its documents, one after the other
-              documents.arrow   a row a document
+              documents.arrow   one row per document
               texts.arrow       the texts that may be held out
               signatures.npy    with --near_duplicates
               rejects.jsonl     with --rejects
@@ -19,11 +19,11 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -39,7 +39,7 @@ from cartilha.tokens.encoder import MAX_PIECE_CHARS, Encoder, cut, load_encoder
 from cartilha.tokens.store import batches
 from cartilha.tokens.store_writer import ROW_SCHEMA
 
-BATCH_CHARS = 1 << 20  # the arrays over a batch should fit into a core's cache
+BATCH_CHARS = 1 << 20  # arrays over a batch should fit into the cache of a core
 BATCH_DOCUMENTS = 20_000
 
 DOCUMENTS_SCHEMA = pa.schema(
@@ -55,17 +55,15 @@ TEXTS_SCHEMA = pa.schema([("row", pa.int64()), ("text", pa.large_binary())])
 
 @dataclass(frozen=True)
 class ShardSettings:
-    """What the work on a shard depends on, the tokenizer aside.
+    """What the work on a shard depends on, apart from the tokenizer.
 
     Attributes:
-        reading: How records become documents.
-        steps: Cleaning steps, by name.
-        cleaning: What the steps are told.
+        steps: Cleaning steps, whose settings are `cleaning`.
         with_signatures: Whether near-duplicates are to be found.
-        keep_texts_below: Texts of documents whose position is below this are kept, as those may be held out.
+        keep_texts_below: Texts of documents with a lower position are kept, since these may be held out.
         seed: Decides the positions.
         with_rejects: Whether the documents that cleaning leaves out are written.
-        dtype: Of the ids, as the store has it.
+        dtype: The store's dtype of ids.
     """
 
     reading: ReadSettings
@@ -80,11 +78,9 @@ class ShardSettings:
 
 @dataclass(frozen=True)
 class ShardTask:
-    """One piece of work; picklable.
+    """The work on one shard, as it is sent to a worker.
 
     Attributes:
-        shard: What to read.
-        settings: What to do.
         work: The work directory, with the encoder's file.
         limit: Read at most this many documents.
     """
@@ -96,34 +92,28 @@ class ShardTask:
 
     @property
     def directory(self) -> Path:
-        """Where its files are when they are done."""
+        """Where the finished files are."""
         return self.work / f"shard-{self.shard.number:06d}"
 
     @property
     def identity(self) -> str:
-        """Changes with whatever changes the files."""
+        """A hash of all that decides the contents of the files."""
         return hashlib.sha256(repr((self.shard, self.settings, self.limit)).encode("utf-8")).hexdigest()
 
 
 @dataclass(frozen=True)
 class ShardResult:
-    """What a shard's work counted.
+    """What the work on a shard counted.
 
     Attributes:
         number: The shard's.
-        num_bytes: Its size on the disk, for progress.
-        num_documents: Documents kept.
-        num_tokens: Their tokens.
-        text_bytes: Their size in UTF-8.
+        num_bytes: Size of the shard on the disk.
         read: What the reader counted: `vars` of a `ReadCounts`.
         rejected: Documents that cleaning left out, by reason.
     """
 
     number: int
     num_bytes: int
-    num_documents: int
-    num_tokens: int
-    text_bytes: int
     read: dict[str, Any]
     rejected: dict[str, int]
 
@@ -133,7 +123,7 @@ class ShardResult:
 
 
 def done_result(task: ShardTask) -> ShardResult | None:
-    """The result of a task that this run, or one that was killed, finished before; None where there is none."""
+    """The result of a task that this run or a killed one has finished, else None."""
     try:
         mark = json.loads((task.directory / "done.json").read_text(encoding="utf-8"))
         sizes = {name: (task.directory / name).stat().st_size for name in mark["sizes"]}
@@ -145,11 +135,11 @@ def done_result(task: ShardTask) -> ShardResult | None:
 
 
 def process_shard(task: ShardTask) -> ShardResult:
-    """Do the work on a shard.
+    """Do the work on a shard; if it fails, what was written is removed.
 
     Raises:
-        UserError: Its documents cannot be read.
-        OSError: Its files cannot be written; what was written of them is removed.
+        UserError: The documents cannot be read.
+        OSError: The files cannot be written.
     """
     temporary = task.work / f"{task.directory.name}.{os.getpid()}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -157,7 +147,7 @@ def process_shard(task: ShardTask) -> ShardResult:
     try:
         cleaner = Cleaner(task.settings.steps, task.settings.cleaning) if task.settings.steps else None
         read, pieces = ReadCounts(), list[int]()
-        with _Writer(task, temporary) as writer:
+        with closing(_Writer(task, temporary)) as writer:
             for batch in batches(_documents(task, read, pieces), BATCH_CHARS, BATCH_DOCUMENTS):
                 cleaned = zip(batch if cleaner is None else cleaner(batch), pieces[: len(batch)], strict=True)
                 del pieces[: len(batch)]
@@ -175,7 +165,7 @@ def process_shard(task: ShardTask) -> ShardResult:
 
 
 def _documents(task: ShardTask, read: ReadCounts, pieces: list[int]) -> Iterator[Document]:
-    """The shard's documents; to `pieces` goes for each the number of its part."""
+    """The documents of the shard; the number of each one's part is appended to `pieces`."""
     for number, part in enumerate(task.shard.parts):
         left = None if task.limit is None else task.limit - read.documents
         if left == 0:
@@ -187,7 +177,7 @@ def _documents(task: ShardTask, read: ReadCounts, pieces: list[int]) -> Iterator
 
 @functools.lru_cache(maxsize=1)
 def _encoder(work: Path, made: int) -> Encoder:
-    """The work directory's encoder; kept by the process, for loading one takes a fifth of a second."""
+    """The encoder of the work directory, kept by the process: loading it takes a fifth of a second."""
     return load_encoder(work)
 
 
@@ -198,52 +188,47 @@ class _Writer:
         self.task = task
         self._directory = directory
         self._encoder = _encoder(task.work, (task.work / "encoder.json").stat().st_mtime_ns)
-        self._stack = ExitStack()
-        self._num_documents = self._num_tokens = self._text_bytes = 0
+        self._num_documents = 0
         self._rejected: Counter[str] = Counter()
         self._signatures: list[np.ndarray] = []
-        self._lowest: tuple[float, int, bytes] | None = None  # position, row and text that are not kept anyway
+        self._lowest: tuple[float, int, bytes] | None = None  # position, row and text, unless it is kept anyway
+        self._stack = ExitStack()
+        self._tokens = self._open("tokens.bin")
+        self._rejects = self._open("rejects.jsonl") if task.settings.with_rejects else None
+        self._documents = self._open_arrow("documents.arrow", DOCUMENTS_SCHEMA, None)
+        self._texts = self._open_arrow("texts.arrow", TEXTS_SCHEMA, "lz4")
 
-    def __enter__(self) -> _Writer:
-        self._tokens = self._stack.enter_context((self._directory / "tokens.bin").open("wb"))
-        self._rejects = None
-        if self.task.settings.with_rejects:
-            path = self._directory / "rejects.jsonl"
-            self._rejects = self._stack.enter_context(path.open("w", encoding="utf-8"))
-        self._documents = self._arrow("documents.arrow", DOCUMENTS_SCHEMA, None)
-        self._texts = self._arrow("texts.arrow", TEXTS_SCHEMA, "lz4")
-        return self
+    def _open(self, name: str) -> BinaryIO:
+        return self._stack.enter_context((self._directory / name).open("wb"))
 
-    def __exit__(self, *_: object) -> None:
+    def _open_arrow(self, name: str, schema: pa.Schema, compression: str | None) -> Any:
+        options = pa.ipc.IpcWriteOptions(compression=compression)
+        return self._stack.enter_context(pa.ipc.new_file(self._open(name), schema, options=options))
+
+    def close(self) -> None:
+        """Close the files; may be called twice."""
         self._stack.close()
 
-    def _arrow(self, name: str, schema: pa.Schema, compression: str | None) -> Any:
-        file = self._stack.enter_context((self._directory / name).open("wb"))
-        options = pa.ipc.IpcWriteOptions(compression=compression)
-        return self._stack.enter_context(pa.ipc.new_file(file, schema, options=options))
-
     def add_or_reject(self, cleaned: list[tuple[Document | Rejected, int]]) -> None:
-        """Take what is left of a batch, each with the number of its part."""
-        documents: list[Document] = []
-        pieces: list[int] = []
+        """Take a batch after cleaning, each document with the number of its part."""
+        kept: list[tuple[Document, int]] = []
         for found, piece in cleaned:
             if isinstance(found, Rejected):
                 self._reject(found)
             else:
-                documents.append(found)
-                pieces.append(piece)
-        if documents:
-            self._add(documents, pieces)
+                kept.append((found, piece))
+        if kept:
+            self._add([document for document, _ in kept], [piece for _, piece in kept])
 
     def _reject(self, rejected: Rejected) -> None:
         self._rejected[rejected.reason] += 1
         if self._rejects is not None:
             document = rejected.document
             row = {"id": document.id, "source": document.source, "reason": rejected.reason, "text": document.text}
-            self._rejects.write(json.dumps(row, ensure_ascii=False) + "\n")
+            self._rejects.write((json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8"))
 
     def _add(self, documents: list[Document], pieces: list[int]) -> None:
-        """Hash, count and tokenize a batch, and write what came of it."""
+        """Hash, count and tokenize a batch, and write the results."""
         settings = self.task.settings
         texts = [document.text.encode("utf-8") for document in documents]
         hashes = [hashlib.sha256(text).digest()[:16] for text in texts]
@@ -255,9 +240,7 @@ class _Writer:
             self._write_ids(ids)
             numbers = np.stack([num_tokens, counts.num_bytes, counts.num_chars, counts.num_words])
         columns = [
-            pa.array([document.id for document in documents], pa.string()),
-            pa.array([document.source for document in documents], pa.string()),
-            pa.array([document.domain for document in documents], pa.string()),
+            *(pa.array([getattr(document, name) for document in documents]) for name in ("id", "source", "domain")),
             *(pa.array(row, pa.int64()) for row in numbers),
             pa.array(hashes, pa.binary(16)),
             pa.array(positions),
@@ -268,26 +251,24 @@ class _Writer:
         if settings.with_signatures:
             self._signatures.append(signatures([document.text for document in documents]))
         self._num_documents += len(documents)
-        self._text_bytes += int(numbers[1].sum())
 
     def _add_long(self, text: str) -> np.ndarray:
-        """A text that is too long to be encoded at once: the sums of its pieces, shape (4, 1)."""
+        """Encode a text that is too long to be encoded at once; the sums over its pieces, shape (4, 1)."""
         sums = np.zeros(4, np.int64)
         last = " "
-        for piece in cut(iter([text])):
+        for piece in cut(text):
             ids, num_tokens, counts = self._encoder.encode([piece.encode("utf-8")])
             self._write_ids(ids)
             sums += np.concatenate([num_tokens, counts.num_bytes, counts.num_chars, counts.num_words])
-            sums[3] -= not (last.isspace() or piece[0].isspace())  # a word that had to be cut counts once
+            sums[3] -= not (last.isspace() or piece[0].isspace())  # a word that was cut counts once
             last = piece[-1]
         return sums[:, None]
 
     def _write_ids(self, ids: np.ndarray) -> None:
         self._tokens.write(np.ascontiguousarray(ids, np.dtype(self.task.settings.dtype)).view(np.uint8).data)
-        self._num_tokens += len(ids)
 
     def _keep_texts(self, texts: list[bytes], positions: np.ndarray) -> None:
-        """Keep the texts that may be held out, and that of the lowest position: a side must not be empty."""
+        """Keep the texts that may be held out, and the one of the lowest position, so that no side can be empty."""
         is_kept = positions < self.task.settings.keep_texts_below
         kept = np.flatnonzero(is_kept)
         self._write_texts(kept + self._num_documents, [texts[i] for i in kept.tolist()])
@@ -300,19 +281,12 @@ class _Writer:
         self._texts.write_batch(pa.record_batch(columns, schema=TEXTS_SCHEMA))
 
     def finish(self, read: ReadCounts) -> ShardResult:
-        """Write what is held; the files are closed by the context."""
+        """Write what is held, and close the files."""
         if self._lowest is not None:
             self._write_texts(np.array([self._lowest[1]]), [self._lowest[2]])
         if self.task.settings.with_signatures:
             none = signatures([])
             save_signatures(self._directory / "signatures.npy", np.concatenate([none, *self._signatures]))
-        self._stack.close()
-        return ShardResult(
-            number=self.task.shard.number,
-            num_bytes=self.task.shard.num_bytes,
-            num_documents=self._num_documents,
-            num_tokens=self._num_tokens,
-            text_bytes=self._text_bytes,
-            read={**vars(read), "skipped": dict(read.skipped)},
-            rejected=dict(self._rejected),
-        )
+        self.close()
+        counts = {**vars(read), "skipped": dict(read.skipped)}
+        return ShardResult(self.task.shard.number, self.task.shard.num_bytes, counts, dict(self._rejected))

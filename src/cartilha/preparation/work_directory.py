@@ -1,4 +1,4 @@
-"""The directory beside a store in which it is prepared: what was done stays there when a run is killed."""
+"""The directory beside a store in which it is prepared; finished work stays there when a run is killed."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ SPARE_BYTES = 32 << 20
 
 @contextmanager
 def work_directory(store: Path, identity: dict[str, Any]) -> Iterator[Path]:
-    """Hold the work directory of a store; it is removed when the block ends well.
+    """Hold the work directory of a store; it is removed when the block succeeds.
 
     Args:
         store: The store that is to appear.
-        identity: What is prepared. Work that was left by another identity is removed, and a line says so.
+        identity: What is prepared. Work of another identity is removed with a warning.
 
     Raises:
         UserError: Another process prepares this store, or the disk is full.
@@ -37,7 +37,7 @@ def work_directory(store: Path, identity: dict[str, Any]) -> Iterator[Path]:
             _begin(work, identity)
             yield work
         except UserError as error:
-            # A mistake in the input or the settings: mending it makes other work of it.
+            # After a mistake in the input or the settings, the corrected command cannot use this work.
             if not isinstance(error, UnfinishedError):
                 shutil.rmtree(work, ignore_errors=True)
             raise
@@ -52,7 +52,7 @@ def work_directory(store: Path, identity: dict[str, Any]) -> Iterator[Path]:
 
 
 def remove_finished_work(store: Path, identity: dict[str, Any]) -> None:
-    """Remove what a process left that was killed after its store had appeared and before it had tidied up."""
+    """Remove the work of a process that was killed after its store had appeared."""
     work, lock = _places(store)
     if work.exists() or lock.exists():
         with contextlib.suppress(UserError, OSError), exclusive(lock, f"The store {store}"):
@@ -61,7 +61,7 @@ def remove_finished_work(store: Path, identity: dict[str, Any]) -> None:
 
 
 def _places(store: Path) -> tuple[Path, Path]:
-    """A store's work directory and its lock."""
+    """The work directory of a store, and its lock."""
     return store.with_name(f".{store.name}.work"), store.with_name(f".{store.name}.lock")
 
 
@@ -85,18 +85,10 @@ def _begin(work: Path, identity: dict[str, Any]) -> None:
 
 
 def require_space(place: Path, needed_bytes: float) -> None:
-    """Refuse to begin what the disk cannot hold.
-
-    Raises:
-        UserError: Less is free than is needed.
-    """
-    free = shutil.disk_usage(place).free
-    if free < needed_bytes + SPARE_BYTES:
+    """Refuse to begin by a `UserError` if the disk has not enough room."""
+    free, needed = shutil.disk_usage(place).free, needed_bytes + SPARE_BYTES
+    if free < needed:
         raise UserError(
-            f"About {_gigabytes(needed_bytes + SPARE_BYTES)} are needed while the store is written and"
-            f" {_gigabytes(free)} are free on the disk of {place}; free some, or choose another --output."
+            f"About {needed / 1e9:.2f} GB are needed while the store is written and {free / 1e9:.2f} GB are free on the"
+            f" disk of {place}; free some, or choose another --output."
         )
-
-
-def _gigabytes(num_bytes: float) -> str:
-    return f"{num_bytes / 1e9:.2f} GB"

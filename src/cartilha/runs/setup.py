@@ -24,7 +24,8 @@ from cartilha.model.load import LoadedModel, load_model, weights_hash
 from cartilha.model.recomputation import checkpoint_layers
 from cartilha.runs.files import read_results, read_status
 from cartilha.runs.step_plan import RunPlan, StepShape, plan_run, refuse_beyond_context, this_machine
-from cartilha.tokens.store import TokenStore, read_store_info
+from cartilha.tokens.store import TokenStore
+from cartilha.tokens.store_checks import read_store_info
 from cartilha.tokens.tokenizer import TextTokenizer, load_tokenizer
 from cartilha.training.checkpoint import (
     check_settings,
@@ -166,7 +167,7 @@ def assemble(config: TrainConfig, path: Path, prompts: GenerateConfig, resume: b
             refuse_if_dropped(path)
         log.info("Going on from step %d (%s).", state.progress.step, checkpoint)
     share_state(state, config.seed)
-    held_out = store.validation_documents()
+    held_out = list(store.read_documents("validation"))
     chosen = validation_subset(held_out, store.documents("validation").num_tokens.tolist(), config.validation_tokens)
     return Run(
         config=config,
@@ -215,7 +216,7 @@ def _matching_tokenizer(model: str, store: TokenStore) -> TextTokenizer:
     if model.startswith("random:") and not model.startswith("random:tiny"):
         return store.tokenizer()
     tokenizer = load_tokenizer(model)
-    if tokenizer.fingerprint() != store.fingerprint:
+    if tokenizer.fingerprint != store.fingerprint:
         raise UserError(
             f"The store {store.path} was made with another tokenizer than that of {model}; "
             f"prepare one with: cartilha prepare --model {model} --input FILE --output STORE"

@@ -13,7 +13,7 @@ CHARACTER_BYTES = {character: byte for byte, character in enumerate(BYTE_CHARACT
 
 
 def token_bytes(token: str) -> bytes | None:
-    """The bytes that a token stands for, or None where its spelling does not say (a SentencePiece word, say)."""
+    """The bytes that a token stands for; None if its spelling does not tell, as with a SentencePiece word."""
     byte = re.fullmatch(r"<0x([0-9A-F]{2})>", token)
     if byte is not None:
         return bytes([int(byte[1], 16)])

@@ -1,8 +1,8 @@
 """The tokens that a tokenizer's files add to its vocabulary, in the order in which transformers numbers them.
 
-They may stand in `added_tokens_decoder` (tokenizer_config.json), in added_tokens.json, or as names of special tokens
-only. A token that the vocabulary lacks gets the next free id, whatever id the file gives it: so does `AutoTokenizer`,
-and its ids are what models are trained with.
+They are listed in `added_tokens_decoder` (tokenizer_config.json), in added_tokens.json, or only as special tokens. A
+token that the vocabulary lacks gets the next free id, whatever id the file gives it: models are trained with the ids of
+`AutoTokenizer`, which does the same.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ END_OF_TEXT = "<|endoftext|>"
 # The order in which transformers numbers the special tokens that no vocabulary has.
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 GPT2 = "GPT2Tokenizer"
-CLASS_OF_TYPE = {"gpt2": GPT2, "opt": GPT2}  # by the type of the model, where no file names the tokenizer's class
+CLASS_OF_TYPE = {"gpt2": GPT2, "opt": GPT2}  # by the model's type, if no file names the tokenizer's class
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class DeclaredTokens:
 
     Attributes:
         added: Tokens with their settings, in the order of their ids.
-        special: The content of each special token by its name, `bos_token` and so on; None where a file says null.
+        special: The special tokens by name (`bos_token` and so on); None if a file says null.
         unnamed: Special tokens without a name.
-        defaults: Special tokens of the tokenizer's class, for names that no file mentions.
+        defaults: Special tokens of the tokenizer's class, by name, for names that no file mentions.
     """
 
     added: list[AddedToken]
@@ -42,7 +42,7 @@ class DeclaredTokens:
     defaults: dict[str, str]
 
     def add_to(self, backend: Tokenizer) -> None:
-        """Give each declared token an id, unless the tokenizer has it."""
+        """Give an id to each declared token that the tokenizer lacks."""
         backend.add_tokens(self.added)
         known = {token.content for token in backend.get_added_tokens_decoder().values()}
         special = {**dict.fromkeys(NAMES), **self.defaults, **self.special}
@@ -51,10 +51,10 @@ class DeclaredTokens:
 
 
 def declared_tokens(directory: Path) -> DeclaredTokens:
-    """What the files in a directory declare, each taken into account as transformers does."""
+    """What the files in a directory declare, as transformers reads them."""
     config = read_tokenizer_json(directory / "tokenizer_config.json")
     decoder = config.get("added_tokens_decoder")
-    # Where there is one, special_tokens_map.json and added_tokens.json are of an older time, and nobody reads them.
+    # If there is one, special_tokens_map.json and added_tokens.json are out of date, and transformers ignores them.
     older = read_tokenizer_json(directory / "special_tokens_map.json") if decoder is None else {}
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
     named = {**config, **older, **(extra if isinstance(extra, dict) else {})}
@@ -72,18 +72,18 @@ def declared_tokens(directory: Path) -> DeclaredTokens:
 
 
 def tokenizer_class(directory: Path) -> str | None:
-    """The class of a tokenizer, without `Fast` at its end; None where no file tells. Qwen2's, say, splits otherwise."""
+    """The class of a tokenizer, without `Fast` at its end; None if no file names it."""
     model = read_tokenizer_json(directory / "config.json")
     model_type = model.get("model_type")
     config = read_tokenizer_json(directory / "tokenizer_config.json")
     name = config.get("tokenizer_class") or model.get("tokenizer_class")
-    if name is None or str(model_type).startswith("qwen"):  # of Qwen's models transformers does not believe the files
+    if name is None or str(model_type).startswith("qwen"):  # transformers ignores what Qwen's files say
         return CLASS_OF_TYPE.get(str(model_type), model_type)
     return str(name).removesuffix("Fast")
 
 
 def _is_token(name: str, value: Any) -> bool:
-    """Whether a setting is a special token; of a name that transformers does not know it must be marked as one."""
+    """Whether a setting is a special token; under a name that transformers does not know, it must be marked as one."""
     if not name.endswith("_token") or isinstance(value, bool):
         return False
     return not isinstance(value, dict) or name in NAMES or "__type" in value
@@ -105,10 +105,10 @@ def _added(settings: dict[str, Any], special: dict[str, str | None]) -> AddedTok
 
 
 def read_tokenizer_json(path: Path) -> dict[str, Any]:
-    """The contents of one of a model's JSON files; empty where there is none.
+    """The contents of one of a model's JSON files; empty if it does not exist.
 
     Raises:
-        UserError: It is no JSON.
+        UserError: The file is not JSON.
     """
     if not path.is_file():
         return {}

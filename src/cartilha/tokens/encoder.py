@@ -1,19 +1,18 @@
-"""The fast path of tokenization: gigatoken where it is proven to give the ids of `tokenizers`, `tokenizers` elsewhere.
+"""The fast path of tokenization: gigatoken if it is proven to give the ids of `tokenizers`, else `tokenizers`.
 
     TextTokenizer --prove--> Proof --Encoder--> UTF-8 texts -> ids, counts
 
-gigatoken is 10 to 25 times as fast and young, so no tokenizer is taken on trust: hard cases and the corpus's first
-documents are encoded by both (`tokens/proof.py`). Documents that the fast path cannot serve go through `tokenizers` one
-by one: those with characters that this Python's Unicode tables do not know, and those with bytes that the vocabulary
-lacks.
+gigatoken is 10 to 25 times as fast, but young, so each tokenizer is proven first: both libraries encode hard cases and
+the first documents of the corpus (`tokens/proof.py`). Documents with characters that Python's Unicode tables do not
+know, or with bytes that the vocabulary lacks, go through `tokenizers`.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,23 +25,24 @@ from cartilha.tokens.text_counts import CharacterClasses, TextCounts, count_text
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-# Longer texts are cut at the last space between two letters in a piece: memory stays bounded.
+# Longer texts are cut into pieces so that memory stays bounded.
 MAX_PIECE_CHARS = 4 << 20
 CUT_WINDOW_CHARS = 1 << 16
+
+_character_classes = lru_cache(maxsize=4)(CharacterClasses)
 
 
 @dataclass(frozen=True)
 class Proof:
-    """What was found when the fast path was put beside `tokenizers`; recorded in store.json.
+    """What the comparison of the fast path with `tokenizers` found; recorded in store.json.
 
     Attributes:
-        backend: Which library encodes the texts.
+        backend: The library that encodes the texts.
         reason: Why, in words.
-        num_texts: Texts compared, and `num_bytes` their size.
+        num_texts: Texts compared; `num_bytes` is their size.
         slow_code_points: Ranges of characters whose documents go through `tokenizers`, beyond those that Python's
             Unicode tables do not know.
-        can_cut: Whether a long text may be cut before a space that stands between letters, and each piece encoded by
-            itself.
+        can_cut: Whether a long text may be cut before a space between letters, and its pieces encoded one by one.
     """
 
     backend: Literal["gigatoken", "tokenizers"]
@@ -52,22 +52,17 @@ class Proof:
     slow_code_points: tuple[tuple[int, int], ...] = ()
     can_cut: bool = False
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
-
 
 class Encoder:
-    """Encodes UTF-8 texts to ids, on one core; the texts of a batch are counted on the way.
+    """Encodes UTF-8 texts to ids on one core, and counts their words and characters.
 
     Args:
         whole_json: The tokenizer as `tokenizers` writes it.
-        fast_json: The same without special tokens and with a row for every byte; None where it is not proven.
+        fast_json: The same without special tokens and with a row for every byte; None if it is not proven.
         num_ids: One more than the largest id; larger ones mark bytes that the vocabulary lacks.
-        proof: What was proven.
-        split_numbers: Whether the fast path is to get each numeric character by itself, since its own splitter lacks
-            that step (SmolLM2's and StarCoder's).
-        slow: The `tokenizers` object of `whole_json` where there is one already; it is made when it is needed.
+        split_numbers: Whether numeric characters are split off before the fast path, whose own splitter lacks this step
+            (SmolLM2's and StarCoder's).
+        slow: The `tokenizers` object of `whole_json` if it exists already, else it is made when it is needed.
     """
 
     def __init__(
@@ -79,10 +74,8 @@ class Encoder:
         split_numbers: bool = False,
         slow: Tokenizer | None = None,
     ) -> None:
-        self._split_numbers = split_numbers
         self.whole_json, self.fast_json, self.num_ids, self.proof = whole_json, fast_json, num_ids, proof
-        self._classes = CharacterClasses(proof.slow_code_points)
-        self._slow = slow
+        self._split_numbers, self._slow = split_numbers, slow
         self._fast: Any = None
         if fast_json is not None:
             from gigatoken.gigatoken_rs import load_hf_json
@@ -90,15 +83,12 @@ class Encoder:
             self._fast = load_hf_json(fast_json)
 
     def encode(self, texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray, TextCounts]:
-        """Encode a batch of texts, none of them long.
-
-        Args:
-            texts: Valid UTF-8.
+        """Encode a batch of texts in valid UTF-8, none of them long.
 
         Returns:
             The ids of all texts one after the other (uint32), the number of ids of each (int64), and the counts.
         """
-        counts = count_texts(texts, self._classes)
+        counts = count_texts(texts, _character_classes(self.proof.slow_code_points))
         if self._fast is None:
             ids = self._encode_slowly(texts)
             return _joined(ids), np.fromiter(map(len, ids), np.int64, len(ids)), counts
@@ -116,7 +106,8 @@ class Encoder:
             return _flat(self._fast.encode_batch(list(texts), parallel=False))
         joined = b"".join(texts)
         starts = np.concatenate(([0], np.cumsum(np.fromiter(map(len, texts), np.int64, len(texts)))))
-        bounds = np.unique(np.concatenate((starts, number_boundaries(joined, self._classes))))
+        classes = _character_classes(self.proof.slow_code_points)
+        bounds = np.unique(np.concatenate((starts, number_boundaries(joined, classes))))
         places = bounds.tolist()
         pieces = [joined[begin:end] for begin, end in pairwise(places)]
         flat, piece_tokens = _flat(self._fast.encode_batch(pieces, parallel=False))
@@ -126,7 +117,7 @@ class Encoder:
     def _replace(
         self, texts: Sequence[bytes], flat: np.ndarray, num_tokens: np.ndarray, which: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Put the ids of `tokenizers` in the place of some texts' ids."""
+        """Replace the ids of some texts by those of `tokenizers`."""
         slow = self._encode_slowly([texts[i] for i in which.tolist()])
         parts = np.split(flat, np.cumsum(num_tokens)[:-1])
         num_tokens = num_tokens.copy()
@@ -144,16 +135,9 @@ class Encoder:
         encodings = self._slow.encode_batch_fast([text.decode("utf-8") for text in texts], add_special_tokens=False)
         return [np.array(encoding.ids, np.uint32) for encoding in encodings]
 
-    def with_proof(self, proof: Proof) -> Encoder:
-        """This encoder, with what was proven of it."""
-        other = copy.copy(self)
-        other.proof = proof
-        other._classes = CharacterClasses(proof.slow_code_points)
-        return other
-
     def save(self, directory: Path) -> None:
         """Write what `load_encoder` needs."""
-        values = [self.whole_json, self.fast_json, self.num_ids, self.proof.to_dict(), self._split_numbers]
+        values = [self.whole_json, self.fast_json, self.num_ids, asdict(self.proof), self._split_numbers]
         write_atomically(directory / "encoder.json", json.dumps(values))
 
 
@@ -165,27 +149,22 @@ def load_encoder(directory: Path) -> Encoder:
     return Encoder(whole_json, fast_json, num_ids, Proof(**proof), split_numbers)
 
 
-def cut(texts: Iterator[str], max_chars: int = MAX_PIECE_CHARS) -> Iterator[str]:
-    """Bring a long text, which comes in parts of any length, into pieces that can be encoded one by one.
+def cut(text: str, max_chars: int = MAX_PIECE_CHARS) -> Iterator[str]:
+    """Cut a long text into pieces that can be encoded one by one, each ending before a space between two letters.
 
-    A piece ends before a space between two letters. Where the last part of a piece has none, it is cut anyway: its
-    ids may then differ from those of the whole, its text does not.
+    If there is no such space near the end of a piece, it is cut anyway: the ids may then differ from those of the text.
     """
-    rest = ""
-    for part in texts:
-        rest += part
-        begin = 0
-        while len(rest) - begin > max_chars:
-            end = _last_cut(rest, begin, begin + max_chars)
-            yield rest[begin:end]
-            begin = end
-        rest = rest[begin:]
-    if rest:
-        yield rest
+    begin = 0
+    while len(text) - begin > max_chars:
+        end = _last_cut(text, begin, begin + max_chars)
+        yield text[begin:end]
+        begin = end
+    if begin < len(text):
+        yield text[begin:]
 
 
 def _last_cut(text: str, begin: int, end: int) -> int:
-    """The last position from `begin` to `end` where a space stands between letters; `end` where there is none near."""
+    """The last position before `end` of a space between two letters; `end` if there is none near."""
     first = max(begin + 1, end - CUT_WINDOW_CHARS)
     place = end
     while (place := text.rfind(" ", first, place)) > 0:
@@ -195,7 +174,7 @@ def _last_cut(text: str, begin: int, end: int) -> int:
 
 
 def _flat(encoded: Any) -> tuple[np.ndarray, np.ndarray]:
-    """An awkward array of lists as flat values and lengths."""
+    """Values and lengths of an awkward array of lists."""
     layout = encoded.layout
     offsets = np.asarray(layout.offsets.data, np.int64)
     if len(offsets) < 2:

@@ -1,7 +1,7 @@
-"""What a text costs under a tokenizer: tokens a word, bytes a token, words in many pieces, letters that are cut.
+"""What a text costs under a tokenizer: tokens per word, bytes per token, words in many pieces, letters cut apart.
 
-Tokens a word (fertility) is the tokens of whole texts over what white space separates, as everywhere in this project.
-Pieces of a single word are counted on words of letters alone, as they stand after a space.
+Tokens per word (fertility) are the tokens of whole texts divided by the number of words that white space separates, as
+in all of this project. Pieces of a single word are counted on words of letters alone, as they stand after a space.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -23,11 +24,10 @@ WORD = re.compile(r"[^\W\d_]+")
 
 @dataclass(frozen=True)
 class Fertility:
-    """One domain's figures, or the whole text's.
+    """Figures of one domain or of the whole text.
 
     Attributes:
-        num_words: What white space separates.
-        share_in_pieces: Of the words of letters (every occurrence counts), those that take three tokens or more.
+        share_in_pieces: Share of the words of letters, by occurrence, that take three tokens or more.
     """
 
     num_documents: int
@@ -38,16 +38,16 @@ class Fertility:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, with the two ratios."""
-        ratios = {
+        return {
+            **asdict(self),
             "tokens_per_word": self.num_tokens / max(1, self.num_words),
             "bytes_per_token": self.num_bytes / max(1, self.num_tokens),
         }
-        return {**asdict(self), **ratios}
 
 
 @dataclass(frozen=True)
 class CostlyWord:
-    """A word and the tokens that it is cut into, as text (a part of a character shows as U+FFFD)."""
+    """A word and the texts of its tokens (a part of a character shows as U+FFFD)."""
 
     word: str
     count: int
@@ -60,8 +60,8 @@ class CostlyLetter:
 
     Attributes:
         count: How often it occurs in words.
-        share_apart: Of these, where it is a token of its own, or its bytes lie in two tokens.
-        tokens_per_word: Mean over the words that have it (every occurrence counts).
+        share_apart: Share of these where it is a token of its own, or its bytes are in two tokens.
+        tokens_per_word: Mean over the words that have it, by occurrence.
     """
 
     letter: str
@@ -71,7 +71,7 @@ class CostlyLetter:
 
 
 class FertilityCounter:
-    """Gathers the figures while documents stream by."""
+    """Counts documents as they are added; its figures are asked for after the last one."""
 
     def __init__(self, tokenizer: TextTokenizer, *, after_space: bool) -> None:
         self._tokenizer = tokenizer
@@ -81,7 +81,7 @@ class FertilityCounter:
         self.id_counts = np.zeros(tokenizer.num_ids, np.int64)
 
     def add(self, documents: Sequence[Document]) -> None:
-        """Take some documents."""
+        """Count some documents."""
         encoded = self._tokenizer.encode([document.text for document in documents])
         for document, ids in zip(documents, encoded, strict=True):
             text = document.text
@@ -90,30 +90,26 @@ class FertilityCounter:
             self.id_counts += np.bincount(ids, minlength=len(self.id_counts))
 
     def by_domain(self) -> dict[str, Fertility]:
-        """Each domain's figures, by name."""
-        pieces = self._pieces(self._all_words())
-        return {name: _fertility(self._sums[name], self._words[name], pieces) for name in sorted(self._sums)}
+        """The figures of each domain, by name."""
+        return {name: self._fertility(self._sums[name], self._words[name]) for name in sorted(self._sums)}
 
     def total(self) -> Fertility:
-        """The whole text's figures."""
-        words = self._all_words()
-        return _fertility(sum(self._sums.values(), np.zeros(4, np.int64)), words, self._pieces(words))
+        """The figures of the whole text."""
+        return self._fertility(sum(self._sums.values(), np.zeros(4, np.int64)), self._all_words)
 
     def costliest_words(self, num_words: int = 20) -> list[CostlyWord]:
-        """The words that cost most tokens beyond one each, over all of their occurrences."""
-        words = self._all_words()
-        pieces = self._pieces(words)
-        order = sorted(words, key=lambda word: (-words[word] * (pieces[word] - 1), word))[:num_words]
-        backend = self._tokenizer.backend
-        found = []
-        for word in order:
-            ids = backend.encode(self._prefix + word, add_special_tokens=False).ids
-            found.append(CostlyWord(word, words[word], tuple(self._tokenizer.decode([i]) for i in ids)))
-        return found
+        """The words that cost the most tokens beyond one each, over all of their occurrences."""
+        words, num_pieces = self._all_words, self._num_pieces
+        order = sorted(words, key=lambda word: (-words[word] * (num_pieces[word] - 1), word))[:num_words]
+        encoded = self._tokenizer.encode([self._prefix + word for word in order])
+        return [
+            CostlyWord(word, words[word], tuple(self._tokenizer.decode_each(ids)))
+            for word, ids in zip(order, encoded, strict=True)
+        ]
 
     def costliest_letters(self, num_letters: int = 20) -> list[CostlyLetter]:
-        """The letters beyond ASCII that stand apart most often, by occurrences."""
-        words = {word: count for word, count in self._all_words().items() if not word.isascii()}
+        """The letters beyond ASCII that are cut apart most often."""
+        words = {word: count for word, count in self._all_words.items() if not word.isascii()}
         encodings = self._tokenizer.backend.encode_batch(
             [self._prefix + word for word in words], add_special_tokens=False
         )
@@ -132,18 +128,19 @@ class FertilityCounter:
         order = sorted(seen, key=lambda letter: (-apart[letter], letter))[:num_letters]
         return [CostlyLetter(x, seen[x], apart[x] / seen[x], tokens[x] / in_words[x]) for x in order]
 
+    @cached_property
     def _all_words(self) -> Counter[str]:
         words = Counter[str]()
-        for own in self._words.values():  # not their sum, which copies all words once for each domain
+        for own in self._words.values():  # `sum` would copy all words once per domain
             words.update(own)
         return words
 
-    def _pieces(self, words: Counter[str]) -> dict[str, int]:
-        encoded = self._tokenizer.encode([self._prefix + word for word in words])
-        return {word: len(ids) for word, ids in zip(words, encoded, strict=True)}
+    @cached_property
+    def _num_pieces(self) -> dict[str, int]:
+        encoded = self._tokenizer.encode([self._prefix + word for word in self._all_words])
+        return {word: len(ids) for word, ids in zip(self._all_words, encoded, strict=True)}
 
-
-def _fertility(sums: np.ndarray, words: Counter[str], pieces: dict[str, int]) -> Fertility:
-    in_pieces = sum(count for word, count in words.items() if pieces[word] >= MANY_PIECES)
-    num_documents, num_words, num_bytes, num_tokens = map(int, sums)
-    return Fertility(num_documents, num_words, num_bytes, num_tokens, in_pieces / max(1, words.total()))
+    def _fertility(self, sums: np.ndarray, words: Counter[str]) -> Fertility:
+        in_pieces = sum(count for word, count in words.items() if self._num_pieces[word] >= MANY_PIECES)
+        num_documents, num_words, num_bytes, num_tokens = map(int, sums)
+        return Fertility(num_documents, num_words, num_bytes, num_tokens, in_pieces / max(1, words.total()))

@@ -1,8 +1,8 @@
 """Byte-pair merges learnt on a corpus on top of those that a tokenizer has (Sennrich et al. 2016, arXiv:1508.07909).
 
-Ordinary BPE training, begun where the tokenizer's own ended: each word of the corpus is first cut as the tokenizer cuts
-it, then the most frequent pair of neighbours becomes a token, again and again. Counts are kept up to date word by word,
-so that a merge costs what it touches.
+This is BPE training that continues where the tokenizer's own ended: each word of the corpus is cut as the tokenizer
+cuts it, then the most frequent pair of neighbours becomes a token, again and again. Counts are updated for the words
+that a merge changes, so that a merge costs no more than these.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from itertools import pairwise
 
 Pair = tuple[int, int]
 
-LEAST_COUNT = 2  # a pair that occurs once says nothing about the next text
+LEAST_COUNT = 2  # a pair that occurs once says nothing about other texts
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,10 @@ class Merge:
     """A learnt merge.
 
     Attributes:
-        left: Id of the left part; right likewise.
-        result: Id of the token that it makes; another merge may have made the same one from other parts.
-        is_new: Whether this merge is the first to make it.
-        num_tokens: Tokens of the whole corpus once it is applied.
+        left: Id of the left part; `right` is that of the right part.
+        result: Id of the token that the merge makes; another merge may have made the same one from other parts.
+        is_new: Whether this merge is the first to make the token.
+        num_tokens: Tokens of the whole corpus after the merge.
     """
 
     left: int
@@ -39,16 +39,16 @@ class Merge:
 class MergeLearner:
     """Learns merges one by one; iterate for as many as are wanted.
 
-    At any time `words` is what the tokenizer with the merges so far would make of each word: a merge can bring together
-    two tokens that an earlier one joins, and those are joined at once, as encoding does it.
+    At any time `words` is how the tokenizer with the merges so far would cut each word: a merge can bring together two
+    tokens that an earlier one joins, and these are joined at once, as in encoding.
 
     Args:
-        word_counts: How often each word occurs, as the tokenizer's splitter writes it.
-        tokenize: A word's ids under the tokenizer as it is.
-        token_ids: Every token of the tokenizer and its id, added ones included: no pair is joined to one of these, for
-            its row means something else.
-        first_id: Of the first new token.
-        whole_words: Whether a word that is a token is never cut (`ignore_merges`, as Llama 3's tokenizer has it).
+        word_counts: How often each word occurs, spelt as by the tokenizer's splitter.
+        tokenize: Gives the ids of a word under the tokenizer as it is.
+        token_ids: Every token of the tokenizer and its id, added ones included; no pair is joined to one of these,
+            because its row has another meaning.
+        first_id: Id of the first new token.
+        whole_words: Whether a word that is a token is never cut (`ignore_merges`, as in Llama 3's tokenizer).
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class MergeLearner:
         while self._heap:
             negative, pair = heapq.heappop(self._heap)
             count = self._pair_counts.get(pair, 0)
-            if count != -negative:  # the entry is of before some merge
+            if count != -negative:  # the entry is older than some merge
                 if count >= LEAST_COUNT:
                     heapq.heappush(self._heap, (-count, pair))
                 continue
@@ -106,7 +106,7 @@ class MergeLearner:
         return Merge(*pair, result, is_new, self.num_tokens)
 
     def _join(self, i: int, changed: set[Pair]) -> None:
-        """Apply every learnt merge to a word: the lowest rank first, the leftmost of equal ones."""
+        """Apply every learnt merge to a word: the lowest rank first, and the leftmost pair among equal ranks."""
         ids = [*self.words[i], -1]  # -1 at the end, and where a token has been joined to the one before it
         before, after = list(range(-1, len(ids) - 1)), list(range(1, len(ids) + 1))
         pairs = enumerate(pairwise(self.words[i]))

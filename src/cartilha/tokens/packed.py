@@ -10,12 +10,12 @@ import numpy as np
 
 @dataclass(frozen=True)
 class PackedDocuments:
-    """What a packed stream is made of: a split of a store, or documents tokenized just now.
+    """The documents of a packed stream: a split of a store, or documents that were just tokenized.
 
     Attributes:
         tokens: All text tokens, shape (num_tokens,), memory-mapped or not.
-        start: First token of each document, shape (num_documents,).
-        num_tokens: Tokens of each document, shape (num_documents,).
+        start: Index of each document's first token, shape (num_documents,).
+        num_tokens: Shape (num_documents,).
         prefix_id: Put before each document; never a target.
         end_id: Put after each document; always a target.
     """

@@ -1,11 +1,10 @@
-"""Is gigatoken's way with this tokenizer the same as that of `tokenizers`? Hard cases and real text decide."""
+"""Proves on hard cases and real text that gigatoken gives the same ids as `tokenizers` for a tokenizer."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
 import logging
-import sys
 import unicodedata
 from collections.abc import Sequence
 from itertools import pairwise
@@ -22,7 +21,7 @@ from cartilha.tokens.tokenizer import TextTokenizer
 log = logging.getLogger("cartilha")
 
 MAX_SAMPLE_BYTES = 300_000  # tokenizers encodes about 2 MB/s on a core
-MAX_SLOW_CODE_POINTS = 1000  # where more differ, the two are not the same tokenizer
+MAX_SLOW_CODE_POINTS = 1000  # if more differ, the two are not the same tokenizer
 
 HARD_CASES = (
     "Era uma vez, na fazenda São João, a irmã do Zé: «pão-de-ló, água e açúcar».",
@@ -43,11 +42,11 @@ HARD_CASES = (
 
 
 def prove(tokenizer: TextTokenizer, documents: Sequence[str]) -> Encoder:
-    """The encoder for a tokenizer: the fast one where all of the sample agrees, else `tokenizers` and a line why.
+    """The encoder for a tokenizer: the fast one if the whole sample agrees, else `tokenizers` and a line that says why.
 
     Args:
-        tokenizer: What decides.
-        documents: The corpus's first documents, of which as many are compared as the sample's size allows.
+        tokenizer: Decides what is right.
+        documents: The first documents of the corpus; as many are compared as the sample has room for.
     """
     whole_json = tokenizer.backend.to_str()
     sample = [*HARD_CASES, *_with_literal_tokens(tokenizer), *_of_every_kind(), *_first(documents)]
@@ -56,14 +55,15 @@ def prove(tokenizer: TextTokenizer, documents: Sequence[str]) -> Encoder:
     def slow(reason: str) -> Encoder:
         log.warning("Tokenizing with tokenizers, at about a twentieth of the speed, since gigatoken %s.", reason)
         can_cut = _may_be_cut(slow_encoder, sample)
-        return slow_encoder.with_proof(Proof("tokenizers", reason, len(sample), num_bytes, (), can_cut))
+        slow_encoder.proof = Proof("tokenizers", reason, len(sample), num_bytes, (), can_cut)
+        return slow_encoder
 
-    backend = tokenizer.backend  # set so that special tokens in text stay text
+    backend = tokenizer.backend
     slow_encoder = Encoder(whole_json, None, tokenizer.num_ids, Proof("tokenizers", "", 0, 0), slow=backend)
     try:
         fast_json, split_numbers = for_fast_path(whole_json, tokenizer.num_ids)
         fast = Encoder(whole_json, fast_json, tokenizer.num_ids, Proof("gigatoken", "", 0, 0), split_numbers, backend)
-        # What it cannot read it says by a RuntimeError, and by a panic where it meets a fault of its own.
+        # gigatoken raises a RuntimeError for what it cannot read, and panics on a fault of its own.
         expected, differing = _differing(slow_encoder, fast, sample)
     except ImportError as error:
         return slow(f"cannot be loaded ({error})")
@@ -74,25 +74,26 @@ def prove(tokenizer: TextTokenizer, documents: Sequence[str]) -> Encoder:
     rare: tuple[tuple[int, int], ...] = ()
     if differing:
         rare = _characters_that_differ(slow_encoder, fast, [sample[i] for i in differing])
-        fast = fast.with_proof(Proof("gigatoken", "", 0, 0, rare))
+        fast.proof = Proof("gigatoken", "", 0, 0, rare)
         if not rare or _differing(slow_encoder, fast, sample, expected)[1]:
             begins = sample[differing[0]][:40]
             return slow(f"gives other ids for {len(differing)} of {counted(len(sample), 'text')}, such as {begins!r}")
-    proof = Proof("gigatoken", "equal ids on the sample", len(sample), num_bytes, rare, _may_be_cut(fast, sample))
+    can_cut = _may_be_cut(fast, sample)
+    fast.proof = Proof("gigatoken", "equal ids on the sample", len(sample), num_bytes, rare, can_cut)
     log.info(
         "Tokenizing with gigatoken %s: equal ids to tokenizers on a sample of %s (%.1f MB).",
         importlib.metadata.version("gigatoken"),
         counted(len(sample), "text"),
         num_bytes / 1e6,
     )
-    return fast.with_proof(proof)
+    return fast
 
 
 def for_fast_path(whole_json: str, num_ids: int) -> tuple[str, bool]:
-    """The tokenizer as the fast path takes it, and whether numbers have to be split off before.
+    """The tokenizer as the fast path takes it, and whether numbers have to be split off before it.
 
-    A literal special token is text, so these are left out. A vocabulary that lacks bytes (SmolLM2's lacks 13) would
-    be refused: the rows from `num_ids` on stand for them, and mark the documents that need `tokenizers`.
+    Special tokens are left out, since a literal one is text. gigatoken refuses a vocabulary that lacks bytes (SmolLM2's
+    lacks 13): ids from `num_ids` on stand for these, and mark the documents that need `tokenizers`.
     """
     whole: dict[str, Any] = json.loads(whole_json)
     whole["added_tokens"] = [token for token in whole["added_tokens"] if not token["special"]]
@@ -103,7 +104,7 @@ def for_fast_path(whole_json: str, num_ids: int) -> tuple[str, bool]:
         model["vocab"].update({character: num_ids + i for i, character in enumerate(lacking)})
     steps = (whole["pre_tokenizer"] or {}).get("pretokenizers", [])
     split_numbers = [step["type"] for step in steps] == ["Digits", "ByteLevel"] and steps[0]["individual_digits"]
-    # A splitter that also puts a space before its text would put one before each piece.
+    # A splitter that puts a space before its text would put one before each piece.
     split_numbers = bool(split_numbers and not steps[1]["add_prefix_space"] and whole["normalizer"] is None)
     if split_numbers:
         whole["pre_tokenizer"] = steps[1]
@@ -111,13 +112,13 @@ def for_fast_path(whole_json: str, num_ids: int) -> tuple[str, bool]:
 
 
 def _with_literal_tokens(tokenizer: TextTokenizer) -> list[str]:
-    """The tokenizer's own added tokens as text, which may look like anything."""
+    """The added tokens of the tokenizer as text."""
     added = [token.content for token in tokenizer.backend.get_added_tokens_decoder().values()]
     return [f"{token} e {token}texto{token} <{token}>" for token in added[:64]]
 
 
 def _of_every_kind() -> list[str]:
-    """Characters of every block, and all marks, numbers and separators: what splitters class in different ways."""
+    """Characters of every block, and all marks, numbers and separators, which splitters class in different ways."""
     categories = ((code_point, unicodedata.category(chr(code_point))) for code_point in range(0x80, 0x20000))
     known = ((code_point, category) for code_point, category in categories if category not in ("Cn", "Cs"))
     chosen = [code_point for code_point, category in known if category[0] in "MNZ" or code_point % 64 == 0]
@@ -131,7 +132,7 @@ def _in_context(code_point: int) -> str:
 
 
 def _first(documents: Sequence[str]) -> list[str]:
-    """Documents from the beginning, the last one cut, up to the sample's size."""
+    """The first documents up to the size of the sample, the last one cut."""
     chosen: list[str] = []
     left = MAX_SAMPLE_BYTES
     for document in documents:
@@ -145,7 +146,7 @@ def _first(documents: Sequence[str]) -> list[str]:
 def _differing(
     slow: Encoder, fast: Encoder, sample: Sequence[str], expected: list[np.ndarray] | None = None
 ) -> tuple[list[np.ndarray], list[int]]:
-    """The ids that `tokenizers` gives, and the numbers of the texts for which the fast path gives others."""
+    """The ids from `tokenizers`, and the numbers of the texts for which the fast path gives other ids."""
     texts = [text.encode("utf-8", "replace") for text in sample]
     if expected is None:
         expected = _split(slow, texts)
@@ -160,17 +161,17 @@ def _split(encoder: Encoder, texts: list[bytes]) -> list[np.ndarray]:
 
 
 def _characters_that_differ(slow: Encoder, fast: Encoder, texts: Sequence[str]) -> tuple[tuple[int, int], ...]:
-    """Characters that alone make a difference; their documents can go through `tokenizers`."""
+    """Ranges of the characters that each make a difference; none if there are too many."""
     code_points = sorted({ord(character) for text in texts for character in text if ord(character) >= 0x80})
     differing = _differing(slow, fast, [_in_context(code_point) for code_point in code_points])[1]
     return ranges(code_points[i] for i in differing) if len(differing) <= MAX_SLOW_CODE_POINTS else ()
 
 
 def _may_be_cut(encoder: Encoder, sample: Sequence[str]) -> bool:
-    """Whether pieces give the ids of the whole: shown on every text of the sample that can be cut."""
+    """Whether pieces give the ids of the whole text, for all texts of the sample that can be cut."""
     num_cuts = 0
     for text in sample:
-        pieces = list(cut(iter([text]), 200))
+        pieces = list(cut(text, 200))
         if len(pieces) > 1 and all(_ends_between_letters(*pair) for pair in pairwise(pieces)):
             whole, parts = (encoder.encode([p.encode("utf-8") for p in part])[0] for part in ([text], pieces))
             if not np.array_equal(whole, parts):
@@ -181,11 +182,3 @@ def _may_be_cut(encoder: Encoder, sample: Sequence[str]) -> bool:
 
 def _ends_between_letters(left: str, right: str) -> bool:
     return left[-1].isalpha() and right[0] == " " and right[1:2].isalpha()
-
-
-def fast_path_version() -> str:
-    """Gigatoken's version, for a store's record."""
-    try:
-        return importlib.metadata.version("gigatoken")
-    except importlib.metadata.PackageNotFoundError:
-        return f"not installed for {sys.platform}"

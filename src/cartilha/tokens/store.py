@@ -1,4 +1,4 @@
-"""The token store: flat token files that are memory-mapped, a table of documents, and how they were made.
+"""The token store: memory-mapped files of tokens, a table of documents, and a record of how they were made.
 
 store.json                       format version, tokenizer, dtype, counts, settings, hashes of the files below
 {train,validation}.tokens        little-endian uint16 (uint32 above 65,536 ids), text tokens only, documents in order
@@ -19,18 +19,14 @@ import pyarrow.parquet as pq
 
 from cartilha.corpus.document import Document
 from cartilha.corpus.splits import SPLITS, Split
-from cartilha.tokens import store_checks
 from cartilha.tokens.packed import PackedDocuments
-from cartilha.tokens.store_checks import LABELS
+from cartilha.tokens.store_checks import LABELS, NUMBERS, read_store_info, verify_store
 from cartilha.tokens.tokenizer import TextTokenizer, load_tokenizer
-
-FORMAT_VERSION = 1
-MAX_UINT16_IDS = 65_536
 
 
 @dataclass(frozen=True)
 class SplitCounts:
-    """What one side of the split holds."""
+    """What one side of the split holds; `store_checks.COUNTS` names the numbers."""
 
     num_documents: int
     num_tokens: int
@@ -42,11 +38,11 @@ class SplitCounts:
 
 @dataclass(frozen=True)
 class DocumentTable:
-    """The numbers of a split's documents, one entry a document, in the store's order.
+    """The numbers of a split's documents, one entry per document, in the store's order: arrays of int64.
 
     Attributes:
-        start: Index of the first token in the token file, int64.
-        num_tokens: Tokens of the text, int64; likewise bytes (UTF-8), chars (code points) and words (split at spaces).
+        start: Index of the first token in the token file.
+        num_bytes: In UTF-8; characters are code points, and words are what white space separates.
     """
 
     start: np.ndarray
@@ -57,16 +53,16 @@ class DocumentTable:
 
 
 class TokenStore:
-    """A finished store, opened: files are verified against their hashes (the verdict is kept while they are unchanged).
+    """A finished store, opened: its files are verified (`store_checks`).
 
     Raises:
-        UserError: The directory is no store, is of a newer format, or a file is missing or damaged.
+        UserError: The directory is no store, has another format, or a file is missing or damaged.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.info = read_store_info(self.path)
-        store_checks.verify_store(self.path, self.info)
+        verify_store(self.path, self.info)
         self.counts = {split: SplitCounts(**self.info["splits"][split]) for split in SPLITS}
         self.fingerprint: str = self.info["tokenizer_fingerprint"]
         self.prefix_id: int = self.info["prefix_id"]
@@ -82,9 +78,8 @@ class TokenStore:
 
     def documents(self, split: Split) -> DocumentTable:
         """The numbers of the split's documents."""
-        names = list(DocumentTable.__dataclass_fields__)
-        table = pq.read_table(self.path / f"{split}.documents.parquet", columns=names)
-        return DocumentTable(**{name: table[name].to_numpy() for name in names})
+        table = pq.read_table(self.path / f"{split}.documents.parquet", columns=list(NUMBERS))
+        return DocumentTable(**{name: table[name].to_numpy() for name in NUMBERS})
 
     def packed(self, split: Split) -> PackedDocuments:
         """The split's documents for packing: their tokens, memory-mapped, with the store's prefix and end ids."""
@@ -92,7 +87,7 @@ class TokenStore:
         return PackedDocuments(self.tokens(split), table.start, table.num_tokens, self.prefix_id, self.end_id)
 
     def labels(self, split: Split, names: Sequence[str] = LABELS, first: int = 0) -> dict[str, list[Any]]:
-        """`doc_id`, `source`, `domain` and `text_hash` of the split's documents from number `first` on."""
+        """Labels of the split's documents from number `first` on, by name."""
         table = pq.read_table(self.path / f"{split}.documents.parquet", columns=list(names)).slice(first)
         return {name: table[name].to_pylist() for name in names}
 
@@ -116,32 +111,19 @@ class TokenStore:
             spans = [(int(documents.start[i]), int(documents.num_tokens[i])) for i in rows]
             yield from tokenizer.decode_batch([tokens[start : start + length] for start, length in spans])
 
-    def validation_documents(self) -> list[Document]:
-        """The held-out documents with their text."""
-        return list(self.read_documents("validation"))
-
     def tokenizer(self) -> TextTokenizer:
         """The tokenizer that the store was made with."""
         return load_tokenizer(str(self.path / "tokenizer"))
 
 
-def read_store_info(path: Path) -> dict[str, Any]:
-    """The contents of store.json.
-
-    Raises:
-        UserError: There is none, or it cannot be read.
-    """
-    return store_checks.read_store_info(path, FORMAT_VERSION)
-
-
 def batches(
     documents: Iterable[Document], max_chars: int = 4_000_000, max_documents: int = 10_000
 ) -> Iterator[list[Document]]:
-    """Group documents so that tokenizing has enough to share among the cores and memory stays bounded."""
+    """Group documents so that the tokenizer has work for all cores and memory stays bounded."""
     batch: list[Document] = []
     num_chars = 0
     for document in documents:
-        if batch and len(document.text) > max_chars:  # a long one is a batch by itself
+        if batch and len(document.text) > max_chars:  # a long document is a batch of its own
             yield batch
             batch, num_chars = [], 0
         batch.append(document)

@@ -1,7 +1,8 @@
-"""What is checked of a store before it is used: it may be damaged, or somebody's trap.
+"""Checks of a store before it is used: it may be damaged, or made to do harm.
 
-Sizes and hashes first; then that its numbers agree with each other and with the files, so that nothing is allocated on
-the word of a header. A verdict in the user's cache remembers unchanged files, so that big ones are hashed once.
+Sizes and hashes come first, then whether the numbers agree with each other and with the files, so that no header alone
+decides how much memory is allocated. A verdict in the user's cache remembers unchanged files, so that they are hashed
+only once.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from cartilha.errors import UserError, first_line
 from cartilha.model_reference import cache_directory
 from cartilha.storage import file_sha256, read_json, read_sealed_json, write_json
 
+FORMAT_VERSION = 1
 STORE_KEYS = ("tokenizer_fingerprint", "prefix_id", "end_id", "num_ids", "dtype", "splits", "files")
 COUNTS = ("num_documents", "num_tokens", "num_bytes", "num_chars", "num_words")
 NUMBERS = ("start", *COUNTS[1:])
@@ -30,54 +32,41 @@ FILES = (
     *(f"{split}.{kind}" for split in SPLITS for kind in ("tokens", "documents.parquet")),
     "validation.text.parquet",
 )
-BYTES_A_ROW = 200  # of a document in memory: its numbers, and its labels as Python objects beside their text
+BYTES_PER_ROW = 200  # memory of a document: its numbers, and its labels as Python objects without their text
 TOKENS_AT_ONCE = 2**24
 
 
-def read_store_info(path: Path, version: int) -> dict[str, Any]:
+def read_store_info(path: Path) -> dict[str, Any]:
     """The contents of store.json.
 
     Raises:
-        UserError: There is none, it is not as it was written, or it makes no sense.
+        UserError: The file is missing, has changed since it was written, or makes no sense.
     """
     if not (path / "store.json").is_file():
         what = "is not a store" if path.is_dir() else "is a file, not a store" if path.exists() else "does not exist"
         raise UserError(f"{path} {what}; make one with: cartilha prepare --input FILE --model MODEL --output {path}")
+    fault = "is damaged"
     try:
-        unchecked = read_json(path / "store.json")
-        found = unchecked["format_version"]
-        if found != version:
+        version = read_json(path / "store.json")["format_version"]
+        if version != FORMAT_VERSION:
             raise UserError(
-                f"The store {path} has format {found}, this version reads {version}; prepare it with --overwrite."
-            )
-        if "sha256" not in unchecked and all(key in unchecked for key in STORE_KEYS):
-            raise UserError(
-                f"The store {path} was made by an older version (its store.json has no hash of its own); make it anew "
-                "from the same input with: cartilha prepare --overwrite."
+                f"The store {path} has format {version}, this version reads {FORMAT_VERSION}; "
+                "prepare it with --overwrite."
             )
         info = read_sealed_json(path / "store.json")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path}/store.json is damaged ({error}); prepare the store again with --overwrite.") from error
-    lacking = [key for key in STORE_KEYS if key not in info]
-    if lacking:
-        raise UserError(f"{path}/store.json lacks {', '.join(lacking)}; prepare the store again with --overwrite.")
-    try:
+        if lacking := [key for key in STORE_KEYS if key not in info]:
+            raise UserError(f"{path}/store.json lacks {', '.join(lacking)}; prepare the store again with --overwrite.")
+        fault = "makes no sense"
         _check_info(info)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path}/store.json makes no sense ({error}); prepare the store again with --overwrite."
-        ) from error
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}/store.json {fault} ({error}); prepare the store again with --overwrite.") from error
     return info
 
 
 def _check_info(info: dict[str, Any]) -> None:
-    """Ranges of the numbers, and names of files that stay inside the store.
-
-    Raises:
-        ValueError, KeyError, TypeError: Something is not what it must be.
-    """
+    """Check the ranges of the numbers, and that no file lies outside of the store."""
     largest = {"uint16": 2**16, "uint32": 2**32}[info["dtype"]]
     if not _is_count(info["num_ids"]) or not 0 < info["num_ids"] <= largest:
         raise ValueError(f"num_ids is {info['num_ids']!r}")
@@ -107,27 +96,23 @@ def _is_count(value: Any) -> bool:
 
 
 def verify_store(path: Path, info: dict[str, Any]) -> None:
-    """Check files and contents, but for what a remembered verdict says of files that have not changed since.
+    """Check files and contents; files that have not changed since a remembered verdict are not read again.
 
     Raises:
         UserError: A file is missing or damaged, or the contents contradict each other.
     """
-    verdict_path = _verdict_path(path)
-    try:
-        verdict = read_json(verdict_path)
-    except (OSError, ValueError):
-        verdict = None
-    if not isinstance(verdict, dict):
-        verdict = {}
-    now: dict[str, list[Any]] = {"store.json": [file_sha256(path / "store.json")]}  # its numbers are part of it
-    for name, expected in info["files"].items():
-        file = path / name
-        if not file.is_file():
+    verdict: Any = None
+    with contextlib.suppress(OSError, ValueError):
+        verdict = read_json(_verdict_path(path))
+    for name in info["files"]:
+        if not (path / name).is_file():
             raise UserError(f"The store {path} lacks its file {name}; prepare it again with --overwrite.")
-        now[name] = _verdict_key(file, expected["sha256"])
-        if verdict.get(name) == now[name]:
+    now = _verdict(path, info["files"])
+    for name, expected in info["files"].items():
+        if isinstance(verdict, dict) and verdict.get(name) == now[name]:
             continue
-        if now[name][0] != expected["size"] or file_sha256(file) != expected["sha256"]:
+        file = path / name
+        if file.stat().st_size != expected["size"] or file_sha256(file) != expected["sha256"]:
             raise UserError(
                 f"The store's file {file} is damaged (its hash differs); prepare the store again with --overwrite."
             )
@@ -143,31 +128,28 @@ def verify_store(path: Path, info: dict[str, Any]) -> None:
 
 
 def remember_verdict(path: Path, files: dict[str, dict[str, Any]]) -> None:
-    """Note that the files have these hashes and agree with each other, for as long as they are not changed."""
-    verdict = {name: _verdict_key(path / name, entry["sha256"]) for name, entry in files.items()}
-    verdict["store.json"] = [file_sha256(path / "store.json")]
-    with contextlib.suppress(OSError):  # without a cache a store is verified at each opening
-        write_json(_verdict_path(path), verdict)
+    """Record that the files have these hashes and agree with each other, for as long as they do not change."""
+    with contextlib.suppress(OSError):  # without a cache, a store is verified each time it is opened
+        write_json(_verdict_path(path), _verdict(path, files))
 
 
 def _verdict_path(path: Path) -> Path:
-    """Not in the store: one that comes from somebody else would bring its own verdict."""
+    """Not in the store: a store that comes from somebody else would bring its own verdict."""
     key = hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:32]
     return cache_directory() / "verified" / f"{key}.json"
 
 
-def _verdict_key(file: Path, sha256: str) -> list[Any]:
-    """What a verdict on a file holds for: its size, its time of change and the hash that it was found to have."""
-    status = file.stat()
-    return [status.st_size, status.st_mtime_ns, sha256]
+def _verdict(path: Path, files: dict[str, dict[str, Any]]) -> dict[str, list[Any]]:
+    """Size, time of change and hash of each file, and the hash of store.json, whose numbers are verified with them."""
+    verdict: dict[str, list[Any]] = {"store.json": [file_sha256(path / "store.json")]}
+    for name, entry in files.items():
+        status = (path / name).stat()
+        verdict[name] = [status.st_size, status.st_mtime_ns, entry["sha256"]]
+    return verdict
 
 
 def _check_contents(path: Path, info: dict[str, Any]) -> None:
-    """The files against the numbers in store.json.
-
-    Raises:
-        ValueError, OSError, pa.ArrowException: They do not agree.
-    """
+    """Compare the files with the numbers in store.json."""
     dtype = np.dtype(info["dtype"]).newbyteorder("<")
     for split in SPLITS:
         counts = info["splits"][split]
@@ -189,7 +171,7 @@ def _check_ids(path: Path, dtype: np.dtype[Any], num_ids: int) -> None:
 
 
 def _check_documents(path: Path, counts: dict[str, int]) -> None:
-    """The numbers of the documents lie one behind the other and add up; the labels fit into memory."""
+    """Check that documents follow each other without gaps, that their numbers add up, and that labels fit in memory."""
     with pq.ParquetFile(path, read_dictionary=list(LABELS)) as file:
         _check_rows(path, file, counts["num_documents"])
         schema = file.schema_arrow
@@ -201,7 +183,7 @@ def _check_documents(path: Path, counts: dict[str, int]) -> None:
         for batch in file.iter_batches(2**16, columns=[*NUMBERS, *LABELS]):
             num_rows += len(batch)
             label_bytes += sum(_text_bytes(batch[name]) for name in LABELS)
-            _check_memory(path, BYTES_A_ROW * num_rows + label_bytes)
+            _check_memory(path, BYTES_PER_ROW * num_rows + label_bytes)
             if any(batch[name].null_count for name in NUMBERS):
                 raise ValueError(f"{path.name} has documents without numbers")
             columns = {name: batch[name].to_numpy() for name in NUMBERS}
@@ -218,10 +200,10 @@ def _check_documents(path: Path, counts: dict[str, int]) -> None:
 
 
 def _check_texts(path: Path, counts: dict[str, int]) -> None:
-    """The held-out text has as many bytes as store.json says, and fits into memory."""
+    """Check that the held-out text fits in memory and has as many bytes as store.json says."""
     with pq.ParquetFile(path, read_dictionary=["text"]) as file:
         _check_rows(path, file, counts["num_documents"])
-        _check_memory(path, counts["num_bytes"] + BYTES_A_ROW * counts["num_documents"])
+        _check_memory(path, counts["num_bytes"] + BYTES_PER_ROW * counts["num_documents"])
         num_bytes = sum(_text_bytes(batch["text"]) for batch in file.iter_batches(1024, columns=["text"]))
     if num_bytes != counts["num_bytes"]:
         raise ValueError(f"{path.name} has {num_bytes:,} bytes of text, not {counts['num_bytes']:,}")
@@ -238,10 +220,9 @@ def _check_memory(path: Path, num_bytes: int) -> None:
 
 
 def _text_bytes(column: Any) -> int:
-    """Bytes of a column's texts when they are spelt out; a dictionary may repeat a long one without end."""
-    import pyarrow.compute as pc  # takes a tenth of a second, and `prepare` has no need of it
+    """Bytes of a column's texts once decoded; a dictionary may refer to one long text any number of times."""
+    import pyarrow.compute as pc  # takes a tenth of a second, and `prepare` does not need it
 
-    if pa.types.is_dictionary(column.type):
-        lengths = pc.cast(pc.binary_length(column.dictionary), pa.int64())
-        return int(pc.sum(lengths.take(column.indices)).as_py() or 0)
-    return int(pc.sum(pc.cast(pc.binary_length(column), pa.int64())).as_py() or 0)
+    is_dictionary = pa.types.is_dictionary(column.type)
+    lengths = pc.cast(pc.binary_length(column.dictionary if is_dictionary else column), pa.int64())
+    return int(pc.sum(lengths.take(column.indices) if is_dictionary else lengths).as_py() or 0)

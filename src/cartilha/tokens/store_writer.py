@@ -1,13 +1,13 @@
-"""Writes a token store: arrays in, files out, each hashed while it is written.
+"""Writes a token store.
 
-What comes in is cut anew, so that the bytes on the disk depend on the documents and their order alone, not on how many
-came at a time: tables in groups of `ROWS_PER_GROUP`, texts in groups of about `TEXT_GROUP_BYTES`.
+The bytes on the disk depend on the documents and their order alone, not on how many are added at a time: tables are
+written in groups of `ROWS_PER_GROUP`, texts in groups of about `TEXT_GROUP_BYTES`.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -17,27 +17,24 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cartilha.corpus.document import Document
 from cartilha.corpus.splits import SPLITS, Split
 from cartilha.storage import file_sha256, new_directory, write_sealed_json
-from cartilha.tokens.store import FORMAT_VERSION, MAX_UINT16_IDS, SplitCounts
-from cartilha.tokens.store_checks import remember_verdict
+from cartilha.tokens.store import SplitCounts
+from cartilha.tokens.store_checks import COUNTS, FORMAT_VERSION, remember_verdict
 from cartilha.tokens.tokenizer import TextTokenizer
 
+MAX_UINT16_IDS = 65_536
 ROWS_PER_GROUP = 50_000
 TEXT_GROUP_BYTES = 16 << 20
-TEXT_LEVEL = 3  # a quarter smaller than level 1 for half as much time again
+TEXT_LEVEL = 3  # a quarter smaller than level 1, in one and a half times the time
 
-# What a writer is given for each document; `start` is its own.
+# What is given to a writer for each document; the writer adds `start`.
 ROW_SCHEMA = pa.schema(
     [
         ("doc_id", pa.string()),
         ("source", pa.string()),
         ("domain", pa.string()),
-        ("num_tokens", pa.int64()),
-        ("num_bytes", pa.int64()),
-        ("num_chars", pa.int64()),
-        ("num_words", pa.int64()),
+        *((name, pa.int64()) for name in COUNTS[1:]),
         ("text_hash", pa.string()),
         ("cluster", pa.int64()),
     ]
@@ -52,7 +49,7 @@ def token_dtype(num_ids: int) -> np.dtype[Any]:
 
 
 class SplitWriter:
-    """Appends to one side's files, which are open while the context is, and keeps its sums."""
+    """Appends to the files of one side and keeps its sums."""
 
     def __init__(self, directory: Path, split: Split, dtype: np.dtype[Any]) -> None:
         self._dtype = dtype
@@ -63,21 +60,21 @@ class SplitWriter:
         self._documents = self._parquet(directory / f"{split}.documents.parquet", DOCUMENT_SCHEMA)
         text_path = directory / "validation.text.parquet"
         self._texts = self._parquet(text_path, TEXT_SCHEMA, TEXT_LEVEL) if split == "validation" else None
-        self._rows: list[pa.Table] = []
+        self._rows = [DOCUMENT_SCHEMA.empty_table()]
         self._num_rows = 0
         self._held_texts: list[tuple[str, bytes]] = []
         self._held_bytes = 0
         self._hashes = hashlib.sha256()
-        self._sums = dict.fromkeys(("num_documents", "num_tokens", "num_bytes", "num_chars", "num_words"), 0)
+        self._sums = dict.fromkeys(COUNTS, 0)
 
     def _parquet(self, path: Path, schema: pa.Schema, level: int = 1) -> pq.ParquetWriter:
         return self._stack.enter_context(pq.ParquetWriter(path, schema, compression="zstd", compression_level=level))
 
     def add_rows(self, rows: pa.Table) -> None:
-        """Append documents' rows (`ROW_SCHEMA`); their tokens and texts come in the same order."""
+        """Append the rows of documents (`ROW_SCHEMA`); their tokens and texts must come in the same order."""
         num_tokens = rows["num_tokens"].to_numpy()
         start = self._sums["num_tokens"] + np.concatenate(([0], np.cumsum(num_tokens)))[:-1]
-        for name in ("num_tokens", "num_bytes", "num_chars", "num_words"):
+        for name in COUNTS[1:]:
             self._sums[name] += int(rows[name].to_numpy().sum())
         self._sums["num_documents"] += len(rows)
         self._hashes.update("".join(rows["text_hash"].to_pylist()).encode("ascii"))
@@ -93,7 +90,7 @@ class SplitWriter:
         self._num_rows -= num_rows
 
     def add_tokens(self, ids: np.ndarray) -> None:
-        """Append ids, of any number of documents or a part of one."""
+        """Append ids of any number of documents, or of a part of one."""
         data = np.ascontiguousarray(ids, self._dtype).view(np.uint8).data
         self._token_hash.update(data)
         self._tokens.write(data)
@@ -114,14 +111,12 @@ class SplitWriter:
         self._held_bytes = 0
 
     def counts(self) -> SplitCounts:
-        """What was appended so far."""
+        """What has been appended so far."""
         return SplitCounts(**self._sums, corpus_hash=self._hashes.hexdigest())
 
     def finish(self) -> dict[str, str]:
-        """Write what is held and close the files; the SHA-256 of those that were hashed on the way, by name."""
+        """Write what is held and close the files; return the SHA-256 of the file of tokens, by its name."""
         if self._num_rows or not self._sums["num_documents"]:
-            self._rows = self._rows or [ROW_SCHEMA.empty_table().append_column("start", pa.array([], pa.int64()))]
-            self._rows = [table.select(DOCUMENT_SCHEMA.names) for table in self._rows]
             self._write_rows(self._num_rows)
         if self._texts is not None and (self._held_texts or not self._sums["num_documents"]):
             self._write_texts()
@@ -134,10 +129,11 @@ class SplitWriter:
 
 
 class StoreWriter:
-    """Writes a store into a temporary directory; see `writing_store`.
+    """Writes a store into a directory; see `writing_store`.
 
     Attributes:
-        splits: The writers of the two sides, which may be used by a thread each.
+        splits: The writers of the two sides; each may be used by its own thread.
+        files: Size and hash of each file, once the store is finished.
     """
 
     def __init__(self, directory: Path, tokenizer: TextTokenizer) -> None:
@@ -147,76 +143,40 @@ class StoreWriter:
         self.splits = {split: SplitWriter(directory, split, self.token_dtype) for split in SPLITS}
         self.files: dict[str, dict[str, Any]] = {}
 
-    def add(self, split: Split, documents: Sequence[Document], text_hashes: Sequence[str]) -> int:
-        """Tokenize documents and append them to a split, each a cluster by itself; returns the number of tokens."""
-        ids = self.tokenizer.encode([document.text for document in documents])
-        first = sum(writer.counts().num_documents for writer in self.splits.values())
-        rows = [
-            {
-                "doc_id": document.id,
-                "source": document.source,
-                "domain": document.domain,
-                "num_tokens": len(document_ids),
-                "num_bytes": len(document.text.encode("utf-8")),
-                "num_chars": len(document.text),
-                "num_words": len(document.text.split()),
-                "text_hash": text_hash,
-                "cluster": first + number,
-            }
-            for number, (document, text_hash, document_ids) in enumerate(zip(documents, text_hashes, ids, strict=True))
-        ]
-        writer = self.splits[split]
-        writer.add_rows(pa.Table.from_pylist(rows, schema=ROW_SCHEMA))
-        for document, text_hash, document_ids in zip(documents, text_hashes, ids, strict=True):
-            writer.add_tokens(document_ids)
-            if split == "validation":
-                writer.add_text(text_hash, document.text.encode("utf-8"))
-        return sum(map(len, ids))
-
     def counts(self) -> dict[Split, SplitCounts]:
-        """What each split holds so far."""
+        """What each side holds so far."""
         return {split: writer.counts() for split, writer in self.splits.items()}
 
     def finish(self, made_from: dict[str, Any]) -> None:
-        """Close the files and write store.json.
-
-        Args:
-            made_from: What else store.json records: inputs, settings, counts of what was dropped and why.
-        """
+        """Close the files and write store.json; `made_from` is what else it records: inputs, settings, counts."""
         hashes = {name: value for writer in self.splits.values() for name, value in writer.finish().items()}
         self.tokenizer.save(self.directory / "tokenizer")
-        files: dict[str, dict[str, Any]] = {}
         for path in sorted(path for path in self.directory.rglob("*") if path.is_file()):
             name = path.relative_to(self.directory).as_posix()
-            files[name] = {"size": path.stat().st_size, "sha256": hashes.get(name) or file_sha256(path)}
+            self.files[name] = {"size": path.stat().st_size, "sha256": hashes.get(name) or file_sha256(path)}
         info = {
             "format_version": FORMAT_VERSION,
-            "tokenizer_fingerprint": self.tokenizer.fingerprint(),
+            "tokenizer_fingerprint": self.tokenizer.fingerprint,
             "prefix_id": self.tokenizer.prefix_id,
             "end_id": self.tokenizer.end_id,
             "num_ids": self.tokenizer.num_ids,
             "dtype": self.token_dtype.name,
             "splits": {split: asdict(counts) for split, counts in self.counts().items()},
             **made_from,
-            "files": files,
+            "files": self.files,
         }
         write_sealed_json(self.directory / "store.json", info)
-        self.files = files
-
-    def close(self) -> None:
-        """Close the files; safe to call twice."""
-        for writer in self.splits.values():
-            writer.close()
 
 
 @contextmanager
 def writing_store(path: Path, tokenizer: TextTokenizer, *, replace: bool) -> Iterator[StoreWriter]:
-    """A writer whose store appears at `path`, whole, when the block ends; a fault or a kill leaves what was there."""
+    """A writer whose store appears at `path` when the block ends; a failure or a kill leaves what was there."""
     with new_directory(path, replace=replace) as temporary:
         writer = StoreWriter(temporary, tokenizer)
         try:
             yield writer
         finally:
-            writer.close()
-    # The hashes are of what was written a moment ago: the first opening need not read it all again.
+            for split in writer.splits.values():
+                split.close()
+    # The files were hashed while they were written: the first opening need not read them again.
     remember_verdict(path, writer.files)

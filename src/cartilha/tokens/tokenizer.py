@@ -1,7 +1,7 @@
 """A model's tokenizer as this project uses it: text to ids with nothing added, and back.
 
-Text is tokenized without special tokens, and a literal `</s>` in it stays text. Loading needs neither torch nor
-transformers, except for the rare tokenizers that only transformers can convert, and then a line says so.
+A literal `</s>` in a text stays text. Loading needs neither torch nor transformers, except for the rare tokenizers that
+only transformers can convert, which a line reports.
 """
 
 from __future__ import annotations
@@ -21,13 +21,7 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from cartilha.errors import UserError, missing_extra
-from cartilha.model_reference import (
-    TOKENIZER_FILES,
-    ModelSource,
-    conversion_directory,
-    download,
-    resolve_model,
-)
+from cartilha.model_reference import TOKENIZER_FILES, conversion_directory, download, resolve_model
 from cartilha.storage import new_directory, refuse_lfs_pointer, write_atomically, write_json
 from cartilha.tokens.byte_level import CHARACTER_BYTES
 from cartilha.tokens.declared_tokens import END_OF_TEXT, GPT2, declared_tokens, read_tokenizer_json, tokenizer_class
@@ -37,6 +31,8 @@ log = logging.getLogger("cartilha")
 ENDS = ("bos_token", "eos_token")
 GPT2_FILES = ("vocab.json", "merges.txt")
 CHAT_TEMPLATE = "chat_template.jinja"
+GGUF_CONTROL = 3  # llama.cpp's token type of special tokens
+GGUF_SPLITTERS = {"smollm": True, "gpt-2": False}  # by name, whether each digit is split off first
 
 
 @dataclass(frozen=True)
@@ -44,12 +40,10 @@ class TextTokenizer:
     """Encodes text as the model reads it.
 
     Attributes:
-        backend: The `tokenizers` object, set so that special tokens in text stay text.
-        bos_id: Beginning of text, or None where the tokenizer has none.
-        eos_id: End of text, or None where the tokenizer has none.
-        pad_id: Padding, or None.
+        backend: Set so that special tokens in text stay text.
+        bos_id: Beginning of text; each of the three is None if the tokenizer has no such token.
         directory: Where the files came from; None for a tokenizer made here (GGUF, `random:tiny`).
-        chat_template: Of a tokenizer made here: how a conversation is written, for whoever chats with the model.
+        chat_template: How a conversation is written, for a tokenizer made here.
     """
 
     backend: Tokenizer
@@ -61,28 +55,28 @@ class TextTokenizer:
 
     @property
     def prefix_id(self) -> int:
-        """The token put before each document as context: bos, else eos."""
+        """The token before each document, as context: bos, else eos."""
         prefix = self.bos_id if self.bos_id is not None else self.eos_id
         assert prefix is not None, "load_tokenizer refuses tokenizers with neither"
         return prefix
 
     @property
     def end_id(self) -> int:
-        """The token that ends each document in training: eos, else bos."""
+        """The token after each document in training: eos, else bos."""
         end = self.eos_id if self.eos_id is not None else self.bos_id
         assert end is not None, "load_tokenizer refuses tokenizers with neither"
         return end
 
     @cached_property
     def num_ids(self) -> int:
-        """One more than the largest id that a token has; looked up once, for it takes a thirtieth of a second."""
+        """One more than the largest id of a token."""
         return 1 + max(self.backend.get_vocab(with_added_tokens=True).values())
 
     @cached_property
     def num_reachable_ids(self) -> int:
-        """One more than the largest id that a text, its prefix or its end can give: special tokens are none of these.
+        """One more than the largest id that a text, its prefix or its end can have.
 
-        A `[PAD]` that was added and never used may lie beyond a model's rows.
+        Other special tokens, such as a `[PAD]` that was added and never used, may lie beyond a model's rows.
         """
         added = self.backend.get_added_tokens_decoder()
         vocabulary = self.backend.get_vocab(with_added_tokens=False).values()
@@ -91,28 +85,35 @@ class TextTokenizer:
         )
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids of each text, without any special token: arrays of uint32, shape (num_tokens,)."""
+        """The ids of each text, without special tokens: arrays of uint32, shape (num_tokens,)."""
         encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of the ids; special tokens are kept."""
+        """The text of the ids, special tokens included."""
         return self.decode_batch([np.asarray(ids, np.int64)])[0]
 
     def decode_batch(self, ids: Sequence[np.ndarray]) -> list[str]:
-        """The text of each sequence of ids; special tokens are kept."""
+        """The text of each sequence of ids, special tokens included."""
         if not self._misread:
             return list(self.backend.decode_batch([i.tolist() for i in ids], skip_special_tokens=False))
         return [self._decode_by_pieces(i) for i in ids]
 
+    def decode_each(self, ids: Sequence[int] | np.ndarray) -> list[str]:
+        """The text of each token within a longer text: SentencePiece's decoder drops the space of a first token."""
+        texts = self.decode_batch([np.array([i]) for i in ids])
+        spellings = [self.backend.id_to_token(int(i)) or "" for i in ids]
+        pairs = zip(texts, spellings, strict=True)
+        return [f" {text}" if spelling[:1] == "▁" and text[:1] != " " else text for text, spelling in pairs]
+
     @cached_property
     def _misread(self) -> dict[int, str]:
-        """Added tokens such as `ção`, whose letters the byte-level decoder takes for bytes, and their texts."""
+        """The texts of added tokens such as `ção`, whose letters the byte-level decoder takes for bytes."""
         if not isinstance(self.backend.decoder, decoders.ByteLevel):
             return {}
         added = {i: token.content for i, token in self.backend.get_added_tokens_decoder().items()}
         misread = {i: text for i, text in added.items() if self.backend.decode([i], skip_special_tokens=False) != text}
-        # One that the vocabulary has, too, may be a byte of another character.
+        # A token that the vocabulary has as well may be a byte of another character.
         return {i: text for i, text in misread.items() if self.backend.model.token_to_id(text) is None}
 
     def _decode_by_pieces(self, ids: np.ndarray) -> str:
@@ -123,19 +124,18 @@ class TextTokenizer:
             begin = place + 1
         return "".join(texts)
 
+    @cached_property
     def fingerprint(self) -> str:
-        """The same for tokenizers that give the same ids; see `_fingerprint`, which takes a fifth of a second."""
-        known: str | None = self.__dict__.get("_known_fingerprint")
-        if known is None:
-            known = self.__dict__["_known_fingerprint"] = self._fingerprint()
-        return known
-
-    def _fingerprint(self) -> str:
         """SHA-256 of what decides the ids of a text: vocabulary, merges, normaliser, splitter, prefix and end ids.
 
-        The same tokenizer saved in another format (vocab.json and merges.txt, tokenizer.json) has the same fingerprint.
+        It does not depend on the format (tokenizer.json, or vocab.json and merges.txt) that the tokenizer is saved in.
         """
+
+        def without_offsets(part: dict[str, Any]) -> dict[str, Any]:
+            return {key: value for key, value in sorted(part.items()) if key != "trim_offsets"}
+
         whole = json.loads(self.backend.to_str())
+        splitter = json.loads(json.dumps(whole["pre_tokenizer"]), object_hook=without_offsets)
         model = whole["model"]
         merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges", ())]
         vocabulary = model["vocab"]
@@ -147,20 +147,20 @@ class TextTokenizer:
             bool(model.get("ignore_merges")),
             added,
             whole["normalizer"],
-            _splitting(whole["pre_tokenizer"]),
+            splitter,
             [self.prefix_id, self.end_id],
         ]
         return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()
 
     def save(self, directory: Path) -> None:
-        """Write files that `AutoTokenizer.from_pretrained` loads: the exact ones where there are any."""
+        """Write files that `AutoTokenizer.from_pretrained` loads: copies of the original ones if there are any."""
         directory.mkdir(parents=True, exist_ok=True)
         if self.directory is not None:
             for name in TOKENIZER_FILES:
                 if (self.directory / name).is_file():
                     shutil.copyfile(self.directory / name, directory / name)
             config = read_tokenizer_json(directory / "tokenizer_config.json")
-            # Where only config.json names bos and eos, as in the hub's gpt2: that file is the model's and stays behind.
+            # In the hub's gpt2, only config.json names bos and eos: that file is the model's and is not copied.
             if not config or not any(map(declared_tokens(directory).special.get, ENDS)):
                 given = {key: value for key, value in config.items() if value is not None}
                 write_json(directory / "tokenizer_config.json", {**self._config(), **given})
@@ -172,7 +172,7 @@ class TextTokenizer:
 
     def _config(self) -> dict[str, Any]:
         in_two_files = self.directory is not None and not (self.directory / "tokenizer.json").is_file()
-        name_of_class = "GPT2Tokenizer" if in_two_files else "PreTrainedTokenizerFast"
+        name_of_class = GPT2 if in_two_files else "PreTrainedTokenizerFast"
         config: dict[str, Any] = {"tokenizer_class": name_of_class, "clean_up_tokenization_spaces": False}
         for name, token_id in (("bos_token", self.bos_id), ("eos_token", self.eos_id), ("pad_token", self.pad_id)):
             if token_id is not None:
@@ -180,24 +180,24 @@ class TextTokenizer:
         return config
 
 
-def _splitting(pre_tokenizer: Any) -> Any:
-    """The parts of a pre-tokenizer's description that decide ids (offsets do not)."""
-    if isinstance(pre_tokenizer, dict):
-        return {key: _splitting(value) for key, value in sorted(pre_tokenizer.items()) if key != "trim_offsets"}
-    if isinstance(pre_tokenizer, list):
-        return [_splitting(item) for item in pre_tokenizer]
-    return pre_tokenizer
-
-
 def load_tokenizer(ref: str) -> TextTokenizer:
     """The tokenizer of a MODEL argument.
 
     Raises:
         UserError: The model has no tokenizer, or one without a token to begin or end a text with.
-        HubUnreachableError: A hub model's files cannot be had.
+        HubUnreachableError: A hub model's files cannot be fetched.
     """
     source = resolve_model(ref)
-    tokenizer = _load(source)
+    if source.kind == "random":
+        if source.name.split("-")[0] != "tiny":
+            raise UserError(f"{ref} has no tokenizer of its own; use a real model's to prepare the store.")
+        tokenizer = byte_tokenizer()
+    elif source.kind == "gguf":
+        assert source.path is not None
+        tokenizer = _cached_gguf_tokenizer(source.path)
+    else:
+        directory = source.path or download(source.name, (*TOKENIZER_FILES, "config.json"))
+        tokenizer = _from_directory(ref, directory)
     tokenizer.backend.encode_special_tokens = True
     tokenizer.backend.no_padding()
     tokenizer.backend.no_truncation()
@@ -207,20 +207,6 @@ def load_tokenizer(ref: str) -> TextTokenizer:
             "set one in its tokenizer_config.json."
         )
     return tokenizer
-
-
-def _load(source: ModelSource) -> TextTokenizer:
-    if source.kind == "random":
-        if source.name.split("-")[0] != "tiny":
-            raise UserError(
-                f"{source.ref} has no tokenizer of its own; prepare the store with a real model's tokenizer."
-            )
-        return byte_tokenizer()
-    if source.kind == "gguf":
-        assert source.path is not None
-        return _cached_gguf_tokenizer(source.path)
-    directory = source.path if source.path is not None else download(source.name, (*TOKENIZER_FILES, "config.json"))
-    return _from_directory(source.ref, directory)
 
 
 def _from_directory(ref: str, directory: Path) -> TextTokenizer:
@@ -245,7 +231,7 @@ def _from_directory(ref: str, directory: Path) -> TextTokenizer:
 
 
 def _from_files(ref: str, directory: Path, *names: str) -> Tokenizer:
-    """From tokenizer.json, or from the byte-pair merges in GPT-2's two files, as OPT's hub repository has them."""
+    """Read tokenizer.json, or GPT-2's two files with vocabulary and merges, as OPT's hub repository has them."""
     paths = [directory / name for name in names]
     for path in paths:
         refuse_lfs_pointer(path)
@@ -257,10 +243,10 @@ def _from_files(ref: str, directory: Path, *names: str) -> Tokenizer:
 
 
 def _through_transformers(ref: str, directory: Path) -> TextTokenizer:
-    """Tokenizers that only transformers can convert (a bare SentencePiece model, say)."""
+    """Load a tokenizer that only transformers can convert, such as a bare SentencePiece model."""
     for name in TOKENIZER_FILES:
         refuse_lfs_pointer(directory / name)
-    model = directory / "tokenizer.model"  # SentencePiece's, which begins with a field of protobuf's, or tiktoken's
+    model = directory / "tokenizer.model"  # SentencePiece's, which begins with a protobuf field, or tiktoken's
     if model.is_file() and find_spec("sentencepiece") is None and model.read_bytes()[:1] == b"\n":
         raise missing_extra(f"The tokenizer of {ref}, a SentencePiece model,", "sentencepiece")
     from transformers import AutoTokenizer
@@ -271,7 +257,7 @@ def _through_transformers(ref: str, directory: Path) -> TextTokenizer:
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
         backend = tokenizer.backend_tokenizer
-        # Where a folder holds no vocabulary, transformers makes an empty one, and every text would have no tokens.
+        # If a folder holds no vocabulary, transformers makes an empty one, and no text would have tokens.
         if not backend.get_vocab_size(with_added_tokens=False):
             raise ValueError("an empty vocabulary")
     except Exception as error:
@@ -293,7 +279,7 @@ def byte_tokenizer() -> TextTokenizer:
 
 
 def _cached_gguf_tokenizer(path: Path) -> TextTokenizer:
-    """`gguf_tokenizer`, kept as tokenizer.json in the user's cache: parsing the GGUF's metadata takes seconds."""
+    """`gguf_tokenizer`, kept in the user's cache: parsing the metadata of a GGUF file takes seconds."""
     directory = conversion_directory(path) / "tokenizer"
     if not (directory / "tokenizer.json").is_file():
         tokenizer = gguf_tokenizer(path)
@@ -306,23 +292,23 @@ def _cached_gguf_tokenizer(path: Path) -> TextTokenizer:
             )
         return tokenizer
     tokenizer = _from_directory(path.name, directory)
-    # The cache may be emptied at any time: whoever saves this tokenizer writes it out anew.
+    # The cache may be emptied at any time, so `save` must not copy from it.
     template = directory / CHAT_TEMPLATE
     chat_template = template.read_text(encoding="utf-8") if template.is_file() else None
     return replace(tokenizer, directory=None, chat_template=chat_template)
 
 
 def gguf_tokenizer(path: Path) -> TextTokenizer:
-    """The tokenizer inside a GGUF file of the byte-level BPE kind (`tokenizer.ggml.model` = gpt2).
+    """The byte-level BPE tokenizer inside a GGUF file (`tokenizer.ggml.model` = gpt2).
 
-    Chat models name a chat mark as their bos; a text begins with `<|endoftext|>` where the vocabulary has it.
+    Chat models name a chat mark as their bos; here a text begins with `<|endoftext|>` if the vocabulary has it.
 
     Raises:
         UserError: The `demo` extra is missing, the file is damaged, or the tokenizer is of another kind.
     """
     fields = read_gguf_fields(path)
     kind, splitter = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre", "default")
-    if kind != "gpt2" or splitter not in _GGUF_SPLITTERS:
+    if kind != "gpt2" or splitter not in GGUF_SPLITTERS:
         raise UserError(
             f"{path.name} has a tokenizer of the kind {kind}/{splitter}, which is not read from GGUF; "
             "use the model's directory in Hugging Face format instead."
@@ -333,19 +319,15 @@ def gguf_tokenizer(path: Path) -> TextTokenizer:
     backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     steps = [pre_tokenizers.Digits(individual_digits=True), byte_level]
-    backend.pre_tokenizer = pre_tokenizers.Sequence(steps) if _GGUF_SPLITTERS[splitter] else byte_level
+    backend.pre_tokenizer = pre_tokenizers.Sequence(steps) if GGUF_SPLITTERS[splitter] else byte_level
     backend.decoder = decoders.ByteLevel()
-    control = [token for token, kind in zip(tokens, types, strict=True) if kind == _GGUF_CONTROL]
+    control = [token for token, kind in zip(tokens, types, strict=True) if kind == GGUF_CONTROL]
     backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
     ids = [backend.token_to_id(END_OF_TEXT)] * 3
     if ids[0] is None:
         ids = [fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "padding")]
     bos_id, eos_id, pad_id = (None if i is None else int(i) for i in ids)
     return TextTokenizer(backend, bos_id, eos_id, pad_id, chat_template=fields.get("tokenizer.chat_template"))
-
-
-_GGUF_CONTROL = 3  # llama.cpp's token type of special tokens
-_GGUF_SPLITTERS = {"smollm": True, "gpt-2": False}  # whether each digit is split off by itself first
 
 
 def read_gguf_fields(path: Path) -> dict[str, Any]:

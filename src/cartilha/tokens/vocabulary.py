@@ -1,8 +1,7 @@
-"""A byte-level BPE tokenizer extended by merges learnt on a corpus; every id, token and merge that it had stays.
+"""A byte-level BPE tokenizer extended by merges learnt on a corpus; it keeps every id, token and merge.
 
-Encoding with the extended tokenizer first does all that the old one does, because the old merges rank before the new
-ones, and then joins what the new merges join. So no text costs more tokens than before, in no language, and a text
-survives decode(encode(text)) where it did before.
+The old merges rank before the new ones: encoding first does what the old tokenizer does, then applies the new merges.
+No text costs more tokens than before, in any language, and every text that survived decode(encode(text)) still does.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from cartilha.tokens.merges import Merge, MergeLearner
 from cartilha.tokens.tokenizer import TextTokenizer
 
 SUPPORTED = "byte-level BPE (OPT, GPT-2, Llama 3, SmolLM, Qwen)"
-OUTDATED_FILES = ("vocab.json", "merges.txt", "added_tokens.json", "tokenizer.model")  # tokenizer.json has it all
+OUTDATED_FILES = ("vocab.json", "merges.txt", "added_tokens.json", "tokenizer.model")  # tokenizer.json replaces them
 
 
 @dataclass(frozen=True)
@@ -30,10 +29,9 @@ class Extension:
     """A tokenizer with new tokens.
 
     Attributes:
-        tokenizer: The extended one.
-        first_id: Of the new tokens, which have consecutive ids.
+        first_id: Id of the first new token; the ids of the others follow.
         pieces: For each new token the ids of the old ones that it replaces, at least two.
-        num_tokens: Tokens of the text it was learnt on, afterwards; num_tokens_before with the old tokenizer.
+        num_tokens: Tokens of the text it was learnt on; `num_tokens_before` with the old tokenizer.
     """
 
     tokenizer: TextTokenizer
@@ -44,11 +42,7 @@ class Extension:
 
 
 def check_extendable(tokenizer: TextTokenizer, name: str) -> None:
-    """Refuse tokenizers of other kinds.
-
-    Raises:
-        UserError: Naming the kind.
-    """
+    """Refuse a tokenizer that is not byte-level BPE by a `UserError`."""
     description = _described(tokenizer.backend)
     model = description["model"]
     kind = None
@@ -68,7 +62,7 @@ def check_extendable(tokenizer: TextTokenizer, name: str) -> None:
 
 
 def count_words(tokenizer: TextTokenizer, texts: Iterable[str]) -> Counter[str]:
-    """How often each word occurs, cut and written as the tokenizer's own splitter does it."""
+    """How often each word occurs, as the tokenizer's own splitter cuts and spells it."""
     backend, counts = tokenizer.backend, Counter[str]()
     for text in texts:
         normalized = backend.normalizer.normalize_str(text) if backend.normalizer is not None else text
@@ -77,15 +71,15 @@ def count_words(tokenizer: TextTokenizer, texts: Iterable[str]) -> Counter[str]:
 
 
 def num_tokens(tokenizer: TextTokenizer, word_counts: Counter[str]) -> int:
-    """Tokens of a text of which `count_words` has counted the words."""
+    """Tokens of a text whose words `count_words` has counted."""
     model = tokenizer.backend.model
     return sum(count * len(model.tokenize(word)) for word, count in word_counts.items())
 
 
 def learn_merges(tokenizer: TextTokenizer, word_counts: Counter[str], num_new: int) -> tuple[list[Merge], int]:
-    """Merges that make up to `num_new` new tokens, and the tokens of the text before them.
+    """Merges that make up to `num_new` new tokens, and the number of tokens of the text before them.
 
-    Fewer come back where no pair is left that occurs twice.
+    There are fewer if no pair is left that occurs twice.
     """
     model = tokenizer.backend.model
     learner = MergeLearner(
@@ -95,20 +89,15 @@ def learn_merges(tokenizer: TextTokenizer, word_counts: Counter[str], num_new: i
         tokenizer.num_ids,
         whole_words=bool(_described(tokenizer.backend)["model"].get("ignore_merges")),
     )
-    before, merges, found = learner.num_tokens, [], 0
-    for merge in learner if num_new else ():
-        merges.append(merge)
-        found += merge.is_new
-        if found == num_new:
-            break
-    return merges, before
+    before = learner.num_tokens
+    return first_new_tokens(learner, num_new), before
 
 
 def extend(tokenizer: TextTokenizer, merges: Sequence[Merge], num_tokens_before: int) -> Extension:
-    """The tokenizer with the merges appended, which `learn_merges` has learnt for it."""
+    """The tokenizer with the merges appended that `learn_merges` has learnt for it."""
     description = _described(tokenizer.backend)
     vocabulary = description["model"]["vocab"]
-    # Beside the model's vocabulary, tokenizers would number the added tokens anew, from the vocabulary's size on.
+    # Outside of the model's vocabulary, tokenizers would renumber the added tokens from the vocabulary's size on.
     for token in description["added_tokens"]:
         vocabulary.setdefault(token["content"], token["id"])
     first_id = tokenizer.num_ids
@@ -133,23 +122,25 @@ def extend(tokenizer: TextTokenizer, merges: Sequence[Merge], num_tokens_before:
     )
 
 
-def first_new_tokens(merges: Sequence[Merge], num_new: int) -> Sequence[Merge]:
-    """The merges up to the one that makes the last of the first `num_new` tokens."""
-    found = 0
-    for i, merge in enumerate(merges):
-        found += merge.is_new
-        if found == num_new:
-            return merges[: i + 1]
-    return merges
+def first_new_tokens(merges: Iterable[Merge], num_new: int) -> list[Merge]:
+    """The merges up to the one that makes the last of `num_new` new tokens; all of them if they make fewer."""
+    chosen: list[Merge] = []
+    left = num_new
+    for merge in merges if num_new else ():
+        chosen.append(merge)
+        left -= merge.is_new
+        if not left:
+            break
+    return chosen
 
 
 def save_extended(base: TextTokenizer, extended: TextTokenizer, directory: Path) -> None:
-    """Write the extended tokenizer so that `AutoTokenizer` loads it, with the settings that the base's files have."""
+    """Write the extended tokenizer for `AutoTokenizer`, with the settings in the files of the base."""
     base.save(directory)
     for name in OUTDATED_FILES:
         (directory / name).unlink(missing_ok=True)
     config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
-    # Other classes build a splitter of their own instead of taking the one in tokenizer.json.
+    # Other classes build a splitter of their own and ignore the one in tokenizer.json.
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     description = _described(extended.backend)
     if description["post_processor"] is None and config.get("add_bos_token") and base.bos_id is not None:
@@ -159,7 +150,7 @@ def save_extended(base: TextTokenizer, extended: TextTokenizer, directory: Path)
 
 
 def _begins_with(token_id: int, token: str) -> dict[str, Any]:
-    """What `add_bos_token` means to the classes that read vocab.json and merges.txt, as tokenizer.json says it."""
+    """The post-processor of tokenizer.json that does what `add_bos_token` does for vocab.json and merges.txt."""
     special, text = {"SpecialToken": {"id": token, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
     second = [{"SpecialToken": {"id": token, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
     return {
@@ -171,13 +162,11 @@ def _begins_with(token_id: int, token: str) -> dict[str, Any]:
 
 
 def _described(backend: Tokenizer) -> dict[str, Any]:
-    description = json.loads(backend.to_str())
-    assert isinstance(description, dict)
-    return description
+    return dict(json.loads(backend.to_str()))
 
 
 def _has_byte_level(part: Any) -> bool:
-    """Whether a pre-tokenizer's or decoder's description has a ByteLevel step."""
+    """Whether the description of a pre-tokenizer or decoder has a ByteLevel step."""
     if isinstance(part, list):
         return any(map(_has_byte_level, part))
     if not isinstance(part, dict):
