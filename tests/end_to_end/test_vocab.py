@@ -132,7 +132,7 @@ def test_a_folder_without_weights_gets_its_tokenizer_extended(cartilha, extended
 def test_mistakes_are_refused_in_one_sentence(refused, extended: Path, corpus: Path, tmp_path: Path):
     given = ["vocab", "--model", "random:tiny", "--input", corpus]
     new = ["--output", tmp_path / "new"]
-    assert "no text" in refused("vocab", "--model", "random:tiny")
+    assert "--input is missing" in refused("vocab", "--model", "random:tiny")
     assert "1 or more, not 0" in refused(*given, "--extend", 0, *new)
     assert "name a directory with --output" in refused(*given, "--extend", 5)
     assert "choose another --output" in refused(*given, "--extend", 5, "--output", extended)

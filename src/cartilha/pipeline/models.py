@@ -47,6 +47,6 @@ def model_tokenizer(ref: str, store: TokenStore | None) -> TextTokenizer:
             raise UserError(f"{ref} has no tokenizer of its own; evaluate it on a store.")
         return store.tokenizer()
     tokenizer = load_tokenizer(ref)
-    if store is not None and tokenizer.fingerprint() != store.fingerprint:
+    if store is not None and tokenizer.fingerprint != store.fingerprint:
         log.warning("%s has another tokenizer than the store: the text is tokenized anew with the model's own.", ref)
     return tokenizer

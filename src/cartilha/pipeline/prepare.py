@@ -100,7 +100,7 @@ def prepare(config: PrepareConfig) -> PrepareResult:
         # Worker processes start here and import while the tokenizer is loaded; a finished store may need none.
         executor = None if (path / "store.json").exists() else stack.enter_context(_executor(config, asked))
         tokenizer = load_tokenizer(config.model)
-        store = ready_store(path, asked.sources, asked.num_held_out, config, tokenizer)
+        store = ready_store(config, asked, tokenizer)
         identity = {
             "settings": config.deciding_values(),
             "rejects": bool(config.rejects),
@@ -146,7 +146,7 @@ def _make(job: _Job, executor: _ShardExecutor) -> PrepareResult:
         tasks = [ShardTask(part, settings, work) for part in parts]
         _check_space(work, tasks, sample, encoder)
         tasks, results = _do_shards(config, executor, tasks)
-        inputs = aside.submit(describe, asked.sources, asked.num_held_out)  # hashes the files
+        inputs = aside.submit(describe, asked)  # hashes the files
         return _write(job, tasks, results, encoder.proof, inputs)
 
 

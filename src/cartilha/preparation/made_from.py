@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +9,15 @@ from cartilha.config import PrepareConfig
 from cartilha.corpus.files import SourceFile
 from cartilha.corpus.sources import PrimerSource, Source
 from cartilha.errors import UserError
+from cartilha.preparation.request import PrepareRequest
 from cartilha.storage import file_sha256
 from cartilha.tokens.store import TokenStore
 from cartilha.tokens.tokenizer import TextTokenizer
 
 
-def describe(sources: Sequence[Source], num_held_out: int = 0) -> list[dict[str, Any]]:
-    """The inputs as store.json records them, the first `num_held_out` held out; files are read to hash them."""
-    return [_describe(source, number < num_held_out) for number, source in enumerate(sources)]
+def describe(asked: PrepareRequest) -> list[dict[str, Any]]:
+    """The inputs as store.json records them; files are read to hash them."""
+    return [_describe(source, number < asked.num_held_out) for number, source in enumerate(asked.sources)]
 
 
 def _describe(source: Source, held_out: bool) -> dict[str, Any]:
@@ -30,18 +30,13 @@ def _describe(source: Source, held_out: bool) -> dict[str, Any]:
     return {"name": source.name, **stamp, "sha256": file_sha256(Path(source.path)), **side}
 
 
-def ready_store(
-    path: Path,
-    sources: Sequence[Source],
-    num_held_out: int,
-    config: PrepareConfig,
-    tokenizer: TextTokenizer,
-) -> TokenStore | None:
-    """The store that this same command made before; None where there is none.
+def ready_store(config: PrepareConfig, asked: PrepareRequest, tokenizer: TextTokenizer) -> TokenStore | None:
+    """The store that this same command made before; None if there is none.
 
     Raises:
-        UserError: The place holds something else, or a store made otherwise that is not to be overwritten.
+        UserError: The directory holds something else, or another store that is not to be overwritten.
     """
+    path = Path(config.output)
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file; name a directory for the store with --output.")
     if not path.is_dir() or not any(path.iterdir()):
@@ -54,12 +49,12 @@ def ready_store(
         if config.overwrite:
             return None
         raise
-    # A store is older than an option that it does not record: it was made with the default.
+    # A store that does not record an option is older than the option, and was made with its default.
     made_with = {**type(config)().deciding_values(), **store.info["settings"]}
     different = [name for name, value in config.deciding_values().items() if made_with[name] != value]
     if store.fingerprint != tokenizer.fingerprint:
         different.insert(0, "tokenizer")
-    if not _same_inputs(store.info["inputs"], sources, num_held_out):
+    if not _same_inputs(store.info["inputs"], asked):
         different.insert(0, "input")
     if not different:
         return store
@@ -71,10 +66,10 @@ def ready_store(
     )
 
 
-def _same_inputs(recorded: list[dict[str, Any]], sources: Sequence[Source], num_held_out: int) -> bool:
-    pairs = enumerate(zip(recorded, sources, strict=False))
-    return len(recorded) == len(sources) and all(
-        _is_same(record, source, number < num_held_out) for number, (record, source) in pairs
+def _same_inputs(recorded: list[dict[str, Any]], asked: PrepareRequest) -> bool:
+    return len(recorded) == len(asked.sources) and all(
+        _is_same(record, source, number < asked.num_held_out)
+        for number, (record, source) in enumerate(zip(recorded, asked.sources, strict=True))
     )
 
 
