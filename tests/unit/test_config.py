@@ -43,7 +43,7 @@ def test_a_store_made_with_another_value_of_a_new_option_is_refused_by_name(tmp_
 def test_a_run_does_not_go_on_with_another_value_of_a_new_option(monkeypatch):
     config, path = TrainedOtherwise(lr=1.0, epochs=2), Path("run")
     results = {
-        "settings": {**setup._asked(config, 1.0), "num_parameters": 5, "num_steps": 6},
+        "settings": {**setup._asked(config, setup._schedule(config, 5, 3)), "num_parameters": 5},
         "corpus": {"train_hash": ""},
         "packing": {"steps_per_epoch": 3},
     }
