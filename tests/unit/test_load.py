@@ -325,7 +325,7 @@ def test_a_model_that_counts_distances_takes_any_length():
 def test_a_head_that_is_no_matrix_is_refused():
     model = AutoModelForCausalLM.from_config(model_config("random:tiny"))
     model.lm_head = torch.nn.Sequential(torch.nn.Linear(64, 259))
-    with pytest.raises(UserError, match="my-model are not supported, since their head is not a matrix"):
+    with pytest.raises(UserError, match="type llama are not supported, since their head is not a matrix"):
         prepare_model(model, "my-model", CPU)
 
 

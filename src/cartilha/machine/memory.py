@@ -5,21 +5,16 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
+import psutil
+import torch
 
 
 def peak_memory_bytes(device_type: str) -> int:
     """The highest resident set of the process so far; on CUDA the highest reserved memory since the last reset."""
     if device_type == "cuda":
-        import torch
-
         return int(torch.cuda.max_memory_reserved())
     if sys.platform == "win32":
-        import psutil
-
         return int(psutil.Process().memory_info().peak_wset)
     import resource
 
@@ -29,8 +24,6 @@ def peak_memory_bytes(device_type: str) -> int:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out. Only torch's CUDA allocator has a type of error for it; others raise a RuntimeError."""
-    import torch
-
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
@@ -49,11 +42,7 @@ _OUT_OF_MEMORY = (
 def free_memory_bytes(device: torch.device) -> int:
     """Memory that can still be taken: of the device on CUDA, else of the machine or its container (cgroup v2)."""
     if device.type == "cuda":
-        import torch
-
         return int(torch.cuda.mem_get_info(device)[0])
-    import psutil
-
     # The processes on one machine share its memory.
     available = int(psutil.virtual_memory().available) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     try:
@@ -68,10 +57,5 @@ def free_memory_bytes(device: torch.device) -> int:
 
 def available_memory_bytes(device: torch.device) -> int:
     """Memory that this process may have in all: what is free and what it already holds."""
-    if device.type == "cuda":
-        import torch
-
-        return free_memory_bytes(device) + int(torch.cuda.memory_reserved(device))
-    import psutil
-
-    return free_memory_bytes(device) + int(psutil.Process().memory_info().rss)
+    own = torch.cuda.memory_reserved(device) if device.type == "cuda" else psutil.Process().memory_info().rss
+    return free_memory_bytes(device) + int(own)

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
@@ -45,7 +46,7 @@ class Kernel(ABC):
         name: In records and in plan.json.
         takes_dropout: Whether it can drop attention weights.
         one_graph: Whether torch.compile needs one graph for all batches. For that, boundaries must be tensors of one
-            shape, since a model is compiled anew for every Python value that changes.
+            shape, since every Python value that changes needs another graph.
         counts_tokens_only: Whether its memory depends on the number of tokens alone, however they are cut into rows.
         row_length: Positions per row; no segment crosses a row's end.
     """
@@ -66,17 +67,11 @@ class Kernel(ABC):
         """
 
     @abstractmethod
-    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring) -> torch.Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """Causal attention within each segment.
 
-        Args:
-            query: Shape (num_rows, num_heads, row_length, head_size).
-            key: Shape (num_rows, num_key_value_heads, row_length, head_size).
-            value: Same shape as key.
-            scoring: Scale, window and dropout of this layer.
-
-        Returns:
-            The output; its numbers in order are those of the shape (num_rows, row_length, num_heads, head_size).
+        Queries have the shape (num_rows, num_heads, row_length, head_size), keys and values fewer heads, perhaps. The
+        result is reshaped to (num_rows, row_length, num_heads, head_size).
         """
 
     @classmethod
@@ -125,7 +120,7 @@ class _Mask(Kernel):
     takes_dropout = True
     counts_tokens_only = False
 
-    mask: torch.Tensor
+    mask: Tensor
 
     @classmethod
     def of(cls, lengths: Sequence[int], row_length: int, device: torch.device, capacity: int = 0) -> Self:
@@ -141,7 +136,7 @@ class _Mask(Kernel):
     def traced(cls, num_rows: int, row_length: int) -> Kernel:
         return cls(row_length, torch.ones(num_rows, 1, row_length, row_length, dtype=torch.bool))
 
-    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring) -> torch.Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         mask, window = self.mask, scoring.sliding_window
         if window is not None and window < self.row_length:
             mask = mask & causal_mask(self.row_length, window, mask.device)
@@ -181,7 +176,7 @@ class _BySegment(Kernel):
         missing = None if HAS_KERNELS else "this version of torch does not have it"
         return super().obstacle(config, training=training) or missing
 
-    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring) -> torch.Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         return segment_attention(query, key, value, self.lengths, scoring)
 
 
@@ -201,7 +196,7 @@ class _Varlen(Kernel):
 
     name = "varlen"
 
-    boundaries: torch.Tensor
+    boundaries: Tensor
 
     @classmethod
     def of(cls, lengths: Sequence[int], row_length: int, device: torch.device, capacity: int = 0) -> Self:
@@ -225,7 +220,7 @@ class _Varlen(Kernel):
     def traced(cls, num_rows: int, row_length: int) -> Kernel:
         return _TracedVarlen.of((row_length,) * num_rows, row_length, torch.device("cpu"))
 
-    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring) -> torch.Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         scaling, sliding_window = scoring.scaling, scoring.sliding_window
         # The longest segment is bounded by the row, a constant: a changing maximum would recompile a compiled model.
         longest = self.row_length
@@ -246,16 +241,16 @@ class _Varlen(Kernel):
         # (num_rows, num_heads, row_length, head_size) to (num_rows * row_length, num_heads, head_size)
         query, key, value = (heads.transpose(1, 2).flatten(0, 1).to(dtype) for heads in (query, key, value))
         output = varlen_attn(query, key, value, self.boundaries, self.boundaries, longest, longest, **settings)
-        assert isinstance(output, torch.Tensor)
+        assert isinstance(output, Tensor)
         return output
 
 
 class _TracedVarlen(_BySegment):
     """Computes nothing, and keeps what flash attention keeps for its backward pass."""
 
-    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring) -> torch.Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         output = _KeptByFlashAttention.apply(query, key, value)
-        assert isinstance(output, torch.Tensor)
+        assert isinstance(output, Tensor)
         return output
 
 
@@ -263,13 +258,13 @@ class _KeptByFlashAttention(torch.autograd.Function):
     """Keeps queries, keys, values, outputs and the softmax's normaliser; the values themselves are meaningless."""
 
     @staticmethod
-    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         output = query.transpose(1, 2).contiguous()
         ctx.save_for_backward(query, key, value, output, output.new_empty(query.shape[:3], dtype=torch.float32))
         return output
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, ...]:
         query, key, value, *_ = ctx.saved_tensors
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
@@ -282,13 +277,8 @@ def head_size(config: PretrainedConfig) -> int:
 
 
 def document_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    **layer: Any,
-) -> tuple[torch.Tensor, None]:
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **layer: Any
+) -> tuple[Tensor, None]:
     """Causal attention as transformers calls it, with the arguments and results of `Kernel.attend`.
 
     `layer` has the batch's `segments` (a `Kernel`), the layer's `scaling`, `sliding_window` and `dropout`, and settings
@@ -308,7 +298,7 @@ AttentionInterface.register(ATTENTION_NAME, document_attention)
 
 
 def knows_attention(config: PretrainedConfig) -> bool:
-    """Whether models of this configuration run on packed documents; others run one document a row."""
+    """Whether models of this configuration run on packed documents; others run one document per row."""
     return str(config.model_type) in SUPPORTED_MODEL_TYPES
 
 
@@ -327,7 +317,7 @@ def use_document_attention(model: PreTrainedModel) -> None:
 
 @contextmanager
 def transformers_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Within it the model attends as transformers' own does: for generation, and wherever no boundaries are given."""
+    """A context in which the model uses transformers' attention: for generation, and where there are no boundaries."""
     if knows_attention(model.config):
         model.set_attn_implementation("sdpa")
     try:

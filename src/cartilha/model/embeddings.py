@@ -1,4 +1,4 @@
-"""Rows for the tokens that extend a vocabulary, made of the rows of the tokens that they replace."""
+"""Embedding rows for the tokens that extend a vocabulary, made from the rows of the tokens that they replace."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from cartilha.errors import HubUnreachableError, UserError
@@ -15,8 +16,8 @@ from cartilha.model.load import LoadedModel, load_model
 from cartilha.model_reference import resolve_model
 from cartilha.tokens.tokenizer import TextTokenizer
 
-ROWS_MULTIPLE = 8  # what tensor cores take whole
-LEANING = 0.5  # each piece weighs this much of its neighbour, where input rows and head are apart
+ROWS_MULTIPLE = 8  # as tensor cores need
+LEANING = 0.5  # weight of each piece relative to its neighbour, where input rows and head are separate
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class ModelShape:
 
     Attributes:
         num_rows: Rows of the token embeddings, used or not.
-        width: Numbers in a row.
+        width: Numbers per row.
         is_tied: Whether the head is the same matrix.
         num_parameters: Of the whole model, tied weights counted once.
         context_length: Most positions that the model takes.
@@ -43,20 +44,17 @@ class ModelShape:
         return self.width * (1 if self.is_tied else 2)
 
     def relative_cost(self, num_new_rows: int) -> float:
-        """Matrix products for a token with so many more rows, against those without (6 x parameters, the head's in)."""
+        """Cost per token in matrix products with so many new rows, relative to the cost without (6N, head included)."""
         body = self.num_parameters - self.num_rows * self.row_parameters
         head = self.num_rows * self.width
         return (body + head + num_new_rows * self.width) / (body + head)
 
 
-def model_shape(ref: str, tokenizer: TextTokenizer) -> ModelShape | None:
-    """The shape of a MODEL argument; weights are not read where its config.json tells.
-
-    None where there is no model to it: a folder with nothing but a tokenizer.
-    """
-    source = resolve_model(ref)
+def model_shape(reference: str, tokenizer: TextTokenizer) -> ModelShape | None:
+    """The shape of a MODEL argument, without its weights if possible; None for a folder with a tokenizer alone."""
+    source = resolve_model(reference)
     if source.kind in ("random", "gguf"):
-        return shape_of(load_model(ref, torch.device("cpu"), tokenizer=tokenizer).model)
+        return shape_of(load_model(reference, torch.device("cpu"), tokenizer=tokenizer).model)
     try:
         config = AutoConfig.from_pretrained(str(source.path or source.name), trust_remote_code=False)
         with torch.device("meta"):
@@ -71,24 +69,24 @@ def shape_of(model: PreTrainedModel) -> ModelShape:
     return ModelShape(rows.shape[0], rows.shape[1], rows is head, model.num_parameters(), context_length(model.config))
 
 
-def input_rows(model: PreTrainedModel) -> torch.Tensor:
+def input_rows(model: PreTrainedModel) -> Tensor:
     """The token embeddings, shape (num_rows, width)."""
     weight = model.get_input_embeddings().weight
-    assert isinstance(weight, torch.Tensor)
+    assert isinstance(weight, Tensor)
     return weight
 
 
 def extend_embeddings(loaded: LoadedModel, pieces: Sequence[Sequence[int]], first_id: int) -> None:
-    """Give a model rows for new tokens, in place; spare rows from `first_id` on are taken first, and old rows stay.
+    """Give a model rows for new tokens, in place; spare rows from `first_id` on are used first, and old rows stay.
 
-    A new row is the mean of the rows of the tokens that it replaces. Where the head is a matrix of its own, the mean
-    leans to the last piece on the input side (what the model has read there, it will have read now) and to the first in
-    the head (what it predicts there, it is to predict now). Tied rows must do both, and the plain mean does it best
-    (docs/log.md has the figures).
+    A new row is the mean of the rows of the tokens that it replaces. Where the head is a separate matrix, the mean of
+    input rows leans to the last piece (the new token is read where the last piece was read), and the mean of the head's
+    rows leans to the first piece (it is predicted where the first piece was predicted). Tied rows must serve for both,
+    and for them the plain mean is best (docs/log.md).
 
     Args:
-        loaded: On the CPU, float32.
-        pieces: Ids of the tokens that each new one replaces.
+        loaded: On the CPU.
+        pieces: For each new token the ids of the tokens that it replaces.
         first_id: Id of the first new token.
 
     Raises:
@@ -96,7 +94,7 @@ def extend_embeddings(loaded: LoadedModel, pieces: Sequence[Sequence[int]], firs
     """
     model = loaded.model
     old_rows = head_weight(model).shape[0]
-    if any(max(ids) >= old_rows for ids in pieces):  # an unused [PAD] may lie beyond the rows, and gets one here
+    if any(max(ids) >= old_rows for ids in pieces):  # an unused [PAD] may lie beyond the rows; it gets one here
         raise UserError(
             f"{loaded.reference} has {old_rows} rows for a tokenizer of {first_id} ids; they do not belong together."
         )
@@ -110,7 +108,7 @@ def extend_embeddings(loaded: LoadedModel, pieces: Sequence[Sequence[int]], firs
         sides.append((head.bias[:, None], LEANING))
     with torch.no_grad():
         for matrix, ratio in sides:
-            # The mean row stands for no token: its logit is an average one, far below those of likely tokens.
+            # Rows of no token are the mean row: its logit is average, far below those of likely tokens.
             matrix[old_rows:] = matrix[:old_rows].mean(dim=0)
             for i, ids in enumerate(pieces):
                 weights = torch.tensor([ratio**place for place in range(len(ids))], dtype=matrix.dtype)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import logging
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from cartilha.blocks.packing import Batch
@@ -37,30 +38,18 @@ def _segments(model: PreTrainedModel, batch: Batch, dtype: torch.dtype, body: Co
 
 @functools.cache
 def _announce_mask(reason: str) -> None:
-    """Say it once a process."""
+    """Logged once per process."""
     log.warning("Attention is computed under a mask, which is slower than the usual kernel: %s.", reason)
 
 
-def _autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
-    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+def hidden_states(model: PreTrainedModel, batch: Batch, dtype: torch.dtype, body: CompiledBody | None = None) -> Tensor:
+    """The last hidden states as the head reads them (scaled, if so), shape (num_rows, row_length, hidden_size).
 
-
-def hidden_states(
-    model: PreTrainedModel, batch: Batch, dtype: torch.dtype, body: CompiledBody | None = None
-) -> torch.Tensor:
-    """What the head reads of a batch of packed documents, shape (num_rows, row_length, hidden_size).
-
-    These are the last hidden states, scaled where the model scales them.
-
-    Args:
-        model: With `use_document_attention`.
-        batch: Blocks; documents do not see each other.
-        dtype: Compute dtype of the body (autocast over float32 weights).
-        body: The model's, compiled; by default it is computed plainly.
+    The weights are float32; the body runs in `dtype` under autocast, and compiled where `body` is given.
     """
     device = model.device
     assert model.base_model is not model, f"{type(model).__name__} has no body apart from its head"
-    with _autocast(device, dtype):
+    with nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype):
         if not knows_attention(model.config):
             return states_in_rows(model, batch) * head_of(model).shape.input_scale
         output = (body or model.base_model)(
@@ -70,13 +59,11 @@ def hidden_states(
             segments=_segments(model, batch, dtype, body),
         )
     states = output.last_hidden_state
-    assert isinstance(states, torch.Tensor)
+    assert isinstance(states, Tensor)
     return states
 
 
-def batch_nll(
-    model: PreTrainedModel, batch: Batch, dtype: torch.dtype, body: CompiledBody | None = None
-) -> torch.Tensor:
+def batch_nll(model: PreTrainedModel, batch: Batch, dtype: torch.dtype, body: CompiledBody | None = None) -> Tensor:
     """Summed nll of a batch's targets, differentiable: scalar float32, in nats; see `hidden_states`."""
     states = hidden_states(model, batch, dtype, body)
     targets = to_device(batch.targets, states.device)

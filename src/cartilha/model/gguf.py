@@ -1,4 +1,4 @@
-"""GGUF models: converted once to plain float32 weights, which are kept in the user's cache."""
+"""GGUF models, converted once to plain float32 weights, which are kept in the user's cache."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def converted_gguf(source: ModelSource) -> Path:
 def convert_gguf(path: Path) -> PreTrainedModel:
     """The model in a GGUF file as a plain float32 model.
 
-    `save_pretrained` refuses a model that carries GGUF's quantisation settings, so the weights are copied into a fresh
-    model of the same shape. Special ids become those of our tokenizer: `<|endoftext|>` where a chat model names marks.
+    `save_pretrained` refuses a model with GGUF's quantisation settings, so the weights are copied into a fresh model of
+    the same shape. Special ids become those of our tokenizer: `<|endoftext|>` where a chat model names its own marks.
 
     Raises:
         UserError: The `demo` extra is missing, or the file or its architecture cannot be read.

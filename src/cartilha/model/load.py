@@ -1,6 +1,7 @@
-"""Loading a causal model from the hub, a directory, a GGUF file or nothing: float32 master weights, always asked for.
+"""Loading a causal model from the hub, a directory or a GGUF file, or making one with fresh weights.
 
-transformers 5 would load `facebook/opt-125m` in fp16, as its file has it; training that loses small updates.
+Weights are always float32: transformers 5 would load `facebook/opt-125m` in fp16, the dtype of its file, and training
+in fp16 loses small updates.
 """
 
 from __future__ import annotations
@@ -21,22 +22,13 @@ from cartilha.errors import HubUnreachableError, UserError, first_line
 from cartilha.machine.cpu import keep_freed_memory, settle_cpu_functions
 from cartilha.machine.devices import seed_everything
 from cartilha.model.attention import knows_attention, use_document_attention
-from cartilha.model.configuration import (
-    NO_CAUSAL_MODEL,
-    context_length,
-    model_config,
-    place_of,
-    reason_of,
-    with_layers,
-)
-from cartilha.model.head import Head, HeadError, HeadShape, head_of
-from cartilha.model.rows import prove_rows
+from cartilha.model.configuration import NO_CAUSAL_MODEL, context_length, model_config, place_of, reason_of, with_layers
+from cartilha.model.head import HeadShape, find_head_shape, head_weight
 from cartilha.model_reference import resolve_model, unreachable_message
 from cartilha.storage import refuse_lfs_pointer
 from cartilha.tokens.tokenizer import TextTokenizer
 
 log = logging.getLogger("cartilha")
-
 
 UNREADABLE = (ValueError, KeyError, RuntimeError, ImportError, SafetensorError, pickle.UnpicklingError, EOFError)
 
@@ -67,7 +59,7 @@ def load_model(
         reference: Hub id, directory, GGUF file, `package:NAME` or `random:ARCH`.
         device: Where the model is put.
         tokenizer: Its ids must fit the model's rows; `random:` models take their special ids from it.
-        seed: Of fresh weights.
+        seed: For fresh weights.
 
     Raises:
         UserError: No such model, damaged files, an unsupported architecture, or a tokenizer with ids beyond the rows.
@@ -86,10 +78,10 @@ def prepare_model(
     model: PreTrainedModel, reference: str, device: torch.device, tokenizer: TextTokenizer | None = None
 ) -> LoadedModel:
     """Check a model and switch it to attention within documents; see `load_model` for what is refused."""
-    transformers_logging.disable_progress_bar()  # of loading and saving; ours are in the console
-    settle_cpu_functions()  # beside a GPU, too: texts' statistics and new rows are computed on the CPU
+    transformers_logging.disable_progress_bar()  # for loading and saving; the console has our own
+    settle_cpu_functions()  # for GPUs, too: statistics of texts and new rows are computed on the CPU
     use_document_attention(model)
-    num_rows = len(_head_of(model, reference).weight)
+    num_rows = len(head_weight(model))
     if tokenizer is not None and tokenizer.num_ids > num_rows:
         if tokenizer.num_reachable_ids > num_rows:
             raise UserError(
@@ -107,7 +99,7 @@ def prepare_model(
     torch.nn.Module.to(model, device)  # transformers' own is wrapped in a way that type checkers misread
     model.eval()
     if not knows_attention(model.config):
-        prove_rows(model)
+        find_head_shape(model)
         log.warning(
             "The attention of models of the type %s is not known here: each document is computed in a row of its own, "
             "which is slower than packed rows; the figures are the same.",
@@ -116,21 +108,14 @@ def prepare_model(
     return LoadedModel(model, reference, context_length(model.config), model.num_parameters())
 
 
-def _head_of(model: PreTrainedModel, reference: str) -> Head:
-    try:
-        return head_of(model)
-    except HeadError as error:
-        raise UserError(f"Models like {reference} are not supported, since {error}; choose another model.") from error
-
-
-PROBE_IDS = 1024  # rows that a model is given to be looked at without its weights
+PROBE_IDS = 1024  # rows of a model that is looked at without its weights
 
 
 def configured_head_shape(config: PretrainedConfig, reference: str) -> HeadShape:
-    """The shape of the head, as far as one layer of the model with fresh weights and few token ids tells.
+    """The shape of the head, as far as one layer with fresh weights and few token ids shows it.
 
     Raises:
-        UserError: `load_model` would refuse a model of this configuration; in its words.
+        UserError: `load_model` would refuse a model of this configuration, for the same reason.
     """
     if knows_attention(config):
         return HeadShape()
@@ -138,11 +123,10 @@ def configured_head_shape(config: PretrainedConfig, reference: str) -> HeadShape
         with torch.random.fork_rng(devices=[]):
             model = AutoModelForCausalLM.from_config(_reduced(config), dtype=torch.float32)
         use_document_attention(model)
-        _head_of(model, reference)
-        return prove_rows(model.eval())
+        return find_head_shape(model.eval())
     except UserError:
         raise
-    except Exception as error:  # it may not be made smaller in this way
+    except Exception as error:  # some models cannot be made smaller in this way
         log.info("Whether %s can be trained is seen when it is loaded (%s).", reference, first_line(error)[:200])
         return HeadShape()
 
@@ -158,7 +142,7 @@ def _reduced(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def weights_hash(model: PreTrainedModel) -> str:
-    """A hash of all weights, by name and shape: says whether two models begin alike."""
+    """A hash of all weights with their names and shapes, to see whether two runs begin with the same model."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}".encode())
@@ -171,9 +155,9 @@ def _from_pretrained(reference: str, path: str) -> PreTrainedModel:
     for weights in sorted(Path(path).glob("model*.safetensors*")) or sorted(Path(path).glob("pytorch_model*.bin*")):
         refuse_lfs_pointer(weights)
     verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # what its report of weights says is said below
+    transformers_logging.set_verbosity_error()  # its report of weights is logged below
     try:
-        # Code that comes with a model is never run, and transformers must not ask in the middle of a command.
+        # A model's own code is never run, and transformers must not ask for consent in the middle of a command.
         result: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
         )
@@ -191,20 +175,12 @@ def _from_pretrained(reference: str, path: str) -> PreTrainedModel:
         log.warning("%s comes with code of its own, which is not run: %s reads it.", reference, type(model).__name__)
     missing, unused = (sorted(report[name]) for name in ("missing_keys", "unexpected_keys"))
     names = ", ".join((missing or unused)[:3]) + (", ..." if len(missing or unused) > 3 else "")
-    if missing:  # transformers would give them random values and go on
+    if missing:  # transformers would continue with random values
         raise UserError(f"{reference} lacks {len(missing)} of its model's weights ({names}); fetch its files again.")
     if unused:
         log.warning("%s has weights that %s does not use: %s.", reference, type(model).__name__, names)
-    _take_into_memory(model)
-    return model
-
-
-@torch.no_grad()
-def _take_into_memory(model: PreTrainedModel) -> None:
-    """Copy the weights out of the file that they are mapped from.
-
-    Whoever writes into that file would change the model, and a drive that goes away, or a shorter file, end the process
-    (SIGBUS) at the next weight that is looked at.
-    """
+    # The weights are mapped from their file. Without a copy, a change of that file would change the model, and a drive
+    # that goes away or a file that becomes shorter would end the process with SIGBUS.
     for tensor in {*model.parameters(), *model.buffers()}:
         tensor.data = tensor.data.clone()
+    return model

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -34,7 +35,7 @@ class LongRopeByDocument(torch.nn.Module):
         self.short.rope_type = self.long.rope_type = "default"  # neither may choose any more
 
     @torch.no_grad()
-    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, ...]:
         """Cosines and sines in the dtype of `x`, each of shape (num_rows, row_length, rotated size).
 
         `position_ids` begin with 0 in each document and have the shape (num_rows, row_length).

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cartilha.blocks.packing import IGNORE_INDEX
 from cartilha.machine.devices import compile_pays
@@ -42,13 +43,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        targets: torch.Tensor,
-        manner: _Manner,
-    ) -> torch.Tensor:
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, manner: _Manner
+    ) -> Tensor:
         shape, dtype, known_factor = manner.shape, manner.dtype, manner.known_factor
         in_place = known_factor is not None
         if in_place:  # on a CPU, in training
@@ -80,22 +76,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return nll
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (scale,) = grad_outputs
         # In place: nothing else uses these tensors.
         gradients = [gradient if gradient is None else gradient.mul_(scale) for gradient in ctx.saved_tensors]
-        has_contents = type(scale) is torch.Tensor  # unlike the fake tensors that memory is traced with
+        has_contents = type(scale) is Tensor  # unlike the fake tensors that memory is traced with
         if ctx.known_factor is not None and has_contents:
             found = float(scale)
             assert not math.isfinite(found) or math.isclose(found, ctx.known_factor, rel_tol=1e-5), found
         return *gradients, None, None
 
 
-ChunkKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-
-
 @functools.cache
-def chunk_kernel(device_type: str) -> ChunkKernel:
+def chunk_kernel(device_type: str) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
     """The function for a chunk's nll and gradient: compiled where that pays."""
     if not compile_pays(device_type):
         return nll_and_gradient
@@ -103,18 +96,11 @@ def chunk_kernel(device_type: str) -> ChunkKernel:
     return CompiledOrPlain(torch.compile(fused_nll_and_gradient), nll_and_gradient, "The loss")
 
 
-def nll_and_gradient(
-    logits: torch.Tensor, index: torch.Tensor, scored: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed nll and its gradient by the logits: softmax minus one-hot, zero in rows that are not scored.
+def nll_and_gradient(logits: Tensor, index: Tensor, scored: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed nll (float32) of a chunk and its gradient by the logits: softmax minus one-hot, zero in rows not scored.
 
-    Args:
-        logits: Shape (num_tokens, num_ids), in the compute dtype; the gradient overwrites them.
-        index: The target of each row, shape (num_tokens, 1).
-        scored: 1 in rows that count, else 0; shape (num_tokens, 1), float32.
-
-    Returns:
-        The nll, a float32 scalar, and the gradient, in the compute dtype.
+    `logits` (num_tokens, num_ids) are in the compute dtype, and the gradient overwrites them. `index` (num_tokens, 1)
+    has the target of each row; `scored` (num_tokens, 1), float32, is 1 in rows that count and 0 in others.
     """
     work = logits.float()  # in float32 these are the logits themselves, which are overwritten
     target_logits = work.gather(1, index)
@@ -124,9 +110,7 @@ def nll_and_gradient(
     return nll, logits.copy_(work.mul_(scored / total).scatter_add_(1, index, -scored))
 
 
-def fused_nll_and_gradient(
-    logits: torch.Tensor, index: torch.Tensor, scored: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def fused_nll_and_gradient(logits: Tensor, index: Tensor, scored: Tensor) -> tuple[Tensor, Tensor]:
     """`nll_and_gradient` for the compiler, in nothing but reductions along rows and elementwise steps.
 
     Logits are read and the gradient is written in the compute dtype, and float32 exists in registers alone. A scatter
@@ -141,18 +125,15 @@ def fused_nll_and_gradient(
     return nll, (weights * (scored / total) - is_target * scored).to(logits.dtype)
 
 
-def linear_cross_entropy(hidden: torch.Tensor, head: Head, targets: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def linear_cross_entropy(hidden: Tensor, head: Head, targets: Tensor, dtype: torch.dtype) -> Tensor:
     """Summed nll of the targets in nats, a float32 scalar, differentiable once in `hidden` and the head.
 
-    Args:
-        hidden: Last hidden states, shape (num_tokens, hidden_size).
-        head: The model's.
-        targets: Shifted token ids, shape (num_tokens,); `IGNORE_INDEX` where nothing is scored.
-        dtype: Of the matrix products.
+    `hidden` are last hidden states (num_tokens, hidden_size), `targets` shifted token ids (num_tokens,) with
+    `IGNORE_INDEX` where nothing is scored. Matrix products run in `dtype`.
     """
     manner = _Manner(head.shape, dtype, factor_in_place(head.weight))
     nll = _LinearCrossEntropy.apply(hidden, head.weight, head.bias, targets, manner)
-    assert isinstance(nll, torch.Tensor)
+    assert isinstance(nll, Tensor)
     return nll
 
 
@@ -169,12 +150,12 @@ class TokenScores:
         likeliest: Their probabilities, float32, same shape.
     """
 
-    nll: torch.Tensor
-    unused_mass: torch.Tensor
-    entropy: torch.Tensor | None = None
-    rank: torch.Tensor | None = None
-    likeliest_ids: torch.Tensor | None = None
-    likeliest: torch.Tensor | None = None
+    nll: Tensor
+    unused_mass: Tensor
+    entropy: Tensor | None = None
+    rank: Tensor | None = None
+    likeliest_ids: Tensor | None = None
+    likeliest: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -187,7 +168,7 @@ class Wanted:
         num_likeliest: How many of the likeliest tokens are wanted.
     """
 
-    unused_ids: torch.Tensor | None = None
+    unused_ids: Tensor | None = None
     details: bool = False
     num_likeliest: int = 0
 
@@ -197,16 +178,12 @@ NLL_ONLY = Wanted()
 
 @torch.no_grad()
 def token_scores(
-    hidden: torch.Tensor, head: Head, targets: torch.Tensor, dtype: torch.dtype, wanted: Wanted = NLL_ONLY
+    hidden: Tensor, head: Head, targets: Tensor, dtype: torch.dtype, wanted: Wanted = NLL_ONLY
 ) -> TokenScores:
     """Score each target, without gradients and with one chunk of logits at a time.
 
-    Args:
-        hidden: Shape (num_tokens, hidden_size).
-        head: The model's.
-        targets: Token ids, shape (num_tokens,).
-        dtype: Of the matrix product; the softmax is float32.
-        wanted: Which scores.
+    `hidden` has the shape (num_tokens, hidden_size), and `targets` are token ids (num_tokens,). The matrix product runs
+    in `dtype`, the softmax in float32.
     """
     weight = head.weight.to(dtype)
     buffer = hidden.new_empty((min(CHUNK_TOKENS, len(targets)), len(weight)), dtype=torch.float32)
@@ -221,14 +198,14 @@ def token_scores(
             product.copy_(states @ weight.T)
         logits = head.finish(product)
         chunks.append(_score_chunk(logits, targets[rows, None], wanted))
-    joined: dict[str, torch.Tensor] = {}
+    joined: dict[str, Tensor] = {}
     for name, first in vars(chunks[0]).items():
         if first is not None:
             joined[name] = torch.cat([getattr(chunk, name) for chunk in chunks])
     return TokenScores(**joined)
 
 
-def _score_chunk(logits: torch.Tensor, index: torch.Tensor, wanted: Wanted) -> TokenScores:
+def _score_chunk(logits: Tensor, index: Tensor, wanted: Wanted) -> TokenScores:
     """Scores of a chunk: `logits` (num_tokens, num_ids) are overwritten, `index` (num_tokens, 1) has the targets."""
     details, unused_ids = wanted.details, wanted.unused_ids
     target_logits = logits.gather(1, index)

@@ -6,6 +6,7 @@ import functools
 import logging
 
 import torch
+from torch import Tensor
 
 from cartilha.machine.cpu import cpu_matmul_rate
 from cartilha.machine.devices import dtype_name
@@ -15,7 +16,7 @@ log = logging.getLogger("cartilha")
 MIN_FLOAT32_GAIN = 1.2  # a smaller gain over half precision is lost again in the casts
 
 
-def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, factor: float = 1.0) -> None:
+def add_product(total: Tensor, left: Tensor, right: Tensor, factor: float = 1.0) -> None:
     """Add `factor * left @ right` to `total` (float32), if possible without rounding the product to half precision."""
     if left.dtype == torch.float32:
         total.addmm_(left, right, alpha=factor)

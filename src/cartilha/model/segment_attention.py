@@ -1,8 +1,8 @@
-"""Attention within documents on a CPU: one causal call a segment, of which the output is kept once.
+"""Attention within documents on a CPU: one causal call per segment, whose output is kept only once.
 
-Called through `scaled_dot_product_attention`, every segment's output stays for the backward pass, and the rows that
-they are put together to stay a second time, for the product that follows: 7 % of what OPT-125M keeps. Here the kernels
-that torch's function would choose are called by themselves, forward and backward, and read and fill whole rows.
+With `scaled_dot_product_attention` every segment's output is kept for the backward pass, and so are the rows that are
+put together from them, for the next product: 7 % of what OPT-125M keeps. Here the kernels that torch's function would
+choose are called directly, forward and backward, and they read and write whole rows.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-# Chosen by scaled_dot_product_attention on a CPU. They know no dropout, and their names begin with an underscore.
+# The kernels that scaled_dot_product_attention chooses on a CPU. They have no dropout, and torch may rename them.
 HAS_KERNELS = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward")
 
 
@@ -32,39 +33,24 @@ class Scoring:
     dropout: float = 0.0
 
 
-def segment_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Sequence[int], scoring: Scoring
-) -> torch.Tensor:
+def segment_attention(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], scoring: Scoring) -> Tensor:
     """Causal attention within each segment, without dropout, differentiable once in queries, keys and values.
 
-    bf16 is computed in float32: the CPU's attention is slower in bf16 (docs/log.md).
-
-    Args:
-        query: Shape (num_rows, num_heads, row_length, head_size).
-        key: Shape (num_rows, num_key_value_heads, row_length, head_size).
-        value: Same shape as key.
-        lengths: Of the segments, in row-major order; none crosses a row's end, and together they fill the rows.
-        scoring: Scale and window.
-
-    Returns:
-        Shape (num_rows, row_length, num_heads, head_size), in the queries' dtype.
+    Shapes are those of `attention.Kernel.attend`. The lengths of the segments are in row-major order; none crosses a
+    row's end, and together they fill the rows. bf16 is computed in float32: the CPU's attention is slower in bf16
+    (docs/log.md).
     """
     assert not scoring.dropout, "such models are computed under a mask: see `Kernel.obstacle`"
     output = _SegmentAttention.apply(query, key, value, lengths, scoring)
-    assert isinstance(output, torch.Tensor)
+    assert isinstance(output, Tensor)
     return output
 
 
 class _SegmentAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        lengths: Sequence[int],
-        scoring: Scoring,
-    ) -> torch.Tensor:
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], scoring: Scoring
+    ) -> Tensor:
         query, key, value = (_rows_of_numbers(heads) for heads in (query, key, value))
         output = query.new_empty(query.transpose(1, 2).shape)
         normalisers = []
@@ -81,7 +67,7 @@ class _SegmentAttention(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, output, *normalisers = ctx.saved_tensors
         grad_output = _rows_of_numbers(grad_outputs[0])
         gradients = [torch.empty_like(heads) for heads in (query, key, value)]
@@ -101,13 +87,13 @@ class _SegmentAttention(torch.autograd.Function):
         return *gradients, None, None
 
 
-def _rows_of_numbers(heads: torch.Tensor) -> torch.Tensor:
-    """With the last dimension in one piece, as the kernels read it."""
+def _rows_of_numbers(heads: Tensor) -> Tensor:
+    """With a contiguous last dimension, as the kernels need it."""
     return heads if heads.stride(-1) == 1 else heads.contiguous()
 
 
 def _segments(lengths: Sequence[int], row_length: int) -> Iterator[tuple[int, slice]]:
-    """The row of each segment, and its positions there."""
+    """The row of each segment and its positions in it."""
     begin = 0
     for length in lengths:
         row, offset = divmod(begin, row_length)
@@ -115,7 +101,7 @@ def _segments(lengths: Sequence[int], row_length: int) -> Iterator[tuple[int, sl
         begin += length
 
 
-def _segment(heads: torch.Tensor, row: int, positions: slice, num_heads: int) -> torch.Tensor:
+def _segment(heads: Tensor, row: int, positions: slice, num_heads: int) -> Tensor:
     """A segment in the dtype of the kernels, shape (1, num_heads, length, head_size)."""
     piece = heads[row : row + 1, :, positions]
     if piece.dtype == torch.bfloat16:
@@ -123,13 +109,13 @@ def _segment(heads: torch.Tensor, row: int, positions: slice, num_heads: int) ->
     return piece if piece.shape[1] == num_heads else piece.repeat_interleave(num_heads // piece.shape[1], dim=1)
 
 
-def _summed(heads: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """The gradient of heads that were repeated: the sum of their copies', shape (num_heads, length, head_size)."""
+def _summed(heads: Tensor, num_heads: int) -> Tensor:
+    """The gradient of repeated heads: the sum over their copies, shape (num_heads, length, head_size)."""
     return heads if len(heads) == num_heads else heads.unflatten(0, (num_heads, -1)).sum(dim=1)
 
 
-def _window_mask(query: torch.Tensor, sliding_window: int | None) -> torch.Tensor | None:
-    """What is added to the scores of a segment longer than the window; None where plain causality does."""
+def _window_mask(query: Tensor, sliding_window: int | None) -> Tensor | None:
+    """What is added to the scores of a segment longer than the window; None where causality is enough."""
     length = query.shape[2]
     if sliding_window is None or length <= sliding_window:
         return None
@@ -138,7 +124,7 @@ def _window_mask(query: torch.Tensor, sliding_window: int | None) -> torch.Tenso
     )
 
 
-def causal_mask(length: int, sliding_window: int | None, device: torch.device) -> torch.Tensor:
+def causal_mask(length: int, sliding_window: int | None, device: torch.device) -> Tensor:
     """True where position i may look at j: i - window < j <= i; shape (length, length)."""
     distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)[None, :]
     visible = distance >= 0

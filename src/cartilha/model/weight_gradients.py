@@ -1,9 +1,9 @@
-"""On a CPU, a weight's gradient is added to those already there by the product that makes it.
+"""On a CPU, a weight's gradient is added to the earlier ones by the matrix product that computes it.
 
-Autograd makes the gradient of each use of a weight as a tensor of its own and adds it afterwards. For every micro-batch
-that is memory for the largest matrix twice and a pass over all gradients, which a CPU feels: 5 % of a step of four
-micro-batches (docs/log.md). Matrix products can add to what is there as they go (Megatron-LM does so on GPUs as
-"gradient accumulation fusion"). Whatever is done otherwise in a model goes through autograd as usual.
+Autograd computes the gradient of each use of a weight as a separate tensor and adds it afterwards. Every micro-batch
+then needs memory for the largest matrix twice and a pass over all gradients, which on a CPU is 5 % of a step of four
+micro-batches (docs/log.md). Matrix products can add to existing numbers directly (Megatron-LM does so on GPUs as
+"gradient accumulation fusion"). Everything that is not a linear layer or an embedding goes through autograd as usual.
 """
 
 from __future__ import annotations
@@ -15,23 +15,21 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from cartilha.model.products import add_product, cpu_product_dtype
 
-_factor: ContextVar[float | None] = ContextVar("factor of the nll whose gradients are added in place", default=None)
+_factor: ContextVar[float | None] = ContextVar("factor of the nll", default=None)
 
 
 @contextmanager
 def weight_gradients_in_place(device_type: str, factor: float) -> Iterator[None]:
-    """A forward pass within it, and its backward pass, add the gradients of weights to `weight.grad` by themselves.
+    """A forward pass in this context, with its backward pass, adds the gradients of weights to `weight.grad` directly.
 
-    `torch.autograd.grad` must not be asked for those gradients then, and a forward pass must have its backward pass:
-    the head's gradient is added by the first. On other devices than CPUs nothing changes.
-
-    Args:
-        device_type: Of the model.
-        factor: What the summed nll is multiplied by before `backward()`.
+    `torch.autograd.grad` must not ask for these gradients, and every forward pass needs its backward pass, since it has
+    already added the head's gradient. `factor` is what the summed nll is multiplied by before `backward()`. On other
+    devices than CPUs nothing changes.
     """
     if device_type != "cpu":
         yield
@@ -45,26 +43,26 @@ def weight_gradients_in_place(device_type: str, factor: float) -> Iterator[None]
 
 
 def same_again() -> AbstractContextManager[None] | None:
-    """For a part of this forward pass that is computed a second time in the backward pass; None outside of one."""
+    """The same context for a part of the forward pass that is computed again in the backward pass; None outside."""
     factor = _factor.get()
     return None if factor is None else weight_gradients_in_place("cpu", factor)
 
 
-def factor_in_place(weight: torch.Tensor) -> float | None:
-    """Whether this weight's gradient is to be added by whoever computes it: the factor of the nll; None if not."""
+def factor_in_place(weight: Tensor) -> float | None:
+    """The factor of the nll if whoever computes this weight's gradient must add it in place; None if autograd does."""
     is_ours = weight.requires_grad and weight.is_leaf and weight.device.type == "cpu" and torch.is_grad_enabled()
     return _factor.get() if is_ours else None
 
 
-def gradient_of(weight: torch.Tensor) -> torch.Tensor:
-    """The weight's gradient so far, to be added to; zeros where there is none."""
+def gradient_of(weight: Tensor) -> Tensor:
+    """The weight's gradient so far, to add to; zeros if there is none."""
     if weight.grad is None:
         weight.grad = torch.zeros_like(weight)
     return weight.grad
 
 
 class _OwnLayers(TorchFunctionMode):
-    """Computes linear layers and embeddings as the classes below do; every other function as ever."""
+    """Computes linear layers and embeddings with the classes below, and calls every other function as it is."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -74,45 +72,34 @@ class _OwnLayers(TorchFunctionMode):
         return func(*args, **(kwargs or {})) if found is None else found
 
 
-def _linear(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Any:
+def _linear(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     return None if factor_in_place(weight) is None else _Linear.apply(states, weight, bias, False)
 
 
-def _addmm(bias: torch.Tensor, states: torch.Tensor, weight: torch.Tensor, **kwargs: Any) -> Any:
+def _addmm(bias: Tensor, states: Tensor, weight: Tensor, **kwargs: Any) -> Any:
     """GPT-2's linear layer, whose weight has the shape (in, out)."""
     return None if kwargs or factor_in_place(weight) is None else _Linear.apply(states, weight, bias, True)
 
 
 def _embedding(
-    ids: torch.Tensor,
-    weight: torch.Tensor,
-    padding_idx: int | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,
-    sparse: bool = False,
+    ids: Tensor, weight: Tensor, padding_idx: int | None = None, max_norm: float | None = None, **options: Any
 ) -> Any:
-    unusual = max_norm is not None or scale_grad_by_freq or sparse
+    unusual = max_norm is not None or options.get("scale_grad_by_freq") or options.get("sparse")
     return None if unusual or factor_in_place(weight) is None else _Embedding.apply(ids, weight, padding_idx)
 
 
-_OWN: dict[Any, Callable[..., Any]] = {
-    F.linear: _linear,
-    torch.addmm: _addmm,
-    F.embedding: _embedding,
-}
+_OWN: dict[Any, Callable[..., Any]] = {F.linear: _linear, torch.addmm: _addmm, F.embedding: _embedding}
 
 
 class _Linear(torch.autograd.Function):
-    """states @ weight.T + bias, in autocast's dtype where it is on; the weight is kept once, as it is.
+    """states @ weight.T + bias; the weight is kept once, as it is.
 
-    What is kept and given on is in that dtype; the product itself may be computed in float32 (`cpu_product_dtype`).
+    Inputs are kept and results are returned in autocast's dtype if it is on. The product itself may be computed in
+    float32 (`cpu_product_dtype`).
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, is_transposed: bool
-    ) -> torch.Tensor:
+    def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, is_transposed: bool) -> Tensor:
         half = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else states.dtype
         ctx.product_dtype = cpu_product_dtype(half)
         with torch.autocast("cpu", enabled=False):
@@ -120,12 +107,12 @@ class _Linear(torch.autograd.Function):
             offset = bias if bias is None else bias.to(ctx.product_dtype)
             result = F.linear(states.to(ctx.product_dtype), matrix, offset).to(half)
         ctx.save_for_backward(states.to(half))
-        # The weight itself, whose `grad` is added to: a saved tensor may come back as an alias.
+        # Not by save_for_backward, which may return an alias: gradients are added to the weight's own `grad`.
         ctx.weight, ctx.is_transposed, ctx.states_dtype = weight, is_transposed, states.dtype
         return result
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (states,), weight = ctx.saved_tensors, ctx.weight
         gradient = grad_outputs[0].to(ctx.product_dtype)
         matrix = (weight.T if ctx.is_transposed else weight).to(ctx.product_dtype)
@@ -140,13 +127,13 @@ class _Embedding(torch.autograd.Function):
     """Rows of the weight; the row of `padding_idx` gets no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, ids: torch.Tensor, weight: torch.Tensor, padding_idx: int | None) -> torch.Tensor:
+    def forward(ctx: Any, ids: Tensor, weight: Tensor, padding_idx: int | None) -> Tensor:
         ctx.save_for_backward(ids)
         ctx.weight, ctx.padding_idx = weight, padding_idx
         return F.embedding(ids, weight)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, ...]:
         (ids,), weight = ctx.saved_tensors, ctx.weight
         rows, gradient = ids.flatten(), grad_outputs[0].flatten(0, -2).to(weight.dtype)
         if ctx.padding_idx is not None:
