@@ -99,8 +99,8 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
     check_tasks(config.tasks)
     if text.split == "train":
         log.warning("Scoring the training text: these figures say what was learnt by heart, not how good the model is.")
-    device = choose_device(config.device)
     compressed = text.compressed() if is_main_process() else None  # in the background from here on
+    device = choose_device(config.device)  # said after the text was read: a fault in it is the only line then
     with token_file(Path(config.per_token)) if config.per_token else nullcontext() as tokens:
         models = []
         for ref in config.model:
