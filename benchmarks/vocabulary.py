@@ -160,6 +160,7 @@ def make_arm(spec: str, arguments: argparse.Namespace, train: list[Any]) -> Arm:
 def score(arm: Arm, documents: list[Any]) -> dict[str, Any]:
     from cartilha.evaluation.documents import encode_documents
     from cartilha.evaluation.nll import score_documents
+    from cartilha.evaluation.saved import SavedEvaluation
     from cartilha.evaluation.scorer import Scorer
     from cartilha.evaluation.windows import make_protocol
 
@@ -170,8 +171,7 @@ def score(arm: Arm, documents: list[Any]) -> dict[str, Any]:
     nll = score_documents(Scorer(arm.loaded, arm.tokenizer, protocol), scored).nll
     return {
         "bits_per_byte": float(nll.sum()) / math.log(2) / int(scored.num_bytes.sum()),
-        "nll": nll.tolist(),
-        "num_bytes": scored.num_bytes.tolist(),
+        "saved": SavedEvaluation.of({}, scored, nll),
         "num_tokens": int(scored.num_tokens.sum()),
         "num_words": int(scored.num_words.sum()),
     }
@@ -186,17 +186,17 @@ def measure(arm: Arm, documents: list[Any]) -> None:
 
 
 def write(arguments: argparse.Namespace, arms: list[Arm], *, final: bool = False) -> None:
-    from cartilha.evaluation.compare import compare_documents
+    from cartilha.evaluation.compare import compare_documents, shared_documents
 
     result: dict[str, Any] = {"settings": {k: v for k, v in vars(arguments).items() if not isinstance(v, Path)}}
     result["arms"] = [{"name": arm.name, "points": arm.points} for arm in arms]
     for arm, row in zip(arms, result["arms"], strict=True):
         for text, found in arm.last.items():
-            row[text] = {k: v for k, v in found.items() if k not in ("nll", "num_bytes")}
+            row[text] = {k: v for k, v in found.items() if k != "saved"}
             first = arms[0].last[text]
             if final and arm is not arms[0]:
-                names = [str(i) for i in range(len(first["nll"]))]
-                compared = compare_documents(first["nll"], found["nll"], first["num_bytes"], names).to_dict()
+                pair = first["saved"], found["saved"]
+                compared = compare_documents(*pair, shared_documents(*pair)).to_dict()
                 kept = ("bits_per_byte_difference", "bits_per_byte_difference_interval", "p_value", "num_documents")
                 row[text] |= {k: compared[k] for k in kept}
                 print(arm.name, text, {k: compared[k] for k in kept}, flush=True)

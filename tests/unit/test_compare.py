@@ -6,13 +6,22 @@ import itertools
 import json
 import math
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from cartilha.errors import UserError
 from cartilha.evaluation import bootstrap
 from cartilha.evaluation.bootstrap import FEW_DOCUMENTS, MAX_RESAMPLED_DOCUMENTS, Interval, bootstrap_interval
-from cartilha.evaluation.compare import MAX_EXACT_DOCUMENTS, Comparison, compare_documents, sign_flip_p_value
+from cartilha.evaluation.compare import (
+    MAX_EXACT_DOCUMENTS,
+    Comparison,
+    compare_documents,
+    shared_documents,
+    sign_flip_p_value,
+)
+from cartilha.evaluation.saved import SavedEvaluation
 from cartilha.storage import to_json
 
 LN2 = math.log(2)
@@ -42,9 +51,16 @@ def percentile_interval(numerator: np.ndarray, denominator: np.ndarray, seed: in
     return Interval(low, high, 0.95, len(numerator))
 
 
-def compare(nll_a, nll_b, num_bytes, **options) -> Comparison:
-    doc_ids = [f"texto-{i}" for i in range(len(num_bytes))]
-    return compare_documents(np.array(nll_a), np.array(nll_b), np.array(num_bytes), doc_ids, **options)
+def evaluation(nll, num_bytes, domains=None) -> SavedEvaluation:
+    names = [f"texto-{i}" for i in range(len(nll))]
+    ones = np.ones(len(nll), np.int64)
+    kept = ones.astype(bool)
+    return SavedEvaluation({}, names, domains or names, names, np.array(nll), ones, np.array(num_bytes), kept)
+
+
+def compare(nll_a, nll_b, num_bytes, domains=None, **options) -> Comparison:
+    first, second = evaluation(nll_a, num_bytes, domains), evaluation(nll_b, num_bytes, domains)
+    return compare_documents(first, second, shared_documents(first, second), **options)
 
 
 # Intervals
@@ -300,7 +316,7 @@ def test_a_model_against_itself():
     assert comparison.bits_per_byte_difference == 0
     assert comparison.interval.bounds == [0, 0]
     assert (comparison.p_value, comparison.share_improved) == (1, 0.5)
-    assert comparison.gained_most == comparison.lost_most == ()
+    assert comparison.gained_most == comparison.lost_most == []
 
 
 def test_lists_are_by_bits_per_byte_and_leave_out_texts_of_a_few_words():
@@ -318,7 +334,7 @@ def test_lists_are_by_bits_per_byte_and_leave_out_texts_of_a_few_words():
 def test_a_document_without_bytes_is_not_listed():
     comparison = compare([3.0, 4.0, 5.0], [2.0, 5.0, 4.0], [0, 0, 8], domains=["x", "x", "y"])
     assert [change.doc_id for change in comparison.gained_most] == ["texto-2"]
-    assert comparison.lost_most == ()
+    assert comparison.lost_most == []
     assert [domain.domain for domain in comparison.domains] == ["y"]
 
 
@@ -352,9 +368,10 @@ def test_the_record_of_a_comparison():
 
 
 def test_other_documents_are_refused():
-    with pytest.raises(ValueError, match="same documents"):
-        compare([1.0, 2.0], [1.0], [3, 3])
-    with pytest.raises(ValueError, match="same documents"):
-        compare([1.0, 2.0], [1.0, 2.0], [3, 3], domains=["x"])
+    with pytest.raises(UserError, match="different documents"):
+        shared_documents(evaluation([1.0, 2.0], [3, 3]), evaluation([1.0], [3]))
+    renamed = replace(evaluation([1.0, 2.0], [3, 3]), text_hashes=["a", "b"])
+    with pytest.raises(UserError, match="different documents"):
+        shared_documents(evaluation([1.0, 2.0], [3, 3]), renamed)
     with pytest.raises(ValueError, match="finite"):
         compare([1.0, math.inf], [1.0, 2.0], [3, 3])

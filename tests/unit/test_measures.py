@@ -17,8 +17,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from cartilha.corpus.document import Document
 from cartilha.errors import UserError
 from cartilha.evaluation.documents import ScoredDocuments, encode_documents, validation_subset
-from cartilha.evaluation.measures import Evaluation, Sums, make_evaluation
+from cartilha.evaluation.measures import Evaluation, make_evaluation
 from cartilha.evaluation.nll import DocumentScores
+from cartilha.evaluation.sums import Sums
 from cartilha.evaluation.windows import Protocol
 from cartilha.storage import to_json
 from cartilha.tokens.byte_level import token_bytes

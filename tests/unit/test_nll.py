@@ -50,7 +50,8 @@ def document_nll(
 def documents_of(ids: list[np.ndarray]) -> ScoredDocuments:
     ones = np.ones(len(ids), np.int64)
     names = [f"documento-{i}" for i in range(len(ids))]
-    return ScoredDocuments(ids, ones, ones, ones, ones.astype(bool), names, names, names, 0, "hash")
+    lengths = np.array([len(own) for own in ids])
+    return ScoredDocuments(ids, lengths, ones, ones, ones, ones.astype(bool), names, names, names)
 
 
 def random_documents(*lengths: int) -> list[np.ndarray]:

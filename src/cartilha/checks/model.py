@@ -14,8 +14,8 @@ from cartilha.checks.outcome import CheckResult, Judgement, Subject
 from cartilha.evaluation.baselines import token_counts, unigram_nll
 from cartilha.evaluation.documents import ScoredDocuments, encode_documents
 from cartilha.evaluation.nll import score_documents
-from cartilha.evaluation.perplexity import perplexity
 from cartilha.evaluation.scorer import make_scorer
+from cartilha.evaluation.sums import perplexity
 from cartilha.evaluation.windows import MAX_WINDOW
 from cartilha.machine.devices import dtype_name, seed_everything
 from cartilha.model.attention import transformers_attention, use_document_attention

@@ -18,7 +18,7 @@ from cartilha.blocks.packing import IGNORE_INDEX, PackedStream, stack
 from cartilha.blocks.sampler import BlockSampler
 from cartilha.checks.outcome import CheckResult, Judgement, Subject
 from cartilha.errors import counted
-from cartilha.evaluation.perplexity import perplexity
+from cartilha.evaluation.sums import perplexity
 from cartilha.model.forward import batch_nll, hidden_states
 from cartilha.model.head import head_of
 from cartilha.model.loss import linear_cross_entropy

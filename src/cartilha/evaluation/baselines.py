@@ -1,66 +1,33 @@
-"""What results stand beside: guessing, counting tokens, and general compressors.
+"""What results stand beside: guessing, and counting tokens (compressors are in `compressed.py`).
 
 A model that has learnt nothing of the language still has a perplexity. The uniform model guesses among all rows; the
-unigram model knows how often each token occurs, and no context; a compressor knows only what it has read so far, which
-primed is the training text, too. A figure near one of these says what the model is worth.
-
-The text of compressors is the documents joined by one line break, in the order of the corpus; its bits are divided by
-its bytes.
+unigram model knows how often each token occurs, and no context. A figure near one of these says what the model is
+worth.
 """
 
 from __future__ import annotations
 
-import lzma
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
-import pyarrow as pa
 
-from cartilha.evaluation.perplexity import perplexity
+from cartilha.evaluation.documents import ScoredDocuments
+from cartilha.evaluation.sums import Sums
 
 TOKENS_A_CHUNK = 1 << 22  # counted at a time: 32 MB as the 64-bit integers that numpy counts
 
-# Primed figures cost two compressions of the prime more, at about 1 s/MB, and the repetitions that help most are in any
-# few MB: 4 MiB is a million tokens.
-MAX_PRIME_BYTES = 4 << 20
-# xz needs about 11.5 times its dictionary in memory: 740 MB at this one (its own preset 9).
-MAX_XZ_DICTIONARY_BYTES = 64 << 20
-MIN_XZ_DICTIONARY_BYTES = 8 << 20  # preset 6
-# Its window is 128 MiB; at level 19, the highest without `--ultra`, it is 8 MiB, which a prime and a text soon fill.
-# The window, and the memory with it, is cut to the input.
-ZSTD_LEVEL = 22
 
-
-@dataclass(frozen=True)
-class Baseline:
-    """A model without context.
-
-    Attributes:
-        perplexity: exp(S / N), of tokens.
-        bits_per_byte: S / (B ln 2); None where byte figures are refused.
-    """
-
-    perplexity: float
-    bits_per_byte: float | None
-
-    def to_dict(self) -> dict[str, float | None]:
-        """The record below `baselines`."""
-        return asdict(self)
-
-
-def uniform(num_rows: int, num_tokens: int, num_bytes: int | None) -> Baseline:
-    """The model that gives every row of the vocabulary the same probability: its perplexity is the number of rows.
+def uniform(num_rows: int, sums: Sums) -> dict[str, float | None]:
+    """The figures of the model that gives every row of the head the same probability.
 
     Args:
-        num_rows: Rows of the head, those included that no token uses.
-        num_tokens: Tokens of the text.
-        num_bytes: Its UTF-8 bytes; None where byte figures are refused.
+        num_rows: Rows of the head, those included that no token uses: the perplexity.
+        sums: Of the text; its nll does not matter.
     """
-    if num_rows < 1:
-        raise ValueError(f"A vocabulary has one row or more, not {num_rows}.")
-    return Baseline(float(num_rows), _bits_per_byte(num_tokens * math.log(num_rows), num_bytes))
+    nll = sums.num_tokens * math.log(num_rows)
+    return {"perplexity": float(num_rows), "bits_per_byte": replace(sums, nll=nll).bits_per_byte}
 
 
 def token_counts(tokens: np.ndarray, num_rows: int) -> np.ndarray:
@@ -121,68 +88,27 @@ def unigram_nll(train_counts: np.ndarray, evaluation_ids: Sequence[np.ndarray]) 
     return np.array([surprisal[ids].sum() for ids in evaluation_ids], np.float64)
 
 
-def unigram(train_counts: np.ndarray, evaluation_ids: Sequence[np.ndarray], num_bytes: int | None) -> Baseline:
-    """The unigram model of the training text, on the evaluation text.
+class UnigramCollector:
+    """Sums what the unigram model of a training text makes of the documents that stream by.
 
     Args:
-        train_counts: Of the training text alone, shape (num_rows,).
-        evaluation_ids: Token ids of each document, one token or more in all; no prefix, no eos.
-        num_bytes: UTF-8 bytes of those documents; None where byte figures are refused.
+        tokens: Of the training text, shape (num_tokens,).
+        num_rows: Rows of the head of the model that is scored; its tokenizer made the tokens.
     """
-    num_tokens = sum(len(ids) for ids in evaluation_ids)
-    if not num_tokens:
-        raise ValueError("There is nothing to score: the documents have no tokens.")
-    nll = math.fsum(unigram_nll(train_counts, evaluation_ids))
-    return Baseline(perplexity(nll / num_tokens), _bits_per_byte(nll, num_bytes))
 
+    def __init__(self, tokens: np.ndarray, num_rows: int) -> None:
+        self._counts = token_counts(tokens, num_rows)
+        self._sums = Sums()
 
-def xz_bits_per_byte(text: bytes, prime: bytes | None = None) -> float:
-    """What xz makes of a text: bits of its compressed form for each byte.
+    def observe(self, scored: ScoredDocuments) -> None:
+        """Take a shard of documents."""
+        kept = scored.round_trips
+        nll = unigram_nll(self._counts, scored.ids)[kept]
+        self._sums += Sums(float(nll.sum()), int(scored.num_tokens[kept].sum()), int(scored.num_bytes[kept].sum()))
 
-    LZMA2 as `xz -6` does it, without the container's some 70 bytes. The dictionary grows with the input up to 64 MiB,
-    so every repetition within that distance is found; beyond, text further back is forgotten. Takes about 1 s/MB.
-
-    Args:
-        text: UTF-8, one byte or more.
-        prime: Text that was read before and costs nothing: the figure is that of size(prime + text) - size(prime).
-            Of a longer one the last `MAX_PRIME_BYTES` count.
-    """
-    return _compressed_bits_per_byte(_xz_size, text, prime)
-
-
-def zstd_bits_per_byte(text: bytes, prime: bytes | None = None) -> float:
-    """What zstd makes of a text: bits of its compressed form for each byte.
-
-    Level 22, whose window of 128 MiB spans prime and text; beyond, text further back is forgotten. About 1 s/MB.
-
-    Args:
-        text: UTF-8, one byte or more.
-        prime: Text that was read before and costs nothing: the figure is that of size(prime + text) - size(prime).
-            Of a longer one the last `MAX_PRIME_BYTES` count.
-    """
-    return _compressed_bits_per_byte(_zstd_size, text, prime)
-
-
-def _compressed_bits_per_byte(size: Callable[[bytes], int], text: bytes, prime: bytes | None) -> float:
-    if not text:
-        raise ValueError("There is nothing to compress: the text is empty.")
-    primer = prime[-MAX_PRIME_BYTES:] if prime else b""
-    return 8 * (size(primer + text) - (size(primer) if primer else 0)) / len(text)
-
-
-def _xz_size(data: bytes) -> int:
-    dictionary = min(MAX_XZ_DICTIONARY_BYTES, max(MIN_XZ_DICTIONARY_BYTES, 1 << (len(data) - 1).bit_length()))
-    filters = [{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": dictionary}]
-    return len(lzma.compress(data, format=lzma.FORMAT_RAW, filters=filters))
-
-
-def _zstd_size(data: bytes) -> int:
-    return int(pa.Codec("zstd", compression_level=ZSTD_LEVEL).compress(data).size)
-
-
-# The compressors by name: bytes of the compressed form. Both release Python's lock while they work.
-COMPRESSED_SIZE: dict[str, Callable[[bytes], int]] = {"xz": _xz_size, "zstd": _zstd_size}
-
-
-def _bits_per_byte(nll: float, num_bytes: int | None) -> float | None:
-    return nll / (num_bytes * math.log(2)) if num_bytes else None
+    def figures(self) -> dict[str, dict[str, float | None]]:
+        """The baseline by its name; nothing where there is no token."""
+        found = self._sums
+        if not found.num_tokens:
+            return {}
+        return {"unigram": {"perplexity": found.perplexity, "bits_per_byte": found.bits_per_byte}}

@@ -9,14 +9,16 @@ tokenizers: bits per byte divide by what both share.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from cartilha.errors import UserError
 from cartilha.evaluation.bootstrap import FEW_DOCUMENTS, Interval, bootstrap_interval
 from cartilha.evaluation.documents import MAX_DOMAINS, by_domain
+from cartilha.evaluation.saved import SavedEvaluation
 
 MAX_EXACT_DOCUMENTS = 16  # up to this many, all 65,536 sign patterns are counted
 LEAST_LISTED_BYTES = 200  # a text of a few words swings by whole bits per byte, and says nothing
@@ -26,13 +28,7 @@ GROUPS_A_CHUNK = 256
 
 @dataclass(frozen=True)
 class DocumentChange:
-    """A document under both models.
-
-    Attributes:
-        doc_id: Its name.
-        num_bytes: UTF-8 bytes that were scored.
-        bits_per_byte_first: Under the first model; bits_per_byte_second under the second.
-    """
+    """A document under both models; bits per byte under the first and under the second."""
 
     doc_id: str
     num_bytes: int
@@ -56,6 +52,18 @@ class DomainChange:
     interval: Interval | None
     share_improved: float
 
+    def to_dict(self) -> dict[str, Any]:
+        """The record below `domains`."""
+        return {
+            "bits_per_byte_first": self.bits_per_byte_first,
+            "bits_per_byte_second": self.bits_per_byte_second,
+            "bits_per_byte_difference": self.bits_per_byte_second - self.bits_per_byte_first,
+            "bits_per_byte_difference_interval": self.interval.bounds if self.interval else None,
+            "share_improved": self.share_improved,
+            "num_documents": self.num_documents,
+            "num_bytes": self.num_bytes,
+        }
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -67,7 +75,7 @@ class Comparison:
         p_value: Two-sided, of the sign-flip test of no difference.
         share_improved: Documents that need fewer bits under the second model; ties count half.
         gained_most: Documents whose bits per byte fell most, the largest fall first; lost_most likewise that rose.
-        domains: By name (`MAX_DOMAINS` at most, the largest).
+        domains: The largest (`MAX_DOMAINS` at most), by name.
     """
 
     bits_per_byte_first: float
@@ -77,90 +85,90 @@ class Comparison:
     p_value: float
     share_improved: float
     num_documents: int
-    gained_most: tuple[DocumentChange, ...]
-    lost_most: tuple[DocumentChange, ...]
-    domains: tuple[DomainChange, ...]
+    gained_most: list[DocumentChange]
+    lost_most: list[DocumentChange]
+    domains: list[DomainChange]
 
     def to_dict(self) -> dict[str, Any]:
         """The record that `compare --json` carries."""
+        record = asdict(self)
+        del record["interval"]
         return {
-            "bits_per_byte_first": self.bits_per_byte_first,
-            "bits_per_byte_second": self.bits_per_byte_second,
-            "bits_per_byte_difference": self.bits_per_byte_difference,
+            **record,
             "bits_per_byte_difference_interval": self.interval.bounds,
             "interval_level": self.interval.level,
-            "p_value": self.p_value,
-            "share_improved": self.share_improved,
-            "num_documents": self.num_documents,
-            "gained_most": [asdict(document) for document in self.gained_most],
-            "lost_most": [asdict(document) for document in self.lost_most],
-            "domains": {domain.domain: _domain_record(domain) for domain in self.domains},
+            "domains": {change.domain: change.to_dict() for change in self.domains},
         }
 
 
-def _domain_record(domain: DomainChange) -> dict[str, Any]:
-    return {
-        "bits_per_byte_first": domain.bits_per_byte_first,
-        "bits_per_byte_second": domain.bits_per_byte_second,
-        "bits_per_byte_difference": domain.bits_per_byte_second - domain.bits_per_byte_first,
-        "bits_per_byte_difference_interval": domain.interval.bounds if domain.interval else None,
-        "share_improved": domain.share_improved,
-        "num_documents": domain.num_documents,
-        "num_bytes": domain.num_bytes,
-    }
+@dataclass(frozen=True)
+class _Pairs:
+    """Bits of documents under both models, and their UTF-8 bytes; one entry per document."""
+
+    first: np.ndarray
+    second: np.ndarray
+    num_bytes: np.ndarray
+
+    @cached_property
+    def difference(self) -> np.ndarray:
+        difference: np.ndarray = self.second - self.first
+        return difference
+
+    @property
+    def share_improved(self) -> float:
+        return float(np.mean(self.difference < 0) + np.mean(self.difference == 0) / 2)
+
+    def bits_per_byte(self, bits: np.ndarray) -> float:
+        return math.fsum(bits) / int(self.num_bytes.sum())
+
+    def interval(self) -> Interval:
+        return bootstrap_interval(self.difference, self.num_bytes)
+
+    def taken(self, chosen: list[int]) -> _Pairs:
+        return _Pairs(self.first[chosen], self.second[chosen], self.num_bytes[chosen])
+
+
+def shared_documents(first: SavedEvaluation, second: SavedEvaluation) -> np.ndarray:
+    """Indices of the documents that have bytes, and that both tokenizers keep whole.
+
+    Raises:
+        UserError: The evaluations are of different documents.
+    """
+    if first.text_hashes != second.text_hashes:
+        raise UserError("The two evaluations are of different documents; score the same text with both models.")
+    return np.flatnonzero(first.round_trips & second.round_trips & (first.num_bytes > 0))
 
 
 def compare_documents(
-    nll_a: np.ndarray,
-    nll_b: np.ndarray,
-    num_bytes: np.ndarray,
-    doc_ids: Sequence[str],
-    *,
-    domains: Sequence[str] | None = None,
-    num_listed: int = 10,
-    level: float = 0.95,
-    num_resamples: int = 2000,
-    num_flips: int = 10_000,
-    seed: int = 0,
+    first: SavedEvaluation, second: SavedEvaluation, chosen: np.ndarray, num_listed: int = 10
 ) -> Comparison:
-    """Compare two models on the same documents, in the same order.
+    """Compare two models on the same documents.
 
     Args:
-        nll_a: Nats of each document under the first model, shape (num_documents,).
-        nll_b: Under the second.
-        num_bytes: UTF-8 bytes of each; only documents whose bytes both tokenizers keep belong here.
-        doc_ids: Their names.
-        domains: Of each document; None for no figures by domain.
+        first: What the first model made of them.
+        second: What the second made of them.
+        chosen: At least one of their `shared_documents`.
         num_listed: At most so many documents in each of the two lists. Those shorter than 200 bytes are not listed,
             or than half of the documents where that is less: a few words swing by whole bits per byte.
-        level: Of the intervals.
-        num_resamples: Of the bootstrap.
-        num_flips: Of the sign-flip test.
-        seed: Of both.
 
     Raises:
-        ValueError: The arrays differ in length, hold numbers that are not finite, or there are no bytes.
+        ValueError: An nll is not finite.
     """
-    first, second = np.asarray(nll_a, np.float64) / math.log(2), np.asarray(nll_b, np.float64) / math.log(2)
-    sizes = np.asarray(num_bytes, np.int64)
-    lengths = {len(first), len(second), len(sizes), len(doc_ids), *([] if domains is None else [len(domains)])}
-    if len(lengths) > 1:
-        raise ValueError(f"Two models are compared on the same documents, but there are {sorted(lengths)} of them.")
-    difference = second - first
-    interval = bootstrap_interval(difference, sizes, level=level, num_resamples=num_resamples, seed=seed)
-    total = int(sizes.sum())
-    gained, lost = _most_changed(first, second, sizes, doc_ids, num_listed)
+    pairs = _Pairs(
+        first.nll[chosen] / math.log(2), second.nll[chosen] / math.log(2), first.num_bytes[chosen].astype(np.int64)
+    )
+    gained, lost = _most_changed(pairs, [first.doc_ids[i] for i in chosen], num_listed)
     return Comparison(
-        bits_per_byte_first=math.fsum(first) / total,
-        bits_per_byte_second=math.fsum(second) / total,
-        bits_per_byte_difference=math.fsum(difference) / total,
-        interval=interval,
-        p_value=sign_flip_p_value(difference, num_flips=num_flips, seed=seed),
-        share_improved=_share_improved(difference),
-        num_documents=len(sizes),
+        bits_per_byte_first=pairs.bits_per_byte(pairs.first),
+        bits_per_byte_second=pairs.bits_per_byte(pairs.second),
+        bits_per_byte_difference=pairs.bits_per_byte(pairs.difference),
+        interval=pairs.interval(),
+        p_value=sign_flip_p_value(pairs.difference),
+        share_improved=pairs.share_improved,
+        num_documents=len(chosen),
         gained_most=gained,
         lost_most=lost,
-        domains=() if domains is None else _by_domain(first, second, sizes, domains, level, num_resamples, seed),
+        domains=_domain_changes(pairs, [first.domains[i] for i in chosen]),
     )
 
 
@@ -213,53 +221,43 @@ def _flipped_sums(values: np.ndarray, num_flips: int, generator: np.random.Gener
     return sums
 
 
-def _share_improved(difference: np.ndarray) -> float:
-    return float(np.mean(difference < 0) + np.mean(difference == 0) / 2)
-
-
 def _most_changed(
-    first: np.ndarray, second: np.ndarray, sizes: np.ndarray, doc_ids: Sequence[str], num_listed: int
-) -> tuple[tuple[DocumentChange, ...], tuple[DocumentChange, ...]]:
+    pairs: _Pairs, doc_ids: list[str], num_listed: int
+) -> tuple[list[DocumentChange], list[DocumentChange]]:
     """The documents whose bits per byte fell most, and those whose rose most."""
-    listed = np.flatnonzero(sizes >= max(1, min(LEAST_LISTED_BYTES, float(np.median(sizes)))))
-    change = (second - first)[listed] / sizes[listed]
+    num_bytes = pairs.num_bytes
+    listed = np.flatnonzero(num_bytes >= min(LEAST_LISTED_BYTES, float(np.median(num_bytes))))
+    first, second = pairs.first / num_bytes, pairs.second / num_bytes
+    change = pairs.difference[listed] / num_bytes[listed]
     order = np.argsort(change, kind="stable")
 
-    def records(places: np.ndarray) -> tuple[DocumentChange, ...]:
-        return tuple(
-            DocumentChange(doc_ids[i], int(sizes[i]), float(first[i] / sizes[i]), float(second[i] / sizes[i]))
+    def records(places: np.ndarray) -> list[DocumentChange]:
+        return [
+            DocumentChange(doc_ids[i], int(num_bytes[i]), float(first[i]), float(second[i]))
             for i in listed[places].tolist()
-        )
+        ]
 
     fell, rose = order[change[order] < 0], order[change[order] > 0]
     return records(fell[:num_listed]), records(rose[::-1][:num_listed])
 
 
-def _by_domain(
-    first: np.ndarray,
-    second: np.ndarray,
-    sizes: np.ndarray,
-    domains: Sequence[str],
-    level: float,
-    num_resamples: int,
-    seed: int,
-) -> tuple[DomainChange, ...]:
-    """Figures of the largest domains that have bytes, by name."""
+def _domain_changes(pairs: _Pairs, domains: list[str]) -> list[DomainChange]:
+    """Figures of the largest domains, by name."""
     members = by_domain(domains)
-    largest = set(sorted(members, key=lambda name: -int(sizes[members[name]].sum()))[:MAX_DOMAINS])
+    largest = set(sorted(members, key=lambda name: -int(pairs.num_bytes[members[name]].sum()))[:MAX_DOMAINS])
     changes = []
     for domain, documents in members.items():
-        if domain not in largest:
-            continue
-        a, b, size = first[documents], second[documents], sizes[documents]
-        total = int(size.sum())
-        if not total:
-            continue
-        interval = None
-        if len(documents) >= FEW_DOCUMENTS:
-            interval = bootstrap_interval(b - a, size, level=level, num_resamples=num_resamples, seed=seed)
-        in_first, in_second = math.fsum(a) / total, math.fsum(b) / total
-        changes.append(
-            DomainChange(domain, len(documents), total, in_first, in_second, interval, _share_improved(b - a))
-        )
-    return tuple(changes)
+        if domain in largest:
+            own = pairs.taken(documents)
+            changes.append(
+                DomainChange(
+                    domain=domain,
+                    num_documents=len(documents),
+                    num_bytes=int(own.num_bytes.sum()),
+                    bits_per_byte_first=own.bits_per_byte(own.first),
+                    bits_per_byte_second=own.bits_per_byte(own.second),
+                    interval=own.interval() if len(documents) >= FEW_DOCUMENTS else None,
+                    share_improved=own.share_improved,
+                )
+            )
+    return changes

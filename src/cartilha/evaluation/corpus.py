@@ -60,7 +60,7 @@ def score_corpus(
         take = None if take_rows is None else _renumbered(take_rows, kept)
         found = score_documents(scorer, scored, advance=advance, take_rows=take, measure_unused=True)
         observe(scored)
-        parts.append((kept, scored.without_ids(), found))
+        parts.append((kept, replace(scored, ids=[]), found))
     gathered = [part for share in gather_objects(parts) for part in share]
     if not any(len(kept) for kept, _, _ in gathered):
         raise UserError(NOTHING_TO_SCORE)
@@ -75,8 +75,7 @@ def score_in_shares(
     """`score_documents`; under torchrun each rank takes every n-th document and all ranks get the whole."""
     rank, num_ranks = world()
     places = [np.arange(r, len(documents.ids), num_ranks) for r in range(num_ranks)]
-    mine = replace(documents.taken(places[rank]), ids=[documents.ids[i] for i in places[rank]])
-    shares = gather_objects(score_documents(scorer, mine, advance=advance))
+    shares = gather_objects(score_documents(scorer, documents.taken(places[rank]), advance=advance))
     return join_scores(shares, np.argsort(np.concatenate(places)))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -22,23 +23,23 @@ NOTHING_TO_SCORE = "There are no documents to score; give --input with text, or 
 
 @dataclass(frozen=True)
 class ScoredDocuments:
-    """Documents ready to be scored under a protocol; arrays have one entry a document.
+    """Documents ready to be scored under a protocol; arrays and lists have one entry per document.
 
     Attributes:
-        ids: Token ids of each, cut to the protocol's first tokens.
+        ids: Token ids, cut to the protocol's first tokens; empty once the documents have been scored.
+        num_tokens: Tokens to score, int64.
         num_bytes: UTF-8 bytes of the scored tokens, int64.
         num_chars: Characters that the scored tokens hold or begin, int64; likewise num_words.
         round_trips: Whether decode(encode(text)) = text; the others are left out of byte, character and word figures.
         doc_ids: Names for messages and tables.
-        domains: Of each document.
         text_hashes: Of the whole texts.
         num_empty: Documents without any token, skipped.
         corpus_hash: Over the text hashes in order: the same corpus under any tokenizer.
-        token_counts: Set by `without_ids`, when the ids themselves have been let go.
         kept: Indices of these documents among those that were given (the others were empty).
     """
 
     ids: list[np.ndarray]
+    num_tokens: np.ndarray
     num_bytes: np.ndarray
     num_chars: np.ndarray
     num_words: np.ndarray
@@ -46,54 +47,35 @@ class ScoredDocuments:
     doc_ids: list[str]
     domains: list[str]
     text_hashes: list[str]
-    num_empty: int
-    corpus_hash: str
-    token_counts: np.ndarray | None = None
+    num_empty: int = 0
+    corpus_hash: str = ""
     kept: np.ndarray | None = None
 
-    @property
-    def num_tokens(self) -> np.ndarray:
-        """Tokens to score of each document, int64."""
-        if self.token_counts is not None:
-            return self.token_counts
-        return np.array([len(ids) for ids in self.ids], np.int64)
-
-    def without_ids(self) -> ScoredDocuments:
-        """The same with the counts alone: what is kept of documents that have been scored."""
-        return replace(self, ids=[], token_counts=self.num_tokens)
+    def with_ids(self, ids: list[np.ndarray]) -> ScoredDocuments:
+        """The same documents with fewer of their tokens."""
+        return replace(self, ids=ids, num_tokens=_lengths(ids))
 
     def taken(self, order: np.ndarray) -> ScoredDocuments:
-        """The documents in another order (without their ids)."""
-        return replace(
-            self,
-            ids=[],
-            num_bytes=self.num_bytes[order],
-            num_chars=self.num_chars[order],
-            num_words=self.num_words[order],
-            round_trips=self.round_trips[order],
-            doc_ids=[self.doc_ids[i] for i in order],
-            domains=[self.domains[i] for i in order],
-            text_hashes=[self.text_hashes[i] for i in order],
-            token_counts=self.num_tokens[order],
-            kept=None,
-        )
+        """Some of the documents, or all in another order."""
+        arrays: dict[str, Any] = {name: getattr(self, name)[order] for name in ARRAYS}
+        lists: dict[str, Any] = {name: [getattr(self, name)[i] for i in order] for name in LISTS}
+        return replace(self, ids=[self.ids[i] for i in order] if self.ids else [], **arrays, **lists, kept=None)
+
+
+ARRAYS = ("num_tokens", "num_bytes", "num_chars", "num_words", "round_trips")
+LISTS = ("doc_ids", "domains", "text_hashes")
 
 
 def join(parts: Sequence[ScoredDocuments], corpus_hash: str) -> ScoredDocuments:
     """Documents scored part by part as one corpus, without their ids."""
-    return ScoredDocuments(
-        ids=[],
-        num_bytes=np.concatenate([part.num_bytes for part in parts]),
-        num_chars=np.concatenate([part.num_chars for part in parts]),
-        num_words=np.concatenate([part.num_words for part in parts]),
-        round_trips=np.concatenate([part.round_trips for part in parts]),
-        doc_ids=[name for part in parts for name in part.doc_ids],
-        domains=[domain for part in parts for domain in part.domains],
-        text_hashes=[text_hash for part in parts for text_hash in part.text_hashes],
-        num_empty=sum(part.num_empty for part in parts),
-        corpus_hash=corpus_hash,
-        token_counts=np.concatenate([part.num_tokens for part in parts]),
-    )
+    arrays: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in ARRAYS}
+    lists: dict[str, Any] = {name: [one for part in parts for one in getattr(part, name)] for name in LISTS}
+    num_empty = sum(part.num_empty for part in parts)
+    return ScoredDocuments(ids=[], **arrays, **lists, num_empty=num_empty, corpus_hash=corpus_hash)
+
+
+def _lengths(ids: Sequence[np.ndarray]) -> np.ndarray:
+    return np.array([len(own) for own in ids], np.int64)
 
 
 def encode_documents(
@@ -107,7 +89,7 @@ def encode_documents(
 
     Args:
         documents: At least one with a token, unless `allow_empty`.
-        tokenizer: The model's.
+        tokenizer: The model's own.
         first_tokens: Keep only so many tokens of each. Bytes are then those of the kept tokens; a character or word of
             which they hold a part counts whole.
         allow_empty: Give back no documents where there is nothing to score (a shard of a corpus).
@@ -133,6 +115,7 @@ def encode_documents(
         texts.append(_begun_text(decoded[i].encode("utf-8"), num_bytes[-1]) if cut else documents[i].text)
     return ScoredDocuments(
         ids=ids,
+        num_tokens=_lengths(ids),
         num_bytes=np.array(num_bytes, np.int64),
         num_chars=np.array([len(text) for text in texts], np.int64),
         num_words=np.array([len(text.split()) for text in texts], np.int64),

@@ -1,4 +1,4 @@
-"""The measures: sums and counts, divided once, at the end. Formulas and worked examples in docs/measures.md."""
+"""What one model scores on one corpus: every measure of it, and what stands beside."""
 
 from __future__ import annotations
 
@@ -14,49 +14,12 @@ from cartilha.evaluation.baselines import uniform
 from cartilha.evaluation.bootstrap import FEW_DOCUMENTS, Interval, bootstrap_interval
 from cartilha.evaluation.documents import MAX_DOMAINS, ScoredDocuments, by_domain
 from cartilha.evaluation.nll import POSITION_EDGES, DocumentScores
-from cartilha.evaluation.perplexity import perplexity
 from cartilha.evaluation.scorer import Scorer
+from cartilha.evaluation.sums import MEASURES, Measure, Sums, perplexity
 from cartilha.evaluation.windows import Protocol
 
 MAX_LOST_BYTES = 0.01  # above this share of bytes that do not round-trip, byte figures would not mean the corpus
 INTERVAL_LEVEL = 0.95
-
-
-@dataclass(frozen=True)
-class Sums:
-    """Sums over documents.
-
-    Attributes:
-        nll: Nats.
-        num_tokens: Tokens scored; bytes (UTF-8), chars (code points) and words (split at white space) of their text.
-    """
-
-    nll: float
-    num_tokens: int
-    num_bytes: int
-    num_chars: int
-    num_words: int
-    num_documents: int
-
-    @property
-    def perplexity(self) -> float:
-        """exp(S / N): the token perplexity."""
-        return perplexity(self.nll / self.num_tokens) if self.num_tokens else math.nan
-
-    @property
-    def word_perplexity(self) -> float:
-        """exp(S / W)."""
-        return perplexity(self.nll / self.num_words) if self.num_words else math.nan
-
-    @property
-    def bits_per_byte(self) -> float:
-        """S / (B ln 2)."""
-        return self.nll / (self.num_bytes * math.log(2)) if self.num_bytes else math.nan
-
-    @property
-    def bits_per_char(self) -> float:
-        """S / (C ln 2)."""
-        return self.nll / (self.num_chars * math.log(2)) if self.num_chars else math.nan
 
 
 def sum_documents(documents: ScoredDocuments, nll: np.ndarray, chosen: np.ndarray) -> Sums:
@@ -150,17 +113,14 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """The record that `evaluate --json`, results.json and the report carry."""
-        shown = self.byte_total if self.bytes_are_meant else None
+        meant = self.bytes_are_meant
         return {
             "model": self.model,
             "protocol": {**asdict(self.protocol), "hash": self.protocol.hash},
             "corpus_hash": self.corpus_hash,
-            "perplexity": self.perplexity,
-            "loss": self.total.nll / self.total.num_tokens,
-            "word_perplexity": shown.word_perplexity if shown else None,
-            "bits_per_byte": self.bits_per_byte,
-            "bits_per_byte_interval": self.interval.bounds if shown else None,
-            "bits_per_char": shown.bits_per_char if shown else None,
+            "loss": self.total.loss,
+            **{measure.key: self._measured(measure) for measure in MEASURES},
+            "bits_per_byte_interval": self.interval.bounds if meant else None,
             "num_tokens": self.total.num_tokens,
             "num_bytes": self.total.num_bytes,
             "num_chars": self.total.num_chars,
@@ -172,10 +132,13 @@ class Evaluation:
             "macro": {
                 "loss": self.macro.loss,
                 "perplexity": self.macro.perplexity,
-                "bits_per_byte": self.macro.bits_per_byte if shown else None,
+                "bits_per_byte": self.macro.bits_per_byte if meant else None,
             },
             "unused_rows_mass": self.unused_rows_mass,
-            "baselines": {name: self._baseline(values) for name, values in self.baselines.items()},
+            "baselines": {
+                name: {**values, "bits_per_byte": values["bits_per_byte"] if meant else None}
+                for name, values in self.baselines.items()
+            },
             "domains": {name: self._domain(sums) for name, sums in self.domains.items()},
             "num_domains": self.num_domains,
             "positions": list(self.positions),
@@ -184,9 +147,10 @@ class Evaluation:
             "tokens_per_second": self.total.num_tokens / self.seconds if self.seconds else None,
         }
 
-    def _baseline(self, values: Mapping[str, float | None]) -> dict[str, float | None]:
-        refused = {} if self.bytes_are_meant else {"bits_per_byte": None}
-        return {**values, **refused}
+    def _measured(self, measure: Measure) -> float | None:
+        if not measure.of_text:
+            return float(getattr(self.total, measure.key))
+        return float(getattr(self.byte_total, measure.key)) if self.bytes_are_meant else None
 
     def _domain(self, sums: Sums) -> dict[str, float | None]:
         return {
@@ -214,11 +178,10 @@ def make_evaluation(
         seconds: Wall time of the scoring.
         baselines: Beside the uniform model, which is always there.
     """
-    nll, vocabulary_size = scores.nll, scorer.vocabulary_size
+    nll = scores.nll
     kept = documents.round_trips & (documents.num_bytes > 0)
     byte_total = sum_documents(documents, nll, np.flatnonzero(kept))
     lost = [documents.doc_ids[i] for i in np.flatnonzero(~documents.round_trips)]
-    beside = uniform(vocabulary_size, byte_total.num_tokens, byte_total.num_bytes or None)
     evaluation = Evaluation(
         model=scorer.loaded.reference,
         protocol=scorer.protocol,
@@ -231,22 +194,21 @@ def make_evaluation(
         num_domains=len(by_domain(documents.domains)),
         positions=_positions(scores),
         unused_rows_mass=None if scores.unused_mass is None else scores.unused_mass / int(documents.num_tokens.sum()),
-        baselines={"uniform": beside.to_dict(), **(baselines or {})},
+        baselines={"uniform": uniform(scorer.vocabulary_size, byte_total), **(baselines or {})},
         num_lost=len(lost),
         lost=tuple(lost[:20]),
         num_empty=documents.num_empty,
-        vocabulary_size=vocabulary_size,
+        vocabulary_size=scorer.vocabulary_size,
         seconds=seconds,
     )
     return replace(evaluation, notes=tuple(_notes(evaluation)))
 
 
 def _macro(documents: ScoredDocuments, nll: np.ndarray, kept: np.ndarray) -> Macro:
-    bits = nll[kept] / (documents.num_bytes[kept] * math.log(2))
     scored = documents.num_tokens > 0
-    return Macro(
-        float(np.mean(nll[scored] / documents.num_tokens[scored])), float(np.mean(bits)) if len(bits) else math.nan
-    )
+    bits = nll[kept] / (documents.num_bytes[kept] * math.log(2))
+    loss = float(np.mean(nll[scored] / documents.num_tokens[scored]))
+    return Macro(loss, float(np.mean(bits)) if len(bits) else math.nan)
 
 
 def _interval(documents: ScoredDocuments, nll: np.ndarray, kept: np.ndarray) -> Interval:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,11 +48,10 @@ TOKEN_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class SavedEvaluation:
-    """One model's nll by document.
+    """One model's nll by document, the columns in the order of `DOCUMENT_SCHEMA`.
 
     Attributes:
         record: What `evaluate --json` gives for the model.
-        doc_ids: Of each document; likewise domains and text_hashes.
         nll: Nats, float64, shape (num_documents,).
         num_bytes: UTF-8 bytes scored, int64.
         round_trips: Whether the document survives decode(encode(text)).
@@ -63,39 +62,23 @@ class SavedEvaluation:
     domains: list[str]
     text_hashes: list[str]
     nll: np.ndarray
+    num_tokens: np.ndarray
     num_bytes: np.ndarray
     round_trips: np.ndarray
 
-
-def saved_evaluation(record: dict[str, Any], documents: ScoredDocuments, nll: np.ndarray) -> SavedEvaluation:
-    """An evaluation as it would be saved."""
-    return SavedEvaluation(
-        record,
-        documents.doc_ids,
-        documents.domains,
-        documents.text_hashes,
-        nll,
-        documents.num_bytes,
-        documents.round_trips,
-    )
+    @classmethod
+    def of(cls, record: dict[str, Any], documents: ScoredDocuments, nll: np.ndarray) -> SavedEvaluation:
+        """The evaluation of these documents."""
+        columns = {one.name: getattr(documents, one.name) for one in fields(cls) if one.name not in ("record", "nll")}
+        return cls(record=record, nll=nll, **columns)
 
 
-def save_evaluation(path: Path, record: dict[str, Any], documents: ScoredDocuments, nll: np.ndarray) -> None:
+def save_evaluation(path: Path, evaluation: SavedEvaluation) -> None:
     """Write a model's nll by document, its record in the file's metadata."""
-    table = pa.table(
-        {
-            "doc_id": documents.doc_ids,
-            "domain": documents.domains,
-            "text_hash": documents.text_hashes,
-            "nll": nll,
-            "num_tokens": documents.num_tokens,
-            "num_bytes": documents.num_bytes,
-            "round_trips": documents.round_trips,
-        },
-        schema=DOCUMENT_SCHEMA.with_metadata({METADATA_KEY: to_json(record).encode("utf-8")}),
-    )
+    record, *columns = (getattr(evaluation, one.name) for one in fields(evaluation))
+    schema = DOCUMENT_SCHEMA.with_metadata({METADATA_KEY: to_json(record).encode("utf-8")})
     with new_file(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd")
+        pq.write_table(pa.table(columns, schema=schema), temporary, compression="zstd")
 
 
 def load_evaluation(path: Path) -> SavedEvaluation:
@@ -110,19 +93,13 @@ def load_evaluation(path: Path) -> SavedEvaluation:
     try:
         table = pq.read_table(path)
         record = json.loads(table.schema.metadata[METADATA_KEY])
-        columns = {name: table[name] for name in DOCUMENT_SCHEMA.names}
+        columns = [table[name] for name in DOCUMENT_SCHEMA.names]
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         # Not with this path: it may hold something dear.
         raise UserError(f"{path} is no saved evaluation; write one with: cartilha evaluate --save FILE") from error
-    return SavedEvaluation(
-        record,
-        columns["doc_id"].to_pylist(),
-        columns["domain"].to_pylist(),
-        columns["text_hash"].to_pylist(),
-        columns["nll"].to_numpy(),
-        columns["num_bytes"].to_numpy(),
-        columns["round_trips"].to_numpy(),
-    )
+    is_text = [pa.types.is_string(field.type) for field in DOCUMENT_SCHEMA]
+    values = [column.to_pylist() if text else column.to_numpy() for column, text in zip(columns, is_text, strict=True)]
+    return SavedEvaluation(record, *values)
 
 
 class TokenFile:

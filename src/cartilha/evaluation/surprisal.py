@@ -7,7 +7,6 @@ rest is scored or not, so only they are kept: some tens of kilobytes an evaluati
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -55,9 +54,8 @@ def shown_documents(documents: ScoredDocuments) -> ScoredDocuments:
         turn = num_before.get((documents.domains[i], short), 0)  # the first text of each domain, then the second ...
         turns.append((short, turn, documents.text_hashes[i], i))
         num_before[documents.domains[i], short] = turn + 1
-    chosen = np.array([i for *_, i in sorted(turns)[:NUM_DOCUMENTS]], np.int64)
-    ids = [documents.ids[i][:MAX_TOKENS] for i in chosen]
-    return replace(documents.taken(chosen), ids=ids, token_counts=None)
+    chosen = documents.taken(np.array([i for *_, i in sorted(turns)[:NUM_DOCUMENTS]], np.int64))
+    return chosen.with_ids([ids[:MAX_TOKENS] for ids in chosen.ids])
 
 
 def token_texts(tokenizer: TextTokenizer, ids: Sequence[int] | np.ndarray) -> list[str]:

@@ -17,8 +17,8 @@ from cartilha.corpus.document import Document
 from cartilha.evaluation.documents import encode_documents
 from cartilha.evaluation.measures import Evaluation, make_evaluation
 from cartilha.evaluation.nll import TokenRows, score_documents
-from cartilha.evaluation.perplexity import perplexity
 from cartilha.evaluation.scorer import Scorer
+from cartilha.evaluation.sums import perplexity
 from cartilha.evaluation.windows import document_windows
 from cartilha.explorer.token_text import TokenText, token_texts
 from cartilha.model.forward import hidden_states

@@ -12,9 +12,9 @@ import torch
 
 from cartilha.config import CompareConfig
 from cartilha.errors import UserError
-from cartilha.evaluation.compare import Comparison, compare_documents
+from cartilha.evaluation.compare import Comparison, compare_documents, shared_documents
 from cartilha.evaluation.measures import make_evaluation
-from cartilha.evaluation.saved import SavedEvaluation, load_evaluation, saved_evaluation
+from cartilha.evaluation.saved import SavedEvaluation, load_evaluation
 from cartilha.machine.devices import choose_device
 from cartilha.pipeline.evaluate import score_held_out
 from cartilha.pipeline.held_out import held_out
@@ -62,19 +62,12 @@ def compare(config: CompareConfig) -> CompareResult:
     else:
         device = choose_device(config.device)
         first, second = (_score(ref, config, device) for ref in config.models)
+    chosen = shared_documents(first, second)
     _refuse_unlike(first, second)
-    kept = first.round_trips & second.round_trips & (first.num_bytes > 0)
-    if kept.sum() < 2:
+    if len(chosen) < 2:
         raise UserError("Fewer than two documents survive both tokenizers, which is too few to compare.")
-    chosen = np.flatnonzero(kept)
-    comparison = compare_documents(
-        first.nll[kept],
-        second.nll[kept],
-        first.num_bytes[kept],
-        [first.doc_ids[i] for i in chosen],
-        domains=[first.domains[i] for i in chosen],
-    )
-    return CompareResult(first.record, second.record, comparison, int((~kept).sum()))
+    comparison = compare_documents(first, second, chosen)
+    return CompareResult(first.record, second.record, comparison, len(first.doc_ids) - len(chosen))
 
 
 def _score(ref: str, config: CompareConfig, device: torch.device) -> SavedEvaluation:
@@ -82,13 +75,11 @@ def _score(ref: str, config: CompareConfig, device: torch.device) -> SavedEvalua
     scorer = load_scorer(ref, text.store, config, device)
     corpus = score_held_out(scorer, text)
     evaluation = make_evaluation(scorer, corpus.documents, corpus.scores, seconds=0.0)
-    return saved_evaluation(evaluation.to_dict(), corpus.documents, corpus.scores.nll)
+    return SavedEvaluation.of(evaluation.to_dict(), corpus.documents, corpus.scores.nll)
 
 
 def _refuse_unlike(first: SavedEvaluation, second: SavedEvaluation) -> None:
-    """Refuse evaluations of different documents or of different parts of them; report other differences."""
-    if first.text_hashes != second.text_hashes:
-        raise UserError("The two evaluations are of different documents; score the same text with both models.")
+    """Refuse evaluations of different parts of the documents; report other differences."""
     one, other = first.record["protocol"], second.record["protocol"]
     if one["name"] != other["name"]:
         raise UserError(

@@ -17,6 +17,7 @@ import torch
 from cartilha.config import EvaluateConfig, GenerateConfig
 from cartilha.console import progress
 from cartilha.errors import counted
+from cartilha.evaluation.baselines import UnigramCollector
 from cartilha.evaluation.compressed import CompressedText
 from cartilha.evaluation.continuation import continue_prompts
 from cartilha.evaluation.continuation_scores import continuation_measures
@@ -25,11 +26,11 @@ from cartilha.evaluation.documents import encode_documents
 from cartilha.evaluation.downstream import check_tasks, run_tasks
 from cartilha.evaluation.measures import Evaluation, make_evaluation
 from cartilha.evaluation.nll import TokenRows, score_documents
-from cartilha.evaluation.saved import save_evaluation, token_file
+from cartilha.evaluation.saved import SavedEvaluation, save_evaluation, token_file
 from cartilha.evaluation.scorer import Scorer
 from cartilha.machine.devices import choose_device
 from cartilha.machine.processes import is_main_process, world
-from cartilha.pipeline.held_out import HeldOut, UnigramCollector, held_out
+from cartilha.pipeline.held_out import HeldOut, held_out
 from cartilha.pipeline.models import load_scorer
 from cartilha.pipeline.preflight import preflight
 from cartilha.tokens.store import batches
@@ -146,7 +147,8 @@ def _evaluate_model(
         run_tasks(scorer.loaded, scorer.tokenizer, config.tasks),
     )
     if config.save and is_main:
-        save_evaluation(Path(config.save), result.to_dict(), corpus.documents, corpus.scores.nll)
+        saved = SavedEvaluation.of(result.to_dict(), corpus.documents, corpus.scores.nll)
+        save_evaluation(Path(config.save), saved)
     return result
 
 
@@ -179,7 +181,7 @@ def _dtype_drift(scorer: Scorer, text: HeldOut, num_tokens_scored: int) -> dict[
     for own in scored.ids:
         ids.append(own[:left])
         left -= len(ids[-1])
-    scored = replace(scored, ids=ids)
+    scored = scored.with_ids(ids)
     half, full = (score_documents(one, scored).nll for one in (scorer, scorer.in_dtype(torch.float32)))
     num_tokens = scored.num_tokens
     if not num_tokens.sum():

@@ -17,10 +17,8 @@ from cartilha.corpus.near_duplicates import has_near_duplicate
 from cartilha.corpus.readers import read_documents
 from cartilha.corpus.records import ReadSettings
 from cartilha.corpus.sources import Source, resolve_inputs
-from cartilha.evaluation.baselines import MAX_PRIME_BYTES, token_counts, unigram_nll
-from cartilha.evaluation.compressed import CompressedText
-from cartilha.evaluation.documents import ScoredDocuments
-from cartilha.evaluation.measures import Sums
+from cartilha.evaluation.baselines import UnigramCollector
+from cartilha.evaluation.compressed import MAX_PRIME_BYTES, CompressedText
 from cartilha.evaluation.scorer import Scorer
 from cartilha.tokens.store import TokenStore
 from cartilha.tokens.tokenizer import TextTokenizer
@@ -93,7 +91,7 @@ class HeldOut:
         """A collector for the unigram baseline, if the model's tokenizer is that of the store."""
         if self.store is None or scorer.tokenizer.fingerprint != self.store.fingerprint:
             return None
-        return UnigramCollector(self.store, scorer.vocabulary_size)
+        return UnigramCollector(self.store.tokens("train"), scorer.vocabulary_size)
 
     def share_in_training(self, text_hashes: list[str]) -> float | None:
         """Share of the documents whose exact text is in the store's training side; None without a store."""
@@ -123,32 +121,6 @@ def held_out(config: EvaluateConfig | CompareConfig) -> HeldOut:
         log_hints(sources, ReadSettings.of(config))
         return HeldOut(config, store, None, sources)
     return HeldOut(config, store, config.split if isinstance(config, EvaluateConfig) else "validation")
-
-
-class UnigramCollector:
-    """Scores documents that stream by with a unigram model of a store's training side.
-
-    The vocabulary has `num_rows` rows, like the head of the model that it is compared with.
-    """
-
-    def __init__(self, store: TokenStore, num_rows: int) -> None:
-        self._counts = token_counts(store.tokens("train"), num_rows)
-        self._nll = 0.0
-        self._num_tokens = self._num_bytes = 0
-
-    def observe(self, scored: ScoredDocuments) -> None:
-        """Take a shard of documents."""
-        kept = scored.round_trips
-        self._nll += float(unigram_nll(self._counts, scored.ids)[kept].sum())
-        self._num_tokens += int(scored.num_tokens[kept].sum())
-        self._num_bytes += int(scored.num_bytes[kept].sum())
-
-    def figures(self) -> dict[str, dict[str, float | None]]:
-        """The baseline by its name; empty if no token was scored."""
-        if not self._num_tokens:
-            return {}
-        found = Sums(self._nll, self._num_tokens, self._num_bytes, 0, 0, 0)
-        return {"unigram": {"perplexity": found.perplexity, "bits_per_byte": found.bits_per_byte}}
 
 
 def _first_of_the_end(store: TokenStore) -> int | None:

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Iterable, Sequence
 
 import numpy as np
 
-from cartilha.evaluation.perplexity import perplexity
+from cartilha.evaluation.sums import perplexity
 from cartilha.reporting import tables
 from cartilha.reporting.chart import Axis, Figure, Floats, Series, smooth, thin
 from cartilha.reporting.results import RecordedEvaluation, RecordedRun

@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cartilha.console import PLAIN_INTERVAL_S, terminal
-from cartilha.evaluation.perplexity import perplexity
+from cartilha.evaluation.sums import perplexity
 from cartilha.runs.files import RunWriter, read_samples
 from cartilha.training.schedule import Schedule
 from cartilha.training.state import StepRecord

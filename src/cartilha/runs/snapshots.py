@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from cartilha.evaluation.compare import compare_documents
+from cartilha.evaluation.compare import compare_documents, shared_documents
 from cartilha.evaluation.continuation import continue_prompts
 from cartilha.evaluation.measures import Evaluation
-from cartilha.evaluation.saved import load_evaluation, save_evaluation
+from cartilha.evaluation.saved import SavedEvaluation, load_evaluation, save_evaluation
 from cartilha.evaluation.surprisal import add_surprisal, shown_documents
 from cartilha.runs.files import RunWriter, add_samples
 from cartilha.runs.setup import Run
@@ -32,7 +32,8 @@ def take_snapshot(run: Run, record: RunWriter, evaluation: Evaluation, nll: np.n
     `nll` is that of each of the run's validation documents, in nats, in the evaluation just made. The comparison with
     the evaluation before training goes into `record`. Returns each prompt, and the prompt with its continuation.
     """
-    save_evaluation(_saved(run.path, run.step), evaluation.to_dict(), run.validation, nll)
+    saved = SavedEvaluation.of(evaluation.to_dict(), run.validation, nll)
+    save_evaluation(_saved(run.path, run.step), saved)
     with random_numbers_apart():
         run.loaded.model.train(False)  # without the dropout that training may have
         samples = continue_prompts(run.loaded, run.tokenizer, run.prompts)
@@ -40,7 +41,7 @@ def take_snapshot(run: Run, record: RunWriter, evaluation: Evaluation, nll: np.n
         add_surprisal(run.path / "surprisal.parquet", run.step, run.scorer, shown_documents(run.validation))
         run.loaded.model.train(run.config.dropout)
     if run.step:
-        record.update(comparison=_comparison(run, evaluation, nll))
+        record.update(comparison=_comparison(run, evaluation, saved))
     return [(sample.prompt, sample.text) for sample in samples]
 
 
@@ -48,27 +49,21 @@ def _saved(path: Path, step: int) -> Path:
     return path / "evaluations" / f"step-{step:08d}.parquet"
 
 
-def _comparison(run: Run, evaluation: Evaluation, nll: np.ndarray) -> dict[str, Any] | None:
+def _comparison(run: Run, evaluation: Evaluation, now: SavedEvaluation) -> dict[str, Any] | None:
     """This evaluation against the one before training; None where the two cannot be paired."""
     before = _saved(run.path, 0)
-    documents = run.validation
-    kept = np.flatnonzero(documents.round_trips & (documents.num_bytes > 0))
-    if not before.is_file() or len(kept) < 2 or not evaluation.bytes_are_meant:
+    if not before.is_file() or not evaluation.bytes_are_meant:
         return None
     first = load_evaluation(before)
-    if first.text_hashes != documents.text_hashes or first.record["protocol"]["hash"] != run.scorer.protocol.hash:
+    if first.text_hashes != now.text_hashes or first.record["protocol"]["hash"] != run.scorer.protocol.hash:
         return None
-    found = compare_documents(
-        first.nll[kept],
-        nll[kept],
-        documents.num_bytes[kept],
-        [documents.doc_ids[i] for i in kept],
-        domains=[documents.domains[i] for i in kept],
-        num_listed=NUM_LISTED,
-    ).to_dict()
-    place = {documents.doc_ids[i]: i for i in kept}
+    chosen = shared_documents(first, now)
+    if len(chosen) < 2:
+        return None
+    found = compare_documents(first, now, chosen, NUM_LISTED).to_dict()
+    place = {now.doc_ids[i]: i for i in chosen}
     for row in [*found["gained_most"], *found["lost_most"]]:
         i = place[row["doc_id"]]
-        row["domain"] = documents.domains[i]
-        row["begins"] = run.tokenizer.decode(documents.ids[i][:TOKENS_OF_A_BEGINNING]).rstrip("\ufffd")
+        row["domain"] = now.domains[i]
+        row["begins"] = run.tokenizer.decode(run.validation.ids[i][:TOKENS_OF_A_BEGINNING]).rstrip("\ufffd")
     return {"steps": [0, run.step], **found}

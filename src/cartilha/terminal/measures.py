@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from cartilha.errors import counted
+from cartilha.evaluation.sums import MEASURES, Measure
 from cartilha.terminal.tables import FittingTable, Parts, Values
 
 MAX_DOMAINS = 20
@@ -73,12 +75,19 @@ def _continuation(row: Values, name: str, digits: int) -> str:
     return f"{found[name]:.{digits}f}" + ("" if floor is None else f" (floor {floor:.{digits}f})")
 
 
+def _measures() -> Iterator[tuple[str, Callable[[Values], str]]]:
+    for measure in MEASURES:
+        yield measure.title, partial(_measured, measure)
+        if measure.key == "bits_per_byte":
+            yield "  95 % interval", _interval
+
+
+def _measured(measure: Measure, row: Values) -> str:
+    return bits(row[measure.key], measure.decimals)
+
+
 _FIGURES: tuple[tuple[str, Callable[[Values], str]], ...] = (
-    ("perplexity", lambda row: f"{row['perplexity']:,.2f}"),
-    ("bits per byte", lambda row: bits(row["bits_per_byte"], 4)),
-    ("  95 % interval", _interval),
-    ("bits per character", lambda row: bits(row["bits_per_char"], 4)),
-    ("word perplexity", lambda row: bits(row["word_perplexity"], 1)),
+    *_measures(),
     ("macro bits per byte", lambda row: bits(row["macro"]["bits_per_byte"], 4)),
     ("tokens", lambda row: f"{row['num_tokens']:,}"),
     ("documents", lambda row: f"{row['num_documents']:,}"),
