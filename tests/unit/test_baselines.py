@@ -144,7 +144,7 @@ def test_known_text_is_nearly_free_and_unrelated_text_no_help(compress):
     text = noise(50_000)
     assert compress(text, noise(100_000, seed=1)) == pytest.approx(8, abs=0.05)
     assert compress(text, text) < 0.3
-    assert compress(text, b"") == pytest.approx(compress(text), abs=0.001)
+    assert compress(text, b"") == pytest.approx(compress(text), abs=0.01)
 
 
 @pytest.mark.parametrize("compress", COMPRESSORS)

@@ -31,12 +31,9 @@ _INVISIBLE = dict.fromkeys(map(ord, "\u00ad\u200c\u200d\u2060\ufeff"))
 
 @dataclass(frozen=True)
 class Cut:
-    """The beginning of a document and what follows it: `prompt + reference` is how the document begins.
+    """The beginning of a document, up to the end of a word, and the words that follow with the white space before them.
 
-    Attributes:
-        doc_id: Of the document.
-        prompt: Ends with a word, never in white space.
-        reference: The words that follow, with the white space before them.
+    `prompt + reference` is how the document begins.
     """
 
     doc_id: str
@@ -48,8 +45,8 @@ class Cuts(list[Cut]):
     """A list of cuts, and how many documents were passed over while they were chosen.
 
     Attributes:
-        num_too_short: Documents with too few words.
-        num_repeated: Documents whose reference is that of an earlier cut: the floor would be given the right answer.
+        num_too_short: Those with too few words.
+        num_repeated: Those whose reference is that of an earlier cut: the floor would be given the right answer.
     """
 
     num_too_short: int = 0
@@ -64,11 +61,11 @@ class TextScores:
         chrf: chrF2 by sacrebleu (Popović 2015), 0 to 100.
         bleu: BLEU by sacrebleu (Papineni et al. 2002, Post 2018 arXiv:1804.08771), 0 to 100.
         rouge_l: The mean over the continuations of `rouge_l`, 0 to 1.
-        distinct_1: Different words a word written, over all texts together (Li et al. 2016, arXiv:1510.03055).
-        distinct_2: Different pairs of words a word written (the paper divides by words, not by pairs). Both fall as
+        distinct_1: Different words per word written, over all texts together (Li et al. 2016, arXiv:1510.03055).
+        distinct_2: Different pairs of words per word written (the paper divides by words, not by pairs). Both fall as
             more is written, so they compare only at similar lengths; None where no word was written.
         repeated_4grams: The share of 4-grams that already occurred in the same text; None where there is no 4-gram.
-        mean_words: Words a text, split at white space; empty texts count as 0.
+        mean_words: Words per text, split at white space; empty texts count as 0.
         num_empty: Texts of nothing but white space: they score 0 and stay in every mean.
     """
 
@@ -87,12 +84,10 @@ class ContinuationScores:
     """What a model's continuations score, and the floor beside them.
 
     Attributes:
-        scores: Of the continuations.
-        floor: Of the real continuation of another document in each one's place, the same for every model. Its
+        floor: Scores of the real continuation of another document in each one's place, the same for every model. Its
             distinct-n and repeated 4-grams are those of real text. None for a single cut.
         signatures: Of `chrf`, `bleu` and `rouge_l`: figures of other signatures are not comparable.
-        num_continuations: Cuts scored.
-        num_too_short: Documents passed over because they have too few words; likewise num_repeated (see `Cuts`).
+        num_continuations: Cuts scored; num_too_short and num_repeated are those of `Cuts`.
         seed: Of the floor, and of the cuts where `continuation_measures` made them.
     """
 
@@ -106,15 +101,8 @@ class ContinuationScores:
 
     def to_dict(self) -> dict[str, Any]:
         """The record for `--json` and results.json: the scores, and `floor` with the same keys."""
-        return {
-            **asdict(self.scores),
-            "floor": asdict(self.floor) if self.floor else None,
-            "signatures": dict(self.signatures),
-            "num_continuations": self.num_continuations,
-            "num_too_short": self.num_too_short,
-            "num_repeated": self.num_repeated,
-            "seed": self.seed,
-        }
+        record = asdict(self)
+        return {**record.pop("scores"), **record}
 
 
 def continuation_measures(
@@ -128,17 +116,17 @@ def continuation_measures(
 ) -> ContinuationScores:
     """Cut held-out documents, have them continued, and score what was written.
 
-    A continuation is scored up to as many words as its reference has: otherwise the figures would follow the number of
-    tokens that the model was allowed, which are more words in one tokenizer than in another. So the caller should allow
-    enough of them (three or four tokens a word).
+    A continuation is scored up to as many words as its reference has. Otherwise the figures would follow the number of
+    tokens that the model was allowed, which are more words in one tokenizer than in another. The caller should allow
+    enough tokens (three or four per word).
 
     Args:
         documents: Held-out text.
         continue_texts: Takes the prompts and gives, in their order, what the model wrote after each, without it.
         num: Continuations wanted; there are fewer where fewer documents are long enough.
         seed: Chooses the documents, and the order of the floor.
-        prompt_words: Words of each prompt.
-        reference_words: Words of each reference.
+        prompt_words: Words in each prompt.
+        reference_words: Words in each reference.
 
     Raises:
         UserError: sacrebleu is missing, no document is long enough, or a number is below 1.
@@ -147,7 +135,7 @@ def continuation_measures(
     cuts = cut_documents(documents, num, seed, prompt_words=prompt_words, reference_words=reference_words)
     prompts = [cut.prompt for cut in cuts]
     written = continue_texts(prompts)
-    assert len(written) == len(prompts), "one continuation a prompt"
+    assert len(written) == len(prompts), "one continuation per prompt"
     assert not all(map(str.startswith, written, prompts)), "continuations come without their prompts"
     return score_continuations(cuts, [first_words(text, reference_words) for text in written], seed=seed)
 
@@ -165,13 +153,6 @@ def cut_documents(
     The choice and the order depend on the texts and the seed alone, not on the order of the documents, and a smaller
     `num` chooses a beginning of the same list. Words are what white space (Unicode's) separates; text in scripts that
     put none between words counts as too short.
-
-    Args:
-        documents: To choose from.
-        num: Cuts wanted; there are fewer where fewer documents are long enough.
-        seed: Another seed chooses other documents.
-        prompt_words: Words of each prompt.
-        reference_words: Words of each reference.
 
     Raises:
         UserError: No document is long enough, or a number is below 1.
@@ -215,13 +196,14 @@ def score_continuations(cuts: Sequence[Cut], hypotheses: Sequence[str], *, seed:
 
     Args:
         cuts: At least one.
-        hypotheses: What was written after each prompt, in the order of the cuts and without the prompts.
+        hypotheses: What was written after each prompt, without it.
         seed: Decides which other document's reference each prompt is given for the floor.
 
     Raises:
         UserError: sacrebleu is missing.
     """
-    assert cuts and len(hypotheses) == len(cuts), "one hypothesis a cut, and at least one"
+    assert cuts and len(hypotheses) == len(cuts), "one hypothesis per cut, and at least one"
+    passed_over = cuts if isinstance(cuts, Cuts) else Cuts()
     metrics = _sacrebleu_metrics()
     # force: no warning about text that looks tokenized, which a model may well write.
     chrf, bleu = metrics.CHRF(), metrics.BLEU(force=True)
@@ -242,18 +224,15 @@ def score_continuations(cuts: Sequence[Cut], hypotheses: Sequence[str], *, seed:
         )
 
     scores = score(hypotheses)
+    chrf_signature, bleu_signature = str(chrf.get_signature()), str(bleu.get_signature())
     floor = score([references[i] for i in derangement(len(cuts), seed)]) if len(cuts) > 1 else None
     return ContinuationScores(
         scores=scores,
         floor=floor,
-        signatures={
-            "chrf": str(chrf.get_signature()),
-            "bleu": str(bleu.get_signature()),
-            "rouge_l": ROUGE_L_SIGNATURE,
-        },
+        signatures={"chrf": chrf_signature, "bleu": bleu_signature, "rouge_l": ROUGE_L_SIGNATURE},
         num_continuations=len(cuts),
-        num_too_short=cuts.num_too_short if isinstance(cuts, Cuts) else 0,
-        num_repeated=cuts.num_repeated if isinstance(cuts, Cuts) else 0,
+        num_too_short=passed_over.num_too_short,
+        num_repeated=passed_over.num_repeated,
         seed=seed,
     )
 
@@ -290,7 +269,7 @@ def rouge_l(hypothesis: str, reference: str) -> float:
 
 
 def longest_common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
-    """The length of the longest common subsequence, by one addition on integers of len(b) bits a word of `a`.
+    """The length of the longest common subsequence, by one addition on integers of len(b) bits per word of `a`.
 
     Hyyrö 2004, "Bit-parallel LCS-length computation revisited": bit j of `unmatched` is 0 where the length grows with
     b[j].
@@ -307,7 +286,7 @@ def longest_common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
 
 
 def distinct_ngrams(texts: Sequence[Sequence[str]], n: int) -> float | None:
-    """Different n-grams of all texts together, a word of them (distinct-n of Li et al. 2016); None without words."""
+    """Different n-grams per word, over all texts together (distinct-n of Li et al. 2016); None without words."""
     num_words = sum(map(len, texts))
     return len({ngram for words in texts for ngram in _ngrams(words, n)}) / num_words if num_words else None
 
@@ -315,7 +294,7 @@ def distinct_ngrams(texts: Sequence[Sequence[str]], n: int) -> float | None:
 def repeated_ngrams(texts: Sequence[Sequence[str]], n: int) -> float | None:
     """The share of all n-grams that already occurred earlier in the same text; None where there is no n-gram.
 
-    As seq-rep-n of Welleck et al. 2020 (arXiv:1908.04319), but counts are summed over the texts and divided once.
+    This is seq-rep-n of Welleck et al. 2020 (arXiv:1908.04319), but counts are summed over the texts and divided once.
     """
     ngrams = [_ngrams(words, n) for words in texts]
     total = sum(map(len, ngrams))
@@ -323,12 +302,7 @@ def repeated_ngrams(texts: Sequence[Sequence[str]], n: int) -> float | None:
 
 
 def derangement(num: int, seed: int) -> list[int]:
-    """A random cyclic permutation of 0 to num - 1, the same for the same seed: no element keeps its place.
-
-    Args:
-        num: At least 2.
-        seed: Of the draw.
-    """
+    """A random cyclic permutation of 0 to num - 1, the same for the same seed: no element keeps its place."""
     assert num >= 2, "one element has no other place"
     order = list(range(num))
     random.Random(seed).shuffle(order)

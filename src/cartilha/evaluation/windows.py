@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from cartilha.errors import UserError
 
@@ -26,7 +26,7 @@ class Protocol:
         window: Most input positions, the prefix included.
         stride: New tokens that a later window scores.
         prefix_id: The token before each document: context, never scored.
-        dtype: Compute dtype.
+        dtype: Name of the compute dtype.
     """
 
     name: str
@@ -43,8 +43,7 @@ class Protocol:
     @property
     def hash(self) -> str:
         """Twelve hexadecimal digits over all that defines the protocol."""
-        parts = [self.name, self.window, self.stride, self.prefix_id, self.dtype]
-        return hashlib.sha256(json.dumps(parts).encode("ascii")).hexdigest()[:12]
+        return hashlib.sha256(json.dumps(astuple(self)).encode("ascii")).hexdigest()[:12]
 
     def describe(self) -> str:
         """The protocol in a line, to be printed with every number."""
