@@ -14,15 +14,13 @@ def memory_and_disk(subject: Subject) -> CheckResult:
     Catches the run that dies of memory at step 1, and the one that dies of a full disk at its first checkpoint.
     """
     words = Judgement(
-        "memory and disk",
         "less than what is free",
         "The run would end in an out-of-memory error or on a full disk.",
         "Use a smaller --block_size or --micro_batch_size or a smaller model (cartilha plan shows what fits), or free "
         "some disk space.",
     )
     need, free = subject.planned_bytes, available_memory_bytes(subject.device)
-    place = next(path for path in (subject.output, *subject.output.absolute().parents) if path.is_dir())
-    disk_need, disk_free = subject.disk_bytes, shutil.disk_usage(place).free
+    disk_need, disk_free = subject.disk_bytes, shutil.disk_usage(subject.disk).free
     wanted = "not planned" if need is None else f"{need / 2**30:.1f} GiB"
     return words.judge(
         (need or 0) <= free and disk_need <= disk_free,

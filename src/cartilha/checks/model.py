@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from cartilha.blocks.packing import IGNORE_INDEX, Batch, PackedStream, stack
+from cartilha.blocks.packing import IGNORE_INDEX, Batch, Block, PackedStream, stack
 from cartilha.checks.outcome import CheckResult, Judgement, Subject
 from cartilha.evaluation.baselines import token_counts, unigram_nll
 from cartilha.evaluation.documents import ScoredDocuments, encode_documents
@@ -42,7 +42,6 @@ def start(subject: Subject) -> CheckResult:
     wrongly, and pretrained weights that did not load (their loss is that of fresh ones).
     """
     words = Judgement(
-        "start",
         f"fresh weights: perplexity within {START_TOLERANCE:.0%} of exp(ln V + sigma^2 |h|^2 / 2), with a zero head V"
         + ("" if subject.is_random else "; pretrained: below the unigram model"),
         "The loss is computed wrongly, or the pretrained weights did not load.",
@@ -66,12 +65,12 @@ def start(subject: Subject) -> CheckResult:
 def _fresh_start(subject: Subject) -> dict[str, float]:
     """Perplexities of fresh weights on random tokens, as they are and with the head zeroed, beside theory."""
     seed_everything(0)
-    config = copy.deepcopy(subject.loaded.model.config)
+    config = copy.deepcopy(subject.model.config)
     with subject.device:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     assert isinstance(model, PreTrainedModel)
     use_document_attention(model)
-    head = replace(head_of(model), shape=head_of(subject.loaded.model).shape)
+    head = replace(head_of(model), shape=head_of(subject.model).shape)
     rows = len(head.weight)
     length = min(subject.loaded.context_length, 512)
     generator = np.random.default_rng(0)
@@ -102,7 +101,7 @@ def _beside_unigram(subject: Subject) -> tuple[float, float]:
     nll = _nll(subject, torch.float32)
     store = subject.store
     tokens = store.tokens("train") if store is not None else subject.stream(subject.training, 2).documents.tokens
-    counts = token_counts(tokens, len(head_weight(subject.loaded.model)))
+    counts = token_counts(tokens, len(head_weight(subject.model)))
     num_tokens = scored.num_tokens.sum()
     unigram = unigram_nll(counts, scored.ids)
     return perplexity(nll.sum() / num_tokens), perplexity(unigram.sum() / num_tokens)
@@ -130,7 +129,6 @@ def causality(subject: Subject) -> CheckResult:
     Catches a mask that is off by one, or missing: the model would read the answer.
     """
     words = Judgement(
-        "causality",
         f"logits before the changed token move by less than {UNCHANGED:g} of their spread, those after it move",
         "A position sees the token that it has to predict; every loss would be too good, and generation nonsense.",
         "Do not train with this model and version of transformers; report it with this output.",
@@ -139,11 +137,9 @@ def causality(subject: Subject) -> CheckResult:
     if stream.num_inputs < 3:
         return words.skip("the sample holds no text of a few tokens")
     block = stream.block(0)
-    before = _logits(subject, stack([block]))
-    changed = int(block.segment_lengths[0]) // 2
-    block.input_ids[changed] = _another_id(subject, int(block.input_ids[changed]))
-    after = _logits(subject, stack([block]))
     past = int(block.segment_lengths[0])
+    changed = past // 2
+    before, after = _logits_before_and_after(subject, block, changed, changed + 1)
     earlier, later = _largest_change(before, after, 0, changed), _largest_change(before, after, changed, past)
     return words.judge(
         earlier <= UNCHANGED < later,
@@ -159,7 +155,6 @@ def isolation(subject: Subject) -> CheckResult:
     Catches packed documents that see each other, and positions that do not begin anew with each document.
     """
     words = Judgement(
-        "isolation",
         f"neighbours move by less than {UNCHANGED:g} of the logits' spread, and equal the document alone",
         "Packed documents see each other: training and perplexity would depend on what stands beside a text.",
         "Do not train with this model and version of transformers; report it with this output.",
@@ -168,16 +163,12 @@ def isolation(subject: Subject) -> CheckResult:
     if len(stream.num_tokens) < 3:
         return words.skip("the sample holds fewer than three documents with text")
     block = stream.block(0)
-    edges = np.concatenate([[0], np.cumsum(block.segment_lengths)])
-    before = _logits(subject, stack([block]))
-    first, past = int(edges[1]), int(edges[2])
-    for position in range(first, past):
-        block.input_ids[position] = _another_id(subject, int(block.input_ids[position]))
-    after = _logits(subject, stack([block]))
+    first, past, end = np.cumsum(block.segment_lengths)[:3].tolist()
+    before, after = _logits_before_and_after(subject, block, first, past)
     own = _largest_change(before, after, first, past)
-    beside = max(_largest_change(before, after, 0, first), _largest_change(before, after, past, int(edges[3])))
-    alone = _logits(subject, _row(block.input_ids[past : int(edges[3])]))
-    apart = float((alone - before[past : int(edges[3])]).abs().max() / before.std())
+    beside = max(_largest_change(before, after, 0, first), _largest_change(before, after, past, end))
+    alone = _logits(subject, _row(block.input_ids[past:end]))
+    apart = float((alone - before[past:end]).abs().max() / before.std())
     # Half precision rounds otherwise in rows of another length; that is no leak.
     near = UNCHANGED if subject.dtype == torch.float32 else 0.5
     return words.judge(
@@ -205,15 +196,20 @@ def _row(input_ids: np.ndarray) -> Batch:
 
 def _logits(subject: Subject, batch: Batch) -> torch.Tensor:
     """Of the only row of a batch, float32, shape (row_length, num_rows)."""
-    model = subject.loaded.model
+    model = subject.model
     with torch.no_grad():
         states = hidden_states(model, batch, subject.dtype)[0]
         return head_of(model).logits(states, torch.float32)
 
 
-def _another_id(subject: Subject, token: int) -> int:
-    """A text token that is not this one."""
-    return (token + 7919) % min(subject.tokenizer.num_ids, len(head_weight(subject.loaded.model)))
+def _logits_before_and_after(
+    subject: Subject, block: Block, first: int, past: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of a block, and of the same with other text tokens at positions first to past - 1."""
+    before = _logits(subject, stack([block]))
+    num_ids = min(subject.tokenizer.num_ids, len(head_weight(subject.model)))
+    block.input_ids[first:past] = (block.input_ids[first:past] + 7919) % num_ids
+    return before, _logits(subject, stack([block]))
 
 
 def _largest_change(before: torch.Tensor, after: torch.Tensor, begin: int, end: int) -> float:
@@ -229,7 +225,6 @@ def precision(subject: Subject) -> CheckResult:
     Catches a dtype in which this model loses its accuracy, or overflows to infinity (fp16 ends at 65,504).
     """
     words = Judgement(
-        "precision",
         f"mean nll within {MAX_DRIFT:g} nats a token of float32; in float16, activations below half of its range",
         "In this compute type the model's numbers are not those of its weights.",
         "Train and evaluate with --dtype float32, or --dtype bfloat16 where the hardware has it.",
@@ -263,10 +258,10 @@ def _largest_activation(subject: Subject) -> float:
         if isinstance(found, torch.Tensor) and found.is_floating_point() and found.numel():
             largest = max(largest, float(found.detach().abs().max()))
 
-    hooks = [module.register_forward_hook(look) for module in subject.loaded.model.base_model.modules()]
+    hooks = [module.register_forward_hook(look) for module in subject.model.base_model.modules()]
     try:
         with torch.no_grad():
-            hidden_states(subject.loaded.model, stack([_probe_stream(subject, 4).block(0)]), torch.float32)
+            hidden_states(subject.model, stack([_probe_stream(subject, 4).block(0)]), torch.float32)
     finally:
         for hook in hooks:
             hook.remove()
@@ -279,12 +274,11 @@ def truth(subject: Subject) -> CheckResult:
     Catches any fault of ours in packing, shift, attention, windows or loss: the peer shares none of it.
     """
     words = Judgement(
-        "truth",
         f"total nats within {SAME_NLL:g} of transformers' own loss, in evaluation and in training",
         "Our figures are not those of the model; none of them can be trusted.",
         "Do not use this model with this version; report it with this output.",
     )
-    model, tokenizer = subject.loaded.model, subject.tokenizer
+    model, tokenizer = subject.model, subject.tokenizer
     scored = _sample(subject)
     ours = float(_nll(subject, torch.float32).sum())
     stream = _probe_stream(subject, num_documents=4)
@@ -316,4 +310,4 @@ def _plain_nll(subject: Subject, ids: list[int]) -> float:
         return 0.0
     input_ids = torch.tensor([[subject.tokenizer.prefix_id, *ids]], device=subject.device)
     with torch.no_grad():
-        return float(subject.loaded.model(input_ids=input_ids, labels=input_ids).loss) * len(ids)
+        return float(subject.model(input_ids=input_ids, labels=input_ids).loss) * len(ids)

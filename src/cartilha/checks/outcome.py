@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from cartilha.blocks.packing import PackedStream
 from cartilha.corpus.document import Document
@@ -25,14 +26,13 @@ class CheckResult:
     """What a check found.
 
     Attributes:
-        name: Of the check.
-        outcome: Passed, failed or not applicable.
+        name: Of the check; whoever runs the checks fills it in.
         measured: The figure that was found, in words.
         expected: What a sound set-up gives.
         meaning: What a failure means (where the check does not apply: why not).
         remedy: What to do then.
         figures: The numbers behind `measured`.
-        seconds: How long it took.
+        seconds: How long it took; filled in like the name.
     """
 
     name: str
@@ -51,18 +51,14 @@ class Subject:
 
     Attributes:
         loaded: The model, in float32 and with attention within documents.
-        tokenizer: The model's own.
-        dtype: Compute dtype of the run to come.
+        dtype: Compute dtype of the run to come; likewise block_size, lr (the peak) and micro_batch_size.
         held_out: A sample of the text that would be scored, at least two documents.
         training: A sample of the text that would be trained on.
         store: Where both come from; None where they come from the primer.
-        block_size: Tokens a block.
-        lr: Peak learning rate of the run to come.
-        micro_batch_size: Blocks a forward pass of the run to come.
         planned_bytes: Memory that the run is planned to take; None where it could not be planned.
         disk_bytes: What the run's files still need at most.
         output: Where the run would write.
-        quick: Less of everything.
+        quick: Whether to check with less of everything.
         is_random: Whether fresh weights were asked for (a `random:` model).
         scored: Nats of the held-out sample by compute dtype, kept by the checks that share them.
     """
@@ -84,9 +80,19 @@ class Subject:
     scored: dict[torch.dtype, np.ndarray] = field(default_factory=dict, init=False)
 
     @property
+    def model(self) -> PreTrainedModel:
+        """The model that is checked."""
+        return self.loaded.model
+
+    @property
     def device(self) -> torch.device:
         """Where the model is."""
-        return self.loaded.model.device
+        return self.model.device
+
+    @property
+    def disk(self) -> Path:
+        """The directory nearest to the output that exists already."""
+        return next(path for path in (self.output, *self.output.absolute().parents) if path.is_dir())
 
     def stream(self, texts: Sequence[Document], block_size: int, max_tokens: int | None = None) -> PackedStream:
         """Documents packed in the order given, each cut to its first `max_tokens` tokens."""
@@ -102,7 +108,6 @@ Check = Callable[[Subject], CheckResult]
 class Judgement:
     """The words of a check, written once; `judge` and `skip` fill in what was found."""
 
-    name: str
     expected: str
     meaning: str
     remedy: str
@@ -110,12 +115,8 @@ class Judgement:
     def judge(self, passed: bool, measured: str, **figures: Any) -> CheckResult:
         """Passed or failed, with what was measured."""
         outcome: Outcome = "passed" if passed else "failed"
-        return CheckResult(self.name, outcome, measured, self.expected, self.meaning, self.remedy, figures)
+        return CheckResult("", outcome, measured, self.expected, self.meaning, self.remedy, figures)
 
     def skip(self, reason: str, **figures: Any) -> CheckResult:
         """Not applicable, and why."""
-        return CheckResult(self.name, "not applicable", reason, self.expected, reason, "", figures)
-
-    def instead(self, **words: str) -> Judgement:
-        """The same check with other words for this case."""
-        return replace(self, **words)
+        return CheckResult("", "not applicable", reason, self.expected, reason, "", figures)

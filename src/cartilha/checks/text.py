@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import time
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import numpy as np
 
@@ -13,8 +14,10 @@ from cartilha.checks.outcome import CheckResult, Judgement, Subject
 from cartilha.corpus.english import english_sample
 from cartilha.corpus.near_duplicates import has_near_duplicate
 from cartilha.errors import UserError, counted
+from cartilha.evaluation.scorer import unused_ids
 from cartilha.model.embeddings import input_rows
 from cartilha.model.head import head_weight
+from cartilha.tokens.store import TokenStore
 from cartilha.tokens.tokenizer import TextTokenizer
 
 MAX_LOST_SHARE = 0.01  # of the bytes: beyond it the byte figures are refused (docs/measures.md)
@@ -32,7 +35,6 @@ def round_trip(subject: Subject) -> CheckResult:
     another tokenizer or have been damaged. The fertility (tokens a word) tells what this language costs.
     """
     words = Judgement(
-        "round trip",
         f"texts come back whole (at most {MAX_LOST_SHARE:.0%} of the bytes lost), no unknown tokens",
         "The tokenizer does not keep this text, so that the model would read, and be scored on, another one.",
         "Use the model's own tokenizer and look at the documents named; `cartilha prepare --overwrite` makes the store "
@@ -45,13 +47,13 @@ def round_trip(subject: Subject) -> CheckResult:
     changed = [(document, decoded) for document, decoded in pairs if decoded != document.text]
     lost = [document for document, _ in changed]
     if lost and all(unicodedata.normalize("NFC", document.text) == decoded for document, decoded in changed):
-        words = words.instead(
+        words = replace(
+            words,
             meaning="The text writes letters and accents apart (NFD) and this tokenizer puts them together (NFC), so"
             " that the model would be scored on text with other bytes.",
             remedy="Prepare the text with --clean nfc, which puts letters and accents together.",
         )
-    num_bytes = sum(len(text.encode()) for text in texts)
-    lost_share = sum(len(document.text.encode()) for document in lost) / max(1, num_bytes)
+    lost_share = _num_bytes(document.text for document in lost) / max(1, _num_bytes(texts))
     damaged = _damaged_share(subject)
     num_tokens, unknown = sum(map(len, ids)), _unknown_id(tokenizer)
     unknown_share = sum(int((tokens == unknown).sum()) for tokens in ids) / max(1, num_tokens)
@@ -82,9 +84,7 @@ def _damaged_share(subject: Subject) -> float:
     if subject.store is None or not subject.training:
         return 0.0
     known = subject.store.labels("train")["text_hash"][: len(subject.training)]
-    pairs = zip(subject.training, known, strict=True)
-    differing: int = sum(document.text_hash != text_hash for document, text_hash in pairs)
-    return differing / len(subject.training)
+    return float(np.mean([own.text_hash != text_hash for own, text_hash in zip(subject.training, known, strict=True)]))
 
 
 def _unknown_id(tokenizer: TextTokenizer) -> int:
@@ -97,10 +97,14 @@ def _unknown_id(tokenizer: TextTokenizer) -> int:
 
 
 def _fertility(tokenizer: TextTokenizer, texts: list[str]) -> tuple[float, float]:
-    """Tokens a word (split at white space), bytes a token."""
+    """Tokens per word (split at white space), bytes per token."""
     num_tokens = sum(map(len, tokenizer.encode(texts)))
     num_words = sum(len(text.split()) for text in texts)
-    return num_tokens / max(1, num_words), sum(len(text.encode()) for text in texts) / max(1, num_tokens)
+    return num_tokens / max(1, num_words), _num_bytes(texts) / max(1, num_tokens)
+
+
+def _num_bytes(texts: Iterable[str]) -> int:
+    return sum(len(text.encode()) for text in texts)
 
 
 def vocabulary(subject: Subject) -> CheckResult:
@@ -108,17 +112,14 @@ def vocabulary(subject: Subject) -> CheckResult:
 
     Catches a store of another model's tokenizer, ids beyond the embedding, and special tokens without a row.
     """
-    tokenizer, model = subject.tokenizer, subject.loaded.model
-    rows = int(head_weight(model).shape[0])
-    embedding = input_rows(model)
-    num_input_rows, tied = len(embedding), head_weight(model) is embedding
+    tokenizer, model = subject.tokenizer, subject.model
+    head, embedding = head_weight(model), input_rows(model)
+    rows, num_input_rows, tied = len(head), len(embedding), head is embedding
     special = {name: getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
-    largest = tokenizer.num_reachable_ids - 1
-    used = set(tokenizer.backend.get_vocab(with_added_tokens=True).values())
-    num_unused = rows - len([i for i in used if i < rows])
-    store_largest = _largest_id(subject)
+    num_unused = len(unused_ids(subject.loaded, tokenizer))
+    store_largest = -1 if subject.store is None else _largest_id(subject.store)
     same = subject.store is None or subject.store.fingerprint == tokenizer.fingerprint
-    passed = largest < min(rows, num_input_rows) and store_largest < min(rows, num_input_rows) and same
+    passed = max(tokenizer.num_reachable_ids - 1, store_largest) < min(rows, num_input_rows) and same
     named = ", ".join(f"{name} {value}" for name, value in special.items() if value is not None)
     measured = (
         f"{tokenizer.num_ids:,} ids, {num_input_rows:,} embedding rows, head "
@@ -128,15 +129,13 @@ def vocabulary(subject: Subject) -> CheckResult:
         measured += f"; largest id in the store {store_largest:,}"
     if not same:
         measured += "; the store was made with another tokenizer"
+    expected = "every id has a row"
+    if subject.store is not None:
+        expected += ", and the store was made with this tokenizer"
+    if passed and num_unused:
+        expected += f" (do not adjust vocab_size: the {num_unused} spare rows do no harm and stay)"
     words = Judgement(
-        "vocabulary",
-        "every id has a row"
-        + ("" if subject.store is None else ", and the store was made with this tokenizer")
-        + (
-            f" (do not adjust vocab_size: the {num_unused} spare rows do no harm and stay)"
-            if passed and num_unused
-            else ""
-        ),
+        expected,
         "Model and tokens do not belong together: training would fail, or teach the model noise.",
         "Prepare the store with this model's own tokenizer (cartilha prepare --model MODEL); never resize the "
         "embedding to make the error go away.",
@@ -154,14 +153,11 @@ def vocabulary(subject: Subject) -> CheckResult:
     )
 
 
-def _largest_id(subject: Subject) -> int:
-    """Of both sides of the store, read a few MB at a time; -1 without one."""
-    largest = -1
-    if subject.store is not None:
-        for tokens in (subject.store.tokens("train"), subject.store.tokens("validation")):
-            for begin in range(0, len(tokens), IDS_A_READ):
-                largest = max(largest, int(tokens[begin : begin + IDS_A_READ].max()))
-    return largest
+def _largest_id(store: TokenStore) -> int:
+    """Of both sides, read a few MB at a time; -1 where there is no token."""
+    sides = (store.tokens("train"), store.tokens("validation"))
+    parts = (tokens[begin : begin + IDS_A_READ] for tokens in sides for begin in range(0, len(tokens), IDS_A_READ))
+    return max((int(part.max()) for part in parts), default=-1)
 
 
 def leak(subject: Subject) -> CheckResult:
@@ -170,26 +166,25 @@ def leak(subject: Subject) -> CheckResult:
     Catches a store whose sides were made by hand, or whose text holds copies: its held-out figures would flatter.
     """
     words = Judgement(
-        "leak",
         f"no held-out document in training, at most {MAX_NEAR_SHARE:.0%} near-duplicates",
         "The model is scored on text that it was trained on; the figures would be too good.",
         "Prepare the store anew with --near_duplicates, which keeps copies on one side.",
     )
-    if subject.store is None:
+    store = subject.store
+    if store is None:
         return words.skip("there is no store with a training side")
-    known = set(subject.store.labels("train")["text_hash"])
-    held_out = subject.store.labels("validation")["text_hash"]
+    known = set(store.labels("train")["text_hash"])
+    held_out = store.labels("validation")["text_hash"]
     exact = sum(text_hash in known for text_hash in held_out)
     measured = f"{exact:,} of {counted(len(held_out), 'held-out document')} in training"
     scored = [document.text for document in subject.held_out[:NEAR_SAMPLE]]
     near: float | None = None
     seen = 0
+    deadline = time.monotonic() + (NEAR_SECONDS_QUICK if subject.quick else NEAR_SECONDS)
 
     def training() -> Iterator[str]:
         nonlocal seen
-        assert subject.store is not None
-        deadline = time.monotonic() + (NEAR_SECONDS_QUICK if subject.quick else NEAR_SECONDS)
-        for document in subject.store.read_documents("train"):
+        for document in store.read_documents("train"):
             yield document.text
             seen += 1
             if time.monotonic() > deadline:

@@ -55,7 +55,7 @@ def _sampler(stream: PackedStream, blocks_per_step: int) -> BlockSampler:
 
 
 def _state(subject: Subject, lr: float, weight_decay: float = 0.1) -> TrainingState:
-    return TrainingState.begin(subject.loaded.model, subject.dtype, lr=lr, weight_decay=weight_decay)
+    return TrainingState.begin(subject.model, subject.dtype, lr=lr, weight_decay=weight_decay)
 
 
 def _steps(
@@ -71,7 +71,6 @@ def overfit(subject: Subject) -> CheckResult:
     rate that does not work. Whoever cannot overfit cannot learn.
     """
     words = Judgement(
-        "overfit",
         f"perplexity of the first {OVERFIT_TEXTS_QUICK if subject.quick else OVERFIT_TEXTS} texts below "
         f"{OVERFIT_PERPLEXITY}",
         "The model does not learn even what it sees again and again: the training is broken, or the rate is.",
@@ -83,7 +82,7 @@ def overfit(subject: Subject) -> CheckResult:
     sampler = _sampler(stream, blocks_per_step=min(8, len(stream)))
     num_steps = OVERFIT_PASSES * sampler.steps_per_epoch
     losses: list[float] = []
-    with _weights_kept(subject.loaded.model):
+    with _weights_kept(subject.model):
         state = _state(subject, subject.lr, OVERFIT_WEIGHT_DECAY)
         nll = 0.0
         # A constant rate, but for a short rise: the passes end when the texts are known.
@@ -129,7 +128,6 @@ def loss(subject: Subject) -> CheckResult:
     Catches a chunk lost or counted twice, an ignored target that is scored, a gradient of the wrong scale.
     """
     words = Judgement(
-        "loss",
         f"fused and plain loss equal to {SAME_LOSS:g}, their gradients to {SAME_GRADIENT:g}",
         "Training would follow another loss than the one that is reported.",
         "Report it with this output; on CUDA, try once more without a compiler (TORCH_COMPILE_DISABLE=1).",
@@ -137,11 +135,11 @@ def loss(subject: Subject) -> CheckResult:
     batch = stack([_partly_padded(subject).block(i) for i in range(2)])
     targets = torch.from_numpy(batch.targets).to(subject.device).flatten()
     with torch.no_grad():
-        states = hidden_states(subject.loaded.model, batch, torch.float32).flatten(0, 1)
+        states = hidden_states(subject.model, batch, torch.float32).flatten(0, 1)
     found = []
     for fused in (True, False):
         hidden = states.detach().clone().requires_grad_()
-        own = head_of(subject.loaded.model)
+        own = head_of(subject.model)
         bias = None if own.bias is None else own.bias.detach()
         head = replace(own, weight=own.weight.detach().clone().requires_grad_(), bias=bias)
         if fused:
@@ -183,7 +181,6 @@ def accumulation(subject: Subject) -> CheckResult:
     Catches means of means: gradients that depend on how much memory the machine has.
     """
     words = Judgement(
-        "accumulation",
         f"loss and gradient norm of one step equal to {SAME_GRADIENT:g}, however it is cut",
         "The result would depend on the micro-batch, that is, on the machine's memory.",
         "Report it with this output; until then keep --micro_batch_size the same in all runs.",
@@ -191,7 +188,7 @@ def accumulation(subject: Subject) -> CheckResult:
     stream = _partly_padded(subject)
     found = []
     for micro_batch_size in (1, len(stream)):
-        with _weights_kept(subject.loaded.model):
+        with _weights_kept(subject.model):
             steps = _steps(
                 subject, _state(subject, 1e-9), _sampler(stream, len(stream)), Schedule(1, 1e-9, 0, 1), micro_batch_size
             )
@@ -214,12 +211,11 @@ def gradients(subject: Subject) -> CheckResult:
     Catches frozen or detached weights, a module that the forward pass leaves out, and overflow.
     """
     words = Judgement(
-        "gradients",
         "finite in every parameter group; no parameter without one",
         "Parts of the model would not be trained, or the first step would destroy it.",
         "Look at the parameters named; a model with frozen weights is not trained further by this tool.",
     )
-    model = subject.loaded.model
+    model = subject.model
     model.zero_grad(set_to_none=True)
     (batch_nll(model, stack([_partly_padded(subject).block(0)]), subject.dtype) / PROBE_BLOCK).backward()
     without, infinite = [], []
@@ -250,7 +246,6 @@ def resume(subject: Subject) -> CheckResult:
     Catches a checkpoint that forgets weights, moments, schedule, scaler or the position in the data.
     """
     words = Judgement(
-        "resume",
         "the losses equal the unbroken run's"
         + (", bit for bit" if subject.device.type == "cpu" else f" to {SAME_GRADIENT:g}"),
         "A run that is interrupted and resumed would not be the run that was asked for.",
@@ -258,10 +253,9 @@ def resume(subject: Subject) -> CheckResult:
     )
     sampler = _sampler(_partly_padded(subject), blocks_per_step=1)
     schedule = Schedule(3, subject.lr, 0.3, 0.1)
-    place = next(path for path in (subject.output, *subject.output.absolute().parents) if path.is_dir())
-    with _weights_kept(subject.loaded.model):
+    with _weights_kept(subject.model):
         unbroken = [float(step.loss) for step in _steps(subject, _state(subject, subject.lr), sampler, schedule, 1)]
-    with _weights_kept(subject.loaded.model), tempfile.TemporaryDirectory(prefix=".check-", dir=place) as directory:
+    with _weights_kept(subject.model), tempfile.TemporaryDirectory(prefix=".check-", dir=subject.disk) as directory:
         state = _state(subject, subject.lr)
         losses = []
         for step in _steps(subject, state, sampler, schedule, 1):
@@ -270,7 +264,7 @@ def resume(subject: Subject) -> CheckResult:
                 break
         checkpoint = save_checkpoint(Path(directory), state, {})
         with torch.no_grad():
-            for parameter in subject.loaded.model.parameters():
+            for parameter in subject.model.parameters():
                 parameter.zero_()
         state = _state(subject, subject.lr)
         load_checkpoint(checkpoint, state)

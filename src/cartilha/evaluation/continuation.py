@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig
 
 from cartilha.config import GenerateConfig
 from cartilha.errors import UserError, counted
@@ -28,28 +28,10 @@ class Continuation:
     num_new_tokens: int
 
 
-class _BeginWith(LogitsProcessor):
-    """Allows only the given ids as the first new token."""
-
-    def __init__(self, prompt_length: int, allowed: torch.Tensor) -> None:
-        self.prompt_length = prompt_length
-        self.allowed = allowed
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        if input_ids.shape[1] != self.prompt_length:
-            return scores
-        masked = torch.full_like(scores, -torch.inf)
-        masked[:, self.allowed] = scores[:, self.allowed]
-        return masked  # type: ignore[return-value]
-
-
 def continue_prompts(loaded: LoadedModel, tokenizer: TextTokenizer, config: GenerateConfig) -> list[Continuation]:
     """Continue each prompt.
 
-    Args:
-        loaded: The model; its attention is switched to transformers' own while it writes, and back.
-        tokenizer: The model's.
-        config: Prompts and how the next token is chosen.
+    The model's attention is switched to transformers' own while it writes, and back.
 
     Raises:
         UserError: A prompt and its continuation do not fit the model's context, or the choices contradict each other.
@@ -70,11 +52,8 @@ def _continue(loaded: LoadedModel, tokenizer: TextTokenizer, prompt: str, config
             f"A prompt of {counted(len(ids), 'token')} and {counted(config.max_new_tokens, 'new one')} do not fit the "
             f"model's context of {loaded.context_length}; shorten the prompt or use a smaller --max_new_tokens."
         )
-    device = loaded.model.device
-    processors = LogitsProcessorList()
-    unused, num_rows = unused_ids(loaded, tokenizer), len(head_weight(loaded.model))
-    if healed:
-        processors.append(_BeginWith(len(ids), _ids_that_begin_with_space(tokenizer).to(device)))
+    num_rows = len(head_weight(loaded.model))
+    sampling = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
     settings = GenerationConfig(
         max_new_tokens=config.max_new_tokens,
         do_sample=config.do_sample,
@@ -83,16 +62,13 @@ def _continue(loaded: LoadedModel, tokenizer: TextTokenizer, prompt: str, config
         bos_token_id=tokenizer.prefix_id,
         eos_token_id=tokenizer.end_id,
         pad_token_id=tokenizer.pad_id if tokenizer.pad_id in range(num_rows) else tokenizer.end_id,
-        suppress_tokens=unused or None,
-        **(
-            {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
-            if config.do_sample
-            else {}
-        ),
+        suppress_tokens=unused_ids(loaded, tokenizer) or None,
+        begin_suppress_tokens=_ids_without_space(tokenizer, num_rows) if healed else None,
+        **(sampling if config.do_sample else {}),
     )
-    prompt_ids = torch.tensor([ids], device=device)
+    prompt_ids = torch.tensor([ids], device=loaded.model.device)
     output = loaded.model.generate(  # type: ignore[operator]
-        prompt_ids, attention_mask=torch.ones_like(prompt_ids), generation_config=settings, logits_processor=processors
+        prompt_ids, attention_mask=torch.ones_like(prompt_ids), generation_config=settings
     )
     new = output[0, len(ids) :].tolist()
     if new and new[-1] in (tokenizer.end_id, settings.pad_token_id):
@@ -104,7 +80,8 @@ def _continue(loaded: LoadedModel, tokenizer: TextTokenizer, prompt: str, config
     return Continuation(prompt, prompt + text, describe_mode(config), len(new))
 
 
-def _ids_that_begin_with_space(tokenizer: TextTokenizer) -> torch.Tensor:
-    """Ids whose text begins with a space (written Ġ by byte-level tokenizers, ▁ by SentencePiece)."""
+def _ids_without_space(tokenizer: TextTokenizer, num_rows: int) -> list[int]:
+    """Rows whose text does not begin with a space (written Ġ by byte-level tokenizers, ▁ by SentencePiece)."""
     vocabulary = tokenizer.backend.get_vocab(with_added_tokens=False)
-    return torch.tensor(sorted(i for token, i in vocabulary.items() if token.startswith(("Ġ", "▁", " "))))
+    begin = {i for token, i in vocabulary.items() if token.startswith(("Ġ", "▁", " "))}
+    return [i for i in range(num_rows) if i not in begin]

@@ -39,7 +39,7 @@ class Macro:
     """Means over documents, each document counting alike: what the typical document costs, short ones included.
 
     Attributes:
-        loss: Mean of the documents' s_d / n_d, nats a token; the perplexity is its exponential, taken once.
+        loss: Mean of the documents' s_d / n_d, nats per token; the perplexity is its exponential, taken once.
         bits_per_byte: Mean of the documents' bits per byte (of those that round-trip).
     """
 
@@ -62,16 +62,14 @@ class Evaluation:
         corpus_hash: Over the documents' text hashes.
         total: Over all documents.
         byte_total: Over the documents that survive decode(encode(text)); byte, character and word figures use these.
-        macro: Means over documents.
         interval: 95 % bootstrap interval of the bits per byte.
-        domains: Sums over the documents of each domain, largest first (`MAX_DOMAINS` at most).
-        num_domains: Of all.
+        domains: Sums over the documents of each domain, largest first; `MAX_DOMAINS` of `num_domains` at most.
         positions: Mean loss by the token's position in its document.
         unused_rows_mass: Mean probability that rows which no token uses get together; None if it was not measured.
-        baselines: What stands beside: at least the uniform model.
-        num_lost: Documents that do not round-trip, the first ones by name in `lost`.
+        baselines: At least the uniform model.
+        num_lost: Documents that do not round-trip; `lost` names the first ones.
         num_empty: Documents without text, skipped.
-        vocabulary_size: Rows of the head: the perplexity of the uniform model.
+        vocabulary_size: Rows of the head.
         seconds: Wall time of the scoring.
         notes: What a reader must know to trust the figures.
     """
@@ -121,11 +119,7 @@ class Evaluation:
             "loss": self.total.loss,
             **{measure.key: self._measured(measure) for measure in MEASURES},
             "bits_per_byte_interval": self.interval.bounds if meant else None,
-            "num_tokens": self.total.num_tokens,
-            "num_bytes": self.total.num_bytes,
-            "num_chars": self.total.num_chars,
-            "num_words": self.total.num_words,
-            "num_documents": self.total.num_documents,
+            **self.total.counts,
             "num_documents_lost": self.num_lost,
             "documents_lost": list(self.lost),
             "num_documents_empty": self.num_empty,
@@ -176,7 +170,7 @@ def make_evaluation(
         documents: What was scored.
         scores: What the scoring found.
         seconds: Wall time of the scoring.
-        baselines: Beside the uniform model, which is always there.
+        baselines: Those beside the uniform model, which is always there.
     """
     nll = scores.nll
     kept = documents.round_trips & (documents.num_bytes > 0)

@@ -34,9 +34,7 @@ class TokenRows:
     """Scores of the tokens of one forward pass, for those who want each of them; shape (num_tokens,) each.
 
     Attributes:
-        document: Index of the document.
-        position: Of the token in its document, from 0.
-        token_id: The token.
+        document: Index of the token's document; `position` is the token's in it, from 0.
         nll: Nats, float32.
         entropy: Of the model's distribution, nats, float32.
         rank: Of the token under the model, from 1.

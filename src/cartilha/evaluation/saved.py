@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -102,29 +102,19 @@ def load_evaluation(path: Path) -> SavedEvaluation:
     return SavedEvaluation(record, *values)
 
 
-class TokenFile:
-    """Collects the tokens of one or more models into a parquet file, a row group a forward pass."""
-
-    def __init__(self, writer: pq.ParquetWriter) -> None:
-        self._writer = writer
-
-    def add(self, model: str, rows: TokenRows) -> None:
-        """Append the tokens of a forward pass."""
-        names = pa.DictionaryArray.from_arrays(pa.array(np.zeros(len(rows.nll), np.int32)), pa.array([model]))
-        columns = [names, rows.document, rows.position, rows.token_id, rows.nll, rows.entropy, rows.rank]
-        typed = [
-            column if isinstance(column, pa.DictionaryArray) else pa.array(column, type=field.type)
-            for column, field in zip(columns, TOKEN_SCHEMA, strict=True)
-        ]
-        self._writer.write_table(pa.Table.from_arrays(typed, schema=TOKEN_SCHEMA))
-
-
 @contextmanager
-def token_file(path: Path) -> Iterator[TokenFile]:
-    """A file of tokens that appears, whole, when the block ends.
+def token_file(path: Path) -> Iterator[Callable[[str, TokenRows], None]]:
+    """A function that writes a model's tokens to a file, which appears, whole, when the block ends.
 
     Columns: model, document (number in the corpus, from 0, empty documents counted), position (from 0), token_id, nll
-    and entropy in nats, rank (1 = likeliest). Rows are in the order of scoring, not of the corpus.
+    and entropy in nats, rank (1 = likeliest). Rows are in the order of scoring, not of the corpus; a row group is what
+    one call adds.
     """
     with new_file(path) as temporary, pq.ParquetWriter(temporary, TOKEN_SCHEMA, compression="zstd") as writer:
-        yield TokenFile(writer)
+
+        def add(model: str, rows: TokenRows) -> None:
+            names = pa.DictionaryArray.from_arrays(pa.array(np.zeros(len(rows.nll), np.int32)), pa.array([model]))
+            columns = [pa.array(getattr(rows, field.name), field.type) for field in list(TOKEN_SCHEMA)[1:]]
+            writer.write_table(pa.Table.from_arrays([names, *columns], schema=TOKEN_SCHEMA))
+
+        yield add

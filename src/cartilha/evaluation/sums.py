@@ -7,7 +7,7 @@ A measure is a property of `Sums` and an entry of `MEASURES`; with both it is in
 from __future__ import annotations
 
 import math
-from dataclasses import astuple, dataclass
+from dataclasses import asdict, astuple, dataclass
 
 
 def perplexity(loss: float) -> float:
@@ -30,6 +30,11 @@ class Sums:
     num_chars: int = 0
     num_words: int = 0
     num_documents: int = 0
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What a record says was scored."""
+        return {name: value for name, value in asdict(self).items() if name != "nll"}
 
     def __add__(self, other: Sums) -> Sums:
         return Sums(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))

@@ -7,6 +7,7 @@ rest is scored or not, so only they are kept: some tens of kilobytes an evaluati
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -74,13 +75,9 @@ def token_texts(tokenizer: TextTokenizer, ids: Sequence[int] | np.ndarray) -> li
 
 
 def add_surprisal(path: Path, step: int, scorer: Scorer, documents: ScoredDocuments) -> None:
-    """Score each token and append it to the file; rows of this step or a later one (before a resume) are replaced.
+    """Score each token of what `shown_documents` chose and append it to surprisal.parquet.
 
-    Args:
-        path: surprisal.parquet.
-        step: Of the run, which the model is at.
-        scorer: The run's.
-        documents: What `shown_documents` chose.
+    Rows of this step or of a later one (from before a resume) are replaced.
     """
     parts: list[TokenRows] = []
     score_documents(scorer, documents, take_rows=parts.append, num_likeliest=NUM_LIKELIEST)
@@ -94,25 +91,19 @@ def add_surprisal(path: Path, step: int, scorer: Scorer, documents: ScoredDocume
 
 def _table(step: int, parts: list[TokenRows], tokenizer: TextTokenizer, documents: ScoredDocuments) -> pa.Table:
     """The rows in the order of the documents."""
-    document, position, nll, entropy, rank, likeliest_ids, likeliest = (
-        np.concatenate([getattr(part, name) for part in parts])
-        for name in ("document", "position", "nll", "entropy", "rank", "likeliest_ids", "likeliest")
-    )
-    order = np.lexsort((position, document))
-    shown = np.unique(likeliest_ids).tolist()
+    columns = {one.name: np.concatenate([getattr(part, one.name) for part in parts]) for one in fields(TokenRows)}
+    order = np.lexsort((columns["position"], columns["document"]))
+    rows = {name: column[order] for name, column in columns.items()}
+    shown = np.unique(rows["likeliest_ids"]).tolist()
     texts = dict(zip(shown, tokenizer.decode_each(shown), strict=True))
-    columns = {
+    likeliest_ids = rows["likeliest_ids"].tolist()
+    values = {
+        **rows,
         "step": np.full(len(order), step),
-        "document": document[order],
-        "doc_id": [documents.doc_ids[i] for i in document[order]],
-        "position": position[order],
-        "token_id": np.concatenate(documents.ids),
+        "doc_id": [documents.doc_ids[i] for i in rows["document"]],
         "text": [text for ids in documents.ids for text in token_texts(tokenizer, ids)],
-        "nll": nll[order],
-        "entropy": entropy[order],
-        "rank": rank[order],
-        "likeliest_ids": likeliest_ids[order].tolist(),
-        "likeliest_texts": [[texts[i] for i in row] for row in likeliest_ids[order].tolist()],
-        "likeliest_probabilities": likeliest[order].tolist(),
+        "likeliest_ids": likeliest_ids,
+        "likeliest_texts": [[texts[i] for i in row] for row in likeliest_ids],
+        "likeliest_probabilities": rows["likeliest"].tolist(),
     }
-    return pa.table({field.name: pa.array(columns[field.name], field.type) for field in SURPRISAL_SCHEMA})
+    return pa.table({field.name: pa.array(values[field.name], field.type) for field in SURPRISAL_SCHEMA})

@@ -12,7 +12,7 @@ from typing import Any
 
 from cartilha.checks import model, text, training
 from cartilha.checks.machine import memory_and_disk
-from cartilha.checks.outcome import Check, CheckResult, Subject
+from cartilha.checks.outcome import Check, CheckResult, Judgement, Subject
 from cartilha.config import CheckConfig, TrainConfig
 from cartilha.console import progress
 from cartilha.corpus.document import Document
@@ -55,6 +55,12 @@ CHECKS: tuple[Check, ...] = (
 )
 # What every training does before step 1: these take seconds and change no weight.
 CHEAP_CHECKS = (text.round_trip, text.vocabulary, model.causality, model.isolation, text.leak, memory_and_disk)
+
+BROKEN = Judgement(
+    "the check can be carried out",
+    "What is checked here does not work at all with this model.",
+    "Look at the error, and at the other checks.",
+)
 
 
 @dataclass(frozen=True)
@@ -102,21 +108,11 @@ def run_checks(subject: Subject, checks: Sequence[Check]) -> list[CheckResult]:
             try:
                 found = one(subject)
             except Exception as error:  # the user wants the results of the other checks, too
-                found = _broken(one, error)
-            results.append(replace(found, seconds=time.monotonic() - began))
+                found = BROKEN.judge(False, f"{type(error).__name__}: {first_line(error)}")
+            name = one.__name__.replace("_", " ")
+            results.append(replace(found, name=name, seconds=time.monotonic() - began))
             advance(1.0, results[-1].name)
     return results
-
-
-def _broken(check: Check, error: Exception) -> CheckResult:
-    return CheckResult(
-        check.__name__.replace("_", " "),
-        "failed",
-        f"{type(error).__name__}: {first_line(error)}",
-        "the check can be carried out",
-        "What is checked here does not work at all with this model.",
-        "Look at the error, and at the other checks.",
-    )
 
 
 def refuse_if_failed(run: Run) -> None:

@@ -102,11 +102,11 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
         log.warning("Scoring the training text: these figures say what was learnt by heart, not how good the model is.")
     compressed = text.compressed() if is_main_process() else None  # in the background from here on
     device = choose_device(config.device)  # said after the text was read: a fault in it is the only line then
-    with token_file(Path(config.per_token)) if config.per_token else nullcontext() as tokens:
+    with token_file(Path(config.per_token)) if config.per_token else nullcontext() as add_tokens:
         models = []
         for ref in config.model:
             scorer = load_scorer(ref, text.store, config, device)
-            take = None if tokens is None else partial(tokens.add, ref)
+            take = None if add_tokens is None else partial(add_tokens, ref)
             models.append(_evaluate_model(scorer, text, compressed, config, take))
             del scorer  # before the next model takes its memory
     return EvaluateResult(tuple(models), time.perf_counter() - started)
