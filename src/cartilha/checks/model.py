@@ -28,7 +28,7 @@ START_TOKENS = 2048  # random tokens: the mean of their target logits is known t
 START_TOLERANCE = 0.05  # of the perplexity
 UNCHANGED = 1e-3  # largest change of a logit that counts as none; another document moves them by whole units
 SAME_NLL = 1e-4  # relative difference of two ways to compute a sum in float32
-MAX_DRIFT = 0.01  # nats a token by which half precision may move the mean
+MAX_DRIFT = 0.01  # nats per token by which half precision may move the mean
 FP16_LARGEST = 65504.0
 SCORED_TOKENS, SCORED_TOKENS_QUICK = 20_000, 1500
 
@@ -108,7 +108,7 @@ def _beside_unigram(subject: Subject) -> tuple[float, float]:
 
 
 def _sample(subject: Subject) -> ScoredDocuments:
-    """The beginning of each held-out document: so many tokens of each that they are affordable together."""
+    """The beginnings of the held-out documents, short enough to be affordable together."""
     total = SCORED_TOKENS_QUICK if subject.quick else SCORED_TOKENS
     context = min(subject.loaded.context_length, MAX_WINDOW)
     each = max(2, min(context - 1, total // len(subject.held_out)))
@@ -169,7 +169,7 @@ def isolation(subject: Subject) -> CheckResult:
     beside = max(_largest_change(before, after, 0, first), _largest_change(before, after, past, end))
     alone = _logits(subject, _row(block.input_ids[past:end]))
     apart = float((alone - before[past:end]).abs().max() / before.std())
-    # Half precision rounds otherwise in rows of another length; that is no leak.
+    # Half precision rounds differently in rows of another length; that is no leak.
     near = UNCHANGED if subject.dtype == torch.float32 else 0.5
     return words.judge(
         beside <= UNCHANGED < own and apart <= near,
@@ -220,12 +220,12 @@ def _largest_change(before: torch.Tensor, after: torch.Tensor, begin: int, end: 
 
 
 def precision(subject: Subject) -> CheckResult:
-    """The compute dtype against float32: the drift in nats a token, and how near fp16 comes to overflowing.
+    """The compute dtype against float32: the drift in nats per token, and how near fp16 comes to overflowing.
 
     Catches a dtype in which this model loses its accuracy, or overflows to infinity (fp16 ends at 65,504).
     """
     words = Judgement(
-        f"mean nll within {MAX_DRIFT:g} nats a token of float32; in float16, activations below half of its range",
+        f"mean nll within {MAX_DRIFT:g} nats per token of float32; in float16, activations below half of its range",
         "In this compute type the model's numbers are not those of its weights.",
         "Train and evaluate with --dtype float32, or --dtype bfloat16 where the hardware has it.",
     )
@@ -242,7 +242,7 @@ def precision(subject: Subject) -> CheckResult:
     overflows = subject.dtype == torch.float16 and share > 0.5
     return words.judge(
         abs(drift) <= MAX_DRIFT and not overflows,
-        f"{name} drifts by {drift:+.1e} nats a token; activations up to {share:.1%} of float16's range",
+        f"{name} drifts by {drift:+.1e} nats per token; activations up to {share:.1%} of float16's range",
         drift=drift,
         largest_activation=largest,
     )

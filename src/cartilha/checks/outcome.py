@@ -26,13 +26,12 @@ class CheckResult:
     """What a check found.
 
     Attributes:
-        name: Of the check; whoever runs the checks fills it in.
+        name: Filled in, like `seconds`, by what runs the check.
         measured: The figure that was found, in words.
         expected: What a sound set-up gives.
         meaning: What a failure means (where the check does not apply: why not).
         remedy: What to do then.
         figures: The numbers behind `measured`.
-        seconds: How long it took; filled in like the name.
     """
 
     name: str
@@ -51,7 +50,7 @@ class Subject:
 
     Attributes:
         loaded: The model, in float32 and with attention within documents.
-        dtype: Compute dtype of the run to come; likewise block_size, lr (the peak) and micro_batch_size.
+        dtype: Compute dtype of the run to come, as are block_size, lr (the peak) and micro_batch_size.
         held_out: A sample of the text that would be scored, at least two documents.
         training: A sample of the text that would be trained on.
         store: Where both come from; None where they come from the primer.
@@ -59,7 +58,7 @@ class Subject:
         disk_bytes: What the run's files still need at most.
         output: Where the run would write.
         quick: Whether to check with less of everything.
-        is_random: Whether fresh weights were asked for (a `random:` model).
+        is_random: Whether the model has fresh weights (`random:`).
         scored: Nats of the held-out sample by compute dtype, kept by the checks that share them.
     """
 

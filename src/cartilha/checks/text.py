@@ -25,14 +25,14 @@ MAX_UNKNOWN_SHARE = 0.001
 MAX_NEAR_SHARE = 0.05
 IDS_A_READ = 1 << 22
 NEAR_SAMPLE = 200  # held-out documents whose near-duplicates are looked for
-NEAR_SECONDS, NEAR_SECONDS_QUICK = 60.0, 5.0  # how long the training side is gone through for them
+NEAR_SECONDS, NEAR_SECONDS_QUICK = 60.0, 5.0  # how long the training side is searched for them
 
 
 def round_trip(subject: Subject) -> CheckResult:
     """decode(encode(text)) = text, and the store's tokens still say the text they were made from.
 
     Catches a tokenizer that normalises, drops or replaces characters; unknown tokens; a store whose tokens belong to
-    another tokenizer or have been damaged. The fertility (tokens a word) tells what this language costs.
+    another tokenizer or have been damaged. The fertility (tokens per word) tells what this language costs.
     """
     words = Judgement(
         f"texts come back whole (at most {MAX_LOST_SHARE:.0%} of the bytes lost), no unknown tokens",
@@ -59,8 +59,8 @@ def round_trip(subject: Subject) -> CheckResult:
     unknown_share = sum(int((tokens == unknown).sum()) for tokens in ids) / max(1, num_tokens)
     here, english = _fertility(tokenizer, texts), _fertility(tokenizer, english_sample())
     measured = (
-        f"{lost_share:.2%} of the bytes lost, {unknown_share:.2%} unknown tokens; {here[0]:.2f} tokens a word and "
-        f"{here[1]:.2f} bytes a token (English {english[0]:.2f} and {english[1]:.2f})"
+        f"{lost_share:.2%} of the bytes lost, {unknown_share:.2%} unknown tokens; {here[0]:.2f} tokens per word and "
+        f"{here[1]:.2f} bytes per token (English {english[0]:.2f} and {english[1]:.2f})"
     )
     if lost:
         measured += f"; not kept: {', '.join(document.id for document in lost[:3])}"

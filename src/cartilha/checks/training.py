@@ -36,7 +36,7 @@ OVERFIT_TEXTS, OVERFIT_TEXTS_QUICK = 100, 8
 OVERFIT_TOKENS, OVERFIT_TOKENS_QUICK = 128, 24  # of each text
 OVERFIT_PASSES = 600  # at most: fresh weights of a small model need about a hundred
 OVERFIT_PATIENCE = 15  # passes in which the best or the median loss must fall by a fiftieth, or learning has stopped
-OVERFIT_WEIGHT_DECAY = 0.0  # it works against what is asked for here
+OVERFIT_WEIGHT_DECAY = 0.0  # decay works against learning by heart
 
 
 @contextmanager
@@ -68,7 +68,7 @@ def overfit(subject: Subject) -> CheckResult:
     """A few texts are learnt by heart: their perplexity falls below 1.5.
 
     Catches targets that are not the next token, gradients that do not reach the weights, an optimizer or a learning
-    rate that does not work. Whoever cannot overfit cannot learn.
+    rate that does not work. A model that cannot overfit cannot learn.
     """
     words = Judgement(
         f"perplexity of the first {OVERFIT_TEXTS_QUICK if subject.quick else OVERFIT_TEXTS} texts below "
@@ -85,7 +85,7 @@ def overfit(subject: Subject) -> CheckResult:
     with _weights_kept(subject.model):
         state = _state(subject, subject.lr, OVERFIT_WEIGHT_DECAY)
         nll = 0.0
-        # A constant rate, but for a short rise: the passes end when the texts are known.
+        # The rate is constant after a short rise: the passes end when the texts are known.
         schedule = Schedule(num_steps, subject.lr, 3 / num_steps, 1.0)
         for step in _steps(subject, state, sampler, schedule, subject.micro_batch_size):
             nll += float(step.loss) * step.num_targets
@@ -108,10 +108,10 @@ def overfit(subject: Subject) -> CheckResult:
 
 
 def _has_stopped(losses: list[float]) -> bool:
-    """Whether the loss is no number, or the last passes brought less than a fiftieth.
+    """Whether the loss is not finite, or the last passes lowered neither the best nor the median loss by a fiftieth.
 
-    Neither to the best pass nor to the usual one: single passes jump by several per cent, up and down, and by how much
-    depends on the last bits of a processor's sums.
+    One of the two is not enough: single passes jump by several per cent, up and down, and by how much depends on the
+    last bits of a processor's sums.
     """
     if not math.isfinite(losses[-1]):
         return True
@@ -221,7 +221,7 @@ def gradients(subject: Subject) -> CheckResult:
     without, infinite = [], []
     groups = {"matrices": 0.0, "vectors": 0.0}
     for name, parameter in model.named_parameters():
-        # A key's bias moves all scores of a query alike: its gradient is zero by theory, rounding apart.
+        # A key's bias moves all scores of a query alike: its gradient is zero in theory, apart from rounding.
         if parameter.grad is None or (not parameter.grad.any() and not name.endswith(("k_proj.bias", "key.bias"))):
             without.append(name)
             continue

@@ -24,7 +24,7 @@ def uniform(num_rows: int, sums: Sums) -> dict[str, float | None]:
 
     Args:
         num_rows: Rows of the head, those included that no token uses: the perplexity.
-        sums: Of the text; its nll does not matter.
+        sums: Counts of the text; the nll is not used.
     """
     nll = sums.num_tokens * math.log(num_rows)
     return {"perplexity": float(num_rows), "bits_per_byte": replace(sums, nll=nll).bits_per_byte}
@@ -52,15 +52,15 @@ def token_counts(tokens: np.ndarray, num_rows: int) -> np.ndarray:
 def unigram_log_probabilities(train_counts: np.ndarray) -> np.ndarray:
     """Logarithms of each row's probability under the unigram model of the training text: shape (num_rows,).
 
-    Smoothing: Witten and Bell's (1991, "The zero-frequency problem", method C), interpolated with the uniform model:
+    Smoothing is Witten and Bell's (1991, "The zero-frequency problem", method C), interpolated with the uniform model:
     p = (c + T / V) / (N + T), for c occurrences of a token among N, of T distinct ones, and V rows. It is additive
     smoothing with T / V in place of 1, so it needs no held-out text, and the probabilities of all rows sum to one.
-    Add-one gives rows that never occur V / (N + V) of the mass: of 3,047 tokens of Portuguese under OPT's 50,272 rows
-    it makes a perplexity of 5,843, where this makes 791; of 770,475 tokens 511 and 490. Absolute discounting is
-    better by 0 to 2 % there, and needs rules for texts without tokens that occur once or twice.
+    Add-one smoothing gives V / (N + V) of the mass to rows that never occur. For 3,047 tokens of Portuguese under OPT's
+    50,272 rows its perplexity is 5,843, and this one's 791; for 770,475 tokens they are 511 and 490. Absolute
+    discounting is better by 0 to 2 % there, and needs rules for texts without tokens that occur once or twice.
 
     Args:
-        train_counts: Occurrences of each row, shape (num_rows,); all zero gives the uniform model.
+        train_counts: Occurrences of each row, shape (num_rows,); zeros give the uniform model.
     """
     counts = np.asarray(train_counts, np.float64)
     if counts.ndim != 1 or not len(counts) or (counts < 0).any():
@@ -76,7 +76,7 @@ def unigram_nll(train_counts: np.ndarray, evaluation_ids: Sequence[np.ndarray]) 
     """Nats of each document under the unigram model: float64, shape (num_documents,).
 
     Args:
-        train_counts: Of the training text alone; see `unigram_log_probabilities`.
+        train_counts: Counts of the training text alone; see `unigram_log_probabilities`.
         evaluation_ids: Token ids of each document.
 
     Raises:
@@ -89,11 +89,11 @@ def unigram_nll(train_counts: np.ndarray, evaluation_ids: Sequence[np.ndarray]) 
 
 
 class UnigramCollector:
-    """Sums what the unigram model of a training text makes of the documents that stream by.
+    """Scores streamed documents with the unigram model of a training text, and keeps the sums.
 
     Args:
-        tokens: Of the training text, shape (num_tokens,).
-        num_rows: Rows of the head of the model that is scored; its tokenizer made the tokens.
+        tokens: The training text, by the tokenizer of the model that is scored; shape (num_tokens,).
+        num_rows: Rows of that model's head.
     """
 
     def __init__(self, tokens: np.ndarray, num_rows: int) -> None:
@@ -101,7 +101,7 @@ class UnigramCollector:
         self._sums = Sums()
 
     def observe(self, scored: ScoredDocuments) -> None:
-        """Take a shard of documents."""
+        """Score a shard of documents."""
         kept = scored.round_trips
         nll = unigram_nll(self._counts, scored.ids)[kept]
         self._sums += Sums(float(nll.sum()), int(scored.num_tokens[kept].sum()), int(scored.num_bytes[kept].sum()))

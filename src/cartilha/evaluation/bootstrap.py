@@ -13,10 +13,10 @@ from statistics import NormalDist
 
 import numpy as np
 
-FEW_DOCUMENTS = 50  # below this an interval is a guess; who prints one says so
+FEW_DOCUMENTS = 50  # below this an interval is a guess, and is printed with a warning
 MAX_RESAMPLED_DOCUMENTS = 10_000  # beyond this the normal approximation is as good, and takes no resampling
 DRAWS_A_CHUNK = 1 << 18  # resampled documents held at a time: a few MB
-# A resample without the documents that make the spread has next to none, and its t would be infinite.
+# A resample without the documents that make the spread has hardly any, and its t would be infinite.
 LEAST_SPREAD = 0.25
 
 
@@ -25,9 +25,9 @@ class Interval:
     """A confidence interval over documents.
 
     Attributes:
-        low: Lower bound; minus infinity where there are too few documents to say anything. Likewise high.
+        low: Minus infinity where there are too few documents to say anything; `high` is infinity then.
         level: The share of corpora, drawn like this one, whose interval holds the truth.
-        num_documents: Documents that it rests on; below `FEW_DOCUMENTS` it is to be printed with a warning.
+        num_documents: The number of documents that it rests on.
     """
 
     low: float
@@ -46,31 +46,30 @@ def bootstrap_interval(
 ) -> Interval:
     """The interval of sum(numerator) / sum(denominator) over documents, resampled as pairs.
 
-    Bits per byte: `nll / ln 2` over `num_bytes`. The paired difference of two models: `(nll_b - nll_a) / ln 2` over
-    `num_bytes`; a pair of models is then resampled together (Koehn 2004, "Statistical Significance Tests for Machine
-    Translation Evaluation", W04-3250, section 3).
+    For bits per byte the numerator is `nll / ln 2` and the denominator `num_bytes`. For the paired difference of two
+    models the numerator is `(nll_b - nll_a) / ln 2`: both models are resampled together (Koehn 2004, "Statistical
+    Significance Tests for Machine Translation Evaluation", W04-3250, section 3).
 
-    Method: the symmetric bootstrap-t. With r the ratio, se* a resample's linearised standard error and c the `level`
-    quantile of |r* - r| / se*, the interval is r -+ c se, se being the jackknife's (Efron and Tibshirani 1993, "An
-    Introduction to the Bootstrap", chapters 11 and 12.5; Hall 1988, "On symmetric bootstrap confidence intervals",
-    J. R. Stat. Soc. B 50). The jackknife's se, larger than the linearised one where one document carries much of the
-    corpus, makes up for what c misses there; se* is kept at a quarter of the sample's or more, so that a resample
-    without the few documents that differ does not make the interval infinite.
+    The method is the symmetric bootstrap-t. With r the ratio, se* a resample's linearised standard error and c the
+    `level` quantile of |r* - r| / se*, the interval is r -+ c se, where se is the jackknife's (Efron and Tibshirani
+    1993, "An Introduction to the Bootstrap", chapters 11 and 12.5; Hall 1988, "On symmetric bootstrap confidence
+    intervals", J. R. Stat. Soc. B 50). Where one document carries much of the corpus, c is too small; the jackknife's
+    se, larger than the linearised one there, makes up for it. se* is at least a quarter of the sample's, so that a
+    resample without the few documents that differ does not make the interval infinite. Above 10,000 documents nothing
+    is resampled, and c is the normal quantile.
 
     In simulated corpora of 100 documents and more with log-normal lengths, 95 % intervals hold the truth in 93 to 97 %
-    up to a log standard deviation of 1 (about that of web text), and at 1.2 too unless longer documents are also
-    harder; there, and at 1.5, it is 90 to 92 % of corpora of 100 documents and 91 to 94 % up to 1,000, because most of
-    the bytes lie in documents too rare to be seen. Documents are taken to be independent: near-duplicates make it too
-    narrow.
-
-    Above 10,000 documents nothing is resampled: c is the normal quantile.
+    of cases up to a log standard deviation of 1 (about that of web text), and also at 1.2 unless longer documents are
+    harder. In that case and at 1.5 they hold it in 90 to 92 % of corpora of 100 documents and in 91 to 94 % up to 1,000
+    documents, because most bytes lie in documents too rare to be seen. Documents are taken to be independent:
+    near-duplicates make the interval too narrow.
 
     Args:
         numerator: Finite, of any sign, shape (num_documents,).
         denominator: Not negative, with a sum above zero, shape (num_documents,).
         level: Between 0 and 1.
-        num_resamples: Resamples, of as many documents as there are.
-        seed: Of the resampling; the same seed gives the same interval.
+        num_resamples: Each is of as many documents as there are.
+        seed: The same seed gives the same interval.
 
     Raises:
         ValueError: The arrays or the level are not as described.
@@ -100,7 +99,7 @@ def bootstrap_interval(
 
 def _check(x: np.ndarray, y: np.ndarray, level: float) -> None:
     if x.ndim != 1 or x.shape != y.shape:
-        raise ValueError(f"An interval needs two arrays of one number a document, not {x.shape} and {y.shape}.")
+        raise ValueError(f"An interval needs two arrays of one number per document, not {x.shape} and {y.shape}.")
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
         raise ValueError("An interval needs finite numbers; look for the document whose nll is not.")
     if (y < 0).any() or not y.sum() > 0:

@@ -21,7 +21,7 @@ from cartilha.evaluation.documents import MAX_DOMAINS, by_domain
 from cartilha.evaluation.saved import SavedEvaluation
 
 MAX_EXACT_DOCUMENTS = 16  # up to this many, all 65,536 sign patterns are counted
-LEAST_LISTED_BYTES = 200  # a text of a few words swings by whole bits per byte, and says nothing
+LEAST_LISTED_BYTES = 200  # a text of a few words swings by whole bits per byte, which says nothing
 GROUP = 8  # documents whose signs one random byte holds
 GROUPS_A_CHUNK = 256
 
@@ -41,7 +41,8 @@ class DomainChange:
     """The documents of one domain under both models.
 
     Attributes:
-        interval: Of the difference; None below 50 documents. Each stands alone: of many domains some will miss.
+        interval: Of the difference; None below 50 documents. Each is a 95 % interval of its own, so that among many
+            domains some miss the truth.
     """
 
     domain: str
@@ -74,7 +75,7 @@ class Comparison:
         interval: Of bits_per_byte_difference, from the paired bootstrap.
         p_value: Two-sided, of the sign-flip test of no difference.
         share_improved: Documents that need fewer bits under the second model; ties count half.
-        gained_most: Documents whose bits per byte fell most, the largest fall first; lost_most likewise that rose.
+        gained_most: Documents whose bits per byte fell most, the largest fall first; in `lost_most` they rose.
         domains: The largest (`MAX_DOMAINS` at most), by name.
     """
 
@@ -148,8 +149,8 @@ def compare_documents(
         first: What the first model made of them.
         second: What the second made of them.
         chosen: At least one of their `shared_documents`.
-        num_listed: At most so many documents in each of the two lists. Those shorter than 200 bytes are not listed,
-            or than half of the documents where that is less: a few words swing by whole bits per byte.
+        num_listed: At most so many documents in each of the two lists. Documents of less than 200 bytes are not
+            listed, or of less than the median where that is smaller.
 
     Raises:
         ValueError: An nll is not finite.
@@ -175,19 +176,19 @@ def compare_documents(
 def sign_flip_p_value(differences: np.ndarray, *, num_flips: int = 10_000, seed: int = 0) -> float:
     """Two-sided p-value of the paired permutation (sign-flip) test that two models do equally well.
 
-    Were the models exchangeable, each document's difference could as well have the other sign; the p-value is the share
-    of sign patterns whose corpus difference is at least as large as the observed one. The statistic is the sum of the
-    differences, which over the bytes, the same under every pattern, is the difference in bits per byte. (Fisher 1935,
-    "The Design of Experiments", section 21; in language processing Dror et al. 2018, P18-1128, section 3.2.)
+    If the models were exchangeable, each document's difference could as well have the other sign. The p-value is the
+    share of sign patterns whose corpus difference is at least as large as the observed one. The statistic is the sum of
+    the differences; divided by the bytes, which no pattern changes, it is the difference in bits per byte (Fisher 1935,
+    "The Design of Experiments", section 21; in language processing Dror et al. 2018, P18-1128, section 3.2).
 
-    Up to 16 documents that differ, all patterns are counted. Above that `num_flips` are drawn, and the observed one is
-    counted among them, (1 + k) / (1 + num_flips): never zero, and never too small (Phipson and Smyth 2010,
+    Up to 16 documents that differ, all patterns are counted. Above that `num_flips` of them are drawn, and the observed
+    one is counted among them: (1 + k) / (1 + num_flips) is never zero, and never too small (Phipson and Smyth 2010,
     arXiv:1603.05766).
 
     Args:
-        differences: One a document, float64; zeros change nothing.
-        num_flips: Random patterns.
-        seed: Of the patterns.
+        differences: One per document, float64; zeros change nothing.
+        num_flips: Number of random patterns.
+        seed: Decides which patterns are drawn.
     """
     values = np.asarray(differences, np.float64)
     values = values[values != 0]

@@ -70,7 +70,7 @@ class CompressedText:
         missing = [place for place, key in self._keys.items() if key not in self._known]
         self._found: dict[tuple[str, str], AsyncResult[int]] = {}
         if missing:
-            # Its threads end with the process: whoever interrupts an evaluation does not wait for a compressor.
+            # The pool's threads end with the process, so that an interrupted evaluation does not wait for them.
             pool = ThreadPool(min(len(missing), max(1, usable_cores() // 2)))
             self._prime = pool.apply_async(prime) if any(part != "text" for _, part in missing) else None
             self._found = {place: pool.apply_async(self._size, place) for place in missing}

@@ -1,8 +1,8 @@
 """How near a model's continuations come to the text that really follows: chrF, BLEU, ROUGE-L, and how varied they are.
 
-Held-out documents are cut at a word boundary, the caller's model continues the first part, and what it wrote is held
-against the second. Open continuation has many right answers, so the figures are low for every model and say little
-alone. Beside them stands a floor: what the real text of *another* document would have scored in the same place.
+Held-out documents are cut at a word boundary, the caller's model continues the first part, and what it wrote is
+compared with the second. Open continuation has many right answers, so the figures are low for every model and say
+little alone. They are given with a floor: what the real text of *another* document scores in the same place.
 """
 
 from __future__ import annotations
@@ -86,9 +86,9 @@ class ContinuationScores:
     Attributes:
         floor: Scores of the real continuation of another document in each one's place, the same for every model. Its
             distinct-n and repeated 4-grams are those of real text. None for a single cut.
-        signatures: Of `chrf`, `bleu` and `rouge_l`: figures of other signatures are not comparable.
+        signatures: How `chrf`, `bleu` and `rouge_l` were computed; figures of other signatures are not comparable.
         num_continuations: Cuts scored; num_too_short and num_repeated are those of `Cuts`.
-        seed: Of the floor, and of the cuts where `continuation_measures` made them.
+        seed: Decided the floor, and the cuts where `continuation_measures` made them.
     """
 
     scores: TextScores

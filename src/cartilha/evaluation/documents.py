@@ -15,8 +15,8 @@ from cartilha.errors import UserError
 from cartilha.tokens.byte_level import token_bytes
 from cartilha.tokens.tokenizer import TextTokenizer
 
-SUBSET_SEED = 20_01  # of the hash order in which validation subsets are chosen; never changed
-MAX_DOMAINS = 200  # figures are given for the largest; a column with a value for each document is no domain
+SUBSET_SEED = 20_01  # decides the hash order in which validation subsets are chosen; never changed
+MAX_DOMAINS = 200  # figures are given for the largest ones, since a column may have a value for each document
 MAX_DOMAIN_CHARS = 100
 NOTHING_TO_SCORE = "There are no documents to score; give --input with text, or a store with validation documents."
 
@@ -29,10 +29,10 @@ class ScoredDocuments:
         ids: Token ids, cut to the protocol's first tokens; empty once the documents have been scored.
         num_tokens: Tokens to score, int64.
         num_bytes: UTF-8 bytes of the scored tokens, int64.
-        num_chars: Characters that the scored tokens hold or begin, int64; likewise num_words.
+        num_chars: Characters that the scored tokens hold or begin, int64; `num_words` counts words in the same way.
         round_trips: Whether decode(encode(text)) = text; the others are left out of byte, character and word figures.
         doc_ids: Names for messages and tables.
-        text_hashes: Of the whole texts.
+        text_hashes: Hashes of the whole texts.
         num_empty: Documents without any token, skipped.
         corpus_hash: Over the text hashes in order: the same corpus under any tokenizer.
         kept: Indices of these documents among those that were given (the others were empty).
@@ -100,7 +100,7 @@ def encode_documents(
     hashes = [document.text_hash for document in documents]
     encoded = tokenizer.encode([document.text for document in documents])
     decoded = tokenizer.decode_batch(encoded)
-    # A text of which the tokenizer keeps nothing is not empty: it is lost, and counted among those.
+    # A text of which the tokenizer keeps nothing is not empty but lost, and is counted as such.
     kept = [i for i, ids in enumerate(encoded) if len(ids) or documents[i].text]
     if not any(len(ids) for ids in encoded) and not allow_empty:
         raise UserError(NOTHING_TO_SCORE)
@@ -132,7 +132,7 @@ def encode_documents(
 def _num_bytes(tokenizer: TextTokenizer, ids: np.ndarray) -> int:
     """UTF-8 bytes that the first tokens of a text stand for, those of an incomplete character at the end included.
 
-    A part of a character is decoded as U+FFFD, which a text may hold of its own: tokens that end so are counted by
+    A part of a character is decoded as U+FFFD, which the text itself may hold, too: tokens that end so are counted by
     their spelling.
     """
     past, num_bytes = len(ids), 0
@@ -144,14 +144,14 @@ def _num_bytes(tokenizer: TextTokenizer, ids: np.ndarray) -> int:
 
 
 def _begun_text(text: bytes, num_bytes: int) -> str:
-    """The first bytes of a text, and the rest of the character that they end in."""
+    """The first bytes of a text, with the rest of the character that they end in."""
     while num_bytes < len(text) and text[num_bytes] & 0xC0 == 0x80:
         num_bytes += 1
     return text[:num_bytes].decode("utf-8")
 
 
 def by_domain(domains: Sequence[str]) -> dict[str, list[int]]:
-    """The numbers of each domain's documents, by the domain's name; of a long name its beginning counts."""
+    """The numbers of each domain's documents, by the domain's name; long names are cut."""
     numbers: dict[str, list[int]] = {}
     for number, domain in enumerate(domains):
         numbers.setdefault(domain[:MAX_DOMAIN_CHARS], []).append(number)

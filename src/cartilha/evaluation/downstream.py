@@ -44,11 +44,13 @@ def _is_file(task: str) -> bool:
 
 
 def run_tasks(loaded: LoadedModel, tokenizer: TextTokenizer, tasks: Sequence[str]) -> dict[str, Any] | None:
-    """The harness's metrics by task, or None where no task was asked for.
+    """The harness's metrics by task, or None without tasks.
+
+    The model's attention is switched to transformers' own meanwhile, and back.
 
     Args:
-        loaded: The model; its attention is switched to transformers' own for the time, and back.
-        tokenizer: Its tokenizer.
+        loaded: The model.
+        tokenizer: The model's own.
         tasks: Names of the harness's tasks or YAML files, already checked.
 
     Raises:
@@ -61,7 +63,7 @@ def run_tasks(loaded: LoadedModel, tokenizer: TextTokenizer, tasks: Sequence[str
     from lm_eval.models.huggingface import HFLM
     from transformers import PreTrainedTokenizerFast
 
-    # That a model is given as an object, as here, is no news; nor is "fatal: not a git repository".
+    # Two messages that mean nothing here: a model is given as an object, and "fatal: not a git repository".
     logging.getLogger("lm_eval.models.huggingface").setLevel(logging.ERROR)
     lm_eval.evaluator.get_git_commit_hash = str
     names = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}

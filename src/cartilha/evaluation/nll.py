@@ -31,7 +31,7 @@ class _Placed:
 
 @dataclass(frozen=True)
 class TokenRows:
-    """Scores of the tokens of one forward pass, for those who want each of them; shape (num_tokens,) each.
+    """Scores of the tokens of one forward pass; each array has the shape (num_tokens,) unless it says otherwise.
 
     Attributes:
         document: Index of the token's document; `position` is the token's in it, from 0.
@@ -61,9 +61,9 @@ class DocumentScores:
     """What scoring found.
 
     Attributes:
-        nll: Of each document, nats, float64, shape (num_documents,).
+        nll: Nats of each document, float64, shape (num_documents,).
         unused_mass: Sum over all tokens of the probability of rows that no token uses; None where it was not measured.
-        position_nll: Sums of nll by the token's position in its document: bins [edge, next edge), last one open.
+        position_nll: Sums of nll by the token's position in its document: bins [edge, next edge), the last one open.
         position_tokens: Tokens in each bin.
     """
 

@@ -1,4 +1,4 @@
-"""Evaluations on disk: one row a document (for `compare`), one row a token (for the report and the explorer)."""
+"""Evaluations on disk: a row per document (for `compare`), or a row per token (for the report and the explorer)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from cartilha.errors import UserError
 from cartilha.storage import new_file, refuse_lfs_pointer, to_json
 
-if TYPE_CHECKING:  # they import torch, and a missing file is to be named before that
+if TYPE_CHECKING:  # these import torch, and a missing file is named before that
     from cartilha.evaluation.documents import ScoredDocuments
     from cartilha.evaluation.nll import TokenRows
 
@@ -95,7 +95,7 @@ def load_evaluation(path: Path) -> SavedEvaluation:
         record = json.loads(table.schema.metadata[METADATA_KEY])
         columns = [table[name] for name in DOCUMENT_SCHEMA.names]
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-        # Not with this path: it may hold something dear.
+        # The message does not suggest this path, since the file may hold something valuable.
         raise UserError(f"{path} is no saved evaluation; write one with: cartilha evaluate --save FILE") from error
     is_text = [pa.types.is_string(field.type) for field in DOCUMENT_SCHEMA]
     values = [column.to_pylist() if text else column.to_numpy() for column, text in zip(columns, is_text, strict=True)]

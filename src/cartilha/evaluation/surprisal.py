@@ -1,7 +1,7 @@
 """Surprisal of every token of a few documents at each evaluation of a run: surprisal.parquet, for the report.
 
-Scored by the same code and protocol as the figures. A document's first tokens have the same left context whether the
-rest is scored or not, so only they are kept: some tens of kilobytes an evaluation.
+The tokens are scored by the same code and protocol as the figures. A document's first tokens have the same left context
+whether the rest is scored or not, so only they are kept: some tens of kilobytes per evaluation.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from cartilha.storage import new_file
 from cartilha.tokens.tokenizer import TextTokenizer
 
 NUM_DOCUMENTS = 4
-MAX_TOKENS = 160  # of each: what a reader takes in
+MAX_TOKENS = 160  # of each document: as much as a reader takes in
 LEAST_TOKENS = 24  # a shorter text shows little, and is taken only where there are no longer ones
 NUM_LIKELIEST = 5
 
