@@ -354,4 +354,4 @@ def test_a_text_of_which_the_tokenizer_keeps_nothing_is_lost_not_empty():
     assert scored.num_tokens.tolist() == [300, 0] and scored.num_empty == 1
     result = evaluate(scored, [300.0, 0.0])
     assert result.lost == ("texto-1",) and result.num_lost == 1
-    assert result.byte_total.num_bytes == 300 and result.macro.loss == 1.0
+    assert result.byte_total.num_bytes == 300 and result.macro["loss"] == 1.0

@@ -21,35 +21,14 @@ from cartilha.evaluation.windows import Protocol
 MAX_LOST_BYTES = 0.01  # above this share of bytes that do not round-trip, byte figures would not mean the corpus
 INTERVAL_LEVEL = 0.95
 
+Figures = Mapping[str, float | None]
+
 
 def sum_documents(documents: ScoredDocuments, nll: np.ndarray, chosen: np.ndarray) -> Sums:
     """Sums over the chosen documents (their indices)."""
-    return Sums(
-        nll=math.fsum(nll[chosen]),
-        num_tokens=int(documents.num_tokens[chosen].sum()),
-        num_bytes=int(documents.num_bytes[chosen].sum()),
-        num_chars=int(documents.num_chars[chosen].sum()),
-        num_words=int(documents.num_words[chosen].sum()),
-        num_documents=len(chosen),
-    )
-
-
-@dataclass(frozen=True)
-class Macro:
-    """Means over documents, each document counting alike: what the typical document costs, short ones included.
-
-    Attributes:
-        loss: Mean of the documents' s_d / n_d, nats per token; the perplexity is its exponential, taken once.
-        bits_per_byte: Mean of the documents' bits per byte (of those that round-trip).
-    """
-
-    loss: float
-    bits_per_byte: float
-
-    @property
-    def perplexity(self) -> float:
-        """Exp of the mean loss; perplexities of documents are never averaged."""
-        return perplexity(self.loss)
+    counted_of_each = ("num_tokens", "num_bytes", "num_chars", "num_words")
+    counts = {name: int(getattr(documents, name)[chosen].sum()) for name in counted_of_each}
+    return Sums(nll=math.fsum(nll[chosen]), **counts, num_documents=len(chosen))
 
 
 @dataclass(frozen=True)
@@ -62,6 +41,7 @@ class Evaluation:
         corpus_hash: Over the documents' text hashes.
         total: Over all documents.
         byte_total: Over the documents that survive decode(encode(text)); byte, character and word figures use these.
+        macro: Means over documents, each counting alike: what the typical document costs, short ones included.
         interval: 95 % bootstrap interval of the bits per byte.
         domains: Sums over the documents of each domain, largest first; `MAX_DOMAINS` of `num_domains` at most.
         positions: Mean loss by the token's position in its document.
@@ -79,13 +59,13 @@ class Evaluation:
     corpus_hash: str
     total: Sums
     byte_total: Sums
-    macro: Macro
+    macro: Figures
     interval: Interval
     domains: Mapping[str, Sums]
     num_domains: int
     positions: tuple[dict[str, float], ...]
     unused_rows_mass: float | None
-    baselines: Mapping[str, Mapping[str, float | None]]
+    baselines: Mapping[str, Figures]
     num_lost: int
     lost: tuple[str, ...]
     num_empty: int
@@ -111,29 +91,21 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """The record that `evaluate --json`, results.json and the report carry."""
-        meant = self.bytes_are_meant
         return {
             "model": self.model,
             "protocol": {**asdict(self.protocol), "hash": self.protocol.hash},
             "corpus_hash": self.corpus_hash,
             "loss": self.total.loss,
             **{measure.key: self._measured(measure) for measure in MEASURES},
-            "bits_per_byte_interval": self.interval.bounds if meant else None,
+            "bits_per_byte_interval": self.interval.bounds if self.bytes_are_meant else None,
             **self.total.counts,
             "num_documents_lost": self.num_lost,
             "documents_lost": list(self.lost),
             "num_documents_empty": self.num_empty,
-            "macro": {
-                "loss": self.macro.loss,
-                "perplexity": self.macro.perplexity,
-                "bits_per_byte": self.macro.bits_per_byte if meant else None,
-            },
+            "macro": self._shown(self.macro),
             "unused_rows_mass": self.unused_rows_mass,
-            "baselines": {
-                name: {**values, "bits_per_byte": values["bits_per_byte"] if meant else None}
-                for name, values in self.baselines.items()
-            },
-            "domains": {name: self._domain(sums) for name, sums in self.domains.items()},
+            "baselines": {name: self._shown(figures) for name, figures in self.baselines.items()},
+            "domains": {name: self._shown(_domain_figures(sums)) for name, sums in self.domains.items()},
             "num_domains": self.num_domains,
             "positions": list(self.positions),
             "notes": list(self.notes),
@@ -146,14 +118,13 @@ class Evaluation:
             return float(getattr(self.total, measure.key))
         return float(getattr(self.byte_total, measure.key)) if self.bytes_are_meant else None
 
-    def _domain(self, sums: Sums) -> dict[str, float | None]:
-        return {
-            "perplexity": sums.perplexity,
-            "bits_per_byte": sums.bits_per_byte if self.bytes_are_meant else None,
-            "num_tokens": sums.num_tokens,
-            "num_bytes": sums.num_bytes,
-            "num_documents": sums.num_documents,
-        }
+    def _shown(self, figures: Figures) -> dict[str, float | None]:
+        return {**figures, "bits_per_byte": figures["bits_per_byte"] if self.bytes_are_meant else None}
+
+
+def _domain_figures(sums: Sums) -> Figures:
+    names = ("perplexity", "bits_per_byte", "num_tokens", "num_bytes", "num_documents")
+    return {name: getattr(sums, name) for name in names}
 
 
 def make_evaluation(
@@ -161,7 +132,7 @@ def make_evaluation(
     documents: ScoredDocuments,
     scores: DocumentScores,
     seconds: float,
-    baselines: Mapping[str, Mapping[str, float | None]] | None = None,
+    baselines: Mapping[str, Figures] | None = None,
 ) -> Evaluation:
     """The figures of one model.
 
@@ -198,11 +169,13 @@ def make_evaluation(
     return replace(evaluation, notes=tuple(_notes(evaluation)))
 
 
-def _macro(documents: ScoredDocuments, nll: np.ndarray, kept: np.ndarray) -> Macro:
+def _macro(documents: ScoredDocuments, nll: np.ndarray, kept: np.ndarray) -> Figures:
+    """The perplexity is the exponential of the mean loss, taken once: perplexities of documents are never averaged."""
     scored = documents.num_tokens > 0
-    bits = nll[kept] / (documents.num_bytes[kept] * math.log(2))
     loss = float(np.mean(nll[scored] / documents.num_tokens[scored]))
-    return Macro(loss, float(np.mean(bits)) if len(bits) else math.nan)
+    bits = nll[kept] / (documents.num_bytes[kept] * math.log(2))
+    bits_per_byte = float(np.mean(bits)) if len(bits) else math.nan
+    return {"loss": loss, "perplexity": perplexity(loss), "bits_per_byte": bits_per_byte}
 
 
 def _interval(documents: ScoredDocuments, nll: np.ndarray, kept: np.ndarray) -> Interval:
