@@ -298,7 +298,7 @@ def test_documents_in_scores_out() -> None:
         continuation_measures(
             corpus, lambda given: [text + " mais" for text in given], 8, 3, prompt_words=5, reference_words=4
         )
-    with pytest.raises(AssertionError, match="one continuation a prompt"):
+    with pytest.raises(AssertionError, match="one continuation per prompt"):
         continuation_measures(corpus, lambda given: given[1:], 8, 3, prompt_words=5, reference_words=4)
 
 
