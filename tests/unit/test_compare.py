@@ -177,7 +177,7 @@ def test_documents_without_bytes_are_allowed():
 @pytest.mark.parametrize(
     ("numerator", "denominator", "level", "message"),
     [
-        ([1.0, 2.0], [1], 0.95, "one number a document"),
+        ([1.0, 2.0], [1], 0.95, "one number per document"),
         ([], [], 0.95, "sum to zero"),
         ([1.0, math.nan], [1, 1], 0.95, "finite"),
         ([1.0, 1.0], [0, 0], 0.95, "sum to zero"),

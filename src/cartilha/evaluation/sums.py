@@ -47,7 +47,7 @@ class Sums:
     @property
     def perplexity(self) -> float:
         """exp(S / N): the token perplexity."""
-        return perplexity(self.loss)
+        return perplexity(self.loss) if self.num_tokens else math.nan
 
     @property
     def word_perplexity(self) -> float:
