@@ -10,7 +10,8 @@ import numpy as np
 from cartilha.evaluation.sums import perplexity
 from cartilha.reporting import tables
 from cartilha.reporting.chart import Axis, Figure, Floats, Series, smooth, thin
-from cartilha.reporting.results import RecordedEvaluation, RecordedRun
+from cartilha.reporting.lenient import Record
+from cartilha.reporting.results import RecordedRun
 from cartilha.reporting.wording import Wording
 
 SMALL = (460, 260)  # width and height of the drawings that stand two in a row
@@ -66,16 +67,16 @@ def _loss(run: RecordedRun, say: Wording) -> Figure | None:
     return Figure("loss", say("loss_chart"), series, count_axis(say("step"), say), loss_axis(say), legend)
 
 
-def _comparable(evaluations: Iterable[RecordedEvaluation]) -> list[list[RecordedEvaluation]]:
+def _comparable(evaluations: Iterable[Record]) -> list[list[Record]]:
     """Evaluations with a perplexity, grouped by protocol and text: a line joins only comparable ones."""
-    groups: dict[Hashable, list[RecordedEvaluation]] = {}
+    groups: dict[Hashable, list[Record]] = {}
     for evaluation in evaluations:
         if (evaluation.perplexity or 0) > 0:
             groups.setdefault(evaluation.measured_on, []).append(evaluation)
     return list(groups.values())
 
 
-def _validation(group: Sequence[RecordedEvaluation], say: Wording) -> Series:
+def _validation(group: Sequence[Record], say: Wording) -> Series:
     losses = [math.log(one.perplexity or 1) for one in group]
     tips = [
         say(
@@ -109,13 +110,13 @@ def _positions(run: RecordedRun, say: Wording) -> Figure | None:
     """Loss by the token's position in its document; the bins double in size and are drawn at even distances."""
     lines = [("before", "before", run.before), ("validation", "after", run.after)]
     found = [(kind, word, one.positions) for kind, word, one in lines if one and one.positions]
-    begins = sorted({row.begin for _, _, rows in found for row in rows})
+    begins = sorted({begin for _, _, losses in found for begin in losses})
     if not begins:
         return None
     series = []
-    for kind, _, rows in found:
-        tips = [say("position_tip", position=say.number(row.begin), loss=say.number(row.loss, 3)) for row in rows]
-        series.append(Series(kind, [begins.index(row.begin) for row in rows], [row.loss for row in rows], tips))
+    for kind, _, losses in found:
+        tips = [say("position_tip", position=say.number(at), loss=say.number(loss, 3)) for at, loss in losses.items()]
+        series.append(Series(kind, [begins.index(begin) for begin in losses], list(losses.values()), tips))
     names = [(place, say.number(begin)) for place, begin in enumerate(begins)]
     x, y = Axis(say("position_axis"), say.number, names=names), loss_axis(say)
     legend = [(kind, say(word)) for kind, word, _ in found]
@@ -136,7 +137,7 @@ def _measured(
     if not len(y):
         return None
     series, legend = [Series("train", thin(x), thin(y / unit))], []
-    if planned := getattr(run.plan, field, None):
+    if planned := vars(run.plan).get(field):
         series.append(Series("plan", [x[0], x[-1]], [planned / unit, planned / unit]))
         legend = [("train", say("legend_measured")), ("plan", say("legend_plan"))]
     y_axis = Axis(say(f"{field}_axis", **of_label), say.number, from_zero=True)

@@ -13,7 +13,6 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,9 @@ from markupsafe import Markup
 from cartilha.reporting import tables
 from cartilha.reporting.chart import run_styles
 from cartilha.reporting.figures import run_figures
+from cartilha.reporting.lenient import Record
 from cartilha.reporting.pages import PACKAGE, environment, template_file
-from cartilha.reporting.results import DomainFigures, RecordedPlan, RecordedRun
+from cartilha.reporting.results import DOMAIN, RecordedRun
 from cartilha.reporting.samples import SampleSeries, sample_series, steps_of
 from cartilha.reporting.several import load_runs, overlaid_figures
 from cartilha.reporting.surprisal import MAX_STEPS, page_data
@@ -127,18 +127,18 @@ def _sample_data(series: Sequence[SampleSeries], max_bytes: int) -> dict[str, An
     return found if len(steps) > 1 and _fits(found, max_bytes) else {"steps": [], "texts": []}
 
 
-def domain_rows(run: RecordedRun) -> list[tuple[str, DomainFigures, DomainFigures]]:
+def domain_rows(run: RecordedRun) -> list[tuple[str, Record, Record]]:
     """Each domain's name, its figures before training where they may be compared, and the last ones."""
     before, after = run.before, run.after
-    known = before.domains if before and after and before.comparable_with(after) else {}
+    known = before.domains if before and after and before.measured_on == after.measured_on else {}
     last = after or before
     shown = list(last.domains.items())[:MAX_DOMAINS] if last else []
-    return [(name, known.get(name, DomainFigures()), figures) for name, figures in shown]
+    return [(name, known.get(name, DOMAIN({})), figures) for name, figures in shown]
 
 
 def plan_rows(run: RecordedRun, say: Wording) -> list[tuple[str, str, str]]:
     """What, planned, measured; empty where nothing was planned."""
-    plan = run.plan or RecordedPlan()
+    plan = run.plan
     rows = (
         ("plan_memory", say.size, plan.memory_bytes, run.memory_bytes),
         ("plan_speed", say.number, plan.tokens_per_second, run.tokens_per_second),
@@ -152,9 +152,9 @@ def provenance(run: RecordedRun, say: Wording) -> list[tuple[str, list[tuple[str
     """Titled groups of keys and values; the keys are those of the records, so that a reader can search for them."""
     last = run.after or run.before
     groups: dict[str, Mapping[str, Any]] = {
-        "group_settings": asdict(run.settings),
-        "group_corpus": {**asdict(run.corpus), **asdict(run.packing)},
-        "group_protocol": asdict(last.protocol) if last else {},
+        "group_settings": vars(run.settings),
+        "group_corpus": {**vars(run.corpus), **vars(run.packing)},
+        "group_protocol": vars(last.protocol) if last else {},
         "group_machine": run.machine,
         "group_versions": run.versions,
     }

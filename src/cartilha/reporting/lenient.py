@@ -1,19 +1,24 @@
-"""Typed values from files that anything may have written: a value of another type counts as absent."""
+"""Values from files that anything may have written: a value of another type counts as absent.
+
+A reader is a function from any value to one of its type, or to None or something empty.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import fields, is_dataclass
-from functools import cache, partial
+from collections.abc import Callable
 from pathlib import Path
-from types import UnionType
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from types import SimpleNamespace
+from typing import Any
 
 from cartilha.errors import counted
 from cartilha.storage import parse_json
 
-T = TypeVar("T")
+Reader = Callable[[Any], Any]
+
+
+class Record(SimpleNamespace):
+    """An object of a JSON file, with its keys as attributes."""
 
 
 def number(value: Any) -> float | None:
@@ -34,61 +39,39 @@ def text(value: Any) -> str | None:
 
 
 def mapping(value: Any) -> dict[str, Any]:
-    """A mapping with its keys as texts; empty if the value is no mapping."""
-    return {str(key): item for key, item in value.items()} if isinstance(value, dict) else {}
+    """A mapping; empty if the value is none."""
+    return value if isinstance(value, dict) else {}
 
 
 def items(value: Any) -> list[Any]:
-    """A list; empty if the value is no list."""
+    """A list; empty if the value is none."""
     return value if isinstance(value, list) else []
 
 
-def interval(value: Any) -> tuple[float, float] | None:
+def interval(value: Any) -> tuple[float, ...] | None:
     """Two finite bounds."""
-    bounds = [number(bound) for bound in items(value)]
-    if len(bounds) != 2 or bounds[0] is None or bounds[1] is None:
-        return None
-    return bounds[0], bounds[1]
+    bounds = many(number)(value)
+    return bounds if len(bounds) == len(items(value)) == 2 else None
 
 
-_PLAIN = {int: integer, float: number, str: text, Any: lambda value: value, tuple[float, float]: interval}
+def record(**readers: Reader) -> Callable[[Any], Record]:
+    """A reader of objects with these keys; a value that is no object counts as an empty one."""
+
+    def read(value: Any) -> Record:
+        found = mapping(value)
+        return Record(**{key: reader(found.get(key)) for key, reader in readers.items()})
+
+    return read
 
 
-def fill(cls: type[T], raw: Any, **ready: Any) -> T:
-    """A record from a mapping, each field read by its declared type: None or empty if there is no such value.
-
-    Args:
-        cls: A dataclass of numbers, texts, other such dataclasses, and tuples or mappings of them.
-        raw: Any value; one that is no mapping counts as an empty mapping.
-        ready: Fields whose values are given and not read.
-    """
-    source = raw if isinstance(raw, dict) else {}
-    types = _types(cls)  # type: ignore[arg-type]
-    return cls(**{name: _reader(types[name])(source.get(name)) for name in types if name not in ready}, **ready)
+def many(reader: Reader) -> Callable[[Any], tuple[Any, ...]]:
+    """A reader of lists of such values, which leaves out those that are absent."""
+    return lambda value: tuple(found for item in items(value) if (found := reader(item)) is not None)
 
 
-@cache
-def _types(cls: Any) -> dict[str, Any]:
-    hints = get_type_hints(cls)
-    return {item.name: hints[item.name] for item in fields(cls)}
-
-
-@cache
-def _reader(wanted: Any) -> Callable[[Any], Any]:
-    """The function that reads a value of that type."""
-    origin, arguments = get_origin(wanted), get_args(wanted)
-    if isinstance(wanted, type) and is_dataclass(wanted):
-        return partial(fill, wanted)
-    if origin is UnionType:  # `X | None`
-        read = _reader(arguments[0])
-        return (lambda value: read(value) if isinstance(value, dict) else None) if is_dataclass(arguments[0]) else read
-    if origin is Mapping:
-        read = _reader(arguments[1])
-        return lambda value: {key: read(item) for key, item in mapping(value).items()}
-    if origin is tuple and arguments[1] is Ellipsis:
-        read = _reader(arguments[0])
-        return lambda value: tuple(found for item in items(value) if (found := read(item)) is not None)
-    return _PLAIN[wanted]
+def by_name(reader: Reader) -> Callable[[Any], dict[str, Any]]:
+    """A reader of objects with any keys and such values."""
+    return lambda value: {key: reader(item) for key, item in mapping(value).items()}
 
 
 def read_text(path: Path, missing: list[str]) -> str | None:

@@ -1,22 +1,32 @@
-"""What a run directory says, as typed records.
+"""What a run directory says, read leniently: the report matters most for a run that was killed or still goes on.
 
-The files are read leniently, because the report matters most for a run that was killed or still goes on. What is absent
-or unreadable becomes None or empty, and `RecordedRun.missing` names it; only a path that is no run at all is refused.
+What is absent or unreadable becomes None or empty, and `RecordedRun.missing` names it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from cartilha.errors import UserError
-from cartilha.reporting.lenient import fill, integer, items, mapping, number, read_lines, read_object, read_text, text
-from cartilha.reporting.surprisal import Surprisal, read_surprisal
+from cartilha.reporting.lenient import (
+    Record,
+    by_name,
+    integer,
+    interval,
+    items,
+    many,
+    mapping,
+    number,
+    read_lines,
+    read_object,
+    read_text,
+    record,
+    text,
+)
+from cartilha.reporting.surprisal import read_surprisal
 
 FORMAT_VERSION = 1
 RUN_FILES = ("results.json", "metrics.jsonl", "samples.jsonl", "config.yaml")
@@ -24,250 +34,129 @@ EXPECTED_KEYS = ("status", "settings", "corpus", "packing", "epochs", "evaluatio
 STATUSES = ("running", "finished", "interrupted", "out_of_memory", "failed")
 
 
-@dataclass(frozen=True)
-class RecordedSettings:
-    """What was asked of the training; `blocks_per_step` is the batch of the results table."""
+SETTINGS = record(
+    model=text,
+    store=text,
+    block_size=integer,
+    epochs=integer,
+    max_steps=integer,
+    num_steps=integer,
+    batch_tokens=integer,
+    blocks_per_step=integer,
+    micro_batch_size=integer,
+    lr=number,
+    seed=integer,
+    dtype=text,
+    device=text,
+)
+CORPUS = record(
+    num_train_documents=integer,
+    num_train_tokens=integer,
+    num_validation_documents=integer,
+    num_validation_tokens=integer,
+    train_hash=text,
+    validation_hash=text,
+    tokenizer_fingerprint=text,
+)
+STEP = record(step=integer, loss=number, lr=number, tokens_per_second=number, memory_bytes=integer)
+PROTOCOL = record(name=text, window=integer, stride=integer, prefix_id=integer, dtype=text, hash=text)
+CHANGE = record(
+    doc_id=text,
+    domain=text,
+    begins=text,
+    num_bytes=integer,
+    bits_per_byte_first=number,
+    bits_per_byte_second=number,
+)
+COMPARISON = record(
+    steps=many(integer),
+    bits_per_byte_difference=number,
+    bits_per_byte_difference_interval=interval,
+    p_value=number,
+    share_improved=number,
+    num_documents=integer,
+    gained_most=many(CHANGE),
+    lost_most=many(CHANGE),
+)
+DOMAIN = record(perplexity=number, bits_per_byte=number, num_documents=integer, num_bytes=integer)
 
-    model: str | None = None
-    store: str | None = None
-    block_size: int | None = None
-    epochs: int | None = None
-    max_steps: int | None = None
-    num_steps: int | None = None
-    batch_tokens: int | None = None
-    blocks_per_step: int | None = None
-    micro_batch_size: int | None = None
-    lr: float | None = None
-    seed: int | None = None
-    dtype: str | None = None
-    device: str | None = None
+
+def _positions(value: Any) -> dict[int, float]:
+    """The mean loss of the tokens from each position in their documents up to the next."""
+    rows = [(integer(row.get("from")), number(row.get("loss"))) for row in map(mapping, items(value))]
+    return {begin: loss for begin, loss in rows if begin is not None and loss is not None}
+
+
+EVALUATION = record(
+    step=integer,
+    perplexity=number,
+    word_perplexity=number,
+    bits_per_byte=number,
+    bits_per_byte_interval=interval,
+    bits_per_char=number,
+    num_tokens=integer,
+    num_bytes=integer,
+    num_documents=integer,
+    seconds=number,
+    protocol=PROTOCOL,
+    baselines=by_name(by_name(number)),
+    domains=by_name(DOMAIN),
+    positions=_positions,
+)
+RUN = record(
+    name=text,
+    status=lambda value: value if value in STATUSES else "unknown",
+    error=text,
+    resumed_from_step=many(integer),
+    settings=SETTINGS,
+    corpus=CORPUS,
+    packing=record(num_blocks=integer, padding_share=number),
+    epochs=many(record(epoch=integer, train_loss=number, validation_loss=number, seconds=number)),
+    samples=many(record(step=integer, prompt=text, text=text, mode=text)),
+    comparison=lambda value: COMPARISON(value) if isinstance(value, dict) else None,
+    plan=record(micro_batch_size=integer, memory_bytes=integer, available_bytes=integer, tokens_per_second=number),
+    tokens_per_second=number,
+    memory_bytes=integer,
+    seconds=number,
+    notices=many(text),
+    machine=by_name(lambda value: value),
+    versions=by_name(lambda value: value),
+)
+
+
+class RecordedRun(Record):
+    """Everything that a run directory says: what `RUN` reads, and these.
+
+    Attributes:
+        path: The directory.
+        name: What the run is called; by default its directory's name.
+        status: One of `STATUSES`, or `unknown` if there is no `results.json`.
+        steps: In order of step; if a resumed run repeated a step, its later record.
+        evaluations: In order of step: those of `results.json`, and those that only `metrics.jsonl` has.
+        before, after: The latest evaluations before and after training began that may be compared; if there is no such
+            pair, the first and the last. `after` may be older than the last step. Either may be None.
+        surprisal: Some documents token by token, or None.
+        config: The text of `config.yaml`, or None.
+        missing: What was absent or unreadable, such as `samples.jsonl` or `results.json: epochs`.
+    """
 
     @property
     def batch(self) -> int | None:
         """Blocks per optimizer step."""
-        if self.blocks_per_step is None and self.batch_tokens and self.block_size:
-            return self.batch_tokens // self.block_size
-        return self.blocks_per_step
-
-
-@dataclass(frozen=True)
-class RecordedCorpus:
-    """Which text was trained on and which was held out."""
-
-    num_train_documents: int | None = None
-    num_train_tokens: int | None = None
-    num_validation_documents: int | None = None
-    num_validation_tokens: int | None = None
-    train_hash: str | None = None
-    validation_hash: str | None = None
-    tokenizer_fingerprint: str | None = None
-
-
-@dataclass(frozen=True)
-class Packing:
-    """Blocks per epoch, and the share of their positions that is padding."""
-
-    num_blocks: int | None = None
-    padding_share: float | None = None
-
-
-@dataclass(frozen=True)
-class RecordedEpoch:
-    """One line of the epoch table; losses in nats per token."""
-
-    epoch: int | None = None
-    train_loss: float | None = None
-    validation_loss: float | None = None
-    seconds: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class RecordedStep:
-    """One optimizer step of `metrics.jsonl`; `loss` in nats per token."""
-
-    step: int | None = None
-    loss: float | None = None
-    lr: float | None = None
-    tokens_per_second: float | None = None
-    memory_bytes: int | None = None
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A text that the model wrote at some step, its prompt included."""
-
-    step: int | None = None
-    prompt: str | None = None
-    text: str | None = None
-    mode: str | None = None
-
-
-@dataclass(frozen=True)
-class RecordedProtocol:
-    """How an evaluation was done; two figures may be compared only if the hashes agree."""
-
-    name: str | None = None
-    window: int | None = None
-    stride: int | None = None
-    prefix_id: int | None = None
-    dtype: str | None = None
-    hash: str | None = None
-
-
-@dataclass(frozen=True)
-class DomainFigures:
-    """The measures of one domain."""
-
-    perplexity: float | None = None
-    bits_per_byte: float | None = None
-    num_documents: int | None = None
-    num_bytes: int | None = None
-
-
-@dataclass(frozen=True)
-class PositionLoss:
-    """Mean loss (nats per token) of the tokens from a position in their documents up to the next record's."""
-
-    begin: int
-    loss: float
-
-
-@dataclass(frozen=True)
-class RecordedChange:
-    """A held-out document before and after; `begins` is its beginning."""
-
-    doc_id: str | None = None
-    domain: str | None = None
-    begins: str | None = None
-    num_bytes: int | None = None
-    bits_per_byte_first: float | None = None
-    bits_per_byte_second: float | None = None
-
-
-@dataclass(frozen=True)
-class RecordedComparison:
-    """The last evaluation against the one before training, document by document; `steps` are those of the two."""
-
-    steps: tuple[int, ...] = ()
-    bits_per_byte_difference: float | None = None
-    bits_per_byte_difference_interval: tuple[float, float] | None = None
-    p_value: float | None = None
-    share_improved: float | None = None
-    num_documents: int | None = None
-    gained_most: tuple[RecordedChange, ...] = ()
-    lost_most: tuple[RecordedChange, ...] = ()
-
-    @property
-    def step(self) -> int | None:
-        """The step of the later evaluation."""
-        return self.steps[-1] if self.steps else None
-
-
-@dataclass(frozen=True)
-class RecordedPlan:
-    """What the run was expected to take (plan.json)."""
-
-    micro_batch_size: int | None = None
-    memory_bytes: int | None = None
-    available_bytes: int | None = None
-    tokens_per_second: float | None = None
-
-
-@dataclass(frozen=True)
-class RecordedEvaluation:
-    """The measures of the model at one step, and what they were measured on."""
-
-    step: int | None = None
-    perplexity: float | None = None
-    word_perplexity: float | None = None
-    bits_per_byte: float | None = None
-    bits_per_byte_interval: tuple[float, float] | None = None
-    bits_per_char: float | None = None
-    num_tokens: int | None = None
-    num_bytes: int | None = None
-    num_documents: int | None = None
-    seconds: float | None = None
-    protocol: RecordedProtocol = field(default_factory=RecordedProtocol)
-    baselines: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
-    domains: Mapping[str, DomainFigures] = field(default_factory=dict)
-    positions: tuple[PositionLoss, ...] = ()
-
-    @property
-    def measured_on(self) -> Hashable:
-        """Protocol and amount of text; an evaluation without a recorded protocol shares them with no other."""
-        return (self.protocol.hash, self.num_documents, self.num_bytes) if self.protocol.hash else id(self)
-
-    def comparable_with(self, other: RecordedEvaluation) -> bool:
-        """Whether both scored the same amount of text by the same protocol, as far as recorded."""
-        return self.measured_on == other.measured_on
-
-
-@dataclass(frozen=True)
-class RecordedRun:
-    """Everything that a run directory says.
-
-    Attributes:
-        status: One of `STATUSES`, or `unknown` if there is no `results.json`.
-        steps: In order of step; if a resumed run repeated a step, its later record.
-        evaluations: In order of step: those of `results.json`, and those that only `metrics.jsonl` has.
-        config: The text of `config.yaml`.
-        missing: What was absent or unreadable, such as `samples.jsonl` or `results.json: epochs`.
-    """
-
-    path: Path
-    name: str
-    status: str = "unknown"
-    error: str | None = None
-    resumed_from_step: tuple[int, ...] = ()
-    settings: RecordedSettings = field(default_factory=RecordedSettings)
-    corpus: RecordedCorpus = field(default_factory=RecordedCorpus)
-    packing: Packing = field(default_factory=Packing)
-    epochs: tuple[RecordedEpoch, ...] = ()
-    evaluations: tuple[RecordedEvaluation, ...] = ()
-    steps: tuple[RecordedStep, ...] = ()
-    samples: tuple[Sample, ...] = ()
-    comparison: RecordedComparison | None = None
-    surprisal: Surprisal | None = None
-    plan: RecordedPlan | None = None
-    tokens_per_second: float | None = None
-    memory_bytes: int | None = None
-    seconds: float | None = None
-    notices: tuple[str, ...] = ()
-    machine: Mapping[str, Any] = field(default_factory=dict)
-    versions: Mapping[str, Any] = field(default_factory=dict)
-    config: str | None = None
-    missing: list[str] = field(default_factory=list)
-
-    @property
-    def before(self) -> RecordedEvaluation | None:
-        """The evaluation before step 1."""
-        return self._headline[0]
-
-    @property
-    def after(self) -> RecordedEvaluation | None:
-        """The last evaluation after training began; it may be older than the last step (see its `step`)."""
-        return self._headline[1]
+        settings = self.settings
+        blocks: int | None = settings.blocks_per_step
+        if blocks is None and settings.batch_tokens and settings.block_size:
+            return int(settings.batch_tokens // settings.block_size)
+        return blocks
 
     @property
     def device_name(self) -> str | None:
         """The device as people call it, else its type."""
         return text(self.machine.get("device_name")) or self.settings.device
 
-    @cached_property
-    def _headline(self) -> tuple[RecordedEvaluation | None, RecordedEvaluation | None]:
-        """The latest pair that may be compared; if there is none, the first and the last evaluation."""
-        before = [evaluation for evaluation in self.evaluations if not evaluation.step]
-        after = [evaluation for evaluation in self.evaluations if evaluation.step]
-        pairs = ((early, late) for late in reversed(after) for early in before if early.comparable_with(late))
-        return next(pairs, (before[0] if before else None, after[-1] if after else None))
-
 
 def load_run(path: str | Path) -> RecordedRun:
-    """Read a run directory, whatever state it is in.
-
-    Raises:
-        UserError: The path is no run directory, or a newer cartilha wrote it.
-    """
+    """Read a run directory, whatever state it is in; a UserError says that it is none, or of a newer cartilha."""
     directory = Path(path)
     if not directory.is_dir():
         raise UserError(f"There is no run directory {path}; give the --output directory of a `cartilha train`.")
@@ -277,25 +166,16 @@ def load_run(path: str | Path) -> RecordedRun:
     results = _read_results(directory, missing)
     metrics = read_lines(directory / "metrics.jsonl", missing)
     config = read_text(directory / "config.yaml", missing)
-    status = text(results.get("status"))
-    others: dict[str, Any] = {
-        "settings": results.get("settings") or _settings_of_config(config),
-        "samples": read_lines(directory / "samples.jsonl", missing),
-        "surprisal": read_surprisal(directory / "surprisal.parquet", missing),
-        "plan": read_object(directory / "plan.json", missing),
-    }
-    return fill(
-        RecordedRun,
-        {**results, **others},
-        path=directory,
-        name=text(results.get("name")) or directory.resolve().name,
-        status=status if status in STATUSES else "unknown",
-        evaluations=_evaluations(results, metrics),
-        steps=_steps(metrics),
-        surprisal=others["surprisal"],
-        config=config,
-        missing=missing,
-    )
+    results["settings"] = results.get("settings") or _settings_of_config(config)
+    results["samples"] = read_lines(directory / "samples.jsonl", missing)
+    surprisal = read_surprisal(directory / "surprisal.parquet", missing)
+    results["plan"] = read_object(directory / "plan.json", missing)
+    run = RecordedRun(path=directory, config=config, surprisal=surprisal, missing=missing, **vars(RUN(results)))
+    run.name = run.name or directory.resolve().name
+    run.steps = _steps(metrics)
+    run.evaluations = _evaluations(results, metrics)
+    run.before, run.after = _headline(run.evaluations)
+    return run
 
 
 def _read_results(directory: Path, missing: list[str]) -> dict[str, Any]:
@@ -321,23 +201,34 @@ def _settings_of_config(config: str | None) -> dict[str, Any]:
     return {**loaded, **mapping(loaded.get("train"))}
 
 
-def _steps(metrics: list[dict[str, Any]]) -> tuple[RecordedStep, ...]:
-    records = [fill(RecordedStep, line) for line in metrics if "evaluation" not in line]
+def _steps(metrics: list[dict[str, Any]]) -> list[Record]:
+    records = map(STEP, (line for line in metrics if "evaluation" not in line))
     by_step = {record.step: record for record in records if record.step is not None}
-    return tuple(by_step[step] for step in sorted(by_step))
+    return [by_step[step] for step in sorted(by_step)]
 
 
-def _evaluations(results: dict[str, Any], metrics: list[dict[str, Any]]) -> tuple[RecordedEvaluation, ...]:
-    found = [_evaluation(mapping(raw)) for raw in items(results.get("evaluations"))]
-    known = {evaluation.step for evaluation in found}
+def _evaluations(results: dict[str, Any], metrics: list[dict[str, Any]]) -> list[Record]:
     lines = [{**mapping(line["evaluation"]), "step": line.get("step")} for line in metrics if "evaluation" in line]
-    by_step = {evaluation.step: evaluation for evaluation in map(_evaluation, lines)}
-    found += [evaluation for step, evaluation in by_step.items() if step not in known]
-    return tuple(sorted(found, key=lambda evaluation: evaluation.step or 0))
+    found = list(map(evaluation, items(results.get("evaluations"))))
+    known = {one.step for one in found}
+    by_step = {one.step: one for one in map(evaluation, lines) if one.step not in known}
+    return sorted([*found, *by_step.values()], key=lambda one: one.step or 0)
 
 
-def _evaluation(raw: dict[str, Any]) -> RecordedEvaluation:
-    rows = [mapping(row) for row in items(raw.get("positions"))]
-    found = [(integer(row.get("from")), number(row.get("loss"))) for row in rows]
-    positions = [PositionLoss(begin, loss) for begin, loss in found if begin is not None and loss is not None]
-    return fill(RecordedEvaluation, raw, positions=tuple(positions))
+def evaluation(value: Any) -> Record:
+    """The measures of the model at one step, from the object that a run recorded.
+
+    Two evaluations may be compared if their `measured_on` are equal: protocol and amount of text. One without a
+    recorded protocol equals no other.
+    """
+    found = EVALUATION(value)
+    protocol = found.protocol.hash
+    found.measured_on = (protocol, found.num_documents, found.num_bytes) if protocol else object()
+    return found
+
+
+def _headline(evaluations: list[Record]) -> tuple[Record | None, Record | None]:
+    before = [evaluation for evaluation in evaluations if not evaluation.step]
+    after = [evaluation for evaluation in evaluations if evaluation.step]
+    pairs = ((one, last) for last in reversed(after) for one in before if one.measured_on == last.measured_on)
+    return next(pairs, (before[0] if before else None, after[-1] if after else None))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cartilha.reporting.results import Sample
+from cartilha.reporting.lenient import Record
 
 MAX_SAMPLE_CHARS = 8000
 
@@ -21,30 +21,32 @@ class ShownSample:
 
 @dataclass(frozen=True)
 class SampleSeries:
-    """What the model wrote for one prompt in one mode before training, last, and at every step in between."""
+    """What the model wrote for one prompt in one mode, in order of step."""
 
     prompt: str
     mode: str | None
-    before: ShownSample | None
-    after: ShownSample | None
-    texts: tuple[ShownSample, ...]
+    texts: list[ShownSample]
+
+    @property
+    def before(self) -> ShownSample | None:
+        """The text from before training: only one of step 0 counts."""
+        return next((text for text in self.texts if not text.step), None)
+
+    @property
+    def after(self) -> ShownSample | None:
+        """The last text, if it is not from before training."""
+        return self.texts[-1] if self.texts[-1].step else None
 
 
-def sample_series(samples: Sequence[Sample]) -> list[SampleSeries]:
-    """The texts of each prompt and mode, in the order in which the prompts appear.
-
-    Only a text of step 0 counts as one from before training.
-    """
-    grouped: dict[tuple[str, str | None], list[Sample]] = {}
+def sample_series(samples: Sequence[Record]) -> list[SampleSeries]:
+    """The texts of each prompt and mode, in the order in which the prompts appear."""
+    grouped: dict[tuple[str, str | None], list[ShownSample]] = {}
     for sample in samples:
-        grouped.setdefault((sample.prompt or "", sample.mode), []).append(sample)
-    series = []
-    for (prompt, mode), texts in grouped.items():
-        shown = sorted((_shown(sample) for sample in texts), key=lambda sample: sample.step or 0)
-        before = next((sample for sample in shown if not sample.step), None)
-        after = next((sample for sample in reversed(shown) if sample.step), None)
-        series.append(SampleSeries(prompt, mode, before, after, tuple(shown)))
-    return series
+        grouped.setdefault((sample.prompt or "", sample.mode), []).append(_shown(sample))
+    return [
+        SampleSeries(prompt, mode, sorted(texts, key=lambda text: text.step or 0))
+        for (prompt, mode), texts in grouped.items()
+    ]
 
 
 def steps_of(series: Sequence[SampleSeries]) -> list[int]:
@@ -52,12 +54,12 @@ def steps_of(series: Sequence[SampleSeries]) -> list[int]:
     return sorted({text.step or 0 for one in series for text in one.texts})
 
 
-def _shown(sample: Sample) -> ShownSample:
+def _shown(sample: Record) -> ShownSample:
     text = sample.text or ""
     prompt = (sample.prompt or "").rstrip()  # generation drops a prompt's last spaces
     if not text.startswith(prompt):
         prompt = ""
-    rest = text[len(prompt) :]
+    rest = text.removeprefix(prompt)
     if len(rest) > MAX_SAMPLE_CHARS:
         rest = rest[:MAX_SAMPLE_CHARS] + " […]"
     return ShownSample(sample.step, prompt, rest)

@@ -35,7 +35,9 @@ def load_runs(paths: Sequence[str | Path]) -> list[RecordedRun]:
         names = [
             "/".join(path.parts[-depth:]) if name in shared else name for name, path in zip(names, full, strict=True)
         ]
-    return [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
+    for run, name in zip(runs, names, strict=True):
+        run.name = name
+    return runs
 
 
 def overlaid_figures(runs: Sequence[RecordedRun], say: Wording) -> list[Figure]:
@@ -65,13 +67,8 @@ def _validations(group: Sequence[Member], say: Wording) -> Figure | None:
     """Bits per byte of runs that were measured by the same protocol on the same text."""
     series, (scale, axis) = [], _advance(group, say)
     for number, run in group:
-        last = tables.last(run)
-        points = [
-            (one.step or 0, one.bits_per_byte)
-            for one in run.evaluations
-            if one.bits_per_byte is not None
-            and (one.protocol.hash, one.num_bytes) == (last.protocol.hash, last.num_bytes)
-        ]
+        measured = [one for one in run.evaluations if one.measured_on == tables.last(run).measured_on]
+        points = [(one.step or 0, one.bits_per_byte) for one in measured if one.bits_per_byte is not None]
         tips = [say("run_tip", run=run.name, step=say.number(step), bits=say.bits(bits)) for step, bits in points]
         xs, ys = [step * scale(run) for step, _ in points], [bits for _, bits in points]
         series.append(Series(run_class(number), xs, ys, tips))
@@ -90,7 +87,7 @@ def _overlaid(figure: Figure, group: Sequence[Member]) -> Figure | None:
 
 def _advance(group: Sequence[Member], say: Wording) -> tuple[Callable[[RecordedRun], int], Axis]:
     """What a step counts on the horizontal axis: 1, or its tokens if the runs' steps differ in size."""
-    sizes = {run.path: (run.settings.batch or 0) * (run.settings.block_size or 0) for _, run in group}
+    sizes = {run.path: (run.batch or 0) * (run.settings.block_size or 0) for _, run in group}
     if len(set(sizes.values())) == 1 or 0 in sizes.values():
         return (lambda run: 1), count_axis(say("step"), say)
     return (lambda run: sizes[run.path]), count_axis(say("tokens_axis"), say)

@@ -11,29 +11,32 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-COLUMNS = ["step", "document", "doc_id", "position", "text", "nll", "rank"]
-LIKELIEST = ["likeliest_texts", "likeliest_probabilities"]
+COLUMNS = [
+    "step",
+    "document",
+    "doc_id",
+    "position",
+    "text",
+    "nll",
+    "rank",
+    "likeliest_texts",
+    "likeliest_probabilities",
+]
 MAX_STEPS = 12  # positions of the page's slider
-
-# A token's surprisal in bits, its rank (1: the likeliest), and texts and probabilities of the likeliest tokens.
-TokenScore = tuple[float, int, list[tuple[str, float]]]
-
-
-@dataclass(frozen=True)
-class SurprisalDocument:
-    """A held-out document's first tokens; `scores` has one list for each of the steps, with one entry per token."""
-
-    doc_id: str
-    texts: tuple[str, ...]
-    scores: tuple[list[TokenScore], ...]
 
 
 @dataclass(frozen=True)
 class Surprisal:
-    """A few documents at the evaluations of a run (`MAX_STEPS` of them at most, the first and the last among them)."""
+    """The first tokens of a few held-out documents at the evaluations of a run, as the page shows them.
 
-    steps: tuple[int, ...]
-    documents: tuple[SurprisalDocument, ...]
+    Attributes:
+        steps: Those of the evaluations: `MAX_STEPS` at most, the first and the last among them.
+        documents: Each with its `id`, the texts of its `tokens`, and `scores`: for each step a list with one score per
+            token, which is [bits x 1,000, rank (1: the likeliest), text, probability x 10,000, text, ...].
+    """
+
+    steps: list[int]
+    documents: list[dict[str, Any]]
 
 
 def read_surprisal(path: Path, missing: list[str]) -> Surprisal | None:
@@ -42,7 +45,7 @@ def read_surprisal(path: Path, missing: list[str]) -> Surprisal | None:
         missing.append(path.name)
         return None
     try:
-        found = _documents(_rows(path))
+        found = _surprisal(_rows(path))
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, OverflowError):
         missing.append(f"{path.name} (not readable)")
         return None
@@ -53,52 +56,48 @@ def read_surprisal(path: Path, missing: list[str]) -> Surprisal | None:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of the steps that the page can show."""
+    """The rows of the steps that the page can show, by document, step and position."""
     steps = sorted(set(pq.read_table(path, columns=["step"])["step"].to_pylist()))
     chosen = [steps[i] for i in _spread(len(steps), MAX_STEPS)]
-    table = pq.read_table(path, columns=COLUMNS + LIKELIEST, filters=[("step", "in", chosen)] if chosen else None)
-    return list(table.to_pylist())
+    table = pq.read_table(path, columns=COLUMNS, filters=[("step", "in", chosen)] if chosen else None)
+    return list(table.sort_by([(name, "ascending") for name in ("document", "step", "position")]).to_pylist())
 
 
-def _documents(rows: Sequence[dict[str, Any]]) -> Surprisal:
+def _surprisal(rows: Sequence[dict[str, Any]]) -> Surprisal:
     by_document: dict[int, dict[int, list[dict[str, Any]]]] = {}
-    for row in sorted(rows, key=lambda row: (row["document"], row["step"], row["position"])):
+    for row in rows:
         by_document.setdefault(row["document"], {}).setdefault(row["step"], []).append(row)
-    steps = tuple(sorted({row["step"] for row in rows}))
+    steps = sorted({row["step"] for row in rows})
     documents = []
     for by_step in by_document.values():
-        if set(by_step) == set(steps) and len({len(tokens) for tokens in by_step.values()}) == 1:
+        if len(by_step) == len(steps) and len({len(tokens) for tokens in by_step.values()}) == 1:
             first = by_step[steps[0]]
-            scores = tuple([_score(row) for row in by_step[step]] for step in steps)
-            documents.append(SurprisalDocument(str(first[0]["doc_id"]), tuple(str(r["text"]) for r in first), scores))
-    return Surprisal(steps, tuple(documents))
+            scores = [[_score(row) for row in by_step[step]] for step in steps]
+            tokens = [str(row["text"]) for row in first]
+            documents.append({"id": str(first[0]["doc_id"]), "tokens": tokens, "scores": scores})
+    return Surprisal(steps, documents)
 
 
-def _score(row: dict[str, Any]) -> TokenScore:
-    likeliest = zip(row["likeliest_texts"], row["likeliest_probabilities"], strict=True)
-    return float(row["nll"]) / math.log(2), int(row["rank"]), [(str(text), float(p)) for text, p in likeliest]
+def _score(row: dict[str, Any]) -> list[int | str]:
+    score: list[int | str] = [round(1000 * row["nll"] / math.log(2)), int(row["rank"])]
+    for text, probability in zip(row["likeliest_texts"], row["likeliest_probabilities"], strict=True):
+        score += [str(text), round(10_000 * probability)]
+    return score
 
 
 def page_data(surprisal: Surprisal, num_documents: int, max_steps: int = MAX_STEPS) -> dict[str, Any]:
-    """Compact values for the page's script.
-
-    Texts are numbered; a score is [bits x 1,000, rank, text, probability x 10,000, text, probability x 10,000, ...].
-    """
+    """Values for the page's script: the first documents at some of the steps, with their texts numbered."""
     steps = _spread(len(surprisal.steps), max_steps)
     texts: dict[str, int] = {}
 
-    def number(text: str) -> int:
-        return texts.setdefault(text, len(texts))
-
-    def compact(score: TokenScore) -> list[int]:
-        bits, rank, likeliest = score
-        return [round(1000 * bits), rank, *(v for text, p in likeliest for v in (number(text), round(10_000 * p)))]
+    def numbered(values: Sequence[int | str]) -> list[int]:
+        return [texts.setdefault(value, len(texts)) if isinstance(value, str) else value for value in values]
 
     documents = [
         {
-            "id": document.doc_id,
-            "tokens": [number(text) for text in document.texts],
-            "scores": [[compact(score) for score in document.scores[step]] for step in steps],
+            "id": document["id"],
+            "tokens": numbered(document["tokens"]),
+            "scores": [[numbered(score) for score in document["scores"][step]] for step in steps],
         }
         for document in surprisal.documents[:num_documents]
     ]

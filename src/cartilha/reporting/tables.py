@@ -15,7 +15,8 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from cartilha.reporting.results import RecordedEvaluation, RecordedProtocol, RecordedRun, RecordedSettings
+from cartilha.reporting.lenient import Record
+from cartilha.reporting.results import RecordedRun, evaluation
 from cartilha.reporting.wording import ABSENT, Language, Wording
 
 
@@ -80,9 +81,9 @@ class Column:
         return not self.marks or row.mark in self.marks
 
 
-def last(run: RecordedRun) -> RecordedEvaluation:
-    """The evaluation that gives the run's figures: never the one before training."""
-    return run.after or RecordedEvaluation()
+def last(run: RecordedRun) -> Record:
+    """The evaluation that gives the run's figures, an empty one if there is none: never the one before training."""
+    return run.after or evaluation({})
 
 
 def measured_on(run: RecordedRun) -> Hashable:
@@ -91,7 +92,7 @@ def measured_on(run: RecordedRun) -> Hashable:
     return run.path if protocol is None or text is None else (protocol, text, last(run).num_bytes)
 
 
-def _length(say: Wording, settings: RecordedSettings) -> str:
+def _length(say: Wording, settings: Record) -> str:
     if settings.max_steps:
         return say("num_steps", steps=say.number(settings.max_steps))
     return say.number(settings.epochs)
@@ -101,7 +102,7 @@ def _seconds_per_epoch(run: RecordedRun) -> float | None:
     """The mean over the epochs that were completed."""
     epochs = run.epochs
     if run.settings.max_steps:  # the last epoch may be incomplete, and its time too short
-        blocks = (run.settings.num_steps or 0) * (run.settings.batch or 0)
+        blocks = (run.settings.num_steps or 0) * (run.batch or 0)
         epochs = epochs[: blocks // run.packing.num_blocks] if run.packing.num_blocks else ()
     seconds = [epoch.seconds for epoch in epochs if epoch.seconds is not None]
     return sum(seconds) / len(seconds) if seconds else None
@@ -119,7 +120,7 @@ def _status(say: Wording, run: RecordedRun) -> str:
     return f"{status} ({say('figures_of_step', step=say.number(step))})"
 
 
-COLUMNS: tuple[Column, ...] = (
+COLUMNS = [
     Column("run", lambda run: run.name, {"en": "run", "pt": "treino"}, _words, words=True),
     Column("seq_length", lambda run: run.settings.block_size, {"en": "seq length", "pt": "sequência (tokens)"}),
     Column(
@@ -130,7 +131,7 @@ COLUMNS: tuple[Column, ...] = (
         plain=lambda settings: None if settings.max_steps else settings.epochs,
     ),
     Column("max_steps", lambda run: run.settings.max_steps),
-    Column("batch", lambda run: run.settings.batch, {"en": "batch", "pt": "lote"}),
+    Column("batch", lambda run: run.batch, {"en": "batch", "pt": "lote"}),
     Column("device", lambda run: run.device_name, {"en": "device", "pt": "dispositivo"}, _words, words=True),
     Column(
         "seconds_per_epoch",
@@ -163,7 +164,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("validation_hash", lambda run: run.corpus.validation_hash),
     Column("num_bytes", lambda run: last(run).num_bytes),
     Column("tokenizer_fingerprint", lambda run: run.corpus.tokenizer_fingerprint),
-)
+]
 
 
 def _has_figures(run: RecordedRun) -> bool:
@@ -218,7 +219,7 @@ def _measured_text(run: RecordedRun, say: Wording) -> str:
     )
 
 
-def protocol_text(protocol: RecordedProtocol, say: Wording) -> str:
+def protocol_text(protocol: Record, say: Wording) -> str:
     """A protocol in one line: `full, window 2048, stride 1024, prefix 0, bfloat16, hash ab12`."""
     values = {key: say("not_recorded") if value is None else value for key, value in vars(protocol).items()}
     return say("protocol_line", **values)
