@@ -31,9 +31,8 @@ def write(path: Path, data: bytes | str) -> Path:
     return path
 
 
-def documents(*refs: Path | str, counts=None, limit_documents=None, **options) -> Iterator[Document]:
-    settings = ReadSettings(**options)
-    return read_documents([str(ref) for ref in refs], settings, limit_documents=limit_documents, counts=counts)
+def documents(*refs: Path | str, counts=None, **options) -> Iterator[Document]:
+    return read_documents([str(ref) for ref in refs], ReadSettings(**options), counts)
 
 
 def texts(*refs: Path | str, **options) -> list[str]:

@@ -1,7 +1,7 @@
 """Durable files: every file written appears whole or not at all, and every file read is bounded and checked.
 
-The process that writes a temporary file or directory holds its lock. The lock ends with the process, however that ends:
-a temporary file without a lock was abandoned, and the next writer removes it.
+The process that writes a temporary file or directory holds its lock, which ends with the process: a temporary file
+without a lock was abandoned, and the next writer removes it.
 """
 
 from __future__ import annotations
@@ -34,14 +34,11 @@ LONE_SURROGATES = re.compile("[\ud800-\udfff]")  # not characters; Python uses t
 MAX_JSON_BYTES = 64 * 2**20  # far above any JSON written here, far below any machine's memory
 
 # Errors that the user's disk or path can cause; others are bugs.
-DISK_FAULTS = frozenset(
-    getattr(errno, name)
-    for name in (
-        *("EACCES", "EDQUOT", "EEXIST", "EFBIG", "EIO", "EISDIR", "ENAMETOOLONG", "ENODEV", "ENOSPC", "ENOTCONN"),
-        *("ENOTDIR", "EPERM", "EROFS", "ESTALE", "ETIMEDOUT", "EHOSTDOWN", "EREMOTEIO", "ENXIO"),
-    )
-    if hasattr(errno, name)
+_DISK_FAULT_NAMES = (
+    *("EACCES", "EDQUOT", "EEXIST", "EFBIG", "EIO", "EISDIR", "ENAMETOOLONG", "ENODEV", "ENOSPC", "ENOTCONN"),
+    *("ENOTDIR", "EPERM", "EROFS", "ESTALE", "ETIMEDOUT", "EHOSTDOWN", "EREMOTEIO", "ENXIO"),
 )
+DISK_FAULTS = frozenset(code for code, name in errno.errorcode.items() if name in _DISK_FAULT_NAMES)
 
 
 def system_error(error: BaseException) -> OSError | None:
@@ -123,19 +120,17 @@ def _remove(path: Path) -> None:
 
 def _put_in_place_of(temporary: Path, path: Path) -> None:
     """Give the new directory the old one's name, atomically where the system can, and remove the old one."""
-    if _exchange(temporary, path):
-        _remove(temporary)
-        return
-    # If the process is killed between the two renames, `_sweep` restores the old directory.
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
-    _remove(old)  # left by an earlier process with the same id
-    with _locked(path):
-        path.replace(old)
-        try:
-            temporary.replace(path)
-        except BaseException:
-            old.replace(path)
-            raise
+    old = temporary
+    if not _exchange(temporary, path):
+        old = temporary.with_suffix(".old")
+        _remove(old)  # left by an earlier process with the same id
+        with _locked(path):
+            path.replace(old)  # if the process is killed after this, `_sweep` restores the old directory
+            try:
+                temporary.replace(path)
+            except BaseException:
+                old.replace(path)
+                raise
     _remove(old)
 
 
@@ -177,29 +172,26 @@ def _is_abandoned(path: Path) -> bool:
         import psutil
 
         return not psutil.pid_exists(int(path.stem.rpartition(".")[2]))
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        return _lock(descriptor)
-    except OSError:
-        return False
-    finally:
-        os.close(descriptor)
+    with contextlib.suppress(OSError), _locked(path) as is_locked:
+        return is_locked
+    return False
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a file's or directory's lock, if there are locks (not on Windows: an open file cannot be renamed there)."""
+def _locked(path: Path) -> Iterator[bool]:
+    """Lock a file or directory, and yield whether that was possible.
+
+    Windows has no such locks, because an open file cannot be renamed there.
+    """
     if sys.platform == "win32":
-        yield
+        yield False
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
+        is_locked = False
         with contextlib.suppress(OSError):
-            _lock(descriptor)
-        yield
+            is_locked = _lock(descriptor)
+        yield is_locked
     finally:
         os.close(descriptor)
 
@@ -215,42 +207,35 @@ def _lock(descriptor: int) -> bool:
 def exclusive(path: Path, what: str) -> Iterator[None]:
     """Hold the lock file `path`, which is removed at the end; the lock ends with the process, even if that is killed.
 
-    Raises:
-        UserError: Another process holds it; the message begins with `what`.
+    A UserError that begins with `what` says that another process holds it.
     """
-    with _open_lock(path, what) as file:
-        file.seek(0)
-        file.truncate()
+    file = _open_lock(path, what)
+    try:
+        file.truncate(0)
         # On Windows nobody else can read the first byte of a locked file.
         file.write(f" process {os.getpid()} on {socket.gethostname()}")
         file.flush()
-        try:
-            yield
-        finally:
-            if sys.platform != "win32":  # where an open file cannot be removed
-                _remove_lock(path)
-    if sys.platform == "win32":
-        _remove_lock(path)
-
-
-def _remove_lock(path: Path) -> None:
-    """Remove a lock file; a disk that became read-only keeps it, and reports a clearer error elsewhere."""
-    with contextlib.suppress(OSError):
-        path.unlink(missing_ok=True)
+        yield
+    finally:
+        if sys.platform == "win32":  # where an open file cannot be removed
+            file.close()
+        with contextlib.suppress(OSError):  # a disk that became read-only keeps the file
+            path.unlink(missing_ok=True)
+        file.close()
 
 
 def _open_lock(path: Path, what: str) -> IO[str]:
     while True:
         file = path.open("a+", encoding="utf-8")
         try:
-            taken = _lock(file.fileno())
+            is_locked = _lock(file.fileno())
         except OSError as error:
             log.warning(
                 "The disk of %s has no locks (%s): make sure yourself that no other process uses %s.",
                 *(path.parent, error.strerror, what),
             )
             return file
-        if not taken:
+        if not is_locked:
             holder = ""
             with file, contextlib.suppress(OSError):
                 file.seek(1)
@@ -289,11 +274,7 @@ def file_sha256(path: Path) -> str:
 
 
 def refuse_lfs_pointer(path: Path) -> None:
-    """Refuse the short text that Git leaves in place of a file that Git LFS has not fetched; a missing file passes.
-
-    Raises:
-        UserError: The file is such a pointer.
-    """
+    """Refuse the short text that Git leaves in place of a file that Git LFS has not fetched; a missing file passes."""
     with contextlib.suppress(OSError):
         small = 0 < path.stat().st_size <= 1024  # no pointer is longer
         if small and (pointer := LFS_POINTER.fullmatch(path.read_bytes())):
@@ -311,10 +292,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """The value in a JSON file that somebody else may have written.
 
-    Raises:
-        ValueError: It is too large, nested too deeply, or not JSON in UTF-8; the message says which.
-        OSError: It cannot be read.
-        UserError: It is only a Git LFS pointer.
+    A ValueError says that it is too large, nested too deeply, or not JSON in UTF-8.
     """
     refuse_lfs_pointer(path)
     size = path.stat().st_size
@@ -337,12 +315,7 @@ def write_sealed_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def read_sealed_json(path: Path) -> dict[str, Any]:
-    """The object that `write_sealed_json` wrote, without its hash.
-
-    Raises:
-        ValueError: A byte of it has changed.
-        OSError: It cannot be read.
-    """
+    """The object that `write_sealed_json` wrote, without its hash; a ValueError if a byte of it has changed."""
     values = read_json(path)
     if not isinstance(values, dict) or not isinstance(values.pop("sha256", None), str):
         raise ValueError("it has no hash of its own")

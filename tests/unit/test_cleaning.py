@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from cartilha.corpus.cleaning import STEPS, Cleaner, CleaningSettings, Rejected
+from cartilha.corpus.cleaning import STEPS, Cleaner, Rejected
 from cartilha.corpus.document import Document
 from cartilha.corpus.primer import primer_texts
 from cartilha.errors import UserError
@@ -29,7 +29,7 @@ PROSE = (
 
 def clean(text: str, *steps: str, **settings) -> str:
     """The text after the steps, or the reason of its rejection."""
-    found = Cleaner(steps, CleaningSettings(**settings))([Document(text, "1", "s", "d")])[0]
+    found = Cleaner(steps, **settings)([Document(text, "1", "s", "d")])[0]
     return f"rejected: {found.reason}" if isinstance(found, Rejected) else found.text
 
 
@@ -95,10 +95,11 @@ def test_each_phrase_is_found():
         assert clean(f"Um.\n{phrase}\n", "boilerplate") == "Um.\n"
 
 
-def test_short_texts_are_rejected():
+def test_short_texts_are_rejected(monkeypatch):
     assert clean("x" * 199, "short") == clean(" " * 300 + "x", "short") == "rejected: short"
     assert clean("x" * 200, "short") == "x" * 200
-    assert clean("x", "short", min_chars=1) == "x"
+    monkeypatch.setattr("cartilha.corpus.cleaning.MIN_CHARS", 1)
+    assert clean("x", "short") == "x"
 
 
 def test_repeated_lines_and_words_are_rejected():
@@ -138,9 +139,9 @@ def test_language_is_told_from_several_places():
     assert clean(PROSE[:150] + ENGLISH * 20, "language") == "rejected: language:en"
 
 
-def test_steps_run_in_their_own_order():
-    cleaner = Cleaner(["short", "nfc"], CleaningSettings(min_chars=3))
-    assert cleaner.steps == ("nfc", "short")
+def test_steps_run_in_their_own_order(monkeypatch):
+    monkeypatch.setattr("cartilha.corpus.cleaning.MIN_CHARS", 3)
+    cleaner = Cleaner(["short", "nfc"])
     document = Document("e\u0301é", "1", "s", "d")  # three characters before, two after
     assert cleaner([document]) == [Rejected(document, "short")]
     with pytest.raises(UserError, match=r"'html'.*web .*mojibake, control, nfc"):

@@ -455,7 +455,7 @@ def test_hub_streams_with_config_and_split(monkeypatch):
         raise AssertionError("read ahead")
 
     calls = fake_datasets(monkeypatch, rows)
-    documents = list(read_documents(["hf:org/nome:por_Latn:test"], limit_documents=2))
+    documents = list(read_documents(["hf:org/nome:por_Latn:test"], ReadSettings(limit_documents=2)))
     label = "org/nome:por_Latn:test"
     assert [(d.text, d.id, d.source, d.domain) for d in documents] == [
         ("um", "u", label, label),

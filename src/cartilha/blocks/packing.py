@@ -1,9 +1,7 @@
 """Packing: `[prefix] tokens [end]` of every document in one stream, cut into blocks without truncation.
 
-Targets are the stream shifted by one; they are shifted here and nowhere else. In each epoch every text token and every
-end token is a target exactly once; a prefix never is. A document that does not fit into a block continues in the next,
-with positions from 0 again. Only the last block is padded. Attention must not look across documents: `segment_lengths`
-gives their boundaries.
+Targets are the stream shifted by one, here and nowhere else: every text token and every end token is a target once per
+epoch, a prefix never. A document that does not fit into a block continues in the next, with positions from 0 again.
 """
 
 from __future__ import annotations
@@ -20,13 +18,14 @@ IGNORE_INDEX = -100  # the target that is not scored, as in PyTorch and transfor
 
 @dataclass(frozen=True)
 class Block:
-    """One row of a batch; its arrays are int64.
+    """One row of a batch; its arrays are int64, of shape (block_size,) but for the last.
 
     Attributes:
-        input_ids: Shape (block_size,); padding is filled with the end token.
-        targets: Shape (block_size,); the token to predict at each position, or `IGNORE_INDEX`.
-        position_ids: Shape (block_size,); from 0 in each segment.
-        segment_lengths: Shape (num_segments,); lengths of the parts of documents, then of the padding.
+        input_ids: Padding is filled with the end token.
+        targets: The token to predict at each position, or `IGNORE_INDEX`.
+        position_ids: From 0 in each segment.
+        segment_lengths: Lengths of the parts of documents, then of the padding: shape (num_segments,). Attention must
+            not look from one segment into another.
     """
 
     input_ids: np.ndarray
@@ -37,11 +36,10 @@ class Block:
 
 @dataclass(frozen=True)
 class PackedSegment:
-    """The part of one document, or the padding, that lies in a block.
+    """The part of one document, or the padding, that lies in a block from position `begin` up to `end`.
 
     Attributes:
         document: Its index in the order of the stream; None for padding.
-        begin: Its first position in the block; `end` is one past the last.
         begins: Whether it begins with the document's prefix.
         ends: Whether the next block holds no more inputs of the document.
         has_end_token: Whether its last input is the end token. That of the stream's last document is only a target.
@@ -55,14 +53,8 @@ class PackedSegment:
     has_end_token: bool = False
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Blocks stacked: arrays as in `Block`, but of shape (num_blocks, block_size); `segment_lengths` row by row."""
-
-    input_ids: np.ndarray
-    targets: np.ndarray
-    position_ids: np.ndarray
-    segment_lengths: np.ndarray
+class Batch(Block):
+    """Blocks stacked: arrays of shape (num_blocks, block_size); `segment_lengths` row by row."""
 
     @property
     def num_targets(self) -> int:
@@ -72,12 +64,9 @@ class Batch:
 
 def stack(blocks: Sequence[Block]) -> Batch:
     """Blocks as the rows of a batch."""
-    return Batch(
-        np.stack([block.input_ids for block in blocks]),
-        np.stack([block.targets for block in blocks]),
-        np.stack([block.position_ids for block in blocks]),
-        np.concatenate([block.segment_lengths for block in blocks]),
-    )
+    names = ("input_ids", "targets", "position_ids")
+    input_ids, targets, position_ids = (np.stack([getattr(block, name) for block in blocks]) for name in names)
+    return Batch(input_ids, targets, position_ids, np.concatenate([block.segment_lengths for block in blocks]))
 
 
 class PackedStream:
@@ -88,10 +77,9 @@ class PackedStream:
 
     def __init__(self, documents: PackedDocuments, block_size: int, order: np.ndarray | None = None) -> None:
         assert block_size >= 1
-        order = np.arange(len(documents)) if order is None else order
         self.documents = documents
-        self.start = documents.start[order]
-        self.num_tokens = documents.num_tokens[order]
+        self.start = documents.start if order is None else documents.start[order]
+        self.num_tokens = documents.num_tokens if order is None else documents.num_tokens[order]
         self.block_size = block_size
         # Document i occupies stream positions offsets[i] (its prefix) to offsets[i + 1] - 1 (its end token).
         self.offsets = np.concatenate([[0], np.cumsum(self.num_tokens + 2)])
@@ -112,8 +100,8 @@ class PackedStream:
     def targets_in(self, first_block: int, num_blocks: int) -> int:
         """Scored targets of these blocks, counted without making them: every input but end tokens has one."""
         begin, end = first_block * self.block_size, min((first_block + num_blocks) * self.block_size, self.num_inputs)
-        ends = self.offsets[1:] - 1
-        return (end - begin) - int(np.searchsorted(ends, end) - np.searchsorted(ends, begin))
+        first_end, past_end = np.searchsorted(self.offsets[1:] - 1, (begin, end))
+        return end - begin - int(past_end - first_end)
 
     @property
     def padding_share(self) -> float:
@@ -149,11 +137,7 @@ class PackedStream:
             first, past = int(self.offsets[document]), int(self.offsets[document + 1])
             stop = min(past, end)
             ends = stop >= min(past, self.num_inputs)
-            found.append(
-                PackedSegment(
-                    document, position - begin, stop - begin, position == first, ends, has_end_token=stop == past
-                )
-            )
+            found.append(PackedSegment(document, position - begin, stop - begin, position == first, ends, stop == past))
             document, position = document + 1, stop
         if end - begin < self.block_size:
             found.append(PackedSegment(None, end - begin, self.block_size))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,8 +16,7 @@ def epoch_order(num_documents: int, seed: int, epoch: int) -> np.ndarray:
     return generator.permutation(num_documents)
 
 
-@dataclass(frozen=True)
-class StepPosition:
+class StepPosition(NamedTuple):
     """A step's epoch (from 0), its first block in that epoch, and its number of blocks."""
 
     epoch: int
@@ -56,12 +55,12 @@ class BlockSampler:
 
     def num_targets(self, step: int) -> int:
         """Scored targets of a step, summed over all ranks."""
-        position = self.position(step)
-        return self.stream(position.epoch).targets_in(position.first_block, position.num_blocks)
+        epoch, first, num_blocks = self.position(step)
+        return self.stream(epoch).targets_in(first, num_blocks)
 
     def blocks(self, step: int, rank: int = 0, num_ranks: int = 1) -> list[Block]:
         """One rank's share of the step's blocks; the shares in the order of the ranks are the whole step."""
-        position = self.position(step)
-        stream = self.stream(position.epoch)
-        begin, past = (r * position.num_blocks // num_ranks for r in (rank, rank + 1))
-        return [stream.block(position.first_block + i) for i in range(begin, past)]
+        epoch, first, num_blocks = self.position(step)
+        stream = self.stream(epoch)
+        begin, past = (first + r * num_blocks // num_ranks for r in (rank, rank + 1))
+        return [stream.block(index) for index in range(begin, past)]

@@ -1,9 +1,7 @@
 """Cleaning: named steps that mend a document or reject it with a reason; only the steps asked for are applied.
 
-Steps run in the order of `STEPS`, however they are named: those that mend before those that judge, cheap ones before
-expensive ones. Each takes many texts at once, and begins with a test that clean text passes at hundreds of megabytes
-per second. Thresholds are those of C4 (Raffel et al. 2020, arXiv:1910.10683), mC4 and MassiveText (Rae et al. 2021,
-arXiv:2112.11446, table A1) where these have one.
+Each step begins with a test that clean text passes at hundreds of megabytes per second. Thresholds are those of C4
+(Raffel et al. 2020, arXiv:1910.10683), mC4 and MassiveText (Rae et al. 2021, arXiv:2112.11446, table A1).
 """
 
 from __future__ import annotations
@@ -21,6 +19,7 @@ from cartilha.corpus.language import languages, load_identifier
 from cartilha.corpus.signatures import run_hashes
 from cartilha.errors import UserError, import_extra
 
+MIN_CHARS = 200  # of `short`, without white space at the ends
 # Of `repeated_lines`, as shares of a document's lines and of their characters.
 MAX_REPEATED_LINES = 0.3
 MAX_REPEATED_LINE_CHARS = 0.2
@@ -49,24 +48,8 @@ _MOJIBAKE_BYTES = re.compile(rb"\xc3[\x82-\xb4][\xc2\xc5\xc6\xcb\xe2]|\xc2[\x80-
 
 
 @dataclass(frozen=True)
-class CleaningSettings:
-    """Settings of the steps.
-
-    Attributes:
-        language: ISO 639-1 code of the language that the step `language` keeps.
-        min_chars: Least number of characters for the step `short`, without white space at the ends.
-    """
-
-    language: str = "pt"
-    min_chars: int = 200
-
-
-@dataclass(frozen=True)
 class Rejected:
-    """A document that a step left out, as it was read.
-
-    `reason` is the name under which it is counted: the step's, perhaps with a detail after a colon (`language:es`).
-    """
+    """A document that a step left out, as it was read; the reason names the step, and the language: `language:es`."""
 
     document: Document
     reason: str
@@ -77,39 +60,35 @@ Step = Callable[[Sequence[str]], Sequence[Found]]
 
 
 class Cleaner:
-    """Applies steps to documents; `steps` holds their names in the order in which they run.
+    """Applies steps to documents, in the order of `STEPS`: mending before judging, cheap before expensive.
 
-    Raises:
-        UserError: There is no such step, or one needs an extra that is not installed.
+    `language` (ISO 639-1) is what the step of that name keeps. A UserError says that there is no such step, or that one
+    needs an extra that is not installed.
     """
 
-    def __init__(self, steps: Sequence[str], settings: CleaningSettings | None = None) -> None:
+    def __init__(self, steps: Sequence[str], language: str = "pt") -> None:
         unknown = [step for step in steps if step not in _MAKERS]
         if unknown:
             raise UserError(f"There is no cleaning step {unknown[0]!r}; choose web (all) or from {', '.join(STEPS)}.")
-        self.steps = tuple(step for step in STEPS if step in steps)
-        self._applied = [(step, _MAKERS[step](settings or CleaningSettings())) for step in self.steps]
+        self._steps = {name: make(language) for name, make in _MAKERS.items() if name in steps}
 
     def __call__(self, documents: Sequence[Document]) -> list[Document | Rejected]:
         """Each document, mended or the same object, or the reason why it is left out."""
-        texts = [document.text for document in documents]
+        texts = {i: document.text for i, document in enumerate(documents)}
         reasons: dict[int, str] = {}
-        left: Sequence[int] = range(len(texts))
-        for name, step in self._applied:
-            stays = []
-            for i, found in zip(left, step([texts[i] for i in left]), strict=True):
+        for name, step in self._steps.items():
+            for i, found in zip(list(texts), step(list(texts.values())), strict=True):
                 if found is None or isinstance(found, _Reason):
                     reasons[i] = found or name
+                    del texts[i]
                 else:
                     texts[i] = found
-                    stays.append(i)
-            left = stays
-        result: list[Document | Rejected] = []
-        for i, (document, text) in enumerate(zip(documents, texts, strict=True)):
-            if i in reasons:
-                result.append(Rejected(document, reasons[i]))
-            else:
-                result.append(document if text is document.text else replace(document, text=text))
+        result: list[Document | Rejected] = list(documents)
+        for i, reason in reasons.items():
+            result[i] = Rejected(documents[i], reason)
+        for i, text in texts.items():
+            if text is not documents[i].text:
+                result[i] = replace(documents[i], text=text)
         return result
 
 
@@ -119,12 +98,12 @@ class _Reason(str):
     __slots__ = ()
 
 
-def _each(judge: Callable[[str], Found]) -> Callable[[CleaningSettings], Step]:
-    """The maker of a step that has no settings and looks at one text at a time."""
-    return lambda settings: lambda texts: [judge(text) for text in texts]
+def _each(judge: Callable[[str], Found]) -> Callable[[str], Step]:
+    """The maker of a step that looks at one text at a time, whatever the language."""
+    return lambda language: lambda texts: [judge(text) for text in texts]
 
 
-def _mojibake(settings: CleaningSettings) -> Step:
+def _mojibake(language: str) -> Step:
     """Mends text that was decoded wrongly, such as "vocÃª"; curly quotes and the like are kept."""
     ftfy = import_extra("ftfy", "Cleaning", "text")  # reads about 5 MB/s, the search below 400
     return lambda texts: [
@@ -145,7 +124,7 @@ def _control(text: str) -> str:
     return _CONTROLS.sub("", _LINE_ENDS.sub("\n", text)) if found else text
 
 
-def _boilerplate(settings: CleaningSettings) -> Step:
+def _boilerplate(language: str) -> Step:
     """Removes short lines and sentences in which sites speak of themselves: cookies, rights, sharing, placeholders."""
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -193,10 +172,9 @@ def _segment(text: str, place: int) -> tuple[int, int]:
     return (begin, end) if end - begin <= MAX_BOILERPLATE_CHARS else (place, place)
 
 
-def _short(settings: CleaningSettings) -> Step:
-    """Rejects texts of fewer characters than `min_chars`."""
-    least = settings.min_chars
-    return lambda texts: [text if len(text) >= least and len(text.strip()) >= least else None for text in texts]
+def _short(text: str) -> Found:
+    """Rejects texts of fewer characters than `MIN_CHARS`."""
+    return text if len(text) >= MIN_CHARS and len(text.strip()) >= MIN_CHARS else None
 
 
 def _repeated_lines(text: str) -> Found:
@@ -220,10 +198,9 @@ def _repeated_ngrams(text: str) -> Found:
     return None if repeated > MAX_REPEATED_NGRAMS * len(hashes) else text
 
 
-def _language(settings: CleaningSettings) -> Step:
+def _language(wanted: str) -> Step:
     """Keeps texts in one language, which py3langid tells from a sample; a text with too few letters is kept."""
     import_extra("py3langid", "Cleaning", "text")
-    wanted = settings.language
 
     def step(texts: Sequence[str]) -> list[Found]:
         identifier = load_identifier()  # takes half a second: only processes that clean load it
@@ -249,12 +226,12 @@ def _sample(text: str, num_chars: int, num_places: int) -> str:
     return " ".join(text[begin : begin + size] for begin in range((stride - size) // 2, len(text) - size, stride))
 
 
-_MAKERS: dict[str, Callable[[CleaningSettings], Step]] = {
+_MAKERS: dict[str, Callable[[str], Step]] = {
     "mojibake": _mojibake,
     "control": _each(_control),
     "nfc": _each(_nfc),
     "boilerplate": _boilerplate,
-    "short": _short,
+    "short": _each(_short),
     "language": _language,
     "repeated_lines": _each(_repeated_lines),
     "repeated_ngrams": _each(_repeated_ngrams),

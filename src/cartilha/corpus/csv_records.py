@@ -19,10 +19,10 @@ _QUOTED_FIELD = re.compile(r'"(?:[^"]|"")*"')
 
 
 class _CsvLines:
-    """Feeds a CSV parser, and remembers the lines of the current record so that the parser can begin again after one.
+    """Feeds a CSV parser, and remembers the lines of the current record.
 
-    A quote that is never closed swallows the lines up to the next quote. If such a record is left out, only its first
-    line is: the parser begins again with the second.
+    A quote that is never closed swallows the lines up to the next quote. Of such a record only the first line is left
+    out: the parser begins again with the second.
     """
 
     def __init__(self, part: FilePart) -> None:
@@ -53,7 +53,6 @@ class _CsvLines:
         return line
 
     def next_record(self) -> None:
-        """Begin another record."""
         self._held.clear()
         self._held_chars = 0
         self.fault = None
@@ -138,9 +137,8 @@ def _delimiter(part: FilePart) -> str:
 def quotes_are_plain(part: FilePart) -> bool:
     """Whether quotes are ordinary characters; where `csv_quoting` is `auto`, told from the head of the file.
 
-    TSV is written both ways. It is without quoting if more lines with the header's number of fields hold a field that
-    only begins with a quote than there are lines with another number, which every quoted line break makes at least one
-    of. A single column, and fields separated by other signs, are taken as quoted.
+    They are in TSV if more lines with the header's number of fields hold a field that only begins with a quote than
+    there are lines with another number, of which every quoted line break makes at least one.
     """
     if part.settings.csv_quoting != "auto":
         return part.settings.csv_quoting == "none"

@@ -11,11 +11,10 @@ class Document:
     """A text with its origin.
 
     Attributes:
-        text: The text as read: never stripped, normalised or cut.
+        text: As read: never stripped, normalised or cut.
         id: Unique within its source; the record's own id if it has one, else `<source>:<line or row>`.
-        source: The file or dataset that it was read from; a file is named by its path below the input.
-        domain: The group for figures per domain: a primer genre, a dataset's own label, else the folder below the
-            input, else the file.
+        source: The file (by its path below the input) or dataset that it was read from.
+        domain: The group for figures per domain: its own label, else its folder below the input, else its file.
     """
 
     text: str

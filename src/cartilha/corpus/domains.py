@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from itertools import chain
 
 from cartilha.corpus.records import Numbered, ReadSettings, Record
 from cartilha.errors import UserError
@@ -25,7 +24,14 @@ def read_head(records: Numbered, text_column: str) -> tuple[list[Record], Number
     """The first records of a file, and then all of them; an error among the first is raised when it is reached."""
     head: list[tuple[int | str, Record]] = []
     num_chars = 0
-    rest = records
+    stopped_by: UserError | None = None
+
+    def all_records() -> Numbered:
+        yield from head
+        if stopped_by:
+            raise stopped_by
+        yield from records
+
     try:
         for number, record in records:
             head.append((number, record))
@@ -33,23 +39,18 @@ def read_head(records: Numbered, text_column: str) -> tuple[list[Record], Number
             if len(head) == HEAD_RECORDS or num_chars > HEAD_CHARS:
                 break
     except UserError as error:
-        rest = _raising(error)
-    return [record for _, record in head], chain(head, rest)
-
-
-def _raising(error: UserError) -> Numbered:
-    raise error
-    yield  # makes it a generator, which raises when it is iterated
+        stopped_by = error
+    return [record for _, record in head], all_records()
 
 
 def keys_of_domains(records: Sequence[Record], settings: ReadSettings, path: str) -> tuple[str, ...]:
     """Those of the keys that may hold a domain which do."""
     if settings.domain_column is not None:
         return settings.domain_keys
-    mappings = [record for record in records if isinstance(record, Mapping)]
     found = []
     for key in settings.domain_keys:
-        values = [value for record in mappings if isinstance(value := record.get(key), str) and value]
+        labels = [record.get(key) for record in records if isinstance(record, Mapping)]
+        values = [label for label in labels if isinstance(label, str) and label]
         if len(values) < MIN_RECORDS or len(set(values)) <= MAX_DISTINCT * len(values):
             found.append(key)
         else:

@@ -22,16 +22,11 @@ from cartilha.storage import refuse_lfs_pointer
 def _open_zstd(path: Path) -> Any:
     import pyarrow as pa
 
-    # Arrow itself opens no path that is not UTF-8.
-    return pa.input_stream(path.open("rb"), compression="zstd")
+    return pa.input_stream(path.open("rb"), compression="zstd")  # Arrow itself opens no path that is not UTF-8
 
 
-COMPRESSIONS: dict[str, Callable[[Path], Any]] = {
-    ".gz": gzip.open,
-    ".zst": _open_zstd,
-    ".xz": lzma.open,
-    ".bz2": bz2.open,
-}
+COMPRESSIONS: dict[str, Callable[[Path], Any]]
+COMPRESSIONS = {".gz": gzip.open, ".zst": _open_zstd, ".xz": lzma.open, ".bz2": bz2.open}
 READ_ERRORS = (EOFError, zlib.error, lzma.LZMAError, OSError)  # a file that cannot be opened, is damaged or incomplete
 COMPRESSED_EXPANSION = 4.0  # bytes of text per compressed byte, for estimates only
 
@@ -41,8 +36,7 @@ class SourceFile:
     """A file to read; from its size and time of change a store tells whether its input is still the same.
 
     Attributes:
-        path: As it was given or found.
-        size_bytes: Its size on the disk, compressed or not.
+        size_bytes: On the disk, compressed or not.
         modified_ns: Its time of change, in nanoseconds since the epoch.
         name: Its path below the input, with `/`; its documents are named after it.
         domain: Of its documents, unless they name one: its folder below the input, else its stem.
@@ -80,13 +74,7 @@ def split_name(name: str) -> tuple[str, str, str]:
 
 
 def open_file(source: SourceFile) -> IO[bytes]:
-    """The file's decompressed bytes.
-
-    Raises:
-        EOFError: A compressed file is empty.
-        OSError: It cannot be opened.
-        UserError: It is only a Git LFS pointer to the file.
-    """
+    """The file's decompressed bytes; one of `READ_ERRORS` or, if it is only a Git LFS pointer, a UserError."""
     refuse_lfs_pointer(source.path)
     if not source.compression:
         return source.path.open("rb")

@@ -1,6 +1,4 @@
-"""The formats that are read: one entry for each holds all that differs between them.
-
-    suffix -> Format: how a file is read, what its records are called, where it can be cut
+"""The formats that are read: how a file is read, what its records are called, where it can be cut.
 
 A compression (`files.COMPRESSIONS`) may follow any suffix.
 """
@@ -17,17 +15,16 @@ from cartilha.corpus.json_records import read_json, read_jsonl
 from cartilha.corpus.lines import Span, damaged
 from cartilha.corpus.plain_text import cut_lines, cut_txt, read_txt
 from cartilha.corpus.records import FilePart, Numbered, ReadSettings
-from cartilha.corpus.tables import cut_row_groups, read_arrow, read_parquet
+from cartilha.corpus.tables import cut_row_groups, read_table
 from cartilha.errors import UserError
 
 
 @dataclass(frozen=True)
 class Format:
-    """A format.
+    """All that differs between formats.
 
     Attributes:
         suffixes: Of its files, in lower case.
-        read: A part of a file to its records.
         unit: What messages count by.
         cut: A file to parts of about so many bytes; None if it is read as a whole.
         expansion: Bytes of text per byte of a file, for estimates only.
@@ -45,8 +42,8 @@ FORMATS = (
     Format((".jsonl", ".ndjson", ".jsonlines"), read_jsonl, "line", cut_lines),
     Format((".json",), read_json, "record"),
     Format((".csv", ".tsv"), read_csv, "row"),
-    Format((".parquet",), read_parquet, "row", cut_row_groups, expansion=3.0),
-    Format((".arrow", ".feather"), read_arrow, "row"),
+    Format((".parquet",), read_table, "row", cut_row_groups, expansion=3.0),
+    Format((".arrow", ".feather"), read_table, "row"),
 )
 BY_SUFFIX = {suffix: found for found in FORMATS for suffix in found.suffixes}
 READABLE = f"{', '.join(BY_SUFFIX)}, and {' or '.join(COMPRESSIONS)} of them"
@@ -78,8 +75,7 @@ def spans(source: SourceFile, settings: ReadSettings, target_bytes: int) -> Iter
 def read_records(part: FilePart) -> Numbered:
     """The records of a part of a file; the last may be a fault that stands for the rest of it.
 
-    Raises:
-        UserError: The file cannot be opened.
+    A UserError says that the file cannot be opened.
     """
     number: int | str = 0
     try:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from typing import Any
 
+from cartilha.corpus.lines import Span
+from cartilha.corpus.records import Numbered
 from cartilha.corpus.sources import HubSource
 from cartilha.errors import HubUnreachableError, first_line, import_extra
 
@@ -14,22 +15,18 @@ def num_data_files(source: HubSource) -> int:
     return _num_files(_load(source))
 
 
-def read_hub(
-    source: HubSource, begin: int = 0, end: int | None = None
-) -> Iterator[tuple[int | str, Mapping[str, Any]]]:
-    """Stream the records of data files `begin` to `end` - 1 (default all) of a dataset's split, in the hub's order.
+def read_hub(source: HubSource, span: Span) -> Numbered:
+    """Stream the records of some data files of a dataset's split, in the hub's order.
 
-    Records are numbered from 1; if there are several data files, within each of them, as `FILE:ROW`, both from 1.
-
-    Raises:
-        UserError: The extra `hub` is not installed.
-        HubUnreachableError: The dataset, configuration or split cannot be loaded, or the connection broke.
+    Records are numbered from 1; if there are several data files, within each of them, as `FILE:ROW`, both from 1. A
+    UserError says that the extra `hub` is missing, a HubUnreachableError that the split cannot be loaded or the
+    connection broke.
     """
     dataset = _load(source)
     num_files = _num_files(dataset)
     number: int | str = 0
     try:
-        for file in range(begin, num_files if end is None else end):
+        for file in range(num_files)[span.begin :][: span.length]:
             part = dataset.shard(num_shards=num_files, index=file) if num_files > 1 else dataset
             for row, record in enumerate(part, 1):
                 number = f"{file + 1}:{row}" if num_files > 1 else row

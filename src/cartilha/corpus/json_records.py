@@ -41,9 +41,8 @@ def _parse_line(line: str, part: FilePart, number: int) -> Record:
     try:
         record = json.loads(line.rstrip("\r\n"))  # the line's end would be named as the place of the fault
     except (ValueError, RecursionError) as error:
-        reason = str(error)
-        if isinstance(error, json.JSONDecodeError):  # its own words name line 1, whichever it is
-            reason = f"{error.msg} at column {error.colno}"
+        # The decoder's own words name line 1, whichever it is.
+        reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
         return Fault(
             "broken_json",
             f"{part.at(number)}: not valid JSON ({reason}); each line must be one JSON object: correct or remove this"

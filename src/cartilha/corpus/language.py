@@ -1,8 +1,7 @@
-"""The language of texts: py3langid's model, applied to many texts at once.
+"""The language of texts: py3langid's model (Lui and Baldwin 2012, "langid.py"), applied to many texts at once.
 
-The model (Lui and Baldwin 2012, "langid.py") is an automaton over UTF-8 bytes that finds the ends of certain byte
-sequences, and a naive Bayes classifier of their counts. py3langid goes through one text byte by byte in Python; here
-all texts of a batch advance together. A test compares the results with those of py3langid.
+It is an automaton over UTF-8 bytes that finds the ends of certain byte sequences, and a naive Bayes classifier of
+their counts. py3langid goes through one text byte by byte in Python; here all texts of a batch advance together.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ class Identifier:
     Attributes:
         labels: ISO 639 codes, one per column; a language with two scripts has two columns.
         aliases: Columns (first, other) of the same language.
-        next_states: The automaton: the next state for each kind of state and byte.
+        next_states: The next state for each kind of state and byte.
         rows: Where the kind of each state begins in `next_states`, int64.
         features: The feature that ends at each state, or -1, int32.
-        weights: float32, shape (num_features, num_labels); and `priors`, shape (num_labels,).
+        weights: float32, shape (num_features, num_labels); `priors` have the shape (num_labels,).
     """
 
     labels: list[str]

@@ -1,8 +1,7 @@
-"""Files to lines of text: decoded, and split at line feeds only.
+"""Files to lines of text: decoded, and split at line feeds only; memory is bounded however long the lines are.
 
 Bytes that the encoding does not allow become a `Fault` with line and offset, or are kept as marks: the decoder replaces
-them by a lone surrogate, which no valid text contains, so that a record can be parsed before its text is judged. Memory
-is bounded by `MAX_DOCUMENT_BYTES`, however long the lines are.
+them by a lone surrogate, which no valid text contains, so that a record can be parsed before its text is judged.
 """
 
 from __future__ import annotations
@@ -12,7 +11,8 @@ import io
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import IO, Any, NamedTuple
+from itertools import islice
+from typing import IO, NamedTuple
 
 from cartilha.corpus.files import SourceFile, open_file
 from cartilha.errors import UserError
@@ -26,8 +26,6 @@ LEAVE_OUT = "or leave such records out by --on_error skip."
 _WINDOWS_MARKS = re.compile("[\udc80-\udc9f]")  # of bytes that Latin-1 text does not contain
 # What UTF-8 makes of another encoding's byte-order mark; the longer one first, because it begins with the shorter.
 _FOREIGN_MARKS = (("\udcff\udcfe\0\0", "utf-32"), ("\udcff\udcfe", "utf-16"), ("\udcfe\udcff", "utf-16"))
-# Encodings in which the byte 0x0A is always a line feed, so that bytes can be cut there.
-_CUT_AT_LINE_FEEDS = re.compile(r"utf-8|ascii|iso8859-\d+|cp125\d|cp437|cp850|cp860|koi8-\w|mac-\w+")
 
 
 class Span(NamedTuple):
@@ -35,13 +33,13 @@ class Span(NamedTuple):
 
     Attributes:
         begin: First byte (text files), row group (Parquet) or data file (hub).
-        end: The one after the last; None for the end of the source.
+        length: How many lines, row groups or data files; None for all up to the end of the source.
         first: Number of its first line or row.
         num_bytes: Its size on the disk, 0 if not known.
     """
 
     begin: int = 0
-    end: int | None = None
+    length: int | None = None
     first: int = 1
     num_bytes: int = 0
 
@@ -57,11 +55,7 @@ class Fault:
 def too_long(place: str) -> Fault:
     """The fault of a record that is longer than any document."""
     size = f"{MAX_DOCUMENT_BYTES >> 20} MiB" if MAX_DOCUMENT_BYTES >= 1 << 20 else f"{MAX_DOCUMENT_BYTES} bytes"
-    return Fault(
-        "too_long",
-        f"{place} is longer than {size}, which no document is; cut it into documents, or leave out what is too long"
-        " by --on_error skip.",
-    )
+    return Fault("too_long", f"{place} is longer than {size}, which no document is; cut it into documents, {LEAVE_OUT}")
 
 
 def damaged(message: str) -> Fault:
@@ -77,11 +71,6 @@ def known_encoding(encoding: str) -> str:
     except (LookupError, ValueError):
         raise UserError(f"{encoding!r} is no text encoding known to Python; try utf-8, latin-1 or utf-16.") from None
     return "utf-8" if name == "utf-8-sig" else name
-
-
-def can_be_cut(encoding: str) -> bool:
-    """Whether a file in this encoding can be cut after any byte 0x0A, so that its parts can be read alone."""
-    return _CUT_AT_LINE_FEEDS.fullmatch(encoding) is not None
 
 
 def _mark(error: UnicodeError) -> tuple[str, int]:
@@ -109,20 +98,14 @@ def _first_surrogate(text: str) -> int | None:
 def read_lines(source: SourceFile, span: Span, encoding: str, marks: bool) -> Iterator[tuple[int, str | Fault]]:
     r"""Lines with their numbers, split at `\n` only, which all but perhaps the last end with; no byte-order mark.
 
-    Args:
-        source: A text file; exceptions of the system and the decompressors are left to the caller.
-        span: Whole lines; not the whole only in plain files whose encoding `can_be_cut`.
-        encoding: As `known_encoding` gives it.
-        marks: Keep invalid bytes as marks in the line (`without_surrogates`); otherwise such a line is a fault.
-
-    Raises:
-        UserError: The whole file is in another encoding.
+    Exceptions of the system and the decompressors are left to the caller; a UserError says that the whole file is in
+    another encoding. With `marks`, invalid bytes are kept as marks (`without_surrogates`), otherwise such a line is a
+    fault. `encoding` is as `known_encoding` gives it.
     """
     with open_file(source) as stream:
         if span.begin:
             stream.seek(span.begin)
-        part = stream if span.end is None else io.BufferedReader(_Head(stream, span.end - span.begin))
-        for number, line in enumerate(_lines(part, source, encoding), span.first):
+        for number, line in enumerate(islice(_lines(stream, source, encoding), span.length), span.first):
             if line is None:
                 yield number, too_long(f"{source.path}, line {number}")
                 continue
@@ -131,23 +114,6 @@ def read_lines(source: SourceFile, span: Span, encoding: str, marks: bool) -> It
                     _refuse_foreign_encoding(line, source)
                 line = line.removeprefix("\ufeff")
             yield number, line if marks else invalid_bytes(line, number, source, encoding) or line
-
-
-class _Head(io.RawIOBase):
-    """The first bytes of a stream."""
-
-    def __init__(self, stream: IO[bytes], num_bytes: int) -> None:
-        self._stream = stream
-        self._left = num_bytes
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        data = self._stream.read(min(len(buffer), self._left))
-        self._left -= len(data)
-        buffer[: len(data)] = data
-        return len(data)
 
 
 def _lines(stream: IO[bytes], source: SourceFile, encoding: str) -> Iterator[str | None]:

@@ -1,13 +1,7 @@
 """Near-duplicates: documents that share most of their word trigrams, as their signatures tell.
 
-Two documents are near-duplicates if at least `MIN_SIMILARITY` of the values of their signatures agree, which estimates
-the Jaccard similarity of their trigrams within about 0.04. Changing 15 % of the words of a text leaves a similarity of
-about 0.44 (0.85^3 / (2 - 0.85^3)), so nearly all such copies are above the threshold. Only documents whose values agree
-in a whole band are compared (Broder 1997; Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, chapter 3).
-
-    signature files -> a key for each band of values -> documents that share a key -> pairs -> compared -> clusters
-
-Clusters are found out of core: memory holds eight bytes per document and what DuckDB is given, which spills the rest.
+The share of equal values in two signatures estimates the Jaccard similarity of the trigrams within about 0.04. Only
+documents whose values agree in a whole band are compared (Broder 1997; Leskovec, Rajaraman and Ullman, chapter 3).
 """
 
 from __future__ import annotations
@@ -24,7 +18,7 @@ import numpy as np
 from cartilha.corpus.signatures import NUM_VALUES, signatures
 from cartilha.errors import import_extra
 
-MIN_SIMILARITY = 0.3
+MIN_SIMILARITY = 0.3  # changing 15 % of a text's words leaves about 0.44, which is 0.85^3 / (2 - 0.85^3)
 BAND_VALUES = 3
 NUM_BANDS = NUM_VALUES // BAND_VALUES
 DOCUMENTS_AT_ONCE = 256
@@ -67,13 +61,9 @@ def has_near_duplicate(texts: Sequence[str], known: Iterable[str]) -> np.ndarray
 def cluster(files: Sequence[Path], *, memory_bytes: int = 1 << 30, scratch: Path | None = None) -> np.ndarray:
     """The cluster of each document, as the number of the cluster's first document: int64, shape (num_documents,).
 
-    Args:
-        files: Written by `save_signatures`; documents are numbered consecutively, file by file.
-        memory_bytes: Memory that DuckDB may use before it spills to the disk.
-        scratch: Directory to spill to; default the system's temporary directory.
-
-    Raises:
-        UserError: The `text` extra is missing.
+    Documents are numbered consecutively, file by file, as `save_signatures` wrote them. Memory holds eight bytes per
+    document and the `memory_bytes` that DuckDB may use; the rest goes to the directory `scratch` (by default the
+    system's). A UserError says that the extra `text` is missing.
     """
     duckdb = import_extra("duckdb", "The search for near-duplicates", "text")
     # Files are opened only while they are read: there may be more than a process may hold open.

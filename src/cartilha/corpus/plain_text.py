@@ -7,13 +7,15 @@ from collections.abc import Iterator
 
 from cartilha.corpus import lines
 from cartilha.corpus.files import SourceFile
-from cartilha.corpus.lines import Fault, Span, can_be_cut, too_long
+from cartilha.corpus.lines import Fault, Span, too_long
 from cartilha.corpus.records import FilePart, Numbered, ReadSettings
 
 COUNT_BYTES = 4 << 20
 
 _LINE_END = re.compile(rb"\n")
-_EMPTY_LINE = re.compile(rb"\n[ \t\r]*\n")
+_BETWEEN_DOCUMENTS = {"line": _LINE_END, "paragraph": re.compile(rb"\n[ \t\r]*\n"), "file": None}
+# Encodings in which the byte 0x0A is always a line feed, so that bytes can be cut there.
+_CUT_AT_LINE_FEEDS = re.compile(r"utf-8|ascii|iso8859-\d+|cp125\d|cp437|cp850|cp860|koi8-\w|mac-\w+")
 
 
 def read_txt(part: FilePart) -> Numbered:
@@ -48,14 +50,15 @@ def _read_joined(part: FilePart) -> Numbered:
             held, num_chars, begin, fault = [], 0, 0, None
             continue
         begin = begin or number
-        if isinstance(line, str) and not fault:
+        if isinstance(line, Fault):
+            fault = fault or line
+        else:
             held.append(line)
             num_chars += len(line)
         if num_chars > lines.MAX_DOCUMENT_BYTES:
             fault = fault or too_long(str(part.source.path) if whole else part.at(begin))
-        fault = fault or (line if isinstance(line, Fault) else None)
         if fault:
-            held, num_chars = [], 0
+            held = []
             if whole:
                 break
     if begin:
@@ -68,16 +71,14 @@ def _without_end(text: str) -> str:
 
 def cut_txt(source: SourceFile, settings: ReadSettings, target_bytes: int) -> Iterator[Span]:
     """Cut between documents, unless the file is one."""
-    if settings.text_unit == "file":
-        return iter([Span(num_bytes=source.size_bytes)])
-    return cut_lines(source, settings, target_bytes, _LINE_END if settings.text_unit == "line" else _EMPTY_LINE)
+    return cut_lines(source, settings, target_bytes, _BETWEEN_DOCUMENTS[settings.text_unit])
 
 
 def cut_lines(
-    source: SourceFile, settings: ReadSettings, target_bytes: int, between: re.Pattern[bytes] = _LINE_END
+    source: SourceFile, settings: ReadSettings, target_bytes: int, between: re.Pattern[bytes] | None = _LINE_END
 ) -> Iterator[Span]:
     """Cut after matches of `between`; the file is read once to count its lines."""
-    if not can_be_cut(settings.encoding):
+    if between is None or not _CUT_AT_LINE_FEEDS.fullmatch(settings.encoding):
         yield Span(num_bytes=source.size_bytes)
         return
     begin, first, position, num_lines = 0, 1, 0, 0  # `num_lines` from `begin` up to `position`
@@ -92,8 +93,8 @@ def cut_lines(
                     break
                 cut = found.end()
                 num_lines += block.count(b"\n", offset, cut)
-                yield Span(begin, position + cut, first, position + cut - begin)
+                yield Span(begin, num_lines, first, position + cut - begin)
                 begin, first, num_lines, offset = position + cut, first + num_lines, 0, cut
             num_lines += block.count(b"\n", offset)
             position += len(block)
-    yield Span(begin, None if begin == 0 else source.size_bytes, first, source.size_bytes - begin)
+    yield Span(begin, None, first, source.size_bytes - begin)

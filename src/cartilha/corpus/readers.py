@@ -2,9 +2,7 @@
 
     REFs -> resolve_inputs -> parts of sources (shards) -> a reader for each format: (number, record) -> Document
 
-A document, its name and its faults depend on its file alone, not on how the file was cut. Invalid bytes reach
-`_document` as lone surrogates, the marks of `lines`; half a surrogate pair in JSON is treated alike. A faulty record
-stops the reading, or is left out and counted by reason.
+A document, its name and its faults depend on its file alone, not on how the file was cut.
 """
 
 from __future__ import annotations
@@ -73,10 +71,7 @@ class SourcePart:
 
 @dataclass(frozen=True)
 class _Origin:
-    """How a source is called: in documents (`name`, `domain`) and in messages (`path`, and the `unit` it counts by).
-
-    `domain` is that of records without a domain under one of the `domain_keys`.
-    """
+    """How a source is called: in documents (`name`, and a `domain` for those that name none) and in messages."""
 
     name: str
     domain: str
@@ -89,37 +84,27 @@ class _Origin:
 
 
 def read_documents(
-    refs: Sequence[str | Source],
-    settings: ReadSettings | None = None,
-    *,
-    limit_documents: int | None = None,
-    counts: ReadCounts | None = None,
+    refs: Sequence[str | Source], settings: ReadSettings | None = None, counts: ReadCounts | None = None
 ) -> Iterator[Document]:
     r"""Stream the documents of REFs (`resolve_inputs`), in the order of the input; `counts` is filled as they are read.
 
     Texts are never stripped; empty ones are left out and counted. A `.txt` file is one document per line, split at `\n`
-    only (a `\r` before it is dropped). Mistakes in the arguments are raised at once, those in the files when they are
-    reached.
-
-    Raises:
-        UserError: What was asked for cannot be read; the message names the place and the remedy.
+    only (a `\r` before it is dropped). A UserError names the place of what cannot be read, and the remedy: at once if
+    the arguments are wrong, those in the files when they are reached.
     """
-    if limit_documents is not None and limit_documents < 1:
-        raise UserError(f"--limit_documents is {limit_documents}; give 1 or more, or leave it out to read everything.")
     reading = settings or ReadSettings()
+    found = ReadCounts() if counts is None else counts
     sources = resolve_inputs(refs)
     if any(isinstance(ref, str) for ref in refs):  # callers that resolved them before have logged the hints
         log_hints(sources, reading)
-    found = ReadCounts() if counts is None else counts
     documents = (document for source in sources for document in read_part(SourcePart(source), reading, found))
-    return islice(documents, limit_documents)
+    return islice(documents, reading.limit_documents)
 
 
 def read_part(part: SourcePart, settings: ReadSettings, counts: ReadCounts) -> Iterator[Document]:
     """Stream the documents of a part, in order; `counts` is filled as they are read.
 
-    Raises:
-        UserError: It cannot be read, or changed since its source was found; the message names place and remedy.
+    A UserError says that it cannot be read, or that it changed since its source was found.
     """
     if isinstance(part.source, PrimerSource):
         for document in read_primer():
@@ -147,7 +132,7 @@ def _open(part: SourcePart, settings: ReadSettings) -> tuple[_Origin, Numbered]:
     source, span = part.source, part.span
     if isinstance(source, HubSource):
         origin = _Origin(source.label, source.label, f"hf:{source.label}", "row")
-        records: Numbered = read_hub(source, span.begin, span.end)
+        records = read_hub(source, span)
     else:
         assert isinstance(source, SourceFile)
         to_read = file_part(source, settings, span)
@@ -160,7 +145,7 @@ def _open(part: SourcePart, settings: ReadSettings) -> tuple[_Origin, Numbered]:
                 folder = without_surrogates(source.path.absolute().parent.name)
                 origin = replace(origin, domain=folder or origin.domain)
             return origin, records
-        if span.begin or span.end is not None:
+        if span.begin or span.length is not None:
             return replace(origin, domain_keys=_keys_of_file(source, settings)), records
     head, records = read_head(records, settings.text_column)
     return replace(origin, domain_keys=keys_of_domains(head, settings, origin.path)), records
@@ -176,34 +161,35 @@ def _document(
     record: str | Mapping[str, Any], number: int | str, origin: _Origin, settings: ReadSettings, counts: ReadCounts
 ) -> Document | Fault | None:
     """The document in a record, or None if the text is empty, which is counted."""
-    labels: Mapping[str, Any] = {}
+    place = origin.at(number)
+    labels: Mapping[str, Any] = {} if isinstance(record, str) else record
     text: Any = record
     if not isinstance(record, str):
         if settings.text_column not in record:
-            return missing_column(origin.at(number), settings.text_column, list(record))
-        text, labels = record[settings.text_column], record
+            return missing_column(place, settings.text_column, list(record))
+        text = record[settings.text_column]
         if isinstance(record, JoinedLines):
             counts.joined_rows += 1
-            counts.first_joined = counts.first_joined or origin.at(number)
-    if labels and settings.domain_column in origin.domain_keys and settings.domain_column not in labels and text:
-        return missing_column(origin.at(number), settings.domain_column, list(labels), "domain")
+            counts.first_joined = counts.first_joined or place
+        if settings.domain_column in origin.domain_keys and settings.domain_column not in record and text:
+            return missing_column(place, settings.domain_column, list(record), "domain")
     if text is None or (isinstance(text, str) and (not text or text.isspace())):
         counts.empty += 1
         return None
     if not isinstance(text, str):
         return Fault(
             "no_text",
-            f"{origin.at(number)}: {settings.text_column!r} holds a {type(text).__name__}, not a text;"
+            f"{place}: {settings.text_column!r} holds a {type(text).__name__}, not a text;"
             " name the one with the text by --text_column.",
         )
     if len(text) > lines.MAX_DOCUMENT_BYTES:
-        return too_long(origin.at(number))
+        return too_long(place)
     clean = text if text is record else without_surrogates(text)
     if clean != text:
         if settings.invalid_bytes == "stop":
             return Fault(
                 "invalid_bytes",
-                f"{origin.at(number)}: the text holds invalid bytes or half a surrogate pair, which is not a"
+                f"{place}: the text holds invalid bytes or half a surrogate pair, which is not a"
                 f" character; correct it, put U+FFFD in its place by --invalid_bytes replace, {LEAVE_OUT}",
             )
         counts.replaced_bytes_documents += 1
@@ -212,12 +198,8 @@ def _document(
     domains = [_label(labels, key) for key in origin.domain_keys if named or isinstance(labels.get(key), str)]
     # A text column that is called `id` says nothing about the document.
     given_id = _label(labels, "id") if settings.text_column != "id" else ""
-    return Document(
-        text=clean,
-        id=given_id or f"{origin.name}:{number}",
-        source=origin.name,
-        domain=next(filter(None, domains), origin.domain),
-    )
+    domain = next(filter(None, domains), origin.domain)
+    return Document(clean, given_id or f"{origin.name}:{number}", origin.name, domain)
 
 
 def _label(record: Mapping[str, Any], key: str) -> str:

@@ -1,9 +1,4 @@
-"""What the readers of all formats share: how to read, what part of a file, and what they yield.
-
-A record is a mapping of column to value, a text that is known to be valid, or a `Fault` if it cannot be read. A reader
-holds one record at a time (Parquet and Arrow: one batch). Invalid bytes in a mapping are lone surrogates, the marks of
-`lines`.
-"""
+"""What the readers of all formats share: how to read, what part of a file, and what they yield."""
 
 from __future__ import annotations
 
@@ -17,6 +12,8 @@ from cartilha.errors import UserError
 
 DOMAIN_KEYS = ("domain", "genre", "source")
 
+# A text that is known to be valid; columns and their values, in which the marks of `lines` stand for invalid bytes; or
+# what is wrong with a record that cannot be read.
 Record = str | Mapping[str, Any] | Fault
 Numbered = Iterator[tuple[int | str, Record]]  # the hub's rows are numbered within data files: "2:15"
 
@@ -27,7 +24,7 @@ class JoinedLines(dict[str, Any]):
 
 @dataclass(frozen=True)
 class ReadSettings:
-    """How records become documents.
+    """How records become documents; a UserError says which setting makes no sense.
 
     Attributes:
         text_column: Key or column of the text, where records have keys.
@@ -41,9 +38,7 @@ class ReadSettings:
         csv_quoting: Whether quotes enclose fields of `.csv` and `.tsv` files (`minimal`) or are ordinary characters
             (`none`); `auto` tells it from the file.
         csv_delimiter: What separates their fields: one character, or `tab`; `auto` tells it from suffix and header.
-
-    Raises:
-        UserError: There is no such encoding, or the delimiter is not a single character.
+        limit_documents: How many documents `read_documents` reads at most.
     """
 
     text_column: str = "text"
@@ -54,8 +49,13 @@ class ReadSettings:
     domain_column: str | None = None
     csv_quoting: Literal["auto", "minimal", "none"] = "auto"
     csv_delimiter: str = "auto"
+    limit_documents: int | None = None
 
     def __post_init__(self) -> None:
+        if self.limit_documents is not None and self.limit_documents < 1:
+            raise UserError(
+                f"--limit_documents is {self.limit_documents}; give 1 or more, or leave it out to read everything."
+            )
         object.__setattr__(self, "encoding", known_encoding(self.encoding))
         delimiter = {"tab": "\t", r"\t": "\t"}.get(self.csv_delimiter, self.csv_delimiter)
         if delimiter != "auto" and (len(delimiter) != 1 or delimiter in '"\r\n'):
@@ -71,8 +71,8 @@ class ReadSettings:
     @classmethod
     def of(cls, config: object) -> ReadSettings:
         """The settings that a command's configuration has fields for; the others keep their defaults."""
-        names = [field.name for field in fields(cls) if hasattr(config, field.name)]
-        return cls(**{name: getattr(config, name) for name in names})
+        names = {field.name for field in fields(cls)}
+        return cls(**{name: value for name, value in vars(config).items() if name in names})
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class FilePart:
 
     @property
     def marks(self) -> bool:
-        """Whether invalid bytes are kept as marks; otherwise the line is a fault."""
+        """Whether invalid bytes are kept as marks."""
         return self.settings.invalid_bytes == "replace"
 
     def at(self, number: int) -> str:

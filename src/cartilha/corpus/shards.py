@@ -1,9 +1,7 @@
 """Sources cut into shards of about equal size, so that several processes can read them, even a single large file.
 
-A shard is only a description: any process that sees the same files reads the same documents from it, with the same ids
-and messages as from the whole, whatever the number of shards. A file's format says where it can be cut; the hub's
-datasets are cut between their data files. What cannot be cut (a compressed file, CSV, encodings such as UTF-16) is one
-part; small files share a shard.
+Any process that sees the same files reads the same documents from a shard, with the same ids and messages as from the
+whole. What cannot be cut (a compressed file, CSV, encodings such as UTF-16) is one part; small files share a shard.
 """
 
 from __future__ import annotations
@@ -38,10 +36,7 @@ class Shard:
 
 
 def shards(sources: Iterable[Source], settings: ReadSettings, target_bytes: int = 32 << 20) -> list[Shard]:
-    """Cut sources into shards of about `target_bytes` on the disk, as the settings of reading allow it.
-
-    Text files that are cut are read once, to count their lines.
-    """
+    """Cut sources into shards of about `target_bytes` on the disk."""
     groups: list[list[SourcePart]] = []
     held = 0
     for part in _parts(sources, settings, target_bytes):
@@ -54,10 +49,7 @@ def shards(sources: Iterable[Source], settings: ReadSettings, target_bytes: int 
 
 
 def shuffled(found: list[Shard], seed: int) -> list[Shard]:
-    """The shards in an order drawn from the seed, so that a limit takes documents from everywhere.
-
-    The documents of one shard stay together and in order.
-    """
+    """The shards in an order drawn from the seed, so that a limit takes documents from everywhere."""
     return [replace(shard, number=number) for number, shard in enumerate(Random(seed).sample(found, len(found)))]
 
 
@@ -65,7 +57,7 @@ def _parts(sources: Iterable[Source], settings: ReadSettings, target_bytes: int)
     for source in sources:
         if isinstance(source, HubSource):
             for number in range(num_data_files(source)):
-                yield SourcePart(source, Span(number, number + 1, num_bytes=HUB_FILE_BYTES))
+                yield SourcePart(source, Span(number, 1, num_bytes=HUB_FILE_BYTES))
         elif isinstance(source, SourceFile):
             yield from (SourcePart(source, span) for span in spans(source, settings, target_bytes))
         else:

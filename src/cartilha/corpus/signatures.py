@@ -1,13 +1,13 @@
 """MinHash signatures: a few numbers per document that tell the share of word trigrams two documents have in common.
 
-The words of many documents are hashed at once from their UTF-8 bytes, which are read as numbers, eight at a time. The
-MinHash itself is rensa's (R-MinHash; Broder 1997 for the principle).
+The words of many documents are hashed at once from their UTF-8 bytes; the MinHash is rensa's (Broder 1997).
 """
 
 from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -32,10 +32,7 @@ def signatures(texts: Sequence[str]) -> np.ndarray:
 
     The share of values in which two texts agree estimates the Jaccard similarity of their trigrams. Words are runs of
     letters and digits in lower case and NFC (every character beyond ASCII counts as a letter, except the punctuation of
-    Western text); a text of fewer than three words is one shingle.
-
-    Raises:
-        UserError: The `text` extra is missing.
+    Western text); a text of fewer than three words is one shingle. A UserError says that the extra `text` is missing.
     """
     rensa = import_extra("rensa", "The search for near-duplicates", "text")
     import pyarrow as pa
@@ -45,18 +42,14 @@ def signatures(texts: Sequence[str]) -> np.ndarray:
     composed = [unicodedata.normalize("NFC", text) for text in texts]
     lowered = pc.utf8_lower(pa.array(composed, pa.large_string())).cast(pa.large_binary()).to_pylist()
     result = np.zeros((len(texts), NUM_VALUES), np.uint16)
-    begin = 0
-    while begin < len(texts):
-        end, num_bytes = begin, 0
-        while end < len(texts) and (end == begin or num_bytes < BLOCK_BYTES):
-            num_bytes += len(lowered[end])
-            end += 1
+    sizes = np.cumsum([len(text) for text in lowered], dtype=np.int64)
+    cuts = np.flatnonzero(np.diff(sizes // BLOCK_BYTES)) + 1
+    for begin, end in pairwise(sorted({0, *cuts.tolist(), len(texts)})):
         hashes, counts = _shingle_hashes(lowered[begin:end])
         offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.uint64)
         rows = rensa.RMinHash.digest_matrix_from_flat_token_hashes(hashes, offsets, NUM_VALUES, SEED).to_rows()
         result[begin:end] = np.asarray(rows, np.uint32).astype(np.uint16)
         result[begin:end][counts == 0] = 0
-        begin = end
     return result
 
 
@@ -74,10 +67,9 @@ def run_hashes(text: bytes) -> np.ndarray:
     starts = np.flatnonzero(inside[1:] > inside[:-1]) + 1
     starts = starts[: np.searchsorted(starts, len(text) - RUN_BYTES, side="right")]
     eights = _eights(text, starts, RUN_BYTES)
-    hashes = eights[:, 0].copy()
+    hashes = eights[:, 0]
     for column in range(1, RUN_BYTES // 8):
-        hashes *= _ODD
-        hashes += eights[:, column]
+        hashes = hashes * _ODD + eights[:, column]
     return hashes
 
 
@@ -117,8 +109,7 @@ def _words(text: bytes) -> tuple[np.ndarray, np.ndarray]:
     inside = np.zeros(len(text) + 2, bool)
     inside[1:-1] = np.frombuffer(text.translate(_IN_WORD), bool)
     for place, num_bytes in _punctuation(np.frombuffer(text, np.uint8)):
-        for byte in range(num_bytes):
-            inside[1 + place + byte] = False
+        inside[1 + place[:, None] + np.arange(num_bytes)] = False
     edges = np.flatnonzero(inside[1:] != inside[:-1])
     return edges[::2], edges[1::2]
 

@@ -42,7 +42,7 @@ class HubSource:
     def label(self) -> str:
         """How its documents name their source: `NAME[:CONFIG]`, and the split where it is not the usual one."""
         parts = (self.name, self.config, self.split if self.split != "train" else None)
-        return ":".join(part for part in parts if part)
+        return ":".join(filter(None, parts))
 
 
 @dataclass(frozen=True)
@@ -63,18 +63,17 @@ def resolve_inputs(refs: Sequence[str | Source], left_out: LeftOut | None = None
     and put into `left_out`, except a dataset's records, hidden folders and hidden files of other kinds. A glob stands
     for the files that match, all of which must be readable. A file named twice is read once, which is logged.
 
-    Raises:
-        UserError: A REF names nothing, or something that is not read; the larger part of a folder is not read.
+    A UserError says that a REF names nothing, or something of which all or the larger part is not read.
     """
     found: dict[Path | Source, Source] = {}
     repeated: list[str] = []
     for ref in refs:
         for source in _resolve(ref, {} if left_out is None else left_out) if isinstance(ref, str) else [ref]:
-            key = source.path.resolve() if isinstance(source, SourceFile) else source
+            path = source.path if isinstance(source, SourceFile) else None
+            key = path.resolve() if path else source
             if key in found:
-                repeated.append(str(source.path if isinstance(source, SourceFile) else ref))
-            else:
-                found[key] = source
+                repeated.append(str(path or ref))
+            found.setdefault(key, source)
     if repeated:
         more = f" and {len(repeated) - 1} more" if len(repeated) > 1 else ""
         log.warning("The input names %s%s more than once: read once.", repeated[0], more)
@@ -83,16 +82,16 @@ def resolve_inputs(refs: Sequence[str | Source], left_out: LeftOut | None = None
 
 def _with_distinct_names(sources: list[Source]) -> list[Source]:
     """Add parent folders to the names of files until all names differ, and set the domain of each file."""
-    files = [source for source in sources if isinstance(source, SourceFile)]
-    names = [file.name for file in files]
-    while len(set(names)) < len(names):
-        parts = [Path(os.path.abspath(file.path)).parts for file in files]
-        names = ["/".join(own[-2 - name.count("/") :]) for own, name in zip(parts, names, strict=True)]
-    renamed = {
-        file: replace(file, name=name, domain=file.domain or os.path.dirname(name) or file.stem)
-        for file, name in zip(files, names, strict=True)
-    }
-    return [renamed[source] if isinstance(source, SourceFile) else source for source in sources]
+    names = {source: source.name for source in sources if isinstance(source, SourceFile)}
+    while len(set(names.values())) < len(names):
+        parts = {file: Path(os.path.abspath(file.path)).parts for file in names}
+        names = {file: "/".join(parts[file][-2 - name.count("/") :]) for file, name in names.items()}
+    return [
+        replace(source, name=names[source], domain=source.domain or os.path.dirname(names[source]) or source.stem)
+        if isinstance(source, SourceFile)
+        else source
+        for source in sources
+    ]
 
 
 def _as_on_disk(ref: str) -> str:
@@ -145,9 +144,7 @@ def _status(ref: str) -> os.stat_result | None:
     try:
         return os.stat(ref)
     except PermissionError:
-        raise UserError(
-            f"{ref} cannot be looked at: permission denied; change the permissions of its folder."
-        ) from None
+        raise UserError(f"{ref} cannot be read: permission denied; change the permissions of its folder.") from None
     except (OSError, ValueError):  # not there, or no possible name (too long, a NUL in it)
         return None
 
@@ -191,6 +188,11 @@ def _folder(folder: str, left_out: LeftOut) -> list[Source]:
     return list(files)
 
 
+def _in_order(path: str) -> tuple[str, ...]:
+    """A sort key that is the same on every system and keeps the files of a folder together."""
+    return Path(path).parts
+
+
 def _named(paths: Sequence[str]) -> str:
     """The number of paths, and the first of them."""
     more = f" and {len(paths) - NAMED_FILES:,} more" if len(paths) > NAMED_FILES else ""
@@ -205,9 +207,8 @@ def _walk(folder: str) -> Iterator[tuple[str, str]]:
 
     for parent, folders, names in os.walk(folder, onerror=stop):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (
-            (path, "links to folders") for name in folders if os.path.islink(path := os.path.join(parent, name))
-        )
+        below = [os.path.join(parent, name) for name in folders]
+        yield from ((path, "links to folders") for path in filter(os.path.islink, below))
         listed = _dataset_files(parent) if "state.json" in names else None
         for name in names:
             reason = _why_left_out(name, listed)
@@ -217,11 +218,10 @@ def _walk(folder: str) -> Iterator[tuple[str, str]]:
 
 def _why_left_out(name: str, listed: set[str] | None) -> str | None:
     """The reason, empty if the file is read; None if nobody would take it for text."""
-    if name in DATASET_RECORDS or (name.startswith(".") and not is_readable(name)):
-        return None
-    if not is_readable(name):
-        return OTHER_KIND
-    if name.startswith("."):
+    is_hidden = name.startswith(".")
+    if not is_readable(name) or name in DATASET_RECORDS:
+        return None if is_hidden or name in DATASET_RECORDS else OTHER_KIND
+    if is_hidden:
         return "hidden"
     return "" if listed is None or name in listed else "not listed in state.json as part of the dataset"
 
@@ -232,11 +232,6 @@ def _dataset_files(folder: str) -> set[str] | None:
         return {str(entry["filename"]) for entry in read_json(Path(folder, "state.json"))["_data_files"]}
     except (OSError, ValueError, TypeError, LookupError):
         return None
-
-
-def _in_order(path: str) -> tuple[str, ...]:
-    """A sort key that is the same on every system and keeps the files of a folder together."""
-    return Path(path).parts
 
 
 def _remedy(ref: str) -> str:

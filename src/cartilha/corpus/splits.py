@@ -1,8 +1,7 @@
-"""Which documents are held out: decided by hashes, so that adding documents changes the side of none or few.
+"""Which documents are held out: those with the lowest positions, so that adding documents moves none or few.
 
-A document's position is a number in [0, 1) that follows from the hash of its text and the seed. With clusters of
-near-duplicates it follows from the smallest hash in the cluster, so that a whole cluster is on one side. The lowest
-positions are held out.
+A document's position follows from the hash of its text and the seed, that of a cluster of near-duplicates from its
+smallest hash, so that a whole cluster is on one side.
 """
 
 from __future__ import annotations
@@ -27,26 +26,15 @@ def split_position(text_hash: str, seed: int) -> float:
 
 
 def choose_split(text_hash: str, validation_fraction: float, seed: int) -> Split:
-    """The side of a document: validation if its position is below the fraction.
-
-    Equal texts have equal hashes, so no text is on both sides. The share held out is the fraction up to sampling noise
-    (of 1,000 documents, a fraction of 0.2 holds out 175 to 225).
-    """
+    """The side of a document: validation if its position is below the fraction, so that no text is on both sides."""
     return "validation" if split_position(text_hash, seed) < validation_fraction else "train"
 
 
 @dataclass(frozen=True)
 class SplitRule:
-    """How many documents are held out, and which.
+    """How many documents are held out: a fraction, or that number of documents, or the first ones of the input.
 
-    Attributes:
-        fraction: Share of the documents, unless one of the two numbers is given.
-        documents: Number of documents.
-        first: The first so many in the order of the input, like `split="train[:1000]"` of `datasets`.
-        seed: Decides the positions; not used by `first`.
-
-    Raises:
-        UserError: Both numbers are given, or a value is out of range.
+    The seed decides the positions. A UserError says that both numbers are given, or that a value is out of range.
     """
 
     fraction: float = 0.2
@@ -88,13 +76,9 @@ class SplitResult:
 def leak_rate(clusters: np.ndarray, validation: np.ndarray) -> float:
     """Share of the held-out documents that have a near-duplicate among the others.
 
-    Args:
-        clusters: A number for each document that its near-duplicates share: int64, shape (num_documents,).
-        validation: Whether each is held out: bool, the same shape.
+    `clusters` holds a number for each document that its near-duplicates share: int64, shape (num_documents,).
     """
-    if not validation.any():
-        return 0.0
-    return float(np.isin(clusters[validation], clusters[~validation]).mean())
+    return float(np.isin(clusters[validation], clusters[~validation]).mean()) if validation.any() else 0.0
 
 
 def split_documents(
@@ -104,17 +88,14 @@ def split_documents(
     given: np.ndarray | None = None,
     own: np.ndarray | None = None,
 ) -> SplitResult:
-    """Decide which documents are held out.
+    """Decide which documents are held out; a UserError if none is left on one of the sides.
 
     Args:
         text_hashes: In the order of the input, without exact duplicates; at least two.
         rule: How many and which.
         clusters: As for `leak_rate`; None if near-duplicates were not looked for.
-        given: Whether each is held out whatever the rule says: bool, shape (num_documents,); None for none.
+        given: Whether each is held out whatever the rule says: bool, shape (num_documents,).
         own: The position of each, if known: float64, shape (num_documents,).
-
-    Raises:
-        UserError: No document is left on one of the sides.
     """
     num_documents = len(text_hashes)
     assert num_documents >= 2, "one document cannot be split"
@@ -147,8 +128,8 @@ def split_documents(
         chosen = _so_many(positions, sizes, rule.documents, notes)
         plain = np.isin(np.arange(num_documents), np.argsort(own)[: rule.documents])
     validation = chosen[groups]
-    nothing = np.zeros(num_documents, bool)
-    return SplitResult(validation, nothing, fraction, tuple(notes), leak_rate(ids, validation), leak_rate(ids, plain))
+    rates = leak_rate(ids, validation), leak_rate(ids, plain)
+    return SplitResult(validation, np.zeros_like(validation), fraction, tuple(notes), *rates)
 
 
 def _cluster_positions(text_hashes: Sequence[str] | np.ndarray, groups: np.ndarray, own: np.ndarray) -> np.ndarray:

@@ -18,31 +18,23 @@ PARQUET_BUFFER_BYTES = 2**20
 Batches = Callable[[list[str]], Iterator[Any]]
 
 
-def read_parquet(part: FilePart) -> Numbered:
-    """The rows of a Parquet file."""
-    return _read_table(part, "Parquet", _parquet)
-
-
-def read_arrow(part: FilePart) -> Numbered:
-    """The rows of an Arrow file or stream."""
-    return _read_table(part, "Arrow", _arrow)
-
-
-def _read_table(part: FilePart, kind: str, opened: Callable[[FilePart, Any], tuple[list[str], Batches]]) -> Numbered:
+def read_table(part: FilePart) -> Numbered:
+    """The rows of a Parquet file, or of an Arrow file or stream."""
     import pyarrow as pa
 
     number = part.span.first - 1
-    path, text_column, domain_column = str(part.source.path), part.settings.text_column, part.settings.domain_column
+    path, settings = str(part.source.path), part.settings
+    kind, opened = ("Parquet", _parquet) if part.source.format == ".parquet" else ("Arrow", _arrow)
     try:
         with open_seekable(part.source) as stream:
             names, batches = opened(part, stream)
-            fault = missing_column(path, text_column, names)
-            if domain_column is not None:
-                fault = fault or missing_column(path, domain_column, names, "domain")
+            fault = missing_column(path, settings.text_column, names)
+            if settings.domain_column is not None:
+                fault = fault or missing_column(path, settings.domain_column, names, "domain")
             if fault:
                 yield 0, fault
                 return
-            columns = [name for name in names if name in {text_column, "id", *part.settings.domain_keys}]
+            columns = [name for name in names if name in {settings.text_column, "id", *settings.domain_keys}]
             for batch in batches(columns):
                 values = [_column_values(batch.column(name)) for name in columns]
                 for row in zip(*values, strict=True):
@@ -62,11 +54,11 @@ def _parquet(part: FilePart, stream: Any) -> tuple[list[str], Batches]:
 
     # With Arrow's defaults a whole column chunk, often hundreds of megabytes, is in memory.
     file = pq.ParquetFile(stream, buffer_size=PARQUET_BUFFER_BYTES, pre_buffer=False)
-    groups = range(part.span.begin, file.num_row_groups if part.span.end is None else part.span.end)
+    groups = list(range(file.num_row_groups)[part.span.begin :][: part.span.length])
     sizes = [_batch_rows(file.metadata.row_group(n), part.settings.text_column) for n in groups]
     rows = min([PARQUET_BATCH_ROWS, *sizes])
     return file.schema_arrow.names, lambda columns: file.iter_batches(
-        batch_size=rows, columns=columns, row_groups=list(groups)
+        batch_size=rows, row_groups=groups, columns=columns
     )
 
 
@@ -93,15 +85,14 @@ def _batch_rows(group: Any, text_column: str) -> int:
 def cut_row_groups(source: SourceFile, settings: ReadSettings, target_bytes: int) -> Iterator[Span]:
     """Cut a Parquet file between its row groups."""
     begin, first, rows, held = 0, 1, 0, 0
-    groups = _row_group_sizes(source)
-    for number, (num_rows, num_bytes) in enumerate(groups):
+    for number, (num_rows, num_bytes) in enumerate(_row_group_sizes(source)):
         if number > begin and held + num_bytes > target_bytes:
-            yield Span(begin, number, first, held)
+            yield Span(begin, number - begin, first, held)
             begin, first, rows, held = number, first + rows, 0, 0
         rows += num_rows
         held += num_bytes
     # A file that cannot be read is reported when it is reached.
-    yield Span(begin, len(groups) or None, first, held or source.size_bytes)
+    yield Span(begin, None, first, held or source.size_bytes)
 
 
 def _row_group_sizes(source: SourceFile) -> list[tuple[int, int]]:

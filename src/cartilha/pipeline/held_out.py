@@ -43,7 +43,7 @@ class HeldOut:
         """The documents, in order, streamed."""
         config = self.config
         if self.split is None:
-            return read_documents(self.sources, ReadSettings.of(config), limit_documents=config.limit_documents)
+            return read_documents(self.sources, ReadSettings.of(config))
         assert self.store is not None
         return islice(self.store.read_documents(self.split), config.limit_documents)
 

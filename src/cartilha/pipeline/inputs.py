@@ -18,7 +18,7 @@ def input_documents(config: VocabConfig) -> Iterator[Document]:
         UserError: There is none.
     """
     is_empty = True
-    for document in read_documents(config.input, ReadSettings.of(config), limit_documents=config.limit_documents):
+    for document in read_documents(config.input, ReadSettings.of(config)):
         yield document
         is_empty = False
     if is_empty:

@@ -181,7 +181,7 @@ def _shard_settings(job: _Job) -> ShardSettings:
     return ShardSettings(
         reading=asked.reading,
         steps=asked.steps,
-        cleaning=asked.cleaning,
+        language=asked.language,
         with_signatures=config.near_duplicates,
         keep_texts_below=2.0 if any_may_be_held_out else config.validation_fraction,
         seed=config.seed,

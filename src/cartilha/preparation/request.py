@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from cartilha.config import PrepareConfig
-from cartilha.corpus.cleaning import STEPS, Cleaner, CleaningSettings
+from cartilha.corpus.cleaning import STEPS, Cleaner
 from cartilha.corpus.records import ReadSettings
 from cartilha.corpus.sources import LeftOut, Source, resolve_inputs
 from cartilha.corpus.splits import SplitRule
@@ -26,7 +26,7 @@ class PrepareRequest:
         left_out: Files in the folders of the input that are not read.
         num_held_out: How many of the sources are held out as a whole.
         mixture: The share of the tokens that each input is to have; None if everything is taken once.
-        steps: Cleaning steps, whose settings are `cleaning`.
+        language: What the cleaning step of that name keeps.
     """
 
     sources: list[Source]
@@ -36,7 +36,7 @@ class PrepareRequest:
     rule: SplitRule
     reading: ReadSettings
     steps: tuple[str, ...]
-    cleaning: CleaningSettings
+    language: str
 
     @property
     def given(self) -> np.ndarray | None:
@@ -57,8 +57,7 @@ def read_request(config: PrepareConfig) -> PrepareRequest:
     if config.ray_address and config.executor != "ray":
         raise UserError("--ray_address is for the Ray executor; add --executor ray.")
     steps = tuple(step for name in config.clean for step in (STEPS if name == "web" else (name,)) if step != "none")
-    cleaning = CleaningSettings(language=config.language)
-    Cleaner(steps, cleaning)  # refuses unknown steps and missing extras
+    Cleaner(steps, config.language)  # refuses unknown steps and missing extras
     if config.rejects and not steps:
         raise UserError("--rejects takes what cleaning leaves out, and nothing is cleaned; add --clean web.")
     if config.rejects and (Path(config.rejects).is_dir() or not Path(config.rejects).parent.is_dir()):
@@ -71,4 +70,4 @@ def read_request(config: PrepareConfig) -> PrepareRequest:
     inputs = [resolve_inputs(refs, left_out) for refs in (zip(config.input) if config.weights else [config.input])]
     sources = resolve_inputs([*held_out, *(source for found in inputs for source in found)])
     mixture = Mixture.of(config, inputs, sources) if config.weights else None
-    return PrepareRequest(sources, left_out, len(held_out), mixture, rule, reading, steps, cleaning)
+    return PrepareRequest(sources, left_out, len(held_out), mixture, rule, reading, steps, config.language)

@@ -28,7 +28,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import pyarrow as pa
 
-from cartilha.corpus.cleaning import Cleaner, CleaningSettings, Rejected
+from cartilha.corpus.cleaning import Cleaner, Rejected
 from cartilha.corpus.document import Document
 from cartilha.corpus.readers import ReadCounts, read_part
 from cartilha.corpus.records import ReadSettings
@@ -58,7 +58,7 @@ class ShardSettings:
     """What the work on a shard depends on, apart from the tokenizer.
 
     Attributes:
-        steps: Cleaning steps, whose settings are `cleaning`.
+        language: What the cleaning step of that name keeps.
         with_signatures: Whether near-duplicates are to be found.
         keep_texts_below: Texts of documents with a lower position are kept, since these may be held out.
         seed: Decides the positions.
@@ -68,7 +68,7 @@ class ShardSettings:
 
     reading: ReadSettings
     steps: tuple[str, ...]
-    cleaning: CleaningSettings
+    language: str
     with_signatures: bool
     keep_texts_below: float
     seed: int
@@ -145,7 +145,7 @@ def process_shard(task: ShardTask) -> ShardResult:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        cleaner = Cleaner(task.settings.steps, task.settings.cleaning) if task.settings.steps else None
+        cleaner = Cleaner(task.settings.steps, task.settings.language) if task.settings.steps else None
         read, pieces = ReadCounts(), list[int]()
         with closing(_Writer(task, temporary)) as writer:
             for batch in batches(_documents(task, read, pieces), BATCH_CHARS, BATCH_DOCUMENTS):

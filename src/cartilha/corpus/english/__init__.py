@@ -1,7 +1,6 @@
 """English prose that ships with the package, to compare how a tokenizer and a model treat another language.
 
-The texts were written for this project and are in the public domain (CC0 1.0), like the primer. They suffice for tokens
-per word (OPT's 1.146 has a standard error of 0.4 %), not for training.
+They are in the public domain (CC0 1.0), and suffice for tokens per word (OPT's 1.146 has a standard error of 0.4 %).
 """
 
 from __future__ import annotations

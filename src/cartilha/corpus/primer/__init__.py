@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.resources
 import json
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources.abc import Traversable
@@ -48,12 +48,10 @@ def read_primer() -> Iterator[Document]:
 
 def primer_table() -> list[PrimerCount]:
     """Texts and words of the primer for each genre and variety that occurs, sorted by both."""
-    num_texts: Counter[tuple[str, str]] = Counter()
-    num_words: Counter[tuple[str, str]] = Counter()
+    words: dict[tuple[str, str], list[int]] = defaultdict(list)
     for text in primer_texts():
-        num_texts[text.genre, text.variety] += 1
-        num_words[text.genre, text.variety] += len(text.text.split())
-    return [PrimerCount(*group, num_texts[group], num_words[group]) for group in sorted(num_texts)]
+        words[text.genre, text.variety].append(len(text.text.split()))
+    return [PrimerCount(*group, len(counts), sum(counts)) for group, counts in sorted(words.items())]
 
 
 def primer_sha256() -> str:
