@@ -12,6 +12,7 @@ import sys
 import tracemalloc
 import types
 import unicodedata
+from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,13 +20,15 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
+from cartilha.config import EvaluateConfig, PrepareConfig, VocabConfig
 from cartilha.corpus import primer, tables
 from cartilha.corpus.files import SourceFile
 from cartilha.corpus.readers import ReadCounts, read_documents
 from cartilha.corpus.records import ReadSettings
 from cartilha.corpus.shards import shards
 from cartilha.corpus.sources import HubSource, PrimerSource, resolve_inputs
-from cartilha.errors import HubUnreachableError, install_command
+from cartilha.errors import HubUnreachableError, UserError, install_command
+from cartilha.pipeline.preflight import preflight
 from reading import complaint, documents, read_shard, texts, write, zstd
 
 
@@ -74,16 +77,18 @@ def test_streams_without_reading_ahead(tmp_path):
     path = write(tmp_path / "a.txt", b"um\n" * 50_000 + b"\xff\n")
     documents = read_documents([str(path)])
     assert next(documents).text == "um"  # the fault at the end has not been met
-    assert len(texts(path, limit_documents=50_000)) == 50_000
+    assert len(list(islice(read_documents([str(path)]), 50_000))) == 50_000
     assert "line 50001" in complaint(path)
 
 
-def test_limit_counts_documents_over_all_inputs(tmp_path):
+def test_no_more_documents_are_counted_than_are_taken(tmp_path):
     a, b = write(tmp_path / "a.txt", "1\n\n2\n"), write(tmp_path / "b.txt", "3\n4\n")
     counts = ReadCounts()
-    assert texts(a, b, limit_documents=3, counts=counts) == ["1", "2", "3"]
+    assert [document.text for document in islice(documents(a, b, counts=counts), 3)] == ["1", "2", "3"]
     assert counts.documents == 3
-    assert "--limit_documents" in complaint(a, limit_documents=0)
+    for config in (EvaluateConfig, PrepareConfig, VocabConfig):
+        with pytest.raises(UserError, match="--limit_documents must be 1 or more"):
+            preflight(config(limit_documents=0))
 
 
 # Invalid bytes
@@ -455,7 +460,7 @@ def test_hub_streams_with_config_and_split(monkeypatch):
         raise AssertionError("read ahead")
 
     calls = fake_datasets(monkeypatch, rows)
-    documents = list(read_documents(["hf:org/nome:por_Latn:test"], ReadSettings(limit_documents=2)))
+    documents = list(islice(read_documents(["hf:org/nome:por_Latn:test"]), 2))
     label = "org/nome:por_Latn:test"
     assert [(d.text, d.id, d.source, d.domain) for d in documents] == [
         ("um", "u", label, label),

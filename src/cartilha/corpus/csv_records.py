@@ -46,11 +46,15 @@ class _CsvLines:
             self._held_chars += lines.MAX_DOCUMENT_BYTES + 1 if isinstance(read, Fault) else len(line)
         self.line += 1
         self._held.append(line)
-        if self._held_chars > lines.MAX_DOCUMENT_BYTES:
-            raise _TooLongError
+        if self.is_too_long:
+            raise csv.Error
         if not self._part.marks and self.fault is None:
             self.fault = invalid_bytes(line, self.line, self._part.source, self._part.settings.encoding)
         return line
+
+    @property
+    def is_too_long(self) -> bool:
+        return self._held_chars > lines.MAX_DOCUMENT_BYTES
 
     def next_record(self) -> None:
         self._held.clear()
@@ -63,10 +67,6 @@ class _CsvLines:
         self.line -= len(self._held) - 1
         self._again += reversed(self._held[1:])
         self.next_record()
-
-
-class _TooLongError(Exception):
-    """A record is longer than any document."""
 
 
 def read_csv(part: FilePart) -> Numbered:
@@ -86,9 +86,9 @@ def read_csv(part: FilePart) -> Numbered:
         feed.next_record()
         try:
             row = next(rows, None)
-        except (csv.Error, _TooLongError) as error:
-            is_long = isinstance(error, _TooLongError)
-            yield number, too_long(part.at(number)) if is_long else _broken_csv(part, number, feed, str(error))
+        except csv.Error as error:
+            place = part.at(number)
+            yield number, too_long(place) if feed.is_too_long else _broken_csv(place, feed, str(error))
             feed.begin_again()
             continue
         if feed.fault:
@@ -103,7 +103,7 @@ def read_csv(part: FilePart) -> Numbered:
             return
         elif row and len(row) != len(header):
             fields = f"{counted(len(row), 'field')} where the header has {len(header)}"
-            yield number, _broken_csv(part, number, feed, fields)
+            yield number, _broken_csv(part.at(number), feed, fields)
             feed.begin_again()
         elif not row:
             yield number, {text_column: None}
@@ -159,11 +159,11 @@ def quotes_are_plain(part: FilePart) -> bool:
     return width > 1 and evidence > 0
 
 
-def _broken_csv(part: FilePart, number: int, feed: _CsvLines, reason: str) -> Fault:
-    place = f"line {feed.first_line}" if feed.line == feed.first_line else f"lines {feed.first_line} to {feed.line}"
+def _broken_csv(place: str, feed: _CsvLines, reason: str) -> Fault:
+    of_file = f"line {feed.first_line}" if feed.line == feed.first_line else f"lines {feed.first_line} to {feed.line}"
     return Fault(
         "broken_csv",
-        f"{part.at(number)} ({place}): broken CSV ({reason}); look for a stray or unclosed quote there: put quotes"
+        f"{place} ({of_file}): broken CSV ({reason}); look for a stray or unclosed quote there: put quotes"
         ' around fields that hold a comma, a tab or a line break, and write a quote inside them twice (""),'
         f" say --csv_quoting none where quotes are plain characters, {LEAVE_OUT}",
     )

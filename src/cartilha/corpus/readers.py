@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import islice
 from typing import Any
 
 from cartilha.corpus import lines
@@ -97,8 +96,7 @@ def read_documents(
     sources = resolve_inputs(refs)
     if any(isinstance(ref, str) for ref in refs):  # callers that resolved them before have logged the hints
         log_hints(sources, reading)
-    documents = (document for source in sources for document in read_part(SourcePart(source), reading, found))
-    return islice(documents, reading.limit_documents)
+    return (document for source in sources for document in read_part(SourcePart(source), reading, found))
 
 
 def read_part(part: SourcePart, settings: ReadSettings, counts: ReadCounts) -> Iterator[Document]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from cartilha.config import Reading
 from cartilha.corpus.files import SourceFile
 from cartilha.corpus.lines import Fault, Span, known_encoding, read_lines
 from cartilha.errors import UserError
@@ -22,40 +23,17 @@ class JoinedLines(dict[str, Any]):
     """A record that quotes joined out of several lines."""
 
 
-@dataclass(frozen=True)
-class ReadSettings:
+@dataclass(frozen=True, kw_only=True)
+class ReadSettings(Reading):
     """How records become documents; a UserError says which setting makes no sense.
 
-    Attributes:
-        text_column: Key or column of the text, where records have keys.
-        encoding: Of text files; any name that Python knows it by.
-        invalid_bytes: `replace` puts U+FFFD for bytes that the encoding does not allow and for half surrogate pairs in
-            JSON, and counts these documents; with `stop` they are faults like others.
-        on_error: `stop` at the first faulty record, or `skip` it and count it by its reason.
-        text_unit: Whether a document in a `.txt` file is a `line`, a `paragraph` (lines up to an empty one) or the
-            whole `file`.
-        domain_column: Key or column of the domain; None takes the first of `DOMAIN_KEYS` that a record has.
-        csv_quoting: Whether quotes enclose fields of `.csv` and `.tsv` files (`minimal`) or are ordinary characters
-            (`none`); `auto` tells it from the file.
-        csv_delimiter: What separates their fields: one character, or `tab`; `auto` tells it from suffix and header.
-        limit_documents: How many documents `read_documents` reads at most.
+    With `invalid_bytes` or `on_error` set to `stop`, the first fault ends the reading; otherwise it is counted.
     """
 
-    text_column: str = "text"
-    encoding: str = "utf-8"
-    invalid_bytes: Literal["stop", "replace"] = "stop"
     on_error: Literal["stop", "skip"] = "stop"
-    text_unit: Literal["line", "paragraph", "file"] = "line"
-    domain_column: str | None = None
-    csv_quoting: Literal["auto", "minimal", "none"] = "auto"
-    csv_delimiter: str = "auto"
-    limit_documents: int | None = None
 
     def __post_init__(self) -> None:
-        if self.limit_documents is not None and self.limit_documents < 1:
-            raise UserError(
-                f"--limit_documents is {self.limit_documents}; give 1 or more, or leave it out to read everything."
-            )
+        super().__post_init__()
         object.__setattr__(self, "encoding", known_encoding(self.encoding))
         delimiter = {"tab": "\t", r"\t": "\t"}.get(self.csv_delimiter, self.csv_delimiter)
         if delimiter != "auto" and (len(delimiter) != 1 or delimiter in '"\r\n'):

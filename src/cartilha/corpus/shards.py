@@ -6,7 +6,7 @@ whole. What cannot be cut (a compressed file, CSV, encodings such as UTF-16) is 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from random import Random
 
@@ -39,26 +39,22 @@ def shards(sources: Iterable[Source], settings: ReadSettings, target_bytes: int 
     """Cut sources into shards of about `target_bytes` on the disk."""
     groups: list[list[SourcePart]] = []
     held = 0
-    for part in _parts(sources, settings, target_bytes):
-        if not groups or held + part.span.num_bytes > target_bytes:
-            groups.append([])
-            held = 0
-        groups[-1].append(part)
-        held += part.span.num_bytes
+    for source in sources:
+        for span in _spans(source, settings, target_bytes):
+            if not groups or held + span.num_bytes > target_bytes:
+                groups.append([])
+                held = 0
+            groups[-1].append(SourcePart(source, span))
+            held += span.num_bytes
     return [Shard(number, tuple(parts)) for number, parts in enumerate(groups)]
+
+
+def _spans(source: Source, settings: ReadSettings, target_bytes: int) -> Iterable[Span]:
+    if isinstance(source, HubSource):
+        return (Span(number, 1, num_bytes=HUB_FILE_BYTES) for number in range(num_data_files(source)))
+    return spans(source, settings, target_bytes) if isinstance(source, SourceFile) else [Span()]
 
 
 def shuffled(found: list[Shard], seed: int) -> list[Shard]:
     """The shards in an order drawn from the seed, so that a limit takes documents from everywhere."""
     return [replace(shard, number=number) for number, shard in enumerate(Random(seed).sample(found, len(found)))]
-
-
-def _parts(sources: Iterable[Source], settings: ReadSettings, target_bytes: int) -> Iterator[SourcePart]:
-    for source in sources:
-        if isinstance(source, HubSource):
-            for number in range(num_data_files(source)):
-                yield SourcePart(source, Span(number, 1, num_bytes=HUB_FILE_BYTES))
-        elif isinstance(source, SourceFile):
-            yield from (SourcePart(source, span) for span in spans(source, settings, target_bytes))
-        else:
-            yield SourcePart(source)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any, cast
 
 from cartilha.corpus.files import SourceFile, open_seekable
@@ -78,39 +79,28 @@ def _batch_rows(group: Any, text_column: str) -> int:
     """The number of rows of a row group whose texts take about `PARQUET_BATCH_BYTES`, if all rows are equally long."""
     columns = [group.column(number) for number in range(group.num_columns)]
     num_bytes = sum(column.total_uncompressed_size for column in columns if column.path_in_schema == text_column)
-    num_rows: int = group.num_rows * PARQUET_BATCH_BYTES // max(1, num_bytes)
-    return max(1, num_rows)
+    return max(1, int(group.num_rows * PARQUET_BATCH_BYTES // max(1, num_bytes)))
 
 
 def cut_row_groups(source: SourceFile, settings: ReadSettings, target_bytes: int) -> Iterator[Span]:
-    """Cut a Parquet file between its row groups."""
-    begin, first, rows, held = 0, 1, 0, 0
-    for number, (num_rows, num_bytes) in enumerate(_row_group_sizes(source)):
-        if number > begin and held + num_bytes > target_bytes:
-            yield Span(begin, number - begin, first, held)
-            begin, first, rows, held = number, first + rows, 0, 0
-        rows += num_rows
-        held += num_bytes
-    # A file that cannot be read is reported when it is reached.
-    yield Span(begin, None, first, held or source.size_bytes)
-
-
-def _row_group_sizes(source: SourceFile) -> list[tuple[int, int]]:
-    """Rows and bytes of each row group of an uncompressed Parquet file; empty if it cannot be read as one."""
+    """Cut a Parquet file between its row groups; a file that cannot be read is reported when it is reached."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        with source.path.open("rb") as stream:
-            metadata = pq.read_metadata(stream)
-    except (pa.ArrowException, OSError):
-        return []
-    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-    # The text is not the only column, but usually most of the file.
-    return [
-        (group.num_rows, sum(group.column(i).total_compressed_size for i in range(group.num_columns)))
-        for group in groups
-    ]
+    groups = []
+    with suppress(pa.ArrowException, OSError), source.path.open("rb") as stream:
+        metadata = pq.read_metadata(stream)
+        groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    begin, first, rows, held = 0, 1, 0, 0
+    for number, group in enumerate(groups):
+        # The text is not the only column, but usually most of the file.
+        num_bytes = sum(group.column(i).total_compressed_size for i in range(group.num_columns))
+        if number > begin and held + num_bytes > target_bytes:
+            yield Span(begin, number - begin, first, held)
+            begin, first, rows, held = number, first + rows, 0, 0
+        rows += group.num_rows
+        held += num_bytes
+    yield Span(begin, None, first, held or source.size_bytes)
 
 
 def _column_values(column: Any) -> list[Any]:

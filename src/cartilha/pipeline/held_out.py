@@ -41,11 +41,12 @@ class HeldOut:
 
     def documents(self) -> Iterator[Document]:
         """The documents, in order, streamed."""
-        config = self.config
         if self.split is None:
-            return read_documents(self.sources, ReadSettings.of(config))
-        assert self.store is not None
-        return islice(self.store.read_documents(self.split), config.limit_documents)
+            documents = read_documents(self.sources, ReadSettings.of(self.config))
+        else:
+            assert self.store is not None
+            documents = self.store.read_documents(self.split)
+        return islice(documents, self.config.limit_documents)
 
     @cached_property
     def beginning(self) -> tuple[list[Document], bool]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 from cartilha.config import VocabConfig
 from cartilha.corpus.document import Document
@@ -18,7 +19,7 @@ def input_documents(config: VocabConfig) -> Iterator[Document]:
         UserError: There is none.
     """
     is_empty = True
-    for document in read_documents(config.input, ReadSettings.of(config)):
+    for document in islice(read_documents(config.input, ReadSettings.of(config)), config.limit_documents):
         yield document
         is_empty = False
     if is_empty:

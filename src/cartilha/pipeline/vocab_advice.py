@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -125,7 +125,8 @@ def _prepare(config: VocabConfig, model: str, place: Path, num_documents: int) -
         output=str(place / "store"),
         validation_fraction=HELD_OUT,
         seed=config.seed,
-        **vars(ReadSettings.of(replace(config, limit_documents=num_documents))),
+        limit_documents=num_documents,
+        **vars(ReadSettings.of(config)),
     )
     return TokenStore(prepare(settings).store)
 
