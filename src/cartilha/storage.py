@@ -19,9 +19,8 @@ import re
 import shutil
 import socket
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
@@ -50,7 +49,7 @@ def system_error(error: BaseException) -> OSError | None:
 
 
 def write_atomically(path: Path, data: str | bytes) -> None:
-    """Write a file that appears whole or not at all: see `new_file`."""
+    """Write a file that appears whole or not at all (`new_file`)."""
     with new_file(path) as temporary:
         temporary.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
 
@@ -146,20 +145,19 @@ def _exchange(left: Path, right: Path) -> bool:
 
 def _sweep(path: Path) -> None:
     """Remove what killed processes left of writing `path`, and restore the old directory if they were replacing it."""
-    name = glob.escape(path.name)
-    _clear(chain(path.parent.glob(f".{name}.*.old"), path.parent.glob(f".{name}.*.tmp")))
+    _clear(path.parent.glob, glob.escape(path.name))
 
 
 def sweep_below(directory: Path) -> None:
     """Remove or restore what killed processes left anywhere below a directory that only this process uses."""
-    _clear([*directory.rglob(".*.old"), *directory.rglob(".*.tmp")])
+    _clear(directory.rglob, "*")
 
 
-def _clear(found: Iterable[Path]) -> None:
-    for left in found:
-        name, _, process_id = left.stem.rpartition(".")
+def _clear(find: Callable[[str], Iterable[Path]], name: str) -> None:
+    for left in [*find(f".{name}.*.old"), *find(f".{name}.*.tmp")]:
+        written, _, process_id = left.stem.rpartition(".")
         if process_id.isdigit() and _is_abandoned(left):
-            replaced = left.with_name(name[1:])
+            replaced = left.with_name(written[1:])
             if left.suffix == ".old" and not replaced.exists():
                 left.replace(replaced)
             else:
@@ -295,8 +293,7 @@ def read_json(path: Path) -> Any:
     A ValueError says that it is too large, nested too deeply, or not JSON in UTF-8.
     """
     refuse_lfs_pointer(path)
-    size = path.stat().st_size
-    if size > MAX_JSON_BYTES:
+    if (size := path.stat().st_size) > MAX_JSON_BYTES:
         raise ValueError(f"{size:,} bytes are too many")
     return parse_json(path.read_bytes())
 

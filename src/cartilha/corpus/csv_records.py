@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
+from itertools import count
 
 from cartilha.corpus import lines
 from cartilha.corpus.lines import LEAVE_OUT, Fault, invalid_bytes, too_long
@@ -80,9 +81,7 @@ def read_csv(part: FilePart) -> Numbered:
         rows = csv.reader(feed, delimiter=delimiter, strict=True)
     text_column = part.settings.text_column
     header: list[str] | None = None
-    number = -1
-    while True:
-        number += 1
+    for number in count():  # the header is 0
         feed.next_record()
         try:
             row = next(rows, None)
@@ -118,10 +117,7 @@ def _split(delimiter: str, line: str) -> list[str]:
 
 
 def _delimiter(part: FilePart) -> str:
-    """What is asked for; else a tab in `.tsv`, and in `.csv` the first sign that gives the header the text's column.
-
-    Spreadsheets write semicolons where the comma is the decimal sign.
-    """
+    """What is asked for; else a tab in `.tsv`, and in `.csv` the first sign that gives the header the text's column."""
     if part.settings.csv_delimiter != "auto":
         return part.settings.csv_delimiter
     if part.source.format == ".tsv":
@@ -142,12 +138,11 @@ def quotes_are_plain(part: FilePart) -> bool:
     """
     if part.settings.csv_quoting != "auto":
         return part.settings.csv_quoting == "none"
-    delimiter = _delimiter(part)
-    if delimiter != "\t":
+    if _delimiter(part) != "\t":
         return False
     width = num_chars = evidence = 0
     for _, line in part.lines(marks=True):
-        fields = _split(delimiter, line) if isinstance(line, str) else []
+        fields = _split("\t", line) if isinstance(line, str) else []
         width = width or len(fields)
         if len(fields) == width:
             evidence += any(field.startswith('"') and not _QUOTED_FIELD.fullmatch(field) for field in fields)

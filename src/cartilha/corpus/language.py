@@ -58,13 +58,12 @@ def load_identifier() -> Identifier:
 
 
 def languages(identifier: Identifier, texts: Sequence[str]) -> list[tuple[str, float]]:
-    """The language of each text and its share of the probability, as `classify` of py3langid gives them.
-
-    The texts should be short and similar in length: each takes as many steps as the longest.
-    """
+    """The language of each text and its share of the probability; each text takes as many steps as the longest."""
     if not texts:
         return []
-    encoded = [_encoded(text) for text in texts]
+    # As in the training of the model: no text all in capitals, accents joined with their letters.
+    cased = [text.lower() if text.isupper() else text for text in texts]
+    encoded = [unicodedata.normalize("NFC", text).encode("utf-8", "surrogatepass") for text in cased]
     scores = _scores(identifier, encoded)
     scores /= np.sqrt(np.array([[len(text) or 1] for text in encoded], np.float32))
     shares = np.exp(scores - scores.max(axis=1, keepdims=True))
@@ -74,11 +73,6 @@ def languages(identifier: Identifier, texts: Sequence[str]) -> list[tuple[str, f
         shares[:, other] = 0
     best = shares.argmax(axis=1)
     return [(identifier.labels[i], share) for i, share in zip(best, shares.max(axis=1).tolist(), strict=True)]
-
-
-def _encoded(text: str) -> bytes:
-    """As in the training of the model: no text all in capitals, accents joined with their letters."""
-    return unicodedata.normalize("NFC", text.lower() if text.isupper() else text).encode("utf-8", "surrogatepass")
 
 
 def _scores(identifier: Identifier, encoded: list[bytes]) -> np.ndarray:

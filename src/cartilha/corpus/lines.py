@@ -63,16 +63,6 @@ def damaged(message: str) -> Fault:
     return Fault("damaged_file", f"{message}, or go on without the rest of it by --on_error skip.")
 
 
-def known_encoding(encoding: str) -> str:
-    """The encoding's usual name, or a UserError; `utf-8-sig` is `utf-8`, because the mark is always dropped."""
-    try:
-        "\n".encode(encoding)  # a codec that is no text encoding (rot13, hex) fails here
-        name = codecs.lookup(encoding).name
-    except (LookupError, ValueError):
-        raise UserError(f"{encoding!r} is no text encoding known to Python; try utf-8, latin-1 or utf-16.") from None
-    return "utf-8" if name == "utf-8-sig" else name
-
-
 def _mark(error: UnicodeError) -> tuple[str, int]:
     """Decode an invalid sequence as one lone surrogate that tells its first byte; `replace` would put one U+FFFD."""
     assert isinstance(error, UnicodeDecodeError)
@@ -100,7 +90,7 @@ def read_lines(source: SourceFile, span: Span, encoding: str, marks: bool) -> It
 
     Exceptions of the system and the decompressors are left to the caller; a UserError says that the whole file is in
     another encoding. With `marks`, invalid bytes are kept as marks (`without_surrogates`), otherwise such a line is a
-    fault. `encoding` is as `known_encoding` gives it.
+    fault. `encoding` is the usual name, as Python has it.
     """
     with open_file(source) as stream:
         if span.begin:
@@ -135,19 +125,16 @@ def _lines(stream: IO[bytes], source: SourceFile, encoding: str) -> Iterator[str
 
 def _refuse_foreign_encoding(line: str, source: SourceFile) -> None:
     """Recognise UTF-16 and UTF-32 by their marks, or by a NUL in every other byte of the first line."""
+    place = f"{source.path}, line 1"
     for mark, encoding in _FOREIGN_MARKS:
         if line.startswith(mark):
             raise UserError(
-                f"{source.path}, line 1: not valid utf-8, because the file begins with the byte-order mark of"
-                f" {encoding.upper()}; say --encoding {encoding}."
+                f"{place}: not valid utf-8, but the byte-order mark of {encoding.upper()}; say --encoding {encoding}."
             )
     for first, encoding in ((1, "utf-16-le"), (0, "utf-16-be")):
         nuls, others = line[first:1000:2], line[1 - first : 1000 : 2]
         if len(nuls) >= 8 and nuls.count("\0") > 0.8 * len(nuls) and others.count("\0") < 0.2 * len(others):
-            raise UserError(
-                f"{source.path}, line 1: every other byte is NUL, as in UTF-16; say --encoding {encoding}, or look at"
-                " what the file holds."
-            )
+            raise UserError(f"{place}: every other byte is NUL, as in UTF-16; perhaps say --encoding {encoding}.")
 
 
 def invalid_bytes(line: str, number: int, source: SourceFile, encoding: str) -> Fault | None:

@@ -26,10 +26,7 @@ PAIRS_AT_ONCE = 1 << 19  # their signatures take up to a quarter of a gigabyte
 
 
 def _band_keys(values: np.ndarray, band: int) -> np.ndarray:
-    """The values of a band (from 0) joined into one number: uint64, shape (num_documents,); 0 for a text without words.
-
-    `values` holds the signatures as columns: uint16, shape (NUM_VALUES, num_documents).
-    """
+    """A band of the signatures (in columns) joined into one number: uint64, shape (num_documents,); 0 without words."""
     keys = np.zeros(values.shape[1], np.uint64)
     for value in values[band * BAND_VALUES : (band + 1) * BAND_VALUES]:
         keys = (keys << np.uint64(16)) | value.astype(np.uint64)
@@ -43,17 +40,17 @@ def has_near_duplicate(texts: Sequence[str], known: Iterable[str]) -> np.ndarray
     """
     own = signatures(texts)
     by_key: list[dict[int, list[int]]] = [defaultdict(list) for _ in range(NUM_BANDS)]
-    for band, places in enumerate(by_key):
+    for band, numbers in enumerate(by_key):
         for number, key in enumerate(_band_keys(own.T, band).tolist()):
-            if key:
-                places[key].append(number)
+            numbers[key].append(number)
+        numbers.pop(0, None)  # texts without words
     result = np.zeros(len(texts), bool)
     stream = iter(known)
     while batch := list(islice(stream, DOCUMENTS_AT_ONCE)):
         others = signatures(batch)
-        for band, places in enumerate(by_key):
+        for band, numbers in enumerate(by_key):
             for row, key in enumerate(_band_keys(others.T, band).tolist()):
-                for number in places.get(key, ()):
+                for number in numbers.get(key, ()):
                     result[number] |= (own[number] == others[row]).mean() >= MIN_SIMILARITY
     return result
 
@@ -75,8 +72,9 @@ def cluster(files: Sequence[Path], *, memory_bytes: int = 1 << 30, scratch: Path
         database.execute("SET preserve_insertion_order = false")
         for pairs in _candidates(database, files, starts):
             alike = _similarity(files, starts, pairs) >= MIN_SIMILARITY
-            for first, second in pairs[alike].tolist():
-                _join(parents, first, second)
+            for pair in pairs[alike].tolist():
+                first, second = sorted(_root(parents, document) for document in pair)
+                parents[second] = first
     # Follow parents until each document has its root.
     while not np.array_equal(parents, parents[parents]):
         parents = parents[parents]
@@ -123,12 +121,9 @@ def _similarity(files: Sequence[Path], starts: np.ndarray, pairs: np.ndarray) ->
     return agree / NUM_VALUES
 
 
-def _join(parents: np.ndarray, first: int, second: int) -> None:
-    """Union-find: the later of the two roots is put below the earlier."""
-    roots = []
-    for node in (first, second):
-        while parents[node] != node:
-            parents[node] = parents[parents[node]]
-            node = int(parents[node])
-        roots.append(node)
-    parents[max(roots)] = min(roots)
+def _root(parents: np.ndarray, document: int) -> int:
+    """The first document of a cluster; on the way, every other document is put below its grandparent."""
+    while parents[document] != document:
+        parents[document] = parents[parents[document]]
+        document = int(parents[document])
+    return document

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from cartilha.config import Reading
 from cartilha.corpus.files import SourceFile
-from cartilha.corpus.lines import Fault, Span, known_encoding, read_lines
+from cartilha.corpus.lines import Fault, Span, read_lines
 from cartilha.errors import UserError
 
 DOMAIN_KEYS = ("domain", "genre", "source")
@@ -34,7 +35,14 @@ class ReadSettings(Reading):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "encoding", known_encoding(self.encoding))
+        try:
+            "\n".encode(self.encoding)  # a codec that is no text encoding (rot13, hex) fails here
+            encoding = codecs.lookup(self.encoding).name.removesuffix("-sig")  # a byte-order mark is always dropped
+        except (LookupError, ValueError):
+            raise UserError(
+                f"{self.encoding!r} is no text encoding known to Python; try utf-8, latin-1 or utf-16."
+            ) from None
+        object.__setattr__(self, "encoding", encoding)
         delimiter = {"tab": "\t", r"\t": "\t"}.get(self.csv_delimiter, self.csv_delimiter)
         if delimiter != "auto" and (len(delimiter) != 1 or delimiter in '"\r\n'):
             raise UserError(f"--csv_delimiter is {delimiter!r}; give one character such as ';', or tab, or auto.")

@@ -84,8 +84,7 @@ def _shingle_hashes(texts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
     hashes = _mixed(padded[:-2] * np.uint64(3) + padded[1:-1] * np.uint64(0x94D049BB133111EB) + padded[2:])
     shingle = np.arange(len(words)) - np.repeat(first[:-1], num_words)  # its number within the text
     kept = shingle < np.repeat(counts, num_words)
-    short = np.flatnonzero((num_words > 0) & (num_words < SHINGLE_WORDS))
-    for text in short:  # the words that follow belong to the next text
+    for text in np.flatnonzero((num_words > 0) & (num_words < SHINGLE_WORDS)):  # other words belong to the next text
         hashes[first[text]] = _mixed(words[first[text] : first[text + 1]].sum(keepdims=True))[0]
     return hashes[kept], counts
 
@@ -124,10 +123,8 @@ def _punctuation(text: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
 
 
 def _eights(text: bytes, starts: np.ndarray, num_bytes: int) -> np.ndarray:
-    """The bytes that begin at each place, eight to a number: uint64, shape (num_starts, num_bytes // 8).
-
-    The bytes of a place are copied together; reading them as unaligned numbers takes five times as long.
-    """
+    """The bytes that begin at each place, eight to a number: uint64, shape (num_starts, num_bytes // 8)."""
+    # The bytes of a place are copied together; reading them as unaligned numbers takes five times as long.
     pieces = np.ndarray(max(0, len(text) - num_bytes + 1), f"V{num_bytes}", text, strides=(1,))[starts]
     return np.asarray(pieces.view("<u8").reshape(-1, num_bytes // 8))
 

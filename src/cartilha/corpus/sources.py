@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import glob
 import logging
@@ -86,10 +85,9 @@ def _with_distinct_names(sources: list[Source]) -> list[Source]:
     while len(set(names.values())) < len(names):
         parts = {file: Path(os.path.abspath(file.path)).parts for file in names}
         names = {file: "/".join(parts[file][-2 - name.count("/") :]) for file, name in names.items()}
+    domains = {file: file.domain or os.path.dirname(name) or file.stem for file, name in names.items()}
     return [
-        replace(source, name=names[source], domain=source.domain or os.path.dirname(names[source]) or source.stem)
-        if isinstance(source, SourceFile)
-        else source
+        replace(source, name=names[source], domain=domains[source]) if isinstance(source, SourceFile) else source
         for source in sources
     ]
 
@@ -100,12 +98,19 @@ def _as_on_disk(ref: str) -> str:
         return ref
     found = ""
     for part in Path(ref).parts:
-        names: list[str] = []
         if not os.path.lexists(os.path.join(found, part)):
-            with contextlib.suppress(OSError):
-                names = [n for n in os.listdir(found or ".") if normalize("NFC", n) == normalize("NFC", part)]
-        found = os.path.join(found, *(names[:1] or [part]))
+            alike = (name for name in _listed(found) if normalize("NFC", name) == normalize("NFC", part))
+            part = next(alike, part)
+        found = os.path.join(found, part)
     return found if glob.has_magic(ref) or os.path.lexists(found) else ref
+
+
+def _listed(folder: str) -> list[str]:
+    """The names in a folder, by default the working directory; none if it cannot be listed."""
+    try:
+        return sorted(os.listdir(folder or "."))
+    except (OSError, ValueError):
+        return []
 
 
 def _resolve(ref: str, left_out: LeftOut) -> list[Source]:
@@ -237,10 +242,6 @@ def _dataset_files(folder: str) -> set[str] | None:
 def _remedy(ref: str) -> str:
     """What to write instead of a path that does not exist."""
     parent, name = os.path.split(ref)
-    try:
-        near = difflib.get_close_matches(name, sorted(os.listdir(parent or ".")), n=1)
-    except (OSError, ValueError):
-        near = []
-    if near:
+    if near := difflib.get_close_matches(name, _listed(parent), n=1):
         return f"perhaps {os.path.join(parent, near[0])} is meant"
     return "give a file, a glob in quotes, a folder, hf:NAME for a dataset of the hub, or primer"

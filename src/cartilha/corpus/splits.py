@@ -74,10 +74,7 @@ class SplitResult:
 
 
 def leak_rate(clusters: np.ndarray, validation: np.ndarray) -> float:
-    """Share of the held-out documents that have a near-duplicate among the others.
-
-    `clusters` holds a number for each document that its near-duplicates share: int64, shape (num_documents,).
-    """
+    """Share of the held-out documents that have a near-duplicate, which has the same cluster, among the others."""
     return float(np.isin(clusters[validation], clusters[~validation]).mean()) if validation.any() else 0.0
 
 
@@ -93,7 +90,7 @@ def split_documents(
     Args:
         text_hashes: In the order of the input, without exact duplicates; at least two.
         rule: How many and which.
-        clusters: As for `leak_rate`; None if near-duplicates were not looked for.
+        clusters: A number for each document that its near-duplicates share: int64, shape (num_documents,).
         given: Whether each is held out whatever the rule says: bool, shape (num_documents,).
         own: The position of each, if known: float64, shape (num_documents,).
     """
@@ -113,10 +110,7 @@ def split_documents(
     notes: list[str] = []
     ids = groups
     if not groups.any():
-        notes.append(
-            f"All {num_documents} documents are near-duplicates of one another, so that no split keeps them apart: they"
-            " are split one by one."
-        )
+        notes.append(f"All {num_documents} documents are near-duplicates of one another: they are split one by one.")
         groups = np.arange(num_documents)
     positions = own if clusters is None else _cluster_positions(text_hashes, groups, own)
     sizes = np.bincount(groups)
@@ -191,8 +185,6 @@ def _so_many(positions: np.ndarray, sizes: np.ndarray, wanted: int, notes: list[
         chosen[np.lexsort((positions, sizes))[0]] = True
     held_out = int(sizes[chosen].sum())
     if held_out != wanted:
-        notes.append(
-            f"{counted(held_out, 'document', 'is', 'are')} held out instead of {wanted:,}: clusters of near-duplicates"
-            " are not cut."
-        )
+        held = counted(held_out, "document", "is", "are")
+        notes.append(f"{held} held out instead of {wanted:,}: clusters of near-duplicates are not cut.")
     return chosen
