@@ -1,7 +1,7 @@
 """The report: reads what runs left on disk and shows it, as a table and as one offline page in two languages.
 
     results.py  a run directory -> RecordedRun      surprisal.py, samples.py  two of its files
-    lenient.py  records of declared types from any JSON: a report is wanted most when a run has broken
+    lenient.py  readers of values from any JSON: a report is wanted most when a run has broken
     tables.py   RecordedRuns -> rows -> Markdown, CSV: one entry per column
     chart.py    numbers -> inline SVG       figures.py, several.py  the drawings       images.py  SVG and PNG files
     wording.py  texts and number formats, English and Brazilian Portuguese (templates/strings.yaml)

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from markupsafe import Markup
 
-from cartilha.reporting.pages import PACKAGE, environment
+from cartilha.reporting.pages import environment
 
 Floats = npt.NDArray[np.float64]
 # Colours that tell runs apart, on the light page and on the dark one.
@@ -23,9 +23,8 @@ MAX_POINTS = 600  # about one per pixel; the page's size then does not grow with
 class Series:
     """One curve of a chart.
 
-    Attributes:
-        css_class: Its colour and stroke in the page's style sheet, such as `train`, `validation` or a `run_class`.
-        tips: One text per point; with them the points are drawn and carry these as tooltips.
+    The style sheet gives its class (`train`, `validation`, a `run_class`) colour and stroke. With `tips`, one text per
+    point, the points are drawn and carry these as tooltips.
     """
 
     css_class: str
@@ -39,10 +38,9 @@ class Axis:
     """An axis.
 
     Attributes:
-        label: Its name with the unit.
         tick: How a tick's value is written with so many decimals.
         other: A second label and writing of the same ticks, which the page shows instead on request.
-        names: Ticks at these places only, each with its text, such as the decades of a logarithmic axis.
+        names: Ticks at these places only, each with its text.
     """
 
     label: str
@@ -62,13 +60,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawing with its title and the curves that its legend explains.
-
-    Attributes:
-        name: For its file.
-        legend: Class of each curve and what it is.
-        size: Width and height.
-    """
+    """A drawing; `name` is for its file, `legend` has the class of each curve and what it is."""
 
     name: str
     title: str
@@ -76,7 +68,7 @@ class Figure:
     x: Axis
     y: Axis
     legend: Sequence[tuple[str, str]] = ()
-    size: tuple[int, int] = (640, 340)
+    size: tuple[int, int] = (640, 340)  # width and height
 
     @cached_property
     def drawing(self) -> Markup:
@@ -129,10 +121,8 @@ def ticks(low: float, high: float, count: int = 5, whole: bool = False) -> tuple
 
 def line_chart(figure: Figure) -> Markup:
     """An SVG that scales with its container; the y label stands above the axis, the x label below it."""
-    all_x, all_y = (
-        np.concatenate([np.asarray(getattr(one, name), dtype=np.float64) for one in figure.series])
-        for name in ("xs", "ys")
-    )
+    all_x = np.concatenate([np.asarray(one.xs, dtype=np.float64) for one in figure.series])
+    all_y = np.concatenate([np.asarray(one.ys, dtype=np.float64) for one in figure.series])
     x_ticks, y_ticks = figure.x.ticks(all_x), figure.y.ticks(all_y)
     (width, height), left, top = figure.size, max(62, 12 + 7 * max(len(text) for _, text in y_ticks)), 40
     right, bottom = width - 18, height - 56
@@ -145,9 +135,10 @@ def line_chart(figure: Figure) -> Markup:
     for one in figure.series:
         places = [(at_x(float(x)), at_y(float(y))) for x, y in zip(one.xs, one.ys, strict=True)]
         curves.append((one, places, "L".join(f"{x} {y}" for x, y in places)))
-    drawing = environment(PACKAGE).get_template("chart.svg.j2")
-    return Markup(
-        drawing.render(
+    drawing = (
+        environment()
+        .get_template("chart.svg.j2")
+        .render(
             figure=figure,
             other=figure.y.other,
             x_ticks=[(at_x(value), text) for value, text in x_ticks if value <= x_high],
@@ -158,6 +149,7 @@ def line_chart(figure: Figure) -> Markup:
             bottom=bottom,
         )
     )
+    return Markup(drawing)
 
 
 def _scale(low: float, high: float, first: int, last: int) -> Callable[[float], float]:

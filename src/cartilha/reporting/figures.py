@@ -40,11 +40,8 @@ def curve(records: Iterable[object], name: str, over: str = "step") -> tuple[Flo
 
 def loss_axis(say: Wording) -> Axis:
     """An axis of losses in nats per token, which the page shows as perplexities on request."""
-
-    def as_perplexity(loss: float) -> str:
-        return say.perplexity(perplexity(loss))
-
-    return Axis(say("loss_axis"), say.number, other=(say("perplexity_axis"), as_perplexity))
+    other = (say("perplexity_axis"), lambda loss: say.perplexity(perplexity(loss)))
+    return Axis(say("loss_axis"), say.number, other=other)
 
 
 def count_axis(label: str, say: Wording) -> Axis:
@@ -77,18 +74,12 @@ def _comparable(evaluations: Iterable[Record]) -> list[list[Record]]:
 
 
 def _validation(group: Sequence[Record], say: Wording) -> Series:
-    losses = [math.log(one.perplexity or 1) for one in group]
-    tips = [
-        say(
-            "tip",
-            step=say.number(one.step or 0),
-            loss=say.number(loss, 3),
-            perplexity=say.perplexity(one.perplexity),
-            protocol=tables.protocol_text(one.protocol, say),
-        )
-        for one, loss in zip(group, losses, strict=True)
-    ]
-    return Series("validation", [one.step or 0 for one in group], losses, tips)
+    steps, losses = [one.step or 0 for one in group], [math.log(one.perplexity) for one in group]
+    tips = []
+    for one, step, loss in zip(group, steps, losses, strict=True):
+        texts = {"step": say.number(step), "loss": say.number(loss, 3), "perplexity": say.perplexity(one.perplexity)}
+        tips.append(say("tip", **texts, protocol=tables.protocol_text(one.protocol, say)))
+    return Series("validation", steps, losses, tips)
 
 
 def _epochs(run: RecordedRun, say: Wording) -> Figure | None:

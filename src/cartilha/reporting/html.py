@@ -1,9 +1,7 @@
-"""The report page: one file, offline, English and Portuguese, drawn from run records.
+"""The report page: one file, offline, its body once in English and once in Portuguese, drawn from run records.
 
-The body is rendered once per language, and a button shows one of the two. The template therefore has no translations,
-and each language writes numbers its own way. Texts and surprisal over the steps are in the page once, as data that its
-script draws. Everything is escaped, and a content security policy forbids the page to load anything or to run any other
-script: a `<script>` in a generated text stays text.
+Texts and surprisal over the steps are in the page once, as data that its script draws. Everything is escaped, and a
+content security policy forbids the page to load anything or to run any other script.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ from cartilha.reporting.results import DOMAIN, RecordedRun
 from cartilha.reporting.samples import SampleSeries, sample_series, steps_of
 from cartilha.reporting.several import load_runs, overlaid_figures
 from cartilha.reporting.surprisal import MAX_STEPS, page_data
-from cartilha.reporting.wording import LANGUAGES, Wording, choose_language
+from cartilha.reporting.wording import ABSENT, LANGUAGES, Wording, choose_language
 from cartilha.storage import write_atomically
 
 MAX_PROMPTS = 24
@@ -38,19 +36,10 @@ SCRIPT_WORDS = re.compile(r"\bwords(?:\[[\w.]+\])?\.(\w+)")  # keys of the texts
 
 
 def render_report(run_paths: Sequence[str | Path], output: str | Path, language: str = "auto") -> Path:
-    """Write the page about one or more runs.
+    """Write the page about the runs in these directories, in this order, atomically; returns its path.
 
-    Args:
-        run_paths: Run directories, in the order of the page.
-        output: The HTML file to write, atomically.
-        language: What the page opens in: `en`, `pt`, or `auto` for the reader's browser (and for the locale of this
-            machine where no script runs). Both are in the page.
-
-    Returns:
-        The path that was written.
-
-    Raises:
-        UserError: No path was given, or one of them is no run directory.
+    It opens in `language`: `en`, `pt`, or `auto` for that of the reader's browser (without scripts, of this machine).
+    A UserError says that there is no path, or one that is no run directory.
     """
     page = _page(load_runs(run_paths), Wording(choose_language(language)), fixed=language != "auto")
     write_atomically(Path(output), page.encode("utf-8", errors="replace"))  # JSON may hold half a surrogate pair
@@ -60,13 +49,12 @@ def render_report(run_paths: Sequence[str | Path], output: str | Path, language:
 def _page(runs: Sequence[RecordedRun], opening: Wording, *, fixed: bool) -> str:
     """The page; it opens in the language of `opening`, or in the reader's browser's unless that is `fixed`."""
     of_a_run = (run_figures, overlaid_figures, steps_of, domain_rows, plan_rows, provenance)
-    of_the_table = (tables.footnotes, tables.to_markdown, tables.protocol_text)
+    of_the_table = (tables.columns, tables.footnotes, tables.to_csv, tables.to_markdown, tables.protocol_text)
     rows = tables.results_table(runs)
     series = [sample_series(run.samples) for run in runs]
     script = template_file(PACKAGE, "report.js")
-    # Style and script are ours: the only texts that are not escaped.
     return (
-        environment(PACKAGE)
+        environment()
         .get_template("report.html.j2")
         .render(
             {function.__name__: function for function in (*of_a_run, *of_the_table)},
@@ -77,9 +65,8 @@ def _page(runs: Sequence[RecordedRun], opening: Wording, *, fixed: bool) -> str:
             series=series,
             max_prompts=MAX_PROMPTS,
             rows=rows,
-            columns=tables.columns(rows),
-            csv=tables.to_csv(rows),
             data=_script_data(runs, series, sorted(set(SCRIPT_WORDS.findall(script)))),
+            # Style and script are ours: the only texts that are not escaped.
             style=Markup(template_file(PACKAGE, "report.css") + run_styles(len(runs))),
             script=Markup(script),
             script_hash="sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -138,12 +125,11 @@ def domain_rows(run: RecordedRun) -> list[tuple[str, Record, Record]]:
 
 def plan_rows(run: RecordedRun, say: Wording) -> list[tuple[str, str, str]]:
     """What, planned, measured; empty where nothing was planned."""
-    plan = run.plan
     rows = (
-        ("plan_memory", say.size, plan.memory_bytes, run.memory_bytes),
-        ("plan_speed", say.number, plan.tokens_per_second, run.tokens_per_second),
-        ("plan_micro_batch", say.number, plan.micro_batch_size, run.settings.micro_batch_size),
-        ("plan_available", say.size, plan.available_bytes, None),
+        ("plan_memory", say.size, run.plan.memory_bytes, run.memory_bytes),
+        ("plan_speed", say.number, run.plan.tokens_per_second, run.tokens_per_second),
+        ("plan_micro_batch", say.number, run.plan.micro_batch_size, run.settings.micro_batch_size),
+        ("plan_available", say.size, run.plan.available_bytes, None),
     )
     return [(say(key), write(planned), write(found)) for key, write, planned, found in rows if planned is not None]
 
@@ -167,7 +153,7 @@ def provenance(run: RecordedRun, say: Wording) -> list[tuple[str, list[tuple[str
 
 def _value_text(key: str, value: Any, say: Wording) -> str:
     if value is None:
-        return "-"
+        return ABSENT
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         if key.endswith("_bytes"):
             return say.size(value)

@@ -51,10 +51,8 @@ def _png_converter() -> Callable[[str], bytes] | None:
     try:
         import vl_convert
     except ImportError:
-        log.warning(
-            "Figures are written as SVG alone: PNG needs vl-convert-python; install it with: %s",
-            install_command("report"),
-        )
+        needed = "Figures are written as SVG alone: PNG needs vl-convert-python; install it with: %s"
+        log.warning(needed, install_command("report"))
         return None
     return lambda svg: bytes(vl_convert.svg_to_png(svg, scale=PNG_SCALE))
 
@@ -70,7 +68,7 @@ def _standalone(figure: Figure, num_runs: int) -> str:
         legend.append((kind, text, left, 38 + 18 * row))
         left += taken
     return (
-        environment(PACKAGE)
+        environment()
         .get_template("figure.svg.j2")
         .render(
             figure=figure,

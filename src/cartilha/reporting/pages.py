@@ -11,7 +11,7 @@ PACKAGE = "cartilha.reporting"
 
 
 @cache
-def environment(package: str) -> Environment:
+def environment(package: str = PACKAGE) -> Environment:
     """The package's templates: whatever they show is escaped, and a name that is not defined is an error."""
     return Environment(
         loader=PackageLoader(package), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True

@@ -61,12 +61,7 @@ CORPUS = record(
 STEP = record(step=integer, loss=number, lr=number, tokens_per_second=number, memory_bytes=integer)
 PROTOCOL = record(name=text, window=integer, stride=integer, prefix_id=integer, dtype=text, hash=text)
 CHANGE = record(
-    doc_id=text,
-    domain=text,
-    begins=text,
-    num_bytes=integer,
-    bits_per_byte_first=number,
-    bits_per_byte_second=number,
+    doc_id=text, domain=text, begins=text, num_bytes=integer, bits_per_byte_first=number, bits_per_byte_second=number
 )
 COMPARISON = record(
     steps=many(integer),

@@ -18,26 +18,21 @@ Member = tuple[int, RecordedRun]  # its number on the page, which decides its co
 
 
 def load_runs(paths: Sequence[str | Path]) -> list[RecordedRun]:
-    """Read run directories, each once; runs of the same name are called by as much of their path as distinguishes them.
+    """Read run directories, each once, or a UserError says what is wrong with them.
 
-    Raises:
-        UserError: No path was given, or one is no run directory.
+    Runs of the same name are called by as much of their path as distinguishes them.
     """
     if not paths:
         raise UserError("There is nothing to report on; give one or more run directories.")
     given = {Path(path).resolve(): path for path in reversed(paths)}  # a link to a run is the run
-    full = list(dict.fromkeys(Path(path).resolve() for path in paths))
-    runs = [load_run(given[path]) for path in full]
-    names, depth = [run.name for run in runs], 0
-    while len(set(names)) < len(names):
+    runs = {path: load_run(given[path]) for path in dict.fromkeys(Path(path).resolve() for path in paths)}
+    depth = 0
+    while shared := {name for name, count in Counter(run.name for run in runs.values()).items() if count > 1}:
         depth += 1
-        shared = {name for name, count in Counter(names).items() if count > 1}
-        names = [
-            "/".join(path.parts[-depth:]) if name in shared else name for name, path in zip(names, full, strict=True)
-        ]
-    for run, name in zip(runs, names, strict=True):
-        run.name = name
-    return runs
+        for path, run in runs.items():
+            if run.name in shared:
+                run.name = "/".join(path.parts[-depth:])
+    return list(runs.values())
 
 
 def overlaid_figures(runs: Sequence[RecordedRun], say: Wording) -> list[Figure]:

@@ -1,8 +1,7 @@
 """The results table: one row per run, whatever became of it, for the page, as Markdown and as CSV.
 
-Figures that were measured differently look alike in one column. Figures of another protocol or validation text (and
-perplexities of another tokenizer) therefore never share a column: each group of comparable runs has columns of its
-own, with a letter, in every form of the table, and footnotes say what differs.
+Figures of another protocol or validation text (and perplexities of another tokenizer) never share a column: each group
+of comparable runs has columns of its own, with a letter, and footnotes say what differs.
 """
 
 from __future__ import annotations
@@ -22,11 +21,7 @@ from cartilha.reporting.wording import ABSENT, Language, Wording
 
 @dataclass(frozen=True)
 class Row:
-    """A run in the results table.
-
-    Attributes:
-        mark: A letter; only figures with the same letter may be compared. Empty if all of the table's may be.
-    """
+    """A run in the results table; only figures with the same letter `mark` may be compared, or all if it is empty."""
 
     run: RecordedRun
     mark: str = ""
@@ -40,11 +35,9 @@ class Column:
         key: Its name in CSV files.
         read: The value that it shows of a run, or None.
         heading: In both languages; a column without one is in CSV files only.
-        write: Writes the value for people.
-        plain: Writes the value for programs, in CSV files.
+        write, plain: Write the value for people, and for programs in CSV files.
         words: Whether it holds words rather than numbers.
         alike: For a measure: what must be equal, besides protocol and text, for the figures of two runs to be compared.
-            Each group of comparable runs gets a column of its own.
         footnote: Key of the text that stands below the table if runs differ in `alike`.
         marks: The letters of the rows that have figures in it; empty if every row may.
     """
@@ -93,9 +86,8 @@ def measured_on(run: RecordedRun) -> Hashable:
 
 
 def _length(say: Wording, settings: Record) -> str:
-    if settings.max_steps:
-        return say("num_steps", steps=say.number(settings.max_steps))
-    return say.number(settings.epochs)
+    steps = settings.max_steps
+    return say("num_steps", steps=say.number(steps)) if steps else say.number(settings.epochs)
 
 
 def _seconds_per_epoch(run: RecordedRun) -> float | None:
@@ -180,7 +172,7 @@ def results_table(runs: Sequence[RecordedRun]) -> list[Row]:
 
 
 def columns(rows: Sequence[Row]) -> list[Column]:
-    """The columns that people read: those of `_all_columns` with a heading."""
+    """The columns that people read: those with a heading."""
     return [column for column in _all_columns(rows) if column.heading]
 
 
@@ -201,22 +193,20 @@ def footnotes(rows: Sequence[Row], say: Wording) -> list[tuple[str, str]]:
     marked = {row.mark: row.run for row in rows if row.mark}
     if not marked:
         return []
-    notes = ["not_comparable"]
+    found = [("", say("not_comparable"))]
     for column in COLUMNS:
         if column.footnote and column.alike and len(set(map(column.alike, marked.values()))) > 1:
-            notes.append(column.footnote)
-    texts = [(mark, _measured_text(run, say)) for mark, run in marked.items()]
-    return [("", say(note)) for note in notes] + sorted(texts, key=lambda text: (len(text[0]), text[0]))
-
-
-def _measured_text(run: RecordedRun, say: Wording) -> str:
-    return say(
-        "measured_on",
-        protocol=protocol_text(last(run).protocol, say),
-        validation=(run.corpus.validation_hash or say("not_recorded"))[:16],
-        bytes=say.number(last(run).num_bytes),
-        tokenizer=(run.corpus.tokenizer_fingerprint or say("not_recorded"))[:12],
-    )
+            found.append(("", say(column.footnote)))
+    for mark, run in sorted(marked.items(), key=lambda item: (len(item[0]), item[0])):
+        text = say(
+            "measured_on",
+            protocol=protocol_text(last(run).protocol, say),
+            validation=(run.corpus.validation_hash or say("not_recorded"))[:16],
+            bytes=say.number(last(run).num_bytes),
+            tokenizer=(run.corpus.tokenizer_fingerprint or say("not_recorded"))[:12],
+        )
+        found.append((mark, text))
+    return found
 
 
 def protocol_text(protocol: Record, say: Wording) -> str:
@@ -231,10 +221,8 @@ def to_markdown(rows: Sequence[Row], language: Language) -> str:
     lines = [[column.title(say) for column in wanted], ["---" if column.words else "---:" for column in wanted]]
     lines += [[_escape(column.text(row, say)) for column in wanted] for row in rows]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-    notes = footnotes(rows, say)
-    if not notes:
-        return table
-    return table + "\n" + "".join(f"- ({mark}) {_escape(text)}\n" if mark else f"{text}\n\n" for mark, text in notes)
+    notes = "".join(f"- ({mark}) {_escape(text)}\n" if mark else f"{text}\n\n" for mark, text in footnotes(rows, say))
+    return f"{table}\n{notes}" if notes else table
 
 
 def _escape(text: str) -> str:
@@ -247,8 +235,7 @@ def to_csv(rows: Sequence[Row]) -> str:
 
     If not all runs may be compared, each group has columns of its own: `val_perplexity_a`, `val_perplexity_b`.
     """
-    wanted = _all_columns(rows)
-    out = io.StringIO()
+    wanted, out = _all_columns(rows), io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow([*("_".join([column.key, *column.marks]) for column in wanted), "comparable_group"])
     writer.writerows([*(column.value(row) for column in wanted), row.mark] for row in rows)

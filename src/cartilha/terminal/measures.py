@@ -35,9 +35,8 @@ def evaluations(result: Values) -> Parts:
 def _of_one_model(row: Values) -> Iterator[str]:
     if row.get("contamination") is not None:
         yield f"{row['contamination']:.1%} of the documents are in the store's training side, word for word"
-    if row.get("dtype_drift") is not None:
-        drift = f"{row['dtype_drift']['nats_per_token']:+.1e}"
-        yield f"{row['protocol']['dtype']} against float32: {drift} nats per token"
+    if drift := row.get("dtype_drift"):
+        yield f"{row['protocol']['dtype']} against float32: {drift['nats_per_token']:+.1e} nats per token"
     if row.get("near_duplicates") is not None:
         yield f"{row['near_duplicates']:.1%} of the documents have a near-duplicate there"
     shown = list(row["domains"].items())[:MAX_DOMAINS] if len(row["domains"]) > 1 else []
@@ -51,13 +50,11 @@ def _of_one_model(row: Values) -> Iterator[str]:
 
 
 def _interval(row: Values) -> str:
-    bounds = row.get("bits_per_byte_interval")
-    if bounds is None or None in bounds:
-        return ""
-    return f"[{bounds[0]:.4f}, {bounds[1]:.4f}]"
+    low, high = row.get("bits_per_byte_interval") or (None, None)
+    return "" if low is None or high is None else f"[{low:.4f}, {high:.4f}]"
 
 
-def _baseline(row: Values, name: str) -> str:
+def _baseline(name: str, row: Values) -> str:
     """A baseline's bits per byte, and its perplexity if it has one."""
     found = row["baselines"].get(name)
     if found is None or found["bits_per_byte"] is None:
@@ -66,7 +63,7 @@ def _baseline(row: Values, name: str) -> str:
     return f"{found['bits_per_byte']:.4f}{perplexity}"
 
 
-def _continuation(row: Values, name: str, digits: int) -> str:
+def _continuation(name: str, digits: int, row: Values) -> str:
     """A measure of the continuations beside its floor (another document's continuation)."""
     found = row.get("continuations")
     if not found or found[name] is None:
@@ -92,28 +89,21 @@ _FIGURES: tuple[tuple[str, Callable[[Values], str]], ...] = (
     ("tokens", lambda row: f"{row['num_tokens']:,}"),
     ("documents", lambda row: f"{row['num_documents']:,}"),
     ("mass on unused rows", lambda row: f"{row['unused_rows_mass']:.1e}" if row["unused_rows_mass"] else ""),
-    ("uniform model", lambda row: _baseline(row, "uniform")),
-    ("unigram model", lambda row: _baseline(row, "unigram")),
-    ("xz", lambda row: _baseline(row, "xz")),
-    ("xz, primed", lambda row: _baseline(row, "xz_primed")),
-    ("zstd", lambda row: _baseline(row, "zstd")),
-    ("zstd, primed", lambda row: _baseline(row, "zstd_primed")),
-    ("chrF", lambda row: _continuation(row, "chrf", 1)),
-    ("BLEU", lambda row: _continuation(row, "bleu", 2)),
-    ("ROUGE-L", lambda row: _continuation(row, "rouge_l", 3)),
-    ("distinct-2", lambda row: _continuation(row, "distinct_2", 3)),
-    ("repeated 4-grams", lambda row: _continuation(row, "repeated_4grams", 3)),
+    *((f"{name} model", partial(_baseline, name)) for name in ("uniform", "unigram")),
+    *((name.replace("_", ", "), partial(_baseline, name)) for name in ("xz", "xz_primed", "zstd", "zstd_primed")),
+    ("chrF", partial(_continuation, "chrf", 1)),
+    ("BLEU", partial(_continuation, "bleu", 2)),
+    ("ROUGE-L", partial(_continuation, "rouge_l", 3)),
+    ("distinct-2", partial(_continuation, "distinct_2", 3)),
+    ("repeated 4-grams", partial(_continuation, "repeated_4grams", 3)),
     ("tokens/s", lambda row: f"{row['tokens_per_second']:,.0f}" if row["tokens_per_second"] else ""),
 )
 
 
 def comparison(result: Values) -> Parts:
     """Two models on the same documents."""
-    figures = (result["bits_per_byte_first"], result["bits_per_byte_second"])
-    rows = [
-        [name, f"{bits:.4f}", protocol_line(protocol)]
-        for name, protocol, bits in zip(result["models"], result["protocols"], figures, strict=True)
-    ]
+    figures = (f"{result[name]:.4f}" for name in ("bits_per_byte_first", "bits_per_byte_second"))
+    rows = list(zip(result["models"], figures, map(protocol_line, result["protocols"]), strict=True))
     yield FittingTable(("model", "bits per byte", "protocol"), rows, words=(0, 2))
     low, high = result["bits_per_byte_difference_interval"]
     interval = "" if low is None or high is None else f", 95 % interval [{low:+.4f}, {high:+.4f}]"

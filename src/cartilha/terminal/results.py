@@ -76,11 +76,9 @@ def _store(result: Values) -> Parts:
 
 def _summary(summary: Values) -> Parts:
     yield f"{summary['tokens_per_word']:.2f} tokens per word, {summary['bytes_per_token']:.2f} bytes per token"
-    lengths = []
-    total = max(1, sum(row["tokens"] for row in summary["lengths"]))
+    lengths, total = [], max(1, sum(row["tokens"] for row in summary["lengths"]))
     for row in summary["lengths"]:
-        share = row["tokens"] / total
-        name = f"{row['from_tokens']:,} to {row['to_tokens']:,}"
+        name, share = f"{row['from_tokens']:,} to {row['to_tokens']:,}", row["tokens"] / total
         lengths.append([name, row["documents"], f"{100 * share:5.1f} % {'█' * round(30 * share)}"])
     yield FittingTable(("tokens of a document", "documents", "share of the tokens"), lengths, words=(0, 2))
     names = ("domain", "num_documents", "num_validation_documents", "num_tokens")
@@ -126,9 +124,7 @@ def _check(result: Values) -> Parts:
     yield FittingTable(("check", "outcome", "measured", "s"), rows, words=(0, 1, 2))
     for row in result["checks"]:
         if row["outcome"] == "failed":
-            yield f"{row['name']}: expected {row['expected']}."
-            yield f"  {row['meaning']}"
-            yield f"  What to do: {row['remedy']}"
+            yield f"{row['name']}: expected {row['expected']}.\n  {row['meaning']}\n  What to do: {row['remedy']}"
     failed = result["num_failed"]
     verdict = f"{failed} of {len(result['checks'])} checks failed" if failed else "All checks that apply passed"
     yield f"{verdict}: {result['model']} on {result['store'] or 'the primer'}, {result['seconds']:.0f} s."
@@ -174,13 +170,11 @@ def _recommended(row: Values) -> list[str]:
 
 def _train(result: Values) -> Parts:
     before, after = result["evaluations"][0], result["evaluations"][-1]
-    rows = [
-        [name, f"{row['perplexity']:,.2f}", bits(row["bits_per_byte"], 4)]
-        for name, row in (("before", before), ("after", after))
-    ]
+    columns = [(f"{row['perplexity']:,.2f}", bits(row["bits_per_byte"], 4)) for row in (before, after)]
     measured = before["bits_per_byte"] is not None and after["bits_per_byte"] is not None
     difference = f"{after['bits_per_byte'] - before['bits_per_byte']:+.4f}" if measured else "-"
-    rows.append(["change", f"{after['perplexity'] / before['perplexity'] - 1:+.1%}", difference])
+    change = (f"{after['perplexity'] / before['perplexity'] - 1:+.1%}", difference)
+    rows = [("before", *columns[0]), ("after", *columns[1]), ("change", *change)]
     title = f"{result['settings']['model']}: {result['status']}"
     yield FittingTable(("", "perplexity", "bits/byte"), rows, title=title)
     yield f"Protocol: {protocol_line(after['protocol'])}; {counted(after['num_tokens'], 'held-out token')}."
@@ -194,10 +188,9 @@ def _train(result: Values) -> Parts:
 
 def _run(result: Values) -> Parts:
     yield from _train(result["trained"])
-    samples = result["samples"]
-    last = max((row["step"] for row in samples), default=0)
-    for after in (row for row in samples if row["step"] == last):
-        for before in (row for row in samples if row["step"] == 0 and row["prompt"] == after["prompt"]):
+    last = max((row["step"] for row in result["samples"]), default=0)
+    for after in (row for row in result["samples"] if row["step"] == last):
+        for before in (row for row in result["samples"] if row["step"] == 0 and row["prompt"] == after["prompt"]):
             yield f"\nbefore: {before['text']}\nafter:  {after['text']}"
     yield ""
     yield from _report(result)

@@ -22,11 +22,8 @@ Values = Mapping[str, Any]
 class FittingTable:
     """A table that rich prints in parts where it is wider than the terminal; each part repeats the first column.
 
-    Attributes:
-        titles: One heading per column.
-        rows: One cell per column, without markup; whole numbers get thousands separators. An empty row is a rule.
-        words: The columns that hold words; the others hold numbers, which are never broken.
-        title: Stands above.
+    A row has one cell per column, without markup; whole numbers get thousands separators. An empty row is a rule. The
+    columns `words` hold words, the others numbers, which are never broken.
     """
 
     titles: Sequence[str]
