@@ -72,8 +72,33 @@ class Figure:
 
     @cached_property
     def drawing(self) -> Markup:
-        """The chart as SVG."""
-        return line_chart(self)
+        """An SVG that scales with its container; the y label stands above the axis, the x label below it."""
+        all_x = np.concatenate([np.asarray(one.xs, dtype=np.float64) for one in self.series])
+        all_y = np.concatenate([np.asarray(one.ys, dtype=np.float64) for one in self.series])
+        x_ticks, y_ticks = self.x.ticks(all_x), self.y.ticks(all_y)
+        (width, height), left, top = self.size, max(62, 12 + 7 * max(len(text) for _, text in y_ticks)), 40
+        right, bottom = width - 18, height - 56
+        x_low, x_high = min(x_ticks[0][0], float(all_x.min())), float(all_x.max())
+        if x_high == x_low:
+            x_high = x_low + 1
+        at_x = _scale(x_low, x_high, left, right)
+        at_y = _scale(y_ticks[0][0], y_ticks[-1][0], bottom, top)
+        curves = []
+        for one in self.series:
+            places = [(at_x(float(x)), at_y(float(y))) for x, y in zip(one.xs, one.ys, strict=True)]
+            curves.append((one, places, "L".join(f"{x} {y}" for x, y in places)))
+        template = environment().get_template("chart.svg.j2")
+        drawing = template.render(
+            figure=self,
+            other=self.y.other,
+            x_ticks=[(at_x(value), text) for value, text in x_ticks if value <= x_high],
+            y_ticks=[(at_y(value), value, text) for value, text in y_ticks],
+            curves=curves,
+            left=left,
+            right=right,
+            bottom=bottom,
+        )
+        return Markup(drawing)
 
 
 def run_class(number: int) -> str:
@@ -117,39 +142,6 @@ def ticks(low: float, high: float, count: int = 5, whole: bool = False) -> tuple
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
     return [index * step for index in range(first, max(last, first + 1) + 1)], decimals
-
-
-def line_chart(figure: Figure) -> Markup:
-    """An SVG that scales with its container; the y label stands above the axis, the x label below it."""
-    all_x = np.concatenate([np.asarray(one.xs, dtype=np.float64) for one in figure.series])
-    all_y = np.concatenate([np.asarray(one.ys, dtype=np.float64) for one in figure.series])
-    x_ticks, y_ticks = figure.x.ticks(all_x), figure.y.ticks(all_y)
-    (width, height), left, top = figure.size, max(62, 12 + 7 * max(len(text) for _, text in y_ticks)), 40
-    right, bottom = width - 18, height - 56
-    x_low, x_high = min(x_ticks[0][0], float(all_x.min())), float(all_x.max())
-    if x_high == x_low:
-        x_high = x_low + 1
-    at_x = _scale(x_low, x_high, left, right)
-    at_y = _scale(y_ticks[0][0], y_ticks[-1][0], bottom, top)
-    curves = []
-    for one in figure.series:
-        places = [(at_x(float(x)), at_y(float(y))) for x, y in zip(one.xs, one.ys, strict=True)]
-        curves.append((one, places, "L".join(f"{x} {y}" for x, y in places)))
-    drawing = (
-        environment()
-        .get_template("chart.svg.j2")
-        .render(
-            figure=figure,
-            other=figure.y.other,
-            x_ticks=[(at_x(value), text) for value, text in x_ticks if value <= x_high],
-            y_ticks=[(at_y(value), value, text) for value, text in y_ticks],
-            curves=curves,
-            left=left,
-            right=right,
-            bottom=bottom,
-        )
-    )
-    return Markup(drawing)
 
 
 def _scale(low: float, high: float, first: int, last: int) -> Callable[[float], float]:

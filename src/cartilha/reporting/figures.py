@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from cartilha.evaluation.sums import perplexity
 from cartilha.reporting import tables
 from cartilha.reporting.chart import Axis, Figure, Floats, Series, smooth, thin
 from cartilha.reporting.lenient import Record
-from cartilha.reporting.results import RecordedRun
+from cartilha.reporting.results import RecordedRun, grouped
 from cartilha.reporting.wording import Wording
 
 SMALL = (460, 260)  # width and height of the drawings that stand two in a row
@@ -57,20 +57,13 @@ def _loss(run: RecordedRun, say: Wording) -> Figure | None:
         if not np.array_equal(smoothed, y):
             series.append(Series("raw", thin(x), thin(y)))
         series.append(Series("train", thin(x), thin(smoothed)))
-    series += [_validation(group, say) for group in _comparable(run.evaluations)]
+    measured = [one for one in run.evaluations if (one.perplexity or 0) > 0]
+    # A line joins only evaluations that may be compared.
+    series += [_validation(group, say) for group in grouped(measured, lambda one: one.measured_on)]
     if not series:
         return None
     legend = [(kind, say(f"legend_{kind}")) for kind in dict.fromkeys(one.css_class for one in series)]
     return Figure("loss", say("loss_chart"), series, count_axis(say("step"), say), loss_axis(say), legend)
-
-
-def _comparable(evaluations: Iterable[Record]) -> list[list[Record]]:
-    """Evaluations with a perplexity, grouped by protocol and text: a line joins only comparable ones."""
-    groups: dict[Hashable, list[Record]] = {}
-    for evaluation in evaluations:
-        if (evaluation.perplexity or 0) > 0:
-            groups.setdefault(evaluation.measured_on, []).append(evaluation)
-    return list(groups.values())
 
 
 def _validation(group: Sequence[Record], say: Wording) -> Series:
@@ -120,9 +113,7 @@ def _learning_rate(run: RecordedRun, say: Wording) -> Figure | None:
     return _measured(run, say, "learning-rate", "lr", unit=10.0**power, power=str(power).translate(SUPERSCRIPTS))
 
 
-def _measured(
-    run: RecordedRun, say: Wording, name: str, field: str, *, unit: float = 1.0, **of_label: str
-) -> Figure | None:
+def _measured(run: RecordedRun, say: Wording, name: str, field: str, unit: float = 1.0, **label: str) -> Figure | None:
     """One value of the steps on an axis from zero, with the planned value as a level line."""
     x, y = curve(run.steps, field)
     if not len(y):
@@ -131,5 +122,5 @@ def _measured(
     if planned := vars(run.plan).get(field):
         series.append(Series("plan", [x[0], x[-1]], [planned / unit, planned / unit]))
         legend = [("train", say("legend_measured")), ("plan", say("legend_plan"))]
-    y_axis = Axis(say(f"{field}_axis", **of_label), say.number, from_zero=True)
+    y_axis = Axis(say(f"{field}_axis", **label), say.number, from_zero=True)
     return Figure(name, say(f"{field}_chart"), series, count_axis(say("step"), say), y_axis, legend, SMALL)

@@ -41,37 +41,30 @@ def render_report(run_paths: Sequence[str | Path], output: str | Path, language:
     It opens in `language`: `en`, `pt`, or `auto` for that of the reader's browser (without scripts, of this machine).
     A UserError says that there is no path, or one that is no run directory.
     """
-    page = _page(load_runs(run_paths), Wording(choose_language(language)), fixed=language != "auto")
-    write_atomically(Path(output), page.encode("utf-8", errors="replace"))  # JSON may hold half a surrogate pair
-    return Path(output)
-
-
-def _page(runs: Sequence[RecordedRun], opening: Wording, *, fixed: bool) -> str:
-    """The page; it opens in the language of `opening`, or in the reader's browser's unless that is `fixed`."""
+    runs, opening = load_runs(run_paths), Wording(choose_language(language))
     of_a_run = (run_figures, overlaid_figures, steps_of, domain_rows, plan_rows, provenance)
     of_the_table = (tables.columns, tables.footnotes, tables.to_csv, tables.to_markdown, tables.protocol_text)
     rows = tables.results_table(runs)
     series = [sample_series(run.samples) for run in runs]
     script = template_file(PACKAGE, "report.js")
-    return (
-        environment()
-        .get_template("report.html.j2")
-        .render(
-            {function.__name__: function for function in (*of_a_run, *of_the_table)},
-            wordings=list(map(Wording, LANGUAGES)),
-            opening=opening,
-            fixed=fixed,
-            runs=runs,
-            series=series,
-            max_prompts=MAX_PROMPTS,
-            rows=rows,
-            data=_script_data(runs, series, sorted(set(SCRIPT_WORDS.findall(script)))),
-            # Style and script are ours: the only texts that are not escaped.
-            style=Markup(template_file(PACKAGE, "report.css") + run_styles(len(runs))),
-            script=Markup(script),
-            script_hash="sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        )
+    template = environment().get_template("report.html.j2")
+    page = template.render(
+        {function.__name__: function for function in (*of_a_run, *of_the_table)},
+        wordings=list(map(Wording, LANGUAGES)),
+        opening=opening,
+        fixed=language != "auto",
+        runs=runs,
+        series=series,
+        max_prompts=MAX_PROMPTS,
+        rows=rows,
+        data=_script_data(runs, series, sorted(set(SCRIPT_WORDS.findall(script)))),
+        # Style and script are ours: the only texts that are not escaped.
+        style=Markup(template_file(PACKAGE, "report.css") + run_styles(len(runs))),
+        script=Markup(script),
+        script_hash="sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
+    write_atomically(Path(output), page.encode("utf-8", errors="replace"))  # JSON may hold half a surrogate pair
+    return Path(output)
 
 
 def _script_data(runs: Sequence[RecordedRun], series: Sequence[list[SampleSeries]], words: Sequence[str]) -> Markup:

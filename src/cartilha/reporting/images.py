@@ -67,14 +67,11 @@ def _standalone(figure: Figure, num_runs: int) -> str:
             left, row = 2.0, row + 1
         legend.append((kind, text, left, 38 + 18 * row))
         left += taken
-    return (
-        environment()
-        .get_template("figure.svg.j2")
-        .render(
-            figure=figure,
-            style=Markup(template_file(PACKAGE, "figure.css") + run_styles(num_runs)),
-            legend=legend,
-            head=HEAD + 18 * row,
-            drawing=Markup(figure.drawing.partition(">")[2].removesuffix("</svg>")),
-        )
+    template = environment().get_template("figure.svg.j2")
+    return template.render(
+        figure=figure,
+        style=Markup(template_file(PACKAGE, "figure.css") + run_styles(num_runs)),
+        legend=legend,
+        head=HEAD + 18 * row,
+        drawing=Markup(figure.drawing.partition(">")[2].removesuffix("</svg>")),
     )

@@ -5,8 +5,9 @@ What is absent or unreadable becomes None or empty, and `RecordedRun.missing` na
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -28,6 +29,7 @@ from cartilha.reporting.lenient import (
 )
 from cartilha.reporting.surprisal import read_surprisal
 
+T = TypeVar("T")
 FORMAT_VERSION = 1
 RUN_FILES = ("results.json", "metrics.jsonl", "samples.jsonl", "config.yaml")
 EXPECTED_KEYS = ("status", "settings", "corpus", "packing", "epochs", "evaluations", "machine", "versions")
@@ -227,3 +229,11 @@ def _headline(evaluations: list[Record]) -> tuple[Record | None, Record | None]:
     after = [evaluation for evaluation in evaluations if evaluation.step]
     pairs = ((one, last) for last in reversed(after) for one in before if one.measured_on == last.measured_on)
     return next(pairs, (before[0] if before else None, after[-1] if after else None))
+
+
+def grouped(values: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:
+    """The values in groups of equal keys, in the order in which the keys appear."""
+    groups: dict[Hashable, list[T]] = {}
+    for value in values:
+        groups.setdefault(key(value), []).append(value)
+    return list(groups.values())

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cartilha.reporting.lenient import Record
+from cartilha.reporting.results import grouped
 
 MAX_SAMPLE_CHARS = 8000
 
@@ -40,13 +41,9 @@ class SampleSeries:
 
 def sample_series(samples: Sequence[Record]) -> list[SampleSeries]:
     """The texts of each prompt and mode, in the order in which the prompts appear."""
-    grouped: dict[tuple[str, str | None], list[ShownSample]] = {}
-    for sample in samples:
-        grouped.setdefault((sample.prompt or "", sample.mode), []).append(_shown(sample))
-    return [
-        SampleSeries(prompt, mode, sorted(texts, key=lambda text: text.step or 0))
-        for (prompt, mode), texts in grouped.items()
-    ]
+    by_prompt = grouped(samples, lambda sample: (sample.prompt or "", sample.mode))
+    ordered = [sorted(group, key=lambda sample: sample.step or 0) for group in by_prompt]
+    return [SampleSeries(group[0].prompt or "", group[0].mode, list(map(_shown, group))) for group in ordered]
 
 
 def steps_of(series: Sequence[SampleSeries]) -> list[int]:

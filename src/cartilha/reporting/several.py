@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from cartilha.errors import UserError
 from cartilha.reporting import tables
 from cartilha.reporting.chart import Axis, Figure, Series, run_class, smooth, thin
 from cartilha.reporting.figures import count_axis, curve, loss_axis
-from cartilha.reporting.results import RecordedRun, load_run
+from cartilha.reporting.results import RecordedRun, grouped, load_run
 from cartilha.reporting.wording import Wording
 
 Member = tuple[int, RecordedRun]  # its number on the page, which decides its colour
@@ -38,15 +38,10 @@ def load_runs(paths: Sequence[str | Path]) -> list[RecordedRun]:
 def overlaid_figures(runs: Sequence[RecordedRun], say: Wording) -> list[Figure]:
     """A drawing of the training losses and one of the validation for each group of two or more comparable runs."""
     members = list(enumerate(runs))
-    found = [_losses(group, say) for group in _groups(members, lambda of: of[1].corpus.tokenizer_fingerprint or of[0])]
-    found += [_validations(group, say) for group in _groups(members, lambda of: tables.measured_on(of[1]))]
+    found = [_losses(group, say) for group in grouped(members, lambda of: of[1].corpus.tokenizer_fingerprint or of[0])]
+    found += [_validations(group, say) for group in grouped(members, lambda of: tables.measured_on(of[1]))]
     figures = [figure for figure in found if figure is not None]
     return [replace(figure, name=f"all-{number}-{figure.name}") for number, figure in enumerate(figures, 1)]
-
-
-def _groups(members: Sequence[Member], key: Callable[[Member], Hashable]) -> list[list[Member]]:
-    """Members with an equal key, in the order of the page."""
-    return [[member for member in members if key(member) == value] for value in dict.fromkeys(map(key, members))]
 
 
 def _losses(group: Sequence[Member], say: Wording) -> Figure | None:

@@ -11,17 +11,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-COLUMNS = [
-    "step",
-    "document",
-    "doc_id",
-    "position",
-    "text",
-    "nll",
-    "rank",
-    "likeliest_texts",
-    "likeliest_probabilities",
-]
+LIKELIEST = ["likeliest_texts", "likeliest_probabilities"]
+COLUMNS = ["step", "document", "doc_id", "position", "text", "nll", "rank", *LIKELIEST]
 MAX_STEPS = 12  # positions of the page's slider
 
 
