@@ -35,20 +35,14 @@ class Series:
 
 @dataclass(frozen=True)
 class Axis:
-    """An axis.
-
-    Attributes:
-        tick: How a tick's value is written with so many decimals.
-        other: A second label and writing of the same ticks, which the page shows instead on request.
-        names: Ticks at these places only, each with its text.
-    """
+    """An axis; `other` is a second label and writing of the same ticks, which the page shows instead on request."""
 
     label: str
-    tick: Callable[[float, int], str]
+    tick: Callable[[float, int], str]  # writes a value with so many decimals
     from_zero: bool = False
     whole: bool = False
     other: tuple[str, Callable[[float], str]] | None = None
-    names: Sequence[tuple[float, str]] = ()
+    names: Sequence[tuple[float, str]] = ()  # ticks at these places only, each with its text
 
     def ticks(self, values: Floats) -> list[tuple[float, str]]:
         """Places and texts of the ticks that cover these values."""

@@ -25,10 +25,7 @@ HEAD = 54  # height of the title and one row of legend above a drawing
 
 
 def write_figures(runs: Sequence[RecordedRun], directory: Path, say: Wording) -> list[Path]:
-    """Write the figures of all runs and of each as SVG and, where vl-convert-python is installed, as PNG.
-
-    The directory is made if it is not there; files of the same names are replaced. Returns the files.
-    """
+    """Write the figures of all runs and of each as SVG and, if vl-convert-python is there, PNG; returns the files."""
     directory.mkdir(parents=True, exist_ok=True)
     to_png = _png_converter()
     figures = {figure.name: figure for figure in overlaid_figures(runs, say)}

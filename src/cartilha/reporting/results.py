@@ -176,8 +176,7 @@ def load_run(path: str | Path) -> RecordedRun:
 
 
 def _read_results(directory: Path, missing: list[str]) -> dict[str, Any]:
-    results = read_object(directory / "results.json", missing)
-    if results is None:
+    if (results := read_object(directory / "results.json", missing)) is None:
         return {}
     version = integer(results.get("format_version"))
     if version is not None and version > FORMAT_VERSION:
@@ -199,8 +198,8 @@ def _settings_of_config(config: str | None) -> dict[str, Any]:
 
 
 def _steps(metrics: list[dict[str, Any]]) -> list[Record]:
-    records = map(STEP, (line for line in metrics if "evaluation" not in line))
-    by_step = {record.step: record for record in records if record.step is not None}
+    found = map(STEP, (line for line in metrics if "evaluation" not in line))
+    by_step = {one.step: one for one in found if one.step is not None}
     return [by_step[step] for step in sorted(by_step)]
 
 
@@ -225,9 +224,8 @@ def evaluation(value: Any) -> Record:
 
 
 def _headline(evaluations: list[Record]) -> tuple[Record | None, Record | None]:
-    before = [evaluation for evaluation in evaluations if not evaluation.step]
-    after = [evaluation for evaluation in evaluations if evaluation.step]
-    pairs = ((one, last) for last in reversed(after) for one in before if one.measured_on == last.measured_on)
+    before, after = [one for one in evaluations if not one.step], [one for one in evaluations if one.step]
+    pairs = ((early, late) for late in reversed(after) for early in before if early.measured_on == late.measured_on)
     return next(pairs, (before[0] if before else None, after[-1] if after else None))
 
 

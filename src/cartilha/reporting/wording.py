@@ -47,12 +47,9 @@ _COUNTED = re.compile(r"\{(\w+)\}([^{}\[\]]*)\[([^|\[\]]+)\|([^|\[\]]+)\]")
 
 
 class Wording:
-    """How one language writes texts and numbers; a number that is None becomes `-`.
+    """How one language writes texts and numbers; a number that is None becomes `-`."""
 
-    A subclass for another page names the package that has its texts.
-    """
-
-    package = PACKAGE  # its templates/strings.yaml has the texts
+    package = PACKAGE  # its templates/strings.yaml has the texts; a subclass for another page has its own
 
     def __init__(self, language: Language) -> None:
         self.language: Language = language

@@ -26,10 +26,8 @@ def show(command: str, result: Values) -> None:
 
 def _prepare(result: Values) -> Parts:
     units = ("documents", "tokens", "bytes", "words")
-    rows = [
-        [split, *(counts[f"num_{unit}"] for unit in units), _tokens_per_word(counts)]
-        for split, counts in result["splits"].items()
-    ]
+    splits = result["splits"].items()
+    rows = [[split, *(counts[f"num_{unit}"] for unit in units), _tokens_per_word(counts)] for split, counts in splits]
     yield FittingTable(("split", *units, "tokens/word"), rows)
     dropped = [_left_out(reason, count) for reason, count in result["dropped"].items() if count]
     yield f"Left out: {', '.join(dropped) or 'nothing'}."
@@ -117,16 +115,14 @@ _MARKS = {"passed": ("passed", "green"), "failed": ("FAILED", "bold red"), "not 
 
 
 def _check(result: Values) -> Parts:
-    rows = [
-        [row["name"], Text(*_MARKS[row["outcome"]]), row["measured"], f"{row['seconds']:.1f}"]
-        for row in result["checks"]
-    ]
+    checks = result["checks"]
+    rows = [[row["name"], Text(*_MARKS[row["outcome"]]), row["measured"], f"{row['seconds']:.1f}"] for row in checks]
     yield FittingTable(("check", "outcome", "measured", "s"), rows, words=(0, 1, 2))
-    for row in result["checks"]:
+    for row in checks:
         if row["outcome"] == "failed":
             yield f"{row['name']}: expected {row['expected']}.\n  {row['meaning']}\n  What to do: {row['remedy']}"
     failed = result["num_failed"]
-    verdict = f"{failed} of {len(result['checks'])} checks failed" if failed else "All checks that apply passed"
+    verdict = f"{failed} of {len(checks)} checks failed" if failed else "All checks that apply passed"
     yield f"{verdict}: {result['model']} on {result['store'] or 'the primer'}, {result['seconds']:.0f} s."
 
 
