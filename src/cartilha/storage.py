@@ -234,13 +234,12 @@ def _open_lock(path: Path, what: str) -> IO[str]:
             )
             return file
         if not is_locked:
-            holder = ""
+            holder = "unknown"
             with file, contextlib.suppress(OSError):
                 file.seek(1)
-                holder = file.read(200).strip()
+                holder = file.read(200).strip() or holder
             raise UserError(
-                f"{what} is in use by another process ({holder or 'unknown'}); wait until it ends, or name another"
-                " place."
+                f"{what} is in use by another process ({holder}); wait until it ends, or name another place."
             )
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
@@ -277,8 +276,7 @@ def refuse_lfs_pointer(path: Path) -> None:
         small = 0 < path.stat().st_size <= 1024  # no pointer is longer
         if small and (pointer := LFS_POINTER.fullmatch(path.read_bytes())):
             raise UserError(
-                f"{path} is only a Git LFS pointer to the {int(pointer[1]):,} bytes of the file; run `git lfs pull` in"
-                " its folder, or download the file itself."
+                f"{path} is only a Git LFS pointer to the {int(pointer[1]):,} bytes of the file; run `git lfs pull`."
             )
 
 

@@ -158,7 +158,6 @@ def _broken_csv(place: str, feed: _CsvLines, reason: str) -> Fault:
     of_file = f"line {feed.first_line}" if feed.line == feed.first_line else f"lines {feed.first_line} to {feed.line}"
     return Fault(
         "broken_csv",
-        f"{place} ({of_file}): broken CSV ({reason}); look for a stray or unclosed quote there: put quotes"
-        ' around fields that hold a comma, a tab or a line break, and write a quote inside them twice (""),'
-        f" say --csv_quoting none where quotes are plain characters, {LEAVE_OUT}",
+        f"{place} ({of_file}): broken CSV ({reason}); look for a stray or unclosed quote there (inside quotes, one is"
+        f" written twice), say --csv_quoting none if quotes are plain characters, {LEAVE_OUT}",
     )

@@ -61,8 +61,4 @@ def keys_of_domains(records: Sequence[Record], settings: ReadSettings, path: str
 @lru_cache(maxsize=1024)
 def _tell(path: str, key: str) -> None:
     """Log it once for each file."""
-    log.info(
-        "%s: %r has a different value in nearly every document, so that it is not taken for the domain;"
-        " --domain_column %s takes it anyway.",
-        *(path, key, key),
-    )
+    log.info("%s: nearly all values of %r differ, so it names no domain; --domain_column %s takes it.", path, key, key)

@@ -89,7 +89,6 @@ def read_records(part: FilePart) -> Numbered:
             raise UserError(f"{place} ({system}); {remedy}.") from error
         if "too much memory" in str(error):  # the words of zstd for what its option --long requires of a reader
             raise UserError(
-                f"{place}: it was compressed by zstd --long with a window above 128 MiB; unpack it by"
-                f" `zstd -d --long=31`, or compress it again without --long."
+                f"{place}: zstd --long gave it a window above 128 MiB; unpack it by `zstd -d --long=31`."
             ) from error
         yield number, damaged(f"{place} ({error}); it is damaged or cut off: copy or download it again")

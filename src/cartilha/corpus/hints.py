@@ -58,10 +58,7 @@ def _text_unit(parts: Sequence[FilePart]) -> str | None:
             return f"{but} they form blocks separated by empty lines; perhaps --text_unit paragraph is meant."
         num_small += part.source.size_bytes <= SMALL_BYTES and sum(map(len, blocks)) > 1
     if num_small >= MIN_SMALL_FILES and num_small > 0.8 * len(parts):
-        return (
-            "Each line becomes a document, but the .txt files are small and of several lines; perhaps --text_unit file"
-            " is meant."
-        )
+        return "Each line becomes a document, but the .txt files have few lines; perhaps --text_unit file is meant."
     return None
 
 

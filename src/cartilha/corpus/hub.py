@@ -52,6 +52,5 @@ def _num_files(dataset: Any) -> int:
 def _unreachable(source: HubSource, error: Exception, place: str) -> HubUnreachableError:
     return HubUnreachableError(
         f"The dataset hf:{source.label} (split {source.split}) cannot be read from the hub{place}"
-        f" ({type(error).__name__}: {first_line(error)}); check its name and the connection and run the same command"
-        " again, or give a local file or primer."
+        f" ({type(error).__name__}: {first_line(error)}); check its name and the connection, and run the command again."
     )

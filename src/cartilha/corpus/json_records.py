@@ -45,20 +45,16 @@ def _parse_line(line: str, part: FilePart, number: int) -> Record:
         reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
         return Fault(
             "broken_json",
-            f"{part.at(number)}: not valid JSON ({reason}); each line must be one JSON object: correct or remove this"
-            f" one, {LEAVE_OUT}",
+            f"{part.at(number)}: not one valid JSON object ({reason}); correct or remove this line, {LEAVE_OUT}",
         )
-    return _object(record, part, number, "line")
+    return _object(record, part, number)
 
 
-def _object(value: Any, part: FilePart, number: int, what: str) -> Record:
+def _object(value: Any, part: FilePart, number: int) -> Record:
     if isinstance(value, dict):
         return value
-    return Fault(
-        "broken_json",
-        f"{part.at(number)}: JSON, but not an object; each {what} must be an object with the key"
-        f" {part.settings.text_column!r} (a file of plain texts is named .txt).",
-    )
+    key = part.settings.text_column
+    return Fault("broken_json", f"{part.at(number)}: not an object with the key {key!r}; plain texts belong into .txt.")
 
 
 def _read_values(part: FilePart) -> Numbered:
@@ -87,13 +83,10 @@ def _read_values(part: FilePart) -> Numbered:
                     yield number + 1, _broken(part, error if before.end() < len(held) else "it ends too early", number)
                 return
             number, at, in_array = number + 1, end, opened
-            yield number, _object(value, part, number, "item" if in_array else "value")
+            yield number, _object(value, part, number)
 
 
 def _broken(part: FilePart, error: Exception | str, number: int) -> Fault:
     reason = error.msg if isinstance(error, json.JSONDecodeError) else error
     place = f"after record {number}" if number else "from its beginning"
-    return damaged(
-        f"{part.source.path} is not valid JSON {place} ({reason}); write it anew as one array of objects, or as an"
-        " object a line"
-    )
+    return damaged(f"{part.source.path} is not valid JSON {place} ({reason}); write it anew as one array of objects")

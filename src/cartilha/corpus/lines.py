@@ -128,9 +128,7 @@ def _refuse_foreign_encoding(line: str, source: SourceFile) -> None:
     place = f"{source.path}, line 1"
     for mark, encoding in _FOREIGN_MARKS:
         if line.startswith(mark):
-            raise UserError(
-                f"{place}: not valid utf-8, but the byte-order mark of {encoding.upper()}; say --encoding {encoding}."
-            )
+            raise UserError(f"{place}: the byte-order mark is that of {encoding.upper()}; say --encoding {encoding}.")
     for first, encoding in ((1, "utf-16-le"), (0, "utf-16-be")):
         nuls, others = line[first:1000:2], line[1 - first : 1000 : 2]
         if len(nuls) >= 8 and nuls.count("\0") > 0.8 * len(nuls) and others.count("\0") < 0.2 * len(others):
@@ -149,6 +147,5 @@ def invalid_bytes(line: str, number: int, source: SourceFile, encoding: str) -> 
     return Fault(
         "invalid_bytes",
         f"{source.path}, line {number}: byte 0x{ord(line[position]) - 0xDC00:02X} at offset {offset} of the line is not"
-        f" valid {encoding}; name the encoding of the file (perhaps --encoding {likely}), put U+FFFD in the place of"
-        f" such bytes by --invalid_bytes replace, {LEAVE_OUT}",
+        f" valid {encoding}; perhaps say --encoding {likely}, put U+FFFD there by --invalid_bytes replace, {LEAVE_OUT}",
     )

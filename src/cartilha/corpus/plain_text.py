@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import groupby
 
 from cartilha.corpus import lines
 from cartilha.corpus.files import SourceFile
 from cartilha.corpus.lines import Fault, Span, too_long
-from cartilha.corpus.records import FilePart, Numbered, ReadSettings
+from cartilha.corpus.records import FilePart, Numbered, ReadSettings, Record
 
 COUNT_BYTES = 4 << 20
 
@@ -19,50 +20,40 @@ _CUT_AT_LINE_FEEDS = re.compile(r"utf-8|ascii|iso8859-\d+|cp125\d|cp437|cp850|cp
 
 
 def read_txt(part: FilePart) -> Numbered:
-    """The documents of a `.txt` file."""
-    return _read_lines(part) if part.settings.text_unit == "line" else _read_joined(part)
+    """The documents of a `.txt` file; paragraphs are numbered by their first lines."""
+    if part.settings.text_unit == "file":
+        yield _joined(part, part.lines())
+    elif part.settings.text_unit == "paragraph":
+        yield from (_joined(part, block) for is_blank, block in groupby(part.lines(), _is_blank) if not is_blank)
+    else:
+        for number, line in part.lines():
+            if isinstance(line, Fault):
+                yield number, line
+            else:
+                text = _without_end(line)
+                yield number, {part.settings.text_column: text} if part.marks else text
 
 
-def _read_lines(part: FilePart) -> Numbered:
-    for number, line in part.lines():
-        if isinstance(line, Fault):
-            yield number, line
-        else:
-            text = _without_end(line)
-            yield number, {part.settings.text_column: text} if part.marks else text
+def _is_blank(numbered: tuple[int, str | Fault]) -> bool:
+    line = numbered[1]
+    return isinstance(line, str) and (not line or line.isspace())
 
 
-def _read_joined(part: FilePart) -> Numbered:
-    """Paragraphs, numbered by their first lines, or the file as one document; line ends inside are kept."""
-    whole = part.settings.text_unit == "file"
+def _joined(part: FilePart, numbered: Iterable[tuple[int, str | Fault]]) -> tuple[int, Record]:
+    """The lines as one document, in which line ends are kept, or the first fault; and the first line's number."""
+    is_file = part.settings.text_unit == "file"
     held: list[str] = []
-    num_chars, begin = 0, 1 if whole else 0
-    fault: Fault | None = None
-
-    def document() -> Fault | dict[str, str]:
-        text = "".join(held)
-        return fault or {part.settings.text_column: text if whole else _without_end(text)}
-
-    for number, line in part.lines():
-        if not whole and isinstance(line, str) and (not line or line.isspace()):
-            if begin:
-                yield begin, document()
-            held, num_chars, begin, fault = [], 0, 0, None
-            continue
-        begin = begin or number
+    first = num_chars = 0
+    for number, line in numbered:
+        first = first or number
         if isinstance(line, Fault):
-            fault = fault or line
-        else:
-            held.append(line)
-            num_chars += len(line)
+            return first, line
+        held.append(line)
+        num_chars += len(line)
         if num_chars > lines.MAX_DOCUMENT_BYTES:
-            fault = fault or too_long(str(part.source.path) if whole else part.at(begin))
-        if fault:
-            held = []
-            if whole:
-                break
-    if begin:
-        yield begin, document()
+            return first, too_long(str(part.source.path) if is_file else part.at(first))
+    text = "".join(held)
+    return first or 1, {part.settings.text_column: text if is_file else _without_end(text)}
 
 
 def _without_end(text: str) -> str:

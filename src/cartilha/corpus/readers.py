@@ -175,10 +175,9 @@ def _document(
         counts.empty += 1
         return None
     if not isinstance(text, str):
+        kind = type(text).__name__
         return Fault(
-            "no_text",
-            f"{place}: {settings.text_column!r} holds a {type(text).__name__}, not a text;"
-            " name the one with the text by --text_column.",
+            "no_text", f"{place}: {settings.text_column!r} holds a {kind}, no text; give another --text_column."
         )
     if len(text) > lines.MAX_DOCUMENT_BYTES:
         return too_long(place)

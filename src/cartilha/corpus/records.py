@@ -39,9 +39,7 @@ class ReadSettings(Reading):
             "\n".encode(self.encoding)  # a codec that is no text encoding (rot13, hex) fails here
             encoding = codecs.lookup(self.encoding).name.removesuffix("-sig")  # a byte-order mark is always dropped
         except (LookupError, ValueError):
-            raise UserError(
-                f"{self.encoding!r} is no text encoding known to Python; try utf-8, latin-1 or utf-16."
-            ) from None
+            raise UserError(f"{self.encoding!r} is no text encoding; try utf-8, latin-1 or utf-16.") from None
         object.__setattr__(self, "encoding", encoding)
         delimiter = {"tab": "\t", r"\t": "\t"}.get(self.csv_delimiter, self.csv_delimiter)
         if delimiter != "auto" and (len(delimiter) != 1 or delimiter in '"\r\n'):
@@ -92,8 +90,5 @@ def missing_column(place: str, column: str, names: Sequence[str], holds: str = "
         message = f"{place} has more than one {column!r}; rename all but the one that holds the {holds}."
     else:
         there = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-        message = (
-            f"{place} has no {column!r}, only: {there or 'nothing'};"
-            f" name the one that holds the {holds} by --{holds}_column."
-        )
+        message = f"{place} has no {column!r}, only: {there or 'nothing'}; name the {holds} by --{holds}_column."
     return Fault(f"no_{holds}_column", message)

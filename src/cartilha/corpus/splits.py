@@ -102,9 +102,8 @@ def split_documents(
     if given is not None:
         return _fixed(groups, given)
     if rule.documents is not None and rule.documents >= num_documents:
-        raise UserError(
-            f"{rule.documents:,} of {counted(num_documents, 'document')} cannot be held out; leave some to train on."
-        )
+        there = counted(num_documents, "document")
+        raise UserError(f"{rule.documents:,} of {there} cannot be held out; leave some to train on.")
     if own is None:
         own = np.array([split_position(str(text_hash), rule.seed) for text_hash in text_hashes])
     notes: list[str] = []
@@ -165,9 +164,7 @@ def _below(positions: np.ndarray, sizes: np.ndarray, fraction: float, notes: lis
     elif not (eligible & (positions < fraction)).any():
         used = float(np.nextafter(positions[eligible].min(), 1))
     if used != fraction:
-        notes.append(
-            f"A fraction of {fraction:g} holds out none or all of so few documents: {used:.3g} is used instead."
-        )
+        notes.append(f"A fraction of {fraction:g} holds out none or all documents: {used:.3g} is used instead.")
     return eligible & (positions < used), used
 
 

@@ -42,12 +42,8 @@ def read_table(part: FilePart) -> Numbered:
                     number += 1
                     yield number, dict(zip(columns, row, strict=True))
     except pa.ArrowException as error:
-        place = f" after row {number}" if number else ""
-        message = (
-            f"{path} cannot be read as {kind}{place} ({first_line(error)}); copy, download or write it anew, rename it"
-            " if it is of another kind"
-        )
-        yield number, damaged(message)
+        place = f"{path} cannot be read as {kind}" + (f" after row {number}" if number else "")
+        yield number, damaged(f"{place} ({first_line(error)}); copy it again, rename it if it is of another kind")
 
 
 def _parquet(part: FilePart, stream: Any) -> tuple[list[str], Batches]:
