@@ -60,12 +60,10 @@ def new_file(path: Path) -> Iterator[Path]:
 
     Readers find either the old file or the whole new one. Missing directories are created.
     """
-    with _temporary_name(path) as temporary:
-        temporary.touch()
-        with _locked(temporary):
-            yield temporary
-            _flush_to_disk(temporary)
-            temporary.replace(path)
+    with _temporary(path, Path.touch) as temporary:
+        yield temporary
+        _flush_to_disk(temporary)
+        temporary.replace(path)
 
 
 @contextmanager
@@ -74,30 +72,29 @@ def new_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
 
     With `replace` it takes the place of an existing directory, which is removed after the rename.
     """
-    with _temporary_name(path) as temporary:
-        _remove(temporary)
-        temporary.mkdir()
-        with _locked(temporary):
-            yield temporary
-            for file in temporary.rglob("*"):
-                if file.is_file():
-                    _flush_to_disk(file)
-            if replace and path.exists():
-                _put_in_place_of(temporary, path)
-            else:
-                if path.is_dir() and not any(path.iterdir()):
-                    path.rmdir()
-                temporary.replace(path)
+    with _temporary(path, Path.mkdir) as temporary:
+        yield temporary
+        for file in filter(Path.is_file, temporary.rglob("*")):
+            _flush_to_disk(file)
+        if replace and path.exists():
+            _put_in_place_of(temporary, path)
+        else:
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+            temporary.replace(path)
 
 
 @contextmanager
-def _temporary_name(path: Path) -> Iterator[Path]:
-    """Yield a name beside `path`: what has it is removed if the block fails; else its renaming is made durable."""
+def _temporary(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
+    """Make what will be renamed to `path`, locked: it is removed if the block fails, else the renaming made durable."""
     path.parent.mkdir(parents=True, exist_ok=True)
     _sweep(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
+        _remove(temporary)  # left by an earlier process with the same id
+        make(temporary)
+        with _locked(temporary):
+            yield temporary
     except OSError as error:
         _remove(temporary)
         if error.errno is None or error.filename is not None:

@@ -6,25 +6,35 @@ The head of the file decides, so that the answer does not depend on how the file
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import lru_cache
 
 from cartilha.corpus.records import Numbered, ReadSettings, Record
 from cartilha.errors import UserError
-
-log = logging.getLogger("cartilha")
 
 HEAD_RECORDS = 200
 HEAD_CHARS = 1 << 20
 MIN_RECORDS = 20  # with fewer, the values tell nothing
 MAX_DISTINCT = 0.5  # different values, as a share of the records
 
+_tell = lru_cache(maxsize=1024)(logging.getLogger("cartilha").info)  # once for each file and key
 
-def read_head(records: Numbered, text_column: str) -> tuple[list[Record], Numbered]:
-    """The first records of a file, and then all of them; an error among the first is raised when it is reached."""
+
+def domain_keys(records: Numbered, settings: ReadSettings, path: str) -> tuple[tuple[str, ...], Numbered]:
+    """Those of the keys that may hold a domain which do; and all records, of which the head was read to tell."""
+    if settings.domain_column is not None:
+        return settings.domain_keys, records
     head: list[tuple[int | str, Record]] = []
     num_chars = 0
     stopped_by: UserError | None = None
+    try:
+        for number, record in records:
+            head.append((number, record))
+            num_chars += len(str(record.get(settings.text_column))) if isinstance(record, Mapping) else 0
+            if len(head) == HEAD_RECORDS or num_chars > HEAD_CHARS:
+                break
+    except UserError as error:  # raised when it is reached
+        stopped_by = error
 
     def all_records() -> Numbered:
         yield from head
@@ -32,33 +42,12 @@ def read_head(records: Numbered, text_column: str) -> tuple[list[Record], Number
             raise stopped_by
         yield from records
 
-    try:
-        for number, record in records:
-            head.append((number, record))
-            num_chars += len(str(record.get(text_column))) if isinstance(record, Mapping) else 0
-            if len(head) == HEAD_RECORDS or num_chars > HEAD_CHARS:
-                break
-    except UserError as error:
-        stopped_by = error
-    return [record for _, record in head], all_records()
-
-
-def keys_of_domains(records: Sequence[Record], settings: ReadSettings, path: str) -> tuple[str, ...]:
-    """Those of the keys that may hold a domain which do."""
-    if settings.domain_column is not None:
-        return settings.domain_keys
     found = []
     for key in settings.domain_keys:
-        labels = [record.get(key) for record in records if isinstance(record, Mapping)]
+        labels = [record.get(key) for _, record in head if isinstance(record, Mapping)]
         values = [label for label in labels if isinstance(label, str) and label]
         if len(values) < MIN_RECORDS or len(set(values)) <= MAX_DISTINCT * len(values):
             found.append(key)
         else:
-            _tell(path, key)
-    return tuple(found)
-
-
-@lru_cache(maxsize=1024)
-def _tell(path: str, key: str) -> None:
-    """Log it once for each file."""
-    log.info("%s: nearly all values of %r differ, so it names no domain; --domain_column %s takes it.", path, key, key)
+            _tell("%s: nearly all values of %r differ: no domains, unless by --domain_column %s.", path, key, key)
+    return tuple(found), all_records()

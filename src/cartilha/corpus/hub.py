@@ -12,7 +12,7 @@ from cartilha.errors import HubUnreachableError, first_line, import_extra
 
 def num_data_files(source: HubSource) -> int:
     """The number of data files in a dataset's split, each of which can be streamed alone; raises like `read_hub`."""
-    return _num_files(_load(source))
+    return _load(source)[1]
 
 
 def read_hub(source: HubSource, span: Span) -> Numbered:
@@ -22,8 +22,7 @@ def read_hub(source: HubSource, span: Span) -> Numbered:
     UserError says that the extra `hub` is missing, a HubUnreachableError that the split cannot be loaded or the
     connection broke.
     """
-    dataset = _load(source)
-    num_files = _num_files(dataset)
+    dataset, num_files = _load(source)
     number: int | str = 0
     try:
         for file in range(num_files)[span.begin :][: span.length]:
@@ -37,20 +36,18 @@ def read_hub(source: HubSource, span: Span) -> Numbered:
         raise _unreachable(source, error, f" after row {number}" if number else "") from error
 
 
-def _load(source: HubSource) -> Any:
+def _load(source: HubSource) -> tuple[Any, int]:
+    """The dataset, and how many data files it has."""
     datasets = import_extra("datasets", f"hf:{source.name}", "hub")
     try:
-        return datasets.load_dataset(source.name, source.config, split=source.split, streaming=True)
+        dataset = datasets.load_dataset(source.name, source.config, split=source.split, streaming=True)
     except Exception as error:  # as above
         raise _unreachable(source, error, "") from error
-
-
-def _num_files(dataset: Any) -> int:
-    return int(getattr(dataset, "num_shards", 1))
+    return dataset, int(getattr(dataset, "num_shards", 1))
 
 
 def _unreachable(source: HubSource, error: Exception, place: str) -> HubUnreachableError:
     return HubUnreachableError(
         f"The dataset hf:{source.label} (split {source.split}) cannot be read from the hub{place}"
-        f" ({type(error).__name__}: {first_line(error)}); check its name and the connection, and run the command again."
+        f" ({type(error).__name__}: {first_line(error)}); check name and connection and run the same command again."
     )

@@ -54,8 +54,8 @@ class Fault:
 
 def too_long(place: str) -> Fault:
     """The fault of a record that is longer than any document."""
-    size = f"{MAX_DOCUMENT_BYTES >> 20} MiB" if MAX_DOCUMENT_BYTES >= 1 << 20 else f"{MAX_DOCUMENT_BYTES} bytes"
-    return Fault("too_long", f"{place} is longer than {size}, which no document is; cut it into documents, {LEAVE_OUT}")
+    message = f"{place} is longer than {MAX_DOCUMENT_BYTES:,} bytes, which no document is; cut it into documents"
+    return Fault("too_long", f"{message}, {LEAVE_OUT}")
 
 
 def damaged(message: str) -> Fault:

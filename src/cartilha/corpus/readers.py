@@ -15,7 +15,7 @@ from typing import Any
 
 from cartilha.corpus import lines
 from cartilha.corpus.document import Document
-from cartilha.corpus.domains import keys_of_domains, read_head
+from cartilha.corpus.domains import domain_keys
 from cartilha.corpus.files import SourceFile, refuse_changed
 from cartilha.corpus.formats import file_part, read_records
 from cartilha.corpus.hints import log_hints
@@ -145,8 +145,8 @@ def _open(part: SourcePart, settings: ReadSettings) -> tuple[_Origin, Numbered]:
             return origin, records
         if span.begin or span.length is not None:
             return replace(origin, domain_keys=_keys_of_file(source, settings)), records
-    head, records = read_head(records, settings.text_column)
-    return replace(origin, domain_keys=keys_of_domains(head, settings, origin.path)), records
+    keys, records = domain_keys(records, settings, origin.path)
+    return replace(origin, domain_keys=keys), records
 
 
 @lru_cache(maxsize=64)

@@ -58,11 +58,9 @@ def resolve_inputs(refs: Sequence[str | Source], left_out: LeftOut | None = None
     """Expand REFs in the order given; files of a glob or folder are sorted by path. Resolved sources pass through.
 
     A path that exists wins over other meanings of the same string. A folder stands for all files below it with a
-    readable suffix; a dataset written by `save_to_disk` for the files that it lists. Other files of a folder are logged
-    and put into `left_out`, except a dataset's records, hidden folders and hidden files of other kinds. A glob stands
-    for the files that match, all of which must be readable. A file named twice is read once, which is logged.
-
-    A UserError says that a REF names nothing, or something of which all or the larger part is not read.
+    readable suffix; a dataset written by `save_to_disk` for the files that it lists. Its other files are logged and put
+    into `left_out`, except a dataset's records and what is hidden. A file named twice is read once, which is logged. A
+    UserError says that a REF names nothing, or something of which all or the larger part is not read.
     """
     found: dict[Path | Source, Source] = {}
     repeated: list[str] = []

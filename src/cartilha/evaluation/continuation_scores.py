@@ -7,7 +7,6 @@ little alone. They are given with a floor: what the real text of *another* docum
 
 from __future__ import annotations
 
-import importlib
 import math
 import random
 import re
@@ -18,7 +17,7 @@ from typing import Any
 
 from cartilha.corpus.document import Document
 from cartilha.corpus.splits import split_position
-from cartilha.errors import UserError, counted, missing_extra
+from cartilha.errors import UserError, counted, import_extra
 
 CUT_SEED = 20_04  # of the hash order in which documents are chosen for continuation; never changed
 PROMPT_WORDS = 32
@@ -315,7 +314,4 @@ def _ngrams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
 
 
 def _sacrebleu_metrics() -> Any:
-    try:
-        return importlib.import_module("sacrebleu.metrics")
-    except ImportError:
-        raise missing_extra("The measure chrF or BLEU (sacrebleu)", "eval") from None
+    return import_extra("sacrebleu.metrics", "The measure chrF or BLEU (sacrebleu)", "eval")

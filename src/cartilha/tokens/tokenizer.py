@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from cartilha.errors import UserError, missing_extra
+from cartilha.errors import UserError, import_extra, missing_extra
 from cartilha.model_reference import TOKENIZER_FILES, conversion_directory, download, resolve_model
 from cartilha.storage import new_directory, refuse_lfs_pointer, write_atomically, write_json
 from cartilha.tokens.byte_level import CHARACTER_BYTES
@@ -336,11 +336,8 @@ def read_gguf_fields(path: Path) -> dict[str, Any]:
     Raises:
         UserError: The `demo` extra is missing or the file is not GGUF.
     """
+    gguf = import_extra("gguf", "Reading GGUF models", "demo")
     try:
-        from gguf import GGUFReader
-    except ImportError:
-        raise missing_extra("Reading GGUF models", "demo") from None
-    try:
-        return {key: field.contents() for key, field in GGUFReader(path).fields.items()}
+        return {key: field.contents() for key, field in gguf.GGUFReader(path).fields.items()}
     except (ValueError, IndexError, KeyError) as error:
         raise UserError(f"{path} is not a GGUF file that can be read ({error}); fetch it again.") from error
