@@ -106,9 +106,8 @@ def _each(judge: Callable[[str], Found]) -> Callable[[str], Step]:
 def _mojibake(language: str) -> Step:
     """Mends text that was decoded wrongly, such as "vocÃª"; curly quotes and the like are kept."""
     ftfy = import_extra("ftfy", "Cleaning", "text")  # reads about 5 MB/s, the search below 400
-    return lambda texts: [
-        ftfy.fix_encoding(text) if _MOJIBAKE_BYTES.search(text.encode("utf-8")) else text for text in texts
-    ]
+    search = _MOJIBAKE_BYTES.search
+    return lambda texts: [ftfy.fix_encoding(text) if search(text.encode("utf-8")) else text for text in texts]
 
 
 def _nfc(text: str) -> str:
@@ -181,11 +180,8 @@ def _repeated_lines(text: str) -> Found:
     """Rejects texts in which many lines occurred before: lists, menus, listings."""
     lines = [line for line in (line.strip() for line in text.split("\n")) if line]
     distinct = set(lines)
-    repeated = len(lines) - len(distinct)
-    if repeated == 0:
-        return text
     num_chars = sum(map(len, lines))
-    repeated_chars = num_chars - sum(map(len, distinct))
+    repeated, repeated_chars = len(lines) - len(distinct), num_chars - sum(map(len, distinct))
     alike = repeated > MAX_REPEATED_LINES * len(lines) or repeated_chars > MAX_REPEATED_LINE_CHARS * num_chars
     return None if alike else text
 

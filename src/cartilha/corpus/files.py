@@ -37,7 +37,7 @@ class SourceFile:
 
     Attributes:
         size_bytes: On the disk, compressed or not.
-        modified_ns: Its time of change, in nanoseconds since the epoch.
+        modified_ns: When it was changed, in nanoseconds since the epoch.
         name: Its path below the input, with `/`; its documents are named after it.
         domain: Of its documents, unless they name one: its folder below the input, else its stem.
     """
@@ -103,7 +103,5 @@ def refuse_changed(source: SourceFile) -> None:
     except OSError as error:
         raise UserError(f"{source.path} cannot be read ({error.strerror}); check the file and the disk.") from error
     if (status.st_size, status.st_mtime_ns) != (source.size_bytes, source.modified_ns):
-        raise UserError(
-            f"{source.path} changed while it was read (from {source.size_bytes:,} to {status.st_size:,} bytes); wait"
-            " until it is complete and run the same command again."
-        )
+        sizes = f"from {source.size_bytes:,} to {status.st_size:,} bytes"
+        raise UserError(f"{source.path} changed while it was read ({sizes}); run the same command once it is complete.")

@@ -21,13 +21,10 @@ from cartilha.errors import UserError
 
 @dataclass(frozen=True)
 class Format:
-    """All that differs between formats.
+    """All that differs between formats: `suffixes` are in lower case, `unit` is what messages count by.
 
-    Attributes:
-        suffixes: Of its files, in lower case.
-        unit: What messages count by.
-        cut: A file to parts of about so many bytes; None if it is read as a whole.
-        expansion: Bytes of text per byte of a file, for estimates only.
+    `cut` gives parts of about so many bytes; None if a file is read as a whole. `expansion` says how many bytes of text
+    a byte of a file holds, for estimates only.
     """
 
     suffixes: tuple[str, ...]

@@ -53,8 +53,7 @@ def _parse_line(line: str, part: FilePart, number: int) -> Record:
 def _object(value: Any, part: FilePart, number: int) -> Record:
     if isinstance(value, dict):
         return value
-    key = part.settings.text_column
-    return Fault("broken_json", f"{part.at(number)}: not an object with the key {key!r}; plain texts belong into .txt.")
+    return Fault("broken_json", f"{part.at(number)}: JSON, but not an object; give one, or plain texts in a .txt file.")
 
 
 def _read_values(part: FilePart) -> Numbered:

@@ -31,16 +31,13 @@ _FOREIGN_MARKS = (("\udcff\udcfe\0\0", "utf-32"), ("\udcff\udcfe", "utf-16"), ("
 class Span(NamedTuple):
     """A part of a source that can be read alone; by default the whole.
 
-    Attributes:
-        begin: First byte (text files), row group (Parquet) or data file (hub).
-        length: How many lines, row groups or data files; None for all up to the end of the source.
-        first: Number of its first line or row.
-        num_bytes: Its size on the disk, 0 if not known.
+    It begins with a byte (text files), a row group (Parquet) or a data file (hub), and its length is a number of lines,
+    row groups or data files; None means up to the end. `num_bytes` is its size on the disk, 0 if not known.
     """
 
     begin: int = 0
     length: int | None = None
-    first: int = 1
+    first: int = 1  # the number of its first line or row
     num_bytes: int = 0
 
 

@@ -34,10 +34,7 @@ def _band_keys(values: np.ndarray, band: int) -> np.ndarray:
 
 
 def has_near_duplicate(texts: Sequence[str], known: Iterable[str]) -> np.ndarray:
-    """Which texts have a near-duplicate (or themselves) among the known ones: bool, shape (num_texts,).
-
-    The signatures of `texts` are kept in memory; `known` is streamed once. A UserError if the extra `text` is missing.
-    """
+    """Which texts have a near-duplicate (or themselves) among the known ones, which are streamed: bool."""
     own = signatures(texts)
     by_key: list[dict[int, list[int]]] = [defaultdict(list) for _ in range(NUM_BANDS)]
     for band, numbers in enumerate(by_key):

@@ -76,13 +76,11 @@ def cut_lines(
     with source.path.open("rb") as stream:
         while block := stream.read(COUNT_BYTES):
             offset = 0
-            while True:
-                # A part ends at the first end of a document at or beyond the target.
-                start = max(offset, begin + target_bytes - 1 - position)
-                found = between.search(block, start)
-                if found is None or position + found.end() >= source.size_bytes:
-                    break
+            # A part ends at the first end of a document at or beyond the target.
+            while found := between.search(block, max(offset, begin + target_bytes - 1 - position)):
                 cut = found.end()
+                if position + cut >= source.size_bytes:
+                    break
                 num_lines += block.count(b"\n", offset, cut)
                 yield Span(begin, num_lines, first, position + cut - begin)
                 begin, first, num_lines, offset = position + cut, first + num_lines, 0, cut

@@ -50,11 +50,9 @@ class ReadCounts:
 
     def add(self, other: ReadCounts) -> None:
         """Add what another reader counted; in the order of the parts, so that the first messages are the same."""
-        self.documents += other.documents
-        self.empty += other.empty
-        self.replaced_bytes_documents += other.replaced_bytes_documents
-        self.nul_documents += other.nul_documents
-        self.joined_rows += other.joined_rows
+        for name, number in vars(other).items():
+            if isinstance(number, int):
+                setattr(self, name, getattr(self, name) + number)
         self.first_joined = self.first_joined or other.first_joined
         self.skipped.update(other.skipped)
         self.first_skipped = other.first_skipped | self.first_skipped

@@ -26,10 +26,7 @@ class JoinedLines(dict[str, Any]):
 
 @dataclass(frozen=True, kw_only=True)
 class ReadSettings(Reading):
-    """How records become documents; a UserError says which setting makes no sense.
-
-    With `invalid_bytes` or `on_error` set to `stop`, the first fault ends the reading; otherwise it is counted.
-    """
+    """How records become documents; a UserError says which setting makes no sense."""
 
     on_error: Literal["stop", "skip"] = "stop"
 

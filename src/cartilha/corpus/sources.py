@@ -125,12 +125,11 @@ def _resolve(ref: str, left_out: LeftOut) -> list[Source]:
         if not name:
             raise UserError(f"{ref} names no dataset; write hf:NAME, hf:NAME:CONFIG or hf:NAME:CONFIG:SPLIT.")
         return [HubSource(name, config or None, split or "train")]
-    if glob.has_magic(ref):
-        files = _matching(ref)
-        if not files:
-            raise UserError(f"No file matches {ref}; {_remedy(ref)}.")
+    is_glob = glob.has_magic(ref)
+    if is_glob and (files := _matching(ref)):
         return list(files)
-    raise UserError(f"There is no file {ref!r}; {_remedy(ref)}.")
+    what = f"No file matches {ref}" if is_glob else f"There is no file {ref!r}"
+    raise UserError(f"{what}; {_remedy(ref)}.")
 
 
 def _matching(pattern: str) -> list[SourceFile]:
