@@ -45,7 +45,7 @@ def _parse_line(line: str, part: FilePart, number: int) -> Record:
         reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
         return Fault(
             "broken_json",
-            f"{part.at(number)}: not one valid JSON object ({reason}); correct or remove this line, {LEAVE_OUT}",
+            f"{part.at(number)}: not valid JSON ({reason}); correct or remove this line, {LEAVE_OUT}",
         )
     return _object(record, part, number)
 
