@@ -8,10 +8,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text with its origin.
+    """A text, never stripped, normalised or cut, with its origin.
 
     Attributes:
-        text: As read: never stripped, normalised or cut.
         id: Unique within its source; the record's own id if it has one, else `<source>:<line or row>`.
         source: The file (by its path below the input) or dataset that it was read from.
         domain: The group for figures per domain: its own label, else its folder below the input, else its file.

@@ -33,13 +33,10 @@ COMPRESSED_EXPANSION = 4.0  # bytes of text per compressed byte, for estimates o
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file to read; from its size and time of change a store tells whether its input is still the same.
+    """A file to read; from its size (on the disk) and time of change a store tells whether it is still the same.
 
-    Attributes:
-        size_bytes: On the disk, compressed or not.
-        modified_ns: When it was changed, in nanoseconds since the epoch.
-        name: Its path below the input, with `/`; its documents are named after it.
-        domain: Of its documents, unless they name one: its folder below the input, else its stem.
+    Its documents are named after its path below the input, and belong to the domain, which is its folder below the
+    input or else its stem, unless they name another.
     """
 
     path: Path

@@ -30,9 +30,8 @@ def log_hints(sources: Sequence[Source], settings: ReadSettings) -> None:
     """Log at most one hint about the documents of `.txt` files, and one about the quotes of `.tsv` files."""
     files = [source for source in sources if isinstance(source, SourceFile)][:MAX_FILES]
     texts, tables = ([file_part(file, settings) for file in files if file.format == kind] for kind in (".txt", ".tsv"))
-    for hint in (_text_unit(texts) if settings.text_unit == "line" else None, _quoting(tables)):
-        if hint:
-            log.warning("%s", hint)
+    for hint in filter(None, (_text_unit(texts) if settings.text_unit == "line" else None, _quoting(tables))):
+        log.warning("%s", hint)
 
 
 def _quoting(parts: Sequence[FilePart]) -> str | None:

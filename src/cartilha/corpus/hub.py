@@ -49,5 +49,6 @@ def _load(source: HubSource) -> tuple[Any, int]:
 def _unreachable(source: HubSource, error: Exception, place: str) -> HubUnreachableError:
     return HubUnreachableError(
         f"The dataset hf:{source.label} (split {source.split}) cannot be read from the hub{place}"
-        f" ({type(error).__name__}: {first_line(error)}); check name and connection and run the same command again."
+        f" ({type(error).__name__}: {first_line(error)}); check its name and the connection and run the same command"
+        " again, or give a local file or primer."
     )

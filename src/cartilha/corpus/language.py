@@ -20,8 +20,8 @@ class Identifier:
     """The model.
 
     Attributes:
-        labels: ISO 639 codes, one per column; a language with two scripts has two columns.
-        aliases: Columns (first, other) of the same language.
+        labels: ISO 639 codes, one per column.
+        aliases: Columns (first, other) of the same language, in two scripts.
         next_states: The next state for each kind of state and byte.
         rows: Where the kind of each state begins in `next_states`, int64.
         features: The feature that ends at each state, or -1, int32.

@@ -144,5 +144,6 @@ def invalid_bytes(line: str, number: int, source: SourceFile, encoding: str) -> 
     return Fault(
         "invalid_bytes",
         f"{source.path}, line {number}: byte 0x{ord(line[position]) - 0xDC00:02X} at offset {offset} of the line is not"
-        f" valid {encoding}; perhaps say --encoding {likely}, put U+FFFD there by --invalid_bytes replace, {LEAVE_OUT}",
+        f" valid {encoding}; name another (perhaps --encoding {likely}), put U+FFFD there by --invalid_bytes replace,"
+        f" {LEAVE_OUT}",
     )
