@@ -174,10 +174,7 @@ def _is_abandoned(path: Path) -> bool:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[bool]:
-    """Lock a file or directory, and yield whether that was possible.
-
-    Windows has no such locks, because an open file cannot be renamed there.
-    """
+    """Lock a file or directory, and yield whether that was possible (not on Windows, which renames no open file)."""
     if sys.platform == "win32":
         yield False
         return
@@ -283,10 +280,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file that somebody else may have written.
-
-    A ValueError says that it is too large, nested too deeply, or not JSON in UTF-8.
-    """
+    """The value in a JSON file of others; a ValueError says that it is too large, too deep, or not JSON in UTF-8."""
     refuse_lfs_pointer(path)
     if (size := path.stat().st_size) > MAX_JSON_BYTES:
         raise ValueError(f"{size:,} bytes are too many")

@@ -70,10 +70,7 @@ def spans(source: SourceFile, settings: ReadSettings, target_bytes: int) -> Iter
 
 
 def read_records(part: FilePart) -> Numbered:
-    """The records of a part of a file; the last may be a fault that stands for the rest of it.
-
-    A UserError says that the file cannot be opened.
-    """
+    """The records of a part of a file, the last perhaps a fault for its rest; a UserError if it cannot be opened."""
     number: int | str = 0
     try:
         for number, record in BY_SUFFIX[part.source.format].read(part):

@@ -35,8 +35,7 @@ class ReadCounts:
         empty: Records left out because their text is missing (null), empty or only white space.
         replaced_bytes_documents: Documents in whose text invalid bytes became U+FFFD.
         joined_rows: Rows of CSV and TSV whose quotes joined several lines; `first_joined` is the place of the first.
-        skipped: Faulty records left out, by reason; `damaged_file` stands for the rest of a file.
-        first_skipped: The message of the first one of each reason.
+        skipped: Faulty records left out, by reason; `first_skipped` holds the message of the first of each.
     """
 
     documents: int = 0
@@ -98,10 +97,7 @@ def read_documents(
 
 
 def read_part(part: SourcePart, settings: ReadSettings, counts: ReadCounts) -> Iterator[Document]:
-    """Stream the documents of a part, in order; `counts` is filled as they are read.
-
-    A UserError says that it cannot be read, or that it changed since its source was found.
-    """
+    """Stream the documents of a part; a UserError says that it cannot be read, or changed since it was found."""
     if isinstance(part.source, PrimerSource):
         for document in read_primer():
             counts.documents += 1
