@@ -23,6 +23,7 @@ from cartilha.corpus.document import Document
 from cartilha.corpus.primer import read_primer
 from cartilha.evaluation import nll as nll_module
 from cartilha.evaluation.nll import DocumentScores
+from cartilha.evaluation.scorer import make_scorer
 from cartilha.model import attention, forward
 from cartilha.model import loss as loss_module
 from cartilha.model.load import load_model, prepare_model
@@ -40,8 +41,9 @@ CPU = torch.device("cpu")
 
 def subject_of(loaded: Any, tokenizer: TextTokenizer, folder: Path, **changes: Any) -> Subject:
     held_out, trained_on = sample_documents(None, quick=True)
+    scorer = make_scorer(loaded, tokenizer, torch.float32)
     subject = Subject(
-        loaded=loaded, tokenizer=tokenizer, dtype=torch.float32, held_out=held_out, training=trained_on, store=None,
+        scorer.loaded, scorer.tokenizer, scorer.protocol, held_out=held_out, training=trained_on, store=None,
         block_size=128, lr=3e-3, micro_batch_size=2, planned_bytes=2**24, disk_bytes=2**24, output=folder,
         quick=True, is_random=True,
     )  # fmt: skip
@@ -407,7 +409,7 @@ def test_a_checkpoint_that_forgets_the_moments(fresh, monkeypatch):
 
 
 def test_half_precision_that_drifts(fresh, monkeypatch):
-    half = replace(fresh, dtype=torch.bfloat16)
+    half = fresh.in_dtype(torch.bfloat16)
     assert failed(run_checks(half, (model.precision,))) == []
     real = model.score_documents
 
@@ -422,7 +424,7 @@ def test_half_precision_that_drifts(fresh, monkeypatch):
 def test_fp16_that_would_overflow(fresh, monkeypatch):
     no_nll = lambda scorer, documents: DocumentScores(np.zeros(len(documents.ids)))  # noqa: E731
     monkeypatch.setattr(model, "score_documents", no_nll)
-    half = replace(fresh, dtype=torch.float16)
+    half = fresh.in_dtype(torch.float16)
     assert failed(run_checks(half, (model.precision,))) == []
     with torch.no_grad():
         fresh.loaded.model.model.layers[0].mlp.down_proj.weight.mul_(1e8)

@@ -14,7 +14,6 @@ from cartilha.checks.outcome import CheckResult, Judgement, Subject
 from cartilha.evaluation.baselines import token_counts, unigram_nll
 from cartilha.evaluation.documents import ScoredDocuments, encode_documents
 from cartilha.evaluation.nll import score_documents
-from cartilha.evaluation.scorer import make_scorer
 from cartilha.evaluation.sums import perplexity
 from cartilha.evaluation.windows import MAX_WINDOW
 from cartilha.machine.devices import dtype_name, seed_everything
@@ -118,8 +117,7 @@ def _sample(subject: Subject) -> ScoredDocuments:
 def _nll(subject: Subject, dtype: torch.dtype) -> np.ndarray:
     """Nats of each document of the sample in this compute dtype; scored once for all checks that ask."""
     if dtype not in subject.scored:
-        scorer = make_scorer(subject.loaded, subject.tokenizer, dtype)
-        subject.scored[dtype] = score_documents(scorer, _sample(subject)).nll
+        subject.scored[dtype] = score_documents(subject.in_dtype(dtype), _sample(subject)).nll
     return subject.scored[dtype]
 
 

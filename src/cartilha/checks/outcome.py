@@ -13,10 +13,9 @@ from transformers import PreTrainedModel
 
 from cartilha.blocks.packing import PackedStream
 from cartilha.corpus.document import Document
-from cartilha.model.load import LoadedModel
+from cartilha.evaluation.scorer import Scorer
 from cartilha.tokens.packed import PackedDocuments
 from cartilha.tokens.store import TokenStore
-from cartilha.tokens.tokenizer import TextTokenizer
 
 Outcome = Literal["passed", "failed", "not applicable"]
 
@@ -45,15 +44,14 @@ class CheckResult:
 
 
 @dataclass(frozen=True)
-class Subject:
-    """What is checked.
+class Subject(Scorer):
+    """What is checked: a model in float32, with attention within documents, and what is known of its run.
 
     Attributes:
-        loaded: The model, in float32 and with attention within documents.
-        dtype: Compute dtype of the run to come, as are block_size, lr (the peak) and micro_batch_size.
         held_out: A sample of the text that would be scored, at least two documents.
         training: A sample of the text that would be trained on.
         store: Where both come from; None where they come from the primer.
+        lr: The peak of the run to come.
         planned_bytes: Memory that the run is planned to take; None where it could not be planned.
         disk_bytes: What the run's files still need at most.
         output: Where the run would write.
@@ -62,9 +60,6 @@ class Subject:
         scored: Nats of the held-out sample by compute dtype, kept by the checks that share them.
     """
 
-    loaded: LoadedModel
-    tokenizer: TextTokenizer
-    dtype: torch.dtype
     held_out: Sequence[Document]
     training: Sequence[Document]
     store: TokenStore | None

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from cartilha.checks import model, text, training
 from cartilha.checks.machine import memory_and_disk
@@ -71,32 +70,21 @@ class CheckReport(Result):
     store: str | None
     checks: tuple[CheckResult, ...]
     seconds: float
-
-    @property
-    def num_failed(self) -> int:
-        """Checks that failed."""
-        return sum(check.outcome == "failed" for check in self.checks)
+    num_failed: int
 
     @property
     def exit_code(self) -> int:
         """0 if none failed, else 3."""
         return CheckFailedError.exit_code if self.num_failed else 0
 
-    def to_dict(self) -> dict[str, Any]:
-        """The report as plain values."""
-        return {**super().to_dict(), "num_failed": self.num_failed}
-
 
 def check(config: CheckConfig) -> CheckReport:
-    """Run every check on a model, and on a store's text if one is named.
-
-    Raises:
-        UserError: There is no such model or store, or too little text to check with.
-    """
+    """Run every check on a model, and on a store's text if one is named."""
     preflight(config)
     started = time.monotonic()
-    results = run_checks(_subject_of_command(config), CHECKS)
-    return CheckReport(config.model, config.store, tuple(results), time.monotonic() - started)
+    results = tuple(run_checks(_subject_of_command(config), CHECKS))
+    num_failed = sum(result.outcome == "failed" for result in results)
+    return CheckReport(config.model, config.store, results, time.monotonic() - started, num_failed)
 
 
 def run_checks(subject: Subject, checks: Sequence[Check]) -> list[CheckResult]:
@@ -116,11 +104,7 @@ def run_checks(subject: Subject, checks: Sequence[Check]) -> list[CheckResult]:
 
 
 def refuse_if_failed(run: Run) -> None:
-    """Run the cheap checks, before anything is written, and stop a training whose set-up is wrong.
-
-    Raises:
-        CheckFailedError: Naming the first check that failed, what it means, and the remedy.
-    """
+    """Run the cheap checks, before anything is written; a CheckFailedError explains the first one that failed."""
     began = time.monotonic()
     run.loaded.model.train(False)  # dropout would change every logit
     results = run_checks(_subject_of_run(run), CHEAP_CHECKS)
@@ -136,8 +120,7 @@ def refuse_if_failed(run: Run) -> None:
 
 
 def _subject_of_run(run: Run) -> Subject:
-    samples = sample_documents(run.store, quick=True)
-    subject = _subject(run.config, run.scorer, run.store, samples, run.plan)
+    subject = _subject(run.config, run.scorer, run.store, sample_documents(run.store, quick=True), run.plan)
     return replace(subject, disk_bytes=run.disk_space[0], output=run.path)
 
 
@@ -162,9 +145,7 @@ def _subject(
 ) -> Subject:
     num_parameters, output = scorer.loaded.num_parameters, Path(config.output)
     return Subject(
-        loaded=scorer.loaded,
-        tokenizer=scorer.tokenizer,
-        dtype=scorer.dtype,
+        *(scorer.loaded, scorer.tokenizer, scorer.protocol),
         held_out=samples[0],
         training=samples[1],
         store=store,

@@ -51,11 +51,7 @@ class CompareResult:
 
 
 def compare(config: CompareConfig) -> CompareResult:
-    """Compare two models.
-
-    Raises:
-        UserError: Not two of them, different documents, or protocols that score different parts of them.
-    """
+    """Compare two models; a UserError says if they were scored on different documents, or parts of them."""
     preflight(config)
     if config.evaluations:
         first, second = (load_evaluation(Path(path)) for path in config.evaluations)
@@ -82,12 +78,10 @@ def _refuse_unlike(first: SavedEvaluation, second: SavedEvaluation) -> None:
     """Refuse evaluations of different parts of the documents; report other differences."""
     one, other = first.record["protocol"], second.record["protocol"]
     if one["name"] != other["name"]:
-        raise UserError(
-            f"The two evaluations have the protocols {one['name']} and {other['name']}; use the same for both."
-        )
-    unlike = [
-        f"{name} {one[name]} and {other[name]}" for name in ("window", "stride", "dtype") if one[name] != other[name]
-    ]
+        names = f"{one['name']} and {other['name']}"
+        raise UserError(f"The two evaluations have the protocols {names}; use the same for both.")
+    settings = ("window", "stride", "dtype")
+    unlike = [f"{name} {one[name]} and {other[name]}" for name in settings if one[name] != other[name]]
     if unlike:
         log.warning(
             "The two are not scored alike (%s), which is a part of the difference; --window and --stride make them "

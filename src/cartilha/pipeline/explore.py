@@ -27,12 +27,7 @@ class ExploreResult(Result):
 
 
 def explore(config: ExploreConfig) -> ExploreResult:
-    """Serve the page on this machine until it is interrupted.
-
-    Raises:
-        UserError: Nothing to explore, a model or store that cannot be opened, a port that is taken, or the extra
-            `explorer` is missing.
-    """
+    """Serve the page on this machine until it is interrupted."""
     preflight(config)
     from cartilha.explorer.app import serve
 
@@ -43,11 +38,7 @@ def explore(config: ExploreConfig) -> ExploreResult:
 
 
 def open_explorer(config: ExploreConfig) -> Explorer:
-    """Load the models and open the store.
-
-    Raises:
-        UserError: One of them is not there, or damaged.
-    """
+    """Load the models and open the store; a UserError says that one of them is not there, or damaged."""
     store = TokenStore(config.store) if config.store else None
     readers = _readers(config, store) if config.models else {}
     return Explorer(readers, StoreWalk(config.store) if config.store else None)
@@ -55,7 +46,7 @@ def open_explorer(config: ExploreConfig) -> Explorer:
 
 def _readers(config: ExploreConfig, store: TokenStore | None) -> dict[str, Reader]:
     """The models by letter, loaded as `cartilha evaluate` loads them, so that the figures are the same."""
-    settings, device = EvaluateConfig(dtype=config.dtype, device=config.device), choose_device(config.device)
+    settings, device = EvaluateConfig(dtype=config.dtype), choose_device(config.device)
     readers = {}
     for letter, ref in zip("AB", config.models, strict=False):
         # The text to read is typed and comes from no store; only a random: model may need the store's tokenizer.

@@ -22,11 +22,7 @@ class GenerateResult(Result):
 
 
 def generate(config: GenerateConfig) -> GenerateResult:
-    """Continue each prompt with the model.
-
-    Raises:
-        UserError: A model that cannot be loaded, or a prompt that does not fit its context.
-    """
+    """Continue each prompt with the model; a UserError names a prompt that does not fit its context."""
     preflight(config)
     tokenizer = load_tokenizer(config.model)
     loaded = load_model(config.model, choose_device(config.device), tokenizer=tokenizer)

@@ -12,8 +12,8 @@ from cartilha.errors import UserError
 from cartilha.evaluation.scorer import Scorer, make_scorer
 from cartilha.machine.devices import choose_dtype
 from cartilha.model.load import load_model
-from cartilha.tokens.store import TokenStore
-from cartilha.tokens.tokenizer import TextTokenizer, load_tokenizer
+from cartilha.tokens.store import TokenStore, tokenizer_for
+from cartilha.tokens.tokenizer import TextTokenizer
 
 log = logging.getLogger("cartilha")
 
@@ -21,11 +21,7 @@ log = logging.getLogger("cartilha")
 def load_scorer(
     ref: str, store: TokenStore | None, config: EvaluateConfig | CompareConfig, device: torch.device
 ) -> Scorer:
-    """Load a model and settle how it is scored.
-
-    Raises:
-        UserError: The model cannot be loaded, or not be scored like this.
-    """
+    """Load a model and settle how it is scored; a UserError says why it cannot be scored like this."""
     tokenizer = model_tokenizer(ref, store)
     dtype = choose_dtype(config.dtype, device)
     loaded = load_model(ref, device, tokenizer=tokenizer)
@@ -41,12 +37,8 @@ def load_scorer(
 
 
 def model_tokenizer(ref: str, store: TokenStore | None) -> TextTokenizer:
-    """The model's own tokenizer; random: models without one take the store's."""
-    if ref.startswith("random:") and not ref.startswith("random:tiny"):
-        if store is None:
-            raise UserError(f"{ref} has no tokenizer of its own; evaluate it on a store.")
-        return store.tokenizer()
-    tokenizer = load_tokenizer(ref)
+    """The tokenizer for a model; a warning says if the store was made with another one."""
+    tokenizer = tokenizer_for(ref, store)
     if store is not None and tokenizer.fingerprint != store.fingerprint:
         log.warning("%s has another tokenizer than the store: the text is tokenized anew with the model's own.", ref)
     return tokenizer

@@ -26,11 +26,7 @@ class ReportResult(Result):
 
 
 def report(config: ReportConfig) -> ReportResult:
-    """Write the page.
-
-    Raises:
-        UserError: No run was named, or a directory holds none.
-    """
+    """Write the page; a UserError says that no run was named, or that a directory holds none."""
     if not config.runs:
         raise UserError("Name one or more run directories: cartilha report RUN... --output report.html")
     directories = [run_directory(run) for run in config.runs]

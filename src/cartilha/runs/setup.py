@@ -24,9 +24,9 @@ from cartilha.model.load import LoadedModel, load_model, weights_hash
 from cartilha.model.recomputation import checkpoint_layers
 from cartilha.runs.files import read_results, read_status
 from cartilha.runs.step_plan import RunPlan, StepShape, plan_run, refuse_beyond_context, this_machine
-from cartilha.tokens.store import TokenStore
+from cartilha.tokens.store import TokenStore, tokenizer_for
 from cartilha.tokens.store_checks import read_store_info
-from cartilha.tokens.tokenizer import TextTokenizer, load_tokenizer
+from cartilha.tokens.tokenizer import TextTokenizer
 from cartilha.training.checkpoint import (
     check_settings,
     load_checkpoint,
@@ -213,9 +213,7 @@ def check_space(run: Run) -> None:
 
 def _matching_tokenizer(model: str, store: TokenStore) -> TextTokenizer:
     """The store's tokenizer, after checking that it is the model's."""
-    if model.startswith("random:") and not model.startswith("random:tiny"):
-        return store.tokenizer()
-    tokenizer = load_tokenizer(model)
+    tokenizer = tokenizer_for(model, store)
     if tokenizer.fingerprint != store.fingerprint:
         raise UserError(
             f"The store {store.path} was made with another tokenizer than that of {model}; "

@@ -116,6 +116,13 @@ class TokenStore:
         return load_tokenizer(str(self.path / "tokenizer"))
 
 
+def tokenizer_for(ref: str, store: TokenStore | None) -> TextTokenizer:
+    """The tokenizer of a MODEL argument; random: models without one take the store's."""
+    if store is not None and ref.startswith("random:") and not ref.startswith("random:tiny"):
+        return store.tokenizer()
+    return load_tokenizer(ref)
+
+
 def batches(
     documents: Iterable[Document], max_chars: int = 4_000_000, max_documents: int = 10_000
 ) -> Iterator[list[Document]]:

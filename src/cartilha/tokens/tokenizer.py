@@ -190,7 +190,7 @@ def load_tokenizer(ref: str) -> TextTokenizer:
     source = resolve_model(ref)
     if source.kind == "random":
         if source.name.split("-")[0] != "tiny":
-            raise UserError(f"{ref} has no tokenizer of its own; use a real model's to prepare the store.")
+            raise UserError(f"{ref} has no tokenizer of its own; name a store, or prepare one with a real model's.")
         tokenizer = byte_tokenizer()
     elif source.kind == "gguf":
         assert source.path is not None
