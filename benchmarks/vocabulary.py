@@ -144,7 +144,7 @@ def make_arm(spec: str, arguments: argparse.Namespace, train: list[Any]) -> Arm:
     arm.loaded = load_model(arguments.model, torch.device("cpu"), tokenizer=tokenizer)
     texts = [document.text for document in train]
     if arm.num_new:
-        learnt = extend(tokenizer, *learn_merges(tokenizer, count_words(tokenizer, texts), arm.num_new))
+        learnt = extend(learn_merges(tokenizer, count_words(tokenizer, texts), arm.num_new))
         extend_embeddings(arm.loaded, learnt.pieces, learnt.first_id)
         tokenizer = learnt.tokenizer
     state = TrainingState.begin(arm.loaded.model, torch.float32, lr=arguments.lr, weight_decay=0.1)

@@ -151,7 +151,7 @@ def test_saved_and_extended_it_keeps_every_id(tmp_path, name):
     tokenizer, peer = load_tokenizer(str(folder)), AutoTokenizer.from_pretrained(folder)
     tokenizer.save(tmp_path / "saved")
     assert_same(tmp_path / "saved")
-    learnt = extend(tokenizer, *learn_merges(tokenizer, count_words(tokenizer, ["banana banana"]), 3))
+    learnt = extend(learn_merges(tokenizer, count_words(tokenizer, ["banana banana"]), 3))
     assert learnt.first_id == len(peer)
     save_extended(tokenizer, learnt.tokenizer, tmp_path / "extended")
     assert_same(tmp_path / "extended")

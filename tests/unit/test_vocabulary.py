@@ -24,7 +24,6 @@ from cartilha.tokens.vocabulary import (
     check_extendable,
     count_words,
     extend,
-    first_new_tokens,
     learn_merges,
     num_tokens,
     save_extended,
@@ -35,7 +34,7 @@ LEARNT_ON, OTHERS = TEXTS[:100], TEXTS[100:]
 
 
 def extended(tokenizer: TextTokenizer, num_new: int, texts: list[str] = LEARNT_ON) -> Extension:
-    return extend(tokenizer, *learn_merges(tokenizer, count_words(tokenizer, texts), num_new))
+    return extend(learn_merges(tokenizer, count_words(tokenizer, texts), num_new))
 
 
 def described(tokenizer: TextTokenizer) -> dict:
@@ -196,14 +195,13 @@ def test_an_extension_of_an_extension_keeps_the_ids_of_both(base, learnt):
 
 
 def test_the_first_of_many_merges_are_those_that_fewer_would_be(base):
-    merges, before = learn_merges(base, count_words(base, LEARNT_ON), 300)
-    short = extend(base, first_new_tokens(merges, 100), before)
+    short = extend(learn_merges(base, count_words(base, LEARNT_ON), 300), 100)
     assert described(short.tokenizer) == described(extended(base, 100).tokenizer)
 
 
 def test_a_text_without_repetition_gives_no_merge(base):
-    merges, before = learn_merges(base, count_words(base, ["xyz"]), 10)
-    assert merges == [] and before == len(base.encode(["xyz"])[0])
+    learnt = learn_merges(base, count_words(base, ["xyz"]), 10)
+    assert learnt.merges == [] and learnt.num_tokens_before == len(base.encode(["xyz"])[0])
 
 
 @pytest.mark.parametrize(

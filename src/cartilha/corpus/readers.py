@@ -11,8 +11,10 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
+from cartilha.config import VocabConfig
 from cartilha.corpus import lines
 from cartilha.corpus.document import Document
 from cartilha.corpus.domains import domain_keys
@@ -94,6 +96,21 @@ def read_documents(
     if any(isinstance(ref, str) for ref in refs):  # callers that resolved them before have logged the hints
         log_hints(sources, reading)
     return (document for source in sources for document in read_part(SourcePart(source), reading, found))
+
+
+def input_documents(config: VocabConfig) -> Iterator[Document]:
+    """Stream the documents of `--input`, up to `--limit_documents`; a UserError says that there is none."""
+    is_empty = True
+    for document in islice(read_documents(config.input, ReadSettings.of(config)), config.limit_documents):
+        yield document
+        is_empty = False
+    if is_empty:
+        raise no_text(config.input)
+
+
+def no_text(refs: Sequence[str]) -> UserError:
+    """The error for an input without a document."""
+    return UserError(f"The input holds no text ({', '.join(refs)}); check the files and --text_column.")
 
 
 def read_part(part: SourcePart, settings: ReadSettings, counts: ReadCounts) -> Iterator[Document]:

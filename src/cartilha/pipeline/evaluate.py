@@ -46,21 +46,17 @@ CONTINUATION_TOKENS = 120  # enough for the 32 words that are scored, at three t
 class EvaluatedModel:
     """One model's figures, and what else was asked for.
 
-    Attributes:
-        contamination: Share of the documents whose exact text is in the store's training side; None without a store.
-        near_duplicates: Share of those with a near-duplicate there, with `--near_duplicates`.
-        dtype_drift: If the compute dtype is not float32: how its nll differs from float32's on the first documents, as
-            mean nats per token and as the largest difference of a document's mean.
-        continuations: chrF, BLEU, ROUGE-L and so on, with `--continuations`.
-        tasks: The harness's results by task, with `--tasks`.
+    `contamination` is the share of the documents whose exact text is in the store's training side, `near_duplicates`
+    that of those with a near-duplicate there. `dtype_drift` says how the nll in half precision differs from float32's
+    on the first documents, as mean nats per token and as the largest difference of a document's mean.
     """
 
     evaluation: Evaluation
     contamination: float | None
-    near_duplicates: float | None = None
-    dtype_drift: dict[str, float] | None = None
-    continuations: dict[str, Any] | None = None
-    tasks: dict[str, Any] | None = None
+    near_duplicates: float | None
+    dtype_drift: dict[str, float] | None
+    continuations: dict[str, Any] | None  # chrF, BLEU, ROUGE-L and so on
+    tasks: dict[str, Any] | None  # the harness's results by task
 
     def to_dict(self) -> dict[str, Any]:
         """The result as plain values."""
@@ -89,11 +85,7 @@ class EvaluateResult:
 
 
 def evaluate(config: EvaluateConfig) -> EvaluateResult:
-    """Score the documents with each model.
-
-    Raises:
-        UserError: No text, no such protocol, a missing extra, or a model that cannot be loaded.
-    """
+    """Score the documents with each model."""
     started = time.perf_counter()
     preflight(config)
     text = held_out(config)
@@ -127,13 +119,8 @@ def _evaluate_model(
     if unigram is not None and not is_alone:  # this process has scored only a part of the documents
         for shard in batches(text.documents(), max_chars=SHARD_CHARS):
             unigram.observe(encode_documents(shard, scorer.tokenizer, scorer.protocol.first_tokens, allow_empty=True))
-    evaluation = make_evaluation(
-        scorer,
-        corpus.documents,
-        corpus.scores,
-        seconds,
-        baselines=(unigram.figures() if unigram else {}) | (compressed.figures() if compressed else {}),
-    )
+    baselines = (unigram.figures() if unigram else {}) | (compressed.figures() if compressed else {})
+    evaluation = make_evaluation(scorer, corpus.documents, corpus.scores, seconds, baselines)
     contamination = text.share_in_training(corpus.documents.text_hashes)
     evaluation = replace(evaluation, notes=(*evaluation.notes, *_extra_notes(text, contamination)))
     for note in evaluation.notes:
@@ -160,13 +147,8 @@ def score_held_out(
 ) -> ScoredCorpus:
     """One pass over the text with one model."""
     with progress(f"Scoring with {scorer.loaded.reference}", text.num_tokens(scorer.tokenizer), "tokens") as advance:
-        return score_corpus(
-            scorer,
-            text.documents(),
-            advance=advance,
-            take_rows=take_rows,
-            observe=(lambda scored: None) if unigram is None else unigram.observe,
-        )
+        observe = (lambda scored: None) if unigram is None else unigram.observe
+        return score_corpus(scorer, text.documents(), advance=advance, take_rows=take_rows, observe=observe)
 
 
 def _dtype_drift(scorer: Scorer, text: HeldOut, num_tokens_scored: int) -> dict[str, float] | None:
@@ -174,9 +156,8 @@ def _dtype_drift(scorer: Scorer, text: HeldOut, num_tokens_scored: int) -> dict[
     if scorer.dtype == torch.float32:
         return None
     left = min(MAX_DRIFT_TOKENS, max(LEAST_DRIFT_TOKENS, num_tokens_scored // 20))
-    scored = encode_documents(
-        text.first_characters(8 * left), scorer.tokenizer, scorer.protocol.first_tokens, allow_empty=True
-    )
+    first = text.first_characters(8 * left)
+    scored = encode_documents(first, scorer.tokenizer, scorer.protocol.first_tokens, allow_empty=True)
     ids = []
     for own in scored.ids:
         ids.append(own[:left])
@@ -210,17 +191,17 @@ def _continuations(scorer: Scorer, text: HeldOut, config: EvaluateConfig) -> dic
         return None
 
     def continue_texts(prompts: list[str]) -> list[str]:
-        settings = GenerateConfig(prompt=tuple(prompts), max_new_tokens=CONTINUATION_TOKENS)
+        written = []
         with progress("Continuing", float(len(prompts)), "texts") as advance:
-            found = []
-            for prompt in settings.prompt:
-                found += continue_prompts(scorer.loaded, scorer.tokenizer, replace(settings, prompt=(prompt,)))
+            for prompt in prompts:
+                settings = GenerateConfig(prompt=(prompt,), max_new_tokens=CONTINUATION_TOKENS)
+                (continuation,) = continue_prompts(scorer.loaded, scorer.tokenizer, settings)
+                written.append(continuation.text[len(prompt) :])
                 advance(1.0)
-        return [continuation.text[len(continuation.prompt) :] for continuation in found]
+        return written
 
     scores = continuation_measures(list(text.documents()), continue_texts, config.continuations)
     if scores.num_continuations < config.continuations:
-        log.warning(
-            "Only %s can be continued: the others are too short.", counted(scores.num_continuations, "document")
-        )
+        documents = counted(scores.num_continuations, "document")
+        log.warning("Only %s can be continued: the others are too short.", documents)
     return {**scores.to_dict(), "mode": "greedy", "max_new_tokens": CONTINUATION_TOKENS}

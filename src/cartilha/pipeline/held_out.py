@@ -74,16 +74,14 @@ class HeldOut:
         """What compressors make of the beginning, alone and after the end of the store's training text."""
         text = "\n".join(document.text for document in self.beginning[0]).encode("utf-8")
         store = self.store
-        first = None if store is None else _first_of_the_end(store)
-        if store is None or first is None:
+        if store is None or (first := _first_of_the_end(store)) is None:
             return CompressedText(text, None, bytes)
         key = f"{store.fingerprint} {store.counts['train'].corpus_hash}"
         return CompressedText(text, key, lambda: "\n".join(store.texts("train", first)).encode("utf-8"))
 
     def num_tokens(self, tokenizer: TextTokenizer) -> float | None:
         """Tokens to score if that is known beforehand, for the progress bar."""
-        config = self.config
-        whole = config.limit_documents is None and config.protocol == "full"
+        whole = self.config.limit_documents is None and self.config.protocol == "full"
         if self.store is None or self.split is None or not whole or tokenizer.fingerprint != self.store.fingerprint:
             return None
         return float(self.store.counts[self.split].num_tokens)
@@ -111,11 +109,7 @@ class HeldOut:
 
 
 def held_out(config: EvaluateConfig | CompareConfig) -> HeldOut:
-    """What the configuration says to score.
-
-    Raises:
-        UserError: There is no such store or text.
-    """
+    """What the configuration says to score; a UserError says that there is no such store or text."""
     store = TokenStore(config.store) if config.store else None
     if config.input:
         sources = tuple(resolve_inputs(config.input))

@@ -21,20 +21,15 @@ from cartilha.tokens.summary import summarize
 
 @dataclass(frozen=True)
 class InspectResult(Result):
-    """The facts of a store, or the primer's texts by genre and variety.
+    """The facts of a store, or the primer's texts by genre and variety; None stands for what was not asked for.
 
-    Attributes:
-        store: What store.json records, without the hashes of the files.
-        primer: The primer's table; the other fields are None then.
-        first_documents: How the first documents of each side begin.
-        document: The document asked for; its `number` counts from 1.
-        block: The block asked for: its number from 1, and its `segments`, one for each piece of a document.
+    Documents and blocks count from 1. A block has `segments`, one for each piece of a document.
     """
 
-    store: dict[str, Any] | None = None
+    store: dict[str, Any] | None = None  # what store.json records, without the hashes of the files
     primer: tuple[PrimerCount, ...] | None = None
     summary: dict[str, Any] | None = None
-    first_documents: tuple[dict[str, Any], ...] | None = None
+    first_documents: tuple[dict[str, Any], ...] | None = None  # how those of each side begin
     document: dict[str, Any] | None = None
     block: dict[str, Any] | None = None
 
@@ -44,14 +39,9 @@ class InspectResult(Result):
 
 
 def inspect(config: InspectConfig) -> InspectResult:
-    """Look at a store or at the primer.
-
-    Raises:
-        UserError: The directory is no store, or it has no such document or block.
-    """
-    asked = config.document is not None or config.block is not None
+    """Look at a store or at the primer; a UserError says that there is no such store, document or block."""
     if config.what == "primer" and not Path("primer").is_dir():
-        if asked:
+        if config.document is not None or config.block is not None:
             raise UserError("The primer has no documents and blocks to look at before it is prepared; name a store.")
         return InspectResult(primer=tuple(primer_table()))
     store = TokenStore(config.what)
@@ -71,17 +61,10 @@ def _first_documents(store: TokenStore, num_documents: int = 3, num_tokens: int 
     for split in SPLITS:
         tokens, documents, labels = store.tokens(split), store.documents(split), store.labels(split)
         for i in range(min(num_documents, len(documents.start))):
-            begin = int(documents.start[i])
-            ids = tokens[begin : begin + min(num_tokens, int(documents.num_tokens[i]))]
-            rows.append(
-                {
-                    "split": split,
-                    "doc_id": labels["doc_id"][i],
-                    "num_tokens": int(documents.num_tokens[i]),
-                    "ids": ids.tolist(),
-                    "begins": tokenizer.decode(ids),
-                }
-            )
+            begin, length = int(documents.start[i]), int(documents.num_tokens[i])
+            ids = tokens[begin : begin + min(num_tokens, length)]
+            row = {"split": split, "doc_id": labels["doc_id"][i], "num_tokens": length}
+            rows.append({**row, "ids": ids.tolist(), "begins": tokenizer.decode(ids)})
     return rows
 
 
@@ -149,11 +132,5 @@ def _block(store: TokenStore, config: InspectConfig) -> dict[str, Any]:
                 "text": tokenizer.decode(block.input_ids[piece.begin : piece.end]),
             }
         )
-    return {
-        "block": config.block,
-        "num_blocks": len(stream),
-        "block_size": config.block_size,
-        "split": config.split,
-        "seed": config.seed,
-        "segments": segments,
-    }
+    asked = {"block_size": config.block_size, "split": config.split, "seed": config.seed}
+    return {"block": config.block, "num_blocks": len(stream), **asked, "segments": segments}

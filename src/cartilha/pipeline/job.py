@@ -36,11 +36,7 @@ class RunResult:
 
 
 def run(config: RunConfig) -> RunResult:
-    """Prepare, train (with validation and texts before and after) and report; a finished stage is not repeated.
-
-    Raises:
-        UserError: For the reasons that each stage has.
-    """
+    """Prepare, train (with validation and texts before and after) and report; a finished stage is not repeated."""
     preflight(config)
     output = Path(config.output)
     prepared = prepare(replace(config.prepare, model=config.model, output=str(output / "store")))

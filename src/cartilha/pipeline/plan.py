@@ -36,7 +36,7 @@ log = logging.getLogger("cartilha")
 BLOCK_SIZES = (256, 512, 1024, 2048)
 MICRO_BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 THIS_MACHINE = "this machine"
-PROBE_TOKENS = {"cpu": 1024, "cuda": 16_384}  # per step
+PROBE_TOKENS, PROBE_TOKENS_CUDA = 1024, 16_384  # per step
 PROBE_STEPS = 3  # the first is not counted
 GIB = 2**30
 
@@ -54,29 +54,21 @@ class PlanResult:
 
 @dataclass(frozen=True)
 class _Planned:
-    """A device to plan for, and what the training takes on it.
-
-    Attributes:
-        memory: Says what a step takes.
-        tokens: Tokens of all epochs; None without a store.
-        flops: Operations per second, measured or expected; the speed at each block size follows from it.
-        measured_at: Block size of the measurement; None where the speed is expected.
-    """
+    """A device to plan for, and what the training takes on it."""
 
     config: PlanConfig
     model: PretrainedConfig
     facts: DeviceFacts
     memory: MemoryModel
-    tokens: int | None
-    flops: float
-    measured_at: int | None = None
+    tokens: int | None  # of all epochs; None without a store
+    flops: float  # operations per second, measured or expected; the speed at each block size follows from it
+    measured_at: int | None = None  # block size of the measurement; None where the speed is expected
 
     def row(self, block_size: int, size: int) -> dict[str, Any]:
         """The figures of one micro-batch size."""
         config = self.config
         step = self.memory.step(size, block_size, accumulates=size * block_size < config.batch_tokens)
         fits = step.total <= SAFETY * self.facts.memory_bytes
-        planned = self._with_copy(step)
         # Layers that are computed twice take another forward pass: 8 operations instead of 6.
         twice = 4 / 3 if config.gradient_checkpointing and self.measured_at is None else 1.0
         flops_each = flops_per_token(self.model, self.memory.num_parameters, block_size)
@@ -86,8 +78,7 @@ class _Planned:
             "device": self.facts.name,
             "block_size": block_size,
             "micro_batch_size": size,
-            "memory_bytes": planned.total,
-            "memory": asdict(planned),
+            **self._memory(step),
             "fits": fits,
             "tokens_per_second": rate,
             "estimated": self.measured_at != block_size,
@@ -100,37 +91,30 @@ class _Planned:
         """A row with the largest micro-batch that fits, for a step of `batch_tokens`; 0 if none fits."""
         blocks_per_step = max(1, self.config.batch_tokens // row["block_size"])
         size, step = best_step(self.memory, self.facts, row["block_size"], blocks_per_step)
-        planned = self._with_copy(step)
         return row | {
             "micro_batch_size": size,
             "gradient_accumulation_steps": -(-blocks_per_step // size) if size else None,
-            "memory_bytes": planned.total,
-            "memory": asdict(planned),
+            **self._memory(step),
             "fits": size > 0,
         }
 
-    def _with_copy(self, step: StepMemory) -> StepMemory:
+    def _memory(self, step: StepMemory) -> dict[str, Any]:
         """With the copy of the state that exists while a checkpoint is written, as `train` plans longer runs."""
-        if not self.facts.is_host:
-            return step
-        return with_copy(step, self.facts, self.memory.num_parameters) or step
+        if self.facts.is_host:
+            step = with_copy(step, self.facts, self.memory.num_parameters) or step
+        return {"memory_bytes": step.total, "memory": asdict(step)}
 
 
 def plan(config: PlanConfig) -> PlanResult:
-    """Plan the training of a model.
-
-    Raises:
-        UserError: No such model, store or device, a block size beyond the context, or a model that fits nowhere.
-    """
+    """Plan the training of a model; a UserError refuses too long a block, or a model that fits nowhere."""
     preflight(config)
     store = TokenStore(config.store) if config.store else None
     model = model_config(config.model, store.tokenizer() if store and config.model.startswith("random:") else None)
     sizes = _block_sizes(config, context_length(model))
     counts = store.counts["train"] if store else None
     tokens = config.epochs * (counts.num_tokens + counts.num_documents) if counts else None
-    devices = [
-        _device(config, model, name, tokens) for name in dict.fromkeys(config.device or ("auto", *KNOWN_DEVICES))
-    ]
+    names = dict.fromkeys(config.device or ("auto", *KNOWN_DEVICES))
+    devices = [_device(config, model, name, tokens) for name in names]
     num_parameters = devices[0].memory.num_parameters
     _refuse_what_fits_nowhere(config.model, num_parameters, [device.facts for device in devices])
     configured_head_shape(model, config.model)
@@ -222,7 +206,7 @@ def _probed(device: _Planned, sizes: tuple[int, ...]) -> _Planned:
 def _probe(planned: _Planned, block_size: int) -> _Planned:
     """Take a few real steps on this machine."""
     device = torch.device(planned.facts.kind)
-    tokens = PROBE_TOKENS.get(device.type, PROBE_TOKENS["cpu"])
+    tokens = PROBE_TOKENS_CUDA if device.type == "cuda" else PROBE_TOKENS
     loaded = load_model(planned.config.model, device)
     if planned.config.gradient_checkpointing:
         checkpoint_layers(loaded.model)

@@ -25,14 +25,13 @@ from cartilha.console import Advance, progress
 from cartilha.corpus.files import SourceFile
 from cartilha.corpus.formats import expansion
 from cartilha.corpus.hints import log_hints
-from cartilha.corpus.readers import ReadCounts, SourcePart, read_part
+from cartilha.corpus.readers import ReadCounts, no_text, read_documents
 from cartilha.corpus.shards import Shard, shards, shuffled
 from cartilha.corpus.sources import HubSource
 from cartilha.corpus.splits import SPLITS, Split
 from cartilha.errors import UserError, counted
 from cartilha.machine.devices import usable_cores
 from cartilha.machine.versions import TEXT_PACKAGES, versions
-from cartilha.pipeline.inputs import no_text
 from cartilha.pipeline.preflight import preflight
 from cartilha.pipeline.result import Result
 from cartilha.preparation.assembly import decide, load_index, write_rejects, write_sides
@@ -61,13 +60,10 @@ _ShardExecutor = Executor[ShardTask, ShardResult]
 
 @dataclass(frozen=True)
 class PrepareResult(Result):
-    """A store that is ready.
+    """A store that is ready, perhaps since before; `dropped` counts the documents left out, by reason.
 
-    Attributes:
-        dropped: Documents left out, by reason.
-        was_ready: Whether the same command had made it before.
-        leaks: With near-duplicates, the share of held-out documents that have one in training (`leak_rate`), and what
-            it would be if the split looked at each document alone (`plain_leak_rate`).
+    With near-duplicates, `leaks` has the share of held-out documents that have one in training (`leak_rate`), and what
+    it would be if the split looked at each document alone (`plain_leak_rate`).
     """
 
     store: str
@@ -91,8 +87,7 @@ class _Job:
 def prepare(config: PrepareConfig) -> PrepareResult:
     """Make a token store of the input, or find the one that the same command made.
 
-    Raises:
-        UserError: No input, a file that cannot be read, nothing to split, or a directory that holds something else.
+    A UserError says what is wrong with the input, or that the directory holds something else.
     """
     preflight(config)
     asked, path = read_request(config), Path(config.output)
@@ -145,20 +140,19 @@ def _make(job: _Job, executor: _ShardExecutor) -> PrepareResult:
         settings = _shard_settings(job)
         tasks = [ShardTask(part, settings, work) for part in parts]
         _check_space(work, tasks, sample, encoder)
-        tasks, results = _do_shards(config, executor, tasks)
+        done = _do_shards(config, executor, tasks)
         inputs = aside.submit(describe, asked)  # hashes the files
-        return _write(job, tasks, results, encoder.proof, inputs)
+        return _write(job, done, encoder.proof, inputs)
 
 
 def _first_texts(asked: PrepareRequest) -> Iterator[str]:
     """Texts from the beginning of the input, as many as the tokenizer's proof takes."""
     num_chars = 0
-    for source in asked.sources:
-        for document in read_part(SourcePart(source), asked.reading, ReadCounts()):
-            yield document.text
-            num_chars += len(document.text)
-            if num_chars > MAX_SAMPLE_BYTES:
-                return
+    for document in read_documents(asked.sources, asked.reading):
+        yield document.text
+        num_chars += len(document.text)
+        if num_chars > MAX_SAMPLE_BYTES:
+            return
 
 
 def _encoder(tokenizer: TextTokenizer, work: Path, sample: list[str]) -> Encoder:
@@ -205,20 +199,18 @@ def _check_space(work: Path, tasks: list[ShardTask], sample: list[str], encoder:
 
 def _text_bytes(shard: Shard) -> float:
     """The size of a shard's text once it is decompressed, as far as its sources tell."""
-    sources = [part.source for part in shard.parts]
-    growth = [expansion(source) if isinstance(source, SourceFile) else 1.0 for source in sources]
+    growth = [expansion(part.source) if isinstance(part.source, SourceFile) else 1.0 for part in shard.parts]
     return shard.num_bytes * sum(growth) / len(growth)
 
 
 def _do_shards(
     config: PrepareConfig, executor: _ShardExecutor, tasks: list[ShardTask]
-) -> tuple[list[ShardTask], list[ShardResult]]:
-    """Do the work on all shards, or find it done; the tasks that were needed, and their results."""
+) -> list[tuple[ShardTask, ShardResult]]:
+    """Do the work on all shards, or find it done; the tasks that were needed, with their results."""
     with progress("Preparing", sum(task.shard.num_bytes for task in tasks) or None, "bytes") as advance:
         if config.limit_documents is None:
-            return tasks, _run(executor, tasks, advance)
-        chosen: list[ShardTask] = []
-        results: list[ShardResult] = []
+            return list(zip(tasks, _run(executor, tasks, advance), strict=True))
+        chosen: list[tuple[ShardTask, ShardResult]] = []
         left, at_once = config.limit_documents, config.workers or usable_cores()
         # Several shards are done at a time, each up to the limit; the one that goes beyond it is done again.
         for begin in range(0, len(tasks), at_once):
@@ -227,12 +219,11 @@ def _do_shards(
                 if result.read["documents"] > left:
                     task = replace(task, limit=left)
                     result = _run(map, [task], advance)[0]
-                chosen.append(task)
-                results.append(result)
+                chosen.append((task, result))
                 left -= result.read["documents"]
                 if left == 0:
-                    return chosen, results
-        return chosen, results
+                    return chosen
+        return chosen
 
 
 def _run(executor: _ShardExecutor, tasks: list[ShardTask], advance: Advance) -> list[ShardResult]:
@@ -245,16 +236,13 @@ def _run(executor: _ShardExecutor, tasks: list[ShardTask], advance: Advance) -> 
 
 
 def _write(
-    job: _Job,
-    tasks: list[ShardTask],
-    results: list[ShardResult],
-    proof: Proof,
-    inputs: Future[list[dict[str, Any]]],
+    job: _Job, done: list[tuple[ShardTask, ShardResult]], proof: Proof, inputs: Future[list[dict[str, Any]]]
 ) -> PrepareResult:
     """Decide what stays and where, and write the store."""
     config, asked = job.config, job.asked
     read, all_rejected = ReadCounts(), Counter[str]()
-    for result in results:
+    tasks = [task for task, _ in done]
+    for _, result in done:
         read.add(result.read_counts())
         all_rejected.update(result.rejected)
     rejected = dict(all_rejected.most_common())
@@ -274,7 +262,6 @@ def _write(
         leaks = {"leak_rate": sides.split.leak_rate, "plain_leak_rate": sides.split.plain_leak_rate}
     if config.rejects:  # before the store appears: once it is there, the same command has nothing to do
         write_rejects(Path(config.rejects), tasks)
-    gigatoken = {"gigatoken": versions(("gigatoken",))["gigatoken"]}
     with writing_store(job.path, job.tokenizer, replace=config.overwrite) as writer:
         write_sides(writer, index, sides)
         writer.finish(
@@ -290,7 +277,7 @@ def _write(
                 "leaks": leaks,
                 **({"mixture": list(sides.mixture)} if sides.mixture else {}),
                 "notes": list(sides.split.notes),
-                "tokenization": {**asdict(proof), **gigatoken},
+                "tokenization": {**asdict(proof), "gigatoken": versions(("gigatoken",))["gigatoken"]},
                 "versions": versions(TEXT_PACKAGES),
             }
         )
@@ -301,7 +288,5 @@ def _write(
 
 def _all_rejected(rejected: dict[str, int]) -> UserError:
     reasons = ", ".join(f"{number:,} {reason}" for reason, number in rejected.items())
-    return UserError(
-        f"Cleaning left out all {counted(sum(rejected.values()), 'document')} ({reasons}); name fewer steps with "
-        "--clean, or another --language."
-    )
+    documents = f"all {counted(sum(rejected.values()), 'document')} ({reasons})"
+    return UserError(f"Cleaning left out {documents}; name fewer steps with --clean, or another --language.")

@@ -28,10 +28,8 @@ class PushResult(Result):
 def push(config: PushConfig) -> PushResult:
     """Upload RUN/model: weights, tokenizer, configuration and model card, and nothing else of the run.
 
-    A new repository is private unless `--public` is given; an existing one keeps its visibility.
-
-    Raises:
-        UserError: The run holds no trained model, or the hub refuses the name or the account, or cannot be reached.
+    A new repository is private unless `--public` is given; an existing one keeps its visibility. A UserError says that
+    the run holds no trained model, or that the hub refuses the name or the account, or cannot be reached.
     """
     preflight(config)
     folder = run_directory(config.run) / "model"

@@ -59,19 +59,17 @@ class TrainResult:
 def train(config: TrainConfig, *, prompts: GenerateConfig | None = None) -> TrainResult:
     """Train and leave the run's files in `config.output`; the model continues the prompts before and after.
 
-    Raises:
-        CheckFailedError: The set-up is unsound (see `cartilha check`); nothing was written.
-        UserError: Settings that cannot work, named before anything is computed.
-        OutOfMemoryError: The device's memory did not suffice; results.json says so.
-        InterruptedRunError: Asked to stop; a checkpoint is saved.
+    A UserError names settings that cannot work, and a CheckFailedError an unsound set-up, before anything is written.
+    results.json records an OutOfMemoryError, and an InterruptedRunError, before which a checkpoint is saved.
     """
     preflight(config)
-    stop_file = Path(config.stop_file) if config.stop_file else None
-    if stop_file and stop_file.exists():
-        raise InterruptedRunError(f"The stop file {stop_file} is there, so nothing was done; remove it and try again.")
+    if config.stop_file and Path(config.stop_file).exists():
+        raise InterruptedRunError(
+            f"The stop file {config.stop_file} is there, so nothing was done; remove it and try again."
+        )
     with _collecting_notices() as notices, _place(config) as path:
         if path is not None:
-            record = _run(config, path, prompts or GenerateConfig(), notices, stop_file)
+            record = _run(config, path, prompts or GenerateConfig(), notices)
             return TrainResult(config.output, record.values, was_finished=False)
     if not is_main_process():
         return TrainResult(config.output, {}, was_finished=True)
@@ -98,9 +96,7 @@ def _place(config: TrainConfig) -> Iterator[Path | None]:
         yield from_rank_0(path)
 
 
-def _run(
-    config: TrainConfig, path: Path, prompts: GenerateConfig, notices: NoticeCollector, stop_file: Path | None
-) -> RunWriter:
+def _run(config: TrainConfig, path: Path, prompts: GenerateConfig, notices: NoticeCollector) -> RunWriter:
     """Set up and train in a directory that is locked for this command."""
     run = assemble(config, path, prompts, config.resume == "auto")
     if not config.skip_checks:
@@ -111,6 +107,7 @@ def _run(
         check_space(run)
         record = RunWriter.resume(path, run.step, setting) if run.step else RunWriter.begin(path, setting)
     record = from_rank_0(record if is_main_process() else RunWriter(path, {}))
+    stop_file = Path(config.stop_file) if config.stop_file else None
     with _recording_failures(record, notices), listening_for_stop(stop_file) as stop:
         record.update()  # the first file: from now on the directory is a run, which can be resumed
         if is_main_process():
@@ -165,18 +162,12 @@ def _train(run: Run, record: RunWriter, notices: NoticeCollector, stop: StopRequ
 
 def _announce(run: Run) -> None:
     sampler, schedule = run.sampler, run.schedule
+    step = f"{counted(schedule.num_steps, 'step')} of {counted(run.config.batch_tokens, 'token')}"
+    blocks = f"{counted(sampler.blocks_per_step, 'block')} of {sampler.block_size}"
     log.info(
-        "Training %s (%.1f M parameters): %s of %s (%s of %d, micro-batch %d), %s on %s, lr %.2g.",
-        run.config.model,
-        run.loaded.num_parameters / 1e6,
-        counted(schedule.num_steps, "step"),
-        counted(run.config.batch_tokens, "token"),
-        counted(sampler.blocks_per_step, "block"),
-        sampler.block_size,
-        run.plan.micro_batch_size,
-        run.settings["dtype"],
-        run.loaded.model.device.type,
-        schedule.peak_lr,
+        "Training %s (%.1f M parameters): %s (%s, micro-batch %d), %s on %s, lr %.2g.",
+        *(run.config.model, run.loaded.num_parameters / 1e6, step, blocks, run.plan.micro_batch_size),
+        *(run.settings["dtype"], run.loaded.model.device.type, schedule.peak_lr),
     )
     log.info(
         "An epoch is %s: %s, %s, %.2f %% padding.",
@@ -222,15 +213,9 @@ class _LogBook:
                 log.warning("%s", note)
         self.metrics.evaluation(run.step, run.num_epochs_done, evaluation.to_dict())
         self.record.add_evaluation(run.step, run.num_epochs_done, evaluation)
-        bits = evaluation.bits_per_byte
-        log.info(
-            "%s: perplexity %.2f, bits per byte %s (%s; %s)",
-            title,
-            evaluation.perplexity,
-            "refused" if bits is None else f"{bits:.4f}",
-            counted(evaluation.total.num_tokens, "token"),
-            run.scorer.protocol.describe(),
-        )
+        bits = "refused" if evaluation.bits_per_byte is None else f"{evaluation.bits_per_byte:.4f}"
+        scored = f"{counted(evaluation.total.num_tokens, 'token')}; {run.scorer.protocol.describe()}"
+        log.info("%s: perplexity %.2f, bits per byte %s (%s)", title, evaluation.perplexity, bits, scored)
         if is_main_process():
             self.metrics.texts(run.step, take_snapshot(run, self.record, evaluation, scores.nll))
         return evaluation

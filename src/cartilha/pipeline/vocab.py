@@ -11,10 +11,10 @@ from cartilha.config import VocabConfig
 from cartilha.console import progress
 from cartilha.corpus.document import Document
 from cartilha.corpus.english import english_sample
+from cartilha.corpus.readers import input_documents
 from cartilha.corpus.splits import choose_split
 from cartilha.errors import UserError
 from cartilha.model.embeddings import ModelShape, model_shape
-from cartilha.pipeline.inputs import input_documents
 from cartilha.pipeline.preflight import preflight
 from cartilha.pipeline.result import Result
 from cartilha.pipeline.vocab_advice import advise
@@ -22,14 +22,7 @@ from cartilha.pipeline.vocab_extension import learn_extension, write_extension
 from cartilha.tokens.fertility import FertilityCounter
 from cartilha.tokens.store import batches
 from cartilha.tokens.tokenizer import TextTokenizer, load_tokenizer
-from cartilha.tokens.vocabulary import (
-    check_extendable,
-    count_words,
-    extend,
-    first_new_tokens,
-    learn_merges,
-    num_tokens,
-)
+from cartilha.tokens.vocabulary import check_extendable, count_words, extend, learn_merges, num_tokens
 
 SIZES = (1000, 2000, 4000, 8000)  # extensions whose effect the report states
 HELD_OUT = 0.2  # of the documents: what an extension saves is counted on text that it was not learnt on
@@ -53,15 +46,10 @@ class _Text:
     learnt_on: Counter[str]
     held_out: Counter[str]
     num_words_held_out: int
-    num_documents: int
 
 
 def vocab(config: VocabConfig) -> VocabResult:
-    """Report on a vocabulary, extend it, or advise.
-
-    Raises:
-        UserError: No text, a tokenizer that cannot be extended, or a text too small to learn so many merges.
-    """
+    """Report on a vocabulary, extend it, or advise; a UserError says that tokenizer or text do not allow it."""
     preflight(config)
     if config.advise:
         return VocabResult(advice=advise(config))
@@ -78,14 +66,14 @@ def vocab(config: VocabConfig) -> VocabResult:
     if config.extend is None:
         return VocabResult(report)
     learnt = learn_extension(tokenizer, text.learnt_on + text.held_out, config.extend)
-    origin = {"input": list(config.input), "num_documents": text.num_documents}
+    origin = {"input": list(config.input), "num_documents": report["total"]["num_documents"]}
     return VocabResult(report, extension=write_extension(config.model, tokenizer, learnt, Path(config.output), origin))
 
 
 def _read(config: VocabConfig, tokenizer: TextTokenizer, *, byte_level: bool) -> _Text:
     figures = FertilityCounter(tokenizer, after_space=byte_level)
     words = {"train": Counter[str](), "validation": Counter[str]()}
-    num_words = num_documents = 0
+    num_words = 0
     with progress("Reading", None, "characters") as advance:
         for batch in batches(input_documents(config)):
             figures.add(batch)
@@ -94,16 +82,14 @@ def _read(config: VocabConfig, tokenizer: TextTokenizer, *, byte_level: bool) ->
                 if byte_level:
                     words[side].update(count_words(tokenizer, [document.text]))
                 num_words += len(document.text.split()) if side == "validation" else 0
-            num_documents += len(batch)
             advance(sum(len(document.text) for document in batch))
-    return _Text(figures, words["train"], words["validation"], num_words, num_documents)
+    return _Text(figures, words["train"], words["validation"], num_words)
 
 
 def _report(model: str, tokenizer: TextTokenizer, text: _Text, not_extendable: str | None) -> dict[str, Any]:
     english = FertilityCounter(tokenizer, after_space=not_extendable is None)
     english.add([Document(line, str(i), "english", "english") for i, line in enumerate(english_sample())])
-    shape = model_shape(model, tokenizer)
-    total = text.figures.total().to_dict()
+    shape, total = model_shape(model, tokenizer), text.figures.total().to_dict()
     return {
         "model": model,
         "num_ids": tokenizer.num_ids,
@@ -125,13 +111,11 @@ def _sizes(tokenizer: TextTokenizer, text: _Text, shape: ModelShape | None) -> l
     """What extensions of several sizes would cost, and what they would save on documents that taught them nothing."""
     if not text.learnt_on or not text.held_out:
         return []
-    merges, before = learn_merges(tokenizer, text.learnt_on, max(SIZES))
-    num_learnt = sum(merge.is_new for merge in merges)
+    learnt = learn_merges(tokenizer, text.learnt_on, max(SIZES))
     old_tokens = num_tokens(tokenizer, text.held_out)
     rows = []
-    for size in (size for size in SIZES if size <= num_learnt):
-        extended = extend(tokenizer, first_new_tokens(merges, size), before).tokenizer
-        new_tokens = num_tokens(extended, text.held_out)
+    for size in (size for size in SIZES if size <= learnt.num_new):
+        new_tokens = num_tokens(extend(learnt, size).tokenizer, text.held_out)
         row: dict[str, Any] = {
             "num_new": size,
             "tokens_per_word": new_tokens / max(1, text.num_words_held_out),

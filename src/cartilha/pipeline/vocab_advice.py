@@ -15,17 +15,17 @@ from typing import Any, Literal
 
 from cartilha.config import CompareConfig, EvaluateConfig, PrepareConfig, TrainConfig, VocabConfig
 from cartilha.corpus.english import english_sample
+from cartilha.corpus.readers import input_documents
 from cartilha.corpus.records import ReadSettings
 from cartilha.errors import UserError, counted
 from cartilha.pipeline.compare import compare
 from cartilha.pipeline.evaluate import evaluate
-from cartilha.pipeline.inputs import input_documents
 from cartilha.pipeline.prepare import prepare
 from cartilha.pipeline.train import train
 from cartilha.pipeline.vocab_extension import write_extension
 from cartilha.tokens.store import TokenStore
 from cartilha.tokens.tokenizer import load_tokenizer
-from cartilha.tokens.vocabulary import check_extendable, count_words, extend, first_new_tokens, learn_merges
+from cartilha.tokens.vocabulary import check_extendable, count_words, extend, learn_merges
 from cartilha.units import parse_duration
 
 log = logging.getLogger("cartilha")
@@ -62,8 +62,7 @@ class _Tried:
 def advise(config: VocabConfig) -> dict[str, Any]:
     """Try, compare and recommend; the record that `vocab --json` carries.
 
-    Raises:
-        UserError: A tokenizer that cannot be extended, or a text too small to learn from or to hold out.
+    A UserError says that the tokenizer cannot be extended, or that the text is too small to learn from or to hold out.
     """
     budget = parse_duration(config.time_budget)
     assert budget is not None
@@ -81,19 +80,18 @@ def advise(config: VocabConfig) -> dict[str, Any]:
                 f"{LEAST_HELD_OUT} are needed; give more documents."
             )
         words = count_words(tokenizer, (document.text for document in store.read_documents("train")))
-        merges, before = learn_merges(tokenizer, words, max(TRIED))
-        learnt = sum(merge.is_new for merge in merges)
-        if not learnt:
+        learnt = learn_merges(tokenizer, words, max(TRIED))
+        if not learnt.num_new:
             raise UserError("The text is too small to learn new tokens from: no pair occurs twice; give more text.")
-        if learnt < max(TRIED):
-            log.warning("The text is enough for %s only.", counted(learnt, "new token"))
-        sizes = sorted({min(size, learnt) for size in TRIED})
+        if learnt.num_new < max(TRIED):
+            log.warning("The text is enough for %s only.", counted(learnt.num_new, "new token"))
+        sizes = sorted({min(size, learnt.num_new) for size in TRIED})
         trials = _Trials(config, budget / (1 + len(sizes)), _scored_texts(store, work))
         tried = [_try(trials, keep, 0)]
         for size in sizes:
             plus = work / f"plus-{size}"
-            extension = extend(tokenizer, first_new_tokens(merges, size), before)
-            write_extension(config.model, tokenizer, extension, plus / "model", {"input": list(config.input)})
+            origin = {"input": list(config.input)}
+            write_extension(config.model, tokenizer, extend(learnt, size), plus / "model", origin)
             _prepare(config, str(plus / "model"), plus, num_documents)
             tried.append(_try(trials, plus, size, tried[0].trained["settings"]["lr"]))
         return _advice(tried, trials.seconds)

@@ -24,20 +24,16 @@ log = logging.getLogger("cartilha")
 
 
 def learn_extension(tokenizer: TextTokenizer, words: Counter[str], num_new: int) -> Extension:
-    """Learn exactly `num_new` tokens.
-
-    Raises:
-        UserError: Too few pairs occur twice in the text.
-    """
-    merges, before = learn_merges(tokenizer, words, num_new)
-    found = sum(merge.is_new for merge in merges)
+    """Learn exactly `num_new` tokens; a UserError says that too few pairs occur twice in the text."""
+    learnt = learn_merges(tokenizer, words, num_new)
+    found = learnt.num_new
     if found < num_new:
         remedy = f"use --extend {found}, or more text" if found else "give more text"
         raise UserError(
             f"The text is too small for {counted(num_new, 'new token')}: only"
             f" {counted(found, 'pair', 'occurs', 'occur')} twice or more; {remedy}."
         )
-    return extend(tokenizer, merges, before)
+    return extend(learnt)
 
 
 def write_extension(
@@ -56,22 +52,16 @@ def write_extension(
         "tokenizer_after": learnt.tokenizer.fingerprint,
     }
     if base.num_ids <= MAX_UINT16_IDS < learnt.tokenizer.num_ids:
-        log.warning(
-            "The vocabulary grows beyond %s ids: stores made with it take 4 bytes per token instead of 2.",
-            f"{MAX_UINT16_IDS:,}",
-        )
+        ids = f"{MAX_UINT16_IDS:,}"
+        log.warning("The vocabulary grows beyond %s ids: stores made with it take 4 bytes per token instead of 2.", ids)
     with new_directory(output) as temporary:
         if _has_weights(ref):
             loaded = load_model(ref, torch.device("cpu"), tokenizer=base)
             before = shape_of(loaded.model)
             extend_embeddings(loaded, learnt.pieces, learnt.first_id)
-            shape = shape_of(loaded.model)
-            record |= {
-                "num_rows_before": before.num_rows,
-                "num_rows": shape.num_rows,
-                "num_parameters_before": before.num_parameters,
-                "num_parameters": shape.num_parameters,
-            }
+            after = shape_of(loaded.model)
+            for name in ("num_rows", "num_parameters"):
+                record |= {f"{name}_before": getattr(before, name), name: getattr(after, name)}
             loaded.model.save_pretrained(temporary)
             write_atomically(temporary / "README.md", _card(record))
         else:
@@ -83,9 +73,8 @@ def write_extension(
 
 def _has_weights(ref: str) -> bool:
     source = resolve_model(ref)
-    if source.kind != "directory":
+    if source.kind != "directory" or source.path is None:
         return True
-    assert source.path is not None
     return any(file.suffix in (".safetensors", ".bin") for file in source.path.iterdir())
 
 

@@ -41,6 +41,20 @@ class Extension:
     num_tokens_before: int
 
 
+@dataclass(frozen=True)
+class LearntMerges:
+    """Merges learnt for a tokenizer on a text, which takes `num_tokens_before` tokens without them."""
+
+    tokenizer: TextTokenizer
+    merges: Sequence[Merge]
+    num_tokens_before: int
+
+    @property
+    def num_new(self) -> int:
+        """New tokens that they make; a merge may make one that exists already."""
+        return sum(merge.is_new for merge in self.merges)
+
+
 def check_extendable(tokenizer: TextTokenizer, name: str) -> None:
     """Refuse a tokenizer that is not byte-level BPE by a `UserError`."""
     description = _described(tokenizer.backend)
@@ -76,11 +90,8 @@ def num_tokens(tokenizer: TextTokenizer, word_counts: Counter[str]) -> int:
     return sum(count * len(model.tokenize(word)) for word, count in word_counts.items())
 
 
-def learn_merges(tokenizer: TextTokenizer, word_counts: Counter[str], num_new: int) -> tuple[list[Merge], int]:
-    """Merges that make up to `num_new` new tokens, and the number of tokens of the text before them.
-
-    There are fewer if no pair is left that occurs twice.
-    """
+def learn_merges(tokenizer: TextTokenizer, word_counts: Counter[str], num_new: int) -> LearntMerges:
+    """Merges that make `num_new` new tokens, or fewer if no pair is left that occurs twice."""
     model = tokenizer.backend.model
     learner = MergeLearner(
         word_counts,
@@ -90,11 +101,13 @@ def learn_merges(tokenizer: TextTokenizer, word_counts: Counter[str], num_new: i
         whole_words=bool(_described(tokenizer.backend)["model"].get("ignore_merges")),
     )
     before = learner.num_tokens
-    return first_new_tokens(learner, num_new), before
+    return LearntMerges(tokenizer, _first_new_tokens(learner, num_new), before)
 
 
-def extend(tokenizer: TextTokenizer, merges: Sequence[Merge], num_tokens_before: int) -> Extension:
-    """The tokenizer with the merges appended that `learn_merges` has learnt for it."""
+def extend(learnt: LearntMerges, num_new: int | None = None) -> Extension:
+    """The tokenizer with the merges appended that make the first `num_new` tokens; with all of them by default."""
+    tokenizer = learnt.tokenizer
+    merges = learnt.merges if num_new is None else _first_new_tokens(learnt.merges, num_new)
     description = _described(tokenizer.backend)
     vocabulary = description["model"]["vocab"]
     # Outside of the model's vocabulary, tokenizers would renumber the added tokens from the vocabulary's size on.
@@ -117,12 +130,12 @@ def extend(tokenizer: TextTokenizer, merges: Sequence[Merge], num_tokens_before:
         replace(tokenizer, backend=backend, directory=None),
         first_id,
         tuple(pieces.values()),
-        merges[-1].num_tokens if merges else num_tokens_before,
-        num_tokens_before,
+        merges[-1].num_tokens if merges else learnt.num_tokens_before,
+        learnt.num_tokens_before,
     )
 
 
-def first_new_tokens(merges: Iterable[Merge], num_new: int) -> list[Merge]:
+def _first_new_tokens(merges: Iterable[Merge], num_new: int) -> list[Merge]:
     """The merges up to the one that makes the last of `num_new` new tokens; all of them if they make fewer."""
     chosen: list[Merge] = []
     left = num_new
