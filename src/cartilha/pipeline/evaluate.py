@@ -52,7 +52,7 @@ class EvaluatedModel:
     """
 
     evaluation: Evaluation
-    contamination: float | None
+    contamination: float | None  # None without a store
     near_duplicates: float | None
     dtype_drift: dict[str, float] | None
     continuations: dict[str, Any] | None  # chrF, BLEU, ROUGE-L and so on
