@@ -83,9 +83,9 @@ class Measure:
     of_text: bool = True
 
 
-MEASURES = (
+MEASURES = [
     Measure("perplexity", "perplexity", 2, of_text=False),
     Measure("bits_per_byte", "bits per byte", 4),
     Measure("bits_per_char", "bits per character", 4),
     Measure("word_perplexity", "word perplexity", 1),
-)
+]
