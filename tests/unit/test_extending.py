@@ -8,8 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import CHECKOUT
-
+CHECKOUT = Path(__file__).resolve().parents[2]
 PAGES = ("docs/extending.md", "docs/pt/estender.md")
 
 
