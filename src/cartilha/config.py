@@ -26,8 +26,8 @@ Rate = float | Literal["auto"]
 
 MODEL_HELP = "a hub id, a local directory, a .gguf file, package:NAME or random:ARCH"
 REF_HELP = (
-    "files, globs or folders (.txt one document a line, .json, .jsonl, .csv, .tsv, .parquet, .arrow; also compressed), "
-    "hf:NAME[:CONFIG[:SPLIT]], or primer"
+    "files, globs or folders (.txt one document per line, .json, .jsonl, .csv, .tsv, .parquet, .arrow; also compressed),"
+    " hf:NAME[:CONFIG[:SPLIT]], or primer"
 )
 
 
@@ -88,7 +88,7 @@ def options(config: type[Settings]) -> list[Field[Any]]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading(Settings):
+class ReadingOptions(Settings):
     """How the text is read."""
 
     text_column: str = deciding("text", "the column or key that holds the text (all but .txt)")
@@ -110,7 +110,7 @@ class Reading(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scoring(Settings):
+class ScoringOptions(Settings):
     """How documents are scored."""
 
     protocol: str = option("full", "full (whole documents) or first-N (only the first N tokens of each)")
@@ -121,7 +121,7 @@ class Scoring(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compute(Settings):
+class ComputeOptions(Settings):
     """What computes."""
 
     dtype: Dtype = option("auto", "compute type (training keeps float32 weights)")
@@ -132,7 +132,7 @@ class Compute(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrepareConfig(Reading):
+class PrepareConfig(ReadingOptions):
     """Text to a token store: read, deduplicate exactly, split by document, tokenize."""
 
     input: tuple[str, ...] = option((), REF_HELP, required=True)
@@ -179,7 +179,7 @@ class InspectConfig(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(Compute):
+class TrainConfig(ComputeOptions):
     """Continued training of a causal model on a store."""
 
     model: str = deciding(DEFAULT_MODEL, MODEL_HELP)
@@ -241,7 +241,7 @@ class TrainConfig(Compute):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckConfig(Compute):
+class CheckConfig(ComputeOptions):
     """Whether model, text and machine are sound, before the money is spent."""
 
     model: str = option(DEFAULT_MODEL, MODEL_HELP)
@@ -269,7 +269,7 @@ class PlanConfig(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(Compute, Scoring, Reading):
+class EvaluateConfig(ComputeOptions, ScoringOptions, ReadingOptions):
     """Perplexity and bits per byte of models on held-out text."""
 
     model: tuple[str, ...] = option((DEFAULT_MODEL,), MODEL_HELP)
@@ -286,7 +286,7 @@ class EvaluateConfig(Compute, Scoring, Reading):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareConfig(Compute, Scoring, Reading):
+class CompareConfig(ComputeOptions, ScoringOptions, ReadingOptions):
     """Two models on the same documents: who is better, by how much, and how sure that is."""
 
     models: tuple[str, ...] = option((), f"two models, the second against the first: {MODEL_HELP}")
@@ -313,7 +313,7 @@ class GenerateConfig(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class VocabConfig(Reading):
+class VocabConfig(ReadingOptions):
     """What a text costs under a model's vocabulary; extend it; whether that pays."""
 
     model: str = option(DEFAULT_MODEL, MODEL_HELP)
@@ -347,7 +347,7 @@ class PushConfig(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExploreConfig(Compute):
+class ExploreConfig(ComputeOptions):
     """A local page: what models expect token by token, and what a store holds. Ctrl-C ends it."""
 
     models: tuple[str, ...] = option((), f"one model or two, side by side: {MODEL_HELP}")

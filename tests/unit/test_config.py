@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cartilha.config import COMMANDS, Compute, PrepareConfig, TrainConfig, deciding, option, options
+from cartilha.config import COMMANDS, ComputeOptions, PrepareConfig, TrainConfig, deciding, option, options
 from cartilha.errors import UserError
 from cartilha.pipeline.prepare import prepare
 from cartilha.runs import setup
@@ -58,7 +58,7 @@ def test_a_run_does_not_go_on_with_another_value_of_a_new_option(monkeypatch):
 
 def test_options_of_a_group_come_after_a_commands_own():
     for config in COMMANDS.values():
-        if issubclass(config, Compute):
+        if issubclass(config, ComputeOptions):
             names = [item.name for item in options(config)]
             assert names[0] in ("model", "models") and names[-2:] == ["dtype", "device"]
             assert list(config().to_dict()) == names

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from cartilha.config import Reading
+from cartilha.config import ReadingOptions
 from cartilha.corpus.files import SourceFile
 from cartilha.corpus.lines import Fault, Span, read_lines
 from cartilha.errors import UserError
@@ -25,7 +25,7 @@ class JoinedLines(dict[str, Any]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReadSettings(Reading):
+class ReadSettings(ReadingOptions):
     """How records become documents; a UserError says which setting makes no sense."""
 
     on_error: Literal["stop", "skip"] = "stop"
