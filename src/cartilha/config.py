@@ -26,8 +26,8 @@ Rate = float | Literal["auto"]
 
 MODEL_HELP = "a hub id, a local directory, a .gguf file, package:NAME or random:ARCH"
 REF_HELP = (
-    "files, globs or folders (.txt one document per line, .json, .jsonl, .csv, .tsv, .parquet, .arrow; also compressed),"
-    " hf:NAME[:CONFIG[:SPLIT]], or primer"
+    "files, globs or folders (.txt one document per line, .json, .jsonl, .csv, .tsv, .parquet, .arrow; also"
+    " compressed), hf:NAME[:CONFIG[:SPLIT]], or primer"
 )
 
 
