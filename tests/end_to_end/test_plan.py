@@ -60,6 +60,16 @@ def test_a_plan_has_a_row_for_each_device_block_size_and_micro_batch(cartilha, s
     assert {(row["device"], row["block_size"]) for row in result["recommended"]} == {place[:2] for place in places}
 
 
+def test_tokens_per_step_follow_the_device_unless_they_are_given(cartilha):
+    result = planned(cartilha, *TINY, "--device", "cpu", "t4", "--block_size", 256, "--skip_probe")
+    blocks = {
+        row["device"]: row["micro_batch_size"] * row["gradient_accumulation_steps"] for row in result["recommended"]
+    }
+    assert result["batch_tokens"] == "auto" and blocks == {"cpu": 8, "t4": 32}
+    outcome = cartilha("plan", *TINY, "--device", "cpu", "--block_size", 256, "--skip_probe")
+    assert "Steps of 2,048 tokens on a CPU, 8,192 on a GPU" in outcome.out
+
+
 def test_a_plan_is_readable_in_a_terminal(cartilha):
     outcome = cartilha("plan", *TINY, "--device", "t4", "--block_size", 256, "--price_per_hour", 1)
     assert outcome.code == 0

@@ -56,6 +56,19 @@ def test_interrupted_twice_equals_unbroken(unbroken, store, tmp_path, during_ste
     assert_same_run(run, unbroken)
 
 
+def test_automatic_tokens_per_step_stay_those_that_the_run_began_with(store, tmp_path, during_step, monkeypatch):
+    changes = {"batch_tokens": "auto", "max_steps": 3, "model": "random:tiny"}
+    during_step({1: terminate})
+    with pytest.raises(InterruptedRunError):
+        start(store, tmp_path / "run", **changes)
+    monkeypatch.setattr("cartilha.training.optimizer.AUTO_BATCH_TOKENS", {"cpu": 8192})  # as on another device
+    start(store, tmp_path / "run", **changes, resume="auto")
+    settings = Left(tmp_path / "run").results["settings"]
+    assert settings["batch_tokens"] == 2048 // settings["block_size"] * settings["block_size"]
+    start(store, tmp_path / "run", **changes, resume="auto")  # finished: nothing is left to do
+    assert Left(tmp_path / "run").results["resumed_from_step"] == [1]
+
+
 def test_a_resumed_run_draws_the_same_dropout(store, tmp_path, during_step):
     changes = {"model": "random:tiny-opt", "dropout": True, "epochs": 1}
     start(store, tmp_path / "whole", **changes)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cartilha.model.load import load_model
-from cartilha.training.optimizer import make_optimizer, resolve_lr, step_unless
+from cartilha.training.optimizer import make_optimizer, resolve_batch_tokens, resolve_lr, step_unless
 from cartilha.training.schedule import SHAPES, Schedule
 
 
@@ -51,6 +51,20 @@ def test_the_other_shapes_share_the_warm_up_and_end_where_they_should():
     assert constant[9:] == [2e-3] * 101
     assert wsd[9:90] == pytest.approx([2e-3] * 81) and wsd[-1] == pytest.approx(2e-4)
     assert wsd[99] == pytest.approx((2e-3 + 2e-4) / 2)  # half way down in the middle of the last fifth
+
+
+@pytest.mark.parametrize(
+    ("asked", "block_size", "device", "expected"),
+    [
+        ("auto", 512, "cpu", 2048),
+        ("auto", 512, "cuda", 8192),
+        ("auto", 1000, "cpu", 2000),  # whole blocks
+        ("auto", 4096, "cpu", 4096),  # at least one
+        (512, 512, "cpu", 512),
+    ],
+)
+def test_automatic_tokens_per_step_are_whole_blocks_of_what_suits_the_device(asked, block_size, device, expected):
+    assert resolve_batch_tokens(asked, block_size, device) == expected
 
 
 def test_the_automatic_rate_is_3e_4_at_125_million_parameters_and_falls_with_size():

@@ -31,6 +31,7 @@ class BlockSampler:
         self._documents = documents
         self.block_size = block_size
         self.blocks_per_step = blocks_per_step
+        self.tokens_per_step = blocks_per_step * block_size
         self.seed = seed
         self._stream: tuple[int, PackedStream] | None = None
         first = self.stream(0)

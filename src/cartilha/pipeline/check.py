@@ -27,7 +27,7 @@ from cartilha.runs.setup import Run
 from cartilha.runs.step_plan import RunPlan, StepShape, plan_run, refuse_beyond_context, this_machine
 from cartilha.tokens.store import TokenStore
 from cartilha.training.checkpoint import space_needed
-from cartilha.training.optimizer import resolve_lr
+from cartilha.training.optimizer import resolve_batch_tokens, resolve_lr
 
 log = logging.getLogger("cartilha")
 
@@ -135,7 +135,8 @@ def _subject_of_command(config: CheckConfig) -> Subject:
     loaded = load_model(config.model, device, tokenizer=tokenizer)
     refuse_beyond_context(config.block_size, loaded.context_length, config.model)
     dtype = choose_dtype(config.dtype, device)
-    shape = StepShape(config.block_size, max(1, config.batch_tokens // config.block_size))
+    batch_tokens = resolve_batch_tokens(config.batch_tokens, config.block_size, device.type)
+    shape = StepShape(config.block_size, max(1, batch_tokens // config.block_size))
     plan = plan_run(loaded.model.config, this_machine(device, dtype), loaded.num_parameters, shape)
     return _subject(config, make_scorer(loaded, tokenizer, dtype), store, samples, plan)
 

@@ -28,6 +28,7 @@ from cartilha.training.checkpoint import space_needed
 from cartilha.training.device_facts import KNOWN_DEVICES, DeviceFacts, flops_per_token
 from cartilha.training.loop import StepSettings, train_steps
 from cartilha.training.memory import BYTES_PER_PARAMETER, SAFETY, MemoryModel, StepMemory, check_states_fit, show_count
+from cartilha.training.optimizer import resolve_batch_tokens
 from cartilha.training.schedule import Schedule
 from cartilha.training.state import TrainingState
 
@@ -64,10 +65,14 @@ class _Planned:
     flops: float  # operations per second, measured or expected; the speed at each block size follows from it
     measured_at: int | None = None  # block size of the measurement; None where the speed is expected
 
+    def batch_tokens(self, block_size: int) -> int:
+        """Tokens per step there."""
+        return resolve_batch_tokens(self.config.batch_tokens, block_size, self.facts.kind)
+
     def row(self, block_size: int, size: int) -> dict[str, Any]:
         """The figures of one micro-batch size."""
         config = self.config
-        step = self.memory.step(size, block_size, accumulates=size * block_size < config.batch_tokens)
+        step = self.memory.step(size, block_size, accumulates=size * block_size < self.batch_tokens(block_size))
         fits = step.total <= SAFETY * self.facts.memory_bytes
         # Layers that are computed twice take another forward pass: 8 operations instead of 6.
         twice = 4 / 3 if config.gradient_checkpointing and self.measured_at is None else 1.0
@@ -89,7 +94,7 @@ class _Planned:
 
     def recommended(self, row: dict[str, Any]) -> dict[str, Any]:
         """A row with the largest micro-batch that fits, for a step of `batch_tokens`; 0 if none fits."""
-        blocks_per_step = max(1, self.config.batch_tokens // row["block_size"])
+        blocks_per_step = max(1, self.batch_tokens(row["block_size"]) // row["block_size"])
         size, step = best_step(self.memory, self.facts, row["block_size"], blocks_per_step)
         return row | {
             "micro_batch_size": size,

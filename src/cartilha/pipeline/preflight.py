@@ -123,7 +123,7 @@ def _check_extra(module: str, what: str, extra: str) -> None:
 
 def _check_batch(config: configs.TrainConfig | configs.PlanConfig) -> None:
     block_size, batch_tokens = config.block_size, config.batch_tokens
-    if block_size is not None and (batch_tokens < block_size or batch_tokens % block_size):
+    if block_size is not None and batch_tokens != "auto" and (batch_tokens < block_size or batch_tokens % block_size):
         lower = max(1, batch_tokens // block_size) * block_size
         raise UserError(
             f"batch_tokens ({batch_tokens}) must be a multiple of block_size ({block_size}); "

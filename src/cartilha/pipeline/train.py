@@ -162,7 +162,7 @@ def _train(run: Run, record: RunWriter, notices: NoticeCollector, stop: StopRequ
 
 def _announce(run: Run) -> None:
     sampler, schedule = run.sampler, run.schedule
-    step = f"{counted(schedule.num_steps, 'step')} of {counted(run.config.batch_tokens, 'token')}"
+    step = f"{counted(schedule.num_steps, 'step')} of {counted(sampler.tokens_per_step, 'token')}"
     blocks = f"{counted(sampler.blocks_per_step, 'block')} of {sampler.block_size}"
     log.info(
         "Training %s (%.1f M parameters): %s (%s, micro-batch %d), %s on %s, lr %.2g.",

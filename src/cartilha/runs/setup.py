@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from cartilha.evaluation.documents import ScoredDocuments, encode_documents, val
 from cartilha.evaluation.scorer import Scorer, make_scorer
 from cartilha.machine.devices import choose_device, choose_dtype, describe_machine, dtype_name, seed_everything
 from cartilha.machine.memory import free_memory_bytes
-from cartilha.machine.processes import is_main_process, world
+from cartilha.machine.processes import from_rank_0, is_main_process, world
 from cartilha.machine.versions import versions
 from cartilha.model.configuration import model_config
 from cartilha.model.load import LoadedModel, load_model, weights_hash
@@ -37,7 +37,7 @@ from cartilha.training.checkpoint import (
 )
 from cartilha.training.distributed import share_state
 from cartilha.training.memory import check_states_fit
-from cartilha.training.optimizer import resolve_lr
+from cartilha.training.optimizer import resolve_batch_tokens, resolve_lr
 from cartilha.training.schedule import Schedule
 from cartilha.training.state import TrainingState
 from cartilha.training.trace import count_parameters
@@ -98,6 +98,8 @@ def is_finished_as_asked(config: TrainConfig, path: Path) -> bool:
         schedule = _schedule(config, recorded["num_parameters"], results["packing"]["steps_per_epoch"])
     except (KeyError, TypeError) as error:
         raise UserError(f"{path}/results.json is damaged ({error!r} in it); train into another --output.") from error
+    if config.batch_tokens == "auto":
+        config = replace(config, batch_tokens=recorded.get("batch_tokens", "auto"))
     current = _asked(config, schedule)
     if config.dtype != "auto":
         current["dtype"] = config.dtype
@@ -140,14 +142,17 @@ def assemble(config: TrainConfig, path: Path, prompts: GenerateConfig, resume: b
     # Of several processes the first reads the checkpoint, and the others get what it holds.
     checkpoint = newest_sound_checkpoint(path) if resume and is_main_process() else None
     recorded = read_settings(checkpoint) if checkpoint else {}
-    # A resumed run keeps its compute dtype: `auto` might choose otherwise on another day.
+    # A resumed run keeps its compute dtype and tokens per step: `auto` might choose otherwise on another machine.
     dtype = choose_dtype(recorded.get("dtype", "auto") if config.dtype == "auto" else config.dtype, device)
+    batch_tokens = recorded.get("batch_tokens", "auto") if config.batch_tokens == "auto" else config.batch_tokens
+    batch_tokens = from_rank_0(resolve_batch_tokens(batch_tokens, config.block_size, device.type))
+    config = replace(config, batch_tokens=batch_tokens)
     seed_everything(config.seed)
     loaded = _load(config, tokenizer, device)
     sampler = BlockSampler(
         store.packed("train"),
         block_size=config.block_size,
-        blocks_per_step=config.batch_tokens // config.block_size,
+        blocks_per_step=batch_tokens // config.block_size,
         seed=config.seed,
     )
     schedule = _schedule(config, loaded.num_parameters, sampler.steps_per_epoch)
@@ -253,7 +258,7 @@ def _plan(
     )
     if not machine.is_host or not is_main_process():  # a card's copy is in the host; the first process writes
         return plan
-    by_clock = 60 * config.checkpoint_minutes * num_ranks * plan.tokens_per_second / config.batch_tokens
+    by_clock = 60 * config.checkpoint_minutes * num_ranks * plan.tokens_per_second / sampler.tokens_per_step
     # Training goes on beside a checkpoint unless it is the last one, which needs no copy.
     intervals = [sampler.steps_per_epoch, config.checkpoint_steps, by_clock]
     return plan.with_checkpoints() if any(n and n < schedule.num_steps for n in intervals) else plan

@@ -143,7 +143,8 @@ def _plan(result: Values) -> Parts:
     sizes = dict.fromkeys(f"x {row['micro_batch_size']}" for row in result["rows"])
     yield FittingTable(("GiB by micro-batch", "block", *sizes), places.values())
     titles = ("device", "block", "micro-batch", "tokens/s", "an epoch", "hours", "price")
-    title = f"Steps of {counted(result['batch_tokens'], 'token')}"
+    tokens = result["batch_tokens"]
+    title = f"Steps of {'2,048 tokens on a CPU, 8,192 on a GPU' if tokens == 'auto' else counted(tokens, 'token')}"
     yield FittingTable(titles, map(_recommended, result["recommended"]), title=title)
     shown: dict[str, Values] = {}
     for row in result["recommended"]:
