@@ -201,6 +201,17 @@ def test_an_empty_text_asks_for_words_and_a_long_one_is_cut_and_said(explorer: E
     assert take_text("a\ud800b").text == "a?b"  # half a surrogate pair is no text
 
 
+def test_a_text_that_a_model_cannot_read_is_said_and_has_no_token(
+    explorer: Explorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Explorer, text: str) -> None:
+        raise UserError("The model gives no number.")
+
+    monkeypatch.setattr(Explorer, "read", fail)
+    assert Answers(explorer, EN).most_surprising("Casa") is None
+    assert "The model gives no number." in Answers(explorer, EN).reading("Casa").notices
+
+
 def test_a_token_is_coloured_by_its_bits_and_a_character_in_parts_is_numbered(explorer: Explorer) -> None:
     assert [parts.level(bits) for bits in (0, 0.99, 1, 3.9, 4, 11.9, 12, 50)] == [0, 0, 1, 2, 3, 4, 5, 5]
     shown = Answers(explorer, PT).reading("é", Spot("A", 1, 0)).readings["A"]

@@ -194,11 +194,13 @@ class Answers:
         return WalkView(block.number + 1, parts.stored_block(self.say, block))
 
     def most_surprising(self, text: str | None) -> Spot | None:
-        """The token that surprises the first model most; None for an empty text."""
-        for letter, reading in self.explorer.read(take_text(text).text).items():
-            token = int(np.argmax(reading.nll))
-            return Spot(letter, token, reading.tokens[token].start)
-        return None
+        """The token that surprises the first model most; None for an empty text, or one that a model cannot read."""
+        try:
+            letter, reading = next(iter(self.explorer.read(take_text(text).text).items()))
+        except (StopIteration, *FAULTS):
+            return None
+        token = int(np.argmax(reading.nll))
+        return Spot(letter, token, reading.tokens[token].start)
 
     def text_info(self) -> str:
         """What the box for the text says beside it."""
