@@ -121,12 +121,17 @@ class Bench:
         self, output: Path, options: dict[str, str], budget: dict[str, Any], seed: int
     ) -> dict[str, Any]:
         from cartilha.cli import main as command
+        from cartilha.machine.devices import choose_device
+        from cartilha.training.optimizer import resolve_batch_tokens
 
         words = ["train", "--model", self.model, "--store", str(self.store), "--output", str(output), "--skip_checks"]
         words += ["--validation_tokens", "1", "--checkpoint_minutes", "0", "--keep_last", "1", "--seed", str(seed)]
         options = {"block_size": str(BLOCK_SIZE), **options}
         if "tokens" in budget:
-            options["max_steps"] = str(max(1, budget["tokens"] // int(options.get("batch_tokens", 8192))))
+            asked = options.get("batch_tokens", "auto")
+            device = choose_device("auto").type
+            batch = int(asked) if asked != "auto" else resolve_batch_tokens("auto", int(options["block_size"]), device)
+            options["max_steps"] = str(max(1, budget["tokens"] // batch))
         else:
             options.update(time_budget=f"{budget['seconds']}s", epochs=options.get("epochs", "1000"))
         exit_code = command([*words, *itertools.chain(*((f"--{name}", value) for name, value in options.items()))])

@@ -23,9 +23,10 @@ Device = Literal["auto", "cpu", "cuda", "mps"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Language = Literal["auto", "en", "pt"]
 Rate = float | Literal["auto"]
-BatchTokens = int | Literal["auto"]
+Count = int | Literal["auto"]
 AUTO_BATCH_TOKENS = {"cpu": 2048, "cuda": 8192, "mps": 8192}  # small steps teach more per token; a GPU idles on them
-BATCH_HELP = "tokens per optimizer step, a multiple of block_size; auto: 2048 on a CPU, 8192 on a GPU"
+AUTO_BATCH = "{cpu:,} on a CPU, {cuda:,} on a GPU".format_map(AUTO_BATCH_TOKENS)
+BATCH_HELP = f"tokens per optimizer step, a multiple of block_size; auto: {AUTO_BATCH}"
 MODEL_HELP = "a hub id, a local directory, a .gguf file, package:NAME or random:ARCH"
 REF_HELP = (
     "files, globs or folders (.txt one document per line, .json, .jsonl, .csv, .tsv, .parquet, .arrow; also"
@@ -194,10 +195,8 @@ class TrainConfig(ComputeOptions):
         None,
         "end after this much training time (50m, 1h30m), if the epochs are not over before; the rate decays by then",
     )
-    batch_tokens: BatchTokens = deciding("auto", BATCH_HELP, minimum=1)
-    micro_batch_size: int | Literal["auto"] = option(
-        "auto", "blocks per forward pass; auto fits the device's memory", minimum=1
-    )
+    batch_tokens: Count = deciding("auto", BATCH_HELP, minimum=1)
+    micro_batch_size: Count = option("auto", "blocks per forward pass; auto fits the device's memory", minimum=1)
     lr: Rate = deciding("auto", "peak learning rate; auto follows the model's size (3e-4 at 125 M parameters)", above=0)
     embeddings_first: str = deciding(
         "0%",
@@ -250,7 +249,7 @@ class CheckConfig(ComputeOptions):
     store: str | None = option(None, "check with this store's text; without one, with the primer's")
     quick: bool = option(False, "less text and fewer steps: under two minutes for the embedded model on two cores")
     block_size: int = option(512, "tokens per block of the training to come", minimum=2)
-    batch_tokens: BatchTokens = option("auto", BATCH_HELP, minimum=1)
+    batch_tokens: Count = option("auto", BATCH_HELP, minimum=1)
     lr: Rate = option("auto", "learning rate of the training to come", above=0)
     output: str = option(".", "where the training would write (disk space is looked at there)")
 
@@ -263,7 +262,7 @@ class PlanConfig(Settings):
     store: str | None = option(None, "the store that would be trained on: its tokens make the time of an epoch")
     device: tuple[str, ...] = option((), f"auto (this machine), {', '.join(PLANNED_DEVICES)} (a laptop); default all")
     block_size: int | None = option(None, "tokens per block; default 256, 512, 1024 and 2048", minimum=2)
-    batch_tokens: BatchTokens = option("auto", BATCH_HELP, minimum=1)
+    batch_tokens: Count = option("auto", BATCH_HELP, minimum=1)
     epochs: int = option(1, "passes over the training documents", minimum=1)
     price_per_hour: float | None = option(None, "of the card, in any currency: gives the training's price", minimum=0)
     gradient_checkpointing: bool = option(False, "plan with each layer computed a second time instead of kept")

@@ -66,8 +66,9 @@ def test_tokens_per_step_follow_the_device_unless_they_are_given(cartilha):
         row["device"]: row["micro_batch_size"] * row["gradient_accumulation_steps"] for row in result["recommended"]
     }
     assert result["batch_tokens"] == "auto" and blocks == {"cpu": 8, "t4": 32}
+    assert [row["batch_tokens"] for row in result["recommended"]] == [2048, 8192]
     outcome = cartilha("plan", *TINY, "--device", "cpu", "--block_size", 256, "--skip_probe")
-    assert "Steps of 2,048 tokens on a CPU, 8,192 on a GPU" in outcome.out
+    assert "Tokens per step: 2,048 on a CPU, 8,192 on a GPU" in outcome.out
 
 
 def test_a_plan_is_readable_in_a_terminal(cartilha):

@@ -69,6 +69,16 @@ def test_automatic_tokens_per_step_stay_those_that_the_run_began_with(store, tmp
     assert Left(tmp_path / "run").results["resumed_from_step"] == [1]
 
 
+def test_automatic_tokens_per_step_hide_no_other_block_size(store, tmp_path, during_step, monkeypatch):
+    monkeypatch.setattr("cartilha.training.optimizer.AUTO_BATCH_TOKENS", {"cpu": 64})
+    changes = {"batch_tokens": "auto", "max_steps": 3, "model": "random:tiny"}
+    during_step({1: terminate})
+    with pytest.raises(InterruptedRunError):
+        start(store, tmp_path / "run", **changes, block_size=64)
+    with pytest.raises(UserError, match="block_size"):  # steps of 64 tokens would hold no block
+        start(store, tmp_path / "run", **changes, block_size=128, resume="auto")
+
+
 def test_a_resumed_run_draws_the_same_dropout(store, tmp_path, during_step):
     changes = {"model": "random:tiny-opt", "dropout": True, "epochs": 1}
     start(store, tmp_path / "whole", **changes)

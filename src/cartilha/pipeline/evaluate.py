@@ -93,7 +93,7 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
     if text.split == "train":
         log.warning("Scoring the training text: these figures say what was learnt by heart, not how good the model is.")
     compressed = text.compressed() if is_main_process() else None  # in the background from here on
-    device = choose_device(config.device)  # said after the text was read: a fault in it is the only line then
+    device = choose_device(config.device)  # which is logged: if the text is at fault, nothing else is
     with token_file(Path(config.per_token)) if config.per_token else nullcontext() as add_tokens:
         models = []
         for ref in config.model:

@@ -97,6 +97,7 @@ class _Planned:
         blocks_per_step = max(1, self.batch_tokens(row["block_size"]) // row["block_size"])
         size, step = best_step(self.memory, self.facts, row["block_size"], blocks_per_step)
         return row | {
+            "batch_tokens": blocks_per_step * row["block_size"],
             "micro_batch_size": size,
             "gradient_accumulation_steps": -(-blocks_per_step // size) if size else None,
             **self._memory(step),

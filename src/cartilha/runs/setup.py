@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from cartilha.blocks.sampler import BlockSampler
-from cartilha.config import GenerateConfig, TrainConfig
+from cartilha.config import Count, GenerateConfig, TrainConfig
 from cartilha.errors import UserError, counted
 from cartilha.evaluation.documents import ScoredDocuments, encode_documents, validation_subset
 from cartilha.evaluation.scorer import Scorer, make_scorer
@@ -98,8 +98,7 @@ def is_finished_as_asked(config: TrainConfig, path: Path) -> bool:
         schedule = _schedule(config, recorded["num_parameters"], results["packing"]["steps_per_epoch"])
     except (KeyError, TypeError) as error:
         raise UserError(f"{path}/results.json is damaged ({error!r} in it); train into another --output.") from error
-    if config.batch_tokens == "auto":
-        config = replace(config, batch_tokens=recorded.get("batch_tokens", "auto"))
+    config = replace(config, batch_tokens=_begun_with(config, recorded))
     current = _asked(config, schedule)
     if config.dtype != "auto":
         current["dtype"] = config.dtype
@@ -126,6 +125,12 @@ def _schedule(config: TrainConfig, num_parameters: int, steps_per_epoch: int) ->
     )
 
 
+def _begun_with(config: TrainConfig, recorded: dict[str, Any]) -> Count:
+    """The tokens per step that are asked for; `auto` means those that the run began with, in blocks of that size."""
+    is_open = config.batch_tokens == "auto" and recorded.get("block_size") == config.block_size
+    return recorded["batch_tokens"] if is_open else config.batch_tokens
+
+
 def _asked(config: TrainConfig, schedule: Schedule) -> dict[str, Any]:
     """The settings that a resume must find unchanged, as far as model and text do not decide them."""
     resolved = ("num_steps", "time_budget_s", "embeddings_first", "embeddings_lr")
@@ -144,8 +149,7 @@ def assemble(config: TrainConfig, path: Path, prompts: GenerateConfig, resume: b
     recorded = read_settings(checkpoint) if checkpoint else {}
     # A resumed run keeps its compute dtype and tokens per step: `auto` might choose otherwise on another machine.
     dtype = choose_dtype(recorded.get("dtype", "auto") if config.dtype == "auto" else config.dtype, device)
-    batch_tokens = recorded.get("batch_tokens", "auto") if config.batch_tokens == "auto" else config.batch_tokens
-    batch_tokens = from_rank_0(resolve_batch_tokens(batch_tokens, config.block_size, device.type))
+    batch_tokens = from_rank_0(resolve_batch_tokens(_begun_with(config, recorded), config.block_size, device.type))
     config = replace(config, batch_tokens=batch_tokens)
     seed_everything(config.seed)
     loaded = _load(config, tokenizer, device)

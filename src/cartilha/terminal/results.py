@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from cartilha.config import AUTO_BATCH
 from cartilha.errors import counted
 from cartilha.terminal.measures import MAX_DOMAINS, bits, comparison, evaluations, protocol_line
 from cartilha.terminal.tables import FittingTable, Parts, Values, markdown_table
@@ -144,7 +145,7 @@ def _plan(result: Values) -> Parts:
     yield FittingTable(("GiB by micro-batch", "block", *sizes), places.values())
     titles = ("device", "block", "micro-batch", "tokens/s", "an epoch", "hours", "price")
     tokens = result["batch_tokens"]
-    title = f"Steps of {'2,048 tokens on a CPU, 8,192 on a GPU' if tokens == 'auto' else counted(tokens, 'token')}"
+    title = f"Tokens per step: {AUTO_BATCH if tokens == 'auto' else f'{tokens:,}'}"
     yield FittingTable(titles, map(_recommended, result["recommended"]), title=title)
     shown: dict[str, Values] = {}
     for row in result["recommended"]:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
-from cartilha.config import AUTO_BATCH_TOKENS, BatchTokens
+from cartilha.config import AUTO_BATCH_TOKENS, Count
 from cartilha.model.head import head_of
 
 ADAM_BETAS = (0.9, 0.95)
@@ -88,7 +88,7 @@ def resolve_lr(lr: float | Literal["auto"], num_parameters: int) -> float:
     return min(3e-3, 3e-4 * math.sqrt(125e6 / num_parameters))
 
 
-def resolve_batch_tokens(batch_tokens: BatchTokens, block_size: int, device_type: str) -> int:
+def resolve_batch_tokens(batch_tokens: Count, block_size: int, device_type: str) -> int:
     """Tokens per step; `auto` takes whole blocks of what suits the device (docs/log.md, experiment 36)."""
     if batch_tokens != "auto":
         return batch_tokens
