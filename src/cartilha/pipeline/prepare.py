@@ -243,7 +243,7 @@ def _write(
     read, all_rejected = ReadCounts(), Counter[str]()
     tasks = [task for task, _ in done]
     for _, result in done:
-        read.add(result.read_counts())
+        read.add(ReadCounts(**result.read))
         all_rejected.update(result.rejected)
     rejected = dict(all_rejected.most_common())
     index = load_index(tasks, asked.sources)

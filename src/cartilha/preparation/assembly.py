@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pyarrow as pa
 
 from cartilha.corpus.near_duplicates import cluster
 from cartilha.corpus.sources import Source
-from cartilha.corpus.splits import Split, SplitResult, split_documents
+from cartilha.corpus.splits import SPLITS, Split, SplitResult, split_documents
 from cartilha.errors import UserError
 from cartilha.preparation.mixture import Mixture, copies
 from cartilha.preparation.request import PrepareRequest
@@ -31,14 +32,12 @@ CLUSTER_MEMORY_BYTES = 512 << 20
 
 @dataclass(frozen=True)
 class DocumentIndex:
-    """The numbers of all documents of all shards, in the order of the input.
+    """The numbers of all documents of all finished shards, in the order of the input.
 
     Attributes:
-        tasks: The finished shards.
         starts: Index of each shard's first document, and the number of documents at the end, int64.
         hashes: The first 16 bytes of the SHA-256 of each text as two numbers, uint64, shape (num_documents, 2).
         positions: `split_position` of each document, float64.
-        num_tokens: Of each document, int64.
         sources: Number of the source of each document, int32.
     """
 
@@ -64,8 +63,7 @@ class Sides:
         train: How many times it is on the training side, int64; a document that is left out is on neither side.
         clusters: The number, among the documents kept, of the first one in its cluster of near-duplicates, int64.
         dropped: Documents left out, by reason.
-        mixture: With weights, the figures of each input: its share of the tokens, documents, tokens, how many times
-            they are taken, and how many documents are left out.
+        mixture: The figures of each input, if there are weights.
     """
 
     validation: np.ndarray
@@ -79,27 +77,19 @@ class Sides:
 def load_index(tasks: Sequence[ShardTask], sources: Sequence[Source]) -> DocumentIndex:
     """Read the numbers of all documents of finished shards, given in order."""
     source_numbers = {source: number for number, source in enumerate(sources)}
-    hashes, positions = [np.zeros((0, 2), np.uint64)], [np.zeros(0)]
-    num_tokens, own_sources = [np.zeros(0, np.int64)], [np.zeros(0, np.int32)]
-    starts = [0]
+    no_hash = np.zeros((0, 2), np.uint64)
+    columns = [(no_hash, np.zeros(0), np.zeros(0, np.int64), np.zeros(0, np.int32))]  # of each shard
     for task in tasks:
         table = _read(task, "documents.arrow", DOCUMENTS_SCHEMA)
         of_pieces = np.array([source_numbers[part.source] for part in task.shard.parts], np.int32)
-        own_sources.append(of_pieces[table["piece"].to_numpy()])
-        positions.append(table["position"].to_numpy())
-        num_tokens.append(table["num_tokens"].to_numpy())
+        hashes = [no_hash]
         for chunk in table["text_hash"].chunks:
             found = np.frombuffer(chunk.buffers()[1], ">u8", 2 * len(chunk), 16 * chunk.offset)
             hashes.append(found.reshape(-1, 2).astype(np.uint64))
-        starts.append(starts[-1] + len(table))
-    return DocumentIndex(
-        tasks,
-        np.array(starts),
-        np.concatenate(hashes),
-        np.concatenate(positions),
-        np.concatenate(num_tokens),
-        np.concatenate(own_sources),
-    )
+        position, num_tokens, piece = (table[name].to_numpy() for name in ("position", "num_tokens", "piece"))
+        columns.append((np.concatenate(hashes), position, num_tokens, of_pieces[piece]))
+    starts = np.cumsum([len(positions) for _, positions, *_ in columns])
+    return DocumentIndex(tasks, starts, *map(np.concatenate, zip(*columns, strict=True)))
 
 
 def first_of_each(hashes: np.ndarray) -> np.ndarray:
@@ -114,8 +104,7 @@ def first_of_each(hashes: np.ndarray) -> np.ndarray:
 def decide(index: DocumentIndex, asked: PrepareRequest, *, near_duplicates: bool) -> Sides:
     """Which documents stay and on which side, with clusters of near-duplicates kept together if that is asked for.
 
-    Raises:
-        UserError: There is nothing to split.
+    A UserError says that there is nothing to split.
     """
     num_documents = len(index.hashes)
     stays = first_of_each(index.hashes)
@@ -131,17 +120,10 @@ def decide(index: DocumentIndex, asked: PrepareRequest, *, near_duplicates: bool
         stays &= times > 0
     kept = np.flatnonzero(stays)
     if len(kept) == 1:
-        raise UserError(
-            "The corpus is a single document, which cannot be split into training and validation; add more."
-        )
+        raise UserError("A single document cannot be split into training and validation; add more.")
     own_clusters = None if all_clusters is None else all_clusters[kept]
-    result = split_documents(
-        index.hex_hashes(kept),
-        asked.rule,
-        clusters=own_clusters,
-        given=None if asked.given is None else asked.given[index.sources[kept]],
-        own=index.positions[kept],
-    )
+    given = index.sources[kept] < asked.num_held_out if asked.num_held_out else None
+    result = split_documents(index.hex_hashes(kept), asked.rule, own_clusters, given, index.positions[kept])
     if result.left_out.any():
         dropped["near_duplicates_of_validation"] = int(result.left_out.sum())
     validation, train = np.zeros(num_documents, bool), np.zeros(num_documents, bool)
@@ -169,15 +151,11 @@ def _mix(index: DocumentIndex, stays: np.ndarray, mixture: Mixture) -> tuple[np.
         "times": rates,
         "num_left_out": np.bincount(of_document[stays & (times == 0)], minlength=num_inputs),
     }
-    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
-    return times, tuple(dict(zip(columns, row, strict=True)) for row in rows)
+    return times, tuple(pa.table(columns).to_pylist())
 
 
 def write_sides(writer: StoreWriter, index: DocumentIndex, sides: Sides) -> None:
-    """Write both sides, each in its own thread.
-
-    Documents that are taken several times come again after all others, pass by pass.
-    """
+    """Write both sides, each in its own thread; documents taken several times come again after all others."""
     passes = [sides.train > times for times in range(int(sides.train.max(initial=1)))]
 
     def write(split: Split, masks: list[np.ndarray]) -> None:
@@ -185,12 +163,11 @@ def write_sides(writer: StoreWriter, index: DocumentIndex, sides: Sides) -> None
             _write_side(writer.splits[split], index, sides, mask)
 
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(write, ("train", "validation"), (passes, [sides.validation])))
+        list(pool.map(write, SPLITS, (passes, [sides.validation])))
 
 
 def _write_side(writer: SplitWriter, index: DocumentIndex, sides: Sides, mask: np.ndarray) -> None:
-    for number, task in enumerate(index.tasks):
-        begin, end = index.starts[number], index.starts[number + 1]
+    for task, (begin, end) in zip(index.tasks, pairwise(index.starts), strict=True):
         own = mask[begin:end]
         if not own.any():
             continue

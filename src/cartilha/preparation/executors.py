@@ -29,19 +29,13 @@ Result = TypeVar("Result")
 PRELOAD = ["cartilha.preparation.shard_work", "gigatoken", "awkward", "pandas"]
 START_S = 60.0  # after which work begins with the processes that have started
 
-
 # Runs a function on tasks: results come unordered, and after an exception no further task begins.
 Executor = Callable[[Callable[[Task], Result], Sequence[Task]], Iterator[Result]]
 
 
 @contextmanager
 def in_processes(num_workers: int, imports: Sequence[str] = ()) -> Iterator[Executor[Any, Any]]:
-    """An executor of processes on this machine, which start and import while the caller prepares.
-
-    Args:
-        num_workers: Number of processes.
-        imports: Modules to import beyond `PRELOAD`.
-    """
+    """An executor of processes on this machine, which import `PRELOAD` and `imports` while the caller prepares."""
     modules = [*PRELOAD, *imports]
     # Threads (of Arrow, rayon) do not survive a fork, so workers are forked from a process without threads, or new.
     method = "forkserver" if sys.platform == "linux" else "spawn"
@@ -90,12 +84,8 @@ def in_processes(num_workers: int, imports: Sequence[str] = ()) -> Iterator[Exec
 def on_ray(address: str | None, num_workers: int | None) -> Iterator[Executor[Any, Any]]:
     """An executor on a Ray cluster, all of whose machines reach inputs and store under the same paths.
 
-    Args:
-        address: The cluster's (`auto`, `host:port`, `ray://host:port`); None starts one here.
-        num_workers: Tasks at a time; None for as many as the cluster has cores.
-
-    Raises:
-        UserError: The extra is missing, or the cluster cannot be reached.
+    The address is `auto`, `host:port` or `ray://host:port`; without one, a cluster starts here. Without `num_workers`,
+    all of its cores are used. A UserError says that the extra is missing, or that the cluster cannot be reached.
     """
     ray = import_extra("ray", "The Ray executor", "scale")
     options = {} if address else {"num_cpus": num_workers, "include_dashboard": False}

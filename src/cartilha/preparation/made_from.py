@@ -31,11 +31,7 @@ def _describe(source: Source, held_out: bool) -> dict[str, Any]:
 
 
 def ready_store(config: PrepareConfig, asked: PrepareRequest, tokenizer: TextTokenizer) -> TokenStore | None:
-    """The store that this same command made before; None if there is none.
-
-    Raises:
-        UserError: The directory holds something else, or another store that is not to be overwritten.
-    """
+    """The store that this same command made before, or None; a UserError if the directory holds something to keep."""
     path = Path(config.output)
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file; name a directory for the store with --output.")
@@ -67,10 +63,8 @@ def ready_store(config: PrepareConfig, asked: PrepareRequest, tokenizer: TextTok
 
 
 def _same_inputs(recorded: list[dict[str, Any]], asked: PrepareRequest) -> bool:
-    return len(recorded) == len(asked.sources) and all(
-        _is_same(record, source, number < asked.num_held_out)
-        for number, (record, source) in enumerate(zip(recorded, asked.sources, strict=True))
-    )
+    held_out = [number < asked.num_held_out for number in range(len(asked.sources))]
+    return len(recorded) == len(held_out) and all(map(_is_same, recorded, asked.sources, held_out))
 
 
 def _is_same(record: dict[str, Any], source: Source, held_out: bool) -> bool:

@@ -14,12 +14,9 @@ from cartilha.errors import UserError, counted
 
 @dataclass(frozen=True)
 class Mixture:
-    """Shares, and how far documents may be repeated to reach them.
+    """Shares of the tokens of each input, which sum to 1, and how many times a document is taken at most to reach them.
 
-    Attributes:
-        inputs: The number of each source's input, shape (num_sources,).
-        shares: The share of the tokens of each input, shape (num_inputs,); they sum to 1.
-        max_repeats: How many times a document is taken at most.
+    `inputs` has the number of each source's input, shape (num_sources,).
     """
 
     inputs: np.ndarray
@@ -28,11 +25,7 @@ class Mixture:
 
     @classmethod
     def of(cls, config: PrepareConfig, inputs: Sequence[Sequence[Source]], sources: Sequence[Source]) -> Mixture:
-        """The mixture of these inputs (the sources of each) that `--weights` asks for.
-
-        Raises:
-            UserError: The weights make no sense.
-        """
+        """The mixture of these inputs (the sources of each) that `--weights` asks for; a UserError if that is wrong."""
         given = " ".join(config.weights)
         if config.validation_input:
             raise UserError("--weights and --validation_input do not go together; hold out a fraction instead.")
@@ -49,23 +42,15 @@ class Mixture:
             raise UserError(f"Weights are numbers, such as 0.95 0.05, not {given}.") from None
         if not (np.isfinite(values).all() and (values > 0).all()):
             raise UserError(f"Weights must be above 0, not {given}; leave an input out to have none of it.")
-        owners: dict[Source, int] = {}
-        for number, found in enumerate(inputs):
-            for source in found:
-                owners.setdefault(source, number)
+        # A source that is in several inputs belongs to the first of them.
+        owners = {source: number for number, found in reversed([*enumerate(inputs)]) for source in found}
         return cls(np.array([owners[source] for source in sources]), values / values.sum(), config.max_repeats)
 
     def rates(self, num_tokens: np.ndarray) -> np.ndarray:
         """How often each input is taken: 0.5 is half of its documents, 1.5 is all of them and half of them again.
 
         An input that is too small is repeated. Documents of the others are left out only if it would have to be
-        repeated more than `max_repeats` times.
-
-        Args:
-            num_tokens: Tokens of each input, shape (num_inputs,).
-
-        Raises:
-            UserError: An input has no tokens.
+        repeated more than `max_repeats` times. A UserError says that an input has no tokens.
         """
         if not num_tokens.all():
             raise UserError(
@@ -77,14 +62,10 @@ class Mixture:
 
 
 def copies(rates: np.ndarray, hashes: np.ndarray) -> np.ndarray:
-    """How many times each document is taken: int64, shape (num_documents,).
+    """How many times each document is taken, int64, by the rate of its input and its hash, shape (num_documents, 2).
 
-    The hash of a document decides whether a fraction of the rate counts, by another draw than that of the split, so
-    that few documents change when others are added.
-
-    Args:
-        rates: The rate of each document's input, shape (num_documents,).
-        hashes: Shape (num_documents, 2).
+    The hash decides whether a fraction of the rate counts, by another draw than that of the split, so that few
+    documents change when others are added.
     """
     draw = (hashes[:, 1] >> np.uint64(11)) / 2.0**53
     whole = np.floor(rates)

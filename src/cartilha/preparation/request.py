@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from cartilha.config import PrepareConfig
 from cartilha.corpus.cleaning import STEPS, Cleaner
 from cartilha.corpus.records import ReadSettings
@@ -19,14 +17,9 @@ from cartilha.storage import LONE_SURROGATES
 
 @dataclass(frozen=True)
 class PrepareRequest:
-    """What is to be read, and what becomes of it.
+    """What is to be read, and what becomes of it; `left_out` has the files in folders of the input that are not read.
 
-    Attributes:
-        sources: The sources that are held out as a whole come first, so that a text that is on both sides stays there.
-        left_out: Files in the folders of the input that are not read.
-        num_held_out: How many of the sources are held out as a whole.
-        mixture: The share of the tokens that each input is to have; None if everything is taken once.
-        language: What the cleaning step of that name keeps.
+    The first `num_held_out` sources are held out as a whole; they come first so that a text on both sides stays there.
     """
 
     sources: list[Source]
@@ -38,18 +31,9 @@ class PrepareRequest:
     steps: tuple[str, ...]
     language: str
 
-    @property
-    def given(self) -> np.ndarray | None:
-        """For each source whether it is held out as a whole; None if the rule decides."""
-        return np.arange(len(self.sources)) < self.num_held_out if self.num_held_out else None
-
 
 def read_request(config: PrepareConfig) -> PrepareRequest:
-    """Check the settings and find the inputs.
-
-    Raises:
-        UserError: A setting makes no sense, or an input does not exist.
-    """
+    """Check the settings and find the inputs; a UserError if a setting makes no sense or an input does not exist."""
     rule = SplitRule(config.validation_fraction, config.validation_documents, config.validation_first, config.seed)
     reading = ReadSettings.of(config)
     if LONE_SURROGATES.search(config.output):

@@ -1,13 +1,7 @@
 """The work on one shard of the input: a pure function of the shard and the settings, on any core or machine.
 
-shard -> read -> clean -> hash, count, tokenize -> files in a directory that appears by one rename
-
-shard-00007/  tokens.bin        ids of all its documents, one after the other
-              documents.arrow   one row per document
-              texts.arrow       the texts that may be held out
-              signatures.npy    with --near_duplicates
-              rejects.jsonl     with --rejects
-              done.json         what it was made from, and counts
+A directory appears by one rename. It holds the ids of all documents (tokens.bin), a row for each (documents.arrow), the
+texts that may be held out (texts.arrow), signatures.npy and rejects.jsonl if they are asked for, and done.json.
 """
 
 from __future__ import annotations
@@ -19,7 +13,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -42,14 +36,9 @@ from cartilha.tokens.store_writer import ROW_SCHEMA
 BATCH_CHARS = 1 << 20  # arrays over a batch should fit into the cache of a core
 BATCH_DOCUMENTS = 20_000
 
-DOCUMENTS_SCHEMA = pa.schema(
-    [
-        *list(ROW_SCHEMA)[:7],  # what a store knows of a document
-        ("text_hash", pa.binary(16)),
-        ("position", pa.float64()),
-        ("piece", pa.int32()),  # number of the shard's piece that it was read from
-    ]
-)
+# What a store knows of a document, and the number of the shard's piece that it was read from.
+_NEW_FIELDS = [("text_hash", pa.binary(16)), ("position", pa.float64()), ("piece", pa.int32())]
+DOCUMENTS_SCHEMA = pa.schema([*list(ROW_SCHEMA)[:7], *_NEW_FIELDS])
 TEXTS_SCHEMA = pa.schema([("row", pa.int64()), ("text", pa.large_binary())])
 
 
@@ -57,13 +46,8 @@ TEXTS_SCHEMA = pa.schema([("row", pa.int64()), ("text", pa.large_binary())])
 class ShardSettings:
     """What the work on a shard depends on, apart from the tokenizer.
 
-    Attributes:
-        language: What the cleaning step of that name keeps.
-        with_signatures: Whether near-duplicates are to be found.
-        keep_texts_below: Texts of documents with a lower position are kept, since these may be held out.
-        seed: Decides the positions.
-        with_rejects: Whether the documents that cleaning leaves out are written.
-        dtype: The store's dtype of ids.
+    The seed decides the positions of documents; texts below `keep_texts_below` may be held out, and are kept. The store
+    keeps ids as `dtype`.
     """
 
     reading: ReadSettings
@@ -78,12 +62,7 @@ class ShardSettings:
 
 @dataclass(frozen=True)
 class ShardTask:
-    """The work on one shard, as it is sent to a worker.
-
-    Attributes:
-        work: The work directory, with the encoder's file.
-        limit: Read at most this many documents.
-    """
+    """The work on at most `limit` documents of a shard, as it is sent to a worker; `work` has the encoder's file."""
 
     shard: Shard
     settings: ShardSettings
@@ -103,51 +82,34 @@ class ShardTask:
 
 @dataclass(frozen=True)
 class ShardResult:
-    """What the work on a shard counted.
-
-    Attributes:
-        number: The shard's.
-        num_bytes: Size of the shard on the disk.
-        read: What the reader counted: `vars` of a `ReadCounts`.
-        rejected: Documents that cleaning left out, by reason.
-    """
+    """What the work on a shard counted: its size on the disk, `vars` of `ReadCounts`, and rejections by reason."""
 
     number: int
     num_bytes: int
     read: dict[str, Any]
     rejected: dict[str, int]
 
-    def read_counts(self) -> ReadCounts:
-        """The reader's counts."""
-        return ReadCounts(**{**self.read, "skipped": Counter(self.read["skipped"])})
-
 
 def done_result(task: ShardTask) -> ShardResult | None:
     """The result of a task that this run or a killed one has finished, else None."""
-    try:
+    with suppress(OSError, ValueError, KeyError, TypeError):
         mark = json.loads((task.directory / "done.json").read_text(encoding="utf-8"))
         sizes = {name: (task.directory / name).stat().st_size for name in mark["sizes"]}
         if mark["identity"] == task.identity and sizes == mark["sizes"]:
             return ShardResult(**mark["result"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
     return None
 
 
 def process_shard(task: ShardTask) -> ShardResult:
-    """Do the work on a shard; if it fails, what was written is removed.
-
-    Raises:
-        UserError: The documents cannot be read.
-        OSError: The files cannot be written.
-    """
+    """Do the work on a shard; if it fails (UserError for unreadable documents), what was written is removed."""
     temporary = task.work / f"{task.directory.name}.{os.getpid()}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         cleaner = Cleaner(task.settings.steps, task.settings.language) if task.settings.steps else None
         read, pieces = ReadCounts(), list[int]()
-        with closing(_Writer(task, temporary)) as writer:
+        with ExitStack() as stack:
+            writer = _Writer(task, temporary, stack)
             for batch in batches(_documents(task, read, pieces), BATCH_CHARS, BATCH_DOCUMENTS):
                 cleaned = zip(batch if cleaner is None else cleaner(batch), pieces[: len(batch)], strict=True)
                 del pieces[: len(batch)]
@@ -184,7 +146,7 @@ def _encoder(work: Path, made: int) -> Encoder:
 class _Writer:
     """The open files of a shard's work."""
 
-    def __init__(self, task: ShardTask, directory: Path) -> None:
+    def __init__(self, task: ShardTask, directory: Path, stack: ExitStack) -> None:
         self.task = task
         self._directory = directory
         self._encoder = _encoder(task.work, (task.work / "encoder.json").stat().st_mtime_ns)
@@ -192,7 +154,7 @@ class _Writer:
         self._rejected: Counter[str] = Counter()
         self._signatures: list[np.ndarray] = []
         self._lowest: tuple[float, int, bytes] | None = None  # position, row and text, unless it is kept anyway
-        self._stack = ExitStack()
+        self._stack = stack
         self._tokens = self._open("tokens.bin")
         self._rejects = self._open("rejects.jsonl") if task.settings.with_rejects else None
         self._documents = self._open_arrow("documents.arrow", DOCUMENTS_SCHEMA, None)
@@ -205,20 +167,17 @@ class _Writer:
         options = pa.ipc.IpcWriteOptions(compression=compression)
         return self._stack.enter_context(pa.ipc.new_file(self._open(name), schema, options=options))
 
-    def close(self) -> None:
-        """Close the files; may be called twice."""
-        self._stack.close()
-
     def add_or_reject(self, cleaned: list[tuple[Document | Rejected, int]]) -> None:
         """Take a batch after cleaning, each document with the number of its part."""
-        kept: list[tuple[Document, int]] = []
+        documents, pieces = list[Document](), list[int]()
         for found, piece in cleaned:
             if isinstance(found, Rejected):
                 self._reject(found)
             else:
-                kept.append((found, piece))
-        if kept:
-            self._add([document for document, _ in kept], [piece for _, piece in kept])
+                documents.append(found)
+                pieces.append(piece)
+        if documents:
+            self._add(documents, pieces)
 
     def _reject(self, rejected: Rejected) -> None:
         self._rejected[rejected.reason] += 1
@@ -287,6 +246,5 @@ class _Writer:
         if self.task.settings.with_signatures:
             none = signatures([])
             save_signatures(self._directory / "signatures.npy", np.concatenate([none, *self._signatures]))
-        self.close()
-        counts = {**vars(read), "skipped": dict(read.skipped)}
-        return ShardResult(self.task.shard.number, self.task.shard.num_bytes, counts, dict(self._rejected))
+        self._stack.close()
+        return ShardResult(self.task.shard.number, self.task.shard.num_bytes, vars(read), self._rejected)

@@ -23,12 +23,8 @@ SPARE_BYTES = 32 << 20
 def work_directory(store: Path, identity: dict[str, Any]) -> Iterator[Path]:
     """Hold the work directory of a store; it is removed when the block succeeds.
 
-    Args:
-        store: The store that is to appear.
-        identity: What is prepared. Work of another identity is removed with a warning.
-
-    Raises:
-        UserError: Another process prepares this store, or the disk is full.
+    Work of another identity is removed with a warning. A UserError says that another process prepares this store, or
+    that the disk is full.
     """
     work, lock = _places(store)
     store.parent.mkdir(parents=True, exist_ok=True)
@@ -61,7 +57,6 @@ def remove_finished_work(store: Path, identity: dict[str, Any]) -> None:
 
 
 def _places(store: Path) -> tuple[Path, Path]:
-    """The work directory of a store, and its lock."""
     return store.with_name(f".{store.name}.work"), store.with_name(f".{store.name}.lock")
 
 

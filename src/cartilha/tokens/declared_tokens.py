@@ -27,13 +27,10 @@ CLASS_OF_TYPE = {"gpt2": GPT2, "opt": GPT2}  # by the model's type, if no file n
 
 @dataclass(frozen=True)
 class DeclaredTokens:
-    """What the files beside a vocabulary say about its tokens.
+    """What the files beside a vocabulary say about its tokens; those in `added` are in the order of their ids.
 
-    Attributes:
-        added: Tokens with their settings, in the order of their ids.
-        special: The special tokens by name (`bos_token` and so on); None if a file says null.
-        unnamed: Special tokens without a name.
-        defaults: Special tokens of the tokenizer's class, by name, for names that no file mentions.
+    Special tokens have a name (`bos_token` and so on; their text is None if a file says null) or are `unnamed`. The
+    `defaults` of the tokenizer's class are for names that no file mentions.
     """
 
     added: list[AddedToken]
@@ -105,11 +102,7 @@ def _added(settings: dict[str, Any], special: dict[str, str | None]) -> AddedTok
 
 
 def read_tokenizer_json(path: Path) -> dict[str, Any]:
-    """The contents of one of a model's JSON files; empty if it does not exist.
-
-    Raises:
-        UserError: The file is not JSON.
-    """
+    """The contents of one of a model's JSON files; empty if it does not exist; a UserError if it is not JSON."""
     if not path.is_file():
         return {}
     refuse_lfs_pointer(path)

@@ -1,10 +1,7 @@
 """The fast path of tokenization: gigatoken if it is proven to give the ids of `tokenizers`, else `tokenizers`.
 
-    TextTokenizer --prove--> Proof --Encoder--> UTF-8 texts -> ids, counts
-
-gigatoken is 10 to 25 times as fast, but young, so each tokenizer is proven first: both libraries encode hard cases and
-the first documents of the corpus (`tokens/proof.py`). Documents with characters that Python's Unicode tables do not
-know, or with bytes that the vocabulary lacks, go through `tokenizers`.
+gigatoken is 10 to 25 times as fast, but young, so each tokenizer is proven first (`tokens/proof.py`). Documents with
+characters that Python's Unicode tables do not know, or with bytes that the vocabulary lacks, go through `tokenizers`.
 """
 
 from __future__ import annotations
@@ -34,14 +31,11 @@ _character_classes = lru_cache(maxsize=4)(CharacterClasses)
 
 @dataclass(frozen=True)
 class Proof:
-    """What the comparison of the fast path with `tokenizers` found; recorded in store.json.
+    """What the comparison of the fast path with `tokenizers` on some texts found; recorded in store.json.
 
     Attributes:
-        backend: The library that encodes the texts.
-        reason: Why, in words.
-        num_texts: Texts compared; `num_bytes` is their size.
-        slow_code_points: Ranges of characters whose documents go through `tokenizers`, beyond those that Python's
-            Unicode tables do not know.
+        reason: Why this library encodes the texts.
+        slow_code_points: Ranges of further characters whose documents go through `tokenizers`.
         can_cut: Whether a long text may be cut before a space between letters, and its pieces encoded one by one.
     """
 
@@ -53,98 +47,79 @@ class Proof:
     can_cut: bool = False
 
 
+@dataclass(eq=False, repr=False)
 class Encoder:
     """Encodes UTF-8 texts to ids on one core, and counts their words and characters.
 
-    Args:
+    Attributes:
         whole_json: The tokenizer as `tokenizers` writes it.
         fast_json: The same without special tokens and with a row for every byte; None if it is not proven.
         num_ids: One more than the largest id; larger ones mark bytes that the vocabulary lacks.
-        split_numbers: Whether numeric characters are split off before the fast path, whose own splitter lacks this step
-            (SmolLM2's and StarCoder's).
-        slow: The `tokenizers` object of `whole_json` if it exists already, else it is made when it is needed.
+        split_numbers: Whether numeric characters are split off first, a step (SmolLM2's) that gigatoken lacks.
+        slow: The `tokenizers` object of `whole_json` if it exists already.
     """
 
-    def __init__(
-        self,
-        whole_json: str,
-        fast_json: str | None,
-        num_ids: int,
-        proof: Proof,
-        split_numbers: bool = False,
-        slow: Tokenizer | None = None,
-    ) -> None:
-        self.whole_json, self.fast_json, self.num_ids, self.proof = whole_json, fast_json, num_ids, proof
-        self._split_numbers, self._slow = split_numbers, slow
+    whole_json: str
+    fast_json: str | None
+    num_ids: int
+    proof: Proof
+    split_numbers: bool = False
+    slow: Tokenizer | None = None
+
+    def __post_init__(self) -> None:
         self._fast: Any = None
-        if fast_json is not None:
+        if self.fast_json is not None:
             from gigatoken.gigatoken_rs import load_hf_json
 
-            self._fast = load_hf_json(fast_json)
+            self._fast = load_hf_json(self.fast_json)
 
     def encode(self, texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray, TextCounts]:
-        """Encode a batch of texts in valid UTF-8, none of them long.
-
-        Returns:
-            The ids of all texts one after the other (uint32), the number of ids of each (int64), and the counts.
-        """
+        """Encode short UTF-8 texts: all ids in a row (uint32), the number of ids per text (int64), and the counts."""
         counts = count_texts(texts, _character_classes(self.proof.slow_code_points))
         if self._fast is None:
-            ids = self._encode_slowly(texts)
-            return _joined(ids), np.fromiter(map(len, ids), np.int64, len(ids)), counts
+            return *_joined(self._encode_slowly(texts)), counts
         flat, num_tokens = self._encode_fast(texts)
         again = counts.is_rare.copy()
         lacking = np.flatnonzero(flat >= self.num_ids)
-        if len(lacking):
-            again[np.searchsorted(np.cumsum(num_tokens), lacking, side="right")] = True
+        again[np.searchsorted(np.cumsum(num_tokens), lacking, side="right")] = True
         if again.any():
-            flat, num_tokens = self._replace(texts, flat, num_tokens, np.flatnonzero(again))
+            which = np.flatnonzero(again).tolist()
+            parts = np.split(flat, np.cumsum(num_tokens)[:-1])
+            for i, ids in zip(which, self._encode_slowly([texts[i] for i in which]), strict=True):
+                parts[i] = ids
+            return *_joined(parts), counts
         return flat, num_tokens, counts
 
     def _encode_fast(self, texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
-        if not self._split_numbers:
+        if not self.split_numbers:
             return _flat(self._fast.encode_batch(list(texts), parallel=False))
         joined = b"".join(texts)
         starts = np.concatenate(([0], np.cumsum(np.fromiter(map(len, texts), np.int64, len(texts)))))
         classes = _character_classes(self.proof.slow_code_points)
         bounds = np.unique(np.concatenate((starts, number_boundaries(joined, classes))))
-        places = bounds.tolist()
-        pieces = [joined[begin:end] for begin, end in pairwise(places)]
+        pieces = [joined[begin:end] for begin, end in pairwise(bounds.tolist())]
         flat, piece_tokens = _flat(self._fast.encode_batch(pieces, parallel=False))
         ends = np.concatenate(([0], np.cumsum(piece_tokens)))
         return flat, np.diff(ends[np.searchsorted(bounds, starts)])
 
-    def _replace(
-        self, texts: Sequence[bytes], flat: np.ndarray, num_tokens: np.ndarray, which: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Replace the ids of some texts by those of `tokenizers`."""
-        slow = self._encode_slowly([texts[i] for i in which.tolist()])
-        parts = np.split(flat, np.cumsum(num_tokens)[:-1])
-        num_tokens = num_tokens.copy()
-        for i, ids in zip(which.tolist(), slow, strict=True):
-            parts[i] = ids
-            num_tokens[i] = len(ids)
-        return _joined(parts), num_tokens
-
     def _encode_slowly(self, texts: Sequence[bytes]) -> list[np.ndarray]:
-        if self._slow is None:
+        if self.slow is None:
             from tokenizers import Tokenizer
 
-            self._slow = Tokenizer.from_str(self.whole_json)
-            self._slow.encode_special_tokens = True
-        encodings = self._slow.encode_batch_fast([text.decode("utf-8") for text in texts], add_special_tokens=False)
+            self.slow = Tokenizer.from_str(self.whole_json)
+            self.slow.encode_special_tokens = True
+        encodings = self.slow.encode_batch_fast([text.decode("utf-8") for text in texts], add_special_tokens=False)
         return [np.array(encoding.ids, np.uint32) for encoding in encodings]
 
     def save(self, directory: Path) -> None:
         """Write what `load_encoder` needs."""
-        values = [self.whole_json, self.fast_json, self.num_ids, asdict(self.proof), self._split_numbers]
+        values = [self.whole_json, self.fast_json, self.num_ids, asdict(self.proof), self.split_numbers]
         write_atomically(directory / "encoder.json", json.dumps(values))
 
 
 def load_encoder(directory: Path) -> Encoder:
     """The encoder that was saved in a directory."""
-    values = json.loads((directory / "encoder.json").read_text(encoding="utf-8"))
-    whole_json, fast_json, num_ids, proof, split_numbers = values
+    whole_json, fast_json, num_ids, proof, split_numbers = json.loads((directory / "encoder.json").read_text("utf-8"))
     proof["slow_code_points"] = tuple((first, last) for first, last in proof["slow_code_points"])
     return Encoder(whole_json, fast_json, num_ids, Proof(**proof), split_numbers)
 
@@ -175,13 +150,12 @@ def _last_cut(text: str, begin: int, end: int) -> int:
 
 def _flat(encoded: Any) -> tuple[np.ndarray, np.ndarray]:
     """Values and lengths of an awkward array of lists."""
-    layout = encoded.layout
-    offsets = np.asarray(layout.offsets.data, np.int64)
+    offsets = np.asarray(encoded.layout.offsets.data, np.int64)
     if len(offsets) < 2:
-        return np.zeros(0, np.uint32), np.zeros(0, np.int64)
-    flat = np.asarray(layout.content.data)[offsets[0] : offsets[-1]]
-    return flat, np.diff(offsets)
+        return _joined([])
+    return np.asarray(encoded.layout.content.data)[offsets[0] : offsets[-1]], np.diff(offsets)
 
 
-def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
-    return np.concatenate([np.zeros(0, np.uint32), *arrays])
+def _joined(arrays: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The ids of all texts in a row, and the number of ids of each."""
+    return np.concatenate([np.zeros(0, np.uint32), *arrays]), np.fromiter(map(len, arrays), np.int64, len(arrays))

@@ -1,7 +1,7 @@
 """What a text costs under a tokenizer: tokens per word, bytes per token, words in many pieces, letters cut apart.
 
-Tokens per word (fertility) are the tokens of whole texts divided by the number of words that white space separates, as
-in all of this project. Pieces of a single word are counted on words of letters alone, as they stand after a space.
+Tokens per word (fertility) are the tokens of whole texts divided by the number of words that white space separates.
+Pieces of a single word are counted on words of letters alone, as they stand after a space.
 """
 
 from __future__ import annotations
@@ -24,11 +24,7 @@ WORD = re.compile(r"[^\W\d_]+")
 
 @dataclass(frozen=True)
 class Fertility:
-    """Figures of one domain or of the whole text.
-
-    Attributes:
-        share_in_pieces: Share of the words of letters, by occurrence, that take three tokens or more.
-    """
+    """Figures of one domain or of the whole text; words of letters are in pieces if they take three tokens or more."""
 
     num_documents: int
     num_words: int
@@ -56,12 +52,9 @@ class CostlyWord:
 
 @dataclass(frozen=True)
 class CostlyLetter:
-    """A letter beyond a to z.
+    """A letter beyond a to z, with the mean of the tokens per word over the words that have it, by occurrence.
 
-    Attributes:
-        count: How often it occurs in words.
-        share_apart: Share of these where it is a token of its own, or its bytes are in two tokens.
-        tokens_per_word: Mean over the words that have it, by occurrence.
+    It is apart where it is a token of its own, or its bytes are in two tokens.
     """
 
     letter: str
@@ -71,7 +64,7 @@ class CostlyLetter:
 
 
 class FertilityCounter:
-    """Counts documents as they are added; its figures are asked for after the last one."""
+    """Counts documents as they are added; ask for its figures after the last one."""
 
     def __init__(self, tokenizer: TextTokenizer, *, after_space: bool) -> None:
         self._tokenizer = tokenizer
@@ -109,14 +102,11 @@ class FertilityCounter:
 
     def costliest_letters(self, num_letters: int = 20) -> list[CostlyLetter]:
         """The letters beyond ASCII that are cut apart most often."""
-        words = {word: count for word, count in self._all_words.items() if not word.isascii()}
-        encodings = self._tokenizer.backend.encode_batch(
-            [self._prefix + word for word in words], add_special_tokens=False
-        )
+        words = {self._prefix + word: count for word, count in self._all_words.items() if not word.isascii()}
+        encodings = self._tokenizer.backend.encode_batch(list(words), add_special_tokens=False)
         seen, apart, tokens, in_words = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
         for (word, count), encoding in zip(words.items(), encodings, strict=True):
-            begins = len(self._prefix)
-            for place, letter in enumerate(word, begins):
+            for place, letter in enumerate(word):
                 if letter.isascii():
                     continue
                 inside = [(a, b) for a, b in encoding.offsets if a <= place < b]
@@ -138,7 +128,7 @@ class FertilityCounter:
     @cached_property
     def _num_pieces(self) -> dict[str, int]:
         encoded = self._tokenizer.encode([self._prefix + word for word in self._all_words])
-        return {word: len(ids) for word, ids in zip(self._all_words, encoded, strict=True)}
+        return dict(zip(self._all_words, map(len, encoded), strict=True))
 
     def _fertility(self, sums: np.ndarray, words: Counter[str]) -> Fertility:
         in_pieces = sum(count for word, count in words.items() if self._num_pieces[word] >= MANY_PIECES)

@@ -1,8 +1,7 @@
 """Byte-pair merges learnt on a corpus on top of those that a tokenizer has (Sennrich et al. 2016, arXiv:1508.07909).
 
-This is BPE training that continues where the tokenizer's own ended: each word of the corpus is cut as the tokenizer
-cuts it, then the most frequent pair of neighbours becomes a token, again and again. Counts are updated for the words
-that a merge changes, so that a merge costs no more than these.
+Training continues where the tokenizer's own ended: each word is cut as the tokenizer cuts it, then the most frequent
+pair of neighbours becomes a token, again and again. A merge updates the counts of the words that it changes, no others.
 """
 
 from __future__ import annotations
@@ -20,13 +19,9 @@ LEAST_COUNT = 2  # a pair that occurs once says nothing about other texts
 
 @dataclass(frozen=True)
 class Merge:
-    """A learnt merge.
+    """A learnt merge: the ids of its two parts and of its result, and the tokens of the whole corpus after it.
 
-    Attributes:
-        left: Id of the left part; `right` is that of the right part.
-        result: Id of the token that the merge makes; another merge may have made the same one from other parts.
-        is_new: Whether this merge is the first to make the token.
-        num_tokens: Tokens of the whole corpus after the merge.
+    It is new if no earlier merge has made the same token from other parts.
     """
 
     left: int
@@ -45,9 +40,7 @@ class MergeLearner:
     Args:
         word_counts: How often each word occurs, spelt as by the tokenizer's splitter.
         tokenize: Gives the ids of a word under the tokenizer as it is.
-        token_ids: Every token of the tokenizer and its id, added ones included; no pair is joined to one of these,
-            because its row has another meaning.
-        first_id: Id of the first new token.
+        token_ids: Of every token, added ones included; no pair is joined to one of these, whose row has its meaning.
         whole_words: Whether a word that is a token is never cut (`ignore_merges`, as in Llama 3's tokenizer).
     """
 
@@ -99,7 +92,7 @@ class MergeLearner:
         for i in self._places.pop(pair, ()):
             self._join(i, changed)
         if is_new and token in self._index:
-            self._replace(self._index[token], [result], changed)
+            self._keep_whole(self._index[token], result)
         for other in changed:
             if self._pair_counts[other] >= LEAST_COUNT:
                 heapq.heappush(self._heap, (-self._pair_counts[other], other))
@@ -132,15 +125,10 @@ class MergeLearner:
                         heapq.heappush(waiting, (self._ranks[new][0], a, new))
         self.words[i] = [token for token in ids if token >= 0]
 
-    def _replace(self, i: int, new: list[int], changed: set[Pair]) -> None:
-        old, count = self.words[i], self.counts[i]
-        if new == old:
-            return
-        self.num_tokens -= (len(old) - len(new)) * count
-        self._count(i, pairwise(old), -count)
-        self._count(i, pairwise(new), count)
-        changed.update(pairwise(new))
-        self.words[i] = new
+    def _keep_whole(self, i: int, token_id: int) -> None:
+        self.num_tokens -= (len(self.words[i]) - 1) * self.counts[i]
+        self._count(i, pairwise(self.words[i]), -self.counts[i])
+        self.words[i] = [token_id]
 
     def _count(self, i: int, pairs: Iterable[Pair], count: int) -> None:
         for pair in pairs:

@@ -12,12 +12,8 @@ import numpy as np
 class PackedDocuments:
     """The documents of a packed stream: a split of a store, or documents that were just tokenized.
 
-    Attributes:
-        tokens: All text tokens, shape (num_tokens,), memory-mapped or not.
-        start: Index of each document's first token, shape (num_documents,).
-        num_tokens: Shape (num_documents,).
-        prefix_id: Put before each document; never a target.
-        end_id: Put after each document; always a target.
+    `start` is the index of each document's first token in `tokens`, which may be memory-mapped. The prefix before a
+    document is never a target, and the end after it always is.
     """
 
     tokens: np.ndarray

@@ -40,9 +40,8 @@ class SplitCounts:
 class DocumentTable:
     """The numbers of a split's documents, one entry per document, in the store's order: arrays of int64.
 
-    Attributes:
-        start: Index of the first token in the token file.
-        num_bytes: In UTF-8; characters are code points, and words are what white space separates.
+    `start` is the index of the first token in the token file. Bytes are those of UTF-8, characters are code points, and
+    words are what white space separates.
     """
 
     start: np.ndarray
@@ -53,11 +52,7 @@ class DocumentTable:
 
 
 class TokenStore:
-    """A finished store, opened: its files are verified (`store_checks`).
-
-    Raises:
-        UserError: The directory is no store, has another format, or a file is missing or damaged.
-    """
+    """A finished store, opened; a UserError if it fails the checks of `store_checks`."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -93,10 +88,8 @@ class TokenStore:
 
     def read_documents(self, split: Split, first: int = 0) -> Iterator[Document]:
         """The documents of a split from number `first` on, streamed; training text is decoded from its tokens."""
-        labels = self.labels(split, LABELS[:3], first)
-        rows = zip(labels["doc_id"], labels["source"], labels["domain"], strict=True)
-        for text, (doc_id, source, domain) in zip(self.texts(split, first), rows, strict=True):
-            yield Document(text, doc_id, source, domain)
+        labels = self.labels(split, LABELS[:3], first)  # in the order of a document's fields
+        yield from map(Document, self.texts(split, first), *labels.values())
 
     def texts(self, split: Split, first: int = 0) -> Iterator[str]:
         """The texts alone."""
@@ -107,8 +100,8 @@ class TokenStore:
             return
         tokens, documents, tokenizer = self.tokens(split), self.documents(split), self.tokenizer()
         for begin in range(first, len(documents.start), 1024):
-            rows = range(begin, min(begin + 1024, len(documents.start)))
-            spans = [(int(documents.start[i]), int(documents.num_tokens[i])) for i in rows]
+            rows = slice(begin, begin + 1024)
+            spans = zip(documents.start[rows].tolist(), documents.num_tokens[rows].tolist(), strict=True)
             yield from tokenizer.decode_batch([tokens[start : start + length] for start, length in spans])
 
     def tokenizer(self) -> TextTokenizer:

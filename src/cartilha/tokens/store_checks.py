@@ -1,8 +1,6 @@
 """Checks of a store before it is used: it may be damaged, or made to do harm.
 
-Sizes and hashes come first, then whether the numbers agree with each other and with the files, so that no header alone
-decides how much memory is allocated. A verdict in the user's cache remembers unchanged files, so that they are hashed
-only once.
+Sizes and hashes come first, then whether the numbers agree, so that no header alone decides how much memory is used.
 """
 
 from __future__ import annotations
@@ -28,20 +26,13 @@ STORE_KEYS = ("tokenizer_fingerprint", "prefix_id", "end_id", "num_ids", "dtype"
 COUNTS = ("num_documents", "num_tokens", "num_bytes", "num_chars", "num_words")
 NUMBERS = ("start", *COUNTS[1:])
 LABELS = ("doc_id", "source", "domain", "text_hash")
-FILES = (
-    *(f"{split}.{kind}" for split in SPLITS for kind in ("tokens", "documents.parquet")),
-    "validation.text.parquet",
-)
+KINDS = ("tokens", "documents.parquet")
+FILES = (*(f"{split}.{kind}" for split in SPLITS for kind in KINDS), "validation.text.parquet")
 BYTES_PER_ROW = 200  # memory of a document: its numbers, and its labels as Python objects without their text
-TOKENS_AT_ONCE = 2**24
 
 
 def read_store_info(path: Path) -> dict[str, Any]:
-    """The contents of store.json.
-
-    Raises:
-        UserError: The file is missing, has changed since it was written, or makes no sense.
-    """
+    """The contents of store.json; a UserError if it is missing, has changed since it was written, or makes no sense."""
     if not (path / "store.json").is_file():
         what = "is not a store" if path.is_dir() else "is a file, not a store" if path.exists() else "does not exist"
         raise UserError(f"{path} {what}; make one with: cartilha prepare --input FILE --model MODEL --output {path}")
@@ -67,40 +58,34 @@ def read_store_info(path: Path) -> dict[str, Any]:
 
 def _check_info(info: dict[str, Any]) -> None:
     """Check the ranges of the numbers, and that no file lies outside of the store."""
-    largest = {"uint16": 2**16, "uint32": 2**32}[info["dtype"]]
-    if not _is_count(info["num_ids"]) or not 0 < info["num_ids"] <= largest:
-        raise ValueError(f"num_ids is {info['num_ids']!r}")
+    _check_count(info, "num_ids", {"uint16": 2**16, "uint32": 2**32}[info["dtype"]] + 1, least=1)
     for name in ("prefix_id", "end_id"):
-        if not _is_count(info[name]) or info[name] >= info["num_ids"]:
-            raise ValueError(f"{name} is {info[name]!r}")
+        _check_count(info, name, info["num_ids"])
     for split in SPLITS:
-        counts = info["splits"][split]
         for name in COUNTS:
-            if not _is_count(counts[name]):
-                raise ValueError(f"{name} is {counts[name]!r}")
-        if not isinstance(counts["corpus_hash"], str):
+            _check_count(info["splits"][split], name)
+        if not isinstance(info["splits"][split]["corpus_hash"], str):
             raise ValueError("corpus_hash is no text")
     for name, entry in info["files"].items():
         inside = PurePosixPath(name)
         if inside.is_absolute() or ".." in inside.parts or "\\" in name or ":" in name:
             raise ValueError(f"the file {name!r} lies outside of it")
-        if not _is_count(entry["size"]) or not isinstance(entry["sha256"], str):
+        _check_count(entry, "size")
+        if not isinstance(entry["sha256"], str):
             raise ValueError(f"the entry of {name} is {entry!r}")
-    missing = [name for name in FILES if name not in info["files"]]
-    if missing:
+    if missing := [name for name in FILES if name not in info["files"]]:
         raise ValueError(f"no hash of {', '.join(missing)}")
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**62
+def _check_count(values: dict[str, Any], name: str, limit: int = 2**62, least: int = 0) -> None:
+    """Check that a value is a whole number from `least` to below the limit."""
+    value = values[name]
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < limit:
+        raise ValueError(f"{name} is {value!r}")
 
 
 def verify_store(path: Path, info: dict[str, Any]) -> None:
-    """Check files and contents; files that have not changed since a remembered verdict are not read again.
-
-    Raises:
-        UserError: A file is missing or damaged, or the contents contradict each other.
-    """
+    """Refuse damaged or contradictory files by a UserError; a remembered verdict spares those that have not changed."""
     verdict: Any = None
     with contextlib.suppress(OSError, ValueError):
         verdict = read_json(_verdict_path(path))
@@ -114,7 +99,7 @@ def verify_store(path: Path, info: dict[str, Any]) -> None:
         file = path / name
         if file.stat().st_size != expected["size"] or file_sha256(file) != expected["sha256"]:
             raise UserError(
-                f"The store's file {file} is damaged (its hash differs); prepare the store again with --overwrite."
+                f"The store's file {file} is damaged (its hash differs); prepare it again with --overwrite."
             )
     if verdict == now:
         return
@@ -129,7 +114,7 @@ def verify_store(path: Path, info: dict[str, Any]) -> None:
 
 def remember_verdict(path: Path, files: dict[str, dict[str, Any]]) -> None:
     """Record that the files have these hashes and agree with each other, for as long as they do not change."""
-    with contextlib.suppress(OSError):  # without a cache, a store is verified each time it is opened
+    with contextlib.suppress(OSError):  # without a cache, each opening verifies the store
         write_json(_verdict_path(path), _verdict(path, files))
 
 
@@ -161,23 +146,18 @@ def _check_contents(path: Path, info: dict[str, Any]) -> None:
 
 
 def _check_ids(path: Path, dtype: np.dtype[Any], num_ids: int) -> None:
-    if path.stat().st_size == 0:
-        return
-    tokens = np.memmap(path, dtype=dtype, mode="r")
-    for begin in range(0, len(tokens), TOKENS_AT_ONCE):
-        largest = int(tokens[begin : begin + TOKENS_AT_ONCE].max())
-        if largest >= num_ids:
-            raise ValueError(f"{path.name} has the id {largest}, and the tokenizer has {num_ids:,}")
+    largest = int(np.memmap(path, dtype, "r").max()) if path.stat().st_size else 0
+    if largest >= num_ids:
+        raise ValueError(f"{path.name} has the id {largest}, and the tokenizer has {num_ids:,}")
 
 
 def _check_documents(path: Path, counts: dict[str, int]) -> None:
     """Check that documents follow each other without gaps, that their numbers add up, and that labels fit in memory."""
     with pq.ParquetFile(path, read_dictionary=list(LABELS)) as file:
         _check_rows(path, file, counts["num_documents"])
-        schema = file.schema_arrow
         for name in NUMBERS:
-            if schema.field(name).type != pa.int64():
-                raise ValueError(f"{name} of {path.name} is {schema.field(name).type}")
+            if (kind := file.schema_arrow.field(name).type) != pa.int64():
+                raise ValueError(f"{name} of {path.name} is {kind}")
         num_rows = label_bytes = position = 0
         sums = dict.fromkeys(COUNTS[1:], 0)
         for batch in file.iter_batches(2**16, columns=[*NUMBERS, *LABELS]):
@@ -187,7 +167,7 @@ def _check_documents(path: Path, counts: dict[str, int]) -> None:
             if any(batch[name].null_count for name in NUMBERS):
                 raise ValueError(f"{path.name} has documents without numbers")
             columns = {name: batch[name].to_numpy() for name in NUMBERS}
-            if any(len(column) and column.min() < 0 for column in columns.values()):
+            if any(column.min(initial=0) < 0 for column in columns.values()):
                 raise ValueError(f"{path.name} has negative numbers")
             starts = position + np.concatenate([[0], np.cumsum(columns["num_tokens"])])
             if not np.array_equal(columns["start"], starts[:-1]):

@@ -1,8 +1,4 @@
-"""Writes a token store.
-
-The bytes on the disk depend on the documents and their order alone, not on how many are added at a time: tables are
-written in groups of `ROWS_PER_GROUP`, texts in groups of about `TEXT_GROUP_BYTES`.
-"""
+"""Writes a token store, whose bytes depend on the documents and their order, not on how many are added at a time."""
 
 from __future__ import annotations
 
@@ -25,21 +21,14 @@ from cartilha.tokens.tokenizer import TextTokenizer
 
 MAX_UINT16_IDS = 65_536
 ROWS_PER_GROUP = 50_000
-TEXT_GROUP_BYTES = 16 << 20
+TEXT_GROUP_BYTES = 16 << 20  # texts are written in groups of about this size
 TEXT_LEVEL = 3  # a quarter smaller than level 1, in one and a half times the time
 
 # What is given to a writer for each document; the writer adds `start`.
-ROW_SCHEMA = pa.schema(
-    [
-        ("doc_id", pa.string()),
-        ("source", pa.string()),
-        ("domain", pa.string()),
-        *((name, pa.int64()) for name in COUNTS[1:]),
-        ("text_hash", pa.string()),
-        ("cluster", pa.int64()),
-    ]
-)
-DOCUMENT_SCHEMA = pa.schema([*list(ROW_SCHEMA)[:3], pa.field("start", pa.int64()), *list(ROW_SCHEMA)[3:]])
+_ORIGIN = [(name, pa.string()) for name in ("doc_id", "source", "domain")]
+_NUMBERS = [*((name, pa.int64()) for name in COUNTS[1:]), ("text_hash", pa.string()), ("cluster", pa.int64())]
+ROW_SCHEMA = pa.schema([*_ORIGIN, *_NUMBERS])
+DOCUMENT_SCHEMA = pa.schema([*_ORIGIN, ("start", pa.int64()), *_NUMBERS])
 TEXT_SCHEMA = pa.schema([("text_hash", pa.string()), ("text", pa.large_string())])
 
 
@@ -51,11 +40,10 @@ def token_dtype(num_ids: int) -> np.dtype[Any]:
 class SplitWriter:
     """Appends to the files of one side and keeps its sums."""
 
-    def __init__(self, directory: Path, split: Split, dtype: np.dtype[Any]) -> None:
+    def __init__(self, directory: Path, split: Split, dtype: np.dtype[Any], stack: ExitStack) -> None:
         self._dtype = dtype
-        self._stack = ExitStack()
-        self._token_path = directory / f"{split}.tokens"
-        self._tokens = self._stack.enter_context(self._token_path.open("wb"))
+        self._stack = stack
+        self._tokens = self._stack.enter_context((directory / f"{split}.tokens").open("wb"))
         self._token_hash = hashlib.sha256()
         self._documents = self._parquet(directory / f"{split}.documents.parquet", DOCUMENT_SCHEMA)
         text_path = directory / "validation.text.parquet"
@@ -114,34 +102,25 @@ class SplitWriter:
         """What has been appended so far."""
         return SplitCounts(**self._sums, corpus_hash=self._hashes.hexdigest())
 
-    def finish(self) -> dict[str, str]:
-        """Write what is held and close the files; return the SHA-256 of the file of tokens, by its name."""
+    def finish(self) -> str:
+        """Write what is held; return the SHA-256 of the file of tokens."""
         if self._num_rows or not self._sums["num_documents"]:
             self._write_rows(self._num_rows)
         if self._texts is not None and (self._held_texts or not self._sums["num_documents"]):
             self._write_texts()
-        self.close()
-        return {self._token_path.name: self._token_hash.hexdigest()}
-
-    def close(self) -> None:
-        """Close the files; safe to call twice."""
-        self._stack.close()
+        return self._token_hash.hexdigest()
 
 
 class StoreWriter:
-    """Writes a store into a directory; see `writing_store`.
+    """Writes a store into a directory (`writing_store`); each side of `splits` may be used by its own thread."""
 
-    Attributes:
-        splits: The writers of the two sides; each may be used by its own thread.
-        files: Size and hash of each file, once the store is finished.
-    """
-
-    def __init__(self, directory: Path, tokenizer: TextTokenizer) -> None:
+    def __init__(self, directory: Path, tokenizer: TextTokenizer, stack: ExitStack) -> None:
+        self._stack = stack
         self.directory = directory
         self.tokenizer = tokenizer
         self.token_dtype = token_dtype(tokenizer.num_ids)
-        self.splits = {split: SplitWriter(directory, split, self.token_dtype) for split in SPLITS}
-        self.files: dict[str, dict[str, Any]] = {}
+        self.splits = {split: SplitWriter(directory, split, self.token_dtype, stack) for split in SPLITS}
+        self.files: dict[str, dict[str, Any]] = {}  # size and hash of each, once the store is finished
 
     def counts(self) -> dict[Split, SplitCounts]:
         """What each side holds so far."""
@@ -149,9 +128,10 @@ class StoreWriter:
 
     def finish(self, made_from: dict[str, Any]) -> None:
         """Close the files and write store.json; `made_from` is what else it records: inputs, settings, counts."""
-        hashes = {name: value for writer in self.splits.values() for name, value in writer.finish().items()}
+        hashes = {f"{split}.tokens": writer.finish() for split, writer in self.splits.items()}
+        self._stack.close()
         self.tokenizer.save(self.directory / "tokenizer")
-        for path in sorted(path for path in self.directory.rglob("*") if path.is_file()):
+        for path in sorted(filter(Path.is_file, self.directory.rglob("*"))):
             name = path.relative_to(self.directory).as_posix()
             self.files[name] = {"size": path.stat().st_size, "sha256": hashes.get(name) or file_sha256(path)}
         info = {
@@ -171,12 +151,8 @@ class StoreWriter:
 @contextmanager
 def writing_store(path: Path, tokenizer: TextTokenizer, *, replace: bool) -> Iterator[StoreWriter]:
     """A writer whose store appears at `path` when the block ends; a failure or a kill leaves what was there."""
-    with new_directory(path, replace=replace) as temporary:
-        writer = StoreWriter(temporary, tokenizer)
-        try:
-            yield writer
-        finally:
-            for split in writer.splits.values():
-                split.close()
+    with new_directory(path, replace=replace) as temporary, ExitStack() as stack:
+        writer = StoreWriter(temporary, tokenizer, stack)
+        yield writer
     # The files were hashed while they were written: the first opening need not read them again.
     remember_verdict(path, writer.files)

@@ -44,15 +44,13 @@ def summarize(store: TokenStore) -> Summary:
     tokens = int(num_tokens.sum())
     digits = np.frexp(num_tokens.astype(np.float64))[1]  # binary digits of the length: 0, 1, 2 to 3, 4 to 7, ...
     documents_by_length, tokens_by_length = np.bincount(digits), np.bincount(digits, num_tokens)
-    lengths = [
-        {
-            "from_tokens": 1 << k >> 1,
-            "to_tokens": (1 << k) - 1,
-            "documents": int(documents_by_length[k]),
-            "tokens": int(tokens_by_length[k]),
-        }
-        for k in np.flatnonzero(documents_by_length).tolist()
-    ]
+    found = np.flatnonzero(documents_by_length)
+    lengths = {
+        "from_tokens": 1 << found >> 1,
+        "to_tokens": (1 << found) - 1,
+        "documents": documents_by_length[found],
+        "tokens": tokens_by_length[found].astype(np.int64),
+    }
     by_domain = documents.group_by("domain", use_threads=False).aggregate([(name, "sum") for name in SUMS])
     by_domain = by_domain.select(["domain", *(f"{name}_sum" for name in SUMS)]).rename_columns(["domain", *SUMS])
     if is_mixture:  # a repeated document is not a near-duplicate of itself
@@ -60,7 +58,7 @@ def summarize(store: TokenStore) -> Summary:
     cluster_sizes = np.unique(documents["cluster"].to_numpy(), return_counts=True)[1]
     many = cluster_sizes[cluster_sizes > 1]
     return Summary(
-        lengths=lengths,
+        lengths=pa.table(lengths).to_pylist(),
         domains=sorted(by_domain.to_pylist(), key=lambda sums: -sums["num_tokens"]),
         kept_by_truncation={
             str(length): int(np.minimum(num_tokens, length).sum()) / max(1, tokens) for length in TRUNCATED_AT

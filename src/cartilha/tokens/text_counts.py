@@ -1,7 +1,6 @@
 """Counts words, code points and rare characters of many texts at once, from their UTF-8 bytes.
 
-`len(text.split())` on every document costs as much as tokenizing it. A table lookup on the bytes, and on the code
-points beyond ASCII, gives the same numbers several times as fast.
+`len(text.split())` costs as much as tokenizing the text; lookups on bytes and code points are several times as fast.
 """
 
 from __future__ import annotations
@@ -18,14 +17,7 @@ _ASCII_SPACES = [byte for byte in range(0x80) if chr(byte).isspace()]
 
 @dataclass(frozen=True)
 class TextCounts:
-    """One entry per text.
-
-    Attributes:
-        num_bytes: Of UTF-8, int64.
-        num_chars: Code points, int64.
-        num_words: What `str.split` separates, int64.
-        is_rare: Whether a rare code point occurs (see `CharacterClasses`), bool.
-    """
+    """One entry per text: bytes of UTF-8, code points, words (`str.split`), each int64; whether it has rare ones."""
 
     num_bytes: np.ndarray
     num_chars: np.ndarray
@@ -34,15 +26,10 @@ class TextCounts:
 
 
 class CharacterClasses:
-    """The classes of code points, looked up once and remembered.
+    """The classes of code points, looked up once and remembered; `more_rare` has ranges (first, last) beyond ASCII.
 
     A code point is rare if this Python's Unicode tables do not know it: libraries of another age class it differently.
-
-    Attributes:
-        kinds: For `bytes.translate`: 1 for ASCII whitespace, 2 for a first byte of characters that may have a class.
-
-    Args:
-        more_rare: Ranges of further rare code points (first, last), beyond ASCII.
+    `kinds` is for `bytes.translate`: 1 for ASCII whitespace, 2 for a first byte of characters that may have a class.
     """
 
     def __init__(self, more_rare: tuple[tuple[int, int], ...] = ()) -> None:
@@ -129,10 +116,6 @@ def number_boundaries(joined: bytes, classes: CharacterClasses) -> np.ndarray:
 
 def ranges(code_points: Iterable[int]) -> tuple[tuple[int, int], ...]:
     """Code points as ranges (first, last)."""
-    found: list[tuple[int, int]] = []
-    for code_point in sorted(set(code_points)):
-        if found and found[-1][1] == code_point - 1:
-            found[-1] = (found[-1][0], code_point)
-        else:
-            found.append((code_point, code_point))
-    return tuple(found)
+    ordered = np.unique(np.fromiter(code_points, np.int64))
+    runs = np.split(ordered, np.flatnonzero(np.diff(ordered) > 1) + 1)
+    return tuple((int(run[0]), int(run[-1])) for run in runs if len(run))

@@ -1,7 +1,6 @@
 """A model's tokenizer as this project uses it: text to ids with nothing added, and back.
 
-A literal `</s>` in a text stays text. Loading needs neither torch nor transformers, except for the rare tokenizers that
-only transformers can convert, which a line reports.
+A literal `</s>` in a text stays text. Only the rare tokenizers that transformers must convert need transformers.
 """
 
 from __future__ import annotations
@@ -37,13 +36,9 @@ GGUF_SPLITTERS = {"smollm": True, "gpt-2": False}  # by name, whether each digit
 
 @dataclass(frozen=True)
 class TextTokenizer:
-    """Encodes text as the model reads it.
+    """Encodes text as the model reads it; special tokens in a text stay text.
 
-    Attributes:
-        backend: Set so that special tokens in text stay text.
-        bos_id: Beginning of text; each of the three is None if the tokenizer has no such token.
-        directory: Where the files came from; None for a tokenizer made here (GGUF, `random:tiny`).
-        chat_template: How a conversation is written, for a tokenizer made here.
+    A tokenizer made here (GGUF, `random:tiny`) has no directory of original files, but may have a chat template.
     """
 
     backend: Tokenizer
@@ -55,17 +50,13 @@ class TextTokenizer:
 
     @property
     def prefix_id(self) -> int:
-        """The token before each document, as context: bos, else eos."""
-        prefix = self.bos_id if self.bos_id is not None else self.eos_id
-        assert prefix is not None, "load_tokenizer refuses tokenizers with neither"
-        return prefix
+        """The token before each document, as context: bos, else eos; `load_tokenizer` makes sure that there is one."""
+        return next(i for i in (self.bos_id, self.eos_id) if i is not None)
 
     @property
     def end_id(self) -> int:
         """The token after each document in training: eos, else bos."""
-        end = self.eos_id if self.eos_id is not None else self.bos_id
-        assert end is not None, "load_tokenizer refuses tokenizers with neither"
-        return end
+        return next(i for i in (self.eos_id, self.bos_id) if i is not None)
 
     @cached_property
     def num_ids(self) -> int:
@@ -80,9 +71,8 @@ class TextTokenizer:
         """
         added = self.backend.get_added_tokens_decoder()
         vocabulary = self.backend.get_vocab(with_added_tokens=False).values()
-        return 1 + max(
-            *vocabulary, self.prefix_id, self.end_id, *(i for i, token in added.items() if not token.special)
-        )
+        plain = (i for i, token in added.items() if not token.special)
+        return 1 + max(*vocabulary, self.prefix_id, self.end_id, *plain)
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of each text, without special tokens: arrays of uint32, shape (num_tokens,)."""
@@ -126,26 +116,20 @@ class TextTokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of what decides the ids of a text: vocabulary, merges, normaliser, splitter, prefix and end ids.
-
-        It does not depend on the format (tokenizer.json, or vocab.json and merges.txt) that the tokenizer is saved in.
-        """
+        """SHA-256 of what decides the ids of a text; the same for tokenizer.json and for vocab.json with merges.txt."""
 
         def without_offsets(part: dict[str, Any]) -> dict[str, Any]:
             return {key: value for key, value in sorted(part.items()) if key != "trim_offsets"}
 
         whole = json.loads(self.backend.to_str())
         splitter = json.loads(json.dumps(whole["pre_tokenizer"]), object_hook=without_offsets)
-        model = whole["model"]
-        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges", ())]
-        vocabulary = model["vocab"]
-        added = [dict(sorted(token.items())) for token in whole["added_tokens"] if not token["special"]]
+        model, vocabulary = whole["model"], whole["model"]["vocab"]
         parts = [
             model["type"],
             sorted(vocabulary.items()) if isinstance(vocabulary, dict) else vocabulary,
-            merges,
+            [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges", ())],
             bool(model.get("ignore_merges")),
-            added,
+            [dict(sorted(token.items())) for token in whole["added_tokens"] if not token["special"]],
             whole["normalizer"],
             splitter,
             [self.prefix_id, self.end_id],
@@ -181,12 +165,7 @@ class TextTokenizer:
 
 
 def load_tokenizer(ref: str) -> TextTokenizer:
-    """The tokenizer of a MODEL argument.
-
-    Raises:
-        UserError: The model has no tokenizer, or one without a token to begin or end a text with.
-        HubUnreachableError: A hub model's files cannot be fetched.
-    """
+    """The tokenizer of a MODEL argument; a UserError says that it is missing, or has no token to begin a text with."""
     source = resolve_model(ref)
     if source.kind == "random":
         if source.name.split("-")[0] != "tiny":
@@ -196,8 +175,7 @@ def load_tokenizer(ref: str) -> TextTokenizer:
         assert source.path is not None
         tokenizer = _cached_gguf_tokenizer(source.path)
     else:
-        directory = source.path or download(source.name, (*TOKENIZER_FILES, "config.json"))
-        tokenizer = _from_directory(ref, directory)
+        tokenizer = _from_directory(ref, source.path or download(source.name, (*TOKENIZER_FILES, "config.json")))
     tokenizer.backend.encode_special_tokens = True
     tokenizer.backend.no_padding()
     tokenizer.backend.no_truncation()
@@ -251,9 +229,7 @@ def _through_transformers(ref: str, directory: Path) -> TextTokenizer:
         raise missing_extra(f"The tokenizer of {ref}, a SentencePiece model,", "sentencepiece")
     from transformers import AutoTokenizer
 
-    log.warning(
-        "The tokenizer of %s has no tokenizer.json: it is converted through transformers, which starts slowly.", ref
-    )
+    log.warning("%s has no tokenizer.json: its tokenizer is converted through transformers, which starts slowly.", ref)
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
         backend = tokenizer.backend_tokenizer
@@ -264,9 +240,8 @@ def _through_transformers(ref: str, directory: Path) -> TextTokenizer:
         raise UserError(
             f"{ref} holds no tokenizer that can be read; expected tokenizer.json, or vocab.json and merges.txt."
         ) from error
-    return TextTokenizer(
-        Tokenizer.from_str(backend.to_str()), tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
-    )
+    ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return TextTokenizer(Tokenizer.from_str(backend.to_str()), *ids)
 
 
 def byte_tokenizer() -> TextTokenizer:
@@ -299,12 +274,9 @@ def _cached_gguf_tokenizer(path: Path) -> TextTokenizer:
 
 
 def gguf_tokenizer(path: Path) -> TextTokenizer:
-    """The byte-level BPE tokenizer inside a GGUF file (`tokenizer.ggml.model` = gpt2).
+    """The byte-level BPE tokenizer inside a GGUF file; a UserError if it is of another kind.
 
     Chat models name a chat mark as their bos; here a text begins with `<|endoftext|>` if the vocabulary has it.
-
-    Raises:
-        UserError: The `demo` extra is missing, the file is damaged, or the tokenizer is of another kind.
     """
     fields = read_gguf_fields(path)
     kind, splitter = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre", "default")
@@ -331,11 +303,7 @@ def gguf_tokenizer(path: Path) -> TextTokenizer:
 
 
 def read_gguf_fields(path: Path) -> dict[str, Any]:
-    """The metadata of a GGUF file, by key.
-
-    Raises:
-        UserError: The `demo` extra is missing or the file is not GGUF.
-    """
+    """The metadata of a GGUF file, by key; a UserError if the `demo` extra is missing or the file is not GGUF."""
     gguf = import_extra("gguf", "Reading GGUF models", "demo")
     try:
         return {key: field.contents() for key, field in gguf.GGUFReader(path).fields.items()}

@@ -20,18 +20,15 @@ from cartilha.storage import write_json
 from cartilha.tokens.merges import Merge, MergeLearner
 from cartilha.tokens.tokenizer import TextTokenizer
 
-SUPPORTED = "byte-level BPE (OPT, GPT-2, Llama 3, SmolLM, Qwen)"
 OUTDATED_FILES = ("vocab.json", "merges.txt", "added_tokens.json", "tokenizer.model")  # tokenizer.json replaces them
 
 
 @dataclass(frozen=True)
 class Extension:
-    """A tokenizer with new tokens.
+    """A tokenizer with new tokens, whose ids follow each other from `first_id` on.
 
-    Attributes:
-        first_id: Id of the first new token; the ids of the others follow.
-        pieces: For each new token the ids of the old ones that it replaces, at least two.
-        num_tokens: Tokens of the text it was learnt on; `num_tokens_before` with the old tokenizer.
+    `pieces` has for each new token the ids of the old ones that it replaces, at least two. The numbers of tokens are
+    those of the text that it was learnt on.
     """
 
     tokenizer: TextTokenizer
@@ -59,7 +56,6 @@ def check_extendable(tokenizer: TextTokenizer, name: str) -> None:
     """Refuse a tokenizer that is not byte-level BPE by a `UserError`."""
     description = _described(tokenizer.backend)
     model = description["model"]
-    kind = None
     if model["type"] != "BPE":
         kind = model["type"]
     elif model.get("byte_fallback"):
@@ -68,11 +64,12 @@ def check_extendable(tokenizer: TextTokenizer, name: str) -> None:
         kind = "BPE over characters, not bytes"
     elif model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         kind = "BPE with marks inside or at the end of words"
-    if kind is not None:
-        raise UserError(
-            f"The tokenizer of {name} is of the kind {kind}, whose vocabulary cannot be extended here; "
-            f"choose a model with {SUPPORTED}."
-        )
+    else:
+        return
+    raise UserError(
+        f"The tokenizer of {name} is of the kind {kind}, whose vocabulary cannot be extended here; "
+        "choose a model with byte-level BPE (OPT, GPT-2, Llama 3, SmolLM, Qwen)."
+    )
 
 
 def count_words(tokenizer: TextTokenizer, texts: Iterable[str]) -> Counter[str]:
@@ -113,7 +110,6 @@ def extend(learnt: LearntMerges, num_new: int | None = None) -> Extension:
     # Outside of the model's vocabulary, tokenizers would renumber the added tokens from the vocabulary's size on.
     for token in description["added_tokens"]:
         vocabulary.setdefault(token["content"], token["id"])
-    first_id = tokenizer.num_ids
     names = {i: token for token, i in vocabulary.items()}
     pieces: dict[int, tuple[int, ...]] = {}
     as_text = any(isinstance(merge, str) for merge in description["model"]["merges"])
@@ -126,13 +122,9 @@ def extend(learnt: LearntMerges, num_new: int | None = None) -> Extension:
             pieces[merge.result] = (*pieces.get(merge.left, (merge.left,)), *pieces.get(merge.right, (merge.right,)))
     backend = Tokenizer.from_str(json.dumps(description))
     backend.encode_special_tokens = True
-    return Extension(
-        replace(tokenizer, backend=backend, directory=None),
-        first_id,
-        tuple(pieces.values()),
-        merges[-1].num_tokens if merges else learnt.num_tokens_before,
-        learnt.num_tokens_before,
-    )
+    extended, before = replace(tokenizer, backend=backend, directory=None), learnt.num_tokens_before
+    after = merges[-1].num_tokens if merges else before
+    return Extension(extended, tokenizer.num_ids, tuple(pieces.values()), after, before)
 
 
 def _first_new_tokens(merges: Iterable[Merge], num_new: int) -> list[Merge]:
@@ -164,14 +156,10 @@ def save_extended(base: TextTokenizer, extended: TextTokenizer, directory: Path)
 
 def _begins_with(token_id: int, token: str) -> dict[str, Any]:
     """The post-processor of tokenizer.json that does what `add_bos_token` does for vocab.json and merges.txt."""
-    special, text = {"SpecialToken": {"id": token, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    first = [{"SpecialToken": {"id": token, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
     second = [{"SpecialToken": {"id": token, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
-    return {
-        "type": "TemplateProcessing",
-        "single": [special, text],
-        "pair": [special, text, *second],
-        "special_tokens": {token: {"id": token, "ids": [token_id], "tokens": [token]}},
-    }
+    special = {token: {"id": token, "ids": [token_id], "tokens": [token]}}
+    return {"type": "TemplateProcessing", "single": first, "pair": first + second, "special_tokens": special}
 
 
 def _described(backend: Tokenizer) -> dict[str, Any]:
@@ -180,8 +168,4 @@ def _described(backend: Tokenizer) -> dict[str, Any]:
 
 def _has_byte_level(part: Any) -> bool:
     """Whether the description of a pre-tokenizer or decoder has a ByteLevel step."""
-    if isinstance(part, list):
-        return any(map(_has_byte_level, part))
-    if not isinstance(part, dict):
-        return False
-    return part.get("type") == "ByteLevel" or any(map(_has_byte_level, part.values()))
+    return '"type": "ByteLevel"' in json.dumps(part)
