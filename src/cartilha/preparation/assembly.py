@@ -23,6 +23,7 @@ from cartilha.preparation.mixture import Mixture, copies
 from cartilha.preparation.request import PrepareRequest
 from cartilha.preparation.shard_work import DOCUMENTS_SCHEMA, TEXTS_SCHEMA, ShardTask
 from cartilha.storage import new_file
+from cartilha.tokens.store_checks import map_ids
 from cartilha.tokens.store_writer import ROW_SCHEMA, SplitWriter, StoreWriter
 
 COPY_TOKENS = 4 << 20  # tokens copied at a time
@@ -80,7 +81,7 @@ def load_index(tasks: Sequence[ShardTask], sources: Sequence[Source]) -> Documen
     no_hash = np.zeros((0, 2), np.uint64)
     columns = [(no_hash, np.zeros(0), np.zeros(0, np.int64), np.zeros(0, np.int32))]  # of each shard
     for task in tasks:
-        table = _read(task, "documents.arrow", DOCUMENTS_SCHEMA)
+        table = _documents(task)
         of_pieces = np.array([source_numbers[part.source] for part in task.shard.parts], np.int32)
         hashes = [no_hash]
         for chunk in table["text_hash"].chunks:
@@ -171,7 +172,7 @@ def _write_side(writer: SplitWriter, index: DocumentIndex, sides: Sides, mask: n
         own = mask[begin:end]
         if not own.any():
             continue
-        table = _read(task, "documents.arrow", DOCUMENTS_SCHEMA).filter(pa.array(own))
+        table = _documents(task).filter(pa.array(own))
         hashes = index.hex_hashes(begin + np.flatnonzero(own)).astype("U32").tolist()
         columns = [table[name] for name in ROW_SCHEMA.names[:-2]]
         columns += [pa.array(hashes, pa.string()), pa.array(sides.clusters[begin:end][own], pa.int64())]
@@ -185,10 +186,7 @@ def _write_side(writer: SplitWriter, index: DocumentIndex, sides: Sides, mask: n
 
 def _tokens(task: ShardTask, num_tokens: np.ndarray, own: np.ndarray) -> Iterator[np.ndarray]:
     """The ids of some documents of a shard, a few million at a time."""
-    path = task.directory / "tokens.bin"
-    if not path.stat().st_size:
-        return
-    ids = np.memmap(path, np.dtype(task.settings.dtype), "r")
+    ids = map_ids(task.directory / "tokens.bin", np.dtype(task.settings.dtype))
     ends = np.cumsum(num_tokens)
     first = 0
     while first < len(num_tokens):
@@ -220,10 +218,10 @@ def _texts(task: ShardTask, own: np.ndarray) -> Iterator[bytes]:
             yield from batch.filter(pa.array(own[batch["row"].to_numpy()]))["text"].to_pylist()
 
 
-def _read(task: ShardTask, name: str, schema: pa.Schema) -> pa.Table:
-    with pa.memory_map(str(task.directory / name)) as file:
+def _documents(task: ShardTask) -> pa.Table:
+    with pa.memory_map(str(task.directory / "documents.arrow")) as file:
         table = pa.ipc.open_file(file).read_all()
-    assert table.schema == schema
+    assert table.schema == DOCUMENTS_SCHEMA
     return table
 
 

@@ -12,15 +12,15 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from cartilha.storage import write_atomically
+from cartilha.tokens.packed import joined
 from cartilha.tokens.text_counts import CharacterClasses, TextCounts, count_texts, number_boundaries
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+from cartilha.tokens.tokenizer import TextTokenizer
 
 # Longer texts are cut into pieces so that memory stays bounded.
 MAX_PIECE_CHARS = 4 << 20
@@ -56,7 +56,7 @@ class Encoder:
         fast_json: The same without special tokens and with a row for every byte; None if it is not proven.
         num_ids: One more than the largest id; larger ones mark bytes that the vocabulary lacks.
         split_numbers: Whether numeric characters are split off first, a step (SmolLM2's) that gigatoken lacks.
-        slow: The `tokenizers` object of `whole_json` if it exists already.
+        slow: The tokenizer of `whole_json` if it exists already, else it is made when it is needed.
     """
 
     whole_json: str
@@ -64,7 +64,7 @@ class Encoder:
     num_ids: int
     proof: Proof
     split_numbers: bool = False
-    slow: Tokenizer | None = None
+    slow: TextTokenizer | None = None
 
     def __post_init__(self) -> None:
         self._fast: Any = None
@@ -77,7 +77,7 @@ class Encoder:
         """Encode short UTF-8 texts: all ids in a row (uint32), the number of ids per text (int64), and the counts."""
         counts = count_texts(texts, _character_classes(self.proof.slow_code_points))
         if self._fast is None:
-            return *_joined(self._encode_slowly(texts)), counts
+            return *joined(self._encode_slowly(texts)), counts
         flat, num_tokens = self._encode_fast(texts)
         again = counts.is_rare.copy()
         lacking = np.flatnonzero(flat >= self.num_ids)
@@ -87,29 +87,26 @@ class Encoder:
             parts = np.split(flat, np.cumsum(num_tokens)[:-1])
             for i, ids in zip(which, self._encode_slowly([texts[i] for i in which]), strict=True):
                 parts[i] = ids
-            return *_joined(parts), counts
+            return *joined(parts), counts
         return flat, num_tokens, counts
 
     def _encode_fast(self, texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
         if not self.split_numbers:
             return _flat(self._fast.encode_batch(list(texts), parallel=False))
-        joined = b"".join(texts)
+        data = b"".join(texts)
         starts = np.concatenate(([0], np.cumsum(np.fromiter(map(len, texts), np.int64, len(texts)))))
         classes = _character_classes(self.proof.slow_code_points)
-        bounds = np.unique(np.concatenate((starts, number_boundaries(joined, classes))))
-        pieces = [joined[begin:end] for begin, end in pairwise(bounds.tolist())]
+        bounds = np.unique(np.concatenate((starts, number_boundaries(data, classes))))
+        pieces = [data[begin:end] for begin, end in pairwise(bounds.tolist())]
         flat, piece_tokens = _flat(self._fast.encode_batch(pieces, parallel=False))
         ends = np.concatenate(([0], np.cumsum(piece_tokens)))
         return flat, np.diff(ends[np.searchsorted(bounds, starts)])
 
     def _encode_slowly(self, texts: Sequence[bytes]) -> list[np.ndarray]:
         if self.slow is None:
-            from tokenizers import Tokenizer
-
-            self.slow = Tokenizer.from_str(self.whole_json)
-            self.slow.encode_special_tokens = True
-        encodings = self.slow.encode_batch_fast([text.decode("utf-8") for text in texts], add_special_tokens=False)
-        return [np.array(encoding.ids, np.uint32) for encoding in encodings]
+            self.slow = TextTokenizer(Tokenizer.from_str(self.whole_json), None, None, None)
+            self.slow.backend.encode_special_tokens = True
+        return self.slow.encode([text.decode("utf-8") for text in texts])
 
     def save(self, directory: Path) -> None:
         """Write what `load_encoder` needs."""
@@ -152,10 +149,5 @@ def _flat(encoded: Any) -> tuple[np.ndarray, np.ndarray]:
     """Values and lengths of an awkward array of lists."""
     offsets = np.asarray(encoded.layout.offsets.data, np.int64)
     if len(offsets) < 2:
-        return _joined([])
+        return joined([])
     return np.asarray(encoded.layout.content.data)[offsets[0] : offsets[-1]], np.diff(offsets)
-
-
-def _joined(arrays: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """The ids of all texts in a row, and the number of ids of each."""
-    return np.concatenate([np.zeros(0, np.uint32), *arrays]), np.fromiter(map(len, arrays), np.int64, len(arrays))

@@ -8,6 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 
 
+def joined(ids: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The ids of all texts in a row, uint32, and the number of ids of each, int64."""
+    return np.concatenate([np.zeros(0, np.uint32), *ids]), np.fromiter(map(len, ids), np.int64, len(ids))
+
+
 @dataclass(frozen=True)
 class PackedDocuments:
     """The documents of a packed stream: a split of a store, or documents that were just tokenized.
@@ -25,8 +30,7 @@ class PackedDocuments:
     @classmethod
     def from_ids(cls, documents: Sequence[np.ndarray], prefix_id: int, end_id: int) -> PackedDocuments:
         """The token ids of each document, joined in the order given."""
-        lengths = np.array([len(ids) for ids in documents], np.int64)
-        tokens = np.concatenate([np.zeros(0, np.uint32), *documents])
+        tokens, lengths = joined(documents)
         return cls(tokens, np.cumsum(lengths) - lengths, lengths, prefix_id, end_id)
 
     def __len__(self) -> int:

@@ -46,23 +46,23 @@ def prove(tokenizer: TextTokenizer, documents: Sequence[str]) -> Encoder:
 
     The sample has as many of the corpus's first documents as there is room for.
     """
-    backend = tokenizer.backend
-    whole_json = backend.to_str()
+    whole_json, num_ids = tokenizer.backend.to_str(), tokenizer.num_ids
     sample = [*HARD_CASES, *_with_literal_tokens(tokenizer), *_of_every_kind(), *_first(documents)]
     num_bytes, texts = sum(len(text.encode("utf-8")) for text in sample), counted(len(sample), "text")
 
     def slow(reason: str) -> Encoder:
         log.warning("Tokenizing with tokenizers, at about a twentieth of the speed, since gigatoken %s.", reason)
-        can_cut = _may_be_cut(slow_encoder, sample)
-        slow_encoder.proof = Proof("tokenizers", reason, len(sample), num_bytes, (), can_cut)
-        return slow_encoder
+        can_cut = _may_be_cut(right, sample)
+        right.proof = Proof("tokenizers", reason, len(sample), num_bytes, (), can_cut)
+        return right
 
-    slow_encoder = Encoder(whole_json, None, tokenizer.num_ids, Proof("tokenizers", "", 0, 0), slow=backend)
+    right = Encoder(whole_json, None, num_ids, Proof("tokenizers", "", 0, 0), slow=tokenizer)
     try:
-        fast_json, split_numbers = for_fast_path(whole_json, tokenizer.num_ids)
-        fast = Encoder(whole_json, fast_json, tokenizer.num_ids, Proof("gigatoken", "", 0, 0), split_numbers, backend)
+        fast_json, split_numbers = for_fast_path(whole_json, num_ids)
+        fast = Encoder(whole_json, fast_json, num_ids, Proof("gigatoken", "", 0, 0), split_numbers, tokenizer)
         # gigatoken raises a RuntimeError for what it cannot read, and panics on a fault of its own.
-        differing = _differing(slow_encoder, fast, sample)
+        expected = _ids(right, sample)
+        differing = _differing(fast, sample, expected)
     except ImportError as error:
         return slow(f"cannot be loaded ({error})")
     except BaseException as error:
@@ -71,9 +71,9 @@ def prove(tokenizer: TextTokenizer, documents: Sequence[str]) -> Encoder:
         return slow(f"does not take this tokenizer ({first_line(error)})")
     rare: tuple[tuple[int, int], ...] = ()
     if differing:
-        rare = _characters_that_differ(slow_encoder, fast, [sample[i] for i in differing])
+        rare = _characters_that_differ(right, fast, [sample[i] for i in differing])
         fast.proof = Proof("gigatoken", "", 0, 0, rare)
-        if not rare or _differing(slow_encoder, fast, sample):
+        if not rare or _differing(fast, sample, expected):
             begins = sample[differing[0]][:40]
             return slow(f"gives other ids for {len(differing)} of {texts}, such as {begins!r}")
     can_cut = _may_be_cut(fast, sample)
@@ -138,22 +138,22 @@ def _first(documents: Sequence[str]) -> list[str]:
     return chosen
 
 
-def _differing(slow: Encoder, fast: Encoder, sample: Sequence[str]) -> list[int]:
-    """The numbers of the texts for which the fast path gives other ids."""
-    texts = [text.encode("utf-8", "replace") for text in sample]
-    pairs = zip(_split(slow, texts), _split(fast, texts), strict=True)
+def _differing(encoder: Encoder, texts: Sequence[str], expected: list[np.ndarray]) -> list[int]:
+    """The numbers of the texts to which the encoder gives other ids."""
+    pairs = zip(_ids(encoder, texts), expected, strict=True)
     return [i for i, (one, other) in enumerate(pairs) if not np.array_equal(one, other)]
 
 
-def _split(encoder: Encoder, texts: list[bytes]) -> list[np.ndarray]:
-    flat, num_tokens, _ = encoder.encode(texts)
+def _ids(encoder: Encoder, texts: Sequence[str]) -> list[np.ndarray]:
+    flat, num_tokens, _ = encoder.encode([text.encode("utf-8", "replace") for text in texts])
     return np.split(flat, np.cumsum(num_tokens)[:-1])
 
 
-def _characters_that_differ(slow: Encoder, fast: Encoder, texts: Sequence[str]) -> tuple[tuple[int, int], ...]:
+def _characters_that_differ(right: Encoder, fast: Encoder, texts: Sequence[str]) -> tuple[tuple[int, int], ...]:
     """Ranges of the characters that each make a difference; none if there are too many."""
     code_points = sorted({ord(character) for text in texts for character in text if ord(character) >= 0x80})
-    differing = _differing(slow, fast, [_in_context(code_point) for code_point in code_points])
+    in_context = [_in_context(code_point) for code_point in code_points]
+    differing = _differing(fast, in_context, _ids(right, in_context))
     return ranges(code_points[i] for i in differing) if len(differing) <= MAX_SLOW_CODE_POINTS else ()
 
 

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from cartilha.corpus.document import Document
 from cartilha.corpus.splits import SPLITS, Split
 from cartilha.tokens.packed import PackedDocuments
-from cartilha.tokens.store_checks import LABELS, NUMBERS, read_store_info, verify_store
+from cartilha.tokens.store_checks import LABELS, NUMBERS, map_ids, read_store_info, verify_store
 from cartilha.tokens.tokenizer import TextTokenizer, load_tokenizer
 
 
@@ -66,10 +66,7 @@ class TokenStore:
 
     def tokens(self, split: Split) -> np.ndarray:
         """The split's tokens, memory-mapped, shape (num_tokens,)."""
-        dtype = np.dtype(self.info["dtype"]).newbyteorder("<")
-        if self.counts[split].num_tokens == 0:
-            return np.zeros(0, dtype)
-        return np.memmap(self.path / f"{split}.tokens", dtype=dtype, mode="r")
+        return map_ids(self.path / f"{split}.tokens", np.dtype(self.info["dtype"]).newbyteorder("<"))
 
     def documents(self, split: Split) -> DocumentTable:
         """The numbers of the split's documents."""
@@ -83,8 +80,8 @@ class TokenStore:
 
     def labels(self, split: Split, names: Sequence[str] = LABELS, first: int = 0) -> dict[str, list[Any]]:
         """Labels of the split's documents from number `first` on, by name."""
-        table = pq.read_table(self.path / f"{split}.documents.parquet", columns=list(names)).slice(first)
-        return {name: table[name].to_pylist() for name in names}
+        path = self.path / f"{split}.documents.parquet"
+        return dict(pq.read_table(path, columns=list(names)).slice(first).to_pydict())
 
     def read_documents(self, split: Split, first: int = 0) -> Iterator[Document]:
         """The documents of a split from number `first` on, streamed; training text is decoded from its tokens."""

@@ -41,8 +41,7 @@ def read_store_info(path: Path) -> dict[str, Any]:
         version = read_json(path / "store.json")["format_version"]
         if version != FORMAT_VERSION:
             raise UserError(
-                f"The store {path} has format {version}, this version reads {FORMAT_VERSION}; "
-                "prepare it with --overwrite."
+                f"{path} has format {version}, this version reads {FORMAT_VERSION}; prepare it with --overwrite."
             )
         info = read_sealed_json(path / "store.json")
         if lacking := [key for key in STORE_KEYS if key not in info]:
@@ -58,28 +57,27 @@ def read_store_info(path: Path) -> dict[str, Any]:
 
 def _check_info(info: dict[str, Any]) -> None:
     """Check the ranges of the numbers, and that no file lies outside of the store."""
-    _check_count(info, "num_ids", {"uint16": 2**16, "uint32": 2**32}[info["dtype"]] + 1, least=1)
+    _check_count("num_ids", info["num_ids"], {"uint16": 2**16, "uint32": 2**32}[info["dtype"]] + 1, least=1)
     for name in ("prefix_id", "end_id"):
-        _check_count(info, name, info["num_ids"])
+        _check_count(name, info[name], info["num_ids"])
     for split in SPLITS:
         for name in COUNTS:
-            _check_count(info["splits"][split], name)
+            _check_count(name, info["splits"][split][name])
         if not isinstance(info["splits"][split]["corpus_hash"], str):
             raise ValueError("corpus_hash is no text")
     for name, entry in info["files"].items():
         inside = PurePosixPath(name)
         if inside.is_absolute() or ".." in inside.parts or "\\" in name or ":" in name:
             raise ValueError(f"the file {name!r} lies outside of it")
-        _check_count(entry, "size")
+        _check_count(f"the size of {name}", entry["size"])
         if not isinstance(entry["sha256"], str):
             raise ValueError(f"the entry of {name} is {entry!r}")
     if missing := [name for name in FILES if name not in info["files"]]:
         raise ValueError(f"no hash of {', '.join(missing)}")
 
 
-def _check_count(values: dict[str, Any], name: str, limit: int = 2**62, least: int = 0) -> None:
+def _check_count(name: str, value: Any, limit: int = 2**62, least: int = 0) -> None:
     """Check that a value is a whole number from `least` to below the limit."""
-    value = values[name]
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value < limit:
         raise ValueError(f"{name} is {value!r}")
 
@@ -98,9 +96,7 @@ def verify_store(path: Path, info: dict[str, Any]) -> None:
             continue
         file = path / name
         if file.stat().st_size != expected["size"] or file_sha256(file) != expected["sha256"]:
-            raise UserError(
-                f"The store's file {file} is damaged (its hash differs); prepare it again with --overwrite."
-            )
+            raise UserError(f"{file} is damaged (its hash differs); prepare the store again with --overwrite.")
     if verdict == now:
         return
     try:
@@ -138,17 +134,18 @@ def _check_contents(path: Path, info: dict[str, Any]) -> None:
     dtype = np.dtype(info["dtype"]).newbyteorder("<")
     for split in SPLITS:
         counts = info["splits"][split]
-        if (path / f"{split}.tokens").stat().st_size != counts["num_tokens"] * dtype.itemsize:
+        ids = map_ids(path / f"{split}.tokens", dtype)
+        if len(ids) != counts["num_tokens"]:
             raise ValueError(f"{split}.tokens does not hold {counts['num_tokens']:,} tokens")
-        _check_ids(path / f"{split}.tokens", dtype, info["num_ids"])
+        if (largest := int(ids.max(initial=0))) >= info["num_ids"]:
+            raise ValueError(f"{split}.tokens has the id {largest}, and the tokenizer has {info['num_ids']:,}")
         _check_documents(path / f"{split}.documents.parquet", counts)
     _check_texts(path / "validation.text.parquet", info["splits"]["validation"])
 
 
-def _check_ids(path: Path, dtype: np.dtype[Any], num_ids: int) -> None:
-    largest = int(np.memmap(path, dtype, "r").max()) if path.stat().st_size else 0
-    if largest >= num_ids:
-        raise ValueError(f"{path.name} has the id {largest}, and the tokenizer has {num_ids:,}")
+def map_ids(path: Path, dtype: np.dtype[Any]) -> np.ndarray:
+    """The ids in a file, memory-mapped, which an empty file cannot be."""
+    return np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
 
 
 def _check_documents(path: Path, counts: dict[str, int]) -> None:

@@ -216,8 +216,8 @@ def _from_files(ref: str, directory: Path, *names: str) -> Tokenizer:
     try:
         return Tokenizer(models.BPE.from_file(*map(str, paths))) if paths[1:] else Tokenizer.from_file(str(paths[0]))
     except Exception as error:  # tokenizers raises a bare Exception
-        them = "them" if paths[1:] else "it"
-        raise UserError(f"{' and '.join(names)} of {ref} cannot be read ({error}); fetch {them} again.") from error
+        which = " and ".join(names)
+        raise UserError(f"{which} of {ref} cannot be read ({error}); fetch the model's files again.") from error
 
 
 def _through_transformers(ref: str, directory: Path) -> TextTokenizer:
