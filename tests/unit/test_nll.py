@@ -20,7 +20,7 @@ from cartilha.evaluation.measures import make_evaluation
 from cartilha.evaluation.nll import score_documents
 from cartilha.evaluation.scorer import Scorer
 from cartilha.evaluation.windows import Protocol
-from cartilha.model.head import head_weight
+from cartilha.model.head import head_of
 from cartilha.model.load import LoadedModel, load_model
 from cartilha.model.loss import TokenScores
 from cartilha.tokens.tokenizer import load_tokenizer
@@ -203,7 +203,7 @@ def test_a_nll_that_is_not_finite_names_its_document(loaded, bad, culprit, monke
 def test_weights_that_are_not_numbers_are_found_out(loaded):
     broken = copy.deepcopy(loaded.model)
     with torch.no_grad():
-        head_weight(broken)[5] = math.nan
+        head_of(broken).weight[5] = math.nan
     with pytest.raises(UserError, match="documento-0"):
         document_nll(replace(loaded, model=broken), documents_of(random_documents(3)))
 
@@ -234,7 +234,7 @@ def scored_texts() -> ScoredDocuments:
 def test_a_uniform_model_scores_the_vocabulary_size():
     loaded = load_model("random:tiny", CPU, tokenizer=TOKENIZER)
     with torch.no_grad():
-        head_weight(loaded.model).zero_()
+        head_of(loaded.model).weight.zero_()
     documents = scored_texts()
     scorer = Scorer(loaded, TOKENIZER, PROTOCOL)
     result = make_evaluation(scorer, documents, score_documents(scorer, documents), seconds=1.0)

@@ -19,7 +19,7 @@ from cartilha.evaluation.windows import MAX_WINDOW
 from cartilha.machine.devices import dtype_name, seed_everything
 from cartilha.model.attention import transformers_attention, use_document_attention
 from cartilha.model.forward import batch_nll, hidden_states
-from cartilha.model.head import head_of, head_weight
+from cartilha.model.head import head_of
 from cartilha.model.loss import token_scores
 
 PROBE_POSITIONS = 256  # a block for causality and isolation: the shorter, the cheaper
@@ -100,7 +100,7 @@ def _beside_unigram(subject: Subject) -> tuple[float, float]:
     nll = _nll(subject, torch.float32)
     store = subject.store
     tokens = store.tokens("train") if store is not None else subject.stream(subject.training, 2).documents.tokens
-    counts = token_counts(tokens, len(head_weight(subject.model)))
+    counts = token_counts(tokens, len(head_of(subject.model).weight))
     num_tokens = scored.num_tokens.sum()
     unigram = unigram_nll(counts, scored.ids)
     return perplexity(nll.sum() / num_tokens), perplexity(unigram.sum() / num_tokens)
@@ -205,7 +205,7 @@ def _logits_before_and_after(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits of a block, and of the same with other text tokens at positions first to past - 1."""
     before = _logits(subject, stack([block]))
-    num_ids = min(subject.tokenizer.num_ids, len(head_weight(subject.model)))
+    num_ids = min(subject.tokenizer.num_ids, len(head_of(subject.model).weight))
     block.input_ids[first:past] = (block.input_ids[first:past] + 7919) % num_ids
     return before, _logits(subject, stack([block]))
 

@@ -16,7 +16,7 @@ from cartilha.corpus.near_duplicates import has_near_duplicate
 from cartilha.errors import UserError, counted
 from cartilha.evaluation.scorer import unused_ids
 from cartilha.model.embeddings import input_rows
-from cartilha.model.head import head_weight
+from cartilha.model.head import head_of
 from cartilha.tokens.store import TokenStore
 from cartilha.tokens.tokenizer import TextTokenizer
 
@@ -113,7 +113,7 @@ def vocabulary(subject: Subject) -> CheckResult:
     Catches a store of another model's tokenizer, ids beyond the embedding, and special tokens without a row.
     """
     tokenizer, model = subject.tokenizer, subject.model
-    head, embedding = head_weight(model), input_rows(model)
+    head, embedding = head_of(model).weight, input_rows(model)
     rows, num_input_rows, tied = len(head), len(embedding), head is embedding
     special = {name: getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
     num_unused = len(unused_ids(subject.loaded, tokenizer))

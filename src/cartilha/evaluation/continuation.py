@@ -13,7 +13,7 @@ from cartilha.evaluation.decoding import check_decoding, describe_mode
 from cartilha.evaluation.scorer import unused_ids
 from cartilha.machine.devices import seed_everything
 from cartilha.model.attention import transformers_attention
-from cartilha.model.head import head_weight
+from cartilha.model.head import head_of
 from cartilha.model.load import LoadedModel
 from cartilha.tokens.tokenizer import TextTokenizer
 
@@ -52,7 +52,7 @@ def _continue(loaded: LoadedModel, tokenizer: TextTokenizer, prompt: str, config
             f"A prompt of {counted(len(ids), 'token')} and {counted(config.max_new_tokens, 'new one')} do not fit the "
             f"model's context of {loaded.context_length}; shorten the prompt or use a smaller --max_new_tokens."
         )
-    num_rows = len(head_weight(loaded.model))
+    num_rows = len(head_of(loaded.model).weight)
     sampling = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
     settings = GenerationConfig(
         max_new_tokens=config.max_new_tokens,

@@ -9,7 +9,7 @@ import torch
 
 from cartilha.evaluation.windows import Protocol, make_protocol
 from cartilha.machine.devices import dtype_name
-from cartilha.model.head import head_weight
+from cartilha.model.head import head_of
 from cartilha.model.load import LoadedModel
 from cartilha.tokens.tokenizer import TextTokenizer
 
@@ -32,7 +32,7 @@ class Scorer:
     @property
     def vocabulary_size(self) -> int:
         """Rows of the head: the perplexity of the uniform model."""
-        return len(head_weight(self.loaded.model))
+        return len(head_of(self.loaded.model).weight)
 
     @cached_property
     def unused_ids(self) -> torch.Tensor:
@@ -72,4 +72,4 @@ def make_scorer(
 def unused_ids(loaded: LoadedModel, tokenizer: TextTokenizer) -> list[int]:
     """Rows of the head that no token uses (OPT has seven): they decode to nothing and are never written."""
     used = set(tokenizer.backend.get_vocab(with_added_tokens=True).values())
-    return [i for i in range(len(head_weight(loaded.model))) if i not in used]
+    return [i for i in range(len(head_of(loaded.model).weight)) if i not in used]

@@ -1,7 +1,4 @@
-"""The CPU: which dtypes it has, how fast it multiplies, and settings of the libraries that compute on it.
-
-torch is imported inside the functions that need it.
-"""
+"""The CPU: which dtypes it has, how fast it multiplies, and settings of the libraries that compute on it."""
 
 from __future__ import annotations
 
@@ -10,6 +7,7 @@ import functools
 import logging
 import platform
 import time
+from contextlib import suppress
 from pathlib import Path
 
 log = logging.getLogger("cartilha")
@@ -21,23 +19,16 @@ def cpu_name() -> str:
 
 
 def _cpuinfo(*names: str) -> str:
-    """The first entry of one of these names in /proc/cpuinfo; empty where there is none."""
-    try:
+    with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith(names):
                 return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
     return ""
 
 
-def cpu_has_bfloat16(flags: frozenset[str] | None = None) -> bool:
-    """Whether the CPU multiplies bf16 in hardware (avx512_bf16 or AMX); emulated bf16 is 44 to 499 times slower.
-
-    `flags` are the CPU's feature names, by default those of /proc/cpuinfo or, without such a file, what torch finds.
-    """
-    if flags is None:
-        flags = frozenset(_cpuinfo("flags", "Features").split()) or _flags_from_torch()
+def cpu_has_bfloat16() -> bool:
+    """Whether the CPU multiplies bf16 in hardware (avx512_bf16 or AMX); emulated bf16 is 44 to 499 times slower."""
+    flags = frozenset(_cpuinfo("flags", "Features").split()) or _flags_from_torch()  # without /proc/cpuinfo
     return bool(flags & {"avx512_bf16", "amx_bf16", "amx-bf16", "bf16"})
 
 

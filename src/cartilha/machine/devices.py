@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from cartilha.errors import UserError
 from cartilha.machine.cpu import cpu_has_bfloat16, cpu_name, fastest_cpu_dtype
-from cartilha.machine.processes import from_rank_0, local_rank, world
+from cartilha.machine.processes import from_rank_0, world
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,29 +25,24 @@ log = logging.getLogger("cartilha")
 
 
 def choose_device(name: str) -> torch.device:
-    """The device for `auto`, `cpu`, `cuda` or `mps`; `auto` prefers CUDA, then MPS, and logs when it takes the CPU.
-
-    Raises:
-        UserError: The named device is not there.
-    """
+    """The device for `auto`, `cpu`, `cuda` or `mps`; `auto` prefers CUDA, then MPS, and logs when it takes the CPU."""
     import torch
 
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    chosen = name
     if name == "auto":
-        chosen = next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
-        if chosen == "cpu":
+        name = next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
+        if name == "cpu":
             log.info("No GPU was found: computing on the CPU.")
     elif not available[name]:
         usable = ", ".join(kind for kind, there in available.items() if there)
         raise UserError(f"The device {name} is not available on this machine; use --device auto or one of: {usable}.")
-    if chosen != "cuda" or world()[1] == 1:
-        return torch.device(chosen)
-    index, num_devices = local_rank(), torch.cuda.device_count()
-    if index >= num_devices:
+    if name != "cuda" or world()[1] == 1:
+        return torch.device(name)
+    # A process's number on its own machine is that of its GPU.
+    index, num_gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if index >= num_gpus:
         raise UserError(
-            f"torchrun started more processes here than there are GPUs ({num_devices}); "
-            f"use --nproc-per-node {num_devices}."
+            f"torchrun started more processes here than there are GPUs ({num_gpus}); use --nproc-per-node {num_gpus}."
         )
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
@@ -57,23 +52,19 @@ def hardware_dtypes(device_type: str, capability: tuple[int, int] | None, bf16_c
     """Compute dtypes that the hardware has (none that it would emulate), the best first.
 
     `capability` is CUDA's: below 8.0 bf16 is emulated, although torch claims support. `bf16_cpu` says whether the CPU
-    has bf16 instructions.
+    has bf16 instructions. MPS has float32 alone, until half precision is proven there.
     """
     if device_type == "cuda":
         assert capability is not None
         return ("bfloat16", "float16", "float32") if capability >= (8, 0) else ("float16", "float32")
-    if device_type == "cpu":
-        return ("bfloat16", "float32") if bf16_cpu else ("float32",)
-    return ("float32",)  # MPS: until half precision is proven there
+    return ("bfloat16", "float32") if device_type == "cpu" and bf16_cpu else ("float32",)
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """The compute dtype for `auto` or a name; on a CPU with bf16, `auto` measures which one is faster.
 
-    Under torchrun all processes take the dtype of rank 0, since each would measure for itself.
-
-    Raises:
-        UserError: The device's hardware does not have this dtype: it would be emulated or wrong.
+    Under torchrun all processes take the dtype of rank 0, since each would measure for itself. A dtype that the
+    hardware does not have is refused: it would be emulated or wrong.
     """
     import torch
 
@@ -85,8 +76,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
         raise UserError(
             f"This {device.type} device has no {name} in hardware; use --dtype auto or one of: {', '.join(real)}."
         )
-    dtype = getattr(torch, name)
-    assert isinstance(dtype, torch.dtype)
+    dtype: torch.dtype = getattr(torch, name)
     return from_rank_0(dtype)
 
 
@@ -136,10 +126,9 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     import psutil
     import torch
 
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     return {
         "device": device.type,
-        "device_name": name,
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),
         "memory_bytes": int(psutil.virtual_memory().total),
         "platform": platform.platform(),

@@ -22,11 +22,6 @@ def is_main_process() -> bool:
     return world()[0] == 0
 
 
-def local_rank() -> int:
-    """This process's number on its own machine, which is the number of its GPU; 0 without torchrun."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
-
-
 def join_processes(device: torch.device | None = None) -> None:
     """Join the process group, once: gloo for the host's memory and, where there is CUDA, NCCL for its tensors.
 

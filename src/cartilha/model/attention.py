@@ -1,9 +1,7 @@
 """Attention in which no document sees another: one function, registered once, for every supported architecture.
 
 transformers hands a registered attention function no mask, so this one honours causality, the scale and a sliding
-window itself. The boundaries of the documents travel explicitly with each call, in the form that the kernel takes
-(`Kernel`, and `KERNELS`, which lists all). An architecture with something that this function does not know (soft caps,
-sinks, biases) keeps its own and runs one document per row (`rows.py`).
+window itself. The boundaries of the documents travel explicitly with each call, as a `Kernel`.
 """
 
 from __future__ import annotations
@@ -31,9 +29,7 @@ from cartilha.model.segment_attention import HAS_KERNELS, Scoring, causal_mask, 
 ATTENTION_NAME = "cartilha_documents"
 
 # Architectures for which tests/peer proves: same loss as transformers, and no document sees another.
-SUPPORTED_MODEL_TYPES = (
-    *("opt", "llama", "gpt2", "gpt_neox", "mistral", "qwen2", "qwen3", "gemma", "smollm3", "olmo2", "phi3"),
-)
+KNOWN_TYPES = ("opt", "llama", "gpt2", "gpt_neox", "mistral", "qwen2", "qwen3", "gemma", "smollm3", "olmo2", "phi3")
 
 ATTENTION_DROPOUT = ("attention_dropout", "attn_pdrop")  # as configurations name it
 
@@ -42,21 +38,16 @@ ATTENTION_DROPOUT = ("attention_dropout", "attn_pdrop")  # as configurations nam
 class Kernel(ABC):
     """A way to compute attention; an instance holds the boundaries of one batch's documents.
 
-    Attributes:
-        name: In records and in plan.json.
-        takes_dropout: Whether it can drop attention weights.
-        one_graph: Whether torch.compile needs one graph for all batches. For that, boundaries must be tensors of one
-            shape, since every Python value that changes needs another graph.
-        counts_tokens_only: Whether its memory depends on the number of tokens alone, however they are cut into rows.
-        row_length: Positions per row; no segment crosses a row's end.
+    With `one_graph`, torch.compile needs one graph for all batches: boundaries are tensors of one shape, since every
+    Python value that changes needs another graph.
     """
 
-    name: ClassVar[str]
-    takes_dropout: ClassVar[bool] = False
+    name: ClassVar[str]  # in records and in plan.json
+    takes_dropout: ClassVar[bool] = False  # can drop attention weights
     one_graph: ClassVar[bool] = True
-    counts_tokens_only: ClassVar[bool] = True
+    counts_tokens_only: ClassVar[bool] = True  # its memory depends on their number, however they are cut into rows
 
-    row_length: int
+    row_length: int  # positions per row; no segment crosses a row's end
 
     @classmethod
     @abstractmethod
@@ -110,17 +101,13 @@ def choose_kernel(device_type: str, capability: tuple[int, int] | None, dtype: t
 @register
 @dataclass(frozen=True)
 class _Mask(Kernel):
-    """One call under a block mask, which computes every model on every device (T4 and MPS have nothing faster).
-
-    Attributes:
-        mask: True where a query may look, shape (num_rows, 1, row_length, row_length).
-    """
+    """One call under a block mask, which computes every model on every device (T4 and MPS have nothing faster)."""
 
     name = FALLBACK
     takes_dropout = True
     counts_tokens_only = False
 
-    mask: Tensor
+    mask: Tensor  # True where a query may look, shape (num_rows, 1, row_length, row_length)
 
     @classmethod
     def of(cls, lengths: Sequence[int], row_length: int, device: torch.device, capacity: int = 0) -> Self:
@@ -137,9 +124,9 @@ class _Mask(Kernel):
         return cls(row_length, torch.ones(num_rows, 1, row_length, row_length, dtype=torch.bool))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
-        mask, window = self.mask, scoring.sliding_window
-        if window is not None and window < self.row_length:
-            mask = mask & causal_mask(self.row_length, window, mask.device)
+        mask = self.mask
+        if scoring.sliding_window is not None and scoring.sliding_window < self.row_length:
+            mask = mask & causal_mask(self.row_length, scoring.sliding_window, mask.device)
         repeats = query.shape[1] // key.shape[1]
         if repeats > 1:  # each query head is given its key-value head
             key, value = (heads.repeat_interleave(repeats, dim=1) for heads in (key, value))
@@ -152,16 +139,12 @@ class _Mask(Kernel):
 @register
 @dataclass(frozen=True)
 class _BySegment(Kernel):
-    """One causal call per segment, on CPUs: neither other documents nor the future cost anything.
-
-    Attributes:
-        lengths: Of the segments, in row-major order.
-    """
+    """One causal call per segment, on CPUs: neither other documents nor the future cost anything."""
 
     name = "segments"
     one_graph = False
 
-    lengths: tuple[int, ...]
+    lengths: tuple[int, ...]  # of the segments, in row-major order
 
     @classmethod
     def of(cls, lengths: Sequence[int], row_length: int, device: torch.device, capacity: int = 0) -> Self:
@@ -187,15 +170,11 @@ VARLEN_SETTINGS = frozenset(inspect.signature(varlen_attn).parameters)
 @register
 @dataclass(frozen=True)
 class _Varlen(Kernel):
-    """torch's variable-length flash attention, on CUDA of capability 8 and above in half precision.
-
-    Attributes:
-        boundaries: Cumulative lengths from 0, int32, shape (capacity + 1,); the total is repeated at the end, as
-            segments of no length.
-    """
+    """torch's variable-length flash attention, on CUDA of capability 8 and above in half precision."""
 
     name = "varlen"
 
+    # Cumulative lengths from 0, int32, shape (capacity + 1,); the total is repeated at the end: segments of no length.
     boundaries: Tensor
 
     @classmethod
@@ -222,8 +201,7 @@ class _Varlen(Kernel):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         scaling, sliding_window = scoring.scaling, scoring.sliding_window
-        # The longest segment is bounded by the row, a constant: a changing maximum would recompile a compiled model.
-        longest = self.row_length
+        longest = self.row_length  # a constant bound: a changing maximum would recompile a compiled model
         dtype = query.dtype if query.dtype != torch.float32 else torch.get_autocast_dtype(query.device.type)
         window = (-1, 0) if sliding_window is None or sliding_window >= longest else (sliding_window - 1, 0)
         settings: dict[str, Any] = {"scale": scaling, "window_size": window}
@@ -249,8 +227,7 @@ class _TracedVarlen(_BySegment):
     """Computes nothing, and keeps what flash attention keeps for its backward pass."""
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
-        output = _KeptByFlashAttention.apply(query, key, value)
-        assert isinstance(output, Tensor)
+        output: Tensor = _KeptByFlashAttention.apply(query, key, value)
         return output
 
 
@@ -271,8 +248,8 @@ class _KeptByFlashAttention(torch.autograd.Function):
 
 def head_size(config: PretrainedConfig) -> int:
     """Numbers per attention head; of the largest where layers differ (Gemma 4)."""
-    layers = getattr(config, "per_layer_config", None) or [config]
     default = config.hidden_size // config.num_attention_heads
+    layers = getattr(config, "per_layer_config", None) or [config]
     return max(int(getattr(layer, "head_dim", None) or default) for layer in layers)
 
 
@@ -298,15 +275,14 @@ AttentionInterface.register(ATTENTION_NAME, document_attention)
 
 
 def knows_attention(config: PretrainedConfig) -> bool:
-    """Whether models of this configuration run on packed documents; others run one document per row."""
-    return str(config.model_type) in SUPPORTED_MODEL_TYPES
+    """Whether models of this configuration run on packed documents; others (soft caps, biases) run in `rows`."""
+    return str(config.model_type) in KNOWN_TYPES
 
 
 def use_document_attention(model: PreTrainedModel) -> None:
     """Switch a model, in place, to attention within documents; one whose attention is not known keeps its own.
 
-    Raises:
-        UserError: It is no plain decoder of text.
+    Of those, whatever is no plain decoder of text is refused.
     """
     if knows_attention(model.config):
         model.set_attn_implementation(ATTENTION_NAME)

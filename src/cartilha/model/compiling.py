@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -25,27 +26,24 @@ CompileChoice = Literal["auto", "always", "never"]
 MIN_STEPS_TO_COMPILE = 100  # shorter runs would spend more time compiling than they save
 
 
+@dataclass
 class CompiledOrPlain:
-    """Calls a compiled function until it fails (usually at its first call), then the plain one.
+    """Calls a compiled function until it fails (usually at its first call), then the plain one."""
 
-    `name` begins the warning that is logged then.
-    """
-
-    def __init__(self, compiled: Callable[..., Any], plain: Callable[..., Any], name: str) -> None:
-        self._compiled = compiled
-        self._plain = plain
-        self._name = name
-        self.is_compiled = True
+    compiled: Callable[..., Any]
+    plain: Callable[..., Any]
+    name: str  # begins the warning that is logged then
+    is_compiled: bool = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The function's result."""
         if self.is_compiled:
             try:
-                return self._compiled(*args, **kwargs)
+                return self.compiled(*args, **kwargs)
             except Exception as error:
                 if not self.give_up(error):
                     raise
-        return self._plain(*args, **kwargs)
+        return self.plain(*args, **kwargs)
 
     def give_up(self, error: Exception) -> bool:
         """Use the plain function from now on, because of this error; False where that would not help."""
@@ -53,7 +51,7 @@ class CompiledOrPlain:
         if not self.is_compiled or is_out_of_memory(cause):
             return False
         self.is_compiled = False
-        log.warning("%s could not be compiled, and is computed slower without (%s).", self._name, first_line(cause))
+        log.warning("%s could not be compiled, and is computed slower without (%s).", self.name, first_line(cause))
         return True
 
 
@@ -76,8 +74,7 @@ class CompiledBody(CompiledOrPlain):
         Flash attention starts a block of threads for each segment, and those of no length cost a little. Therefore the
         bound follows from the batches, not from the worst text (a document every two positions).
         """
-        while self._capacity < num_segments:
-            # At first a quarter above the batch, rounded up to a power of two.
+        while self._capacity < num_segments:  # at first a quarter above the batch, rounded up to a power of two
             self._capacity = max(2 * self._capacity, 2 ** (num_segments * 5 // 4).bit_length())
         return self._capacity
 

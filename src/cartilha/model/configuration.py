@@ -7,41 +7,19 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
-from cartilha.errors import HubUnreachableError, UserError, first_line
+from cartilha.errors import UserError
 from cartilha.model.gguf import converted_gguf
-from cartilha.model_reference import ModelSource, resolve_model, unreachable_message
+from cartilha.model_reference import RANDOM_SHAPES, ModelSource, resolve_model, unreadable
 from cartilha.storage import refuse_lfs_pointer
 from cartilha.tokens.tokenizer import TextTokenizer
 
-NO_CAUSAL_MODEL = "cannot be loaded as a causal language model"
 NO_LIMIT = 1 << 20  # positions of models that count distances instead; windows of an evaluation stay 2,048 by default
-
-# What `random:NAME` stands for (`model_reference.RANDOM_MODELS`).
-RANDOM_SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "model_type": "llama", "vocab_size": 259, "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024,
-        "tie_word_embeddings": True,
-    },
-    "tiny-opt": {
-        "model_type": "opt", "vocab_size": 259, "hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 256,
-        "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 1024,
-    },
-    "opt-125m": {"model_type": "opt", "vocab_size": 50272, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 2},
-    "smollm2-135m": {
-        "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
-        "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192,
-        "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
-    },
-}  # fmt: skip
 
 
 def model_config(reference: str, tokenizer: TextTokenizer | None = None) -> PretrainedConfig:
     """The configuration of a MODEL argument; `random:` models take embedding rows and special ids from the tokenizer.
 
-    Raises:
-        UserError: No such model, one that cannot be read, or quantised weights, which cannot be trained.
-        HubUnreachableError: A hub model cannot be had.
+    A UserError names a model that is not there or cannot be read, and quantised weights, which cannot be trained.
     """
     source = resolve_model(reference)
     if source.kind == "random":
@@ -49,13 +27,9 @@ def model_config(reference: str, tokenizer: TextTokenizer | None = None) -> Pret
     place = place_of(source)
     refuse_lfs_pointer(Path(place) / "config.json")
     try:
-        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+        config: PretrainedConfig = AutoConfig.from_pretrained(place, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        if not Path(place).is_dir() and isinstance(error, OSError):
-            raise HubUnreachableError(unreachable_message(reference)) from error
-        what = "holds no model that can be loaded" if isinstance(error, OSError) else NO_CAUSAL_MODEL
-        raise UserError(f"{reference} {what} ({reason_of(error)}).") from error
-    assert isinstance(config, PretrainedConfig)
+        raise unreadable(reference, place, error) from error
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         settings = quantization if isinstance(quantization, dict) else vars(quantization)
@@ -69,13 +43,6 @@ def model_config(reference: str, tokenizer: TextTokenizer | None = None) -> Pret
 def place_of(source: ModelSource) -> str:
     """What transformers loads a model from: a directory or a hub id."""
     return str(converted_gguf(source) if source.kind == "gguf" else source.path or source.name)
-
-
-def reason_of(error: Exception) -> str:
-    """The reason that transformers gives; not its advice to run a model's own code, which is never done here."""
-    if "custom code" in str(error):
-        return "it needs code that comes with it, which is never run: choose a model of a type that transformers knows"
-    return first_line(error)[:200]
 
 
 def _random_config(name: str, tokenizer: TextTokenizer | None) -> PretrainedConfig:

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from cartilha.errors import HubUnreachableError, UserError
 from cartilha.model.configuration import context_length
-from cartilha.model.head import head_of, head_weight
+from cartilha.model.head import head_of
 from cartilha.model.load import LoadedModel, load_model
 from cartilha.model_reference import resolve_model
 from cartilha.tokens.tokenizer import TextTokenizer
@@ -22,21 +22,13 @@ LEANING = 0.5  # weight of each piece relative to its neighbour, where input row
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What a vocabulary costs in a model.
+    """What a vocabulary costs in a model."""
 
-    Attributes:
-        num_rows: Rows of the token embeddings, used or not.
-        width: Numbers per row.
-        is_tied: Whether the head is the same matrix.
-        num_parameters: Of the whole model, tied weights counted once.
-        context_length: Most positions that the model takes.
-    """
-
-    num_rows: int
-    width: int
-    is_tied: bool
-    num_parameters: int
-    context_length: int
+    num_rows: int  # of the token embeddings, used or not
+    width: int  # numbers per row
+    is_tied: bool  # the head is the same matrix
+    num_parameters: int  # of the whole model, tied weights counted once
+    context_length: int  # most positions that the model takes
 
     @property
     def row_parameters(self) -> int:
@@ -65,7 +57,7 @@ def model_shape(reference: str, tokenizer: TextTokenizer) -> ModelShape | None:
 
 def shape_of(model: PreTrainedModel) -> ModelShape:
     """The shape of a loaded model."""
-    rows, head = input_rows(model), head_weight(model)
+    rows, head = input_rows(model), head_of(model).weight
     return ModelShape(rows.shape[0], rows.shape[1], rows is head, model.num_parameters(), context_length(model.config))
 
 
@@ -77,23 +69,16 @@ def input_rows(model: PreTrainedModel) -> Tensor:
 
 
 def extend_embeddings(loaded: LoadedModel, pieces: Sequence[Sequence[int]], first_id: int) -> None:
-    """Give a model rows for new tokens, in place; spare rows from `first_id` on are used first, and old rows stay.
+    """Give a model on the CPU rows for new tokens, in place; spare rows are used first, and old rows stay.
 
-    A new row is the mean of the rows of the tokens that it replaces. Where the head is a separate matrix, the mean of
-    input rows leans to the last piece (the new token is read where the last piece was read), and the mean of the head's
-    rows leans to the first piece (it is predicted where the first piece was predicted). Tied rows must serve for both,
-    and for them the plain mean is best (docs/log.md).
-
-    Args:
-        loaded: On the CPU.
-        pieces: For each new token the ids of the tokens that it replaces.
-        first_id: Id of the first new token.
-
-    Raises:
-        UserError: The model has fewer rows than the old tokens need.
+    `pieces` are, for each new token, the ids of the tokens that it replaces; `first_id` is the first new id. A new row
+    is the mean of the rows of those tokens. Where the head is a separate matrix, the mean of input rows leans to the
+    last piece (the new token is read where the last piece was read), and the mean of the head's rows leans to the first
+    piece (it is predicted where the first piece was predicted). Tied rows must serve for both, and for them the plain
+    mean is best (docs/log.md). A model with fewer rows than the old tokens need is refused.
     """
     model = loaded.model
-    old_rows = head_weight(model).shape[0]
+    old_rows = head_of(model).weight.shape[0]
     if any(max(ids) >= old_rows for ids in pieces):  # an unused [PAD] may lie beyond the rows; it gets one here
         raise UserError(
             f"{loaded.reference} has {old_rows} rows for a tokenizer of {first_id} ids; they do not belong together."

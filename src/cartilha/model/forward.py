@@ -20,26 +20,22 @@ from cartilha.model.rows import states_in_rows
 
 log = logging.getLogger("cartilha")
 
+_MASK_NOTICE = "Attention is computed under a mask, which is slower than the usual kernel: %s."
+_announce_mask = functools.cache(functools.partial(log.warning, _MASK_NOTICE))  # once per process
+
 
 def _segments(model: PreTrainedModel, batch: Batch, dtype: torch.dtype, body: CompiledBody | None = None) -> Kernel:
     device = model.device
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    kernel, under_mask = KERNELS[choose_kernel(device.type, capability, dtype)], KERNELS[FALLBACK]
-    reason = kernel.obstacle(model.config, training=model.training)
-    if reason:
+    kernel = KERNELS[choose_kernel(device.type, capability, dtype)]
+    if reason := kernel.obstacle(model.config, training=model.training):
         _announce_mask(reason)
-        kernel = under_mask
+        kernel = KERNELS[FALLBACK]
     lengths, capacity = batch.segment_lengths.tolist(), 0
     if body is not None and body.is_compiled:
         capacity = body.capacity(len(lengths))
-        kernel = kernel if kernel.one_graph else under_mask
+        kernel = kernel if kernel.one_graph else KERNELS[FALLBACK]
     return kernel.of(lengths, batch.input_ids.shape[1], device, capacity)
-
-
-@functools.cache
-def _announce_mask(reason: str) -> None:
-    """Logged once per process."""
-    log.warning("Attention is computed under a mask, which is slower than the usual kernel: %s.", reason)
 
 
 def hidden_states(model: PreTrainedModel, batch: Batch, dtype: torch.dtype, body: CompiledBody | None = None) -> Tensor:
@@ -58,8 +54,7 @@ def hidden_states(model: PreTrainedModel, batch: Batch, dtype: torch.dtype, body
             use_cache=False,
             segments=_segments(model, batch, dtype, body),
         )
-    states = output.last_hidden_state
-    assert isinstance(states, Tensor)
+    states: Tensor = output.last_hidden_state
     return states
 
 

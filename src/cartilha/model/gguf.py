@@ -10,8 +10,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from cartilha.errors import UserError, first_line, missing_extra
-from cartilha.model_reference import ModelSource, conversion_directory
+from cartilha.errors import UserError, missing_extra
+from cartilha.model_reference import ModelSource, conversion_directory, unreadable
 from cartilha.storage import new_directory
 from cartilha.tokens.tokenizer import gguf_tokenizer
 
@@ -39,13 +39,10 @@ def converted_gguf(source: ModelSource) -> Path:
 
 
 def convert_gguf(path: Path) -> PreTrainedModel:
-    """The model in a GGUF file as a plain float32 model.
+    """The model in a GGUF file as a plain float32 model; needs the extra `demo`.
 
     `save_pretrained` refuses a model with GGUF's quantisation settings, so the weights are copied into a fresh model of
     the same shape. Special ids become those of our tokenizer: `<|endoftext|>` where a chat model names its own marks.
-
-    Raises:
-        UserError: The `demo` extra is missing, or the file or its architecture cannot be read.
     """
     tokenizer = gguf_tokenizer(path)
     transformers_logging.disable_progress_bar()
@@ -54,7 +51,7 @@ def convert_gguf(path: Path) -> PreTrainedModel:
     except (ImportError, ValueError, KeyError, OSError) as error:
         if "accelerate" in str(error):
             raise missing_extra("Reading GGUF models", "demo") from error
-        raise UserError(f"{path} cannot be loaded as a causal language model ({first_line(error)[:200]}).") from error
+        raise unreadable(str(path), path.parent, error) from error
     settings = quantized.config.to_dict()
     for name in ("quantization_config", "_name_or_path", "unk_token_id"):
         settings.pop(name, None)
@@ -62,9 +59,8 @@ def convert_gguf(path: Path) -> PreTrainedModel:
     config.bos_token_id, config.eos_token_id, config.pad_token_id = tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(quantized.state_dict())
     model.tie_weights()
     model.generation_config = GenerationConfig.from_model_config(config)
-    assert isinstance(model, PreTrainedModel)
     return model

@@ -1,8 +1,7 @@
 """The head: how logits follow from the last hidden states, found from the model itself.
 
-Most heads are one matrix. Some add a bias (Phi, GPT-J), some scale (Cohere, Granite, MiniCPM), some cap the logits
-(Gemma 2). The fused loss computes the logits itself, so it must do exactly what the model does. To find that out, known
-values replace the output of the head once, and `HeadShape` must give what the model makes of them, to the bit.
+Some heads add a bias (Phi, GPT-J), scale (Cohere, Granite, MiniCPM) or cap (Gemma 2), and the fused loss must do so,
+too. Known values replace the head's output once; `HeadShape` must give what the model makes of them, to the bit.
 """
 
 from __future__ import annotations
@@ -35,16 +34,11 @@ class HeadShape:
     """What a model does besides the product with the head's matrix.
 
     logits = cap * tanh(scale * (input_scale * states @ weight.T + bias) / cap); without a cap no tanh.
-
-    Attributes:
-        input_scale: Factor of the hidden states before the head.
-        scale: Factor of the head's output.
-        cap: Bound of the logits' size, or None (Gemma 2: arXiv:2408.00118, section 2).
     """
 
-    input_scale: float = 1.0
-    scale: float = 1.0
-    cap: float | None = None
+    input_scale: float = 1.0  # of the hidden states before the head
+    scale: float = 1.0  # of the head's output
+    cap: float | None = None  # bound of the logits' size (Gemma 2: arXiv:2408.00118, section 2)
 
     def finish(self, logits: Tensor) -> Tensor:
         """Scale and cap the head's output, whose memory is reused."""
@@ -77,17 +71,8 @@ class Head:
         return self.shape.finish(product if self.bias is None else product.add_(self.bias))
 
 
-def head_weight(model: PreTrainedModel) -> Tensor:
-    """The head's matrix, shape (num_ids, hidden_size)."""
-    return head_of(model).weight
-
-
 def head_of(model: PreTrainedModel) -> Head:
-    """The model's head, a plain matrix unless `find_head_shape` has found more.
-
-    Raises:
-        UserError: It is no linear layer.
-    """
+    """The model's head, a plain matrix unless `find_head_shape` has found more; one of another kind is refused."""
     layer = model.get_output_embeddings()
     if not isinstance(layer, torch.nn.Linear):
         raise unsupported(model, "their head is not a matrix")
@@ -98,8 +83,8 @@ def head_of(model: PreTrainedModel) -> Head:
 def find_head_shape(model: PreTrainedModel) -> HeadShape:
     """Find out with a few tokens how logits follow from hidden states; the shape is kept with the model.
 
-    Raises:
-        UserError: No `HeadShape` describes it, or a position sees what comes after it: every figure would be wrong.
+    A UserError refuses a model that no `HeadShape` describes, and one whose positions see what comes after them: every
+    figure would be wrong.
     """
     if model.base_model is model:  # Llama 4 in transformers 5
         raise unsupported(model, "their layers cannot be run without their head")

@@ -18,53 +18,49 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from cartilha.errors import HubUnreachableError, UserError, first_line
+from cartilha.errors import UserError, first_line
 from cartilha.machine.cpu import keep_freed_memory, settle_cpu_functions
 from cartilha.machine.devices import seed_everything
 from cartilha.model.attention import knows_attention, use_document_attention
-from cartilha.model.configuration import NO_CAUSAL_MODEL, context_length, model_config, place_of, reason_of, with_layers
-from cartilha.model.head import HeadShape, find_head_shape, head_weight
-from cartilha.model_reference import resolve_model, unreachable_message
+from cartilha.model.configuration import context_length, model_config, place_of, with_layers
+from cartilha.model.head import HeadShape, find_head_shape, head_of
+from cartilha.model_reference import resolve_model, unreadable
 from cartilha.storage import refuse_lfs_pointer
 from cartilha.tokens.tokenizer import TextTokenizer
 
 log = logging.getLogger("cartilha")
 
-UNREADABLE = (ValueError, KeyError, RuntimeError, ImportError, SafetensorError, pickle.UnpicklingError, EOFError)
+UNREADABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    RuntimeError,
+    ImportError,
+    SafetensorError,
+    pickle.UnpicklingError,
+    EOFError,
+)
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready for packed documents.
+    """A model ready for packed documents."""
 
-    Attributes:
-        model: Float32 weights, attention within documents, evaluation mode (no dropout).
-        reference: The MODEL argument that it came from.
-        context_length: Most positions that the model takes.
-        num_parameters: Tied weights counted once.
-    """
-
-    model: PreTrainedModel
-    reference: str
-    context_length: int
-    num_parameters: int
+    model: PreTrainedModel  # float32 weights, attention within documents, evaluation mode (no dropout)
+    reference: str  # the MODEL argument that it came from
+    context_length: int  # most positions that the model takes
+    num_parameters: int  # tied weights counted once
 
 
 def load_model(
     reference: str, device: torch.device, *, tokenizer: TextTokenizer | None = None, seed: int = 0
 ) -> LoadedModel:
-    """Load a MODEL argument with float32 weights.
+    """Load a MODEL argument with float32 weights; `seed` is for fresh ones.
 
-    Args:
-        reference: Hub id, directory, GGUF file, `package:NAME` or `random:ARCH`.
-        device: Where the model is put.
-        tokenizer: Its ids must fit the model's rows; `random:` models take their special ids from it.
-        seed: For fresh weights.
-
-    Raises:
-        UserError: No such model, damaged files, an unsupported architecture, or a tokenizer with ids beyond the rows.
-        HubUnreachableError: A hub model cannot be had.
+    The tokenizer's ids must fit the model's rows, and `random:` models take their special ids from it. A UserError says
+    that there is no such model, or what is wrong with its files, its architecture or its tokenizer.
     """
+    transformers_logging.disable_progress_bar()  # for loading and saving; the console has our own
     source, config = resolve_model(reference), model_config(reference, tokenizer)
     if source.kind == "random":
         seed_everything(seed)
@@ -78,10 +74,9 @@ def prepare_model(
     model: PreTrainedModel, reference: str, device: torch.device, tokenizer: TextTokenizer | None = None
 ) -> LoadedModel:
     """Check a model and switch it to attention within documents; see `load_model` for what is refused."""
-    transformers_logging.disable_progress_bar()  # for loading and saving; the console has our own
     settle_cpu_functions()  # for GPUs, too: statistics of texts and new rows are computed on the CPU
     use_document_attention(model)
-    num_rows = len(head_weight(model))
+    num_rows = len(head_of(model).weight)
     if tokenizer is not None and tokenizer.num_ids > num_rows:
         if tokenizer.num_reachable_ids > num_rows:
             raise UserError(
@@ -114,8 +109,7 @@ PROBE_IDS = 1024  # rows of a model that is looked at without its weights
 def configured_head_shape(config: PretrainedConfig, reference: str) -> HeadShape:
     """The shape of the head, as far as one layer with fresh weights and few token ids shows it.
 
-    Raises:
-        UserError: `load_model` would refuse a model of this configuration, for the same reason.
+    What `load_model` would refuse is refused, for the same reason.
     """
     if knows_attention(config):
         return HeadShape()
@@ -151,7 +145,6 @@ def weights_hash(model: PreTrainedModel) -> str:
 
 
 def _from_pretrained(reference: str, path: str) -> PreTrainedModel:
-    transformers_logging.disable_progress_bar()
     for weights in sorted(Path(path).glob("model*.safetensors*")) or sorted(Path(path).glob("pytorch_model*.bin*")):
         refuse_lfs_pointer(weights)
     verbosity = transformers_logging.get_verbosity()
@@ -161,16 +154,12 @@ def _from_pretrained(reference: str, path: str) -> PreTrainedModel:
         result: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
         )
-    except OSError as error:
-        if Path(path).is_dir():
-            raise UserError(f"{reference} holds no model that can be loaded ({first_line(error)[:200]}).") from error
-        raise HubUnreachableError(unreachable_message(reference)) from error
     except UNREADABLE as error:
-        raise UserError(f"{reference} {NO_CAUSAL_MODEL} ({reason_of(error)}).") from error
+        raise unreadable(reference, path, error) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
+    model: PreTrainedModel
     model, report = result
-    assert isinstance(model, PreTrainedModel)
     if getattr(model.config, "auto_map", None):
         log.warning("%s comes with code of its own, which is not run: %s reads it.", reference, type(model).__name__)
     missing, unused = (sorted(report[name]) for name in ("missing_keys", "unexpected_keys"))

@@ -1,8 +1,7 @@
 """Head and cross-entropy together, chunk by chunk: never more than one chunk of logits exists.
 
-Logits take most of the memory: for 16 x 1024 tokens and 50,272 ids the usual code needs about 9 GiB. Here the forward
-pass computes the logits of one chunk of tokens, their loss and its gradients, and keeps only the gradients of hidden
-states and head. Matrix products run in the compute dtype, reductions and the head's gradient in float32.
+All logits of 16 x 1024 tokens and 50,272 ids take about 9 GiB. Here the forward pass computes the gradients, too, and
+keeps only those of hidden states and head. Matrix products run in the compute dtype, reductions in float32.
 """
 
 from __future__ import annotations
@@ -80,8 +79,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         (scale,) = grad_outputs
         # In place: nothing else uses these tensors.
         gradients = [gradient if gradient is None else gradient.mul_(scale) for gradient in ctx.saved_tensors]
-        has_contents = type(scale) is Tensor  # unlike the fake tensors that memory is traced with
-        if ctx.known_factor is not None and has_contents:
+        if ctx.known_factor is not None and type(scale) is Tensor:  # memory is traced with tensors without contents
             found = float(scale)
             assert not math.isfinite(found) or math.isclose(found, ctx.known_factor, rel_tol=1e-5), found
         return *gradients, None, None
@@ -132,45 +130,29 @@ def linear_cross_entropy(hidden: Tensor, head: Head, targets: Tensor, dtype: tor
     `IGNORE_INDEX` where nothing is scored. Matrix products run in `dtype`.
     """
     manner = _Manner(head.shape, dtype, factor_in_place(head.weight))
-    nll = _LinearCrossEntropy.apply(hidden, head.weight, head.bias, targets, manner)
-    assert isinstance(nll, Tensor)
+    nll: Tensor = _LinearCrossEntropy.apply(hidden, head.weight, head.bias, targets, manner)
     return nll
 
 
 @dataclass(frozen=True)
 class TokenScores:
-    """Scores of tokens, shape (num_tokens,); None for what was not `Wanted`.
+    """Scores of tokens, float32 of shape (num_tokens,) unless said otherwise; None for what was not `Wanted`."""
 
-    Attributes:
-        nll: Minus ln p(token), nats, float32.
-        unused_mass: Total probability of the rows of the vocabulary that no token uses, float32.
-        entropy: Of the distribution over the next token, nats, float32.
-        rank: Of the token, 1 for the likeliest, int64.
-        likeliest_ids: The likeliest tokens, likeliest first, int64, shape (num_tokens, num_likeliest).
-        likeliest: Their probabilities, float32, same shape.
-    """
-
-    nll: Tensor
-    unused_mass: Tensor
-    entropy: Tensor | None = None
-    rank: Tensor | None = None
-    likeliest_ids: Tensor | None = None
-    likeliest: Tensor | None = None
+    nll: Tensor  # minus ln p(token), nats
+    unused_mass: Tensor  # total probability of the rows of the vocabulary that no token uses
+    entropy: Tensor | None = None  # of the distribution over the next token, nats
+    rank: Tensor | None = None  # of the token, 1 for the likeliest, int64
+    likeliest_ids: Tensor | None = None  # likeliest first, int64, shape (num_tokens, num_likeliest)
+    likeliest: Tensor | None = None  # their probabilities, same shape
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is wanted of each token beside its nll.
+    """What is wanted of each token beside its nll."""
 
-    Attributes:
-        unused_ids: Rows of the head that no token uses, for `unused_mass`.
-        details: Whether entropy and rank are wanted; they cost two more passes over the logits.
-        num_likeliest: How many of the likeliest tokens are wanted.
-    """
-
-    unused_ids: Tensor | None = None
-    details: bool = False
-    num_likeliest: int = 0
+    unused_ids: Tensor | None = None  # rows of the head that no token uses, for `unused_mass`
+    details: bool = False  # entropy and rank, which cost two more passes over the logits
+    num_likeliest: int = 0  # how many of the likeliest tokens
 
 
 NLL_ONLY = Wanted()
@@ -182,8 +164,8 @@ def token_scores(
 ) -> TokenScores:
     """Score each target, without gradients and with one chunk of logits at a time.
 
-    `hidden` has the shape (num_tokens, hidden_size), and `targets` are token ids (num_tokens,). The matrix product runs
-    in `dtype`, the softmax in float32.
+    `hidden` has the shape (num_tokens, hidden_size), `targets` (num_tokens,). The matrix product runs in `dtype`, the
+    softmax in float32.
     """
     weight = head.weight.to(dtype)
     buffer = hidden.new_empty((min(CHUNK_TOKENS, len(targets)), len(weight)), dtype=torch.float32)
@@ -196,32 +178,26 @@ def token_scores(
             torch.mm(states, weight.T, out=product)
         else:
             product.copy_(states @ weight.T)
-        logits = head.finish(product)
-        chunks.append(_score_chunk(logits, targets[rows, None], wanted))
-    joined: dict[str, Tensor] = {}
-    for name, first in vars(chunks[0]).items():
-        if first is not None:
-            joined[name] = torch.cat([getattr(chunk, name) for chunk in chunks])
-    return TokenScores(**joined)
+        chunks.append(_score_chunk(head.finish(product), targets[rows, None], wanted))
+    found = [name for name, first in vars(chunks[0]).items() if first is not None]
+    return TokenScores(**{name: torch.cat([getattr(chunk, name) for chunk in chunks]) for name in found})
 
 
 def _score_chunk(logits: Tensor, index: Tensor, wanted: Wanted) -> TokenScores:
     """Scores of a chunk: `logits` (num_tokens, num_ids) are overwritten, `index` (num_tokens, 1) has the targets."""
     details, unused_ids = wanted.details, wanted.unused_ids
     target_logits = logits.gather(1, index)
-    # Ties count in the token's favour by half, so that a uniform model's ranks average (V + 1) / 2.
-    above = (logits > target_logits).sum(dim=1) if details else None
-    equal = (logits == target_logits).sum(dim=1) if details else None
+    rank = entropy = None
+    if details:  # ties count in the token's favour by half, so that a uniform model's ranks average (V + 1) / 2
+        rank = (logits > target_logits).sum(dim=1) + ((logits == target_logits).sum(dim=1) + 1) // 2
     highest = logits.amax(dim=1, keepdim=True)
-    shifted_target = target_logits - highest
-    # The entropy needs the shifted logits beside their exponentials.
     shifted = logits.sub_(highest)
-    weights = shifted.exp() if details else shifted.exp_()
+    weights = shifted.exp() if details else shifted.exp_()  # the entropy needs both
     total = weights.sum(dim=1)
-    entropy = total.log() - (weights * shifted.clamp(min=-1e30)).sum(dim=1) / total if details else None
+    if details:
+        entropy = total.log() - (weights * shifted.clamp(min=-1e30)).sum(dim=1) / total
     unused = weights[:, unused_ids].sum(dim=1) / total if unused_ids is not None else torch.zeros_like(total)
-    rank = above + (equal + 1) // 2 if above is not None and equal is not None else None
-    scores = TokenScores(total.log() - shifted_target[:, 0], unused, entropy, rank)
+    scores = TokenScores(total.log() - (target_logits - highest)[:, 0], unused, entropy, rank)
     if not wanted.num_likeliest:
         return scores
     likeliest, ids = weights.topk(min(wanted.num_likeliest, weights.shape[1]), dim=1)

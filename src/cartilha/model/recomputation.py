@@ -23,22 +23,19 @@ from cartilha.model.weight_gradients import same_again
 def checkpoint_layers(model: PreTrainedModel) -> None:
     """Switch a model, in place, to computing its layers again in the backward pass; the figures stay the same.
 
-    Raises:
-        UserError: transformers does not mark this architecture's layers.
+    A model whose layers transformers does not mark is refused.
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
-        raise UserError(
-            f"Models of the type {model.config.model_type} cannot be trained with --gradient_checkpointing; "
-            "leave it out."
-        )
+        kind = model.config.model_type
+        raise UserError(f"Models of the type {kind} cannot be trained with --gradient_checkpointing; leave it out.")
     for layer in layers:
         layer.forward = functools.partial(_computed_twice, layer.forward)
 
 
 def _computed_twice(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    # Without reentry, arguments may be of any type, such as the segments.
     again = None if torch.compiler.is_compiling() else same_again()
-    if again is None:
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-    return checkpoint(forward, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), again), **kwargs)
+    if again is not None:
+        kwargs["context_fn"] = lambda: (nullcontext(), again)
+    # Without reentry, arguments may be of any type, such as the segments.
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)

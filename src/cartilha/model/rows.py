@@ -1,8 +1,7 @@
 """One document per row, for models whose attention is not known here (biases for distances, soft caps, sinks, ...).
 
 Each piece of a document gets a row of its own, padded at the end, and the model attends in its own way. No token sees
-the padding that comes after it, so no document sees another. This is slower than packing: the rows of a forward pass
-differ in length by less than a factor of two, and the shorter ones are padded.
+the padding that comes after it, so no document sees another. This is slower than packing, because of the padding.
 """
 
 from __future__ import annotations
@@ -24,13 +23,9 @@ from cartilha.model.long_rope import original_context
 def row_groups(segment_lengths: np.ndarray, boundary: int | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Pieces of documents in rows, grouped by length so that less than half of each group is padding.
 
-    Args:
-        segment_lengths: Of all pieces of a batch in row-major order, each at least 1, shape (num_segments,).
-        boundary: Where given, pieces of at most this length are not grouped with longer ones.
-
-    Yields:
-        Two arrays of the shape (num_pieces, longest): positions in the flat batch, and False where the row is padded
-        (with the piece's first position).
+    The lengths, each at least 1, are those of all pieces of a batch in row-major order. Pieces of at most `boundary`
+    are not grouped with longer ones. Yields two arrays of the shape (num_pieces, longest): positions in the flat batch,
+    and False where the row is padded (with the piece's first position).
     """
     starts = np.cumsum(segment_lengths) - segment_lengths
     kinds = 2 * np.frexp(segment_lengths)[1]  # by the powers of two: 1, 2 and 3, 4 to 7, ...
@@ -61,11 +56,7 @@ def states_in_rows(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def refuse_what_cannot_run(model: PreTrainedModel) -> None:
-    """Refuse a model whose type is no plain decoder of text; `find_head_shape` looks at what it computes.
-
-    Raises:
-        UserError: With the reason.
-    """
+    """Refuse a model whose type is no plain decoder of text; `find_head_shape` looks at what it computes."""
     config = model.config
     if getattr(model, "_is_stateful", False):
         raise unsupported(model, "they carry a state from token to token instead of looking back")

@@ -1,8 +1,7 @@
 """Attention within documents on a CPU: one causal call per segment, whose output is kept only once.
 
-With `scaled_dot_product_attention` every segment's output is kept for the backward pass, and so are the rows that are
-put together from them, for the next product: 7 % of what OPT-125M keeps. Here the kernels that torch's function would
-choose are called directly, forward and backward, and they read and write whole rows.
+With `scaled_dot_product_attention` the output of every segment is kept beside the rows put together from them: 7 % of
+what OPT-125M keeps. Here the kernels that it would choose are called directly, and read and write whole rows.
 """
 
 from __future__ import annotations
@@ -20,17 +19,11 @@ HAS_KERNELS = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_c
 
 @dataclass(frozen=True)
 class Scoring:
-    """How an attention layer weighs what a query may see.
+    """How an attention layer weighs what a query may see."""
 
-    Attributes:
-        scaling: Factor of the scores; None for 1 / sqrt(head_size).
-        sliding_window: Positions that a query sees at most, itself included; None for all.
-        dropout: Probability that an attention weight is dropped.
-    """
-
-    scaling: float | None = None
-    sliding_window: int | None = None
-    dropout: float = 0.0
+    scaling: float | None = None  # factor of the scores; None for 1 / sqrt(head_size)
+    sliding_window: int | None = None  # positions that a query sees at most, itself included; None for all
+    dropout: float = 0.0  # probability that an attention weight is dropped
 
 
 def segment_attention(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], scoring: Scoring) -> Tensor:
@@ -41,8 +34,7 @@ def segment_attention(query: Tensor, key: Tensor, value: Tensor, lengths: Sequen
     (docs/log.md).
     """
     assert not scoring.dropout, "such models are computed under a mask: see `Kernel.obstacle`"
-    output = _SegmentAttention.apply(query, key, value, lengths, scoring)
-    assert isinstance(output, Tensor)
+    output: Tensor = _SegmentAttention.apply(query, key, value, lengths, scoring)
     return output
 
 

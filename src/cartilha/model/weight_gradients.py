@@ -1,9 +1,8 @@
 """On a CPU, a weight's gradient is added to the earlier ones by the matrix product that computes it.
 
-Autograd computes the gradient of each use of a weight as a separate tensor and adds it afterwards. Every micro-batch
-then needs memory for the largest matrix twice and a pass over all gradients, which on a CPU is 5 % of a step of four
-micro-batches (docs/log.md). Matrix products can add to existing numbers directly (Megatron-LM does so on GPUs as
-"gradient accumulation fusion"). Everything that is not a linear layer or an embedding goes through autograd as usual.
+Autograd makes the gradient of each use of a weight a separate tensor and adds it afterwards. Every micro-batch then
+needs the largest matrix twice and a pass over all gradients, 5 % of a step of four (docs/log.md). Here the product adds
+to them directly, as in Megatron-LM's "gradient accumulation fusion". Only linear layers and embeddings are changed.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from cartilha.model.attention import ATTENTION_DROPOUT, KERNELS, knows_attention, use_document_attention
 from cartilha.model.configuration import with_layers
-from cartilha.model.head import head_of, head_weight
+from cartilha.model.head import head_of
 from cartilha.model.load import configured_head_shape
 from cartilha.model.loss import linear_cross_entropy
 from cartilha.model.products import cpu_product_dtype, sums_in_float32
@@ -165,4 +165,4 @@ def _pass(model: PreTrainedModel, live: _LiveBytes, rows: int, row_length: int, 
     del hidden
     loss.backward()
     assert len(body) == 1, "the gradient comes back to the embeddings once"
-    return StepBytes(kept, body[0], live.peak, 4.0 * head_weight(model).numel())
+    return StepBytes(kept, body[0], live.peak, 4.0 * head_of(model).weight.numel())
