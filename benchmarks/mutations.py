@@ -38,7 +38,7 @@ from cartilha.cli import main as cartilha
 from cartilha.errors import UserError
 from cartilha.model.load import load_model
 from cartilha.tokens.store import TokenStore
-from cartilha.training.checkpoint import load_checkpoint, newest_sound_checkpoint, save_checkpoint
+from cartilha.training.checkpoint import freeze, load_checkpoint, newest_sound_checkpoint, write_checkpoint
 from cartilha.training.state import TrainingState
 
 SECONDS_AT_MOST = 30
@@ -197,9 +197,9 @@ def checkpoints(work: Path, faults: Faults) -> Callable[[list[Any], int], None]:
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     state.optimizer.step()
-    before = save_checkpoint(run, state, {"lr": 1e-3})
+    before = write_checkpoint(run, freeze(state, {"lr": 1e-3}))
     state.progress.step = 2
-    newest = save_checkpoint(run, state, {"lr": 1e-3})
+    newest = write_checkpoint(run, freeze(state, {"lr": 1e-3}))
     files = sorted(newest.iterdir())
     good = {path: path.read_bytes() for path in files}
 

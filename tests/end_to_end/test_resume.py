@@ -22,6 +22,7 @@ from cartilha.errors import InterruptedRunError, UserError
 from cartilha.model.forward import batch_nll
 from cartilha.runs.files import write_config
 from cartilha.training.checkpoint import FrozenState, freeze, write_checkpoint
+from cartilha.training.memory import StepMemory
 
 
 def test_interrupted_and_resumed_equals_unbroken(cartilha, unbroken, store, tmp_path, during_step):
@@ -301,12 +302,13 @@ def test_a_model_whose_weights_changed_is_another_model(store, tmp_path, during_
 
 
 def test_the_micro_batch_in_force_goes_on_whatever_would_be_planned_now(store, tmp_path, during_step, monkeypatch):
-    monkeypatch.setattr("cartilha.runs.step_plan.largest_micro_batch", lambda *_, **__: 1)
+    no_memory = StepMemory(0, 0, 0, 0, 0, 0)
+    monkeypatch.setattr("cartilha.runs.step_plan.best_step", lambda *_: (1, no_memory))
     start(store, tmp_path / "whole")
     during_step({6: terminate})  # a step has four forward passes now
     with pytest.raises(InterruptedRunError):
         start(store, tmp_path / "run")
-    monkeypatch.setattr("cartilha.runs.step_plan.largest_micro_batch", lambda *_, **__: 4)
+    monkeypatch.setattr("cartilha.runs.step_plan.best_step", lambda *_: (4, no_memory))
     start(store, tmp_path / "run", resume="auto")
     assert_same_run(Left(tmp_path / "run"), Left(tmp_path / "whole"))
     with pytest.raises(AssertionError):  # not vacuous: with another micro-batch the bits are others

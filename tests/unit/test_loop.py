@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
+from queue import Queue
 from typing import Any
 
 import numpy as np
@@ -17,8 +19,7 @@ from cartilha.model.forward import batch_nll
 from cartilha.model.load import load_model
 from cartilha.tokens.packed import PackedDocuments
 from cartilha.training import loop
-from cartilha.training.loader import StepLoader
-from cartilha.training.loop import StepSettings, train_steps
+from cartilha.training.loop import StepSettings, prepared_steps, train_steps
 from cartilha.training.schedule import SHAPES, Schedule, check_shape
 from cartilha.training.state import StepRecord, TrainingState
 
@@ -240,7 +241,7 @@ def test_memory_that_runs_out_under_the_scaler(failing_passes):
     assert 4 in rows
 
 
-# The loader
+# Blocks prepared ahead
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 8, 11])
@@ -263,11 +264,11 @@ def test_targets_are_counted_without_making_the_blocks():
         assert found.num_targets(step) == made > 0
 
 
-def test_the_loader_gives_what_the_sampler_has_in_any_order_of_steps():
+@pytest.mark.parametrize("first", [0, 30, 5])
+def test_the_steps_are_prepared_as_the_sampler_has_them_from_any_step_on(first):
     expected = sampler()
-    with StepLoader(sampler()) as loader:
-        for step in [0, 1, 2, 30, 31, 5, 5, 6]:
-            taken = loader.take(step)
+    with closing(prepared_steps(sampler(), first)) as prepared:
+        for step, taken in zip(range(first, first + 3), prepared, strict=False):
             assert taken.num_targets == expected.num_targets(step)
             for ours, theirs in zip(taken.blocks, expected.blocks(step), strict=True):
                 assert np.array_equal(ours.input_ids, theirs.input_ids)
@@ -275,25 +276,23 @@ def test_the_loader_gives_what_the_sampler_has_in_any_order_of_steps():
 
 def test_the_next_step_is_prepared_while_this_one_runs():
     found = sampler()
-    asked: list[int] = []
+    asked: Queue[int] = Queue()
     blocks = found.blocks
-    found.blocks = lambda step, *share: asked.append(step) or blocks(step, *share)
-    with StepLoader(found) as loader:
-        loader.take(0)
-        loader._next[1].result()
-        assert asked == [0, 1]
-        loader.take(1)
-        loader._next[1].result()
-        assert asked == [0, 1, 2]
+    found.blocks = lambda step, *share: asked.put(step) or blocks(step, *share)
+    with closing(prepared_steps(found, 0)) as prepared:
+        next(prepared)
+        assert [asked.get(timeout=60) for _ in range(2)] == [0, 1]
+        next(prepared)
+        assert asked.get(timeout=60) == 2 and asked.empty()
 
 
-def test_a_fault_of_the_loader_reaches_the_step_that_needs_it():
+def test_a_fault_in_preparing_reaches_the_step_that_needs_it():
     found = sampler()
     found.num_targets = lambda step: 1 / 0 if step == 1 else 5
-    with StepLoader(found) as loader:
-        assert loader.take(0).num_targets == 5
+    with closing(prepared_steps(found, 0)) as prepared:
+        assert next(prepared).num_targets == 5
         with pytest.raises(ZeroDivisionError):
-            loader.take(1)
+            next(prepared)
 
 
 def test_the_clock_runs_forward():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from cartilha.model.load import load_model
 from cartilha.model.recomputation import checkpoint_layers
 from cartilha.training import memory as memory_module
 from cartilha.training.device_facts import KNOWN_DEVICES, attention_flops_per_token, flops_per_token
-from cartilha.training.memory import MemoryModel, check_states_fit, largest_micro_batch
+from cartilha.training.memory import MemoryModel, best_step, check_states_fit
 from cartilha.training.trace import Computation, StepBytes, count_parameters, traced_step
 
 CPU = KNOWN_DEVICES["cpu"]
@@ -32,9 +33,10 @@ def how(dtype: torch.dtype = torch.float32, kernel: str = "segments", **settings
 
 
 def planned(found: MemoryModel, free_bytes: float, block_size: int = 64, blocks_per_step: int = 24) -> int:
-    return largest_micro_batch(
-        found, block_size=block_size, blocks_per_step=blocks_per_step, available_bytes=int(free_bytes), max_tokens=4096
-    )
+    device = replace(CPU, memory_bytes=int(free_bytes), max_tokens=4096)
+    size, step = best_step(found, device, block_size, blocks_per_step)
+    assert step == found.step(size or 1, block_size, accumulates=(size or 1) < blocks_per_step)
+    return size
 
 
 # What is traced

@@ -18,39 +18,24 @@ IGNORE_INDEX = -100  # the target that is not scored, as in PyTorch and transfor
 
 @dataclass(frozen=True)
 class Block:
-    """One row of a batch; its arrays are int64, of shape (block_size,) but for the last.
+    """One row of a batch; its arrays are int64, of shape (block_size,) but for the last, of shape (num_segments,)."""
 
-    Attributes:
-        input_ids: Padding is filled with the end token.
-        targets: The token to predict at each position, or `IGNORE_INDEX`.
-        position_ids: From 0 in each segment.
-        segment_lengths: Lengths of the parts of documents, then of the padding: shape (num_segments,). Attention must
-            not look from one segment into another.
-    """
-
-    input_ids: np.ndarray
-    targets: np.ndarray
-    position_ids: np.ndarray
-    segment_lengths: np.ndarray
+    input_ids: np.ndarray  # padding is filled with the end token
+    targets: np.ndarray  # the token to predict at each position, or `IGNORE_INDEX`
+    position_ids: np.ndarray  # from 0 in each segment
+    segment_lengths: np.ndarray  # of parts of documents, then padding; attention must not look from one into another
 
 
 @dataclass(frozen=True)
 class PackedSegment:
-    """The part of one document, or the padding, that lies in a block from position `begin` up to `end`.
+    """The part of one document, or the padding, that lies in a block from position `begin` up to `end`."""
 
-    Attributes:
-        document: Its index in the order of the stream; None for padding.
-        begins: Whether it begins with the document's prefix.
-        ends: Whether the next block holds no more inputs of the document.
-        has_end_token: Whether its last input is the end token. That of the stream's last document is only a target.
-    """
-
-    document: int | None
+    document: int | None  # its index in the order of the stream; None for padding
     begin: int
     end: int
-    begins: bool = False
-    ends: bool = False
-    has_end_token: bool = False
+    begins: bool = False  # whether it begins with the document's prefix
+    ends: bool = False  # whether the next block holds no more inputs of the document
+    has_end_token: bool = False  # whether its last input is the end token; the stream's last one is only a target
 
 
 class Batch(Block):

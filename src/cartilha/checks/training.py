@@ -23,7 +23,7 @@ from cartilha.model.forward import batch_nll, hidden_states
 from cartilha.model.head import head_of
 from cartilha.model.loss import linear_cross_entropy
 from cartilha.tokens.packed import PackedDocuments
-from cartilha.training.checkpoint import load_checkpoint, save_checkpoint
+from cartilha.training.checkpoint import freeze, load_checkpoint, write_checkpoint
 from cartilha.training.loop import StepSettings, train_steps
 from cartilha.training.schedule import Schedule
 from cartilha.training.state import StepRecord, TrainingState
@@ -262,7 +262,7 @@ def resume(subject: Subject) -> CheckResult:
             losses.append(float(step.loss))
             if step.step == 1:
                 break
-        checkpoint = save_checkpoint(Path(directory), state, {})
+        checkpoint = write_checkpoint(Path(directory), freeze(state, {}))
         with torch.no_grad():
             for parameter in subject.model.parameters():
                 parameter.zero_()

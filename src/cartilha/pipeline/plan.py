@@ -20,14 +20,22 @@ from cartilha.model.configuration import context_length, model_config
 from cartilha.model.load import configured_head_shape, load_model
 from cartilha.model.recomputation import checkpoint_layers
 from cartilha.pipeline.preflight import preflight
-from cartilha.runs.step_plan import best_step, refuse_beyond_context, this_machine, with_copy
+from cartilha.runs.step_plan import refuse_beyond_context, this_machine, with_copy
 from cartilha.tokens.packed import PackedDocuments
 from cartilha.tokens.store import TokenStore
 from cartilha.training.checkpoint import BYTES_PER_PARAMETER as CHECKPOINT_BYTES_PER_PARAMETER
 from cartilha.training.checkpoint import space_needed
 from cartilha.training.device_facts import KNOWN_DEVICES, DeviceFacts, flops_per_token
 from cartilha.training.loop import StepSettings, train_steps
-from cartilha.training.memory import BYTES_PER_PARAMETER, SAFETY, MemoryModel, StepMemory, check_states_fit, show_count
+from cartilha.training.memory import (
+    BYTES_PER_PARAMETER,
+    SAFETY,
+    MemoryModel,
+    StepMemory,
+    best_step,
+    check_states_fit,
+    show_count,
+)
 from cartilha.training.optimizer import resolve_batch_tokens
 from cartilha.training.schedule import Schedule
 from cartilha.training.state import TrainingState

@@ -25,7 +25,7 @@ from cartilha.training.device_facts import (
     flops_per_token,
     max_tokens_on_this_cpu,
 )
-from cartilha.training.memory import SAFETY, MemoryModel, StepMemory, largest_micro_batch
+from cartilha.training.memory import SAFETY, MemoryModel, StepMemory, best_step
 
 log = logging.getLogger("cartilha")
 
@@ -138,18 +138,6 @@ def with_copy(step: StepMemory, facts: DeviceFacts, num_parameters: int) -> Step
     """
     copied = replace(step, checkpoint_copy=CHECKPOINT_BYTES_PER_PARAMETER * num_parameters)
     return copied if copied.total <= SAFETY * facts.memory_bytes else None
-
-
-def best_step(model: MemoryModel, facts: DeviceFacts, block_size: int, blocks_per_step: int) -> tuple[int, StepMemory]:
-    """The largest micro-batch that fits the device, 0 where none does, and the step's memory with it (or with 1)."""
-    size = largest_micro_batch(
-        model,
-        block_size=block_size,
-        blocks_per_step=blocks_per_step,
-        available_bytes=facts.memory_bytes,
-        max_tokens=facts.max_tokens,
-    )
-    return size, model.step(max(1, size), block_size, accumulates=max(1, size) < blocks_per_step)
 
 
 def refuse_beyond_context(block_size: int, context_length: int, model: str) -> None:

@@ -57,24 +57,23 @@ class FrozenState:
     values: dict[str, Any]  # the contents of state.json
 
 
-def freeze(state: TrainingState, settings: dict[str, Any], *, copy: bool) -> FrozenState:
+def freeze(state: TrainingState, settings: dict[str, Any], *, copy: bool = False) -> FrozenState:
     """The state after its last step, with the settings that a resume must find unchanged (`check_settings`).
 
     With `copy`, tensors that are on the host already are copied, so that training may go on while they are written.
     """
 
     def at_rest(tensor: torch.Tensor) -> torch.Tensor:
-        tensor = tensor.detach()
-        return tensor.clone().contiguous() if copy and tensor.device.type == "cpu" else tensor.cpu().contiguous()
+        return tensor.detach().to("cpu", copy=copy).contiguous()
 
-    names: dict[torch.Tensor, str] = {parameter: name for name, parameter in state.model.named_parameters()}
+    parameters = dict(state.model.named_parameters())
     return FrozenState(
         step=state.progress.step,
-        weights={name: at_rest(parameter) for parameter, name in names.items()},
+        weights={name: at_rest(parameter) for name, parameter in parameters.items()},
         moments={
-            f"{names[parameter]}|{key}": at_rest(value)
-            for parameter, values in state.optimizer.state.items()
-            for key, value in values.items()
+            f"{name}|{key}": at_rest(value)
+            for name, parameter in parameters.items()
+            for key, value in state.optimizer.state[parameter].items()
         },
         values={
             "format_version": FORMAT_VERSION,
@@ -90,10 +89,8 @@ def write_checkpoint(run: Path, frozen: FrozenState, validation_loss: float | No
     """Write a checkpoint of a run; older ones are removed afterwards, except the newest `keep` and the best.
 
     The best has the lowest validation loss (nats per token), which is known where it has just been measured. Later
-    checkpoints are removed too: they are damaged, and the run has gone on from before them.
-
-    Raises:
-        OSError: The disk is full, gone, or not to be written to; the checkpoints that are there stay as they are.
+    checkpoints are removed too: they are damaged, and the run has gone on from before them. An OSError says that the
+    disk cannot be written to; the checkpoints that are there then stay as they are.
     """
     path = run / "checkpoints" / f"step-{frozen.step:08d}"
     with new_directory(path, replace=True) as temporary:
@@ -111,20 +108,14 @@ def write_checkpoint(run: Path, frozen: FrozenState, validation_loss: float | No
     return path
 
 
-def save_checkpoint(run: Path, state: TrainingState, settings: dict[str, Any]) -> Path:
-    """Freeze the state and write it, at once."""
-    return write_checkpoint(run, freeze(state, settings, copy=False))
-
-
 def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     """`save_file`, with the system's own error where one is behind safetensors'."""
     try:
         save_file(tensors, path)
     except SafetensorError as error:
-        fault = system_error(error)
-        if fault is None:
-            raise
-        raise OSError(fault.errno, fault.strerror, str(path)) from error
+        if fault := system_error(error):
+            raise OSError(fault.errno, fault.strerror, str(path)) from error
+        raise
 
 
 def list_checkpoints(run: Path) -> list[Path]:
@@ -139,8 +130,7 @@ def best_checkpoint(paths: list[Path]) -> Path | None:
     return min(measured, key=measured.__getitem__, default=None)
 
 
-def _manifest(path: Path) -> dict[str, Any]:
-    """A checkpoint's manifest; empty where it is damaged or missing."""
+def _manifest(path: Path) -> dict[str, Any]:  # empty where it is damaged or missing
     try:
         return read_sealed_json(path / "manifest.json")
     except (OSError, ValueError):
@@ -165,10 +155,7 @@ def drop_optimizer_states(run: Path) -> None:
     """Remove the optimizer states from a run's checkpoints, the newest last: from then on it can only be finished.
 
     A manifest changes before the file goes, so that a kill leaves a file too many, which the next end of the run
-    removes, and no checkpoint that seems damaged.
-
-    Raises:
-        OSError: The disk is full, gone, or not to be written to.
+    removes, and no checkpoint that seems damaged. An OSError says that the disk cannot be written to.
     """
     for path in list_checkpoints(run):
         if _has_states(path) and (manifest := _manifest(path)):
@@ -206,8 +193,7 @@ def newest_name(run: Path) -> str | None:
 def newest_sound_checkpoint(run: Path) -> Path | None:
     """The newest checkpoint whose files have the recorded sizes and hashes; damaged ones are named and passed over.
 
-    Raises:
-        UserError: Only another version's checkpoints are left: a run that starts again would remove them.
+    A UserError says that only another version's checkpoints are left: a run that starts again would remove them.
     """
     found = list_checkpoints(run)
     others = []
@@ -231,7 +217,7 @@ def newest_sound_checkpoint(run: Path) -> Path | None:
 
 
 class _OtherVersionError(ValueError):
-    """What tells a checkpoint of another version from a damaged one."""
+    """The checkpoint is not damaged, but of another version."""
 
 
 def _verify(path: Path) -> None:
@@ -271,10 +257,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 def check_settings(
     recorded: dict[str, Any], current: dict[str, Any], run: Path, *, allow_changes: bool = False
 ) -> None:
-    """Refuse, with a UserError that names them, settings other than those that the run began with.
-
-    With `allow_changes`, a warning names them instead.
-    """
+    """Refuse settings other than those that the run began with: a UserError, or only a warning, names them."""
     changed = [name for name in current if recorded.get(name) != current[name]]
     if not changed:
         return
@@ -292,10 +275,9 @@ def check_settings(
 def load_checkpoint(path: Path, state: TrainingState) -> None:
     """Restore a checkpoint into the state, in place. Everything is checked before anything is changed.
 
-    Raises:
-        UserError: It is not a checkpoint of this model, or its contents make no sense.
+    A UserError says that it is not a checkpoint of this model, or that its contents make no sense.
     """
-    device = state.model.device
+    device = str(state.model.device)
     parameters = dict(state.model.named_parameters())
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     try:
@@ -315,15 +297,11 @@ def load_checkpoint(path: Path, state: TrainingState) -> None:
             "use the model and code that it was made with, or another --output."
         ) from error
     with torch.no_grad():
-        for name, weight in load_file(path / WEIGHTS, device=str(device)).items():
+        # Copied, since what is read is mapped from the file.
+        for name, weight in load_file(path / WEIGHTS, device=device).items():
             parameters[name].copy_(weight)
-    for joined, value in (load_file(path / OPTIMIZER, device=str(device)) if has_states else {}).items():
-        name, key = joined.rsplit("|", 1)
-        # Fused AdamW keeps its step counts beside the parameters. A copy, since what is read is mapped from the file.
-        moments_there = state.optimizer.state[parameters[name]]
-        if key in moments_there:
-            moments_there[key].copy_(value)
-        else:
-            moments_there[key] = value.clone()
+        for joined, value in (load_file(path / OPTIMIZER, device=device) if has_states else {}).items():
+            name, key = joined.rsplit("|", 1)
+            state.optimizer.state[parameters[name]][key].copy_(value)
     state.scaler.load_state_dict(saved["scaler"])
     vars(state.progress).update(vars(progress))

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from cartilha.blocks.packing import stack
+from cartilha.blocks.packing import Block, stack
 from cartilha.blocks.sampler import BlockSampler
 from cartilha.errors import counted
 from cartilha.machine.memory import is_out_of_memory, peak_memory_bytes
@@ -20,7 +21,6 @@ from cartilha.model.compiling import CompiledBody
 from cartilha.model.forward import batch_nll
 from cartilha.model.weight_gradients import weight_gradients_in_place
 from cartilha.training.distributed import agree, sum_over_ranks
-from cartilha.training.loader import StepBlocks, StepLoader
 from cartilha.training.optimizer import choose_trained, clear_gradients, step_unless
 from cartilha.training.schedule import Schedule
 from cartilha.training.state import StepRecord, TrainingState
@@ -53,11 +53,11 @@ def train_steps(
     progress.micro_batch_size = settings.micro_batch_size
     device = state.model.device
     pace = _OneStepAhead(device)
-    with StepLoader(sampler, *world()) as loader:
+    with closing(prepared_steps(sampler, progress.step)) as prepared:
         while not schedule.is_over(progress.step, progress.seconds):
             started = time.perf_counter()
             step = progress.step
-            data = loader.take(step)
+            data = next(prepared)
             lr = schedule.lr(step, progress.seconds)
             embeddings_only = schedule.trains_embeddings_only(step, progress.seconds)
             parameters = choose_trained(state.model, state.optimizer, embeddings_only=embeddings_only)
@@ -86,6 +86,32 @@ def train_steps(
                 memory_bytes=peak_memory_bytes(device.type),
                 micro_batch_size=progress.micro_batch_size,
             )
+
+
+@dataclass(frozen=True)
+class StepBlocks:
+    """What one step trains on."""
+
+    blocks: list[Block]  # this rank's share
+    num_targets: int  # of the whole step, all ranks together
+
+
+def prepared_steps(sampler: BlockSampler, step: int) -> Generator[StepBlocks, None, None]:
+    """This rank's blocks of `step` (from 0) and of all steps after it.
+
+    While a step runs, a thread prepares the next one: cutting blocks out of the memory-mapped store is work for numpy
+    and the disk, and the device need not wait for it.
+    """
+
+    def prepare(step: int) -> StepBlocks:
+        return StepBlocks(sampler.blocks(step, *world()), sampler.num_targets(step))
+
+    with ThreadPoolExecutor(1, thread_name_prefix="cartilha-loader") as thread:
+        begun = thread.submit(prepare, step)
+        while True:
+            blocks, step = begun.result(), step + 1
+            begun = thread.submit(prepare, step)
+            yield blocks
 
 
 def _update(
@@ -175,10 +201,8 @@ class _OneStepAhead:
 
     def wait(self, *, to_the_end: bool) -> None:
         """Wait for the step before the one just launched or, `to_the_end`, for that one too."""
-        if self._device.type != "cuda":
-            return
-        before, self._last = self._last, torch.cuda.Event()
-        self._last.record(torch.cuda.current_stream(self._device))
-        event = self._last if to_the_end else before
-        if event is not None:
-            event.synchronize()
+        if self._device.type == "cuda":
+            before, self._last = self._last, torch.cuda.Event()
+            self._last.record(torch.cuda.current_stream(self._device))
+            if event := self._last if to_the_end else before:
+                event.synchronize()

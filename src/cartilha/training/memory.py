@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 from cartilha.errors import UserError
 from cartilha.model.attention import KERNELS, knows_attention
 from cartilha.model.loss import CHUNK_TOKENS
+from cartilha.training.device_facts import DeviceFacts
 from cartilha.training.trace import Computation, StepBytes, count_parameters, traced_step
 
 BYTES_PER_PARAMETER = 16  # weight, gradient, and AdamW's two moments, all float32
@@ -35,7 +36,7 @@ class StepMemory:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """All of these."""
         return sum(vars(self).values())
 
 
@@ -51,10 +52,7 @@ class MemoryModel:
         self.num_parameters = num_parameters or count_parameters(config)
 
     def step(self, micro_batch_size: int, block_size: int, *, accumulates: bool) -> StepMemory:
-        """Memory of a step with micro-batches of this many blocks of `block_size` tokens.
-
-        Where a step has several micro-batches (`accumulates`), gradients are there beside the activations.
-        """
+        """Memory of a step; where it has several micro-batches (`accumulates`), gradients lie beside activations."""
         states = 4 * self.num_parameters
         kept = self._traced(micro_batch_size, block_size)
         if accumulates or self._how.on_cpu:  # on a CPU gradients stay where they are
@@ -102,27 +100,28 @@ class MemoryModel:
         return traced_step(self._config, rows, row_length, self._how)
 
 
-def largest_micro_batch(
-    model: MemoryModel, *, block_size: int, blocks_per_step: int, available_bytes: int, max_tokens: int
-) -> int:
-    """The largest micro-batch (in blocks) planned to fit, a divisor of the step where one is near; 0 if none fits.
+def best_step(model: MemoryModel, facts: DeviceFacts, block_size: int, blocks_per_step: int) -> tuple[int, StepMemory]:
+    """The largest micro-batch (in blocks) planned to fit, 0 if none does, and the step's memory with it (or with 1).
 
-    `available_bytes` is for everything that the model counts, overhead included. Beyond `max_tokens` a larger
-    micro-batch brings nothing.
+    It divides the step's blocks where such a size is near. Beyond the device's `max_tokens` a larger one brings nothing.
     """
 
-    def fits(size: int) -> bool:
-        return model.step(size, block_size, accumulates=size < blocks_per_step).total <= SAFETY * available_bytes
+    def planned(size: int) -> StepMemory:
+        return model.step(size, block_size, accumulates=size < blocks_per_step)
 
-    most = max(1, min(blocks_per_step, max_tokens // block_size))
+    def fits(size: int) -> bool:
+        return planned(size).total <= SAFETY * facts.memory_bytes
+
     if not fits(1):
-        return 0
+        return 0, planned(1)
+    most = max(1, min(blocks_per_step, facts.max_tokens // block_size))
     # More blocks never take less memory, except the whole step at once: it has no gradients beside its activations.
     low = bisect.bisect_left(range(2, most + 1), True, key=lambda size: not fits(size)) + 1
     if low < most and fits(most):
         low = most
-    divisors = [size for size in range(1, low + 1) if blocks_per_step % size == 0]
-    return divisors[-1] if divisors[-1] * 2 > low else low
+    divisor = max(size for size in range(1, low + 1) if blocks_per_step % size == 0)
+    size = divisor if divisor * 2 > low else low
+    return size, planned(size)
 
 
 def check_states_fit(num_parameters: int, available_bytes: int, ref: str, device: str) -> None:
