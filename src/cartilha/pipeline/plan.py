@@ -25,7 +25,7 @@ from cartilha.tokens.packed import PackedDocuments
 from cartilha.tokens.store import TokenStore
 from cartilha.training.checkpoint import BYTES_PER_PARAMETER as CHECKPOINT_BYTES_PER_PARAMETER
 from cartilha.training.checkpoint import space_needed
-from cartilha.training.device_facts import KNOWN_DEVICES, DeviceFacts, flops_per_token
+from cartilha.training.device_facts import GIB, KNOWN_DEVICES, DeviceFacts, flops_per_token
 from cartilha.training.loop import StepSettings, train_steps
 from cartilha.training.memory import (
     BYTES_PER_PARAMETER,
@@ -47,7 +47,6 @@ MICRO_BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 THIS_MACHINE = "this machine"
 PROBE_TOKENS, PROBE_TOKENS_CUDA = 1024, 16_384  # per step
 PROBE_STEPS = 3  # the first is not counted
-GIB = 2**30
 
 
 @dataclass(frozen=True)

@@ -39,9 +39,8 @@ class DeviceFacts:
 
     def for_model(self, config: PretrainedConfig, *, dropout: bool = False) -> DeviceFacts:
         """The device as it computes this model: under a mask where its own kernel cannot."""
-        if knows_attention(config) and KERNELS[self.kernel].obstacle(config, training=dropout):
-            return replace(self, kernel=FALLBACK)
-        return self
+        is_hindered = knows_attention(config) and KERNELS[self.kernel].obstacle(config, training=dropout)
+        return replace(self, kernel=FALLBACK) if is_hindered else self
 
 
 CONTEXT_BYTES = int(0.6 * GIB)  # CUDA's context with its kernels, and the workspaces of the matrix products

@@ -2,10 +2,9 @@
 
     torchrun --nproc-per-node N -m cartilha train ...
 
-The gradients are summed once per step, after the last micro-batch, and not by DistributedDataParallel's hooks: the loss
-of a step is the mean over the targets of all ranks, whatever share each has, and a rank that runs out of memory may
-repeat its micro-batches alone, because no other rank waits for it before the sum. The price is that the sum does not
-overlap the backward pass: 0.5 GB of gradients at 125 M parameters, milliseconds within a machine.
+The gradients are summed once per step, after the last micro-batch, and not by DistributedDataParallel's hooks: a rank
+that runs out of memory may repeat its micro-batches alone, because no other rank waits for it before the sum. The price
+is that the sum does not overlap the backward pass: milliseconds within a machine, at 125 M parameters.
 """
 
 from __future__ import annotations
@@ -26,10 +25,7 @@ log = logging.getLogger("cartilha")
 
 
 def sum_over_ranks(parameters: Sequence[nn.Parameter], loss: torch.Tensor) -> None:
-    """Replace this rank's gradients, and its share of the loss, by their sums over the ranks.
-
-    Without torchrun nothing is done. A gradient that is None stands for zero (a rank without blocks).
-    """
+    """Replace this rank's gradients (None stands for zero), and its share of the loss, by their sums over the ranks."""
     if world()[1] == 1:
         return
     join_processes(loss.device)
@@ -37,8 +33,7 @@ def sum_over_ranks(parameters: Sequence[nn.Parameter], loss: torch.Tensor) -> No
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
     tensors = [loss, *(parameter.grad for parameter in parameters if parameter.grad is not None)]
-    sums = [dist.all_reduce(tensor, async_op=True) for tensor in tensors]
-    for work in sums:
+    for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
         assert work is not None
         work.wait()
 
@@ -51,14 +46,13 @@ def agree(seconds: float, micro_batch_size: int) -> tuple[float, int]:
     ranks = gather_objects((seconds, micro_batch_size))
     smallest = min(size for _, size in ranks)
     if smallest < micro_batch_size:
-        log.warning(
-            "Memory ran out in another process: all go on with micro-batches of %s.", counted(smallest, "block")
-        )
+        blocks = counted(smallest, "block")
+        log.warning("Memory ran out in another process: all go on with micro-batches of %s.", blocks)
     return ranks[0][0], smallest
 
 
 def share_state(state: TrainingState, seed: int) -> None:
-    """Give every rank the state of rank 0, which alone reads checkpoints; without torchrun nothing is done.
+    """Give every rank the state of rank 0, which alone reads checkpoints.
 
     Each other rank draws its own random numbers (dropout) afterwards, seeded by `seed` and its number.
     """

@@ -46,13 +46,13 @@ def train_steps(
     """Train from `state.progress` to the schedule's end, in place, and yield after each step.
 
     The loss of a step is the mean over all of its targets, however they fall into micro-batches and ranks: each
-    micro-batch's summed nll is divided by the step's number of targets, known beforehand from the packing. A step whose
-    loss or gradient is not finite changes no weight: its blocks are passed over.
+    micro-batch's summed nll is divided by the step's number of targets, known from the packing. A step whose loss or
+    gradient is not finite changes no weight.
     """
     progress = state.progress
     progress.micro_batch_size = settings.micro_batch_size
     device = state.model.device
-    pace = _OneStepAhead(device)
+    launched = None
     with closing(prepared_steps(sampler, progress.step)) as prepared:
         while not schedule.is_over(progress.step, progress.seconds):
             started = time.perf_counter()
@@ -64,16 +64,15 @@ def train_steps(
             for group in state.optimizer.param_groups:
                 group["lr"] = lr
             loss, grad_norm, skipped = _update(state, data, parameters, settings)
-            epoch = sampler.position(step).epoch
-            ends_epoch = sampler.position(step + 1).epoch > epoch
-            pace.wait(to_the_end=ends_epoch or step + 1 == schedule.num_steps)
+            ends_epoch = (step + 1) % sampler.steps_per_epoch == 0
+            launched = _keep_pace(device, launched, to_the_end=ends_epoch or step + 1 == schedule.num_steps)
             seconds, progress.micro_batch_size = agree(time.perf_counter() - started, progress.micro_batch_size)
             progress.step += 1
             progress.tokens += data.num_targets
             progress.seconds += seconds
             yield StepRecord(
                 step=progress.step,
-                epoch=epoch + 1,
+                epoch=step // sampler.steps_per_epoch + 1,
                 ends_epoch=ends_epoch,
                 num_targets=data.num_targets,
                 tokens=progress.tokens,
@@ -136,10 +135,9 @@ def _gradients(
 ) -> torch.Tensor:
     """Add up the gradients of this rank's share of the step's mean nll, and return that share.
 
-    Where memory runs out, the micro-batch is halved and the step's gradients are computed again from the same random
-    state: no weight has moved, so the step comes out the same up to rounding. If the compiled body fails in the
-    backward pass, the step is repeated without it. A micro-batch with fewer rows than usual, as at an epoch's end, is
-    not worth a graph.
+    If memory runs out, the micro-batch is halved and the gradients are computed again from the same random state: no
+    weight has moved, so the step comes out the same up to rounding. If the compiled body fails in the backward pass,
+    the step is repeated without it. A micro-batch with fewer rows than usual is not worth a graph.
     """
     progress = state.progress
     before = random_state()
@@ -164,9 +162,7 @@ def _gradients(
         log.warning(
             "Memory ran out in step %d with micro-batches of %s: going on with %d, and more of them; "
             "the result stays the same.",
-            progress.step + 1,
-            counted(size, "block"),
-            progress.micro_batch_size,
+            *(progress.step + 1, counted(size, "block"), progress.micro_batch_size),
         )
 
 
@@ -188,21 +184,16 @@ def _accumulate(
     return loss
 
 
-class _OneStepAhead:
-    """Lets the host prepare a step while a CUDA device computes the one before; on other devices it does nothing.
+def _keep_pace(device: torch.device, before: torch.cuda.Event | None, *, to_the_end: bool) -> torch.cuda.Event | None:
+    """Wait for the CUDA step before the one just launched or, `to_the_end`, for that one too; returns its event.
 
     Launches return at once. Waiting for the step before keeps the clock honest (in a steady run a step's time is then
     the device's) without ever leaving the device idle, and keeps the host from running away.
     """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._last: torch.cuda.Event | None = None
-
-    def wait(self, *, to_the_end: bool) -> None:
-        """Wait for the step before the one just launched or, `to_the_end`, for that one too."""
-        if self._device.type == "cuda":
-            before, self._last = self._last, torch.cuda.Event()
-            self._last.record(torch.cuda.current_stream(self._device))
-            if event := self._last if to_the_end else before:
-                event.synchronize()
+    if device.type != "cuda":
+        return None
+    launched = torch.cuda.Event()
+    launched.record(torch.cuda.current_stream(device))
+    if event := launched if to_the_end else before:
+        event.synchronize()
+    return launched

@@ -62,7 +62,13 @@ class MemoryModel:
             gradients, peak = 0.0, kept.body
         else:
             gradients, peak = states - kept.head, kept.end
-        unusable = self._unusable(gradients + peak, kept, interleaved=states if accumulates else 0)
+        # CUDA's caching allocator wastes little in such regular steps. glibc's heap, told to keep what is freed
+        # (`cpu.keep_freed_memory`), has holes of the size of the head's gradient. Gradients that lie between the
+        # activations of a step's first micro-batch keep the next one's from fitting. The factors are fitted to
+        # measurements (docs/log.md).
+        unusable = (HEADROOM - 1) * (gradients + peak)
+        if self._how.on_cpu:
+            unusable += 2.2 * kept.head + 0.6 * (min(states, kept.activations) if accumulates else 0)
         activations = min(kept.activations, peak)
         return StepMemory(
             weights=states,
@@ -73,21 +79,8 @@ class MemoryModel:
             overhead=round(self._overhead + unusable + (HEADROOM - 1) * 3 * states * (not self._how.on_cpu)),
         )
 
-    def _unusable(self, moving: float, kept: StepBytes, interleaved: float) -> float:
-        """Memory that the allocator holds and cannot use.
-
-        CUDA's caching allocator wastes little in such regular steps. glibc's heap, told to keep what is freed
-        (`cpu.keep_freed_memory`), has holes of the size of the head's gradient. Gradients that lie between the
-        activations of a step's first micro-batch keep the next one's from fitting. The factors are fitted to
-        measurements (docs/log.md).
-        """
-        loss = (HEADROOM - 1) * moving
-        if self._how.on_cpu:
-            loss += 2.2 * kept.head + 0.6 * min(interleaved, kept.activations)
-        return loss
-
     def _traced(self, rows: int, row_length: int) -> StepBytes:
-        """Traced where the tokens do not fill a chunk of logits; beyond that, on the line through two larger points."""
+        # Beyond the tokens that fill a chunk of logits, on the line through two larger points.
         full = -(-CHUNK_TOKENS // row_length)
         if rows <= full:
             return self._trace(rows, row_length)
@@ -103,7 +96,7 @@ class MemoryModel:
 def best_step(model: MemoryModel, facts: DeviceFacts, block_size: int, blocks_per_step: int) -> tuple[int, StepMemory]:
     """The largest micro-batch (in blocks) planned to fit, 0 if none does, and the step's memory with it (or with 1).
 
-    It divides the step's blocks where such a size is near. Beyond the device's `max_tokens` a larger one brings nothing.
+    It divides the step's blocks if such a size is near. Beyond the device's `max_tokens` a larger one brings nothing.
     """
 
     def planned(size: int) -> StepMemory:

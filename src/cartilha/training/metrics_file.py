@@ -21,11 +21,8 @@ log = logging.getLogger("cartilha")
 class MetricsFile:
     """Writes metrics.jsonl: each step's line when the next step comes, so that no step waits for the device.
 
-    Args:
-        path: The file; lines after `resumed_step` (and a torn last line) are dropped when a run is resumed.
-        resumed_step: Steps already taken.
-        watch: Judges each step as it is written; its marks are added to the step's line.
-        tracker: Mirrors what is written.
+    Lines after `resumed_step`, the steps already taken, are dropped, and so is a torn last line. `watch` judges each
+    step as it is written, and adds its marks to the line; `tracker` mirrors what is written.
     """
 
     def __init__(self, path: Path, resumed_step: int, watch: LossWatch, tracker: Tracker | None = None) -> None:

@@ -67,25 +67,21 @@ def clear_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
 def allocate_states(optimizer: torch.optim.AdamW) -> None:
     """Allocate AdamW's moments, all zero, before step 1, so that the first step already needs all memory of a step.
 
-    The optimizer would allocate the same ones at its first step, after the activations are freed; the second step would
-    be the first to hold both.
+    The optimizer would allocate the same ones only at its first step, after the activations are freed.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if not optimizer.state[parameter]:
-                place = parameter.device if group["fused"] else torch.device("cpu")
                 optimizer.state[parameter] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=place),
-                    "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-                    "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                    "step": torch.zeros((), device=parameter.device if group["fused"] else "cpu"),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
                 }
 
 
 def resolve_lr(lr: float | Literal["auto"], num_parameters: int) -> float:
     """The peak learning rate; `auto` falls with the square root of the model's size, 3e-4 at 125 M, at most 3e-3."""
-    if lr != "auto":
-        return lr
-    return min(3e-3, 3e-4 * math.sqrt(125e6 / num_parameters))
+    return min(3e-3, 3e-4 * math.sqrt(125e6 / num_parameters)) if lr == "auto" else lr
 
 
 def resolve_batch_tokens(batch_tokens: Count, block_size: int, device_type: str) -> int:

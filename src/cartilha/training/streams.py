@@ -30,8 +30,7 @@ def random_state() -> dict[str, Any]:
 def restore_random_state(saved: dict[str, Any]) -> None:
     """Put the generators back, except those of devices that are not here.
 
-    Raises:
-        ValueError, TypeError, KeyError, RuntimeError: `saved` is not a state of these generators.
+    A ValueError, TypeError, KeyError or RuntimeError says that `saved` is not a state of these generators.
     """
     version, words, gauss = saved["python"]
     random.setstate((version, tuple(words), gauss))

@@ -27,7 +27,7 @@ EVALUATION_FIGURES = ("loss", "perplexity", "word_perplexity", "bits_per_byte", 
 
 
 class Tracker(Protocol):
-    """Takes what a run records."""
+    """Takes what a run records; nothing comes after `close`."""
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         """Take figures of a step: `train/loss`, `validation/bits_per_byte`, `validation/bits_per_byte/DOMAIN` ..."""
@@ -36,7 +36,7 @@ class Tracker(Protocol):
         """Take a text that the model wrote after that step."""
 
     def close(self) -> None:
-        """Write what is held back; nothing comes after."""
+        """Write what is held back."""
 
 
 @dataclass(frozen=True)
@@ -111,11 +111,7 @@ def check_tracker(name: str) -> None:
 
 
 def open_tracker(name: str, run: TrackedRun) -> Tracker | None:
-    """The tracker of that name, made safe; None for `none`.
-
-    Raises:
-        UserError: It is not installed.
-    """
+    """The tracker of that name, made safe; None for `none`. A UserError says that it is missing or does not start."""
     if name == "none":
         return None
     try:

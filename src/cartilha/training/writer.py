@@ -21,14 +21,9 @@ MAX_SHARE_OF_TIME = 0.03  # checkpoints by the clock wait so long that they cost
 
 
 class CheckpointWriter:
-    """Writes a run's checkpoints, in a thread of its own where the host has room for a copy of the state.
+    """Writes a run's checkpoints and keeps the newest `keep`; training goes on meanwhile if `background` says so.
 
-    Args:
-        run: The run's directory.
-        every_steps: Write after this many steps; None for never.
-        every_minutes: Write when this much time has passed since the last one; 0 for never.
-        keep: Newest checkpoints to keep.
-        background: Whether training may go on while a checkpoint is written.
+    One is due after every `every_steps` (None: never), and `every_minutes` (0: never) after the last one.
     """
 
     def __init__(
@@ -39,35 +34,32 @@ class CheckpointWriter:
         self._every_steps = every_steps
         self._every_s = 60 * every_minutes
         self._last = time.monotonic()
+        self._background = background
         # One thread for all of them: each new thread would take an arena of memory of its own.
-        self._thread = ThreadPoolExecutor(1, "checkpoint") if background else None
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[Path] | None = None
         self.stall_s = 0.0  # time that training has waited for checkpoints
 
     def is_due(self, step: int) -> bool:
         """Whether a checkpoint is due after this step, by steps or by the clock."""
-        if not is_main_process():
-            return False
-        if self._every_steps and step % self._every_steps == 0:
-            return True
-        return bool(self._every_s) and time.monotonic() - self._last >= self._every_s
+        by_steps = self._every_steps and step % self._every_steps == 0
+        by_clock = self._every_s and time.monotonic() - self._last >= self._every_s
+        return is_main_process() and bool(by_steps or by_clock)
 
     def write(self, state: TrainingState, settings: dict[str, Any], loss: float | None, *, goes_on: bool) -> None:
         """Write a checkpoint (see `freeze`) with its validation loss, after the one before is finished.
 
-        If training does not go on, it is written at once and without a copy of the state.
-
-        Raises:
-            OSError: This one, or the one before it, could not be written.
+        If training does not go on, it is written at once and without a copy of the state. An OSError says that this
+        one, or the one before it, could not be written.
         """
         if not is_main_process():
             return
         started = time.monotonic()
         self.finish()
-        thread = self._thread if goes_on else None
-        what = self._run, freeze(state, settings, copy=thread is not None), loss, self._keep
-        if thread is not None:
-            self._writing = thread.submit(write_checkpoint, *what)
+        beside = goes_on and self._background
+        what = self._run, freeze(state, settings, copy=beside), loss, self._keep
+        if beside:
+            self._writing = self._thread.submit(write_checkpoint, *what)
         else:
             write_checkpoint(*what)
         self._last = time.monotonic()
@@ -79,11 +71,7 @@ class CheckpointWriter:
             log.info("A checkpoint took %.1f s: the next one by the clock comes in %.0f minutes.", stall, minutes)
 
     def finish(self) -> None:
-        """Wait for the checkpoint that is being written.
-
-        Raises:
-            OSError: It could not be written.
-        """
+        """Wait for the checkpoint that is being written; an OSError says that it could not be written."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
@@ -94,12 +82,10 @@ class CheckpointWriter:
             self.finish()
         except OSError as error:
             log.warning("The last checkpoint could not be written (%s).", error.strerror)
-        if self._thread is not None:
-            self._thread.shutdown()
+        self._thread.shutdown()
 
 
 def can_write_in_background(device: torch.device, num_parameters: int) -> bool:
     """Whether the host has room for a copy of the state; a GPU's state is copied to the host in any case."""
-    if device.type == "cuda":
-        return True
-    return free_memory_bytes(torch.device("cpu")) > 2 * BYTES_PER_PARAMETER * num_parameters
+    copy = BYTES_PER_PARAMETER * num_parameters
+    return device.type == "cuda" or free_memory_bytes(torch.device("cpu")) > 2 * copy
