@@ -154,8 +154,8 @@ def test_a_loss_that_is_no_number_is_written_as_null(tmp_path):
 
 def test_the_epochs_loss_weighs_each_step_by_its_targets():
     progress = Progress()
-    progress.add_to_epoch(record(1, loss=1.0, num_targets=30))
-    progress.add_to_epoch(record(2, loss=5.0, num_targets=10))
+    LossWatch(progress).judge(record(1, loss=1.0, num_targets=30))
+    LossWatch(progress).judge(record(2, loss=5.0, num_targets=10))
     mean, seconds = progress.end_epoch()
     assert mean == 2.0  # not 3.0, the mean of the steps' means
     assert seconds == 1.0
@@ -181,9 +181,9 @@ def test_the_epochs_sums_go_on_after_a_resume(tmp_path):
 def test_a_loss_that_is_no_number_is_left_out_of_the_mean():
     progress = Progress()
     for step, loss in enumerate((1.0, math.nan, 3.0), 1):
-        progress.add_to_epoch(record(step, loss=loss, skipped=math.isnan(loss)))
+        LossWatch(progress).judge(record(step, loss=loss, skipped=math.isnan(loss)))
     assert progress.end_epoch() == (2.0, 1.5)
-    progress.add_to_epoch(record(1, loss=math.inf, skipped=True))
+    LossWatch(progress).judge(record(1, loss=math.inf, skipped=True))
     assert math.isnan(progress.end_epoch()[0])
 
 

@@ -142,7 +142,7 @@ def space_needed(
 ) -> tuple[int, int]:
     """Bytes that a run's files need at most, and bytes of one checkpoint.
 
-    The newest checkpoints and the best are kept while one more is written; at the end the model itself is saved with
+    The newest checkpoints and the best are kept while one more is written, and the model is saved at the end, with
     `weight_bytes` per weight. Checkpoints that are in `run` already need no more space.
     """
     checkpoint = BYTES_PER_PARAMETER * num_parameters + SMALL_FILES_BYTES

@@ -23,8 +23,7 @@ def make_optimizer(model: torch.nn.Module, lr: float, weight_decay: float) -> to
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    # Fused: one pass over weights, gradients and states.
-    fused = parameters[0].device.type in ("cpu", "cuda")
+    fused = parameters[0].device.type in ("cpu", "cuda")  # one pass over weights, gradients and states
     return torch.optim.AdamW(groups, lr=lr, betas=ADAM_BETAS, eps=ADAM_EPSILON, fused=fused)
 
 
@@ -39,16 +38,14 @@ def choose_trained(
     """
     head = head_of(model)
     embeddings = {id(model.get_input_embeddings().weight), id(head.weight), id(head.bias)}
-    chosen = []
-    for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for parameter in parameters:
         parameter.requires_grad_(not embeddings_only or id(parameter) in embeddings)
         if not parameter.requires_grad:
             parameter.grad = None
-            continue
-        if parameter.grad is None and parameter.device.type == "cpu":
+        elif parameter.grad is None and parameter.device.type == "cpu":
             parameter.grad = torch.zeros_like(parameter)
-        chosen.append(parameter)
-    return chosen
+    return [parameter for parameter in parameters if parameter.requires_grad]
 
 
 def clear_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:

@@ -29,14 +29,6 @@ class Progress:
     losses_seen: int = 0  # losses in these means
     micro_batch_size: int = 0  # blocks per forward pass, halved where memory ran out; 0 before the first step
 
-    def add_to_epoch(self, record: StepRecord) -> None:
-        """Add a step's loss, which waits for the device; a loss that is not finite is left out of the mean."""
-        loss = float(record.loss)
-        if math.isfinite(loss):
-            self.epoch_nll += loss * record.num_targets
-            self.epoch_tokens += record.num_targets
-        self.epoch_seconds += record.seconds
-
     def end_epoch(self) -> tuple[float, float]:
         """Mean loss (nats per token) and seconds of the epoch that ends here; the sums begin again at zero."""
         mean = self.epoch_nll / self.epoch_tokens if self.epoch_tokens else math.nan

@@ -6,6 +6,7 @@ import logging
 import math
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,14 +49,10 @@ class StopRequest:
 def listening_for_stop(stop_file: Path | None = None) -> Iterator[StopRequest]:
     """Catch SIGINT and SIGTERM while the block runs; outside the main thread nothing is caught."""
     request = StopRequest(stop_file)
-    previous = {}
-    for name in (signal.SIGINT, signal.SIGTERM):
-        try:
-            previous[name] = signal.signal(name, request._take)
-        except ValueError:  # not the main thread
-            break
+    signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    previous = {number: signal.signal(number, request._take) for number in signals}
     try:
         yield request
     finally:
-        for name, handler in previous.items():
-            signal.signal(name, handler)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

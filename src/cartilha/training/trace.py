@@ -1,8 +1,8 @@
 """What a training step keeps in memory, found by running the real code on tensors that have shapes and no contents.
 
-torch's fake tensors go through the very forward pass, loss and backward pass of training, and a dispatch mode counts
-the bytes of the storages that are alive. So no architecture needs a formula of its own. Memory grows linearly with the
-number of layers: models of one and of two layers are traced, and the rest is a straight line.
+torch's fake tensors go through training's own forward pass, loss and backward pass, and a dispatch mode counts the
+bytes of all live storages, so that no architecture needs a formula of its own. Memory grows linearly with the number of
+layers: models of one and of two layers are traced, and the rest is a straight line.
 """
 
 from __future__ import annotations
@@ -35,16 +35,11 @@ from cartilha.training.streams import random_numbers_apart
 
 @dataclass(frozen=True)
 class StepBytes:
-    """Bytes that a step of gradients holds beyond weights, gradients and optimizer states.
-
-    `body` is the most that is alive until the gradient has come back to the embeddings, activations included; it is a
-    straight line in layers and tokens. `end` is the most that is alive after that: the embeddings' own gradients, in
-    models whose vocabulary is large.
-    """
+    """Bytes that a step of gradients holds beyond weights, gradients and optimizer states."""
 
     activations: float  # what the forward pass keeps for the backward pass, cast copies of the weights included
-    body: float
-    end: float
+    body: float  # the most alive, with activations, until the gradient is back at the embeddings; linear in tokens
+    end: float  # the most after that: the embeddings' own gradients, in models whose vocabulary is large
     head: float  # of the head's weights, and so of their gradient
 
     def toward(self, other: StepBytes, distance: float) -> StepBytes:

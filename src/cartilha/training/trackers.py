@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import partialmethod
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Protocol
@@ -138,15 +139,6 @@ class _Careful:
         self._name = name
         self._tracker: Tracker | None = tracker
 
-    def log(self, step: int, figures: Mapping[str, float]) -> None:
-        self._call("log", step, figures)
-
-    def text(self, step: int, name: str, text: str) -> None:
-        self._call("text", step, name, text)
-
-    def close(self) -> None:
-        self._call("close")
-
     def _call(self, method: str, *arguments: Any) -> None:
         if self._tracker is None:
             return
@@ -158,6 +150,10 @@ class _Careful:
                 "The tracker %s failed (%s: %s) and is left out from here on; metrics.jsonl has everything.",
                 *(self._name, type(error).__name__, error),
             )
+
+    log = partialmethod(_call, "log")
+    text = partialmethod(_call, "text")
+    close = partialmethod(_call, "close")
 
 
 def figures_of(line: Mapping[str, Any]) -> dict[str, float]:

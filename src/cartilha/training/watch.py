@@ -32,11 +32,11 @@ class LossWatch:
     def judge(self, record: StepRecord) -> dict[str, Any]:
         """Add a step to the epoch's sums, and return its marks for the metrics: `skipped`, `spike`, or none.
 
-        This waits for the device.
+        This waits for the device. A loss that is not finite is left out of the epoch's mean.
         """
         marks: dict[str, Any] = {}
         progress = self._progress
-        progress.add_to_epoch(record)
+        progress.epoch_seconds += record.seconds
         if bool(record.skipped):
             if not progress.skipped_steps:
                 log.warning(
@@ -50,9 +50,12 @@ class LossWatch:
         else:
             progress.skipped_in_a_row = 0
         loss = float(record.loss)
-        if math.isfinite(loss) and self._is_spike(loss):
-            progress.loss_spikes += 1
-            marks["spike"] = True
+        if math.isfinite(loss):
+            progress.epoch_nll += loss * record.num_targets
+            progress.epoch_tokens += record.num_targets
+            if self._is_spike(loss):
+                progress.loss_spikes += 1
+                marks["spike"] = True
         return marks
 
     def _is_spike(self, loss: float) -> bool:
