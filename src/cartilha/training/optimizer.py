@@ -30,11 +30,11 @@ def make_optimizer(model: torch.nn.Module, lr: float, weight_decay: float) -> to
 def choose_trained(
     model: PreTrainedModel, optimizer: torch.optim.Optimizer, *, embeddings_only: bool
 ) -> list[torch.nn.Parameter]:
-    """Choose what the next step trains: all of the optimizer's parameters, or the token embeddings alone.
+    """Choose what the next step trains: all of the optimizer's parameters, or the token embeddings (and head) alone.
 
-    The head belongs to the embeddings, tied or not. The other parameters then get no gradient, which saves their share
-    of the backward pass, and AdamW skips a parameter without one: its weights do not decay, and its moments start when
-    it is first trained. On a CPU, gradients are allocated here (see `clear_gradients`).
+    The other parameters then get no gradient, which saves their share of the backward pass, and AdamW skips a parameter
+    without one: its weights do not decay, and its moments start when it is first trained. On a CPU, gradients are
+    allocated here (see `clear_gradients`).
     """
     head = head_of(model)
     embeddings = {id(model.get_input_embeddings().weight), id(head.weight), id(head.bias)}

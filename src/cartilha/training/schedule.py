@@ -1,7 +1,4 @@
-"""Learning-rate schedules: a linear warm-up, then one of the shapes in `SHAPES`.
-
-A new shape is one function, entered in `SHAPES`; `--schedule` takes its name.
-"""
+"""Learning-rate schedules: a linear warm-up, then a shape: a function in `SHAPES`, whose name `--schedule` takes."""
 
 from __future__ import annotations
 
@@ -53,8 +50,7 @@ class Schedule:
     """How long training lasts and how its learning rate runs.
 
     Training ends after `num_steps` or after the time budget. The rate follows whichever of the two is further on, so
-    that it decays to the end of either. Where the embeddings are trained first, each of the two phases has a warm-up
-    and a decay of its own.
+    that it decays to the end of either. If the embeddings are trained first, each phase has its own warm-up and decay.
     """
 
     num_steps: int
@@ -67,7 +63,7 @@ class Schedule:
     shape: str = "cosine"  # how the rate runs after the warm-up: a name in `SHAPES`
 
     def _position(self, step: int, seconds: float) -> float:
-        """Steps taken or, where that is more, the share of the time budget used up, in steps."""
+        # Steps taken or, where that is more, the share of the time budget used up, in steps.
         return max(step, seconds / self.time_budget_s * self.num_steps if self.time_budget_s else 0.0)
 
     @property

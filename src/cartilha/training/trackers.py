@@ -79,14 +79,9 @@ class _Trackio:
         import trackio
 
         path = run.path.resolve()
+        project, resume = path.parent.name or "cartilha", "allow" if run.resumed_step else "never"
         with redirect_stdout(sys.stderr):  # it prints to standard output, which belongs to `--json`
-            self._run = trackio.init(
-                project=path.parent.name or "cartilha",
-                name=path.name,
-                config=dict(run.settings),
-                resume="allow" if run.resumed_step else "never",
-                embed=False,
-            )
+            self._run = trackio.init(project, name=path.name, config=dict(run.settings), resume=resume, embed=False)
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         self._run.log(dict(figures), step=step)
