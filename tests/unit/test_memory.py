@@ -16,7 +16,7 @@ from cartilha.model.configuration import model_config
 from cartilha.model.load import load_model
 from cartilha.model.recomputation import checkpoint_layers
 from cartilha.training import memory as memory_module
-from cartilha.training.device_facts import KNOWN_DEVICES, attention_flops_per_token, flops_per_token
+from cartilha.training.device_facts import KNOWN_DEVICES, flops_per_token
 from cartilha.training.memory import MemoryModel, best_step, check_states_fit
 from cartilha.training.trace import Computation, StepBytes, count_parameters, traced_step
 
@@ -248,9 +248,9 @@ def test_the_exercises_rows_fit():
 
 def test_operations_a_token_are_six_a_parameter_and_attentions():
     config = model_config("random:opt-125m")
-    assert attention_flops_per_token(config, 512) == 12 * 12 * 768 * 512
+    assert flops_per_token(config, 0, 512) == 12 * 12 * 768 * 512
     assert flops_per_token(config, 125_239_296, 512) == 6 * 125_239_296 + 12 * 12 * 768 * 512
-    assert attention_flops_per_token(model_config("random:smollm2-135m"), 1024) == 12 * 30 * 576 * 1024
+    assert flops_per_token(model_config("random:smollm2-135m"), 0, 1024) == 12 * 30 * 576 * 1024
 
 
 # Gradient checkpointing
@@ -292,4 +292,4 @@ def test_a_model_whose_heads_differ_from_layer_to_layer_has_the_largest():
     config = AutoConfig.for_model("gemma4_text", hidden_size=256, **layers)
     sizes = [layer.head_dim for layer in config.per_layer_config]
     assert len(set(sizes)) == 2 and head_size(config) == max(sizes)
-    assert attention_flops_per_token(config, 100) == 12 * 2 * config.num_attention_heads * max(sizes) * 100
+    assert flops_per_token(config, 0, 100) == 12 * 2 * config.num_attention_heads * max(sizes) * 100

@@ -72,12 +72,10 @@ def max_tokens_on_this_cpu(dtype: torch.dtype) -> int:
     return min(MAX_TOKENS_CPU, per_thread * torch.get_num_threads())
 
 
-def attention_flops_per_token(config: PretrainedConfig, block_size: int) -> int:
-    """Of scores and weighted sums in training: 12 L d T (arXiv:2204.02311, appendix B), ignoring causality."""
-    width = int(config.num_attention_heads) * head_size(config)
-    return 12 * int(config.num_hidden_layers) * width * block_size
-
-
 def flops_per_token(config: PretrainedConfig, num_parameters: int, block_size: int) -> int:
-    """Operations per token of training: 6 per parameter (2 forward, 4 backward; arXiv:2001.08361), and attention's."""
-    return 6 * num_parameters + attention_flops_per_token(config, block_size)
+    """Operations per token of training: 6 per parameter (2 forward, 4 backward; arXiv:2001.08361), and attention's.
+
+    Its scores and weighted sums take 12 L d T (arXiv:2204.02311, appendix B), ignoring causality.
+    """
+    width = int(config.num_attention_heads) * head_size(config)
+    return 6 * num_parameters + 12 * int(config.num_hidden_layers) * width * block_size
