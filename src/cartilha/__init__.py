@@ -56,12 +56,11 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 _HOMES = {
-    **{name: f"cartilha.pipeline.{name}" for name in COMMANDS},
+    **{name: f"cartilha.pipeline.{name}" for name in COMMANDS if name != "demo"},  # which is a recipe of `run`
     **{config.__name__: "cartilha.config" for config in COMMANDS.values()},
     "UserError": "cartilha.errors",
     "run": "cartilha.pipeline.job",
 }
-del _HOMES["demo"]  # a recipe of `run`
 __all__ = list(_HOMES)
 
 

@@ -1,8 +1,4 @@
-"""The flags of a command, made from the fields of its configuration.
-
-`argparse` splits the command line into words. Words, and the values of YAML files, are converted here by the types of
-the fields, so that both have the same names, types and errors.
-"""
+"""The flags of a command; their words, and the values of YAML files, are converted by the types of the fields."""
 
 from __future__ import annotations
 
@@ -49,22 +45,12 @@ NAMES_ELSEWHERE = {
 
 @dataclass(frozen=True)
 class Option:
-    """One option of a command: `lr`, or `train.lr` where it belongs to a stage of a job.
-
-    Attributes:
-        hint: The type of its values.
-        group: The heading above it in the help; empty for a command's own options.
-    """
+    """One option of a command: `lr`, or `train.lr` where it belongs to a stage of a job."""
 
     name: str
     field: Field[Any]
-    hint: Any
-    group: str
-
-    @property
-    def help(self) -> str:
-        """What it means."""
-        return str(self.field.metadata["help"])
+    hint: Any  # the type of its values
+    group: str  # the heading above it in the help; empty for a command's own options
 
     @property
     def flags(self) -> list[str]:
@@ -72,11 +58,7 @@ class Option:
         return ["--model", "--models"] if self.name in ("model", "models") else [f"--{self.name}"]
 
     def read(self, value: Any) -> Any:
-        """Convert a word of the command line, or a value of a YAML file.
-
-        Raises:
-            UserError: This option cannot have that value.
-        """
+        """Convert a word of the command line, or a value of a YAML file; a UserError if it cannot be that."""
         try:
             return _convert(value, self.hint)
         except ValueError:
@@ -84,7 +66,7 @@ class Option:
 
     def add_to(self, parser: Any, defaults: Mapping[str, Any]) -> None:
         """Add the flag to a parser or a group of it; `defaults` replace the field's own default in the help."""
-        known, text = self.field.metadata, self.help
+        known, text = self.field.metadata, self.field.metadata["help"]
         if self.name in defaults or not known.get("required"):
             text += f" (default: {_show(defaults.get(self.name, self.field.default))})"
         flag: dict[str, Any] = {"help": SUPPRESS if known.get("hidden") else text.replace("%", "%%")}
@@ -158,7 +140,7 @@ class Parser(ArgumentParser):
         close = beginning or elsewhere or difflib.get_close_matches(wanted, ours, 1, 0.8)
         if not close:
             return UserError(f"There is no option {flag}; --help lists the options.")
-        meaning = f" ({self._by_flag[f'--{close[0]}'].help})" if close is elsewhere else ""
+        meaning = f" ({self._by_flag[f'--{close[0]}'].field.metadata['help']})" if close is elsewhere else ""
         return UserError(f"There is no option {flag}; did you mean --{close[0]}{meaning}?")
 
     def _parse_optional(self, arg_string: str) -> Any:

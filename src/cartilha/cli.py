@@ -1,7 +1,4 @@
-"""The command line: with `arguments`, the only module that reads arguments.
-
-Results go to standard output, everything else to standard error.
-"""
+"""The command line: results go to standard output, everything else to standard error."""
 
 from __future__ import annotations
 
@@ -11,13 +8,12 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from cartilha.arguments import Parser, make_settings
 from cartilha.config import COMMANDS, RunConfig, Settings
-from cartilha.console import OptionNames, named_options, set_up_logging, silence_bars
+from cartilha.console import OptionNames, set_up_logging, silence_bars
 from cartilha.errors import UserError
 from cartilha.storage import DISK_FAULTS, system_error
 
@@ -34,8 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         reconfigure(encoding="utf-8", errors="replace")
     set_up_logging()
     silence_bars()
+    names = OptionNames()
+    log.handlers[0].addFilter(names)
     try:
-        return _dispatch(list(sys.argv[1:] if argv is None else argv))
+        return _dispatch(list(sys.argv[1:] if argv is None else argv), names)
     except BrokenPipeError:  # the reader of our output went away (`cartilha ... | head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -44,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         fault = system_error(error)
         if hasattr(error, "exit_code"):
-            message, exit_code = named_options(str(error)), int(error.exit_code)
+            message, exit_code = names.named(str(error)), int(error.exit_code)
         elif fault is not None and fault.errno in DISK_FAULTS:
             place = fault.filename2 or fault.filename
             message = f"Nothing can be written{f' to {place}' if place else ''} ({fault.strerror}); "
@@ -55,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return exit_code
 
 
-def _dispatch(arguments: list[str]) -> int:
+def _dispatch(arguments: list[str], names: OptionNames) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_overview())
         return 0
@@ -76,7 +74,7 @@ def _dispatch(arguments: list[str]) -> int:
         values = parser.values(words)
     except SystemExit as exit_request:  # --help
         return int(exit_request.code or 0)
-    log.handlers[0].addFilter(OptionNames(parser.flags))
+    names.flags = parser.flags
     as_json, print_config = values.pop("json"), values.pop("print_config")
     settings = _settings(name, values, parser)
     if print_config:
@@ -147,7 +145,7 @@ def command_parser(name: str, words: Sequence[str] = ()) -> Parser:
 def _settings(name: str, values: dict[str, Any], parser: Parser) -> Any:
     """The configuration: the values of a recipe or of a --config file, and the command line's over them."""
     if COMMANDS[name] is RunConfig:
-        return recipe_settings(values.pop("recipe", None), values)
+        return recipe_settings(values.pop("recipe", None), **values)
     if path := values.pop("config"):
         from cartilha.pipeline.recipes import read_settings
 
@@ -157,7 +155,7 @@ def _settings(name: str, values: dict[str, Any], parser: Parser) -> Any:
     return make_settings(COMMANDS[name], values)
 
 
-def recipe_settings(recipe: str | None, values: Mapping[str, Any] = MappingProxyType({})) -> Any:
+def recipe_settings(recipe: str | None, **values: Any) -> Any:
     """The job of a recipe (None: the command `demo`), with other values over the recipe's."""
     stem = re.sub(r"\.ya?ml$", "", os.path.basename(recipe or ""))
     output = os.path.join("runs", stem) if recipe else "demo"

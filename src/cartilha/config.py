@@ -1,8 +1,7 @@
 """One frozen dataclass per command, `RunConfig` for a whole job: what can be chosen, its default, and what it means.
 
 The command line makes its flags from these fields (name, type, default and `help`), a recipe fills them from YAML, and
-the resolved values are saved beside every result. There is no logic here beyond how a value may be written;
-`pipeline.preflight` checks whether the values make sense.
+the resolved values are saved beside every result. `pipeline.preflight` checks whether the values make sense.
 """
 
 from __future__ import annotations
@@ -35,14 +34,11 @@ REF_HELP = (
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
-    """A field of a configuration.
+    """A field of a configuration, with the text that the command line and `help(...)` show.
 
-    Args:
-        default: Its default.
-        help: The text that the command line and `help(...)` show.
-        metadata: `required=True`; `positional=True` where the command line gives it a place instead of a flag;
-            `hidden=True` for what only recipes set; bounds of a number: `minimum` and `maximum`, which are allowed, and
-            `above`, which is not; `decides=True` as `deciding` has it.
+    The metadata: `required=True`; `positional=True` where the command line gives it a place instead of a flag;
+    `hidden=True` for what only recipes set; bounds of a number: `minimum` and `maximum`, which are allowed, and
+    `above`, which is not; `decides=True` as `deciding` has it.
     """
     return field(default=default, metadata={"help": help, **metadata})
 
@@ -60,20 +56,20 @@ class Settings:
         for item in fields(self):
             value = getattr(self, item.name)
             if str(item.type).startswith("tuple["):
-                given = (value,) if isinstance(value, str | os.PathLike) else value
-                object.__setattr__(self, item.name, tuple(map(str, given)))
+                value = tuple(map(str, (value,) if isinstance(value, str | os.PathLike) else value))
             elif isinstance(value, os.PathLike):
-                object.__setattr__(self, item.name, str(value))
+                value = str(value)
+            object.__setattr__(self, item.name, value)
 
     def to_dict(self) -> dict[str, Any]:
         """The values that can be given, as JSON and YAML keep them."""
-        values = {item.name: getattr(self, item.name) for item in options(type(self))}
-        for item in fields(self):
-            if isinstance(values[item.name], tuple):
-                values[item.name] = list(values[item.name])
-            elif isinstance(values[item.name], Settings):
-                stage = values[item.name].to_dict()
-                values[item.name] = {name: stage[name] for name in stage if name not in item.metadata["set_by_job"]}
+        values = {}
+        for item in options(type(self)):
+            value = getattr(self, item.name)
+            if isinstance(value, Settings):
+                stage = value.to_dict()
+                value = {name: stage[name] for name in stage if name not in item.metadata["set_by_job"]}
+            values[item.name] = list(value) if isinstance(value, tuple) else value
         return values
 
     def deciding_values(self) -> dict[str, Any]:
@@ -85,9 +81,6 @@ class Settings:
 def options(config: type[Settings]) -> list[Field[Any]]:
     """The fields of a configuration: its own, then those of the groups that it shares with other commands."""
     return sorted(fields(config), key=lambda item: item.name not in get_annotations(config))
-
-
-# Groups that commands share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,9 +122,6 @@ class ComputeOptions(Settings):
 
     dtype: Dtype = option("auto", "compute type (training keeps float32 weights)")
     device: Device = option("auto", "where to compute")
-
-
-# Commands
 
 
 @dataclass(frozen=True, kw_only=True)

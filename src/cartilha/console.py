@@ -12,7 +12,7 @@ import re
 import sys
 import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from functools import cache
 from typing import Protocol
@@ -36,15 +36,15 @@ class Advance(Protocol):
 
 
 class OptionNames(logging.Filter):
-    """Names options in messages as the command that runs has them; `flags` are its own.
+    """Names options in messages as the command that runs has them; `flags` are its own, none before it is known.
 
     Messages are written where the fault is found, by code that several commands share: in a job `--allow_changes` is
     `--train.allow_changes`, and `--on_error`, which `evaluate` lacks, is `cartilha prepare --on_error`.
     """
 
-    def __init__(self, flags: Collection[str]) -> None:
+    def __init__(self, flags: Collection[str] = ()) -> None:
         super().__init__()
-        self._flags = flags
+        self.flags = flags
         # Of several commands with an option of one name, the first is named with it.
         commands = [(name, config) for name, config in COMMANDS.items() if config is not RunConfig]
         self._homes = {f"--{item.name}": name for name, config in reversed(commands) for item in fields(config)}
@@ -60,16 +60,10 @@ class OptionNames(logging.Filter):
 
     def _named(self, found: re.Match[str]) -> str:
         option = found[0]
-        if option in self._flags or option not in self._homes:
+        if not self.flags or option in self.flags or option not in self._homes:
             return option
-        stages = [flag for flag in self._flags if flag.endswith(f".{option[2:]}")]
+        stages = [flag for flag in self.flags if flag.endswith(f".{option[2:]}")]
         return " or ".join(stages) or f"cartilha {self._homes[option]} {option}"
-
-
-def named_options(message: str) -> str:
-    """The message as the log's `OptionNames` would write it, if a command has set one."""
-    filters = (known for handler in log.handlers for known in handler.filters)
-    return next((known.named(message) for known in filters if isinstance(known, OptionNames)), message)
 
 
 @cache
@@ -93,24 +87,18 @@ def set_up_logging() -> None:
 
 
 def silence_bars() -> None:
-    """Keep other libraries' progress bars out of logs, in a process of ours only.
-
-    tqdm, which those libraries draw with, reads its variable when it is loaded: call this before. The bars of downloads
-    stay on a terminal. The hub's client would report each retry; our own sentence follows if all of them fail.
-    """
+    """Keep other libraries' progress bars out of logs, in a process of ours only, before tqdm is loaded."""
+    # The hub's client would report each retry; our own sentence follows if all of them fail.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty():  # the bars of downloads stay on a terminal
         os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 def show_by_default() -> None:
-    """Show notices and progress to callers from Python, unless they gave the project's logger a level or a handler.
-
-    If the root logger has handlers, as in Colab, they show the lines.
-    """
+    """Show notices and progress to callers from Python, unless they gave the project's logger a level or a handler."""
     if log.level != logging.NOTSET or log.handlers:
         return
-    if logging.root.handlers:
+    if logging.root.handlers:  # as in Colab: they show the lines
         log.setLevel(logging.INFO)
     else:
         set_up_logging()
@@ -120,29 +108,15 @@ def show_by_default() -> None:
 def progress(title: str, total: float | None, unit: str) -> Iterator[Advance]:
     """Show progress: a bar on a terminal, else a plain line every ten seconds, so that a log stays readable.
 
-    Args:
-        title: What is being done.
-        total: Amount of work, in `unit`; None if it is not known.
-        unit: Plural name of the unit, for the rate.
+    `total` is the amount of work, None if it is not known; `unit` the plural name of what it counts.
     """
     if not log.isEnabledFor(logging.INFO) or not log.hasHandlers():
         yield lambda amount, note="": None
-    elif sys.stderr.isatty():
-        columns = (BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
-        with Progress(TextColumn("{task.description}"), *columns, console=terminal(), transient=True) as bar:
-            task = bar.add_task(title, total=total, note="")
-            started = time.monotonic()
-
-            def advance(amount: float, note: str = "") -> None:
-                rate = (bar.tasks[0].completed + amount) / max(time.monotonic() - started, 1e-9)
-                bar.update(task, advance=amount, note=f"{_show_rate(rate)} {unit}/s  {note}")
-
-            yield advance
-    else:
-        yield _plain_lines(title, total, unit)
-
-
-def _plain_lines(title: str, total: float | None, unit: str) -> Advance:
+        return
+    is_terminal = sys.stderr.isatty()
+    columns = (BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+    bar = Progress(TextColumn("{task.description}"), *columns, console=terminal(), transient=True)
+    task = bar.add_task(title, total=total, note="")
     started = last = time.monotonic()
     done = 0.0
 
@@ -150,17 +124,15 @@ def _plain_lines(title: str, total: float | None, unit: str) -> Advance:
         nonlocal done, last
         done += amount
         now = time.monotonic()
-        if now - last >= PLAIN_INTERVAL_S:
+        rate = done / max(now - started, 1e-9)
+        speed = f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.2g} {unit}/s"  # from steps per minute to megabytes
+        if is_terminal:
+            bar.update(task, advance=amount, note=f"{speed}  {note}")
+        elif now - last >= PLAIN_INTERVAL_S:
             last = now
-            rate = done / (now - started)
             left = f", {(total - done) / rate:,.0f} s left" if total and rate else ""
             of = f" of {total:,.0f}" if total else ""
-            line = f"{title}: {done:,.0f}{of} {unit}, {_show_rate(rate)} {unit}/s{left}"
-            log.info("%s%s", line, f" ({note})" if note else "")
+            log.info("%s: %s%s %s, %s%s%s", title, f"{done:,.0f}", of, unit, speed, left, f" ({note})" if note else "")
 
-    return advance
-
-
-def _show_rate(rate: float) -> str:
-    """A rate that may be steps per minute or millions of bytes per second."""
-    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+    with bar if is_terminal else nullcontext():
+        yield advance

@@ -1,7 +1,6 @@
 """Every exception that a user can meet; each message says what is wrong and what to do next.
 
-A fault of the user's is a `UserError` (a `ValueError`): the command line prints its one sentence and exits with 2.
-An `assert` guards what only a fault of ours can break. `exit_code` is what the process ends with.
+The command line prints the message and ends with `exit_code`. An `assert` guards what only a fault of ours can break.
 """
 
 from __future__ import annotations
@@ -62,8 +61,7 @@ def import_extra(module: str, what: str, extra: str) -> Any:
 
 def install_command(extra: str) -> str:
     """The command that installs an extra of this package from its own origin: index, URL, repository or clone."""
-    from urllib.parse import urlparse  # these two take a while
-    from urllib.request import url2pathname
+    from urllib.request import url2pathname  # takes a while to import
 
     try:
         record = json.loads(distribution("cartilha").read_text("direct_url.json") or "{}")
@@ -71,7 +69,7 @@ def install_command(extra: str) -> str:
         record = {}
     url = record.get("url", "")
     if record.get("dir_info", {}).get("editable"):
-        what = f'-e "{_shortest(url2pathname(urlparse(url).path))}[{extra}]"'
+        what = f'-e "{_shortest(url2pathname(url.removeprefix("file://")))}[{extra}]"'
     else:
         repository = record.get("vcs_info")
         origin = f" @ {repository['vcs']}+{url}@{repository['commit_id']}" if repository else f" @ {url}" if url else ""

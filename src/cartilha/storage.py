@@ -88,21 +88,18 @@ def new_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
 def _temporary(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
     """Make what will be renamed to `path`, locked: it is removed if the block fails, else the renaming made durable."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(path)
+    _sweep(path.parent.glob, glob.escape(path.name))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         _remove(temporary)  # left by an earlier process with the same id
         make(temporary)
         with _locked(temporary):
             yield temporary
-    except OSError as error:
+    except BaseException as error:
         _remove(temporary)
-        if error.errno is None or error.filename is not None:
-            raise
-        # A disk that fills up in the middle of a file gives an error without a path.
-        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error.__cause__
-    except BaseException:
-        _remove(temporary)
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            # A disk that fills up in the middle of a file gives an error without a path.
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error.__cause__
         raise
     _flush_directory(path.parent)
 
@@ -140,17 +137,13 @@ def _exchange(left: Path, right: Path) -> bool:
     return bool(done == 0)
 
 
-def _sweep(path: Path) -> None:
-    """Remove what killed processes left of writing `path`, and restore the old directory if they were replacing it."""
-    _clear(path.parent.glob, glob.escape(path.name))
-
-
 def sweep_below(directory: Path) -> None:
     """Remove or restore what killed processes left anywhere below a directory that only this process uses."""
-    _clear(directory.rglob, "*")
+    _sweep(directory.rglob, "*")
 
 
-def _clear(find: Callable[[str], Iterable[Path]], name: str) -> None:
+def _sweep(find: Callable[[str], Iterable[Path]], name: str) -> None:
+    """Remove what killed processes left of writing `name`, and restore the old directory if they were replacing it."""
     for left in [*find(f".{name}.*.old"), *find(f".{name}.*.tmp")]:
         written, _, process_id = left.stem.rpartition(".")
         if process_id.isdigit() and _is_abandoned(left):

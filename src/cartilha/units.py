@@ -7,20 +7,15 @@ import re
 
 from cartilha.errors import UserError
 
+_DURATION = re.compile("".join(rf"(?:(\d+\.?\d*|\.\d+){unit})?" for unit in "hms"), re.ASCII)
+
 
 def parse_duration(text: str | None) -> float | None:
-    """Seconds in a text such as `50m`, `1h30m`, `90s` or `2.5h`; None for None.
-
-    Raises:
-        UserError: It says no time above 0.
-    """
+    """Seconds in `50m`, `1h30m`, `90s` or `2.5h`, None for None; a UserError if that is no time above 0."""
     if text is None:
         return None
-    found = re.fullmatch(r"(?:([\d.]+)h)?(?:([\d.]+)m)?(?:([\d.]+)s)?", text.strip().lower(), re.ASCII)
-    try:
-        parts = [float(part or 0) for part in found.groups()] if found else []
-    except ValueError:  # two points in a number
-        parts = []
+    found = _DURATION.fullmatch(text.strip().lower())
+    parts = map(float, found.groups("0") if found else ())
     seconds = sum(part * unit for part, unit in zip(parts, (3600, 60, 1), strict=False))
     if not 0 < seconds < math.inf:
         raise UserError(f"A time is written like 50m, 1h30m or 90s, not {text!r}.")
@@ -28,11 +23,7 @@ def parse_duration(text: str | None) -> float | None:
 
 
 def parse_share(text: str, name: str) -> float:
-    """A share between 0 and 1 from `5%` or `0.05`.
-
-    Raises:
-        UserError: It is neither.
-    """
+    """A share between 0 and 1 from `5%` or `0.05`; a UserError that begins with `name` if it is neither."""
     number = text.strip()
     try:
         share = float(number.removesuffix("%")) / (100 if number.endswith("%") else 1)

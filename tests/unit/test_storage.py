@@ -283,7 +283,7 @@ def test_what_a_killed_process_left_is_swept_by_the_next_and_what_a_living_one_w
     with new_directory(path) as folder:
         (folder / "b").write_text("b")
         assert names(tmp_path) == [folder.name, "c.txt"]
-        script = f"from cartilha import storage; storage._sweep(storage.Path({str(path)!r}))"
+        script = f"from cartilha import storage; storage.sweep_below(storage.Path({str(tmp_path)!r}))"
         subprocess.run([sys.executable, "-c", script], check=True, timeout=300)
         assert names(tmp_path) == [folder.name, "c.txt"]  # somebody lives there
     assert names(tmp_path) == ["c.txt", "pasta"] and names(path) == ["b"]

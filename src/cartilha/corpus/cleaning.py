@@ -20,13 +20,9 @@ from cartilha.corpus.signatures import run_hashes
 from cartilha.errors import UserError, import_extra
 
 MIN_CHARS = 200  # of `short`, without white space at the ends
-# Of `repeated_lines`, as shares of a document's lines and of their characters.
-MAX_REPEATED_LINES = 0.3
-MAX_REPEATED_LINE_CHARS = 0.2
-# Of `repeated_ngrams`: the share of a document's runs of about five words that occurred in it before.
-MAX_REPEATED_NGRAMS = 0.15
-# Of `boilerplate`: longer passages are text, which may mention cookies.
-MAX_BOILERPLATE_CHARS = 250
+MAX_REPEATED_LINES, MAX_REPEATED_LINE_CHARS = 0.3, 0.2  # shares of a document's lines and of their characters
+MAX_REPEATED_NGRAMS = 0.15  # share of a document's runs of about five words that occurred in it before
+MAX_BOILERPLATE_CHARS = 250  # longer passages are text, which may mention cookies
 _SENTENCE_ENDS = (". ", "! ", "? ")
 # Of `language`: a short sample suffices for nearly all text in the wanted language (94 % of Portuguese, no Galician);
 # otherwise a longer one decides, if it has enough letters.
@@ -74,28 +70,19 @@ class Cleaner:
 
     def __call__(self, documents: Sequence[Document]) -> list[Document | Rejected]:
         """Each document, mended or the same object, or the reason why it is left out."""
-        texts = {i: document.text for i, document in enumerate(documents)}
-        reasons: dict[int, str] = {}
-        for name, step in self._steps.items():
-            for i, found in zip(list(texts), step(list(texts.values())), strict=True):
-                if found is None or isinstance(found, _Reason):
-                    reasons[i] = found or name
-                    del texts[i]
-                else:
-                    texts[i] = found
         result: list[Document | Rejected] = list(documents)
-        for i, reason in reasons.items():
-            result[i] = Rejected(documents[i], reason)
-        for i, text in texts.items():
-            if text is not documents[i].text:
-                result[i] = replace(documents[i], text=text)
+        for name, step in self._steps.items():
+            kept = [(i, document) for i, document in enumerate(result) if isinstance(document, Document)]
+            for (i, document), text in zip(kept, step([document.text for _, document in kept]), strict=True):
+                if text is None or isinstance(text, _Reason):
+                    result[i] = Rejected(documents[i], text or name)
+                elif text is not document.text:
+                    result[i] = replace(document, text=text)
         return result
 
 
 class _Reason(str):
     """A reason with detail; its type tells it from a text."""
-
-    __slots__ = ()
 
 
 def _each(judge: Callable[[str], Found]) -> Callable[[str], Step]:
@@ -152,7 +139,6 @@ def _without_phrases(text: str) -> Found:
 
 
 def _phrases(lowered: str) -> Iterator[int]:
-    """The places of phrases in a text in lower case."""
     for anchor, phrases in PHRASES.items():
         place = lowered.find(anchor)
         while place >= 0:
@@ -172,7 +158,6 @@ def _segment(text: str, place: int) -> tuple[int, int]:
 
 
 def _short(text: str) -> Found:
-    """Rejects texts of fewer characters than `MIN_CHARS`."""
     return text if len(text) >= MIN_CHARS and len(text.strip()) >= MIN_CHARS else None
 
 

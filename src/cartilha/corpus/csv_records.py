@@ -64,7 +64,6 @@ class _CsvLines:
         self.first_line = self.line + 1
 
     def begin_again(self) -> None:
-        """Return to the second line of the faulty record."""
         self.line -= len(self._held) - 1
         self._again += reversed(self._held[1:])
         self.next_record()

@@ -8,18 +8,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text, never stripped, normalised or cut, with its origin.
-
-    Attributes:
-        id: Unique within its source; the record's own id if it has one, else `<source>:<line or row>`.
-        source: The file (by its path below the input) or dataset that it was read from.
-        domain: The group for figures per domain: its own label, else its folder below the input, else its file.
-    """
+    """A text, never stripped, normalised or cut, with its origin."""
 
     text: str
-    id: str
-    source: str
-    domain: str
+    id: str  # unique within its source; the record's own if it has one, else `<source>:<line or row>`
+    source: str  # the file (by its path below the input) or dataset that it was read from
+    domain: str  # the group for figures per domain: its own label, else its folder below the input, else its file
 
     @property
     def text_hash(self) -> str:

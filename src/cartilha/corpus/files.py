@@ -35,30 +35,18 @@ COMPRESSED_EXPANSION = 4.0  # bytes of text per compressed byte, for estimates o
 class SourceFile:
     """A file to read; from its size (on the disk) and time of change a store tells whether it is still the same.
 
-    Its documents are named after its path below the input, and belong to the domain, which is its folder below the
-    input or else its stem, unless they name another.
+    Its file name is told apart by `split_name`. Its documents are named after its path below the input, and belong to
+    the domain, which is its folder below the input or else its stem, unless they name another.
     """
 
     path: Path
     size_bytes: int
     modified_ns: int
+    stem: str
+    format: str
+    compression: str
     name: str = field(compare=False)
-    domain: str = field(default="", compare=False)
-
-    @property
-    def format(self) -> str:
-        """The suffix that tells how to read it, in lower case and without the compression."""
-        return split_name(self.path.name)[1]
-
-    @property
-    def compression(self) -> str:
-        """One of `COMPRESSIONS`, or nothing."""
-        return split_name(self.path.name)[2]
-
-    @property
-    def stem(self) -> str:
-        """The file's name without these suffixes."""
-        return split_name(self.path.name)[0]
+    domain: str = field(compare=False)
 
 
 def split_name(name: str) -> tuple[str, str, str]:

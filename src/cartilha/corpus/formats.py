@@ -1,7 +1,4 @@
-"""The formats that are read: how a file is read, what its records are called, where it can be cut.
-
-A compression (`files.COMPRESSIONS`) may follow any suffix.
-"""
+"""The formats that are read; a compression (`files.COMPRESSIONS`) may follow any suffix."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from cartilha.corpus.csv_records import read_csv
 from cartilha.corpus.files import COMPRESSED_EXPANSION, COMPRESSIONS, READ_ERRORS, SourceFile, split_name
 from cartilha.corpus.json_records import read_json, read_jsonl
 from cartilha.corpus.lines import Span, damaged
-from cartilha.corpus.plain_text import cut_lines, cut_txt, read_txt
+from cartilha.corpus.plain_text import cut_lines, read_txt
 from cartilha.corpus.records import FilePart, Numbered, ReadSettings
 from cartilha.corpus.tables import cut_row_groups, read_table
 from cartilha.errors import UserError
@@ -35,7 +32,7 @@ class Format:
 
 
 FORMATS = (
-    Format((".txt",), read_txt, "line", cut_txt),
+    Format((".txt",), read_txt, "line", cut_lines),
     Format((".jsonl", ".ndjson", ".jsonlines"), read_jsonl, "line", cut_lines),
     Format((".json",), read_json, "record"),
     Format((".csv", ".tsv"), read_csv, "row"),

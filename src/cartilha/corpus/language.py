@@ -17,24 +17,15 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Identifier:
-    """The model.
+    """The model, as arrays."""
 
-    Attributes:
-        labels: ISO 639 codes, one per column.
-        aliases: Columns (first, other) of the same language, in two scripts.
-        next_states: The next state for each kind of state and byte.
-        rows: Where the kind of each state begins in `next_states`, int64.
-        features: The feature that ends at each state, or -1, int32.
-        weights: float32, shape (num_features, num_labels); `priors` have the shape (num_labels,).
-    """
-
-    labels: list[str]
-    aliases: list[tuple[int, int]]
-    next_states: np.ndarray
-    rows: np.ndarray
-    features: np.ndarray
-    weights: np.ndarray
-    priors: np.ndarray
+    labels: list[str]  # ISO 639 codes, one per column
+    aliases: list[tuple[int, int]]  # columns (first, other) of the same language, in two scripts
+    next_states: np.ndarray  # for each kind of state and byte
+    rows: np.ndarray  # where the kind of each state begins in `next_states`, int64
+    features: np.ndarray  # the feature that ends at each state, or -1, int32
+    weights: np.ndarray  # float32, shape (num_features, num_labels)
+    priors: np.ndarray  # float32, shape (num_labels,)
 
 
 @lru_cache(maxsize=1)

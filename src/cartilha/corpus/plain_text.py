@@ -13,8 +13,7 @@ from cartilha.corpus.records import FilePart, Numbered, ReadSettings, Record
 
 COUNT_BYTES = 4 << 20
 
-_LINE_END = re.compile(rb"\n")
-_BETWEEN_DOCUMENTS = {"line": _LINE_END, "paragraph": re.compile(rb"\n[ \t\r]*\n"), "file": None}
+_BETWEEN_DOCUMENTS = {"line": re.compile(rb"\n"), "paragraph": re.compile(rb"\n[ \t\r]*\n"), "file": None}
 # Encodings in which the byte 0x0A is always a line feed, so that bytes can be cut there.
 _CUT_AT_LINE_FEEDS = re.compile(r"utf-8|ascii|iso8859-\d+|cp125\d|cp437|cp850|cp860|koi8-\w|mac-\w+")
 
@@ -60,15 +59,9 @@ def _without_end(text: str) -> str:
     return text[:-1].removesuffix("\r") if text.endswith("\n") else text
 
 
-def cut_txt(source: SourceFile, settings: ReadSettings, target_bytes: int) -> Iterator[Span]:
-    """Cut between documents, unless the file is one."""
-    return cut_lines(source, settings, target_bytes, _BETWEEN_DOCUMENTS[settings.text_unit])
-
-
-def cut_lines(
-    source: SourceFile, settings: ReadSettings, target_bytes: int, between: re.Pattern[bytes] | None = _LINE_END
-) -> Iterator[Span]:
-    """Cut after matches of `between`; the file is read once to count its lines."""
+def cut_lines(source: SourceFile, settings: ReadSettings, target_bytes: int) -> Iterator[Span]:
+    """Cut between documents, unless the file is one; it is read once to count its lines."""
+    between = _BETWEEN_DOCUMENTS[settings.text_unit if source.format == ".txt" else "line"]
     if between is None or not _CUT_AT_LINE_FEEDS.fullmatch(settings.encoding):
         yield Span(num_bytes=source.size_bytes)
         return

@@ -1,7 +1,5 @@
 """REFs to documents: files of any of the `formats`, datasets of the hub, and the primer.
 
-    REFs -> resolve_inputs -> parts of sources (shards) -> a reader for each format: (number, record) -> Document
-
 A document, its name and its faults depend on its file alone, not on how the file was cut.
 """
 
@@ -12,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import islice
-from typing import Any
+from typing import Any, Self
 
 from cartilha.config import VocabConfig
 from cartilha.corpus import lines
@@ -31,25 +29,18 @@ from cartilha.errors import UserError
 
 @dataclass
 class ReadCounts:
-    """What has been read so far; filled while documents are consumed.
-
-    Attributes:
-        empty: Records left out because their text is missing (null), empty or only white space.
-        replaced_bytes_documents: Documents in whose text invalid bytes became U+FFFD.
-        joined_rows: Rows of CSV and TSV whose quotes joined several lines; `first_joined` is the place of the first.
-        skipped: Faulty records left out, by reason; `first_skipped` holds the message of the first of each.
-    """
+    """What has been read so far; filled while documents are consumed."""
 
     documents: int = 0
-    empty: int = 0
-    replaced_bytes_documents: int = 0
+    empty: int = 0  # records left out because their text is missing (null), empty or only white space
+    replaced_bytes_documents: int = 0  # in whose text invalid bytes became U+FFFD
     nul_documents: int = 0
-    joined_rows: int = 0
-    first_joined: str = ""
-    skipped: Counter[str] = field(default_factory=Counter)
-    first_skipped: dict[str, str] = field(default_factory=dict)
+    joined_rows: int = 0  # rows of CSV and TSV whose quotes joined several lines
+    first_joined: str = ""  # its place
+    skipped: Counter[str] = field(default_factory=Counter)  # faulty records left out, by reason
+    first_skipped: dict[str, str] = field(default_factory=dict)  # the message of the first of each reason
 
-    def add(self, other: ReadCounts) -> None:
+    def add(self, other: Self) -> None:
         """Add what another reader counted; in the order of the parts, so that the first messages are the same."""
         for name, number in vars(other).items():
             if isinstance(number, int):
@@ -100,12 +91,12 @@ def read_documents(
 
 def input_documents(config: VocabConfig) -> Iterator[Document]:
     """Stream the documents of `--input`, up to `--limit_documents`; a UserError says that there is none."""
-    is_empty = True
-    for document in islice(read_documents(config.input, ReadSettings.of(config)), config.limit_documents):
-        yield document
-        is_empty = False
-    if is_empty:
+    documents = islice(read_documents(config.input, ReadSettings.of(config)), config.limit_documents)
+    first = next(documents, None)
+    if first is None:
         raise no_text(config.input)
+    yield first
+    yield from documents
 
 
 def no_text(refs: Sequence[str]) -> UserError:

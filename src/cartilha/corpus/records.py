@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from cartilha.config import ReadingOptions
 from cartilha.corpus.files import SourceFile
@@ -50,7 +50,7 @@ class ReadSettings(ReadingOptions):
         return tuple(key for key in keys if key != self.text_column)
 
     @classmethod
-    def of(cls, config: object) -> ReadSettings:
+    def of(cls, config: object) -> Self:
         """The settings that a command's configuration has fields for; the others keep their defaults."""
         names = {field.name for field in fields(cls)}
         return cls(**{name: value for name, value in vars(config).items() if name in names})

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from unicodedata import normalize
 
-from cartilha.corpus.files import SourceFile
+from cartilha.corpus.files import SourceFile, split_name
 from cartilha.corpus.formats import READABLE, is_readable
 from cartilha.corpus.primer import primer_sha256
 from cartilha.errors import UserError, counted
@@ -159,7 +159,8 @@ def _file(path: str, root: str | None = None) -> SourceFile:
     if status is None:
         raise UserError(f"{path} is a link that leads nowhere; remove it or put its file back.")
     name = os.path.basename(path) if root is None else Path(os.path.relpath(path, root or ".")).as_posix()
-    return SourceFile(Path(path), status.st_size, status.st_mtime_ns, name, os.path.dirname(name))
+    parts = split_name(os.path.basename(path))
+    return SourceFile(Path(path), status.st_size, status.st_mtime_ns, *parts, name, os.path.dirname(name))
 
 
 def _folder(folder: str, left_out: LeftOut) -> list[Source]:
@@ -193,7 +194,6 @@ def _in_order(path: str) -> tuple[str, ...]:
 
 
 def _named(paths: Sequence[str]) -> str:
-    """The number of paths, and the first of them."""
     more = f" and {len(paths) - NAMED_FILES:,} more" if len(paths) > NAMED_FILES else ""
     return f"{counted(len(paths), 'file')} ({', '.join(paths[:NAMED_FILES])}{more})"
 
@@ -218,8 +218,10 @@ def _walk(folder: str) -> Iterator[tuple[str, str]]:
 def _why_left_out(name: str, listed: set[str] | None) -> str | None:
     """The reason, empty if the file is read; None if nobody would take it for text."""
     is_hidden = name.startswith(".")
-    if not is_readable(name) or name in DATASET_RECORDS:
-        return None if is_hidden or name in DATASET_RECORDS else OTHER_KIND
+    if name in DATASET_RECORDS or (is_hidden and not is_readable(name)):
+        return None
+    if not is_readable(name):
+        return OTHER_KIND
     if is_hidden:
         return "hidden"
     return "" if listed is None or name in listed else "not listed in state.json as part of the dataset"

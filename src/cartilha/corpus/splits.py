@@ -54,15 +54,10 @@ class SplitRule:
 
 @dataclass(frozen=True)
 class SplitResult:
-    """A split; arrays are bool, shape (num_documents,).
+    """Which documents are held out, and which are on neither side (`left_out`): bool, shape (num_documents,).
 
-    Attributes:
-        validation: Whether each document is held out.
-        left_out: Whether it is on neither side, because a given document or one of the `first` is its near-duplicate.
-        fraction_used: The fraction that decided, if one did.
-        notes: What was done differently from what was asked, one sentence each.
-        leak_rate: Share of the held-out documents with a near-duplicate in training.
-        plain_leak_rate: The same if the rule had looked at each document alone, as a random split does.
+    Left out are near-duplicates of given documents, or of the `first`. `notes` say in a sentence each what was done
+    differently from what was asked. `plain_leak_rate` is the rate if each document were split alone, as at random.
     """
 
     validation: np.ndarray
@@ -87,12 +82,9 @@ def split_documents(
 ) -> SplitResult:
     """Decide which documents are held out; a UserError if none is left on one of the sides.
 
-    Args:
-        text_hashes: In the order of the input, without exact duplicates; at least two.
-        rule: How many and which.
-        clusters: A number for each document that its near-duplicates share: int64, shape (num_documents,).
-        given: Whether each is held out whatever the rule says: bool, shape (num_documents,).
-        own: The position of each, if known: float64, shape (num_documents,).
+    There are at least two hashes, in the order of the input and without exact duplicates. Arrays have the shape
+    (num_documents,): the number that near-duplicates share (int64), whether a document is held out whatever the rule
+    says (bool), and its `own` position, if that is known (float64).
     """
     num_documents = len(text_hashes)
     assert num_documents >= 2, "one document cannot be split"
