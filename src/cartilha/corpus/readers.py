@@ -66,9 +66,6 @@ class _Origin:
     unit: str
     domain_keys: tuple[str, ...] = ()
 
-    def at(self, number: int | str) -> str:
-        return f"{self.path}, {self.unit} {number}"
-
 
 def read_documents(
     refs: Sequence[str | Source], settings: ReadSettings | None = None, counts: ReadCounts | None = None
@@ -159,7 +156,7 @@ def _document(
     record: str | Mapping[str, Any], number: int | str, origin: _Origin, settings: ReadSettings, counts: ReadCounts
 ) -> Document | Fault | None:
     """The document in a record, or None if the text is empty, which is counted."""
-    place = origin.at(number)
+    place = f"{origin.path}, {origin.unit} {number}"
     labels: Mapping[str, Any] = {} if isinstance(record, str) else record
     text: Any = record
     if not isinstance(record, str):
