@@ -45,9 +45,14 @@ def in_processes(num_workers: int, imports: Sequence[str] = ()) -> Iterator[Exec
     pool = ProcessPoolExecutor(num_workers, context, _begin, (context.Barrier(num_workers),))
 
     def start_workers() -> None:  # all of them: the pool starts one only when no other is idle
-        with _without_main_module():
+        caller = sys.modules["__main__"]
+        # Workers must not run the caller's script, which therefore needs no `if __name__ == "__main__"`.
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        try:
             for _ in range(num_workers):
                 pool.submit(_import_all, modules)
+        finally:
+            sys.modules["__main__"] = caller
 
     start = threading.Thread(target=start_workers)
     start.start()
@@ -150,14 +155,3 @@ def _import_all(names: Sequence[str]) -> None:
     for name in names:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
-
-
-@contextmanager
-def _without_main_module() -> Iterator[None]:
-    """Keep workers from running the caller's script, which therefore needs no `if __name__ == "__main__"`."""
-    real = sys.modules["__main__"]
-    sys.modules["__main__"] = types.ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = real

@@ -95,10 +95,8 @@ class FertilityCounter:
         words, num_pieces = self._all_words, self._num_pieces
         order = sorted(words, key=lambda word: (-words[word] * (num_pieces[word] - 1), word))[:num_words]
         encoded = self._tokenizer.encode([self._prefix + word for word in order])
-        return [
-            CostlyWord(word, words[word], tuple(self._tokenizer.decode_each(ids)))
-            for word, ids in zip(order, encoded, strict=True)
-        ]
+        pieces = [tuple(self._tokenizer.decode_each(ids)) for ids in encoded]
+        return [CostlyWord(word, words[word], own) for word, own in zip(order, pieces, strict=True)]
 
     def costliest_letters(self, num_letters: int = 20) -> list[CostlyLetter]:
         """The letters beyond ASCII that are cut apart most often."""

@@ -61,7 +61,7 @@ class SplitWriter:
     def add_rows(self, rows: pa.Table) -> None:
         """Append the rows of documents (`ROW_SCHEMA`); their tokens and texts must come in the same order."""
         num_tokens = rows["num_tokens"].to_numpy()
-        start = self._sums["num_tokens"] + np.concatenate(([0], np.cumsum(num_tokens)))[:-1]
+        start = self._sums["num_tokens"] + np.cumsum(num_tokens) - num_tokens
         for name in COUNTS[1:]:
             self._sums[name] += int(rows[name].to_numpy().sum())
         self._sums["num_documents"] += len(rows)

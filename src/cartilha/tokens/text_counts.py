@@ -44,10 +44,9 @@ class CharacterClasses:
     def of(self, code_points: np.ndarray) -> np.ndarray:
         """The class of each code point, uint8: bit 1 is whitespace to `str.split`, bit 2 rare, bit 3 a number."""
         found: np.ndarray = self._classes[code_points]
-        new = code_points[found == _UNKNOWN]
+        new = np.unique(code_points[found == _UNKNOWN])
         if len(new):
-            for code_point in np.unique(new).tolist():
-                self._classes[code_point] = _class(code_point)
+            self._classes[new] = [_class(code_point) for code_point in new.tolist()]
             found = self._classes[code_points]
         return found
 
