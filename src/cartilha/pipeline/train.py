@@ -23,7 +23,16 @@ from cartilha.machine.processes import from_rank_0, gather_objects, is_main_proc
 from cartilha.model.compiling import training_body
 from cartilha.pipeline.check import refuse_if_failed
 from cartilha.pipeline.preflight import preflight
-from cartilha.runs.files import NoticeCollector, RunWriter, check_output, only_process, read_results, write_config
+from cartilha.runs.files import (
+    RunWriter,
+    begun_values,
+    check_output,
+    collecting_notices,
+    only_process,
+    read_results,
+    resumed_values,
+    write_config,
+)
 from cartilha.runs.live import training_view
 from cartilha.runs.model_card import model_card
 from cartilha.runs.scratch import place_of_run
@@ -67,7 +76,7 @@ def train(config: TrainConfig, *, prompts: GenerateConfig | None = None) -> Trai
         raise InterruptedRunError(
             f"The stop file {config.stop_file} is there, so nothing was done; remove it and try again."
         )
-    with _collecting_notices() as notices, _place(config) as path:
+    with collecting_notices() as notices, _place(config) as path:
         if path is not None:
             record = _run(config, path, prompts or GenerateConfig(), notices)
             return TrainResult(config.output, record.values, was_finished=False)
@@ -96,29 +105,29 @@ def _place(config: TrainConfig) -> Iterator[Path | None]:
         yield from_rank_0(path)
 
 
-def _run(config: TrainConfig, path: Path, prompts: GenerateConfig, notices: NoticeCollector) -> RunWriter:
+def _run(config: TrainConfig, path: Path, prompts: GenerateConfig, notices: list[str]) -> RunWriter:
     """Set up and train in a directory that is locked for this command."""
     run = assemble(config, path, prompts, config.resume == "auto")
     if not config.skip_checks:
         with random_numbers_apart():  # a resumed run goes on with those of its checkpoint
             refuse_if_failed(run)
-    setting = facts(run)
+    values = facts(run)
     if is_main_process():
         check_space(run)
-        record = RunWriter.resume(path, run.step, setting) if run.step else RunWriter.begin(path, setting)
-    record = from_rank_0(record if is_main_process() else RunWriter(path, {}))
+        values = resumed_values(path, run.step, values) if run.step else begun_values(path, values)
+    record = RunWriter(path, from_rank_0(values), notices)
     stop_file = Path(config.stop_file) if config.stop_file else None
-    with _recording_failures(record, notices), listening_for_stop(stop_file) as stop:
+    with _recording_failures(record), listening_for_stop(stop_file) as stop:
         record.update()  # the first file: from now on the directory is a run, which can be resumed
         if is_main_process():
             write_config(path, config)
             write_json(path / "plan.json", run.plan.values)
         _announce(run)
-        _train(run, record, notices, stop)
+        _train(run, record, stop)
     return record
 
 
-def _train(run: Run, record: RunWriter, notices: NoticeCollector, stop: StopRequest) -> None:
+def _train(run: Run, record: RunWriter, stop: StopRequest) -> None:
     """Measure, train, measure; write a checkpoint after each epoch, whenever one is due, and before stopping."""
     watch = LossWatch(run.state.progress, scaled=run.state.scaler.is_enabled())
     tracked = TrackedRun(run.path, run.step, run.settings)
@@ -132,7 +141,7 @@ def _train(run: Run, record: RunWriter, notices: NoticeCollector, stop: StopRequ
         background=run.plan.background_checkpoints
         and can_write_in_background(run.loaded.model.device, run.loaded.num_parameters),
     )
-    log_book = _LogBook(run, record, notices, metrics)
+    log_book = _LogBook(run, record, metrics)
     with closing(metrics), closing(writer):
         if run.step == 0:
             log_book.measure("Validation before training")
@@ -181,7 +190,7 @@ def _announce(run: Run) -> None:
 def _steps(run: Run, record: RunWriter) -> Iterator[StepRecord]:
     """The loop, shown as it goes."""
     settings = StepSettings(
-        run.dtype,
+        run.scorer.dtype,
         run.plan.micro_batch_size,
         run.config.max_grad_norm,
         run.config.loss,
@@ -199,7 +208,6 @@ class _LogBook:
 
     run: Run
     record: RunWriter
-    notices: NoticeCollector
     metrics: MetricsFile
 
     def measure(self, title: str) -> Evaluation:
@@ -209,7 +217,7 @@ class _LogBook:
             scores = score_in_shares(run.scorer, run.validation, advance)
         evaluation = make_evaluation(run.scorer, run.validation, scores, time.perf_counter() - started)
         for note in evaluation.notes:
-            if note not in self.notices.notices:
+            if note not in self.record.heard:
                 log.warning("%s", note)
         self.metrics.evaluation(run.step, run.num_epochs_done, evaluation.to_dict())
         self.record.add_evaluation(run.step, run.num_epochs_done, evaluation)
@@ -251,7 +259,7 @@ class _LogBook:
             tokens=progress.tokens,
             seconds=progress.seconds,
             memory_bytes=peak_memory_bytes(run.loaded.model.device.type),
-            notices=_all_notices(record, self.notices),
+            notices=record.notices,
         )
         if not is_main_process():
             return
@@ -259,7 +267,7 @@ class _LogBook:
             # The model is converted in place: nothing computes with it any more.
             torch.nn.Module.to(run.loaded.model, getattr(torch, run.config.save_dtype))
             run.loaded.model.save_pretrained(temporary)
-            run.tokenizer.save(temporary)
+            run.scorer.tokenizer.save(temporary)
             write_atomically(temporary / "README.md", model_card(record.values))
         if is_complete and not run.config.keep_optimizer:  # a longer time budget goes on with the states
             drop_optimizer_states(run.path)
@@ -276,30 +284,14 @@ def _rates(progress: Progress, first: StepRecord | None) -> dict[str, float | No
 
 
 @contextmanager
-def _collecting_notices() -> Iterator[NoticeCollector]:
-    collector = NoticeCollector()
-    log.addHandler(collector)
-    try:
-        yield collector
-    finally:
-        log.removeHandler(collector)
-
-
-def _all_notices(record: RunWriter, notices: NoticeCollector) -> list[str]:
-    """Those of earlier commands and of this one, each once."""
-    return list(dict.fromkeys([*record.values["notices"], *notices.notices]))
-
-
-@contextmanager
-def _recording_failures(record: RunWriter, notices: NoticeCollector) -> Iterator[None]:
+def _recording_failures(record: RunWriter) -> Iterator[None]:
     """Write whatever ends the run early to results.json: a failed run is a row of the table too."""
     try:
         yield
     except BaseException as error:
         status, told = _failure(error, record.path)
         with suppress(OSError):  # if the disk is at fault, this cannot be written either
-            reason = str(error) or type(error).__name__
-            record.update(status=status, error=reason, notices=_all_notices(record, notices))
+            record.update(status=status, error=str(error) or type(error).__name__, notices=record.notices)
         if told is error:
             raise
         raise told from error

@@ -23,43 +23,25 @@ if TYPE_CHECKING:  # they import torch, and a mistake is named before that
 log = logging.getLogger("cartilha")
 
 FORMAT_VERSION = 1
+LISTS = ("resumed_from_step", "epochs", "evaluations", "notices")
 LOCK = ".lock"
 
 
 class RunWriter:
-    """Writes results.json of a run: its values are changed in memory, and the whole file is written at each change."""
+    """Writes results.json of a run: its values are changed in memory, and the whole file is written at each change.
 
-    def __init__(self, path: Path, values: dict[str, Any]) -> None:
+    `heard` are the warnings of the command that runs (`collecting_notices`).
+    """
+
+    def __init__(self, path: Path, values: dict[str, Any], heard: Sequence[str] = ()) -> None:
         self.path = path
         self.values = values
+        self.heard = heard
 
-    @classmethod
-    def begin(cls, path: Path, values: dict[str, Any]) -> RunWriter:
-        """results.json of a new run."""
-        start: dict[str, Any] = {
-            "format_version": FORMAT_VERSION,
-            "name": path.resolve().name,
-            "status": "running",
-            "error": None,
-            "resumed_from_step": [],
-            "epochs": [],
-            "evaluations": [],
-            "notices": [],
-        }
-        return cls(path, {**start, **values})
-
-    @classmethod
-    def resume(cls, path: Path, step: int, values: dict[str, Any]) -> RunWriter:
-        """results.json of a run that goes on from a step; what came after that step is removed."""
-        old = _history(path)
-        steps_per_epoch = max(1, values["packing"]["steps_per_epoch"])
-        old["epochs"] = [row for row in old["epochs"] if row["epoch"] * steps_per_epoch <= step]
-        old["evaluations"] = [row for row in old["evaluations"] if row["step"] <= step]
-        if old.get("comparison") and old["comparison"]["steps"][1] > step:
-            old["comparison"] = None
-        old["resumed_from_step"] = [*old["resumed_from_step"], step]
-        _note_another_machine(old, values)
-        return cls(path, {**old, **values, "status": "running", "error": None})
+    @property
+    def notices(self) -> list[str]:
+        """Those of earlier commands and of this one, each once."""
+        return list(dict.fromkeys([*self.values["notices"], *self.heard]))
 
     def update(self, **values: Any) -> None:
         """Set values and write the file (of several processes, the main one writes)."""
@@ -73,13 +55,33 @@ class RunWriter:
         self.update(evaluations=[*rows, {"step": step, "epoch": epoch, **evaluation.to_dict()}])
 
 
+def begun_values(path: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """The contents of results.json of a new run."""
+    empty: dict[str, Any] = {name: [] for name in LISTS}
+    start = {"format_version": FORMAT_VERSION, "name": path.resolve().name, "status": "running", "error": None}
+    return {**start, **empty, **values}
+
+
+def resumed_values(path: Path, step: int, values: dict[str, Any]) -> dict[str, Any]:
+    """The contents of results.json of a run that goes on from a step; what came after that step is removed."""
+    old = _history(path)
+    steps_per_epoch = max(1, values["packing"]["steps_per_epoch"])
+    old["epochs"] = [row for row in old["epochs"] if row["epoch"] * steps_per_epoch <= step]
+    old["evaluations"] = [row for row in old["evaluations"] if row["step"] <= step]
+    if old.get("comparison") and old["comparison"]["steps"][1] > step:
+        old["comparison"] = None
+    old["resumed_from_step"] = [*old["resumed_from_step"], step]
+    _note_another_machine(old, values)
+    return {**old, **values, "status": "running", "error": None}
+
+
 def _history(path: Path) -> dict[str, Any]:
     """What results.json says of the run so far; if it is damaged, the run goes on without its history."""
-    start = RunWriter.begin(path, {}).values
+    start = begun_values(path, {})
     try:
         old = {**start, **read_results(path)}
         steps = [row["epoch"] for row in old["epochs"]] + [row["step"] for row in old["evaluations"]]
-        lists = [old[name] for name in ("epochs", "evaluations", "resumed_from_step", "notices")]
+        lists = [old[name] for name in LISTS]
     except (UserError, KeyError, TypeError):
         lists, steps = [], [None]
     if not (all(isinstance(n, int) for n in steps) and all(isinstance(x, list) for x in lists)):
@@ -97,16 +99,21 @@ def _note_another_machine(old: dict[str, Any], new: dict[str, Any]) -> None:
         log.warning("The run goes on elsewhere (%s): rounding may differ in the last bits.", "; ".join(changed))
 
 
-class NoticeCollector(logging.Handler):
-    """Collects the project's warnings while it is attached: fallbacks and findings that the results must record."""
+@contextmanager
+def collecting_notices() -> Iterator[list[str]]:
+    """A list of the project's warnings while the block lasts: fallbacks and findings that the results must record."""
+    notices: list[str] = []
 
-    def __init__(self) -> None:
-        super().__init__(level=logging.WARNING)
-        self.notices: list[str] = []
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            notices.append(record.getMessage())
 
-    def emit(self, record: logging.LogRecord) -> None:
-        """Keep the message."""
-        self.notices.append(record.getMessage())
+    collector = Collector(logging.WARNING)
+    log.addHandler(collector)
+    try:
+        yield notices
+    finally:
+        log.removeHandler(collector)
 
 
 def read_status(run: Path) -> str | None:
@@ -148,8 +155,7 @@ def _refuse_file(run: Path) -> None:
 def only_process(run: Path) -> Iterator[None]:
     """Hold the run's directory for this process alone; files that a killed process left half-written are removed.
 
-    Raises:
-        UserError: Another process has it, or it is a file.
+    A UserError says that another process has it, or that it is a file.
     """
     _refuse_file(run)
     run.mkdir(parents=True, exist_ok=True)
@@ -164,9 +170,8 @@ def only_process(run: Path) -> Iterator[None]:
 
 def write_config(run: Path, config: TrainConfig) -> None:
     """config.yaml: the settings as they were asked for."""
-    write_atomically(
-        run / "config.yaml", yaml.safe_dump({"train": config.to_dict()}, sort_keys=False, allow_unicode=True)
-    )
+    text = yaml.safe_dump({"train": config.to_dict()}, sort_keys=False, allow_unicode=True)
+    write_atomically(run / "config.yaml", text)
 
 
 def add_samples(run: Path, step: int, continuations: Sequence[Continuation]) -> None:
@@ -183,11 +188,7 @@ def read_samples(run: Path) -> list[dict[str, Any]]:
 
 
 def read_results(run: Path) -> dict[str, Any]:
-    """The contents of results.json.
-
-    Raises:
-        UserError: It is not there or not readable.
-    """
+    """The contents of results.json; a UserError says that it is not there or not readable."""
     try:
         values = read_json(run / "results.json")
     except (OSError, ValueError) as error:

@@ -7,7 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 from rich.columns import Columns
@@ -103,9 +103,8 @@ class TrainingStatus:
 
     def __rich__(self) -> RenderableType:
         total = self.schedule.num_steps
-        figures = [
-            Text.assemble((f"{name} ", "dim"), (text, "bold"), no_wrap=True) for name, text in self.figures().items()
-        ]
+        parts = (((f"{name} ", "dim"), (text, "bold")) for name, text in self.figures().items())
+        figures = [Text.assemble(*both, no_wrap=True) for both in parts]
         rows = Table.grid(expand=True)  # a bar ends no line by itself: a row does
         rows.add_row(ProgressBar(total=total, completed=self.step))
         rows.add_row(Columns(figures, padding=(0, 3)))
@@ -117,32 +116,25 @@ class TrainingStatus:
 @contextmanager
 def training_view(record: RunWriter, schedule: Schedule, title: str) -> Iterator[Callable[[StepRecord], None]]:
     """Show a run while the block lasts; yields a function that takes each step's record and waits for no device."""
-    status = TrainingStatus(title, schedule)
-    stale = True
-
-    def take(step: StepRecord) -> None:
-        nonlocal stale
-        if stale:
-            status.read(record)
-        status.update(step)
-        stale = step.ends_epoch  # an evaluation follows
-
     if not log.isEnabledFor(logging.INFO) or not log.hasHandlers():
         yield lambda step: None
-    elif sys.stderr.isatty():
-        with Live(status, console=terminal(), transient=True, refresh_per_second=4):
-            yield take
-    else:
-        last = time.monotonic()
+        return
+    status, on_terminal = TrainingStatus(title, schedule), sys.stderr.isatty()
+    is_stale, last = True, time.monotonic()
 
-        def say(step: StepRecord) -> None:
-            nonlocal last
-            take(step)
-            if time.monotonic() - last >= PLAIN_INTERVAL_S:
-                last = time.monotonic()
-                log.info("%s", status.line())
+    def take(step: StepRecord) -> None:
+        nonlocal is_stale, last
+        if is_stale:
+            status.read(record)
+        status.update(step)
+        is_stale = step.ends_epoch  # an evaluation follows
+        if not on_terminal and time.monotonic() - last >= PLAIN_INTERVAL_S:
+            last = time.monotonic()
+            log.info("%s", status.line())
 
-        yield say
+    panel = Live(status, console=terminal(), transient=True, refresh_per_second=4) if on_terminal else nullcontext()
+    with panel:
+        yield take
 
 
 def _mean(old: float | None, new: float) -> float:

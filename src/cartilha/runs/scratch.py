@@ -62,8 +62,7 @@ def scratch_directory(config: TrainConfig) -> Path | None:
 def place_of_run(config: TrainConfig, resume: bool) -> Iterator[Path]:
     """The directory to write the run to; while the block runs, it is copied to `config.output`.
 
-    Raises:
-        UserError: At the end, if the output could not be written; the local directory then has the whole run.
+    A UserError says at the end that the output could not be written; the local directory then has the whole run.
     """
     output, work = Path(config.output), scratch_directory(config)
     if work is None:
@@ -150,8 +149,7 @@ class Copier:
     def copy(self) -> None:
         """Copy what is new: whole checkpoints, then the other files, so that the output is a valid run at any time.
 
-        Raises:
-            OSError: The drive is full, gone, or not to be written to.
+        An OSError says that the drive is full, gone, or not to be written to.
         """
         here = list_checkpoints(self._work)
         for path in here:

@@ -53,9 +53,7 @@ class Run:
     config: TrainConfig
     path: Path
     store: TokenStore
-    tokenizer: TextTokenizer
     loaded: LoadedModel
-    dtype: torch.dtype
     sampler: BlockSampler
     schedule: Schedule
     plan: RunPlan
@@ -73,10 +71,8 @@ class Run:
     @property
     def disk_space(self) -> tuple[int, int]:
         """Bytes that the run's files still need at most, and bytes of one checkpoint."""
-        dtype = getattr(torch, self.config.save_dtype)
-        return space_needed(
-            self.loaded.num_parameters, self.path, keep=self.config.keep_last, weight_bytes=dtype.itemsize
-        )
+        keep, dtype = self.config.keep_last, getattr(torch, self.config.save_dtype)
+        return space_needed(self.loaded.num_parameters, self.path, keep=keep, weight_bytes=dtype.itemsize)
 
     @property
     def num_epochs_done(self) -> int:
@@ -87,8 +83,7 @@ class Run:
 def is_finished_as_asked(config: TrainConfig, path: Path) -> bool:
     """Whether the run is finished and nothing is left to do; what a resume would refuse is refused without loading.
 
-    Raises:
-        UserError: It is finished with other settings, which are named, or its results.json is damaged.
+    A UserError names the settings that differ from those it is finished with, or says that results.json is damaged.
     """
     if read_status(path) != "finished":
         return False
@@ -142,7 +137,12 @@ def _asked(config: TrainConfig, schedule: Schedule) -> dict[str, Any]:
 def assemble(config: TrainConfig, path: Path, prompts: GenerateConfig, resume: bool) -> Run:
     """Open the store, load the model, check that they fit, and restore the checkpoint if the run is to go on."""
     store = TokenStore(config.store)
-    tokenizer = _matching_tokenizer(config.model, store)
+    tokenizer = tokenizer_for(config.model, store)
+    if tokenizer.fingerprint != store.fingerprint:
+        raise UserError(
+            f"The store {store.path} was made with another tokenizer than that of {config.model}; "
+            f"prepare one with: cartilha prepare --model {config.model} --input FILE --output STORE"
+        )
     device = choose_device(config.device)
     # Of several processes the first reads the checkpoint, and the others get what it holds.
     checkpoint = newest_sound_checkpoint(path) if resume and is_main_process() else None
@@ -153,6 +153,7 @@ def assemble(config: TrainConfig, path: Path, prompts: GenerateConfig, resume: b
     config = replace(config, batch_tokens=batch_tokens)
     seed_everything(config.seed)
     loaded = _load(config, tokenizer, device)
+    scorer = make_scorer(loaded, tokenizer, dtype)
     sampler = BlockSampler(
         store.packed("train"),
         block_size=config.block_size,
@@ -182,14 +183,12 @@ def assemble(config: TrainConfig, path: Path, prompts: GenerateConfig, resume: b
         config=config,
         path=path,
         store=store,
-        tokenizer=tokenizer,
         loaded=loaded,
-        dtype=dtype,
         sampler=sampler,
         schedule=schedule,
-        plan=_plan(config, loaded, dtype, sampler, schedule, state.progress.micro_batch_size),
+        plan=_plan(config, scorer, sampler, schedule, state.progress.micro_batch_size),
         state=state,
-        scorer=make_scorer(loaded, tokenizer, dtype),
+        scorer=scorer,
         validation=encode_documents(chosen, tokenizer),
         prompts=prompts,
         settings=settings,
@@ -220,46 +219,22 @@ def check_space(run: Run) -> None:
         )
 
 
-def _matching_tokenizer(model: str, store: TokenStore) -> TextTokenizer:
-    """The store's tokenizer, after checking that it is the model's."""
-    tokenizer = tokenizer_for(model, store)
-    if tokenizer.fingerprint != store.fingerprint:
-        raise UserError(
-            f"The store {store.path} was made with another tokenizer than that of {model}; "
-            f"prepare one with: cartilha prepare --model {model} --input FILE --output STORE"
-        )
-    return tokenizer
-
-
-def _plan(
-    config: TrainConfig,
-    loaded: LoadedModel,
-    dtype: torch.dtype,
-    sampler: BlockSampler,
-    schedule: Schedule,
-    in_force: int,
-) -> RunPlan:
+def _plan(config: TrainConfig, scorer: Scorer, sampler: BlockSampler, schedule: Schedule, in_force: int) -> RunPlan:
     """The run's plan; a resumed run keeps its micro-batch in force (0: none yet), since another rounds otherwise."""
     num_ranks, blocks_per_step = world()[1], sampler.blocks_per_step
     if num_ranks > blocks_per_step:
         log.warning(
             "%d processes share steps of %s, so that some have nothing to do; use a larger --batch_tokens.",
-            num_ranks,
-            counted(blocks_per_step, "block"),
+            *(num_ranks, counted(blocks_per_step, "block")),
         )
     share = -(-blocks_per_step // num_ranks)
     asked = min(in_force, share) if in_force else None
     if config.micro_batch_size != "auto":
         asked = min(config.micro_batch_size, asked or share)
-    machine = this_machine(loaded.model.device, dtype)
-    plan = plan_run(
-        loaded.model.config,
-        machine,
-        loaded.num_parameters,
-        StepShape(config.block_size, share, asked),
-        checkpointing=config.gradient_checkpointing,
-        dropout=config.dropout,
-    )
+    loaded = scorer.loaded
+    machine = this_machine(loaded.model.device, scorer.dtype)
+    shape = StepShape(config.block_size, share, asked, config.gradient_checkpointing, config.dropout)
+    plan = plan_run(loaded.model.config, machine, loaded.num_parameters, shape)
     if not machine.is_host or not is_main_process():  # a card's copy is in the host; the first process writes
         return plan
     by_clock = 60 * config.checkpoint_minutes * num_ranks * plan.tokens_per_second / sampler.tokens_per_step

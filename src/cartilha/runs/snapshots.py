@@ -36,7 +36,7 @@ def take_snapshot(run: Run, record: RunWriter, evaluation: Evaluation, nll: np.n
     save_evaluation(_saved(run.path, run.step), saved)
     with random_numbers_apart():
         run.loaded.model.train(False)  # without the dropout that training may have
-        samples = continue_prompts(run.loaded, run.tokenizer, run.prompts)
+        samples = continue_prompts(run.loaded, run.scorer.tokenizer, run.prompts)
         add_samples(run.path, run.step, samples)
         add_surprisal(run.path / "surprisal.parquet", run.step, run.scorer, shown_documents(run.validation))
         run.loaded.model.train(run.config.dropout)
@@ -65,5 +65,5 @@ def _comparison(run: Run, evaluation: Evaluation, now: SavedEvaluation) -> dict[
     for row in [*found["gained_most"], *found["lost_most"]]:
         i = place[row["doc_id"]]
         row["domain"] = now.domains[i]
-        row["begins"] = run.tokenizer.decode(run.validation.ids[i][:TOKENS_OF_A_BEGINNING]).rstrip("\ufffd")
+        row["begins"] = run.scorer.tokenizer.decode(run.validation.ids[i][:TOKENS_OF_A_BEGINNING]).rstrip("\ufffd")
     return {"steps": [0, run.step], **found}

@@ -29,35 +29,22 @@ from cartilha.training.memory import SAFETY, MemoryModel, StepMemory, best_step
 
 log = logging.getLogger("cartilha")
 
+CUDA_SHARE, CPU_SHARE = 0.5, 0.65  # of the rate of matrix products alone that training reaches
+
 
 def this_machine(device: torch.device, dtype: torch.dtype) -> DeviceFacts:
     """The machine that this runs on: its free memory, and its rate of matrix products, measured in a moment.
 
     Memory that this process holds already counts as available: the plan counts it, too.
     """
-    memory = available_memory_bytes(device)
-    if device.type == "cuda":
-        return DeviceFacts(
-            name=torch.cuda.get_device_name(device),
-            memory_bytes=memory,
-            dtype=dtype,
-            kernel=choose_kernel("cuda", torch.cuda.get_device_capability(device), dtype),
-            peak_flops=_cuda_matmul_flops(device, dtype),
-            share=0.5,  # of what matrix products alone reach
-            overhead_bytes=64 * 2**20,  # workspaces; the context is there already and is not free any more
-            max_tokens=MAX_TOKENS_GPU,
-        )
-    return DeviceFacts(
-        name="this machine",
-        memory_bytes=memory,
-        dtype=dtype,
-        kernel=choose_kernel(device.type, None, dtype),
-        peak_flops=1e9 * cpu_matmul_rate(dtype_name(cpu_product_dtype(dtype))),
-        share=0.65,
-        overhead_bytes=PROGRAM_BYTES,
-        max_tokens=max_tokens_on_this_cpu(dtype),
-        kind=device.type,
-    )
+    memory, on_cuda = available_memory_bytes(device), device.type == "cuda"
+    kernel = choose_kernel(device.type, torch.cuda.get_device_capability(device) if on_cuda else None, dtype)
+    if on_cuda:
+        name, flops = torch.cuda.get_device_name(device), _cuda_matmul_flops(device, dtype)
+        workspaces = 64 * 2**20  # the context is there already and is not free any more
+        return DeviceFacts(name, memory, dtype, kernel, flops, CUDA_SHARE, workspaces, MAX_TOKENS_GPU)
+    flops, most = 1e9 * cpu_matmul_rate(dtype_name(cpu_product_dtype(dtype))), max_tokens_on_this_cpu(dtype)
+    return DeviceFacts("this machine", memory, dtype, kernel, flops, CPU_SHARE, PROGRAM_BYTES, most, kind=device.type)
 
 
 def _cuda_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
@@ -75,11 +62,13 @@ def _cuda_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 @dataclass(frozen=True)
 class StepShape:
-    """What one process computes per step."""
+    """What one process computes per step, and how (`Computation`)."""
 
     block_size: int  # tokens per block
     blocks_per_step: int  # this process's share of the step's blocks
     micro_batch_size: int | None = None  # blocks per forward pass; None to choose the largest number that fits
+    checkpointing: bool = False
+    dropout: bool = False
 
 
 @dataclass(frozen=True)
@@ -149,18 +138,10 @@ def refuse_beyond_context(block_size: int, context_length: int, model: str) -> N
         )
 
 
-def plan_run(
-    config: PretrainedConfig,
-    facts: DeviceFacts,
-    num_parameters: int,
-    shape: StepShape,
-    *,
-    checkpointing: bool = False,
-    dropout: bool = False,
-) -> RunPlan:
-    """Plan a run of a model on this machine; `checkpointing` and `dropout` are those of `Computation`."""
-    facts = facts.for_model(config, dropout=dropout)
-    how = facts.computation(checkpointing=checkpointing, dropout=dropout)
+def plan_run(config: PretrainedConfig, facts: DeviceFacts, num_parameters: int, shape: StepShape) -> RunPlan:
+    """Plan a run of a model on this machine."""
+    facts = facts.for_model(config, dropout=shape.dropout)
+    how = facts.computation(checkpointing=shape.checkpointing, dropout=shape.dropout)
     memory, size = None, shape.micro_batch_size or 1
     try:
         model = MemoryModel(config, how, overhead_bytes=facts.overhead_bytes, num_parameters=num_parameters)
