@@ -4,7 +4,7 @@ A document, its name and its faults depend on its file alone, not on how the fil
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import islice
@@ -82,6 +82,16 @@ def read_documents(
     if any(isinstance(ref, str) for ref in refs):  # callers that resolved them before have logged the hints
         log_hints(sources, reading)
     return (document for source in sources for document in read_part(SourcePart(source), reading, found))
+
+
+def first_documents(documents: Iterable[Document], max_chars: int) -> Iterator[Document]:
+    """The documents up to the one with which they have `max_chars` characters in all."""
+    num_chars = 0
+    for document in documents:
+        yield document
+        num_chars += len(document.text)
+        if num_chars >= max_chars:
+            return
 
 
 def input_documents(config: VocabConfig) -> Iterator[Document]:

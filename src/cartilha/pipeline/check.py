@@ -17,10 +17,9 @@ from cartilha.console import progress
 from cartilha.corpus.document import Document
 from cartilha.corpus.primer import read_primer
 from cartilha.errors import CheckFailedError, UserError, first_line
-from cartilha.evaluation.scorer import Scorer, make_scorer
-from cartilha.machine.devices import choose_device, choose_dtype
-from cartilha.model.load import load_model
-from cartilha.pipeline.models import model_tokenizer
+from cartilha.evaluation.scorer import Scorer
+from cartilha.machine.devices import choose_device
+from cartilha.pipeline.models import load_scorer
 from cartilha.pipeline.preflight import preflight
 from cartilha.pipeline.result import Result
 from cartilha.runs.setup import Run
@@ -107,7 +106,8 @@ def refuse_if_failed(run: Run) -> None:
     """Run the cheap checks, before anything is written; a CheckFailedError explains the first one that failed."""
     began = time.monotonic()
     run.loaded.model.train(False)  # dropout would change every logit
-    results = run_checks(_subject_of_run(run), CHEAP_CHECKS)
+    subject = _subject(run.config, run.scorer, run.store, sample_documents(run.store, quick=True), run.plan)
+    results = run_checks(replace(subject, disk_bytes=run.disk_space[0], output=run.path), CHEAP_CHECKS)
     run.loaded.model.train(run.config.dropout)
     for result in results:
         if result.outcome == "failed":
@@ -119,11 +119,6 @@ def refuse_if_failed(run: Run) -> None:
     log.info("Checked before step 1: %s (%.1f s).", names, time.monotonic() - began)
 
 
-def _subject_of_run(run: Run) -> Subject:
-    subject = _subject(run.config, run.scorer, run.store, sample_documents(run.store, quick=True), run.plan)
-    return replace(subject, disk_bytes=run.disk_space[0], output=run.path)
-
-
 def _subject_of_command(config: CheckConfig) -> Subject:
     store = TokenStore(config.store) if config.store else None
     samples = sample_documents(store, config.quick)
@@ -131,14 +126,13 @@ def _subject_of_command(config: CheckConfig) -> Subject:
         raise UserError("There are too few documents to check with; two held-out and one training document are needed.")
     device = choose_device(config.device)
     # A store of another tokenizer is a failed check, not an error: the other checks use the model's own tokenizer.
-    tokenizer = model_tokenizer(config.model, store)
-    loaded = load_model(config.model, device, tokenizer=tokenizer)
+    scorer = load_scorer(config.model, store, config, device)
+    loaded = scorer.loaded
     refuse_beyond_context(config.block_size, loaded.context_length, config.model)
-    dtype = choose_dtype(config.dtype, device)
     batch_tokens = resolve_batch_tokens(config.batch_tokens, config.block_size, device.type)
     shape = StepShape(config.block_size, max(1, batch_tokens // config.block_size))
-    plan = plan_run(loaded.model.config, this_machine(device, dtype), loaded.num_parameters, shape)
-    return _subject(config, make_scorer(loaded, tokenizer, dtype), store, samples, plan)
+    plan = plan_run(loaded.model.config, this_machine(device, scorer.dtype), loaded.num_parameters, shape)
+    return _subject(config, scorer, store, samples, plan)
 
 
 def _subject(

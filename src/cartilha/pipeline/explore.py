@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cartilha.config import EvaluateConfig, ExploreConfig
+from cartilha.config import ExploreConfig
 from cartilha.explorer.port import listen
 from cartilha.explorer.reading import Reader
 from cartilha.explorer.session import Explorer
@@ -40,16 +40,11 @@ def explore(config: ExploreConfig) -> ExploreResult:
 def open_explorer(config: ExploreConfig) -> Explorer:
     """Load the models and open the store; a UserError says that one of them is not there, or damaged."""
     store = TokenStore(config.store) if config.store else None
-    readers = _readers(config, store) if config.models else {}
-    return Explorer(readers, StoreWalk(config.store) if config.store else None)
-
-
-def _readers(config: ExploreConfig, store: TokenStore | None) -> dict[str, Reader]:
-    """The models by letter, loaded as `cartilha evaluate` loads them, so that the figures are the same."""
-    settings, device = EvaluateConfig(dtype=config.dtype), choose_device(config.device)
     readers = {}
-    for letter, ref in zip("AB", config.models, strict=False):
-        # The text to read is typed and comes from no store; only a random: model may need the store's tokenizer.
-        scorer = load_scorer(ref, store if ref.startswith("random:") else None, settings, device)
-        readers[letter] = Reader(scorer.loaded, scorer.tokenizer, scorer.protocol, letter)
-    return readers
+    if config.models:
+        device = choose_device(config.device)
+        for letter, ref in zip("AB", config.models, strict=False):
+            # The text to read is typed and comes from no store; only a random: model may need the store's tokenizer.
+            scorer = load_scorer(ref, store if ref.startswith("random:") else None, config, device)
+            readers[letter] = Reader(scorer.loaded, scorer.tokenizer, scorer.protocol, letter)
+    return Explorer(readers, StoreWalk(config.store) if config.store else None)

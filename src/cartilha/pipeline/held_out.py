@@ -14,7 +14,7 @@ from cartilha.config import CompareConfig, EvaluateConfig
 from cartilha.corpus.document import Document
 from cartilha.corpus.hints import log_hints
 from cartilha.corpus.near_duplicates import has_near_duplicate
-from cartilha.corpus.readers import read_documents
+from cartilha.corpus.readers import first_documents, read_documents
 from cartilha.corpus.records import ReadSettings
 from cartilha.corpus.sources import Source, resolve_inputs
 from cartilha.evaluation.baselines import UnigramCollector
@@ -51,24 +51,14 @@ class HeldOut:
     @cached_property
     def beginning(self) -> tuple[list[Document], bool]:
         """The first documents, of about `MAX_COMPRESSED_BYTES` in all, and whether there are more."""
-        first: list[Document] = []
-        num_chars = 0
-        for document in self.documents():
-            if num_chars >= MAX_COMPRESSED_BYTES:
-                return first, True
-            first.append(document)
-            num_chars += len(document.text)
-        return first, False
+        documents = self.documents()
+        return list(first_documents(documents, MAX_COMPRESSED_BYTES)), next(documents, None) is not None
 
     def first_characters(self, num_chars: int) -> list[Document]:
         """The first documents, the last one cut, of `num_chars` characters in all (at most those of `beginning`)."""
-        taken: list[Document] = []
-        for document in self.beginning[0]:
-            taken.append(replace(document, text=document.text[:num_chars]))
-            num_chars -= len(taken[-1].text)
-            if num_chars <= 0:
-                break
-        return taken
+        *whole, last = first_documents(self.beginning[0], num_chars)
+        left = num_chars - sum(len(document.text) for document in whole)
+        return [*whole, replace(last, text=last.text[:left])]
 
     def compressed(self) -> CompressedText:
         """What compressors make of the beginning, alone and after the end of the store's training text."""

@@ -8,13 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cartilha.config import RunConfig
+from cartilha.config import ReportConfig, RunConfig
 from cartilha.pipeline.preflight import preflight
 from cartilha.pipeline.prepare import PrepareResult, prepare
+from cartilha.pipeline.report import ReportResult, report
 from cartilha.pipeline.train import TrainResult, train
-from cartilha.reporting.html import render_report
-from cartilha.reporting.results import load_run
-from cartilha.reporting.tables import results_table, to_markdown
 from cartilha.runs.files import read_samples
 
 log = logging.getLogger("cartilha")
@@ -50,12 +48,11 @@ def run(config: RunConfig) -> RunResult:
             with suppress(OSError):  # if the disk is full, the user must read the first error, not this one
                 _report(run_path, output)
         raise
-    report = _report(run_path, output)
-    table = to_markdown(results_table([load_run(run_path)]), "en")
-    return RunResult(prepared, trained, str(report), table, tuple(read_samples(run_path)))
+    page = _report(run_path, output)
+    return RunResult(prepared, trained, page.report, page.table, tuple(read_samples(run_path)))
 
 
-def _report(run_path: Path, output: Path) -> Path:
-    report = render_report([run_path], output / "report.html")
-    log.info("The report is %s.", report)
-    return report
+def _report(run_path: Path, output: Path) -> ReportResult:
+    page = report(ReportConfig(runs=(str(run_path),), output=str(output / "report.html")))
+    log.info("The report is %s.", page.report)
+    return page

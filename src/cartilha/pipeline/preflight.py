@@ -29,22 +29,15 @@ from cartilha.units import parse_duration, parse_share
 
 log = logging.getLogger("cartilha")
 
-MAX_EXPLORED_MODELS = 2
-
 
 def preflight(config: Any) -> None:
-    """Refuse settings of a command that cannot work, whatever the model and the text are.
-
-    Raises:
-        UserError: A value out of its range, a path that is not there, a missing extra, or two options that exclude
-            each other.
-    """
+    """Refuse, with a UserError, settings of a command that cannot work, whatever the model and the text are."""
     before, log.disabled = log.disabled, True  # the command itself gives the notices
     try:
         _check_values(config)
         _check_required(config)
-        if type(config) in _CHECKS:
-            _CHECKS[type(config)](config)
+        for check in _CHECKS.get(type(config), ()):
+            check(config)
     finally:
         log.disabled = before
 
@@ -150,7 +143,6 @@ def _job(config: configs.RunConfig) -> None:
 
 
 def _train(config: configs.TrainConfig) -> None:
-    _check_batch(config)
     output, resume = Path(config.output), config.resume == "auto"
     if resume and read_status(output) == "finished":  # store and model may have been removed since
         return
@@ -164,8 +156,6 @@ def _plan(config: configs.PlanConfig) -> None:
     for name in config.device:
         if name not in known:
             raise UserError(f"There is no device {name!r} to plan for; choose from {', '.join(known)}.")
-    _check_batch(config)
-    _check_places(config)
 
 
 def _scored_text(config: configs.EvaluateConfig | configs.CompareConfig) -> None:
@@ -173,7 +163,6 @@ def _scored_text(config: configs.EvaluateConfig | configs.CompareConfig) -> None
         raise UserError(f"The stride must lie between 1 and the window ({config.window}), not {config.stride}.")
     if not config.store and not config.input:
         raise UserError("There is no text to score; give --store STORE (its validation side) or --input REF.")
-    _check_places(config)
 
 
 def _evaluate(config: configs.EvaluateConfig) -> None:
@@ -193,7 +182,6 @@ def _evaluate(config: configs.EvaluateConfig) -> None:
     alone = [name for name in ("per_token", "continuations", "tasks") if getattr(config, name)]
     if alone and world()[1] > 1:
         raise UserError(f"--{alone[0]} works in one process only; run it without torchrun.")
-    _scored_text(config)
 
 
 def _compare(config: configs.CompareConfig) -> None:
@@ -206,11 +194,7 @@ def _compare(config: configs.CompareConfig) -> None:
             load_evaluation(Path(path))
     else:
         _scored_text(config)
-
-
-def _generate(config: configs.GenerateConfig) -> None:
-    check_decoding(config)
-    _check_places(config)
+        _check_places(config)
 
 
 def _vocab(config: configs.VocabConfig) -> None:
@@ -222,19 +206,15 @@ def _vocab(config: configs.VocabConfig) -> None:
         output = Path(config.output)
         if output.is_file() or (output.is_dir() and any(output.iterdir())):
             raise UserError(f"{config.output} holds something already; choose another --output for the extended model.")
-    _check_places(config)
 
 
 def _explore(config: configs.ExploreConfig) -> None:
     if not config.models and not config.store:
         raise UserError("There is nothing to explore; name one or two models with --model, or a store with --store.")
-    if len(config.models) > MAX_EXPLORED_MODELS:
-        raise UserError(
-            f"The page compares {MAX_EXPLORED_MODELS} models at most, not {len(config.models)}; leave some out."
-        )
+    if len(config.models) > 2:
+        raise UserError(f"The page compares 2 models at most, not {len(config.models)}; leave some out.")
     _check_extra("gradio", "The explorer", "explorer")
     listen(config.port).close()
-    _check_places(config)
 
 
 def _push(config: configs.PushConfig) -> None:
@@ -246,15 +226,15 @@ def _push(config: configs.PushConfig) -> None:
 
 
 # Commands that import neither torch nor transformers check the rest themselves.
-_CHECKS: dict[type[Any], Callable[[Any], None]] = {
-    configs.RunConfig: _job,
-    configs.TrainConfig: _train,
-    configs.CheckConfig: _check_places,
-    configs.PlanConfig: _plan,
-    configs.EvaluateConfig: _evaluate,
-    configs.CompareConfig: _compare,
-    configs.GenerateConfig: _generate,
-    configs.VocabConfig: _vocab,
-    configs.ExploreConfig: _explore,
-    configs.PushConfig: _push,
+_CHECKS: dict[type[Any], tuple[Callable[[Any], None], ...]] = {
+    configs.RunConfig: (_job,),
+    configs.TrainConfig: (_check_batch, _train),
+    configs.CheckConfig: (_check_places,),
+    configs.PlanConfig: (_plan, _check_batch, _check_places),
+    configs.EvaluateConfig: (_evaluate, _scored_text, _check_places),
+    configs.CompareConfig: (_compare,),
+    configs.GenerateConfig: (check_decoding, _check_places),
+    configs.VocabConfig: (_vocab, _check_places),
+    configs.ExploreConfig: (_explore, _check_places),
+    configs.PushConfig: (_push,),
 }

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -25,7 +24,7 @@ from cartilha.console import Advance, progress
 from cartilha.corpus.files import SourceFile
 from cartilha.corpus.formats import expansion
 from cartilha.corpus.hints import log_hints
-from cartilha.corpus.readers import ReadCounts, no_text, read_documents
+from cartilha.corpus.readers import ReadCounts, first_documents, no_text, read_documents
 from cartilha.corpus.shards import Shard, shards, shuffled
 from cartilha.corpus.sources import HubSource
 from cartilha.corpus.splits import SPLITS, Split
@@ -134,8 +133,13 @@ def _make(job: _Job, executor: _ShardExecutor) -> PrepareResult:
     with work_directory(job.path, job.identity) as work, ThreadPoolExecutor(2) as aside:
         shard_bytes = SHUFFLED_BYTES if config.shuffle else SHARD_BYTES
         cutting = aside.submit(shards, asked.sources, asked.reading, shard_bytes)  # counts lines
-        sample = list(islice(_first_texts(asked), PROOF_DOCUMENTS))
-        encoder = _encoder(job.tokenizer, work, sample)
+        first = first_documents(read_documents(asked.sources, asked.reading), MAX_SAMPLE_BYTES)
+        sample = [document.text for document in islice(first, PROOF_DOCUMENTS)]
+        if (work / "encoder.json").is_file():
+            encoder = load_encoder(work)
+        else:
+            encoder = prove(job.tokenizer, sample)
+            encoder.save(work)
         parts = shuffled(cutting.result(), config.seed) if config.shuffle else cutting.result()
         settings = _shard_settings(job)
         tasks = [ShardTask(part, settings, work) for part in parts]
@@ -145,30 +149,13 @@ def _make(job: _Job, executor: _ShardExecutor) -> PrepareResult:
         return _write(job, done, encoder.proof, inputs)
 
 
-def _first_texts(asked: PrepareRequest) -> Iterator[str]:
-    """Texts from the beginning of the input, as many as the tokenizer's proof takes."""
-    num_chars = 0
-    for document in read_documents(asked.sources, asked.reading):
-        yield document.text
-        num_chars += len(document.text)
-        if num_chars > MAX_SAMPLE_BYTES:
-            return
-
-
-def _encoder(tokenizer: TextTokenizer, work: Path, sample: list[str]) -> Encoder:
-    """The encoder that the work directory holds, or a new one, proven on the sample."""
-    if (work / "encoder.json").is_file():
-        return load_encoder(work)
-    encoder = prove(tokenizer, sample)
-    encoder.save(work)
-    return encoder
-
-
 def _shard_settings(job: _Job) -> ShardSettings:
     config, asked, dtype = job.config, job.asked, token_dtype(job.tokenizer.num_ids)
     if dtype.itemsize > 2:
-        num_ids = f"{job.tokenizer.num_ids:,}"
-        log.info("The tokenizer has %s ids: the store takes 4 bytes per token instead of 2.", num_ids)
+        log.info(
+            "The tokenizer has %s: the store takes 4 bytes per token instead of 2.",
+            counted(job.tokenizer.num_ids, "id"),
+        )
     is_counted = config.validation_documents is not None or config.validation_first is not None
     # If a document's own position alone decides its side, no other texts need to be kept.
     any_may_be_held_out = config.near_duplicates or asked.mixture or asked.num_held_out or is_counted
@@ -248,7 +235,11 @@ def _write(
     rejected = dict(all_rejected.most_common())
     index = load_index(tasks, asked.sources)
     if not len(index.hashes):
-        raise _all_rejected(rejected) if rejected else no_text(config.input)
+        if not rejected:
+            raise no_text(config.input)
+        reasons = ", ".join(f"{number:,} {reason}" for reason, number in rejected.items())
+        documents = f"all {counted(sum(rejected.values()), 'document')} ({reasons})"
+        raise UserError(f"Cleaning left out {documents}; name fewer steps with --clean, or another --language.")
     sides = decide(index, asked, near_duplicates=config.near_duplicates)
     tell_mixture(config, sides)
     if sides.train.max(initial=0) > 1:
@@ -284,9 +275,3 @@ def _write(
         counts = writer.counts()
     tell_rest(read, sides, leaks)
     return PrepareResult(str(job.path), counts, dropped, False, leaks)
-
-
-def _all_rejected(rejected: dict[str, int]) -> UserError:
-    reasons = ", ".join(f"{number:,} {reason}" for reason, number in rejected.items())
-    documents = f"all {counted(sum(rejected.values()), 'document')} ({reasons})"
-    return UserError(f"Cleaning left out {documents}; name fewer steps with --clean, or another --language.")

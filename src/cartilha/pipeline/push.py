@@ -15,6 +15,10 @@ log = logging.getLogger("cartilha")
 
 # What `train` writes into RUN/model; other files there stay on this machine.
 PUSHED = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model", "README.md")
+REFUSALS = {
+    401: "The hub does not accept this token; run `hf auth login` with one that may write.",
+    403: "This account may not write to {name}; use a name of its own and a token that may write.",
+}
 
 
 @dataclass(frozen=True)
@@ -26,10 +30,9 @@ class PushResult(Result):
 
 
 def push(config: PushConfig) -> PushResult:
-    """Upload RUN/model: weights, tokenizer, configuration and model card, and nothing else of the run.
+    """Upload RUN/model; a UserError says that there is none, or that the hub refuses it or cannot be reached.
 
-    A new repository is private unless `--public` is given; an existing one keeps its visibility. A UserError says that
-    the run holds no trained model, or that the hub refuses the name or the account, or cannot be reached.
+    A new repository is private unless `--public` is given; an existing one keeps its visibility.
     """
     preflight(config)
     folder = run_directory(config.run) / "model"
@@ -52,15 +55,9 @@ def push(config: PushConfig) -> PushResult:
     except LocalTokenNotFoundError as error:
         raise UserError("The hub does not know who you are; run `hf auth login` once, or set HF_TOKEN.") from error
     except HfHubHTTPError as error:
-        raise UserError(_refusal(config.name, error.response.status_code)) from error
+        status = error.response.status_code
+        other = "The hub refused {name} (HTTP {status}); nothing is lost, push again later."
+        raise UserError(REFUSALS.get(status, other).format(name=config.name, status=status)) from error
     except Exception as error:
         raise UserError(f"The hub cannot be reached ({type(error).__name__}); nothing is lost, push again.") from error
     return PushResult(str(repository), private)
-
-
-def _refusal(name: str, status: int) -> str:
-    if status == 401:
-        return "The hub does not accept this token; run `hf auth login` with one that may write."
-    if status == 403:
-        return f"This account may not write to {name}; use a name of its own and a token that may write."
-    return f"The hub refused {name} (HTTP {status}); nothing is lost, push again later."

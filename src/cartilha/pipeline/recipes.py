@@ -33,11 +33,7 @@ def recipe_names() -> list[str]:
 
 
 def read_recipe(name: str) -> dict[str, Any]:
-    """The contents of a built-in recipe or of a YAML file.
-
-    Raises:
-        UserError: No such recipe, or not a YAML mapping.
-    """
+    """The contents of a built-in recipe or of a YAML file; a UserError says that there is none, or no mapping."""
     names = recipe_names()
     if name in names:
         return read_settings(importlib.resources.files("cartilha.recipes") / f"{name}.yaml", f"The recipe {name}")
@@ -49,11 +45,7 @@ def read_recipe(name: str) -> dict[str, Any]:
 
 
 def read_settings(file: str | Traversable, what: str) -> dict[str, Any]:
-    """The mapping in a YAML file; `what` is its name in messages, such as `The file x.yaml`.
-
-    Raises:
-        UserError: It cannot be read, or is no YAML mapping.
-    """
+    """The mapping in a YAML file, or a UserError that calls it `what`, such as `The file x.yaml`."""
     try:
         if isinstance(file, str) and os.path.getsize(file) > MAX_RECIPE_BYTES:
             raise UserError(f"{what} is larger than {MAX_RECIPE_BYTES // 1000} kB: it holds no settings.")

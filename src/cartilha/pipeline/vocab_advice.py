@@ -7,7 +7,7 @@ chosen by hash, and the new tokens are learnt on the training side alone.
 from __future__ import annotations
 
 import logging
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from cartilha.config import CompareConfig, EvaluateConfig, PrepareConfig, TrainConfig, VocabConfig
 from cartilha.corpus.english import english_sample
-from cartilha.corpus.readers import input_documents
+from cartilha.corpus.readers import first_documents, input_documents
 from cartilha.corpus.records import ReadSettings
 from cartilha.errors import UserError, counted
 from cartilha.pipeline.compare import compare
@@ -52,23 +52,21 @@ class _Trials:
 
 @dataclass(frozen=True)
 class _Tried:
-    """One vocabulary after its training: the run's results, and a saved evaluation for each text."""
+    """One vocabulary after its training: the run's results, and the directory with an evaluation for each text."""
 
     num_new: int
     trained: dict[str, Any]
-    evaluations: dict[str, str]
+    place: Path
 
 
 def advise(config: VocabConfig) -> dict[str, Any]:
-    """Try, compare and recommend; the record that `vocab --json` carries.
-
-    A UserError says that the tokenizer cannot be extended, or that the text is too small to learn from or to hold out.
-    """
+    """Try, compare and recommend; a UserError says that the tokenizer cannot be extended, or the text is too small."""
     budget = parse_duration(config.time_budget)
     assert budget is not None
     tokenizer = load_tokenizer(config.model)
     check_extendable(tokenizer, config.model)
-    with _work_directory(config) as place:
+    temporary = TemporaryDirectory(prefix="cartilha-vocab-", ignore_cleanup_errors=True)
+    with nullcontext(config.output) if config.output else temporary as place:  # the runs stay in an --output
         work = Path(place)
         num_documents = _sample_size(config)
         keep = work / "keep"
@@ -97,22 +95,12 @@ def advise(config: VocabConfig) -> dict[str, Any]:
         return _advice(tried, trials.seconds)
 
 
-def _work_directory(config: VocabConfig) -> AbstractContextManager[str]:
-    """`--output`, where the runs stay, or a temporary directory."""
-    if config.output:
-        return nullcontext(config.output)
-    return TemporaryDirectory(prefix="cartilha-vocab-", ignore_cleanup_errors=True)
-
-
 def _sample_size(config: VocabConfig) -> int:
     """Documents of the sample: the first ones, up to `SAMPLE_CHARS`."""
-    num_documents = num_chars = 0
-    for document in input_documents(config):
-        num_documents += 1
-        num_chars += len(document.text)
-        if num_chars >= SAMPLE_CHARS:
-            log.info("The sample is the first %s.", counted(num_documents, "document"))
-            break
+    documents = input_documents(config)
+    num_documents = sum(1 for _ in first_documents(documents, SAMPLE_CHARS))
+    if next(documents, None) is not None:
+        log.info("The sample is the first %s.", counted(num_documents, "document"))
     return num_documents
 
 
@@ -159,10 +147,10 @@ def _try(trials: _Trials, place: Path, num_new: int, lr: float | Literal["auto"]
         validation_tokens=1,
     )
     trained = train(settings).results
-    saved = {name: str(place / f"{name}.parquet") for name in trials.texts}
     for name, text in trials.texts.items():
-        evaluate(EvaluateConfig(model=(str(run / "model"),), save=saved[name], device=config.device, **text))
-    return _Tried(num_new, trained, saved)
+        saved = str(place / f"{name}.parquet")
+        evaluate(EvaluateConfig(model=(str(run / "model"),), save=saved, device=config.device, **text))
+    return _Tried(num_new, trained, place)
 
 
 def _advice(tried: list[_Tried], seconds: float) -> dict[str, Any]:
@@ -170,8 +158,8 @@ def _advice(tried: list[_Tried], seconds: float) -> dict[str, Any]:
     rows = []
     for one in extended:
         held_out, english = (
-            compare(CompareConfig(evaluations=(keep.evaluations[name], one.evaluations[name]))).to_dict()
-            for name in ("held_out", "english")
+            compare(CompareConfig(evaluations=tuple(str(each.place / name) for each in (keep, one)))).to_dict()
+            for name in ("held_out.parquet", "english.parquet")
         )
         tokens = [row["num_tokens"] for row in held_out["evaluations"]]
         rows.append(
