@@ -103,6 +103,23 @@ def show_by_default() -> None:
 
 
 @contextmanager
+def collecting_notices() -> Iterator[list[str]]:
+    """A list of the project's warnings while the block lasts: fallbacks and findings that the results must record."""
+    notices: list[str] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            notices.append(record.getMessage())
+
+    collector = Collector(logging.WARNING)
+    log.addHandler(collector)
+    try:
+        yield notices
+    finally:
+        log.removeHandler(collector)
+
+
+@contextmanager
 def progress(title: str, total: float | None, unit: str) -> Iterator[Advance]:
     """Show progress: a bar on a terminal, else a plain line every ten seconds, so that a log stays readable.
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 
+from cartilha.config import ComputeOptions, ScoringOptions
+from cartilha.errors import UserError
 from cartilha.evaluation.windows import Protocol, make_protocol
-from cartilha.machine.devices import dtype_name
+from cartilha.machine.devices import choose_dtype, dtype_name
 from cartilha.model.head import head_of
-from cartilha.model.load import LoadedModel
+from cartilha.model.load import LoadedModel, load_model
+from cartilha.tokens.store import TokenStore, tokenizer_for
 from cartilha.tokens.tokenizer import TextTokenizer
+
+log = logging.getLogger("cartilha")
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,28 @@ def make_scorer(
         context_length=loaded.context_length,
     )
     return Scorer(loaded, tokenizer, made)
+
+
+def load_scorer(ref: str, store: TokenStore | None, config: ComputeOptions, device: torch.device) -> Scorer:
+    """Load a model and settle how it is scored: as `config` says, if it has options of scoring, else by default.
+
+    A UserError says why it cannot be scored like this.
+    """
+    scoring = config if isinstance(config, ScoringOptions) else ScoringOptions()
+    tokenizer = tokenizer_for(ref, store)
+    if store is not None and tokenizer.fingerprint != store.fingerprint:
+        log.warning("%s has another tokenizer than the store: the text is tokenized anew with the model's own.", ref)
+    dtype = choose_dtype(config.dtype, device)
+    loaded = load_model(ref, device, tokenizer=tokenizer)
+    scorer = make_scorer(loaded, tokenizer, dtype, scoring.protocol, scoring.window, scoring.stride)
+    if scoring.prefix_token is None:
+        return scorer
+    prefix_id = tokenizer.backend.token_to_id(scoring.prefix_token)
+    if prefix_id is None:
+        raise UserError(
+            f"The tokenizer has no token {scoring.prefix_token!r}; leave --prefix_token out to use bos, else eos."
+        )
+    return replace(scorer, protocol=replace(scorer.protocol, prefix_id=int(prefix_id)))
 
 
 def unused_ids(loaded: LoadedModel, tokenizer: TextTokenizer) -> list[int]:

@@ -17,9 +17,8 @@ from cartilha.console import progress
 from cartilha.corpus.document import Document
 from cartilha.corpus.primer import read_primer
 from cartilha.errors import CheckFailedError, UserError, first_line
-from cartilha.evaluation.scorer import Scorer
+from cartilha.evaluation.scorer import Scorer, load_scorer
 from cartilha.machine.devices import choose_device
-from cartilha.pipeline.models import load_scorer
 from cartilha.pipeline.preflight import preflight
 from cartilha.pipeline.result import Result
 from cartilha.runs.setup import Run

@@ -15,10 +15,10 @@ from cartilha.errors import UserError
 from cartilha.evaluation.compare import Comparison, compare_documents, shared_documents
 from cartilha.evaluation.measures import make_evaluation
 from cartilha.evaluation.saved import SavedEvaluation, load_evaluation
+from cartilha.evaluation.scorer import load_scorer
 from cartilha.machine.devices import choose_device
 from cartilha.pipeline.evaluate import score_held_out
 from cartilha.pipeline.held_out import held_out
-from cartilha.pipeline.models import load_scorer
 from cartilha.pipeline.preflight import preflight
 
 log = logging.getLogger("cartilha")

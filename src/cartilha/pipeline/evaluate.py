@@ -27,15 +27,16 @@ from cartilha.evaluation.downstream import check_tasks, run_tasks
 from cartilha.evaluation.measures import Evaluation, make_evaluation
 from cartilha.evaluation.nll import TokenRows, score_documents
 from cartilha.evaluation.saved import SavedEvaluation, save_evaluation, token_file
-from cartilha.evaluation.scorer import Scorer
+from cartilha.evaluation.scorer import Scorer, load_scorer
 from cartilha.machine.devices import choose_device
 from cartilha.machine.processes import is_main_process, world
 from cartilha.pipeline.held_out import HeldOut, held_out
-from cartilha.pipeline.models import load_scorer
 from cartilha.pipeline.preflight import preflight
 from cartilha.tokens.store import batches
 
 log = logging.getLogger("cartilha")
+
+TakeRows = Callable[[TokenRows], None] | None
 
 # Tokens that are scored again in both dtypes: a twentieth of the corpus, between these limits.
 LEAST_DRIFT_TOKENS, MAX_DRIFT_TOKENS = 128, 2_000
@@ -105,11 +106,7 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
 
 
 def _evaluate_model(
-    scorer: Scorer,
-    text: HeldOut,
-    compressed: CompressedText | None,
-    config: EvaluateConfig,
-    take_rows: Callable[[TokenRows], None] | None,
+    scorer: Scorer, text: HeldOut, compressed: CompressedText | None, config: EvaluateConfig, take_rows: TakeRows
 ) -> EvaluatedModel:
     is_alone, is_main = world()[1] == 1, is_main_process()
     unigram = text.unigram(scorer) if is_main else None
@@ -140,10 +137,7 @@ def _evaluate_model(
 
 
 def score_held_out(
-    scorer: Scorer,
-    text: HeldOut,
-    take_rows: Callable[[TokenRows], None] | None = None,
-    unigram: UnigramCollector | None = None,
+    scorer: Scorer, text: HeldOut, take_rows: TakeRows = None, unigram: UnigramCollector | None = None
 ) -> ScoredCorpus:
     """One pass over the text with one model."""
     with progress(f"Scoring with {scorer.loaded.reference}", text.num_tokens(scorer.tokenizer), "tokens") as advance:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cartilha.config import ExploreConfig
+from cartilha.evaluation.scorer import load_scorer
 from cartilha.explorer.port import listen
 from cartilha.explorer.reading import Reader
 from cartilha.explorer.session import Explorer
 from cartilha.explorer.walking import StoreWalk
 from cartilha.machine.devices import choose_device
-from cartilha.pipeline.models import load_scorer
 from cartilha.pipeline.preflight import preflight
 from cartilha.pipeline.result import Result
 from cartilha.reporting.wording import choose_language

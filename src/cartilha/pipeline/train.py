@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from cartilha.config import GenerateConfig, TrainConfig
-from cartilha.console import progress
+from cartilha.console import collecting_notices, progress
 from cartilha.errors import InterruptedRunError, OutOfMemoryError, UserError, counted
 from cartilha.evaluation.corpus import score_in_shares
 from cartilha.evaluation.measures import Evaluation, make_evaluation
@@ -23,16 +23,7 @@ from cartilha.machine.processes import from_rank_0, gather_objects, is_main_proc
 from cartilha.model.compiling import training_body
 from cartilha.pipeline.check import refuse_if_failed
 from cartilha.pipeline.preflight import preflight
-from cartilha.runs.files import (
-    RunWriter,
-    begun_values,
-    check_output,
-    collecting_notices,
-    only_process,
-    read_results,
-    resumed_values,
-    write_config,
-)
+from cartilha.runs.files import RunWriter, check_output, only_process, read_results, values_at, write_config
 from cartilha.runs.live import training_view
 from cartilha.runs.model_card import model_card
 from cartilha.runs.scratch import place_of_run
@@ -80,10 +71,9 @@ def train(config: TrainConfig, *, prompts: GenerateConfig | None = None) -> Trai
         if path is not None:
             record = _run(config, path, prompts or GenerateConfig(), notices)
             return TrainResult(config.output, record.values, was_finished=False)
-    if not is_main_process():
-        return TrainResult(config.output, {}, was_finished=True)
     log.info("The run %s is finished: nothing to do.", config.output)
-    return TrainResult(config.output, read_results(Path(config.output)), was_finished=True)
+    results = read_results(Path(config.output)) if is_main_process() else {}
+    return TrainResult(config.output, results, was_finished=True)
 
 
 @contextmanager
@@ -114,7 +104,7 @@ def _run(config: TrainConfig, path: Path, prompts: GenerateConfig, notices: list
     values = facts(run)
     if is_main_process():
         check_space(run)
-        values = resumed_values(path, run.step, values) if run.step else begun_values(path, values)
+        values = values_at(path, run.step, values)
     record = RunWriter(path, from_rank_0(values), notices)
     stop_file = Path(config.stop_file) if config.stop_file else None
     with _recording_failures(record), listening_for_stop(stop_file) as stop:
@@ -180,23 +170,17 @@ def _announce(run: Run) -> None:
     )
     log.info(
         "An epoch is %s: %s, %s, %.2f %% padding.",
-        counted(sampler.steps_per_epoch, "step"),
-        counted(sampler.blocks_per_epoch, "block"),
-        counted(sampler.targets_per_epoch, "target"),
+        *(counted(getattr(sampler, f"{noun}s_per_epoch"), noun) for noun in ("step", "block", "target")),
         100 * sampler.padding_share,
     )
 
 
 def _steps(run: Run, record: RunWriter) -> Iterator[StepRecord]:
     """The loop, shown as it goes."""
-    settings = StepSettings(
-        run.scorer.dtype,
-        run.plan.micro_batch_size,
-        run.config.max_grad_norm,
-        run.config.loss,
-        body=training_body(run.loaded.model, run.config.compile, run.schedule.num_steps),
-    )
-    with training_view(record, run.schedule, f"Training {run.config.model}") as show:
+    config = run.config
+    body = training_body(run.loaded.model, config.compile, run.schedule.num_steps)
+    settings = StepSettings(run.scorer.dtype, run.plan.micro_batch_size, config.max_grad_norm, config.loss, body)
+    with training_view(record, run.schedule, f"Training {config.model}") as show:
         for step in train_steps(run.state, run.sampler, run.schedule, settings):
             show(step)
             yield step
@@ -219,8 +203,9 @@ class _LogBook:
         for note in evaluation.notes:
             if note not in self.record.heard:
                 log.warning("%s", note)
-        self.metrics.evaluation(run.step, run.num_epochs_done, evaluation.to_dict())
-        self.record.add_evaluation(run.step, run.num_epochs_done, evaluation)
+        epoch = run.step // run.sampler.steps_per_epoch
+        self.metrics.evaluation(run.step, epoch, evaluation.to_dict())
+        self.record.add_evaluation(run.step, epoch, evaluation)
         bits = "refused" if evaluation.bits_per_byte is None else f"{evaluation.bits_per_byte:.4f}"
         scored = f"{counted(evaluation.total.num_tokens, 'token')}; {run.scorer.protocol.describe()}"
         log.info("%s: perplexity %.2f, bits per byte %s (%s)", title, evaluation.perplexity, bits, scored)

@@ -11,9 +11,9 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 
-from cartilha.config import CompareConfig, EvaluateConfig, PrepareConfig, TrainConfig, VocabConfig
+from cartilha.config import CompareConfig, EvaluateConfig, PrepareConfig, Rate, TrainConfig, VocabConfig
 from cartilha.corpus.english import english_sample
 from cartilha.corpus.readers import first_documents, input_documents
 from cartilha.corpus.records import ReadSettings
@@ -40,14 +40,7 @@ BLOCK_SIZE = 512
 EMBEDDINGS_FIRST = "5%"
 MANY_EPOCHS = 100_000  # the time budget ends the training
 
-
-@dataclass(frozen=True)
-class _Trials:
-    """What all trials have in common: the seconds of training, and the texts that are scored afterwards."""
-
-    config: VocabConfig
-    seconds: float
-    texts: dict[str, dict[str, Any]]
+Texts = dict[str, dict[str, Any]]  # by name: options of `evaluate` that say what to score
 
 
 @dataclass(frozen=True)
@@ -84,15 +77,15 @@ def advise(config: VocabConfig) -> dict[str, Any]:
         if learnt.num_new < max(TRIED):
             log.warning("The text is enough for %s only.", counted(learnt.num_new, "new token"))
         sizes = sorted({min(size, learnt.num_new) for size in TRIED})
-        trials = _Trials(config, budget / (1 + len(sizes)), _scored_texts(store, work))
-        tried = [_try(trials, keep, 0)]
+        seconds, texts = budget / (1 + len(sizes)), _scored_texts(store, work)
+        tried = [_try(config, seconds, texts, keep, 0)]
         for size in sizes:
             plus = work / f"plus-{size}"
             origin = {"input": list(config.input)}
             write_extension(config.model, tokenizer, extend(learnt, size), plus / "model", origin)
             _prepare(config, str(plus / "model"), plus, num_documents)
-            tried.append(_try(trials, plus, size, tried[0].trained["settings"]["lr"]))
-        return _advice(tried, trials.seconds)
+            tried.append(_try(config, seconds, texts, plus, size, tried[0].trained["settings"]["lr"]))
+        return _advice(tried, seconds)
 
 
 def _sample_size(config: VocabConfig) -> int:
@@ -117,7 +110,7 @@ def _prepare(config: VocabConfig, model: str, place: Path, num_documents: int) -
     return TokenStore(prepare(settings).store)
 
 
-def _scored_texts(store: TokenStore, work: Path) -> dict[str, dict[str, Any]]:
+def _scored_texts(store: TokenStore, work: Path) -> Texts:
     """Two texts as `evaluate` takes them: the first held-out documents, up to `HELD_OUT_BYTES`, and English."""
     sizes = store.documents("validation").num_bytes.cumsum()
     num_documents = min(len(sizes), 1 + int((sizes < HELD_OUT_BYTES).sum()))
@@ -129,14 +122,14 @@ def _scored_texts(store: TokenStore, work: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def _try(trials: _Trials, place: Path, num_new: int, lr: float | Literal["auto"] = "auto") -> _Tried:
-    """Train a model on the store in `place` for its share of the time, and score it on each text."""
-    config, run = trials.config, place / "run"
+def _try(config: VocabConfig, seconds: float, texts: Texts, place: Path, num_new: int, lr: Rate = "auto") -> _Tried:
+    """Train a model on the store in `place` for so many seconds, and score it on each text."""
+    run = place / "run"
     settings = TrainConfig(
         model=str(place / "model") if num_new else config.model,
         store=str(place / "store"),
         output=str(run),
-        time_budget=f"{trials.seconds}s",
+        time_budget=f"{seconds}s",
         epochs=MANY_EPOCHS,
         block_size=BLOCK_SIZE,
         batch_tokens=BATCH_TOKENS,
@@ -147,7 +140,7 @@ def _try(trials: _Trials, place: Path, num_new: int, lr: float | Literal["auto"]
         validation_tokens=1,
     )
     trained = train(settings).results
-    for name, text in trials.texts.items():
+    for name, text in texts.items():
         saved = str(place / f"{name}.parquet")
         evaluate(EvaluateConfig(model=(str(run / "model"),), save=saved, device=config.device, **text))
     return _Tried(num_new, trained, place)

@@ -30,7 +30,7 @@ LOCK = ".lock"
 class RunWriter:
     """Writes results.json of a run: its values are changed in memory, and the whole file is written at each change.
 
-    `heard` are the warnings of the command that runs (`collecting_notices`).
+    `heard` are the warnings of the command that runs.
     """
 
     def __init__(self, path: Path, values: dict[str, Any], heard: Sequence[str] = ()) -> None:
@@ -55,38 +55,33 @@ class RunWriter:
         self.update(evaluations=[*rows, {"step": step, "epoch": epoch, **evaluation.to_dict()}])
 
 
-def begun_values(path: Path, values: dict[str, Any]) -> dict[str, Any]:
-    """The contents of results.json of a new run."""
-    empty: dict[str, Any] = {name: [] for name in LISTS}
-    start = {"format_version": FORMAT_VERSION, "name": path.resolve().name, "status": "running", "error": None}
-    return {**start, **empty, **values}
-
-
-def resumed_values(path: Path, step: int, values: dict[str, Any]) -> dict[str, Any]:
-    """The contents of results.json of a run that goes on from a step; what came after that step is removed."""
-    old = _history(path)
+def values_at(path: Path, step: int, values: dict[str, Any]) -> dict[str, Any]:
+    """The contents of results.json of a run that begins, or goes on from a step: what came after that is removed."""
+    new: dict[str, Any] = {"format_version": FORMAT_VERSION, "name": path.resolve().name}
+    new |= {"status": "running", "error": None, **{name: [] for name in LISTS}}
+    old = _history(path, new) if step else new
     steps_per_epoch = max(1, values["packing"]["steps_per_epoch"])
     old["epochs"] = [row for row in old["epochs"] if row["epoch"] * steps_per_epoch <= step]
     old["evaluations"] = [row for row in old["evaluations"] if row["step"] <= step]
     if old.get("comparison") and old["comparison"]["steps"][1] > step:
         old["comparison"] = None
-    old["resumed_from_step"] = [*old["resumed_from_step"], step]
-    _note_another_machine(old, values)
+    if step:
+        old["resumed_from_step"] = [*old["resumed_from_step"], step]
+        _note_another_machine(old, values)
     return {**old, **values, "status": "running", "error": None}
 
 
-def _history(path: Path) -> dict[str, Any]:
+def _history(path: Path, new: dict[str, Any]) -> dict[str, Any]:
     """What results.json says of the run so far; if it is damaged, the run goes on without its history."""
-    start = begun_values(path, {})
     try:
-        old = {**start, **read_results(path)}
+        old = {**new, **read_results(path)}
         steps = [row["epoch"] for row in old["epochs"]] + [row["step"] for row in old["evaluations"]]
         lists = [old[name] for name in LISTS]
     except (UserError, KeyError, TypeError):
         lists, steps = [], [None]
     if not (all(isinstance(n, int) for n in steps) and all(isinstance(x, list) for x in lists)):
         log.warning("%s/results.json is damaged: what it said of the steps before is lost.", path)
-        return start
+        return new
     return old
 
 
@@ -97,23 +92,6 @@ def _note_another_machine(old: dict[str, Any], new: dict[str, Any]) -> None:
     changed = [f"{n} was {before[n]}, now {now[n]}" for n in names if n in before and before[n] != now.get(n)]
     if changed:
         log.warning("The run goes on elsewhere (%s): rounding may differ in the last bits.", "; ".join(changed))
-
-
-@contextmanager
-def collecting_notices() -> Iterator[list[str]]:
-    """A list of the project's warnings while the block lasts: fallbacks and findings that the results must record."""
-    notices: list[str] = []
-
-    class Collector(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            notices.append(record.getMessage())
-
-    collector = Collector(logging.WARNING)
-    log.addHandler(collector)
-    try:
-        yield notices
-    finally:
-        log.removeHandler(collector)
 
 
 def read_status(run: Path) -> str | None:
@@ -135,7 +113,8 @@ def run_directory(path: str) -> Path:
 
 def check_output(run: Path, resume: bool) -> None:
     """Refuse, with a UserError, an output that holds something already, unless it is a run that is to go on."""
-    _refuse_file(run)
+    if run.exists() and not run.is_dir():
+        raise UserError(f"{run} is a file; name a directory for the run with --output.")
     if not run.is_dir() or all(path.name == LOCK for path in run.iterdir()):
         return
     if not (run / "results.json").is_file():
@@ -146,18 +125,9 @@ def check_output(run: Path, resume: bool) -> None:
         )
 
 
-def _refuse_file(run: Path) -> None:
-    if run.exists() and not run.is_dir():
-        raise UserError(f"{run} is a file; name a directory for the run with --output.")
-
-
 @contextmanager
 def only_process(run: Path) -> Iterator[None]:
-    """Hold the run's directory for this process alone; files that a killed process left half-written are removed.
-
-    A UserError says that another process has it, or that it is a file.
-    """
-    _refuse_file(run)
+    """Hold a run's directory, or a UserError says who does; what a killed process left half-written is removed."""
     run.mkdir(parents=True, exist_ok=True)
     try:
         with exclusive(run / LOCK, f"The run {run}"):

@@ -74,11 +74,6 @@ class Run:
         keep, dtype = self.config.keep_last, getattr(torch, self.config.save_dtype)
         return space_needed(self.loaded.num_parameters, self.path, keep=keep, weight_bytes=dtype.itemsize)
 
-    @property
-    def num_epochs_done(self) -> int:
-        """Epochs finished so far."""
-        return self.step // self.sampler.steps_per_epoch
-
 
 def is_finished_as_asked(config: TrainConfig, path: Path) -> bool:
     """Whether the run is finished and nothing is left to do; what a resume would refuse is refused without loading.

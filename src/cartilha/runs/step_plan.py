@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import time
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from torch.utils.benchmark import Timer
 from transformers import PretrainedConfig
 
 from cartilha.errors import UserError, counted, first_line
@@ -49,15 +49,9 @@ def this_machine(device: torch.device, dtype: torch.dtype) -> DeviceFacts:
 
 def _cuda_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Operations per second of a large matrix product, without synchronising between products."""
-    size, repeats = 4096, 20
-    left = torch.ones(size, size, device=device, dtype=dtype)
-    left @ left
-    torch.cuda.synchronize(device)
-    started = time.perf_counter()
-    for _ in range(repeats):
-        left @ left
-    torch.cuda.synchronize(device)
-    return repeats * 2 * size**3 / (time.perf_counter() - started)
+    size = 4096
+    timer = Timer("left @ left", globals={"left": torch.ones(size, size, device=device, dtype=dtype)})
+    return float(2 * size**3 / timer.timeit(20).mean)
 
 
 @dataclass(frozen=True)
