@@ -87,13 +87,11 @@ def load_scorer(ref: str, store: TokenStore | None, config: ComputeOptions, devi
     dtype = choose_dtype(config.dtype, device)
     loaded = load_model(ref, device, tokenizer=tokenizer)
     scorer = make_scorer(loaded, tokenizer, dtype, scoring.protocol, scoring.window, scoring.stride)
-    if scoring.prefix_token is None:
+    if (prefix := scoring.prefix_token) is None:
         return scorer
-    prefix_id = tokenizer.backend.token_to_id(scoring.prefix_token)
+    prefix_id = tokenizer.backend.token_to_id(prefix)
     if prefix_id is None:
-        raise UserError(
-            f"The tokenizer has no token {scoring.prefix_token!r}; leave --prefix_token out to use bos, else eos."
-        )
+        raise UserError(f"The tokenizer has no token {prefix!r}; leave --prefix_token out to use bos, else eos.")
     return replace(scorer, protocol=replace(scorer.protocol, prefix_id=int(prefix_id)))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ from cartilha.checks import model, text, training
 from cartilha.checks.machine import memory_and_disk
 from cartilha.checks.outcome import Check, CheckResult, Judgement, Subject
 from cartilha.config import CheckConfig, TrainConfig
-from cartilha.console import progress
+from cartilha.console import log, progress
 from cartilha.corpus.document import Document
 from cartilha.corpus.primer import read_primer
 from cartilha.errors import CheckFailedError, UserError, first_line
@@ -26,8 +25,6 @@ from cartilha.runs.step_plan import RunPlan, StepShape, plan_run, refuse_beyond_
 from cartilha.tokens.store import TokenStore
 from cartilha.training.checkpoint import space_needed
 from cartilha.training.optimizer import resolve_batch_tokens, resolve_lr
-
-log = logging.getLogger("cartilha")
 
 SAMPLE_DOCUMENTS, SAMPLE_DOCUMENTS_QUICK = 200, 25
 TRAINING_SAMPLE = 100

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 
 from cartilha.config import CompareConfig
+from cartilha.console import log
 from cartilha.errors import UserError
 from cartilha.evaluation.compare import Comparison, compare_documents, shared_documents
 from cartilha.evaluation.measures import make_evaluation
@@ -20,8 +20,6 @@ from cartilha.machine.devices import choose_device
 from cartilha.pipeline.evaluate import score_held_out
 from cartilha.pipeline.held_out import held_out
 from cartilha.pipeline.preflight import preflight
-
-log = logging.getLogger("cartilha")
 
 
 @dataclass(frozen=True)
@@ -70,8 +68,8 @@ def _score(ref: str, config: CompareConfig, device: torch.device) -> SavedEvalua
     text = held_out(config)
     scorer = load_scorer(ref, text.store, config, device)
     corpus = score_held_out(scorer, text)
-    evaluation = make_evaluation(scorer, corpus.documents, corpus.scores, seconds=0.0)
-    return SavedEvaluation.of(evaluation.to_dict(), corpus.documents, corpus.scores.nll)
+    record = make_evaluation(scorer, corpus.documents, corpus.scores, seconds=0.0).to_dict()
+    return SavedEvaluation.of(record, corpus.documents, corpus.scores.nll)
 
 
 def _refuse_unlike(first: SavedEvaluation, second: SavedEvaluation) -> None:
@@ -84,8 +82,7 @@ def _refuse_unlike(first: SavedEvaluation, second: SavedEvaluation) -> None:
     unlike = [f"{name} {one[name]} and {other[name]}" for name in settings if one[name] != other[name]]
     if unlike:
         log.warning(
-            "The two are not scored alike (%s), which is a part of the difference; --window and --stride make them "
-            "equal.",
+            "The two are not scored alike (%s), which shows in the difference; --window and --stride make them equal.",
             "; ".join(unlike),
         )
     if one["name"] != "full" and not np.array_equal(first.num_bytes, second.num_bytes):

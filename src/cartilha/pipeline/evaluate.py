@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 
 from cartilha.config import EvaluateConfig, GenerateConfig
-from cartilha.console import progress
+from cartilha.console import log, progress
 from cartilha.errors import counted
 from cartilha.evaluation.baselines import UnigramCollector
 from cartilha.evaluation.compressed import CompressedText
@@ -33,8 +32,6 @@ from cartilha.machine.processes import is_main_process, world
 from cartilha.pipeline.held_out import HeldOut, held_out
 from cartilha.pipeline.preflight import preflight
 from cartilha.tokens.store import batches
-
-log = logging.getLogger("cartilha")
 
 TakeRows = Callable[[TokenRows], None] | None
 

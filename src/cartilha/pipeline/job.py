@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cartilha.config import ReportConfig, RunConfig
+from cartilha.console import log
 from cartilha.pipeline.preflight import preflight
 from cartilha.pipeline.prepare import PrepareResult, prepare
 from cartilha.pipeline.report import ReportResult, report
 from cartilha.pipeline.train import TrainResult, train
 from cartilha.runs.files import read_samples
-
-log = logging.getLogger("cartilha")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -13,6 +12,7 @@ from transformers import PretrainedConfig
 
 from cartilha.blocks.sampler import BlockSampler
 from cartilha.config import PlanConfig
+from cartilha.console import log
 from cartilha.errors import counted
 from cartilha.machine.devices import choose_device, choose_dtype, dtype_name
 from cartilha.machine.memory import is_out_of_memory
@@ -39,8 +39,6 @@ from cartilha.training.memory import (
 from cartilha.training.optimizer import resolve_batch_tokens
 from cartilha.training.schedule import Schedule
 from cartilha.training.state import TrainingState
-
-log = logging.getLogger("cartilha")
 
 BLOCK_SIZES = (256, 512, 1024, 2048)
 MICRO_BATCH_SIZES = (1, 2, 4, 8, 16, 32)

@@ -5,7 +5,6 @@ The command line asks before it imports the command's module; the command asks a
 
 from __future__ import annotations
 
-import logging
 import math
 import typing
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cartilha import config as configs
+from cartilha.console import log
 from cartilha.corpus.sources import HubSource, resolve_inputs
 from cartilha.errors import UserError, missing_extra
 from cartilha.evaluation.decoding import check_decoding
@@ -26,8 +26,6 @@ from cartilha.runs.files import check_output, read_status, run_directory
 from cartilha.training.schedule import check_shape
 from cartilha.training.trackers import check_tracker
 from cartilha.units import parse_duration, parse_share
-
-log = logging.getLogger("cartilha")
 
 
 def preflight(config: Any) -> None:
@@ -220,9 +218,7 @@ def _explore(config: configs.ExploreConfig) -> None:
 def _push(config: configs.PushConfig) -> None:
     folder = run_directory(config.run) / "model"
     if not (folder / "config.json").is_file():
-        raise UserError(
-            f"{config.run} holds no trained model ({folder} is missing); `cartilha train --resume auto` finishes a run."
-        )
+        raise UserError(f"{folder} holds no trained model; `cartilha train --resume auto` finishes a run.")
 
 
 # Commands that import neither torch nor transformers check the rest themselves.

@@ -8,7 +8,6 @@ The store appears by the rename at the end and at no earlier moment.
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from cartilha.config import PrepareConfig
-from cartilha.console import Advance, progress
+from cartilha.console import Advance, log, progress
 from cartilha.corpus.files import SourceFile
 from cartilha.corpus.formats import expansion
 from cartilha.corpus.hints import log_hints
@@ -45,8 +44,6 @@ from cartilha.tokens.proof import MAX_SAMPLE_BYTES, prove
 from cartilha.tokens.store import SplitCounts
 from cartilha.tokens.store_writer import token_dtype, writing_store
 from cartilha.tokens.tokenizer import TextTokenizer, load_tokenizer
-
-log = logging.getLogger("cartilha")
 
 SHARD_BYTES = 16 << 20
 SHUFFLED_BYTES = 1 << 20

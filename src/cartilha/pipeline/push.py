@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 
 from cartilha.config import PushConfig
+from cartilha.console import log
 from cartilha.errors import UserError
 from cartilha.pipeline.preflight import preflight
 from cartilha.pipeline.result import Result
 from cartilha.runs.files import run_directory
-
-log = logging.getLogger("cartilha")
 
 # What `train` writes into RUN/model; other files there stay on this machine.
 PUSHED = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model", "README.md")

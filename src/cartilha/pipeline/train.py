@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 
 from cartilha.config import GenerateConfig, TrainConfig
-from cartilha.console import collecting_notices, progress
+from cartilha.console import collecting_notices, log, progress
 from cartilha.errors import InterruptedRunError, OutOfMemoryError, UserError, counted
 from cartilha.evaluation.corpus import score_in_shares
 from cartilha.evaluation.measures import Evaluation, make_evaluation
@@ -39,8 +38,6 @@ from cartilha.training.streams import random_numbers_apart
 from cartilha.training.trackers import TrackedRun, open_tracker
 from cartilha.training.watch import LossWatch
 from cartilha.training.writer import CheckpointWriter, can_write_in_background
-
-log = logging.getLogger("cartilha")
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ chosen by hash, and the new tokens are learnt on the training side alone.
 
 from __future__ import annotations
 
-import logging
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from cartilha.config import CompareConfig, EvaluateConfig, PrepareConfig, Rate, TrainConfig, VocabConfig
+from cartilha.console import log
 from cartilha.corpus.english import english_sample
 from cartilha.corpus.readers import first_documents, input_documents
 from cartilha.corpus.records import ReadSettings
@@ -27,8 +27,6 @@ from cartilha.tokens.store import TokenStore
 from cartilha.tokens.tokenizer import load_tokenizer
 from cartilha.tokens.vocabulary import check_extendable, count_words, extend, learn_merges
 from cartilha.units import parse_duration
-
-log = logging.getLogger("cartilha")
 
 TRIED = (4000, 8000)
 SAMPLE_CHARS = 20_000_000  # more than a training of an hour reads

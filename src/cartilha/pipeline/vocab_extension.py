@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 import yaml
 
+from cartilha.console import log
 from cartilha.errors import UserError, counted
 from cartilha.model.embeddings import extend_embeddings, shape_of
 from cartilha.model.load import load_model
@@ -19,8 +19,6 @@ from cartilha.storage import new_directory, write_atomically, write_json
 from cartilha.tokens.store_writer import MAX_UINT16_IDS
 from cartilha.tokens.tokenizer import TextTokenizer
 from cartilha.tokens.vocabulary import Extension, extend, learn_merges, save_extended
-
-log = logging.getLogger("cartilha")
 
 
 def learn_extension(tokenizer: TextTokenizer, words: Counter[str], num_new: int) -> Extension:

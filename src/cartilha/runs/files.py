@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from cartilha.config import TrainConfig
+from cartilha.console import log
 from cartilha.errors import UserError
 from cartilha.machine.processes import is_main_process
 from cartilha.reporting.lenient import read_lines
@@ -19,8 +19,6 @@ from cartilha.storage import exclusive, read_json, sweep_below, to_json, write_a
 if TYPE_CHECKING:  # they import torch, and a mistake is named before that
     from cartilha.evaluation.continuation import Continuation
     from cartilha.evaluation.measures import Evaluation
-
-log = logging.getLogger("cartilha")
 
 FORMAT_VERSION = 1
 LISTS = ("resumed_from_step", "epochs", "evaluations", "notices")
@@ -120,9 +118,7 @@ def check_output(run: Path, resume: bool) -> None:
     if not (run / "results.json").is_file():
         raise UserError(f"The directory {run} is not empty and holds no run; choose another --output.")
     if not resume:
-        raise UserError(
-            f"The directory {run} holds a run already; go on with it by --resume auto, or choose another --output."
-        )
+        raise UserError(f"{run} holds a run already; go on with it by --resume auto, or choose another --output.")
 
 
 @contextmanager

@@ -18,13 +18,11 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from cartilha.console import PLAIN_INTERVAL_S, terminal
+from cartilha.console import PLAIN_INTERVAL_S, log, terminal
 from cartilha.evaluation.sums import perplexity
 from cartilha.runs.files import RunWriter, read_samples
 from cartilha.training.schedule import Schedule
 from cartilha.training.state import StepRecord
-
-log = logging.getLogger("cartilha")
 
 SAMPLE_CHARS = 240
 RECENT = 0.1  # weight of the newest step in the means

@@ -34,6 +34,7 @@ def base_record(base: str) -> dict[str, Any]:
         source = resolve_model(base)
     except UserError:  # the model has been removed since
         return {}
+    record: dict[str, Any] = {}
     if source.kind == "hub":
         from huggingface_hub import try_to_load_from_cache
 
@@ -45,8 +46,6 @@ def base_record(base: str) -> dict[str, Any]:
         origin = read_tokenizer_json(source.path / "config.json").get("_name_or_path", "")
         if re.fullmatch(HUB_ID, origin):
             record.setdefault("base_model", origin)
-    else:
-        record = {}
     origins = record.get("base_model", [])
     if any(re.match(r"facebook/opt-\d", str(name)) for name in ([origins] if isinstance(origins, str) else origins)):
         record |= OPT

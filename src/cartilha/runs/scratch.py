@@ -7,7 +7,6 @@ local directory, and a thread copies what is new, and tries again until the copy
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import shutil
 import threading
@@ -19,13 +18,12 @@ from pathlib import Path
 import psutil
 
 from cartilha.config import TrainConfig
+from cartilha.console import log
 from cartilha.errors import UserError
 from cartilha.model_reference import cache_directory
 from cartilha.runs.files import check_output, read_status
 from cartilha.storage import new_directory, sweep_below, write_atomically
 from cartilha.training.checkpoint import list_checkpoints, newest_name
-
-log = logging.getLogger("cartilha")
 
 NETWORK_DISKS = ("nfs", "cifs", "smb", "fuse", "9p", "davfs", "afp")
 COPY_EVERY_S = 60.0
@@ -153,38 +151,34 @@ class Copier:
         """
         here = list_checkpoints(self._work)
         for path in here:
-            self._copy_directory(path, self._output / "checkpoints" / path.name, "manifest.json")
+            self._copy(path, self._output / "checkpoints" / path.name)
         for path in sorted(self._work.rglob("*")):
             parts = path.relative_to(self._work).parts
             if path.is_file() and parts[0] not in ("checkpoints", "model") and not path.name.startswith("."):
-                self._copy_file(path, self._output.joinpath(*parts))
+                self._copy(path, self._output.joinpath(*parts))
         if (self._work / "model").is_dir():
-            self._copy_directory(self._work / "model", self._output / "model", "model.safetensors")
+            self._copy(self._work / "model", self._output / "model")
         for path in list_checkpoints(self._output):
             if here and path.name not in {other.name for other in here}:
                 shutil.rmtree(path)
         sweep_below(self._output)  # what a copy that failed half-way has left
 
-    def _copy_directory(self, source: Path, target: Path, decisive: str) -> None:
-        key = _state(source / decisive)
-        if self._copied.get(source) == key and target.is_dir():
+    def _copy(self, source: Path, target: Path) -> None:
+        """Copy a file, or a directory as a whole, unless it is there as it was last changed.
+
+        A directory changes when a file in it is replaced: none is written in place.
+        """
+        status = source.stat()
+        key = (status.st_size, status.st_mtime_ns)
+        if self._copied.get(source) == key and target.exists():
             return
-        if not (decisive == "manifest.json" and _same_bytes(source / decisive, target / decisive)):
+        if source.is_file():
+            write_atomically(target, source.read_bytes())
+        elif not _same_bytes(source / "manifest.json", target / "manifest.json"):  # else a checkpoint that is there
             with new_directory(target, replace=True) as temporary:
                 for file in source.iterdir():
                     shutil.copyfile(file, temporary / file.name)
         self._copied[source] = key
-
-    def _copy_file(self, source: Path, target: Path) -> None:
-        key = _state(source)
-        if self._copied.get(source) != key or not target.is_file():
-            write_atomically(target, source.read_bytes())
-            self._copied[source] = key
-
-
-def _state(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns
 
 
 def _same_bytes(left: Path, right: Path) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 
 from cartilha.blocks.sampler import BlockSampler
 from cartilha.config import Count, GenerateConfig, TrainConfig
+from cartilha.console import log
 from cartilha.errors import UserError, counted
 from cartilha.evaluation.documents import ScoredDocuments, encode_documents, validation_subset
 from cartilha.evaluation.scorer import Scorer, make_scorer
@@ -43,8 +43,6 @@ from cartilha.training.state import TrainingState
 from cartilha.training.trace import count_parameters
 from cartilha.units import parse_duration, parse_share
 
-log = logging.getLogger("cartilha")
-
 
 @dataclass
 class Run:
@@ -53,15 +51,19 @@ class Run:
     config: TrainConfig
     path: Path
     store: TokenStore
-    loaded: LoadedModel
+    scorer: Scorer
     sampler: BlockSampler
     schedule: Schedule
     plan: RunPlan
     state: TrainingState
-    scorer: Scorer
     validation: ScoredDocuments
     prompts: GenerateConfig
     settings: dict[str, Any]
+
+    @property
+    def loaded(self) -> LoadedModel:
+        """The model that is trained."""
+        return self.scorer.loaded
 
     @property
     def step(self) -> int:
@@ -174,20 +176,9 @@ def assemble(config: TrainConfig, path: Path, prompts: GenerateConfig, resume: b
     share_state(state, config.seed)
     held_out = list(store.read_documents("validation"))
     chosen = validation_subset(held_out, store.documents("validation").num_tokens.tolist(), config.validation_tokens)
-    return Run(
-        config=config,
-        path=path,
-        store=store,
-        loaded=loaded,
-        sampler=sampler,
-        schedule=schedule,
-        plan=_plan(config, scorer, sampler, schedule, state.progress.micro_batch_size),
-        state=state,
-        scorer=scorer,
-        validation=encode_documents(chosen, tokenizer),
-        prompts=prompts,
-        settings=settings,
-    )
+    validation = encode_documents(chosen, tokenizer)
+    plan = _plan(config, scorer, sampler, schedule, state.progress.micro_batch_size)
+    return Run(config, path, store, scorer, sampler, schedule, plan, state, validation, prompts, settings)
 
 
 def _load(config: TrainConfig, tokenizer: TextTokenizer, device: torch.device) -> LoadedModel:

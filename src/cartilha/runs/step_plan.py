@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch.utils.benchmark import Timer
 from transformers import PretrainedConfig
 
+from cartilha.console import log
 from cartilha.errors import UserError, counted, first_line
 from cartilha.machine.cpu import cpu_matmul_rate
 from cartilha.machine.devices import dtype_name
@@ -26,8 +26,6 @@ from cartilha.training.device_facts import (
     max_tokens_on_this_cpu,
 )
 from cartilha.training.memory import SAFETY, MemoryModel, StepMemory, best_step
-
-log = logging.getLogger("cartilha")
 
 CUDA_SHARE, CPU_SHARE = 0.5, 0.65  # of the rate of matrix products alone that training reaches
 
