@@ -81,10 +81,7 @@ class _Job:
 
 
 def prepare(config: PrepareConfig) -> PrepareResult:
-    """Make a token store of the input, or find the one that the same command made.
-
-    A UserError says what is wrong with the input, or that the directory holds something else.
-    """
+    """Make a store of the input, or find what the same command made; a UserError says what is wrong with either."""
     preflight(config)
     asked, path = read_request(config), Path(config.output)
     with ExitStack() as stack:

@@ -71,9 +71,8 @@ def write_extension(
 
 def _has_weights(ref: str) -> bool:
     source = resolve_model(ref)
-    if source.kind != "directory" or source.path is None:
-        return True
-    return any(file.suffix in (".safetensors", ".bin") for file in source.path.iterdir())
+    files = source.path.iterdir() if source.kind == "directory" and source.path else ()
+    return source.kind != "directory" or any(file.suffix in (".safetensors", ".bin") for file in files)
 
 
 def _card(record: dict[str, Any]) -> str:

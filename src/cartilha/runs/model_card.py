@@ -26,10 +26,7 @@ OPT_LICENCE = (
 
 
 def base_record(base: str) -> dict[str, Any]:
-    """What the card of a base model (the MODEL argument) says of licence, language and origin.
-
-    Where the origin is an OPT model, the licence is OPT's.
-    """
+    """Licence, language and origin from the card of a base model (a MODEL argument); OPT's licence goes with OPT."""
     try:
         source = resolve_model(base)
     except UserError:  # the model has been removed since

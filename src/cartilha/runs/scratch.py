@@ -145,10 +145,7 @@ class Copier:
         self._fault = error.strerror or str(error)
 
     def copy(self) -> None:
-        """Copy what is new: whole checkpoints, then the other files, so that the output is a valid run at any time.
-
-        An OSError says that the drive is full, gone, or not to be written to.
-        """
+        """Copy what is new, whole checkpoints first, so that the output is a valid run at any time; or an OSError."""
         here = list_checkpoints(self._work)
         for path in here:
             self._copy(path, self._output / "checkpoints" / path.name)
