@@ -31,11 +31,12 @@ RANDOM_SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {
         "model_type": "llama", "vocab_size": 259, "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": True, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258,
     },
     "tiny-opt": {
         "model_type": "opt", "vocab_size": 259, "hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 256,
-        "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 1024,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 1024, "bos_token_id": 256,
+        "eos_token_id": 257, "pad_token_id": 258,
     },
     "opt-125m": {"model_type": "opt", "vocab_size": 50272, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 2},
     "smollm2-135m": {
@@ -57,10 +58,7 @@ class ModelSource:
 
 
 def resolve_model(ref: str) -> ModelSource:
-    """Understand a MODEL argument, or refuse what neither exists nor could be a hub id.
-
-    Nothing is downloaded and no package is imported.
-    """
+    """Understand a MODEL argument, without a download or an import, or refuse what cannot be a file or a hub id."""
     if ref.startswith("random:"):
         name = ref.removeprefix("random:")
         if name not in RANDOM_SHAPES:
@@ -141,10 +139,7 @@ def _gguf_in_package(name: str) -> Path:
 
 
 def download(name: str, patterns: tuple[str, ...]) -> Path:
-    """Fetch the files of a hub repository that match the patterns, from the local cache if the hub is unreachable.
-
-    A HubUnreachableError says why they can be had from neither.
-    """
+    """Fetch a hub repository's files that match the patterns, or take them from the local cache, or say why not."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
@@ -171,10 +166,7 @@ def unreachable(name: str) -> HubUnreachableError:
 
 
 def unreadable(reference: str, place: str | Path, error: Exception) -> UserError:
-    """The error for a model that transformers cannot load from a place, which is a directory or a hub id.
-
-    It leaves out transformers' advice to run a model's own code, which is never done here.
-    """
+    """The error for a model at a place (directory or hub id) that transformers cannot load; its own code never runs."""
     no_files = isinstance(error, OSError)
     if no_files and not Path(place).is_dir():
         return unreachable(reference)

@@ -6,7 +6,7 @@ import ctypes
 import functools
 import logging
 import platform
-import time
+import timeit
 from contextlib import suppress
 from pathlib import Path
 
@@ -50,12 +50,8 @@ def cpu_matmul_rate(dtype_name: str) -> float:
     size = 1024
     generator = torch.Generator().manual_seed(0)  # torch's own generator belongs to the run
     left, right = (torch.randn(size, size, generator=generator).to(getattr(torch, dtype_name)) for _ in range(2))
-    seconds = []
     with torch.autocast("cpu", enabled=False):  # autocast would turn one dtype into the other
-        for _ in range(6):
-            started = time.perf_counter()
-            left @ right
-            seconds.append(time.perf_counter() - started)
+        seconds = timeit.repeat(lambda: left @ right, number=1, repeat=6)
     return 2 * size**3 / min(seconds) / 1e9
 
 
@@ -81,15 +77,12 @@ def settle_cpu_functions() -> None:
 
     for dtype in (torch.float32, torch.float64):
         one = torch.full((1,), 0.5, dtype=dtype)  # one element is computed by one thread
-        for name in _MKL_FUNCTIONS:
+        for name in _MKL_FUNCTIONS.split():
             getattr(torch, name)(one)
 
 
 # The functions that torch takes from MKL (ATen/cpu/vml.h).
-_MKL_FUNCTIONS = (
-    *("acos", "asin", "atan", "cos", "erf", "erfc", "erfinv", "exp"),
-    *("log", "log2", "log10", "sin", "sqrt", "tan", "tanh", "trunc"),
-)
+_MKL_FUNCTIONS = "acos asin atan cos erf erfc erfinv exp log log2 log10 sin sqrt tan tanh trunc"
 
 
 @functools.cache

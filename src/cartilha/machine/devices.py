@@ -96,19 +96,15 @@ def compile_pays(device_type: str) -> bool:
 
     On a CPU the loss is within a few per cent of a compiled one (docs/log.md, experiment 3). MPS is unproven.
     """
-    if device_type != "cuda":
-        return False
-    if not has_cxx_compiler():
+    if device_type == "cuda" and not has_cxx_compiler():
         log.warning("There is no C++ compiler, so the loss is not compiled: training is a little slower.")
         return False
-    return True
+    return device_type == "cuda"
 
 
 def usable_cores() -> int:
     """Cores that this process may use; on a shared machine they may be fewer than there are."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def seed_everything(seed: int) -> None:

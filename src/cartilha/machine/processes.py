@@ -23,10 +23,7 @@ def is_main_process() -> bool:
 
 
 def join_processes(device: torch.device | None = None) -> None:
-    """Join the process group, once: gloo for the host's memory and, where there is CUDA, NCCL for its tensors.
-
-    `device` is that of the tensors to be exchanged; None for plain objects.
-    """
+    """Join the process group, once, to exchange tensors of `device`, or plain objects: gloo and, with CUDA, NCCL."""
     import torch.distributed as dist
 
     if not dist.is_initialized():

@@ -200,11 +200,11 @@ class _Varlen(Kernel):
         return _TracedVarlen.of((row_length,) * num_rows, row_length, torch.device("cpu"))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
-        scaling, sliding_window = scoring.scaling, scoring.sliding_window
+        sliding_window = scoring.sliding_window
         longest = self.row_length  # a constant bound: a changing maximum would recompile a compiled model
         dtype = query.dtype if query.dtype != torch.float32 else torch.get_autocast_dtype(query.device.type)
         window = (-1, 0) if sliding_window is None or sliding_window >= longest else (sliding_window - 1, 0)
-        settings: dict[str, Any] = {"scale": scaling, "window_size": window}
+        settings: dict[str, Any] = {"scale": scoring.scaling, "window_size": window}
         if "window_size" not in VARLEN_SETTINGS:
             if window[0] >= 0:
                 raise UserError(
@@ -212,8 +212,8 @@ class _Varlen(Kernel):
                     f"install a later one, or use --block_size {sliding_window}."
                 )
             settings = {"is_causal": True}
-            if scaling is not None:  # it divides by this root in any case
-                query = query * (scaling * query.shape[3] ** 0.5)
+            if scoring.scaling is not None:  # it divides by this root in any case
+                query = query * (scoring.scaling * query.shape[3] ** 0.5)
         if "enable_gqa" in VARLEN_SETTINGS:  # without it, fewer keys than queries need no mention
             settings["enable_gqa"] = query.shape[1] != key.shape[1]
         # (num_rows, num_heads, row_length, head_size) to (num_rows * row_length, num_heads, head_size)
@@ -264,11 +264,9 @@ def document_attention(
     assert attention_mask is None, "transformers built a mask although our attention is registered without one"
     assert layer.get("softcap") is None, "soft caps are refused when the model is loaded"
     segments: Kernel = layer["segments"]
-    num_rows, num_heads, row_length, head_size = query.shape
-    assert row_length == segments.row_length
+    assert query.shape[2] == segments.row_length
     scoring = Scoring(layer.get("scaling"), layer.get("sliding_window"), layer.get("dropout", 0.0))
-    output = segments.attend(query, key, value, scoring)
-    return output.reshape(num_rows, row_length, num_heads, head_size), None
+    return segments.attend(query, key, value, scoring).reshape(query.transpose(1, 2).shape), None
 
 
 AttentionInterface.register(ATTENTION_NAME, document_attention)
@@ -280,10 +278,7 @@ def knows_attention(config: PretrainedConfig) -> bool:
 
 
 def use_document_attention(model: PreTrainedModel) -> None:
-    """Switch a model, in place, to attention within documents; one whose attention is not known keeps its own.
-
-    Of those, whatever is no plain decoder of text is refused.
-    """
+    """Switch a model, in place, to attention within documents; one of another type keeps its own, or is refused."""
     if knows_attention(model.config):
         model.set_attn_implementation(ATTENTION_NAME)
         choose_by_document(model)

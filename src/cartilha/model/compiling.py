@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -20,8 +20,6 @@ from cartilha.machine.memory import is_out_of_memory
 from cartilha.model.attention import knows_attention
 
 log = logging.getLogger("cartilha")
-
-CompileChoice = Literal["auto", "always", "never"]
 
 MIN_STEPS_TO_COMPILE = 100  # shorter runs would spend more time compiling than they save
 
@@ -79,11 +77,11 @@ class CompiledBody(CompiledOrPlain):
         return self._capacity
 
 
-def training_body(model: PreTrainedModel, choice: CompileChoice, num_steps: int) -> CompiledBody | None:
+def training_body(model: PreTrainedModel, choice: str, num_steps: int) -> CompiledBody | None:
     """The model's compiled body, or None where it is not to be compiled.
 
-    `auto` compiles where it pays: on CUDA, with a compiler, for runs that are long enough. `num_steps` is that of the
-    whole run, so that a resumed run computes as before.
+    Of the choices `never`, `always` and `auto`, the last compiles where it pays: on CUDA, with a compiler, for long
+    runs. `num_steps` is that of the whole run, so that a resumed run computes as before.
     """
     if choice == "never" or not knows_attention(model.config):  # rows of many lengths would need many graphs
         return None

@@ -17,10 +17,7 @@ NO_LIMIT = 1 << 20  # positions of models that count distances instead; windows 
 
 
 def model_config(reference: str, tokenizer: TextTokenizer | None = None) -> PretrainedConfig:
-    """The configuration of a MODEL argument; `random:` models take embedding rows and special ids from the tokenizer.
-
-    A UserError names a model that is not there or cannot be read, and quantised weights, which cannot be trained.
-    """
+    """The configuration of a MODEL, with the tokenizer's rows and ids for `random:`; quantised ones are refused."""
     source = resolve_model(reference)
     if source.kind == "random":
         return _random_config(source.name, tokenizer)
@@ -54,18 +51,14 @@ def _random_config(name: str, tokenizer: TextTokenizer | None) -> PretrainedConf
             # OPT keeps seven spare rows above its tokenizer; other vocabularies are rounded up to full tiles of eight.
             rows = -(-tokenizer.num_ids // 8) * 8
             config.vocab_size = max(rows, config.vocab_size) if config.vocab_size - rows < 64 else rows
-    elif name.startswith("tiny"):
-        config.bos_token_id, config.eos_token_id, config.pad_token_id = 256, 257, 258
     return config
 
 
 def context_length(config: PretrainedConfig) -> int:
     """Most positions that a model of this configuration takes; `NO_LIMIT` where it does not say (BLOOM, with ALiBi)."""
-    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
-        length = getattr(config, name, None)
-        if isinstance(length, int) and length > 0:
-            return length
-    return NO_LIMIT
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+    lengths = (getattr(config, name, None) for name in names)
+    return next((length for length in lengths if isinstance(length, int) and length > 0), NO_LIMIT)
 
 
 def with_layers(settings: dict[str, Any], num_layers: int) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Loading a causal model from the hub, a directory or a GGUF file, or making one with fresh weights.
 
-Weights are always float32: transformers 5 would load `facebook/opt-125m` in fp16, the dtype of its file, and training
-in fp16 loses small updates.
+Weights are always float32: transformers 5 would take the dtype of the file, and training in fp16 loses small updates.
 """
 
 from __future__ import annotations
@@ -107,10 +106,7 @@ PROBE_IDS = 1024  # rows of a model that is looked at without its weights
 
 
 def configured_head_shape(config: PretrainedConfig, reference: str) -> HeadShape:
-    """The shape of the head, as far as one layer with fresh weights and few token ids shows it.
-
-    What `load_model` would refuse is refused, for the same reason.
-    """
+    """The head's shape, as far as one fresh layer and few token ids show it; refuses what `load_model` would refuse."""
     if knows_attention(config):
         return HeadShape()
     try:
@@ -126,7 +122,6 @@ def configured_head_shape(config: PretrainedConfig, reference: str) -> HeadShape
 
 
 def _reduced(config: PretrainedConfig) -> PretrainedConfig:
-    """The same model with one layer and few ids."""
     settings = with_layers(config.to_dict(), 1)
     num_ids = min(settings["vocab_size"], PROBE_IDS)
     for name, value in settings.items():

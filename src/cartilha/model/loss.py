@@ -23,28 +23,21 @@ from cartilha.model.products import add_product, cpu_product_dtype
 from cartilha.model.weight_gradients import factor_in_place, gradient_of
 
 CHUNK_TOKENS = 1024
-
-
-@dataclass(frozen=True)
-class _Manner:
-    """The head's shape, the dtype of the products, and the factor that the nll will be multiplied by, if known."""
-
-    shape: HeadShape
-    dtype: torch.dtype
-    known_factor: float | None
+_Manner = tuple[HeadShape, torch.dtype, float | None]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """Sum over scored tokens of -ln softmax(hidden @ weight.T)[target]; the forward pass computes the gradients, too.
 
-    Where the factor of the nll is known, it adds the weight's gradient to `weight.grad`.
+    `manner` has the head's shape, the dtype of the products, and the factor that the nll will be multiplied by, if it
+    is known. Then the weight's gradient is added to `weight.grad`.
     """
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, manner: _Manner
     ) -> Tensor:
-        shape, dtype, known_factor = manner.shape, manner.dtype, manner.known_factor
+        shape, dtype, known_factor = manner
         in_place = known_factor is not None
         if in_place:  # on a CPU, in training
             dtype = cpu_product_dtype(dtype)
@@ -129,7 +122,7 @@ def linear_cross_entropy(hidden: Tensor, head: Head, targets: Tensor, dtype: tor
     `hidden` are last hidden states (num_tokens, hidden_size), `targets` shifted token ids (num_tokens,) with
     `IGNORE_INDEX` where nothing is scored. Matrix products run in `dtype`.
     """
-    manner = _Manner(head.shape, dtype, factor_in_place(head.weight))
+    manner = (head.shape, dtype, factor_in_place(head.weight))
     nll: Tensor = _LinearCrossEntropy.apply(hidden, head.weight, head.bias, targets, manner)
     return nll
 

@@ -1,7 +1,6 @@
 """Gradient checkpointing (arXiv:1604.06174): a layer keeps only its input and is computed again in the backward pass.
 
-transformers' own switch for it works in training mode only, and our models are trained in evaluation mode (without
-dropout).
+transformers' own switch works in training mode only, and our models are trained in evaluation mode (no dropout).
 """
 
 from __future__ import annotations
@@ -21,10 +20,7 @@ from cartilha.model.weight_gradients import same_again
 
 
 def checkpoint_layers(model: PreTrainedModel) -> None:
-    """Switch a model, in place, to computing its layers again in the backward pass; the figures stay the same.
-
-    A model whose layers transformers does not mark is refused.
-    """
+    """Have a model, in place, compute its layers again in the backward pass, to the same figures, or refuse it."""
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         kind = model.config.model_type
