@@ -271,14 +271,16 @@ def test_more_than_one_percent_lost_refuses_byte_figures():
 
 def test_the_same_text_is_whole_to_a_tokenizer_that_keeps_it():
     evaluation = evaluate(encode_documents(lossy_corpus(500, 1000), BYTES), [1.0, 1.0])
-    assert evaluation.bits_per_byte is not None and evaluation.num_lost == 0
+    assert evaluation.bits_per_byte is not None and not evaluation.lost
     assert not any("survive" in note for note in evaluation.notes)
 
 
 def test_many_lost_texts_are_counted_and_the_first_named():
     scored = encode_documents(documents("a" * 100_000, *[decomposed("é")] * 30), lossy_tokenizer())
     evaluation = evaluate(scored, [1.0] * 31)
-    assert evaluation.num_lost == 30 and len(evaluation.lost) == 20
+    record = evaluation.to_dict()
+    assert record["num_documents_lost"] == 30
+    assert record["documents_lost"] == [f"texto-{i}" for i in range(1, 21)]
     assert any("texto-1, texto-2, texto-3, ..." in note for note in evaluation.notes)
 
 
@@ -286,7 +288,7 @@ def test_a_lost_text_of_which_no_whole_character_is_scored():
     scored = encode_documents(documents(decomposed("é")), lossy_tokenizer(), first_tokens=1)
     assert scored.num_bytes.tolist() == [1]
     evaluation = evaluate(scored, [1.0])
-    assert evaluation.bits_per_byte is None and evaluation.num_lost == 1
+    assert evaluation.bits_per_byte is None and len(evaluation.lost) == 1
     assert any("survive" in note for note in evaluation.notes)
 
 
@@ -353,5 +355,5 @@ def test_a_text_of_which_the_tokenizer_keeps_nothing_is_lost_not_empty():
     scored = encode_documents(documents("abc" * 100, "жж", ""), replace(BYTES, backend=backend))
     assert scored.num_tokens.tolist() == [300, 0] and scored.num_empty == 1
     result = evaluate(scored, [300.0, 0.0])
-    assert result.lost == ("texto-1",) and result.num_lost == 1
+    assert result.lost == ("texto-1",)
     assert result.byte_total.num_bytes == 300 and result.macro["loss"] == 1.0

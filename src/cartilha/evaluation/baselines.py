@@ -1,8 +1,6 @@
-"""What results stand beside: guessing, and counting tokens (compressors are in `compressed.py`).
+"""What results stand beside: guessing, and counting tokens without context (compressors are in `compressed.py`).
 
-A model that has learnt nothing of the language still has a perplexity. The uniform model guesses among all rows; the
-unigram model knows how often each token occurs, and no context. A figure near one of these says what the model is
-worth.
+A model that has learnt nothing still has a perplexity: a figure near one of these says what the model is worth.
 """
 
 from __future__ import annotations
@@ -20,25 +18,15 @@ TOKENS_A_CHUNK = 1 << 22  # counted at a time: 32 MB as the 64-bit integers that
 
 
 def uniform(num_rows: int, sums: Sums) -> dict[str, float | None]:
-    """The figures of the model that gives every row of the head the same probability.
-
-    Args:
-        num_rows: Rows of the head, those included that no token uses: the perplexity.
-        sums: Counts of the text; the nll is not used.
-    """
+    """The figures of the model that gives every row of the head (unused ones included) the same probability."""
     nll = sums.num_tokens * math.log(num_rows)
     return {"perplexity": float(num_rows), "bits_per_byte": replace(sums, nll=nll).bits_per_byte}
 
 
 def token_counts(tokens: np.ndarray, num_rows: int) -> np.ndarray:
-    """How often each id occurs: int64, shape (num_rows,).
+    """How often each id occurs: int64, shape (num_rows,); a ValueError where an id is beyond the rows.
 
-    Args:
-        tokens: Ids, shape (num_tokens,); a memory-mapped store is read once, a few MB at a time.
-        num_rows: Rows of the head.
-
-    Raises:
-        ValueError: An id is beyond the rows.
+    Memory-mapped tokens are read once, a few MB at a time.
     """
     counts = np.zeros(num_rows, np.int64)
     for begin in range(0, len(tokens), TOKENS_A_CHUNK):
@@ -58,9 +46,7 @@ def unigram_log_probabilities(train_counts: np.ndarray) -> np.ndarray:
     Add-one smoothing gives V / (N + V) of the mass to rows that never occur. For 3,047 tokens of Portuguese under OPT's
     50,272 rows its perplexity is 5,843, and this one's 791; for 770,475 tokens they are 511 and 490. Absolute
     discounting is better by 0 to 2 % there, and needs rules for texts without tokens that occur once or twice.
-
-    Args:
-        train_counts: Occurrences of each row, shape (num_rows,); zeros give the uniform model.
+    Counts of zero everywhere give the uniform model.
     """
     counts = np.asarray(train_counts, np.float64)
     if counts.ndim != 1 or not len(counts) or (counts < 0).any():
@@ -73,14 +59,9 @@ def unigram_log_probabilities(train_counts: np.ndarray) -> np.ndarray:
 
 
 def unigram_nll(train_counts: np.ndarray, evaluation_ids: Sequence[np.ndarray]) -> np.ndarray:
-    """Nats of each document under the unigram model: float64, shape (num_documents,).
+    """Nats of each document under the unigram model of the training text: float64, shape (num_documents,).
 
-    Args:
-        train_counts: Counts of the training text alone; see `unigram_log_probabilities`.
-        evaluation_ids: Token ids of each document.
-
-    Raises:
-        ValueError: An id is beyond the rows.
+    An id beyond the rows is a ValueError.
     """
     surprisal = -unigram_log_probabilities(train_counts)
     if any(len(ids) and int(ids.max()) >= len(surprisal) for ids in evaluation_ids):
@@ -91,9 +72,7 @@ def unigram_nll(train_counts: np.ndarray, evaluation_ids: Sequence[np.ndarray]) 
 class UnigramCollector:
     """Scores streamed documents with the unigram model of a training text, and keeps the sums.
 
-    Args:
-        tokens: The training text, by the tokenizer of the model that is scored; shape (num_tokens,).
-        num_rows: Rows of that model's head.
+    `tokens` (num_tokens,) is the training text, and `num_rows` the size of the head, of the model that is scored.
     """
 
     def __init__(self, tokens: np.ndarray, num_rows: int) -> None:

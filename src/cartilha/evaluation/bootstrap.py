@@ -1,8 +1,8 @@
 """How far a ratio of sums over documents may lie from the truth: an interval from the documents themselves.
 
-Documents are the unit: tokens of one document are alike, so an interval over tokens would be far too narrow. A corpus
-with a few very long documents has fewer documents than it seems, and percentile and BCa intervals are too narrow there
-(benchmarks/interval_coverage.py prints by how much). The method here is the simplest of those tried that holds.
+Tokens of one document are alike, so an interval over tokens would be far too narrow. With a few very long documents
+percentile and BCa intervals are too narrow as well (benchmarks/interval_coverage.py prints by how much). The method
+here is the simplest of those tried that holds.
 """
 
 from __future__ import annotations
@@ -22,12 +22,9 @@ LEAST_SPREAD = 0.25
 
 @dataclass(frozen=True)
 class Interval:
-    """A confidence interval over documents.
+    """A confidence interval over documents; unbounded where there are too few documents to say anything.
 
-    Attributes:
-        low: Minus infinity where there are too few documents to say anything; `high` is infinity then.
-        level: The share of corpora, drawn like this one, whose interval holds the truth.
-        num_documents: The number of documents that it rests on.
+    `level` is the share of corpora, drawn like this one, whose interval holds the truth.
     """
 
     low: float
@@ -58,21 +55,12 @@ def bootstrap_interval(
     resample without the few documents that differ does not make the interval infinite. Above 10,000 documents nothing
     is resampled, and c is the normal quantile.
 
-    In simulated corpora of 100 documents and more with log-normal lengths, 95 % intervals hold the truth in 93 to 97 %
-    of cases up to a log standard deviation of 1 (about that of web text), and also at 1.2 unless longer documents are
-    harder. In that case and at 1.5 they hold it in 90 to 92 % of corpora of 100 documents and in 91 to 94 % up to 1,000
-    documents, because most bytes lie in documents too rare to be seen. Documents are taken to be independent:
-    near-duplicates make the interval too narrow.
+    In simulated corpora of 100 documents and more, 95 % intervals hold the truth in 93 to 97 % of cases, and in 90 to
+    94 % where most bytes lie in documents too rare to be seen (docs/measures.md). Documents are taken to be
+    independent: near-duplicates make the interval too narrow.
 
-    Args:
-        numerator: Finite, of any sign, shape (num_documents,).
-        denominator: Not negative, with a sum above zero, shape (num_documents,).
-        level: Between 0 and 1.
-        num_resamples: Each is of as many documents as there are.
-        seed: The same seed gives the same interval.
-
-    Raises:
-        ValueError: The arrays or the level are not as described.
+    The numerator is finite and of any sign, the denominator is not negative and has a sum above zero; both have the
+    shape (num_documents,). Anything else is a ValueError.
     """
     x, y = np.asarray(numerator, np.float64), np.asarray(denominator, np.float64)
     _check(x, y, level)

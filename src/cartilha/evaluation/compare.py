@@ -1,9 +1,7 @@
-"""Two models on the same documents: the difference, how sure it is, and where it comes from.
+"""Two models, whose tokenizers may differ, on the same documents: the difference, how sure it is, and where it lies.
 
-Everything is paired: a document that is hard for one model is hard for the other, so differences of documents say
-far more than two intervals side by side (Koehn 2004, W04-3250; Dror et al. 2018, "The Hitchhiker's Guide to Testing
-Statistical Significance in Natural Language Processing", P18-1128, section 3.2). The models may have different
-tokenizers: bits per byte divide by what both share.
+A document that is hard for one model is hard for the other, so differences of documents say far more than two intervals
+side by side (Koehn 2004, W04-3250; Dror et al. 2018, P18-1128, section 3.2). Bits per byte divide by what both share.
 """
 
 from __future__ import annotations
@@ -11,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -40,30 +39,17 @@ class DocumentChange:
 class DomainChange:
     """The documents of one domain under both models.
 
-    Attributes:
-        interval: Of the difference; None below 50 documents. Each is a 95 % interval of its own, so that among many
-            domains some miss the truth.
+    The interval is None below 50 documents. Each is a 95 % interval of its own, so that among many domains some miss
+    the truth.
     """
 
-    domain: str
-    num_documents: int
-    num_bytes: int
     bits_per_byte_first: float
     bits_per_byte_second: float
-    interval: Interval | None
+    bits_per_byte_difference: float
+    bits_per_byte_difference_interval: list[float] | None
     share_improved: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """The record below `domains`."""
-        return {
-            "bits_per_byte_first": self.bits_per_byte_first,
-            "bits_per_byte_second": self.bits_per_byte_second,
-            "bits_per_byte_difference": self.bits_per_byte_second - self.bits_per_byte_first,
-            "bits_per_byte_difference_interval": self.interval.bounds if self.interval else None,
-            "share_improved": self.share_improved,
-            "num_documents": self.num_documents,
-            "num_bytes": self.num_bytes,
-        }
+    num_documents: int
+    num_bytes: int
 
 
 @dataclass(frozen=True)
@@ -71,12 +57,11 @@ class Comparison:
     """A second model against a first on the same documents; below zero the second is better.
 
     Attributes:
-        bits_per_byte_first: Over the corpus, under the first model; bits_per_byte_second under the second.
         interval: Of bits_per_byte_difference, from the paired bootstrap.
         p_value: Two-sided, of the sign-flip test of no difference.
         share_improved: Documents that need fewer bits under the second model; ties count half.
         gained_most: Documents whose bits per byte fell most, the largest fall first; in `lost_most` they rose.
-        domains: The largest (`MAX_DOMAINS` at most), by name.
+        domains: The largest ones, in the order of their names.
     """
 
     bits_per_byte_first: float
@@ -88,18 +73,14 @@ class Comparison:
     num_documents: int
     gained_most: list[DocumentChange]
     lost_most: list[DocumentChange]
-    domains: list[DomainChange]
+    domains: dict[str, DomainChange]
 
     def to_dict(self) -> dict[str, Any]:
         """The record that `compare --json` carries."""
         record = asdict(self)
         del record["interval"]
-        return {
-            **record,
-            "bits_per_byte_difference_interval": self.interval.bounds,
-            "interval_level": self.interval.level,
-            "domains": {change.domain: change.to_dict() for change in self.domains},
-        }
+        interval = {"bits_per_byte_difference_interval": self.interval.bounds, "interval_level": self.interval.level}
+        return {**record, **interval}
 
 
 @dataclass(frozen=True)
@@ -125,15 +106,11 @@ class _Pairs:
     def interval(self) -> Interval:
         return bootstrap_interval(self.difference, self.num_bytes)
 
-    def taken(self, chosen: list[int]) -> _Pairs:
-        return _Pairs(self.first[chosen], self.second[chosen], self.num_bytes[chosen])
-
 
 def shared_documents(first: SavedEvaluation, second: SavedEvaluation) -> np.ndarray:
     """Indices of the documents that have bytes, and that both tokenizers keep whole.
 
-    Raises:
-        UserError: The evaluations are of different documents.
+    A UserError says that the evaluations are of different documents.
     """
     if first.text_hashes != second.text_hashes:
         raise UserError("The two evaluations are of different documents; score the same text with both models.")
@@ -143,17 +120,10 @@ def shared_documents(first: SavedEvaluation, second: SavedEvaluation) -> np.ndar
 def compare_documents(
     first: SavedEvaluation, second: SavedEvaluation, chosen: np.ndarray, num_listed: int = 10
 ) -> Comparison:
-    """Compare two models on the same documents.
+    """Compare two models on the chosen ones (at least one) of their `shared_documents`.
 
-    Args:
-        first: What the first model made of them.
-        second: What the second made of them.
-        chosen: At least one of their `shared_documents`.
-        num_listed: At most so many documents in each of the two lists. Documents of less than 200 bytes are not
-            listed, or of less than the median where that is smaller.
-
-    Raises:
-        ValueError: An nll is not finite.
+    Each of the two lists holds at most `num_listed` documents, none of less than 200 bytes (or than the median, where
+    that is smaller). An nll that is not finite is a ValueError.
     """
     pairs = _Pairs(
         first.nll[chosen] / math.log(2), second.nll[chosen] / math.log(2), first.num_bytes[chosen].astype(np.int64)
@@ -179,16 +149,11 @@ def sign_flip_p_value(differences: np.ndarray, *, num_flips: int = 10_000, seed:
     If the models were exchangeable, each document's difference could as well have the other sign. The p-value is the
     share of sign patterns whose corpus difference is at least as large as the observed one. The statistic is the sum of
     the differences; divided by the bytes, which no pattern changes, it is the difference in bits per byte (Fisher 1935,
-    "The Design of Experiments", section 21; in language processing Dror et al. 2018, P18-1128, section 3.2).
+    "The Design of Experiments", section 21).
 
     Up to 16 documents that differ, all patterns are counted. Above that `num_flips` of them are drawn, and the observed
     one is counted among them: (1 + k) / (1 + num_flips) is never zero, and never too small (Phipson and Smyth 2010,
-    arXiv:1603.05766).
-
-    Args:
-        differences: One per document, float64; zeros change nothing.
-        num_flips: Number of random patterns.
-        seed: Decides which patterns are drawn.
+    arXiv:1603.05766). Documents without a difference change nothing.
     """
     values = np.asarray(differences, np.float64)
     values = values[values != 0]
@@ -225,7 +190,6 @@ def _flipped_sums(values: np.ndarray, num_flips: int, generator: np.random.Gener
 def _most_changed(
     pairs: _Pairs, doc_ids: list[str], num_listed: int
 ) -> tuple[list[DocumentChange], list[DocumentChange]]:
-    """The documents whose bits per byte fell most, and those whose rose most."""
     num_bytes = pairs.num_bytes
     listed = np.flatnonzero(num_bytes >= min(LEAST_LISTED_BYTES, float(np.median(num_bytes))))
     first, second = pairs.first / num_bytes, pairs.second / num_bytes
@@ -242,23 +206,18 @@ def _most_changed(
     return records(fell[:num_listed]), records(rose[::-1][:num_listed])
 
 
-def _domain_changes(pairs: _Pairs, domains: list[str]) -> list[DomainChange]:
-    """Figures of the largest domains, by name."""
-    members = by_domain(domains)
-    largest = set(sorted(members, key=lambda name: -int(pairs.num_bytes[members[name]].sum()))[:MAX_DOMAINS])
-    changes = []
-    for domain, documents in members.items():
-        if domain in largest:
-            own = pairs.taken(documents)
-            changes.append(
-                DomainChange(
-                    domain=domain,
-                    num_documents=len(documents),
-                    num_bytes=int(own.num_bytes.sum()),
-                    bits_per_byte_first=own.bits_per_byte(own.first),
-                    bits_per_byte_second=own.bits_per_byte(own.second),
-                    interval=own.interval() if len(documents) >= FEW_DOCUMENTS else None,
-                    share_improved=own.share_improved,
-                )
-            )
+def _domain_changes(pairs: _Pairs, domains: list[str]) -> dict[str, DomainChange]:
+    changes = {}
+    for domain, members in sorted(islice(by_domain(domains, pairs.num_bytes).items(), MAX_DOMAINS)):
+        own = _Pairs(pairs.first[members], pairs.second[members], pairs.num_bytes[members])
+        first, second = own.bits_per_byte(own.first), own.bits_per_byte(own.second)
+        changes[domain] = DomainChange(
+            bits_per_byte_first=first,
+            bits_per_byte_second=second,
+            bits_per_byte_difference=second - first,
+            bits_per_byte_difference_interval=own.interval().bounds if len(members) >= FEW_DOCUMENTS else None,
+            share_improved=own.share_improved,
+            num_documents=len(members),
+            num_bytes=int(own.num_bytes.sum()),
+        )
     return changes

@@ -53,10 +53,8 @@ class CompressedText:
     begins in the background at once, on half of the cores: the other half is the model's. Sizes are kept in the user's
     cache under hashes of what was compressed, since a store may be read-only, or come from somebody else.
 
-    Args:
-        text: UTF-8; of an empty one there are no figures.
-        prime_key: What identifies the prime; None where there is none.
-        prime: Gives the prime; called only where a size is not known.
+    An empty text has no figures. `prime_key` identifies the prime (None: there is none), and `prime` gives it; that is
+    called only where a size is not known.
     """
 
     def __init__(self, text: bytes, prime_key: str | None, prime: Callable[[], bytes]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 from transformers import GenerationConfig
@@ -29,12 +30,9 @@ class Continuation:
 
 
 def continue_prompts(loaded: LoadedModel, tokenizer: TextTokenizer, config: GenerateConfig) -> list[Continuation]:
-    """Continue each prompt.
+    """Continue each prompt; the model's attention is switched to transformers' own while it writes, and back.
 
-    The model's attention is switched to transformers' own while it writes, and back.
-
-    Raises:
-        UserError: A prompt and its continuation do not fit the model's context, or the choices contradict each other.
+    A UserError refuses what does not fit the model's context, and choices that contradict each other.
     """
     check_decoding(config)
     seed_everything(config.seed)
@@ -70,9 +68,10 @@ def _continue(loaded: LoadedModel, tokenizer: TextTokenizer, prompt: str, config
     output = loaded.model.generate(  # type: ignore[operator]
         prompt_ids, attention_mask=torch.ones_like(prompt_ids), generation_config=settings
     )
+    ends = (tokenizer.end_id, settings.pad_token_id)
     new = output[0, len(ids) :].tolist()
-    if new and new[-1] in (tokenizer.end_id, settings.pad_token_id):
-        new = new[: next(i for i, token in enumerate(new) if token in (tokenizer.end_id, settings.pad_token_id))]
+    if new and new[-1] in ends:
+        new = list(takewhile(lambda token: token not in ends, new))
     # Decoded together: a byte-level token alone may be half a character.
     text = tokenizer.decode(ids[1:] + new)[len(tokenizer.decode(ids[1:])) :]
     if healed:

@@ -1,8 +1,7 @@
 """How near a model's continuations come to the text that really follows: chrF, BLEU, ROUGE-L, and how varied they are.
 
-Held-out documents are cut at a word boundary, the caller's model continues the first part, and what it wrote is
-compared with the second. Open continuation has many right answers, so the figures are low for every model and say
-little alone. They are given with a floor: what the real text of *another* document scores in the same place.
+Open continuation has many right answers, so the figures are low for every model. The floor beside them is what the real
+text of *another* document scores in the same place.
 """
 
 from __future__ import annotations
@@ -41,11 +40,9 @@ class Cut:
 
 
 class Cuts(list[Cut]):
-    """A list of cuts, and how many documents were passed over while they were chosen.
+    """A list of cuts, and how many documents were passed over: those with too few words, and those that repeat.
 
-    Attributes:
-        num_too_short: Those with too few words.
-        num_repeated: Those whose reference is that of an earlier cut: the floor would be given the right answer.
+    A document whose reference is that of an earlier cut would give the floor the right answer.
     """
 
     num_too_short: int = 0
@@ -86,8 +83,6 @@ class ContinuationScores:
         floor: Scores of the real continuation of another document in each one's place, the same for every model. Its
             distinct-n and repeated 4-grams are those of real text. None for a single cut.
         signatures: How `chrf`, `bleu` and `rouge_l` were computed; figures of other signatures are not comparable.
-        num_continuations: Cuts scored; num_too_short and num_repeated are those of `Cuts`.
-        seed: Decided the floor, and the cuts where `continuation_measures` made them.
     """
 
     scores: TextScores
@@ -119,16 +114,9 @@ def continuation_measures(
     tokens that the model was allowed, which are more words in one tokenizer than in another. The caller should allow
     enough tokens (three or four per word).
 
-    Args:
-        documents: Held-out text.
-        continue_texts: Takes the prompts and gives, in their order, what the model wrote after each, without it.
-        num: Continuations wanted; there are fewer where fewer documents are long enough.
-        seed: Chooses the documents, and the order of the floor.
-        prompt_words: Words in each prompt.
-        reference_words: Words in each reference.
-
-    Raises:
-        UserError: sacrebleu is missing, no document is long enough, or a number is below 1.
+    `continue_texts` takes the prompts and gives, in their order, what the model wrote after each, without the prompt.
+    There are fewer than `num` continuations where fewer documents are long enough. The seed chooses the documents and
+    the order of the floor.
     """
     _sacrebleu_metrics()  # before the slow part
     cuts = cut_documents(documents, num, seed, prompt_words=prompt_words, reference_words=reference_words)
@@ -152,9 +140,6 @@ def cut_documents(
     The choice and the order depend on the texts and the seed alone, not on the order of the documents, and a smaller
     `num` chooses a beginning of the same list. Words are what white space (Unicode's) separates; text in scripts that
     put none between words counts as too short.
-
-    Raises:
-        UserError: No document is long enough, or a number is below 1.
     """
     if min(num, prompt_words, reference_words) < 1:
         raise UserError("The numbers of continuations, prompt words and reference words must be 1 or more.")
@@ -191,16 +176,7 @@ def first_words(text: str, num: int) -> str:
 
 
 def score_continuations(cuts: Sequence[Cut], hypotheses: Sequence[str], *, seed: int = 0) -> ContinuationScores:
-    """Score continuations as they are, and another document's reference in the place of each (the floor).
-
-    Args:
-        cuts: At least one.
-        hypotheses: What was written after each prompt, without it.
-        seed: Decides which other document's reference each prompt is given for the floor.
-
-    Raises:
-        UserError: sacrebleu is missing.
-    """
+    """Score what was written after each prompt, and another document's reference, chosen by the seed, in its place."""
     assert cuts and len(hypotheses) == len(cuts), "one hypothesis per cut, and at least one"
     passed_over = cuts if isinstance(cuts, Cuts) else Cuts()
     metrics = _sacrebleu_metrics()
@@ -223,12 +199,12 @@ def score_continuations(cuts: Sequence[Cut], hypotheses: Sequence[str], *, seed:
         )
 
     scores = score(hypotheses)
-    chrf_signature, bleu_signature = str(chrf.get_signature()), str(bleu.get_signature())
+    signatures = {"chrf": str(chrf.get_signature()), "bleu": str(bleu.get_signature()), "rouge_l": ROUGE_L_SIGNATURE}
     floor = score([references[i] for i in derangement(len(cuts), seed)]) if len(cuts) > 1 else None
     return ContinuationScores(
         scores=scores,
         floor=floor,
-        signatures={"chrf": chrf_signature, "bleu": bleu_signature, "rouge_l": ROUGE_L_SIGNATURE},
+        signatures=signatures,
         num_continuations=len(cuts),
         num_too_short=passed_over.num_too_short,
         num_repeated=passed_over.num_repeated,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import numpy as np
 
@@ -19,14 +19,6 @@ from cartilha.tokens.store import batches
 SHARD_CHARS = 8_000_000  # enough windows of each length to fill rows; a few hundred MB with everything that hangs on it
 
 
-@dataclass(frozen=True)
-class ScoredCorpus:
-    """Documents and what a model says of them, in the order of the corpus; the token ids are let go."""
-
-    documents: ScoredDocuments
-    scores: DocumentScores
-
-
 def score_corpus(
     scorer: Scorer,
     documents: Iterable[Document],
@@ -34,29 +26,24 @@ def score_corpus(
     advance: Callable[[float], None] = lambda amount: None,
     take_rows: Callable[[TokenRows], None] | None = None,
     observe: Callable[[ScoredDocuments], None] = lambda scored: None,
-) -> ScoredCorpus:
+) -> tuple[ScoredDocuments, DocumentScores]:
     """Score every document once. Under torchrun each rank takes every n-th document and all ranks get the whole.
 
-    Args:
-        scorer: Its model computes attention within documents.
-        documents: Read once, in order.
-        advance: Told the number of tokens scored.
-        take_rows: Given each token's scores, with the documents numbered over the whole corpus.
-        observe: Given each shard of documents as they are scored (for baselines).
-
-    Raises:
-        UserError: There is no text at all, or a token's nll is not finite.
+    The documents are read once, in order, and come back without their token ids. `advance` is told the number of tokens
+    scored; `take_rows` is given each token's scores, with the documents numbered over the whole corpus; `observe` is
+    given each shard (for baselines). A UserError says that there is no text at all.
     """
     rank, num_ranks = world()
     corpus = hashlib.sha256()
     parts: list[tuple[np.ndarray, ScoredDocuments, DocumentScores]] = []
     num_seen = 0
-    for shard in batches(_hashed(documents, corpus), max_chars=SHARD_CHARS):
-        numbers = np.arange(num_seen, num_seen + len(shard))
+    for shard in batches(documents, max_chars=SHARD_CHARS):
+        corpus.update("".join(document.text_hash for document in shard).encode("ascii"))
+        mine = range((rank - num_seen) % num_ranks, len(shard), num_ranks)
+        own = [shard[i] for i in mine]
+        scored = encode_documents(own, scorer.tokenizer, scorer.protocol.first_tokens, allow_empty=True)
+        kept = num_seen + np.array(mine, np.int64)[scored.kept]
         num_seen += len(shard)
-        mine = [document for number, document in zip(numbers, shard, strict=True) if number % num_ranks == rank]
-        scored = encode_documents(mine, scorer.tokenizer, scorer.protocol.first_tokens, allow_empty=True)
-        kept = numbers[numbers % num_ranks == rank][scored.kept]
         take = None if take_rows is None else _renumbered(take_rows, kept)
         found = score_documents(scorer, scored, advance=advance, take_rows=take, measure_unused=True)
         observe(scored)
@@ -64,9 +51,9 @@ def score_corpus(
     gathered = [part for share in gather_objects(parts) for part in share]
     if not any(len(kept) for kept, _, _ in gathered):
         raise UserError(NOTHING_TO_SCORE)
-    order = np.argsort(np.concatenate([kept for kept, _, _ in gathered]), kind="stable")
-    joined = join([scored for _, scored, _ in gathered], corpus.hexdigest())
-    return ScoredCorpus(joined.taken(order), join_scores([found for _, _, found in gathered], order))
+    numbers, shards, scores = zip(*gathered, strict=True)
+    order = np.argsort(np.concatenate(numbers), kind="stable")
+    return join(shards, corpus.hexdigest()).taken(order), join_scores(scores, order)
 
 
 def score_in_shares(
@@ -77,12 +64,6 @@ def score_in_shares(
     places = [np.arange(r, len(documents.ids), num_ranks) for r in range(num_ranks)]
     shares = gather_objects(score_documents(scorer, documents.taken(places[rank]), advance=advance))
     return join_scores(shares, np.argsort(np.concatenate(places)))
-
-
-def _hashed(documents: Iterable[Document], corpus: hashlib._Hash) -> Iterator[Document]:
-    for document in documents:
-        corpus.update(document.text_hash.encode("ascii"))
-        yield document
 
 
 def _renumbered(take_rows: Callable[[TokenRows], None], numbers: np.ndarray) -> Callable[[TokenRows], None]:

@@ -7,11 +7,7 @@ from cartilha.errors import UserError
 
 
 def check_decoding(config: GenerateConfig) -> None:
-    """Refuse choices that contradict each other.
-
-    Raises:
-        UserError: Sampling and beams at once, or a number out of its range.
-    """
+    """Refuse sampling and beams at once, and numbers out of their range."""
     if config.do_sample and config.num_beams > 1:
         raise UserError("Sampling and beams were both asked for; use --do_sample or --num_beams, not both.")
     if config.max_new_tokens < 1 or config.num_beams < 1:

@@ -31,8 +31,6 @@ class ScoredDocuments:
         num_bytes: UTF-8 bytes of the scored tokens, int64.
         num_chars: Characters that the scored tokens hold or begin, int64; `num_words` counts words in the same way.
         round_trips: Whether decode(encode(text)) = text; the others are left out of byte, character and word figures.
-        doc_ids: Names for messages and tables.
-        text_hashes: Hashes of the whole texts.
         num_empty: Documents without any token, skipped.
         corpus_hash: Over the text hashes in order: the same corpus under any tokenizer.
         kept: Indices of these documents among those that were given (the others were empty).
@@ -87,15 +85,9 @@ def encode_documents(
 ) -> ScoredDocuments:
     """Tokenize documents for scoring.
 
-    Args:
-        documents: At least one with a token, unless `allow_empty`.
-        tokenizer: The model's own.
-        first_tokens: Keep only so many tokens of each. Bytes are then those of the kept tokens; a character or word of
-            which they hold a part counts whole.
-        allow_empty: Give back no documents where there is nothing to score (a shard of a corpus).
-
-    Raises:
-        UserError: There is nothing to score.
+    `first_tokens` is how many tokens of each are kept. Bytes are then those of the kept tokens, and a character or
+    word of which they hold a part counts whole. `allow_empty` (for a shard of a corpus) gives back no documents where
+    there is nothing to score, instead of a UserError.
     """
     hashes = [document.text_hash for document in documents]
     encoded = tokenizer.encode([document.text for document in documents])
@@ -150,12 +142,13 @@ def _begun_text(text: bytes, num_bytes: int) -> str:
     return text[:num_bytes].decode("utf-8")
 
 
-def by_domain(domains: Sequence[str]) -> dict[str, list[int]]:
-    """The numbers of each domain's documents, by the domain's name; long names are cut."""
+def by_domain(domains: Sequence[str], num_bytes: np.ndarray) -> dict[str, np.ndarray]:
+    """Indices of the documents of each domain, the domain with the most bytes first; long names are cut."""
     numbers: dict[str, list[int]] = {}
     for number, domain in enumerate(domains):
         numbers.setdefault(domain[:MAX_DOMAIN_CHARS], []).append(number)
-    return dict(sorted(numbers.items()))
+    largest_first = sorted(sorted(numbers), key=lambda domain: -int(num_bytes[numbers[domain]].sum()))
+    return {domain: np.array(numbers[domain], np.int64) for domain in largest_first}
 
 
 def validation_subset(documents: Sequence[Document], num_tokens: Sequence[int], max_tokens: int) -> list[Document]:

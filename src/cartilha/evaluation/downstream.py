@@ -20,18 +20,12 @@ log = logging.getLogger("cartilha")
 
 
 def check_tasks(tasks: Sequence[str]) -> None:
-    """Name what is wrong with the tasks before any model is loaded.
-
-    Raises:
-        UserError: The harness has no such task.
-    """
-    if not tasks:
-        return
-    from lm_eval.tasks import TaskManager
-
+    """Refuse tasks that the harness does not have, before any model is loaded."""
     named = [task for task in tasks if not _is_file(task)]
     if not named:
         return
+    from lm_eval.tasks import TaskManager
+
     manager = TaskManager()  # it reads thousands of files
     unknown = [task for task in named if not manager.match_tasks([task])]
     if unknown:
@@ -44,17 +38,10 @@ def _is_file(task: str) -> bool:
 
 
 def run_tasks(loaded: LoadedModel, tokenizer: TextTokenizer, tasks: Sequence[str]) -> dict[str, Any] | None:
-    """The harness's metrics by task, or None without tasks.
+    """The harness's metrics by task (a name or a YAML file, already checked), or None without tasks.
 
-    The model's attention is switched to transformers' own meanwhile, and back.
-
-    Args:
-        loaded: The model.
-        tokenizer: The model's own.
-        tasks: Names of the harness's tasks or YAML files, already checked.
-
-    Raises:
-        UserError: The harness could not run them (a dataset of the hub that cannot be reached, as a rule).
+    The model's attention is switched to transformers' own meanwhile, and back. A UserError says why the harness could
+    not run them (as a rule a dataset of the hub that cannot be reached).
     """
     if not tasks:
         return None

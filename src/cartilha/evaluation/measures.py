@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from cartilha.evaluation.windows import Protocol
 
 MAX_LOST_BYTES = 0.01  # above this share of bytes that do not round-trip, byte figures would not mean the corpus
 INTERVAL_LEVEL = 0.95
+DOMAIN_FIGURES = ("perplexity", "bits_per_byte", "num_tokens", "num_bytes", "num_documents")
 
 Figures = Mapping[str, float | None]
 
@@ -36,10 +38,6 @@ class Evaluation:
     """What one model scores on one corpus under one protocol.
 
     Attributes:
-        model: The MODEL argument.
-        protocol: With its hash; figures of other hashes are not comparable.
-        corpus_hash: Over the documents' text hashes.
-        total: Over all documents.
         byte_total: Over the documents that survive decode(encode(text)); byte, character and word figures use these.
         macro: Means over documents, each counting alike: what the typical document costs, short ones included.
         interval: 95 % bootstrap interval of the bits per byte.
@@ -47,10 +45,7 @@ class Evaluation:
         positions: Mean loss by the token's position in its document.
         unused_rows_mass: Mean probability that rows which no token uses get together; None if it was not measured.
         baselines: At least the uniform model.
-        num_lost: Documents that do not round-trip; `lost` names the first ones.
-        num_empty: Documents without text, skipped.
-        vocabulary_size: Rows of the head.
-        seconds: Wall time of the scoring.
+        lost: Names of the documents that do not round-trip.
         notes: What a reader must know to trust the figures.
     """
 
@@ -66,12 +61,10 @@ class Evaluation:
     positions: tuple[dict[str, float], ...]
     unused_rows_mass: float | None
     baselines: Mapping[str, Figures]
-    num_lost: int
     lost: tuple[str, ...]
     num_empty: int
-    vocabulary_size: int
     seconds: float
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
     @property
     def bytes_are_meant(self) -> bool:
@@ -99,13 +92,16 @@ class Evaluation:
             **{measure.key: self._measured(measure) for measure in MEASURES},
             "bits_per_byte_interval": self.interval.bounds if self.bytes_are_meant else None,
             **self.total.counts,
-            "num_documents_lost": self.num_lost,
-            "documents_lost": list(self.lost),
+            "num_documents_lost": len(self.lost),
+            "documents_lost": list(self.lost[:20]),
             "num_documents_empty": self.num_empty,
             "macro": self._shown(self.macro),
             "unused_rows_mass": self.unused_rows_mass,
             "baselines": {name: self._shown(figures) for name, figures in self.baselines.items()},
-            "domains": {name: self._shown(_domain_figures(sums)) for name, sums in self.domains.items()},
+            "domains": {
+                domain: self._shown({name: getattr(sums, name) for name in DOMAIN_FIGURES})
+                for domain, sums in self.domains.items()
+            },
             "num_domains": self.num_domains,
             "positions": list(self.positions),
             "notes": list(self.notes),
@@ -122,11 +118,6 @@ class Evaluation:
         return {**figures, "bits_per_byte": figures["bits_per_byte"] if self.bytes_are_meant else None}
 
 
-def _domain_figures(sums: Sums) -> Figures:
-    names = ("perplexity", "bits_per_byte", "num_tokens", "num_bytes", "num_documents")
-    return {name: getattr(sums, name) for name in names}
-
-
 def make_evaluation(
     scorer: Scorer,
     documents: ScoredDocuments,
@@ -134,19 +125,11 @@ def make_evaluation(
     seconds: float,
     baselines: Mapping[str, Figures] | None = None,
 ) -> Evaluation:
-    """The figures of one model.
-
-    Args:
-        scorer: What scored the documents.
-        documents: What was scored.
-        scores: What the scoring found.
-        seconds: Wall time of the scoring.
-        baselines: Those beside the uniform model, which is always there.
-    """
+    """The figures of one model; `baselines` are those beside the uniform model, which is always there."""
     nll = scores.nll
     kept = documents.round_trips & (documents.num_bytes > 0)
     byte_total = sum_documents(documents, nll, np.flatnonzero(kept))
-    lost = [documents.doc_ids[i] for i in np.flatnonzero(~documents.round_trips)]
+    domains = by_domain(documents.domains, documents.num_bytes * kept)
     evaluation = Evaluation(
         model=scorer.loaded.reference,
         protocol=scorer.protocol,
@@ -155,18 +138,19 @@ def make_evaluation(
         byte_total=byte_total,
         macro=_macro(documents, nll, kept),
         interval=_interval(documents, nll, kept),
-        domains=_domains(documents, nll, kept),
-        num_domains=len(by_domain(documents.domains)),
+        domains={
+            name: sum_documents(documents, nll, members[kept[members]])
+            for name, members in islice(domains.items(), MAX_DOMAINS)
+        },
+        num_domains=len(domains),
         positions=_positions(scores),
         unused_rows_mass=None if scores.unused_mass is None else scores.unused_mass / int(documents.num_tokens.sum()),
         baselines={"uniform": uniform(scorer.vocabulary_size, byte_total), **(baselines or {})},
-        num_lost=len(lost),
-        lost=tuple(lost[:20]),
+        lost=tuple(documents.doc_ids[i] for i in np.flatnonzero(~documents.round_trips)),
         num_empty=documents.num_empty,
-        vocabulary_size=scorer.vocabulary_size,
         seconds=seconds,
     )
-    return replace(evaluation, notes=tuple(_notes(evaluation)))
+    return replace(evaluation, notes=tuple(_notes(evaluation, scorer.vocabulary_size)))
 
 
 def _macro(documents: ScoredDocuments, nll: np.ndarray, kept: np.ndarray) -> Figures:
@@ -184,42 +168,31 @@ def _interval(documents: ScoredDocuments, nll: np.ndarray, kept: np.ndarray) -> 
     return bootstrap_interval(nll[kept] / math.log(2), documents.num_bytes[kept], level=INTERVAL_LEVEL)
 
 
-def _domains(documents: ScoredDocuments, nll: np.ndarray, kept: np.ndarray) -> dict[str, Sums]:
-    found = {
-        name: np.array([i for i in numbers if kept[i]], np.int64)
-        for name, numbers in by_domain(documents.domains).items()
-    }
-    largest = sorted(found, key=lambda name: -int(documents.num_bytes[found[name]].sum()))[:MAX_DOMAINS]
-    return {name: sum_documents(documents, nll, found[name]) for name in largest}
-
-
 def _positions(scores: DocumentScores) -> tuple[dict[str, float], ...]:
     """Mean loss by position, for the bins that hold tokens."""
     rows = zip(POSITION_EDGES, scores.position_nll, scores.position_tokens, strict=True)
     return tuple({"from": edge, "loss": float(n / k), "num_tokens": int(k)} for edge, n, k in rows if k)
 
 
-def _notes(evaluation: Evaluation) -> list[str]:
+def _notes(evaluation: Evaluation, vocabulary_size: int) -> list[str]:
     notes = []
-    if evaluation.num_lost:
-        names = ", ".join(evaluation.lost[:3]) + (", ..." if evaluation.num_lost > 3 else "")
+    num_lost, num_documents = len(evaluation.lost), evaluation.total.num_documents
+    if num_lost:
+        names = ", ".join(evaluation.lost[:3]) + (", ..." if num_lost > 3 else "")
         share = 1 - evaluation.byte_total.num_bytes / max(1, evaluation.total.num_bytes)
         outcome = "left out of the byte figures"
         if not evaluation.bytes_are_meant:
             outcome = "more than 1 %, so there are no byte figures"
         notes.append(
-            f"{counted(evaluation.num_lost, 'document')} ({share:.2%} of the bytes) "
-            f"{'does' if evaluation.num_lost == 1 else 'do'} not survive this tokenizer's decode(encode(text)): "
-            f"{outcome} ({names})."
+            f"{counted(num_lost, 'document')} ({share:.2%} of the bytes) {'does' if num_lost == 1 else 'do'} not "
+            f"survive this tokenizer's decode(encode(text)): {outcome} ({names})."
         )
-    if evaluation.total.num_documents < FEW_DOCUMENTS:
-        notes.append(
-            f"The interval rests on {counted(evaluation.total.num_documents, 'document')}; below {FEW_DOCUMENTS} it is "
-            "rough."
-        )
-    if evaluation.perplexity > 2 * evaluation.vocabulary_size:
+    if num_documents < FEW_DOCUMENTS:
+        documents = counted(num_documents, "document")
+        notes.append(f"The interval rests on {documents}; below {FEW_DOCUMENTS} it is rough.")
+    if evaluation.perplexity > 2 * vocabulary_size:
         notes.append(
             f"A perplexity of {evaluation.perplexity:,.0f} is above twice the vocabulary size of "
-            f"{evaluation.vocabulary_size:,}: worse than guessing, so the set-up is faulty (tokenizer or weights?)."
+            f"{vocabulary_size:,}: worse than guessing, so the set-up is faulty (tokenizer or weights?)."
         )
     return notes

@@ -19,28 +19,14 @@ from cartilha.model.forward import scored_tokens
 from cartilha.model.loss import TokenScores, Wanted
 
 TOKENS_PER_FORWARD = {"cpu": 1024, "cuda": 32_768, "mps": 8192}
-
-
-@dataclass(frozen=True)
-class _Placed:
-    """A window of a document."""
-
-    document: int
-    window: Window
+POSITION_EDGES = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 
 @dataclass(frozen=True)
 class TokenRows:
-    """Scores of the tokens of one forward pass; each array has the shape (num_tokens,) unless it says otherwise.
+    """The `TokenScores` of one forward pass as arrays, with the tokens that they belong to.
 
-    Attributes:
-        document: Index of the token's document; `position` is the token's in it, from 0.
-        nll: Nats, float32.
-        entropy: Of the model's distribution, nats, float32.
-        rank: Of the token under the model, from 1.
-        likeliest_ids: The model's likeliest tokens, likeliest first, shape (num_tokens, num_likeliest); None unless
-            asked for.
-        likeliest: Their probabilities, float32, of the same shape.
+    `document` is the index of a token's document, and `position` the token's place in it, from 0.
     """
 
     document: np.ndarray
@@ -53,18 +39,14 @@ class TokenRows:
     likeliest: np.ndarray | None = None
 
 
-POSITION_EDGES = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
-
-
 @dataclass
 class DocumentScores:
-    """What scoring found.
+    """What scoring found; positions are in bins [edge, next edge) of `POSITION_EDGES`, the last one open.
 
     Attributes:
         nll: Nats of each document, float64, shape (num_documents,).
         unused_mass: Sum over all tokens of the probability of rows that no token uses; None where it was not measured.
-        position_nll: Sums of nll by the token's position in its document: bins [edge, next edge), the last one open.
-        position_tokens: Tokens in each bin.
+        position_nll: Nats of the tokens in each bin of positions; `position_tokens` counts them.
     """
 
     nll: np.ndarray
@@ -81,12 +63,7 @@ class DocumentScores:
 
 
 def join_scores(parts: Sequence[DocumentScores], order: np.ndarray) -> DocumentScores:
-    """Scores of documents that were scored part by part, as those of one corpus.
-
-    Args:
-        parts: At least one, all measured alike.
-        order: Indices of the documents, the parts one behind the other, in the order of the corpus.
-    """
+    """Scores of documents that were scored part by part, as those of one corpus; `order` sorts the parts' documents."""
     masses = [part.unused_mass for part in parts if part.unused_mass is not None]
     return DocumentScores(
         np.concatenate([part.nll for part in parts])[order],
@@ -107,22 +84,16 @@ def score_documents(
 ) -> DocumentScores:
     """Minus the sum of ln p(token | context) over the tokens of each document, every token scored exactly once.
 
-    Args:
-        scorer: Its model computes attention within documents.
-        documents: What to score.
-        advance: Told the number of tokens scored after each forward pass.
-        take_rows: Given each token's scores, in no particular order.
-        num_likeliest: How many of the likeliest tokens the rows hold.
-        measure_unused: Whether to sum the probability of rows that no token uses, which costs a little.
-
-    Raises:
-        UserError: A document has a token whose nll is not finite; it is named, never dropped.
+    The scorer's model computes attention within documents. After each forward pass `advance` is told the number of
+    tokens scored, and `take_rows` is given their scores, in no particular order, with the `num_likeliest` likeliest
+    tokens of each. `measure_unused` sums the probability of rows that no token uses, which costs a little. A document
+    with a token whose nll is not finite is named by a UserError, never dropped.
     """
     model, protocol = scorer.loaded.model, scorer.protocol
     windows = [
-        _Placed(document, window)
+        window
         for document, ids in enumerate(documents.ids)
-        for window in document_windows(len(ids), protocol.window, protocol.stride)
+        for window in document_windows(len(ids), protocol.window, protocol.stride, document)
     ]
     scores = DocumentScores(np.zeros(len(documents.ids)), 0.0 if measure_unused else None)
     num_scored = np.zeros(len(documents.ids), np.int64)
@@ -132,9 +103,9 @@ def score_documents(
             batch = _batch(rows, documents.ids, protocol.prefix_id)
             found = scored_tokens(model, batch, scorer.dtype, wanted=wanted)
             nll = found.nll.double().cpu().numpy()
-            placed = [window for row in rows for window in row]
-            owner = np.repeat([p.document for p in placed], [p.window.num_scored for p in placed])
-            position = np.concatenate([np.arange(p.window.first_target, p.window.past) for p in placed])
+            scored = [window for row in rows for window in row]
+            owner = np.repeat([window.document for window in scored], [window.num_scored for window in scored])
+            position = np.concatenate([np.arange(window.first_target, window.past) for window in scored])
             _check_finite(nll, owner, documents.doc_ids)
             scores.add(owner, position, nll)
             if scores.unused_mass is not None:
@@ -149,11 +120,8 @@ def score_documents(
 
 
 def _token_rows(found: TokenScores, owner: np.ndarray, position: np.ndarray, token_ids: np.ndarray) -> TokenRows:
-    assert found.entropy is not None and found.rank is not None
-    columns = [column.cpu().numpy() for column in (found.nll, found.entropy, found.rank)]
-    if found.likeliest_ids is not None and found.likeliest is not None:
-        columns += [found.likeliest_ids.cpu().numpy(), found.likeliest.cpu().numpy()]
-    return TokenRows(owner, position, token_ids, *columns)
+    measured = {name: scores for name, scores in vars(found).items() if scores is not None and name != "unused_mass"}
+    return TokenRows(owner, position, token_ids, **{name: scores.cpu().numpy() for name, scores in measured.items()})
 
 
 @contextmanager
@@ -175,19 +143,17 @@ def _check_finite(nll: np.ndarray, owner: np.ndarray, doc_ids: Sequence[str]) ->
         )
 
 
-def _batches(windows: Sequence[_Placed], max_tokens: int) -> Iterator[list[list[_Placed]]]:
+def _batches(windows: Sequence[Window], max_tokens: int) -> Iterator[list[list[Window]]]:
     """Rows of windows, longest windows first, each row filled up with shorter ones (best fit decreasing)."""
-    order = sorted(windows, key=lambda placed: -placed.window.num_inputs)
-    rows: list[list[_Placed]] = []
+    order = sorted(windows, key=lambda window: -window.num_inputs)
     begin = 0
     while begin < len(order):
         # Rows are as long as the longest window left; a batch takes what fills its rows, from the long end on.
-        row_length = order[begin].window.num_inputs
-        num_rows = max(1, max_tokens // row_length)
-        rows = [[] for _ in range(num_rows)]
-        room: list[tuple[int, int]] = sorted((row_length, row) for row in range(num_rows))
+        row_length = order[begin].num_inputs
+        rows: list[list[Window]] = [[] for _ in range(max(1, max_tokens // row_length))]
+        room = [(row_length, row) for row in range(len(rows))]  # sorted
         while begin < len(order):
-            length = order[begin].window.num_inputs
+            length = order[begin].num_inputs
             place = bisect.bisect_left(room, (length, -1))
             if place == len(room):
                 break
@@ -198,17 +164,17 @@ def _batches(windows: Sequence[_Placed], max_tokens: int) -> Iterator[list[list[
         yield [row for row in rows if row]
 
 
-def _batch(rows: Sequence[Sequence[_Placed]], ids: Sequence[np.ndarray], prefix_id: int) -> Batch:
+def _batch(rows: Sequence[Sequence[Window]], ids: Sequence[np.ndarray], prefix_id: int) -> Batch:
     """The rows as inputs and targets; the rest of a row is padding, a segment of its own without targets."""
-    row_length = max(sum(placed.window.num_inputs for placed in row) for row in rows)
+    row_length = max(sum(window.num_inputs for window in row) for row in rows)
     shape = (len(rows), row_length)
     input_ids, position_ids = np.full(shape, prefix_id, np.int64), np.zeros(shape, np.int64)
     targets = np.full(shape, IGNORE_INDEX, np.int64)
     segments: list[int] = []
-    for row, placed_windows in enumerate(rows):
+    for row, windows in enumerate(rows):
         at = 0
-        for placed in placed_windows:
-            window, document = placed.window, ids[placed.document]
+        for window in windows:
+            document = ids[window.document]
             end = at + window.num_inputs
             first = at + (1 if window.first_input < 0 else 0)  # position 0 of a first window holds the prefix
             input_ids[row, first:end] = document[max(0, window.first_input) : window.past - 1]

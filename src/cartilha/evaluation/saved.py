@@ -50,11 +50,7 @@ TOKEN_SCHEMA = pa.schema(
 class SavedEvaluation:
     """One model's nll by document, the columns in the order of `DOCUMENT_SCHEMA`.
 
-    Attributes:
-        record: What `evaluate --json` gives for the model.
-        nll: Nats, float64, shape (num_documents,).
-        num_bytes: UTF-8 bytes scored, int64.
-        round_trips: Whether the document survives decode(encode(text)).
+    `record` is what `evaluate --json` gives for the model; the columns are those of `ScoredDocuments`, the nll in nats.
     """
 
     record: dict[str, Any]
@@ -82,11 +78,7 @@ def save_evaluation(path: Path, evaluation: SavedEvaluation) -> None:
 
 
 def load_evaluation(path: Path) -> SavedEvaluation:
-    """Read what `save_evaluation` wrote.
-
-    Raises:
-        UserError: There is no such file, or it is something else.
-    """
+    """Read what `save_evaluation` wrote, or a UserError says that it is missing or something else."""
     if not path.is_file():
         raise UserError(f"There is no file {path}; write one with: cartilha evaluate --model M --store S --save {path}")
     refuse_lfs_pointer(path)

@@ -59,11 +59,7 @@ def make_scorer(
     window: int | None = None,
     stride: int | None = None,
 ) -> Scorer:
-    """A scorer with the defaults of `make_protocol`, and the tokenizer's own prefix.
-
-    Raises:
-        UserError: No such protocol, or a window or stride that the model or the definition does not allow.
-    """
+    """A scorer with the defaults of `make_protocol`, and the tokenizer's own prefix."""
     made = make_protocol(
         protocol,
         window,

@@ -1,7 +1,6 @@
-"""Sums over documents, and the measures that divide them once. Formulas and worked examples in docs/measures.md.
+"""Sums over documents, and the measures that divide them once (docs/measures.md).
 
-A measure is a property of `Sums` and an entry of `MEASURES`; with both it is in every record and in the table that
-`cartilha evaluate` prints.
+A property of `Sums` with an entry in `MEASURES` is in every record and in the table that `cartilha evaluate` prints.
 """
 
 from __future__ import annotations
@@ -17,11 +16,9 @@ def perplexity(loss: float) -> float:
 
 @dataclass(frozen=True)
 class Sums:
-    """Sums over documents.
+    """Sums over documents: nats, tokens scored, and what they say in bytes (UTF-8), code points and words.
 
-    Attributes:
-        nll: Nats.
-        num_tokens: Tokens scored; bytes (UTF-8), chars (code points) and words (split at white space) of their text.
+    Words are split at white space.
     """
 
     nll: float = 0.0
@@ -69,12 +66,9 @@ class Sums:
 class Measure:
     """A property of `Sums` that records carry.
 
-    Attributes:
-        key: The property, and the key in records.
-        title: In the table that `cartilha evaluate` prints.
-        decimals: There.
-        of_text: Whether it divides by the text, and not by tokens: documents that do not survive tokenization are left
-            out, and there is no figure where these are many.
+    `title` and `decimals` are those of the table that `cartilha evaluate` prints. A measure `of_text` divides by the
+    text, and not by tokens: documents that do not survive tokenization are left out, and there is no figure where
+    these are many.
     """
 
     key: str

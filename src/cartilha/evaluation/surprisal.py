@@ -1,7 +1,6 @@
-"""Surprisal of every token of a few documents at each evaluation of a run: surprisal.parquet, for the report.
+"""Surprisal of a few documents' first tokens at each evaluation of a run: surprisal.parquet, for the report.
 
-The tokens are scored by the same code and protocol as the figures. A document's first tokens have the same left context
-whether the rest is scored or not, so only they are kept: some tens of kilobytes per evaluation.
+What a document's first tokens cost does not depend on the rest, so only they are scored: some tens of kilobytes.
 """
 
 from __future__ import annotations
@@ -90,7 +89,6 @@ def add_surprisal(path: Path, step: int, scorer: Scorer, documents: ScoredDocume
 
 
 def _table(step: int, parts: list[TokenRows], tokenizer: TextTokenizer, documents: ScoredDocuments) -> pa.Table:
-    """The rows in the order of the documents."""
     columns = {one.name: np.concatenate([getattr(part, one.name) for part in parts]) for one in fields(TokenRows)}
     order = np.lexsort((columns["position"], columns["document"]))
     rows = {name: column[order] for name, column in columns.items()}

@@ -1,7 +1,7 @@
 """Protocols, and the windows through which a long document is scored, every token exactly once.
 
-The sliding window follows the usual practice (Press et al., arXiv:2012.15832, section 2; lm-evaluation-harness'
-rolling log-likelihood for stride = window): later tokens are scored with the context that fits before them.
+Later tokens are scored with the context that fits before them (Press et al., arXiv:2012.15832, section 2; for stride =
+window lm-evaluation-harness' rolling log-likelihood).
 """
 
 from __future__ import annotations
@@ -22,11 +22,9 @@ class Protocol:
     """How documents are scored; two figures are comparable only where the hashes agree.
 
     Attributes:
-        name: `full` or `first-N`.
         window: Most input positions, the prefix included.
         stride: New tokens that a later window scores.
         prefix_id: The token before each document: context, never scored.
-        dtype: Name of the compute dtype.
     """
 
     name: str
@@ -47,16 +45,12 @@ class Protocol:
 
     def describe(self) -> str:
         """The protocol in a line, to be printed with every number."""
-        parts = f"{self.name}, window {self.window}, stride {self.stride}, prefix {self.prefix_id}, {self.dtype}"
-        return f"{parts}, hash {self.hash}"
+        numbers = f"window {self.window}, stride {self.stride}, prefix {self.prefix_id}"
+        return f"{self.name}, {numbers}, {self.dtype}, hash {self.hash}"
 
 
 def first_tokens(name: str) -> int | None:
-    """N of `first-N`, None for `full`.
-
-    Raises:
-        UserError: There is no such protocol.
-    """
+    """N of `first-N`, None for `full`; a UserError for any other protocol."""
     if name == "full":
         return None
     match = re.fullmatch(r"first-([1-9][0-9]*)", name)
@@ -70,12 +64,10 @@ def make_protocol(
 ) -> Protocol:
     """A protocol with its defaults filled in: window min(context, 2048), stride window / 2.
 
-    Raises:
-        UserError: No such protocol, or a window or stride that the model or the definition does not allow.
+    A UserError refuses a window, a stride or a name that the model or the definition does not allow.
     """
     limit = first_tokens(name)
-    if window is None:
-        window = min(context_length, MAX_WINDOW)
+    window = min(context_length, MAX_WINDOW) if window is None else window
     if window > context_length:
         raise UserError(
             f"A window of {window} is beyond the model's context of {context_length}; use a smaller --window."
@@ -86,8 +78,7 @@ def make_protocol(
         )
     if window < 1:
         raise UserError(f"A window of {window} is impossible; use --window 1 or more.")
-    if stride is None:
-        stride = max(1, window // 2)
+    stride = max(1, window // 2) if stride is None else stride
     if not 1 <= stride <= window:
         raise UserError(f"The stride must lie between 1 and the window ({window}), not {stride}.")
     return Protocol(name, window, stride, prefix_id, dtype)
@@ -101,11 +92,13 @@ class Window:
         first_input: Index of the first input token; -1 stands for the prefix.
         first_target: Index of the first token scored.
         past: One past the last token scored. The inputs are the tokens first_input to past - 2.
+        document: Index of the document.
     """
 
     first_input: int
     first_target: int
     past: int
+    document: int = 0
 
     @property
     def num_inputs(self) -> int:
@@ -118,17 +111,14 @@ class Window:
         return self.past - self.first_target
 
 
-def document_windows(num_tokens: int, window: int, stride: int) -> Iterator[Window]:
+def document_windows(num_tokens: int, window: int, stride: int, document: int = 0) -> Iterator[Window]:
     """The windows of a document: together they score each of its tokens exactly once, in order.
 
     The first scores min(window, num_tokens) tokens after the prefix; each later one the next min(stride, remaining),
     its input being the `window` tokens that end just before the last token scored.
     """
-    if num_tokens == 0:
-        return
-    done = min(window, num_tokens)
-    yield Window(-1, 0, done)
+    done = 0
     while done < num_tokens:
-        past = done + min(stride, num_tokens - done)
-        yield Window(past - 1 - window, done, past)
+        past = min(num_tokens, done + (stride if done else window))
+        yield Window(past - 1 - window if done else -1, done, past, document)
         done = past

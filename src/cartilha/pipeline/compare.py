@@ -67,9 +67,9 @@ def compare(config: CompareConfig) -> CompareResult:
 def _score(ref: str, config: CompareConfig, device: torch.device) -> SavedEvaluation:
     text = held_out(config)
     scorer = load_scorer(ref, text.store, config, device)
-    corpus = score_held_out(scorer, text)
-    record = make_evaluation(scorer, corpus.documents, corpus.scores, seconds=0.0).to_dict()
-    return SavedEvaluation.of(record, corpus.documents, corpus.scores.nll)
+    documents, scores = score_held_out(scorer, text)
+    record = make_evaluation(scorer, documents, scores, seconds=0.0).to_dict()
+    return SavedEvaluation.of(record, documents, scores.nll)
 
 
 def _refuse_unlike(first: SavedEvaluation, second: SavedEvaluation) -> None:

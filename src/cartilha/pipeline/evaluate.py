@@ -20,11 +20,11 @@ from cartilha.evaluation.baselines import UnigramCollector
 from cartilha.evaluation.compressed import CompressedText
 from cartilha.evaluation.continuation import continue_prompts
 from cartilha.evaluation.continuation_scores import continuation_measures
-from cartilha.evaluation.corpus import SHARD_CHARS, ScoredCorpus, score_corpus
-from cartilha.evaluation.documents import encode_documents
+from cartilha.evaluation.corpus import SHARD_CHARS, score_corpus
+from cartilha.evaluation.documents import ScoredDocuments, encode_documents
 from cartilha.evaluation.downstream import check_tasks, run_tasks
 from cartilha.evaluation.measures import Evaluation, make_evaluation
-from cartilha.evaluation.nll import TokenRows, score_documents
+from cartilha.evaluation.nll import DocumentScores, TokenRows, score_documents
 from cartilha.evaluation.saved import SavedEvaluation, save_evaluation, token_file
 from cartilha.evaluation.scorer import Scorer, load_scorer
 from cartilha.machine.devices import choose_device
@@ -108,14 +108,14 @@ def _evaluate_model(
     is_alone, is_main = world()[1] == 1, is_main_process()
     unigram = text.unigram(scorer) if is_main else None
     started = time.perf_counter()
-    corpus = score_held_out(scorer, text, take_rows, unigram if is_alone else None)
+    documents, scores = score_held_out(scorer, text, take_rows, unigram if is_alone else None)
     seconds = time.perf_counter() - started
     if unigram is not None and not is_alone:  # this process has scored only a part of the documents
         for shard in batches(text.documents(), max_chars=SHARD_CHARS):
             unigram.observe(encode_documents(shard, scorer.tokenizer, scorer.protocol.first_tokens, allow_empty=True))
     baselines = (unigram.figures() if unigram else {}) | (compressed.figures() if compressed else {})
-    evaluation = make_evaluation(scorer, corpus.documents, corpus.scores, seconds, baselines)
-    contamination = text.share_in_training(corpus.documents.text_hashes)
+    evaluation = make_evaluation(scorer, documents, scores, seconds, baselines)
+    contamination = text.share_in_training(documents.text_hashes)
     evaluation = replace(evaluation, notes=(*evaluation.notes, *_extra_notes(text, contamination)))
     for note in evaluation.notes:
         log.warning("%s", note)
@@ -123,19 +123,18 @@ def _evaluate_model(
         evaluation,
         contamination,
         text.share_near_training() if config.near_duplicates and is_main else None,
-        _dtype_drift(scorer, text, int(corpus.documents.num_tokens.sum())),
+        _dtype_drift(scorer, text, int(documents.num_tokens.sum())),
         _continuations(scorer, text, config),
         run_tasks(scorer.loaded, scorer.tokenizer, config.tasks),
     )
     if config.save and is_main:
-        saved = SavedEvaluation.of(result.to_dict(), corpus.documents, corpus.scores.nll)
-        save_evaluation(Path(config.save), saved)
+        save_evaluation(Path(config.save), SavedEvaluation.of(result.to_dict(), documents, scores.nll))
     return result
 
 
 def score_held_out(
     scorer: Scorer, text: HeldOut, take_rows: TakeRows = None, unigram: UnigramCollector | None = None
-) -> ScoredCorpus:
+) -> tuple[ScoredDocuments, DocumentScores]:
     """One pass over the text with one model."""
     with progress(f"Scoring with {scorer.loaded.reference}", text.num_tokens(scorer.tokenizer), "tokens") as advance:
         observe = (lambda scored: None) if unigram is None else unigram.observe
