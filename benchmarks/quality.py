@@ -248,7 +248,7 @@ def show(results: Sequence[dict[str, Any]]) -> None:
                 for seed in [seed for seed in seeds if seed in first and seeds is not first]:
                     mine, base = seeds[seed][name], first[seed][name]
                     bits = (np.array(mine["nll"]) - np.array(base["nll"])) / np.log(2)
-                    low, high = bootstrap_interval(bits, np.array(mine["num_bytes"]), level=0.95).bounds
+                    low, high = bootstrap_interval(bits, np.array(mine["num_bytes"]), level=0.95)
                     cell += f" [{low:+.4f}, {high:+.4f}]"
                 cells.append(cell)
             some = next(iter(seeds.values()))

@@ -16,7 +16,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +196,7 @@ def write(arguments: argparse.Namespace, arms: list[Arm], *, final: bool = False
             first = arms[0].last[text]
             if final and arm is not arms[0]:
                 pair = first["saved"], found["saved"]
-                compared = compare_documents(*pair, shared_documents(*pair)).to_dict()
+                compared = asdict(compare_documents(*pair, shared_documents(*pair)))
                 kept = ("bits_per_byte_difference", "bits_per_byte_difference_interval", "p_value", "num_documents")
                 row[text] |= {k: compared[k] for k in kept}
                 print(arm.name, text, {k: compared[k] for k in kept}, flush=True)

@@ -143,7 +143,7 @@ def test_nothing_keeps_its_place_in_a_derangement(num: int, seed: int) -> None:
 
 def test_a_cut_is_the_beginning_of_its_document() -> None:
     text = "  Era uma\u00a0vez, na\n\nfazenda,\tuma vaca. Fim"
-    (cut,) = cut_documents([Document(text, "x", "here", "test")], 3, prompt_words=4, reference_words=3)
+    (cut,), *_ = cut_documents([Document(text, "x", "here", "test")], 3, prompt_words=4, reference_words=3)
     assert cut == Cut("x", "  Era uma\u00a0vez, na", "\n\nfazenda,\tuma vaca.")
     assert first_words("um dois ", 5) == "um dois" and first_words("  ", 5) == ""
 
@@ -161,7 +161,7 @@ def test_a_cut_is_never_inside_a_word() -> None:
         document = Document(text, "x", "here", "test")
         right = text.split()[prompt_words : prompt_words + reference_words]
         try:
-            (cut,) = cut_documents([document], 1, prompt_words=prompt_words, reference_words=reference_words)
+            (cut,), *_ = cut_documents([document], 1, prompt_words=prompt_words, reference_words=reference_words)
         except UserError:
             assert len(right) < reference_words or not tokenize_words(" ".join(right))
             outcomes["passed over"] += 1
@@ -180,11 +180,11 @@ def test_a_cut_is_never_inside_a_word() -> None:
 
 def test_the_choice_depends_on_texts_and_seed_not_on_order() -> None:
     corpus = documents()
-    chosen = cut_documents(corpus, 10, prompt_words=4, reference_words=4)
+    chosen, *_ = cut_documents(corpus, 10, prompt_words=4, reference_words=4)
     assert len(chosen) == 10
-    assert chosen == cut_documents(corpus[::-1], 10, prompt_words=4, reference_words=4)
-    assert chosen[:4] == cut_documents(corpus, 4, prompt_words=4, reference_words=4)
-    others = cut_documents(corpus, 10, 1, prompt_words=4, reference_words=4)
+    assert chosen == cut_documents(corpus[::-1], 10, prompt_words=4, reference_words=4)[0]
+    assert chosen[:4] == cut_documents(corpus, 4, prompt_words=4, reference_words=4)[0]
+    others, *_ = cut_documents(corpus, 10, 1, prompt_words=4, reference_words=4)
     assert {cut.doc_id for cut in chosen} != {cut.doc_id for cut in others}
     assert {cut.doc_id for cut in chosen} != {document.id for document in corpus[:10]}
 
@@ -196,10 +196,11 @@ def test_documents_passed_over_are_counted() -> None:
         Document("um dois três quatro * * * *", "p", "here", "t"),
     ]
     copy = Document("Outro começo, de certo" + corpus[0].text[len(first_words(corpus[0].text, 4)) :], "c", "here", "t")
-    cuts = cut_documents([*corpus, *short, copy], 100, prompt_words=4, reference_words=4)
-    assert (len(cuts), cuts.num_too_short, cuts.num_repeated) == (6, 2, 1)
+    everything = [*corpus, *short, copy]
+    cuts, *passed_over = cut_documents(everything, 100, prompt_words=4, reference_words=4)
+    assert len(cuts) == 6 and passed_over == [2, 1]
     if importlib.util.find_spec("sacrebleu"):
-        scores = score_continuations(cuts, [""] * 6)
+        scores = continuation_measures(everything, lambda _: [""] * 6, 100, prompt_words=4, reference_words=4)
         assert (scores.num_too_short, scores.num_repeated) == (2, 1)
     for num_words in (3, 4, 5, 7):
         beginning = Document(first_words(corpus[0].text, num_words), "x", "here", "test")
@@ -288,7 +289,7 @@ def test_documents_in_scores_out() -> None:
         return [text_of[prompt][len(prompt) :] for prompt in given]  # goes on to the document's end
 
     result = continuation_measures(corpus, oracle, 8, 3, prompt_words=5, reference_words=4)
-    cuts = cut_documents(corpus, 8, 3, prompt_words=5, reference_words=4)
+    cuts, *_ = cut_documents(corpus, 8, 3, prompt_words=5, reference_words=4)
     assert prompts == [cut.prompt for cut in cuts]
     # Seven words were written after each prompt, and as many as the reference has are scored.
     assert (result.scores.bleu, result.scores.rouge_l, result.scores.mean_words) == (100.0, 1.0, 4.0)

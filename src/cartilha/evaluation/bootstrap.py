@@ -8,11 +8,12 @@ here is the simplest of those tried that holds.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from statistics import NormalDist
+from typing import NamedTuple
 
 import numpy as np
 
+LEVEL = 0.95  # the share of corpora, drawn like this one, whose interval holds the truth
 FEW_DOCUMENTS = 50  # below this an interval is a guess, and is printed with a warning
 MAX_RESAMPLED_DOCUMENTS = 10_000  # beyond this the normal approximation is as good, and takes no resampling
 DRAWS_A_CHUNK = 1 << 18  # resampled documents held at a time: a few MB
@@ -20,26 +21,15 @@ DRAWS_A_CHUNK = 1 << 18  # resampled documents held at a time: a few MB
 LEAST_SPREAD = 0.25
 
 
-@dataclass(frozen=True)
-class Interval:
-    """A confidence interval over documents; unbounded where there are too few documents to say anything.
-
-    `level` is the share of corpora, drawn like this one, whose interval holds the truth.
-    """
+class Interval(NamedTuple):
+    """A confidence interval over documents; unbounded where there are too few documents to say anything."""
 
     low: float
     high: float
-    level: float
-    num_documents: int
-
-    @property
-    def bounds(self) -> list[float]:
-        """`[low, high]`, as `--json` has it."""
-        return [self.low, self.high]
 
 
 def bootstrap_interval(
-    numerator: np.ndarray, denominator: np.ndarray, *, level: float = 0.95, num_resamples: int = 2000, seed: int = 0
+    numerator: np.ndarray, denominator: np.ndarray, *, level: float = LEVEL, num_resamples: int = 2000, seed: int = 0
 ) -> Interval:
     """The interval of sum(numerator) / sum(denominator) over documents, resampled as pairs.
 
@@ -66,14 +56,14 @@ def bootstrap_interval(
     _check(x, y, level)
     num_documents = len(x)
     if np.count_nonzero(y) < 2:
-        return Interval(-math.inf, math.inf, level, num_documents)
+        return Interval(-math.inf, math.inf)
     total = float(y.sum())
     ratio = float(x.sum()) / total
     # In units in which a document has a denominator of 1 on average, residuals sum to zero.
     residual, size = (x - ratio * y) * (num_documents / total), y * (num_documents / total)
     linear = math.sqrt(float(residual @ residual)) / num_documents
     if linear <= 1e-13 * (abs(ratio) + float(np.abs(x).sum()) / total):  # all ratios alike, up to rounding
-        return Interval(ratio, ratio, level, num_documents)
+        return Interval(ratio, ratio)
     left_out = -residual / (num_documents - size)  # the ratio without document i, minus the ratio: exact
     spread = left_out - left_out.mean()
     jackknife = math.sqrt(float(spread @ spread) * (num_documents - 1) / num_documents)
@@ -82,7 +72,7 @@ def bootstrap_interval(
     else:
         t = _resampled_t(residual, size, LEAST_SPREAD * linear, num_resamples, np.random.default_rng(seed))
         width = float(np.quantile(np.abs(t), level))
-    return Interval(ratio - width * jackknife, ratio + width * jackknife, level, num_documents)
+    return Interval(ratio - width * jackknife, ratio + width * jackknife)
 
 
 def _check(x: np.ndarray, y: np.ndarray, level: float) -> None:

@@ -7,15 +7,14 @@ side by side (Koehn 2004, W04-3250; Dror et al. 2018, P18-1128, section 3.2). Bi
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
-from typing import Any
 
 import numpy as np
 
 from cartilha.errors import UserError
-from cartilha.evaluation.bootstrap import FEW_DOCUMENTS, Interval, bootstrap_interval
+from cartilha.evaluation.bootstrap import FEW_DOCUMENTS, LEVEL, bootstrap_interval
 from cartilha.evaluation.documents import MAX_DOMAINS, by_domain
 from cartilha.evaluation.saved import SavedEvaluation
 
@@ -57,30 +56,24 @@ class Comparison:
     """A second model against a first on the same documents; below zero the second is better.
 
     Attributes:
-        interval: Of bits_per_byte_difference, from the paired bootstrap.
         p_value: Two-sided, of the sign-flip test of no difference.
         share_improved: Documents that need fewer bits under the second model; ties count half.
         gained_most: Documents whose bits per byte fell most, the largest fall first; in `lost_most` they rose.
         domains: The largest ones, in the order of their names.
+        bits_per_byte_difference_interval: Low and high, from the paired bootstrap.
     """
 
     bits_per_byte_first: float
     bits_per_byte_second: float
     bits_per_byte_difference: float
-    interval: Interval
     p_value: float
     share_improved: float
     num_documents: int
     gained_most: list[DocumentChange]
     lost_most: list[DocumentChange]
     domains: dict[str, DomainChange]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The record that `compare --json` carries."""
-        record = asdict(self)
-        del record["interval"]
-        interval = {"bits_per_byte_difference_interval": self.interval.bounds, "interval_level": self.interval.level}
-        return {**record, **interval}
+    bits_per_byte_difference_interval: list[float]
+    interval_level: float = LEVEL
 
 
 @dataclass(frozen=True)
@@ -103,8 +96,8 @@ class _Pairs:
     def bits_per_byte(self, bits: np.ndarray) -> float:
         return math.fsum(bits) / int(self.num_bytes.sum())
 
-    def interval(self) -> Interval:
-        return bootstrap_interval(self.difference, self.num_bytes)
+    def interval(self) -> list[float]:
+        return list(bootstrap_interval(self.difference, self.num_bytes))
 
 
 def shared_documents(first: SavedEvaluation, second: SavedEvaluation) -> np.ndarray:
@@ -125,21 +118,20 @@ def compare_documents(
     Each of the two lists holds at most `num_listed` documents, none of less than 200 bytes (or than the median, where
     that is smaller). An nll that is not finite is a ValueError.
     """
-    pairs = _Pairs(
-        first.nll[chosen] / math.log(2), second.nll[chosen] / math.log(2), first.num_bytes[chosen].astype(np.int64)
-    )
+    bits_first, bits_second = (one.nll[chosen] / math.log(2) for one in (first, second))
+    pairs = _Pairs(bits_first, bits_second, first.num_bytes[chosen].astype(np.int64))
     gained, lost = _most_changed(pairs, [first.doc_ids[i] for i in chosen], num_listed)
     return Comparison(
         bits_per_byte_first=pairs.bits_per_byte(pairs.first),
         bits_per_byte_second=pairs.bits_per_byte(pairs.second),
         bits_per_byte_difference=pairs.bits_per_byte(pairs.difference),
-        interval=pairs.interval(),
         p_value=sign_flip_p_value(pairs.difference),
         share_improved=pairs.share_improved,
         num_documents=len(chosen),
         gained_most=gained,
         lost_most=lost,
         domains=_domain_changes(pairs, [first.domains[i] for i in chosen]),
+        bits_per_byte_difference_interval=pairs.interval(),
     )
 
 
@@ -187,9 +179,7 @@ def _flipped_sums(values: np.ndarray, num_flips: int, generator: np.random.Gener
     return sums
 
 
-def _most_changed(
-    pairs: _Pairs, doc_ids: list[str], num_listed: int
-) -> tuple[list[DocumentChange], list[DocumentChange]]:
+def _most_changed(pairs: _Pairs, doc_ids: list[str], num_listed: int) -> list[list[DocumentChange]]:
     num_bytes = pairs.num_bytes
     listed = np.flatnonzero(num_bytes >= min(LEAST_LISTED_BYTES, float(np.median(num_bytes))))
     first, second = pairs.first / num_bytes, pairs.second / num_bytes
@@ -203,7 +193,7 @@ def _most_changed(
         ]
 
     fell, rose = order[change[order] < 0], order[change[order] > 0]
-    return records(fell[:num_listed]), records(rose[::-1][:num_listed])
+    return [records(fell[:num_listed]), records(rose[::-1][:num_listed])]
 
 
 def _domain_changes(pairs: _Pairs, domains: list[str]) -> dict[str, DomainChange]:
@@ -215,7 +205,7 @@ def _domain_changes(pairs: _Pairs, domains: list[str]) -> dict[str, DomainChange
             bits_per_byte_first=first,
             bits_per_byte_second=second,
             bits_per_byte_difference=second - first,
-            bits_per_byte_difference_interval=own.interval().bounds if len(members) >= FEW_DOCUMENTS else None,
+            bits_per_byte_difference_interval=own.interval() if len(members) >= FEW_DOCUMENTS else None,
             share_improved=own.share_improved,
             num_documents=len(members),
             num_bytes=int(own.num_bytes.sum()),

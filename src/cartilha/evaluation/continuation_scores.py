@@ -11,7 +11,7 @@ import random
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from cartilha.corpus.document import Document
@@ -19,8 +19,7 @@ from cartilha.corpus.splits import split_position
 from cartilha.errors import UserError, counted, import_extra
 
 CUT_SEED = 20_04  # of the hash order in which documents are chosen for continuation; never changed
-PROMPT_WORDS = 32
-REFERENCE_WORDS = 32
+WORDS = 32  # of each prompt, and of each reference
 ROUGE_L_SIGNATURE = "f:1|level:sentence|average:mean|case:fold|norm:NFC|tok:unicode-letters-marks-numbers|version:1"
 
 # Soft hyphen, zero-width joiners, word joiner, byte order mark: they stand inside words and are not seen.
@@ -37,16 +36,6 @@ class Cut:
     doc_id: str
     prompt: str
     reference: str
-
-
-class Cuts(list[Cut]):
-    """A list of cuts, and how many documents were passed over: those with too few words, and those that repeat.
-
-    A document whose reference is that of an earlier cut would give the floor the right answer.
-    """
-
-    num_too_short: int = 0
-    num_repeated: int = 0
 
 
 @dataclass(frozen=True)
@@ -83,15 +72,18 @@ class ContinuationScores:
         floor: Scores of the real continuation of another document in each one's place, the same for every model. Its
             distinct-n and repeated 4-grams are those of real text. None for a single cut.
         signatures: How `chrf`, `bleu` and `rouge_l` were computed; figures of other signatures are not comparable.
+        num_too_short: Documents passed over for want of words.
+        num_repeated: Documents passed over because their reference is that of an earlier cut: the floor would be given
+            the right answer.
     """
 
     scores: TextScores
     floor: TextScores | None
     signatures: dict[str, str]
     num_continuations: int
-    num_too_short: int
-    num_repeated: int
-    seed: int
+    num_too_short: int = 0
+    num_repeated: int = 0
+    seed: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """The record for `--json` and results.json: the scores, and `floor` with the same keys."""
@@ -105,8 +97,8 @@ def continuation_measures(
     num: int,
     seed: int = 0,
     *,
-    prompt_words: int = PROMPT_WORDS,
-    reference_words: int = REFERENCE_WORDS,
+    prompt_words: int = WORDS,
+    reference_words: int = WORDS,
 ) -> ContinuationScores:
     """Cut held-out documents, have them continued, and score what was written.
 
@@ -119,52 +111,48 @@ def continuation_measures(
     the order of the floor.
     """
     _sacrebleu_metrics()  # before the slow part
-    cuts = cut_documents(documents, num, seed, prompt_words=prompt_words, reference_words=reference_words)
+    cuts, num_too_short, num_repeated = cut_documents(documents, num, seed, prompt_words, reference_words)
     prompts = [cut.prompt for cut in cuts]
     written = continue_texts(prompts)
     assert len(written) == len(prompts), "one continuation per prompt"
     assert not all(map(str.startswith, written, prompts)), "continuations come without their prompts"
-    return score_continuations(cuts, [first_words(text, reference_words) for text in written], seed=seed)
+    scores = score_continuations(cuts, [first_words(text, reference_words) for text in written], seed=seed)
+    return replace(scores, num_too_short=num_too_short, num_repeated=num_repeated)
 
 
 def cut_documents(
-    documents: Iterable[Document],
-    num: int,
-    seed: int = 0,
-    *,
-    prompt_words: int = PROMPT_WORDS,
-    reference_words: int = REFERENCE_WORDS,
-) -> Cuts:
+    documents: Iterable[Document], num: int, seed: int = 0, prompt_words: int = WORDS, reference_words: int = WORDS
+) -> tuple[list[Cut], int, int]:
     """Choose documents by their hashes and cut each after its first words.
 
     The choice and the order depend on the texts and the seed alone, not on the order of the documents, and a smaller
     `num` chooses a beginning of the same list. Words are what white space (Unicode's) separates; text in scripts that
-    put none between words counts as too short.
+    put none between words counts as too short. Returns the cuts, and how many documents were too short and how many
+    repeated. A UserError says that no document is long enough.
     """
     if min(num, prompt_words, reference_words) < 1:
         raise UserError("The numbers of continuations, prompt words and reference words must be 1 or more.")
-    cuts = Cuts()
+    cuts: list[Cut] = []
     seen: set[str] = set()
-    num_documents = 0
+    num_too_short = num_repeated = 0
     for document in sorted(documents, key=lambda document: split_position(document.text_hash, CUT_SEED + seed)):
         if len(cuts) == num:
             break
-        num_documents += 1
         prompt = first_words(document.text, prompt_words)
         reference = first_words(document.text[len(prompt) :], reference_words)
         if len(reference.split()) < reference_words or not tokenize_words(reference):
-            cuts.num_too_short += 1
+            num_too_short += 1
         elif reference.strip() in seen:
-            cuts.num_repeated += 1
+            num_repeated += 1
         else:
             seen.add(reference.strip())
             cuts.append(Cut(document.id, prompt, reference))
     if not cuts:
         raise UserError(
-            f"None of the {counted(num_documents, 'document')} has the {prompt_words + reference_words} words "
+            f"None of the {counted(num_too_short, 'document')} has the {prompt_words + reference_words} words "
             "that a prompt and its reference need; give longer documents, or ask for no continuations."
         )
-    return cuts
+    return cuts, num_too_short, num_repeated
 
 
 def first_words(text: str, num: int) -> str:
@@ -176,9 +164,8 @@ def first_words(text: str, num: int) -> str:
 
 
 def score_continuations(cuts: Sequence[Cut], hypotheses: Sequence[str], *, seed: int = 0) -> ContinuationScores:
-    """Score what was written after each prompt, and another document's reference, chosen by the seed, in its place."""
+    """Score what was written after each prompt, and in its place another document's reference, chosen by seed."""
     assert cuts and len(hypotheses) == len(cuts), "one hypothesis per cut, and at least one"
-    passed_over = cuts if isinstance(cuts, Cuts) else Cuts()
     metrics = _sacrebleu_metrics()
     # force: no warning about text that looks tokenized, which a model may well write.
     chrf, bleu = metrics.CHRF(), metrics.BLEU(force=True)
@@ -201,15 +188,7 @@ def score_continuations(cuts: Sequence[Cut], hypotheses: Sequence[str], *, seed:
     scores = score(hypotheses)
     signatures = {"chrf": str(chrf.get_signature()), "bleu": str(bleu.get_signature()), "rouge_l": ROUGE_L_SIGNATURE}
     floor = score([references[i] for i in derangement(len(cuts), seed)]) if len(cuts) > 1 else None
-    return ContinuationScores(
-        scores=scores,
-        floor=floor,
-        signatures=signatures,
-        num_continuations=len(cuts),
-        num_too_short=passed_over.num_too_short,
-        num_repeated=passed_over.num_repeated,
-        seed=seed,
-    )
+    return ContinuationScores(scores, floor, signatures, num_continuations=len(cuts), seed=seed)
 
 
 def tokenize_words(text: str) -> list[str]:

@@ -51,7 +51,7 @@ class ScoredDocuments:
 
     def with_ids(self, ids: list[np.ndarray]) -> ScoredDocuments:
         """The same documents with fewer of their tokens."""
-        return replace(self, ids=ids, num_tokens=_lengths(ids))
+        return replace(self, ids=ids, num_tokens=np.array([len(own) for own in ids], np.int64))
 
     def taken(self, order: np.ndarray) -> ScoredDocuments:
         """Some of the documents, or all in another order."""
@@ -70,10 +70,6 @@ def join(parts: Sequence[ScoredDocuments], corpus_hash: str) -> ScoredDocuments:
     lists: dict[str, Any] = {name: [one for part in parts for one in getattr(part, name)] for name in LISTS}
     num_empty = sum(part.num_empty for part in parts)
     return ScoredDocuments(ids=[], **arrays, **lists, num_empty=num_empty, corpus_hash=corpus_hash)
-
-
-def _lengths(ids: Sequence[np.ndarray]) -> np.ndarray:
-    return np.array([len(own) for own in ids], np.int64)
 
 
 def encode_documents(
@@ -107,7 +103,7 @@ def encode_documents(
         texts.append(_begun_text(decoded[i].encode("utf-8"), num_bytes[-1]) if cut else documents[i].text)
     return ScoredDocuments(
         ids=ids,
-        num_tokens=_lengths(ids),
+        num_tokens=np.array([len(own) for own in ids], np.int64),
         num_bytes=np.array(num_bytes, np.int64),
         num_chars=np.array([len(text) for text in texts], np.int64),
         num_words=np.array([len(text.split()) for text in texts], np.int64),

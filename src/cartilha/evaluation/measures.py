@@ -20,7 +20,6 @@ from cartilha.evaluation.sums import MEASURES, Measure, Sums, perplexity
 from cartilha.evaluation.windows import Protocol
 
 MAX_LOST_BYTES = 0.01  # above this share of bytes that do not round-trip, byte figures would not mean the corpus
-INTERVAL_LEVEL = 0.95
 DOMAIN_FIGURES = ("perplexity", "bits_per_byte", "num_tokens", "num_bytes", "num_documents")
 
 Figures = Mapping[str, float | None]
@@ -90,8 +89,8 @@ class Evaluation:
             "corpus_hash": self.corpus_hash,
             "loss": self.total.loss,
             **{measure.key: self._measured(measure) for measure in MEASURES},
-            "bits_per_byte_interval": self.interval.bounds if self.bytes_are_meant else None,
-            **self.total.counts,
+            "bits_per_byte_interval": list(self.interval) if self.bytes_are_meant else None,
+            **{name: number for name, number in asdict(self.total).items() if name != "nll"},
             "num_documents_lost": len(self.lost),
             "documents_lost": list(self.lost[:20]),
             "num_documents_empty": self.num_empty,
@@ -137,7 +136,7 @@ def make_evaluation(
         total=sum_documents(documents, nll, np.arange(len(nll))),
         byte_total=byte_total,
         macro=_macro(documents, nll, kept),
-        interval=_interval(documents, nll, kept),
+        interval=_interval(nll[kept] / math.log(2), documents.num_bytes[kept]),
         domains={
             name: sum_documents(documents, nll, members[kept[members]])
             for name, members in islice(domains.items(), MAX_DOMAINS)
@@ -162,10 +161,8 @@ def _macro(documents: ScoredDocuments, nll: np.ndarray, kept: np.ndarray) -> Fig
     return {"loss": loss, "perplexity": perplexity(loss), "bits_per_byte": bits_per_byte}
 
 
-def _interval(documents: ScoredDocuments, nll: np.ndarray, kept: np.ndarray) -> Interval:
-    if not kept.any():
-        return Interval(-math.inf, math.inf, INTERVAL_LEVEL, 0)
-    return bootstrap_interval(nll[kept] / math.log(2), documents.num_bytes[kept], level=INTERVAL_LEVEL)
+def _interval(bits: np.ndarray, num_bytes: np.ndarray) -> Interval:
+    return bootstrap_interval(bits, num_bytes) if len(bits) else Interval(-math.inf, math.inf)
 
 
 def _positions(scores: DocumentScores) -> tuple[dict[str, float], ...]:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
-from transformers import PreTrainedModel
 
 from cartilha.blocks.packing import IGNORE_INDEX, Batch
 from cartilha.errors import UserError
@@ -98,7 +96,9 @@ def score_documents(
     scores = DocumentScores(np.zeros(len(documents.ids)), 0.0 if measure_unused else None)
     num_scored = np.zeros(len(documents.ids), np.int64)
     wanted = Wanted(scorer.unused_ids if measure_unused else None, take_rows is not None, num_likeliest)
-    with _without_dropout(model):
+    was_training = model.training
+    model.eval()  # without dropout
+    try:
         for rows in _batches(windows, TOKENS_PER_FORWARD.get(model.device.type, 4096)):
             batch = _batch(rows, documents.ids, protocol.prefix_id)
             found = scored_tokens(model, batch, scorer.dtype, wanted=wanted)
@@ -115,6 +115,8 @@ def score_documents(
                 token_ids = batch.targets[batch.targets != IGNORE_INDEX]
                 take_rows(_token_rows(found, owner, position, token_ids))
             advance(len(nll))
+    finally:
+        model.train(was_training)
     assert (num_scored == documents.num_tokens).all(), "every token is scored exactly once"
     return scores
 
@@ -122,16 +124,6 @@ def score_documents(
 def _token_rows(found: TokenScores, owner: np.ndarray, position: np.ndarray, token_ids: np.ndarray) -> TokenRows:
     measured = {name: scores for name, scores in vars(found).items() if scores is not None and name != "unused_mass"}
     return TokenRows(owner, position, token_ids, **{name: scores.cpu().numpy() for name, scores in measured.items()})
-
-
-@contextmanager
-def _without_dropout(model: PreTrainedModel) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def _check_finite(nll: np.ndarray, owner: np.ndarray, doc_ids: Sequence[str]) -> None:

@@ -31,8 +31,7 @@ class Scorer:
     @property
     def dtype(self) -> torch.dtype:
         """Compute dtype of the protocol."""
-        dtype = getattr(torch, self.protocol.dtype)
-        assert isinstance(dtype, torch.dtype)
+        dtype: torch.dtype = getattr(torch, self.protocol.dtype)
         return dtype
 
     @property

@@ -6,7 +6,7 @@ A property of `Sums` with an entry in `MEASURES` is in every record and in the t
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import astuple, dataclass
 
 
 def perplexity(loss: float) -> float:
@@ -16,10 +16,7 @@ def perplexity(loss: float) -> float:
 
 @dataclass(frozen=True)
 class Sums:
-    """Sums over documents: nats, tokens scored, and what they say in bytes (UTF-8), code points and words.
-
-    Words are split at white space.
-    """
+    """Sums over documents: nats, tokens, and their text in UTF-8 bytes, code points and words (by white space)."""
 
     nll: float = 0.0
     num_tokens: int = 0
@@ -27,11 +24,6 @@ class Sums:
     num_chars: int = 0
     num_words: int = 0
     num_documents: int = 0
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """What a record says was scored."""
-        return {name: value for name, value in asdict(self).items() if name != "nll"}
 
     def __add__(self, other: Sums) -> Sums:
         return Sums(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))

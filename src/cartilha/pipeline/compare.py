@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ class CompareResult:
             "models": [record["model"] for record in both],
             "protocols": [record["protocol"] for record in both],
             "corpus_hash": self.first["corpus_hash"],
-            **self.comparison.to_dict(),
+            **asdict(self.comparison),
             "num_documents_left_out": self.num_left_out,
             "loss_by_position": [record.get("positions", []) for record in both],
             "evaluations": both,

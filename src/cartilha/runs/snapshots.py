@@ -8,6 +8,7 @@ results.json, `comparison`              this evaluation against the one before t
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def _comparison(run: Run, evaluation: Evaluation, now: SavedEvaluation) -> dict[
     chosen = shared_documents(first, now)
     if len(chosen) < 2:
         return None
-    found = compare_documents(first, now, chosen, NUM_LISTED).to_dict()
+    found = asdict(compare_documents(first, now, chosen, NUM_LISTED))
     place = {now.doc_ids[i]: i for i in chosen}
     for row in [*found["gained_most"], *found["lost_most"]]:
         i = place[row["doc_id"]]
