@@ -41,6 +41,13 @@ class PackedSegment:
 class Batch(Block):
     """Blocks stacked: arrays of shape (num_blocks, block_size); `segment_lengths` row by row."""
 
+    @classmethod
+    def unscored(cls, input_ids: np.ndarray) -> Batch:
+        """One row of a single segment, without targets."""
+        length = len(input_ids)
+        targets = np.full((1, length), IGNORE_INDEX, np.int64)
+        return cls(input_ids[None], targets, np.arange(length)[None], np.array([length], np.int64))
+
     @property
     def num_targets(self) -> int:
         """How many targets are scored."""

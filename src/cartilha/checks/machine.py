@@ -22,13 +22,9 @@ def memory_and_disk(subject: Subject) -> CheckResult:
     need, free = subject.planned_bytes, available_memory_bytes(subject.device)
     disk_need, disk_free = subject.disk_bytes, shutil.disk_usage(subject.disk).free
     wanted = "not planned" if need is None else f"{need / 2**30:.1f} GiB"
-    return words.judge(
-        (need or 0) <= free and disk_need <= disk_free,
-        f"memory: {wanted} for micro-batches of {subject.micro_batch_size} x "
-        f"{subject.block_size}, {free / 2**30:.1f} GiB available; disk: {disk_need / 2**30:.1f} GiB, "
-        f"{disk_free / 2**30:.1f} GiB free",
-        memory_bytes=need,
-        free_memory_bytes=free,
-        disk_bytes=disk_need,
-        free_disk_bytes=disk_free,
+    measured = (
+        f"memory: {wanted} for micro-batches of {subject.micro_batch_size} x {subject.block_size}, "
+        f"{free / 2**30:.1f} GiB available; disk: {disk_need / 2**30:.1f} GiB, {disk_free / 2**30:.1f} GiB free"
     )
+    figures = {"memory_bytes": need, "free_memory_bytes": free, "disk_bytes": disk_need, "free_disk_bytes": disk_free}
+    return words.judge((need or 0) <= free and disk_need <= disk_free, measured, **figures)

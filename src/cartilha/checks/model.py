@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from cartilha.blocks.packing import IGNORE_INDEX, Batch, Block, PackedStream, stack
+from cartilha.blocks.packing import Batch, Block, PackedStream, stack
 from cartilha.checks.outcome import CheckResult, Judgement, Subject
 from cartilha.evaluation.baselines import token_counts, unigram_nll
 from cartilha.evaluation.documents import ScoredDocuments, encode_documents
@@ -85,25 +85,17 @@ def _fresh_start(subject: Subject) -> dict[str, float]:
         spread = sigma**2 * float(states.double().square().sum(-1).mean())
         head.weight.zero_()
         zero = float(token_scores(states, head, targets, torch.float32).nll.double().mean())
-    return {
-        "perplexity": perplexity(nll),
-        "theory": rows * perplexity(spread / 2),
-        "zero_head": perplexity(zero),
-        "num_rows": rows,
-        "hidden_square": spread / float(head.weight.shape[1]),
-    }
+    found = {"perplexity": perplexity(nll), "theory": rows * perplexity(spread / 2), "zero_head": perplexity(zero)}
+    return {**found, "num_rows": rows, "hidden_square": spread / float(head.weight.shape[1])}
 
 
 def _beside_unigram(subject: Subject) -> tuple[float, float]:
     """Perplexities of the model and of a unigram model of the training text, on the same held-out tokens."""
-    scored = _sample(subject)
-    nll = _nll(subject, torch.float32)
-    store = subject.store
+    scored, store = _sample(subject), subject.store
     tokens = store.tokens("train") if store is not None else subject.stream(subject.training, 2).documents.tokens
-    counts = token_counts(tokens, len(head_of(subject.model).weight))
+    unigram = unigram_nll(token_counts(tokens, len(head_of(subject.model).weight)), scored.ids)
     num_tokens = scored.num_tokens.sum()
-    unigram = unigram_nll(counts, scored.ids)
-    return perplexity(nll.sum() / num_tokens), perplexity(unigram.sum() / num_tokens)
+    return perplexity(_nll(subject, torch.float32).sum() / num_tokens), perplexity(unigram.sum() / num_tokens)
 
 
 def _sample(subject: Subject) -> ScoredDocuments:
@@ -137,14 +129,11 @@ def causality(subject: Subject) -> CheckResult:
     block = stream.block(0)
     past = int(block.segment_lengths[0])
     changed = past // 2
-    before, after = _logits_before_and_after(subject, block, changed, changed + 1)
+    before, after = _before_and_after(subject, block, changed, changed + 1)
     earlier, later = _largest_change(before, after, 0, changed), _largest_change(before, after, changed, past)
-    return words.judge(
-        earlier <= UNCHANGED < later,
-        f"token {changed} of {past} changed: at most {earlier:.1e} of the logits' spread before it, {later:.1e} after",
-        before=earlier,
-        after=later,
-    )
+    spread = f"at most {earlier:.1e} of the logits' spread before it, {later:.1e} after"
+    measured = f"token {changed} of {past} changed: {spread}"
+    return words.judge(earlier <= UNCHANGED < later, measured, before=earlier, after=later)
 
 
 def isolation(subject: Subject) -> CheckResult:
@@ -162,21 +151,17 @@ def isolation(subject: Subject) -> CheckResult:
         return words.skip("the sample holds fewer than three documents with text")
     block = stream.block(0)
     first, past, end = np.cumsum(block.segment_lengths)[:3].tolist()
-    before, after = _logits_before_and_after(subject, block, first, past)
+    before, after = _before_and_after(subject, block, first, past)
     own = _largest_change(before, after, first, past)
     beside = max(_largest_change(before, after, 0, first), _largest_change(before, after, past, end))
-    alone = _logits(subject, _row(block.input_ids[past:end]))
+    alone = _logits(subject, Batch.unscored(block.input_ids[past:end]))
     apart = float((alone - before[past:end]).abs().max() / before.std())
     # Half precision rounds differently in rows of another length; that is no leak.
     near = UNCHANGED if subject.dtype == torch.float32 else 0.5
-    return words.judge(
-        beside <= UNCHANGED < own and apart <= near,
-        f"neighbours moved by {beside:.1e} of the logits' spread (the document itself by {own:.1e}); packed against "
-        f"alone {apart:.1e}",
-        neighbours=beside,
-        itself=own,
-        packed_against_alone=apart,
-    )
+    measured = f"neighbours moved by {beside:.1e} of the logits' spread (the document itself by {own:.1e}); "
+    measured += f"packed against alone {apart:.1e}"
+    passed = beside <= UNCHANGED < own and apart <= near
+    return words.judge(passed, measured, neighbours=beside, itself=own, packed_against_alone=apart)
 
 
 def _probe_stream(subject: Subject, num_documents: int) -> PackedStream:
@@ -184,12 +169,6 @@ def _probe_stream(subject: Subject, num_documents: int) -> PackedStream:
     length = min(PROBE_POSITIONS, subject.loaded.context_length)
     documents = [document for document in subject.held_out if len(document.text) > 1][:num_documents]
     return subject.stream(documents, length, max_tokens=max(2, length // max(1, len(documents)) - 2))
-
-
-def _row(input_ids: np.ndarray) -> Batch:
-    length = len(input_ids)
-    targets = np.full((1, length), IGNORE_INDEX, np.int64)
-    return Batch(input_ids[None], targets, np.arange(length)[None], np.array([length], np.int64))
 
 
 def _logits(subject: Subject, batch: Batch) -> torch.Tensor:
@@ -200,9 +179,7 @@ def _logits(subject: Subject, batch: Batch) -> torch.Tensor:
         return head_of(model).logits(states, torch.float32)
 
 
-def _logits_before_and_after(
-    subject: Subject, block: Block, first: int, past: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _before_and_after(subject: Subject, block: Block, first: int, past: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits of a block, and of the same with other text tokens at positions first to past - 1."""
     before = _logits(subject, stack([block]))
     num_ids = min(subject.tokenizer.num_ids, len(head_of(subject.model).weight))
@@ -230,20 +207,15 @@ def precision(subject: Subject) -> CheckResult:
     largest = _largest_activation(subject)
     share = largest / FP16_LARGEST
     if subject.dtype == torch.float32:
-        return words.skip(
-            f"the run computes in float32 (in float16, activations would reach {share:.1%} of its range)",
-            largest_activation=largest,
-        )
+        reason = f"the run computes in float32 (in float16, activations would reach {share:.1%} of its range)"
+        return words.skip(reason, largest_activation=largest)
     half, full = (_nll(subject, dtype).sum() for dtype in (subject.dtype, torch.float32))
     drift = float(half - full) / int(_sample(subject).num_tokens.sum())
-    name = dtype_name(subject.dtype)
     overflows = subject.dtype == torch.float16 and share > 0.5
-    return words.judge(
-        abs(drift) <= MAX_DRIFT and not overflows,
-        f"{name} drifts by {drift:+.1e} nats per token; activations up to {share:.1%} of float16's range",
-        drift=drift,
-        largest_activation=largest,
-    )
+    measured = f"{dtype_name(subject.dtype)} drifts by {drift:+.1e} nats per token; "
+    measured += f"activations up to {share:.1%} of float16's range"
+    passed = abs(drift) <= MAX_DRIFT and not overflows
+    return words.judge(passed, measured, drift=drift, largest_activation=largest)
 
 
 def _largest_activation(subject: Subject) -> float:
@@ -289,17 +261,13 @@ def truth(subject: Subject) -> CheckResult:
     with transformers_attention(model):
         theirs = sum(_plain_nll(subject, ids.tolist()) for ids in scored.ids)
         plain = sum(_plain_nll(subject, ids) for ids in packed)
-    differences = (ours / theirs - 1, trained / plain - 1)
-    return words.judge(
-        max(map(abs, differences)) <= SAME_NLL,
+    differences, num_tokens = (ours / theirs - 1, trained / plain - 1), int(scored.num_tokens.sum())
+    measured = (
         f"{ours:,.3f} nats, transformers {theirs:,.3f} (relative difference {differences[0]:+.1e}) over "
-        f"{int(scored.num_tokens.sum()):,} tokens; a packed block {trained:,.3f} and {plain:,.3f}",
-        ours=ours,
-        theirs=theirs,
-        packed=trained,
-        packed_theirs=plain,
-        num_tokens=int(scored.num_tokens.sum()),
+        f"{num_tokens:,} tokens; a packed block {trained:,.3f} and {plain:,.3f}"
     )
+    figures = {"ours": ours, "theirs": theirs, "packed": trained, "packed_theirs": plain, "num_tokens": num_tokens}
+    return words.judge(max(map(abs, differences)) <= SAME_NLL, measured, **figures)
 
 
 def _plain_nll(subject: Subject, ids: list[int]) -> float:

@@ -22,55 +22,34 @@ Outcome = Literal["passed", "failed", "not applicable"]
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What a check found.
-
-    Attributes:
-        name: Filled in, like `seconds`, by what runs the check.
-        measured: The figure that was found, in words.
-        expected: What a sound set-up gives.
-        meaning: What a failure means (where the check does not apply: why not).
-        remedy: What to do then.
-        figures: The numbers behind `measured`.
-    """
+    """What a check found; `name` and `seconds` are filled in by what runs it."""
 
     name: str
     outcome: Outcome
-    measured: str
-    expected: str
-    meaning: str
+    measured: str  # the figure that was found, in words
+    expected: str  # what a sound set-up gives
+    meaning: str  # of a failure (where the check does not apply: why not)
     remedy: str
-    figures: dict[str, Any] = field(default_factory=dict)
+    figures: dict[str, Any] = field(default_factory=dict)  # the numbers behind `measured`
     seconds: float = 0.0
 
 
 @dataclass(frozen=True)
 class Subject(Scorer):
-    """What is checked: a model in float32, with attention within documents, and what is known of its run.
+    """What is checked: a model in float32, with attention within documents, and what is known of its run."""
 
-    Attributes:
-        held_out: A sample of the text that would be scored, at least two documents.
-        training: A sample of the text that would be trained on.
-        store: Where both come from; None where they come from the primer.
-        lr: The peak of the run to come.
-        planned_bytes: Memory that the run is planned to take; None where it could not be planned.
-        disk_bytes: What the run's files still need at most.
-        output: Where the run would write.
-        quick: Whether to check with less of everything.
-        is_random: Whether the model has fresh weights (`random:`).
-        scored: Nats of the held-out sample by compute dtype, kept by the checks that share them.
-    """
-
-    held_out: Sequence[Document]
-    training: Sequence[Document]
-    store: TokenStore | None
+    held_out: Sequence[Document]  # a sample of the text that would be scored, at least two documents
+    training: Sequence[Document]  # a sample of the text that would be trained on
+    store: TokenStore | None  # where both come from; None where they come from the primer
     block_size: int
-    lr: float
+    lr: float  # the peak of the run to come
     micro_batch_size: int
-    planned_bytes: int | None
-    disk_bytes: int
-    output: Path
-    quick: bool
-    is_random: bool
+    planned_bytes: int | None  # memory that the run is planned to take; None where it could not be planned
+    disk_bytes: int  # what the run's files still need at most
+    output: Path  # where the run would write
+    quick: bool  # whether to check with less of everything
+    is_random: bool  # whether the model has fresh weights (`random:`)
+    # Nats of the held-out sample by compute dtype, kept by the checks that share them.
     scored: dict[torch.dtype, np.ndarray] = field(default_factory=dict, init=False)
 
     @property

@@ -58,6 +58,7 @@ def round_trip(subject: Subject) -> CheckResult:
     num_tokens, unknown = sum(map(len, ids)), _unknown_id(tokenizer)
     unknown_share = sum(int((tokens == unknown).sum()) for tokens in ids) / max(1, num_tokens)
     here, english = _fertility(tokenizer, texts), _fertility(tokenizer, english_sample())
+    names = ("tokens_per_word", "bytes_per_token", "english_tokens_per_word", "english_bytes_per_token")
     measured = (
         f"{lost_share:.2%} of the bytes lost, {unknown_share:.2%} unknown tokens; {here[0]:.2f} tokens per word and "
         f"{here[1]:.2f} bytes per token (English {english[0]:.2f} and {english[1]:.2f})"
@@ -66,17 +67,9 @@ def round_trip(subject: Subject) -> CheckResult:
         measured += f"; not kept: {', '.join(document.id for document in lost[:3])}"
     if damaged:
         measured += f"; {damaged:.1%} of the store's training documents do not say what they were made from"
-    return words.judge(
-        lost_share <= MAX_LOST_SHARE and damaged <= MAX_LOST_SHARE and unknown_share <= MAX_UNKNOWN_SHARE,
-        measured,
-        lost_share=lost_share,
-        damaged_share=damaged,
-        unknown_share=unknown_share,
-        tokens_per_word=here[0],
-        bytes_per_token=here[1],
-        english_tokens_per_word=english[0],
-        english_bytes_per_token=english[1],
-    )
+    passed = lost_share <= MAX_LOST_SHARE and damaged <= MAX_LOST_SHARE and unknown_share <= MAX_UNKNOWN_SHARE
+    figures = {"lost_share": lost_share, "damaged_share": damaged, "unknown_share": unknown_share}
+    return words.judge(passed, measured, **figures, **dict(zip(names, (*here, *english), strict=True)))
 
 
 def _damaged_share(subject: Subject) -> float:
@@ -140,17 +133,9 @@ def vocabulary(subject: Subject) -> CheckResult:
         "Prepare the store with this model's own tokenizer (cartilha prepare --model MODEL); never resize the "
         "embedding to make the error go away.",
     )
-    return words.judge(
-        passed,
-        measured,
-        num_ids=tokenizer.num_ids,
-        num_rows=rows,
-        num_unused_rows=num_unused,
-        tied_head=tied,
-        special_ids=special,
-        largest_store_id=None if subject.store is None else store_largest,
-        same_tokenizer=same,
-    )
+    figures = {"num_ids": tokenizer.num_ids, "num_rows": rows, "num_unused_rows": num_unused, "tied_head": tied}
+    largest = None if subject.store is None else store_largest
+    return words.judge(passed, measured, **figures, special_ids=special, largest_store_id=largest, same_tokenizer=same)
 
 
 def _largest_id(store: TokenStore) -> int:
@@ -173,8 +158,7 @@ def leak(subject: Subject) -> CheckResult:
     store = subject.store
     if store is None:
         return words.skip("there is no store with a training side")
-    known = set(store.labels("train")["text_hash"])
-    held_out = store.labels("validation")["text_hash"]
+    known, held_out = set(store.labels("train")["text_hash"]), store.labels("validation")["text_hash"]
     exact = sum(text_hash in known for text_hash in held_out)
     measured = f"{exact:,} of {counted(len(held_out), 'held-out document')} in training"
     scored = [document.text for document in subject.held_out[:NEAR_SAMPLE]]
@@ -195,6 +179,5 @@ def leak(subject: Subject) -> CheckResult:
         measured += f"; {near:.1%} of {len(scored)} have a near-duplicate among {seen:,} training documents"
     except UserError as error:  # the extra is missing, and its sentence names it
         measured += f"; near-duplicates not looked for ({error})"
-    return words.judge(
-        exact == 0 and (near or 0.0) <= MAX_NEAR_SHARE, measured, num_exact=exact, near_duplicate_share=near
-    )
+    passed = exact == 0 and (near or 0.0) <= MAX_NEAR_SHARE
+    return words.judge(passed, measured, num_exact=exact, near_duplicate_share=near)

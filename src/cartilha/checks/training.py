@@ -94,17 +94,11 @@ def overfit(subject: Subject) -> CheckResult:
                 nll = 0.0
                 if losses[-1] < math.log(OVERFIT_PERPLEXITY) or _has_stopped(losses):
                     break
-    curve = [perplexity(loss) for loss in losses]
+    curve, num_tokens = [perplexity(loss) for loss in losses], sampler.targets_per_epoch
     shown = " -> ".join(f"{curve[i]:,.2f}" for i in sorted({0, len(curve) // 4, len(curve) // 2, len(curve) - 1}))
-    return words.judge(
-        curve[-1] < OVERFIT_PERPLEXITY,
-        f"{counted(len(documents), 'text')}, {counted(sampler.targets_per_epoch, 'token')}, "
-        f"{counted(len(curve), 'pass')}: perplexity {shown}",
-        curve=curve,
-        num_texts=len(documents),
-        num_tokens=sampler.targets_per_epoch,
-        lr=subject.lr,
-    )
+    counts = (counted(len(documents), "text"), counted(num_tokens, "token"), counted(len(curve), "pass"))
+    figures = {"curve": curve, "num_texts": len(documents), "num_tokens": num_tokens, "lr": subject.lr}
+    return words.judge(curve[-1] < OVERFIT_PERPLEXITY, f"{', '.join(counts)}: perplexity {shown}", **figures)
 
 
 def _has_stopped(losses: list[float]) -> bool:
@@ -153,13 +147,9 @@ def loss(subject: Subject) -> CheckResult:
     (ours, own_hidden, own_head), (plain, plain_hidden, plain_head) = found
     difference = abs(ours / plain - 1)
     apart = max(_relative(own_hidden, plain_hidden), _relative(own_head, plain_head))
-    return words.judge(
-        difference <= SAME_LOSS and apart <= SAME_GRADIENT,
-        f"losses {ours:.4f} and {plain:.4f} nats (relative difference {difference:.1e}), gradients {apart:.1e}",
-        fused=ours,
-        plain=plain,
-        gradient_difference=apart,
-    )
+    measured = f"losses {ours:.4f} and {plain:.4f} nats (relative difference {difference:.1e}), gradients {apart:.1e}"
+    passed = difference <= SAME_LOSS and apart <= SAME_GRADIENT
+    return words.judge(passed, measured, fused=ours, plain=plain, gradient_difference=apart)
 
 
 def _relative(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -185,24 +175,19 @@ def accumulation(subject: Subject) -> CheckResult:
         "The result would depend on the micro-batch, that is, on the machine's memory.",
         "Report it with this output; until then keep --micro_batch_size the same in all runs.",
     )
-    stream = _partly_padded(subject)
+    stream, schedule = _partly_padded(subject), Schedule(1, 1e-9, 0, 1)
     found = []
     for micro_batch_size in (1, len(stream)):
         with _weights_kept(subject.model):
-            steps = _steps(
-                subject, _state(subject, 1e-9), _sampler(stream, len(stream)), Schedule(1, 1e-9, 0, 1), micro_batch_size
-            )
-            (step,) = steps
+            sampler = _sampler(stream, len(stream))
+            (step,) = _steps(subject, _state(subject, 1e-9), sampler, schedule, micro_batch_size)
             found.append((float(step.loss), float(step.grad_norm)))
     (cut_loss, cut_norm), (whole_loss, whole_norm) = found
     apart = max(abs(cut_loss / whole_loss - 1), abs(cut_norm / whole_norm - 1))
     tolerance = SAME_GRADIENT if subject.dtype == torch.float32 else 20 * SAME_GRADIENT
-    return words.judge(
-        apart <= tolerance,
-        f"{len(stream)} micro-batches: loss {cut_loss:.5f}, gradient norm {cut_norm:.5f}; in one: {whole_loss:.5f}, "
-        f"{whole_norm:.5f}",
-        difference=apart,
-    )
+    measured = f"{len(stream)} micro-batches: loss {cut_loss:.5f}, gradient norm {cut_norm:.5f}; "
+    measured += f"in one: {whole_loss:.5f}, {whole_norm:.5f}"
+    return words.judge(apart <= tolerance, measured, difference=apart)
 
 
 def gradients(subject: Subject) -> CheckResult:
@@ -241,9 +226,7 @@ def gradients(subject: Subject) -> CheckResult:
 def resume(subject: Subject) -> CheckResult:
     """Three steps, with a stop after the first and a resume from disk, give the losses of an unbroken run.
 
-    The second step's update needs the moments of the first, and the third step's loss shows it.
-
-    Catches a checkpoint that forgets weights, moments, schedule, scaler or the position in the data.
+    The second step's update needs the moments of the first, and the third step's loss shows it. Catches a checkpoint that forgets weights, moments, schedule, scaler or the position in the data.
     """
     words = Judgement(
         "the losses equal the unbroken run's"
@@ -257,11 +240,7 @@ def resume(subject: Subject) -> CheckResult:
         unbroken = [float(step.loss) for step in _steps(subject, _state(subject, subject.lr), sampler, schedule, 1)]
     with _weights_kept(subject.model), tempfile.TemporaryDirectory(prefix=".check-", dir=subject.disk) as directory:
         state = _state(subject, subject.lr)
-        losses = []
-        for step in _steps(subject, state, sampler, schedule, 1):
-            losses.append(float(step.loss))
-            if step.step == 1:
-                break
+        losses = [float(next(_steps(subject, state, sampler, schedule, 1)).loss)]
         checkpoint = write_checkpoint(Path(directory), freeze(state, {}))
         with torch.no_grad():
             for parameter in subject.model.parameters():
@@ -270,9 +249,7 @@ def resume(subject: Subject) -> CheckResult:
         load_checkpoint(checkpoint, state)
         losses += [float(step.loss) for step in _steps(subject, state, sampler, schedule, 1)]
     apart = max(abs(a - b) for a, b in zip(losses, unbroken, strict=True)) if len(losses) == 3 else math.inf
-    return words.judge(
-        len(losses) == 3 and apart <= (0.0 if subject.device.type == "cpu" else SAME_GRADIENT * unbroken[-1]),
-        f"unbroken {', '.join(f'{value:.6f}' for value in unbroken)}; resumed {', '.join(f'{v:.6f}' for v in losses)}",
-        unbroken=unbroken,
-        resumed=losses,
-    )
+    tolerance = 0.0 if subject.device.type == "cpu" else SAME_GRADIENT * unbroken[-1]
+    shown = [", ".join(f"{value:.6f}" for value in values) for values in (unbroken, losses)]
+    passed, measured = len(losses) == 3 and apart <= tolerance, f"unbroken {shown[0]}; resumed {shown[1]}"
+    return words.judge(passed, measured, unbroken=unbroken, resumed=losses)

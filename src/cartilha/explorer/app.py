@@ -65,12 +65,7 @@ class _Guard:
 
 
 def create_app(explorer: Explorer, default: Language) -> FastAPI:
-    """The page at /en and /pt; / leads to the one that the browser asks for.
-
-    Args:
-        explorer: What is explored.
-        default: For browsers that ask for neither language.
-    """
+    """The page at /en and /pt; / leads to the one that the browser asks for, or to `default` if it asks for neither."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     # A name that points at this machine must not open it to other sites (DNS rebinding).
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
@@ -121,9 +116,8 @@ class _Server(uvicorn.Server):
 
 def make_server(app: Any, ready: Callable[[], None] = lambda: None) -> uvicorn.Server:
     """A server for the app; it closes within a second of being asked to."""
-    return _Server(
-        uvicorn.Config(app, log_level="error", access_log=False, timeout_graceful_shutdown=1, ws="none"), ready
-    )
+    config = uvicorn.Config(app, log_level="error", access_log=False, timeout_graceful_shutdown=1, ws="none")
+    return _Server(config, ready)
 
 
 def serve(explorer: Explorer, socket: sockets.socket, *, default: Language, open_browser: bool) -> str:

@@ -10,49 +10,31 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Shaping:
-    """How probabilities are changed before a token is drawn, in this order.
+    """How probabilities are changed before a token is drawn, in this order."""
 
-    Attributes:
-        temperature: Logits are divided by it: below 1 sharper, above 1 flatter.
-        top_k: Only the k likeliest stay; 0 for all.
-        top_p: Only the likeliest whose probabilities add up to this stay, at least one.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
+    temperature: float = 1.0  # logits are divided by it: below 1 sharper, above 1 flatter
+    top_k: int = 0  # only the k likeliest stay; 0 for all
+    top_p: float = 1.0  # only the likeliest whose probabilities add up to this stay, at least one
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A token that might come next.
-
-    Attributes:
-        rank: Its place by logit, from 1.
-        probability: Its share of the model's own distribution (temperature 1, nothing cut).
-        shaped: Its probability after temperature, top-k and top-p.
-    """
+    """A token that might come next."""
 
     token_id: int
-    rank: int
+    rank: int  # by logit, from 1
     logit: float
-    probability: float
-    shaped: float
+    probability: float  # of the model's own distribution (temperature 1, nothing cut)
+    shaped: float  # after temperature, top-k and top-p
 
 
 @dataclass(frozen=True)
 class Expectation:
-    """A model's expectation at one place.
+    """A model's expectation at one place."""
 
-    Attributes:
-        candidates: The likeliest, and last the token asked about where it is not among them.
-        log_normaliser: ln of the sum of e^logit over all tokens: probability = e^(logit - log_normaliser).
-        num_left: Tokens that the shaping leaves.
-    """
-
-    candidates: tuple[Candidate, ...]
-    log_normaliser: float
-    num_left: int
+    candidates: tuple[Candidate, ...]  # the likeliest, and last the token asked about where it is not among them
+    log_normaliser: float  # ln of the sum of e^logit over all tokens: probability = e^(logit - log_normaliser)
+    num_left: int  # tokens that the shaping leaves
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -76,8 +58,7 @@ def shaped_probabilities(logits: np.ndarray, shaping: Shaping) -> np.ndarray:
     if shaping.top_p < 1:
         order = np.argsort(-probabilities, kind="stable")
         before = np.cumsum(probabilities[order]) - probabilities[order]
-        left_out = order[1:][before[1:] >= shaping.top_p]
-        probabilities[left_out] = 0.0
+        probabilities[order[1:][before[1:] >= shaping.top_p]] = 0.0
         probabilities /= probabilities.sum()
     return probabilities
 
@@ -91,9 +72,9 @@ def expect(logits: np.ndarray, shaping: Shaping, *, num_shown: int = 10, asked: 
         shown.append(asked)
     place = np.empty(len(order), np.int64)
     place[order] = np.arange(1, len(order) + 1)
-    highest = float(np.max(logits))
-    return Expectation(
-        tuple(Candidate(i, int(place[i]), float(logits[i]), float(probabilities[i]), float(shaped[i])) for i in shown),
-        highest + math.log(float(np.exp(logits.astype(np.float64) - highest).sum())),
-        int((shaped > 0).sum()),
+    candidates = (
+        Candidate(i, int(place[i]), float(logits[i]), float(probabilities[i]), float(shaped[i])) for i in shown
     )
+    highest = float(np.max(logits))
+    log_normaliser = highest + math.log(float(np.exp(logits.astype(np.float64) - highest).sum()))
+    return Expectation(tuple(candidates), log_normaliser, int((shaped > 0).sum()))

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 import gradio as gr
 
 from cartilha.explorer import parts
 from cartilha.explorer.choices import Shaping
+from cartilha.explorer.reading import MAX_CHARS
 from cartilha.explorer.session import MAX_NEW_TOKENS, Answers, DraftView, Explorer, Spot, WalkView
 from cartilha.explorer.wording import PageWording
-from cartilha.explorer.writing import Draft
+from cartilha.explorer.writing import NUM_BEAMS, Draft
 from cartilha.reporting.pages import template_file
 from cartilha.reporting.wording import Language
 
@@ -62,9 +63,7 @@ def build_page(explorer: Explorer, language: Language) -> gr.Blocks:
     """The page in one language."""
     say = PageWording(language)
     answers = Answers(explorer, say)
-    tabs: dict[str, Callable[[gr.Blocks, Answers], None]] = {}
-    if explorer.readers:
-        tabs |= {"tab_read": _reading_tab, "tab_write": _writing_tab}
+    tabs = {"tab_read": _reading_tab, "tab_write": _writing_tab} if explorer.readers else {}
     if explorer.walk is not None:
         tabs["tab_store"] = _store_tab
     with gr.Blocks(title=say("title"), analytics_enabled=False, fill_width=False) as page:
@@ -110,9 +109,8 @@ def _columns(name: str, letters: Sequence[str], **properties: Any) -> dict[str, 
 
 def _reading_tab(page: gr.Blocks, answers: Answers) -> None:
     say, letters = answers.say, list(answers.explorer.readers)
-    text = gr.Textbox(
-        label=say("text"), info=answers.text_info(), lines=3, max_lines=12, elem_id="text", value=say("example_text")
-    )
+    info = say("text_info", limit=say.number(MAX_CHARS))
+    text = gr.Textbox(label=say("text"), info=info, lines=3, max_lines=12, elem_id="text", value=say("example_text"))
     shown, spot = gr.State(None), gr.State(None)
     notices = gr.HTML(elem_id="notices")
     gr.HTML(parts.legend(say))
@@ -159,18 +157,12 @@ def _reading_tab(page: gr.Blocks, answers: Answers) -> None:
 
 def _writing_tab(page: gr.Blocks, answers: Answers) -> None:
     say = answers.say
-    prompt = gr.Textbox(
-        label=say("prompt"),
-        info=say("prompt_info"),
-        lines=2,
-        max_lines=8,
-        elem_id="prompt",
-        value=say("example_prompt"),
-    )
+    label, info, example = say("prompt"), say("prompt_info"), say("example_prompt")
+    prompt = gr.Textbox(label=label, info=info, lines=2, max_lines=8, elem_id="prompt", value=example)
     sliders = _sliders(say)
     gr.HTML(parts.heading(say("steps_title")) + parts.soft_help(say("steps_help")))
     _token_by_token(page, answers, prompt, sliders)
-    gr.HTML(parts.heading(say("three_title")) + parts.three_help(say))
+    gr.HTML(parts.heading(say("three_title")) + parts.soft_help(say("three_help", beams=NUM_BEAMS)))
     with gr.Row(equal_height=True, elem_classes="actions"):
         num_tokens = gr.Slider(5, MAX_NEW_TOKENS, 30, step=5, label=say("num_tokens"), buttons=[])
         write = gr.Button(say("write_all"), variant="primary")
@@ -190,11 +182,8 @@ def _token_by_token(page: gr.Blocks, answers: Answers, prompt: gr.Textbox, slide
     draft = gr.State(None)
     text = gr.HTML(elem_id="draft")
     with gr.Row(elem_classes="actions"):
-        buttons = {
-            "likeliest": gr.Button(say("take_likeliest"), size="sm"),
-            "draw": gr.Button(say("draw"), size="sm"),
-            "undo": gr.Button(say("undo"), size="sm"),
-        }
+        words = {"likeliest": "take_likeliest", "draw": "draw", "undo": "undo"}
+        buttons = {action: gr.Button(say(word), size="sm") for action, word in words.items()}
         again = gr.Button(say("begin"), size="sm")
     table = gr.HTML(elem_id="alternatives", js_on_load=PICK_CHOICE)
 
@@ -243,8 +232,7 @@ def _store_tab(page: gr.Blocks, answers: Answers) -> None:
         if what == "blocks":
             block_size, seed, epoch = (int(value or 0) for value in values)
             return answers.block(int(number or 1), block_size, seed, epoch)
-        split: Literal["train", "validation"] = "validation" if what == "validation" else "train"
-        return answers.document(split, int(number or 1))
+        return answers.document("validation" if what == "validation" else "train", int(number or 1))
 
     def move(by: int) -> Any:
         return lambda what, number, *values: show(what, (number or 1) + by, *values)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
-from functools import cache
+from collections.abc import Mapping
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -13,9 +13,7 @@ import numpy as np
 from cartilha.explorer.choices import Expectation
 from cartilha.explorer.reading import MAX_CHARS, Given, Reader, Reading
 from cartilha.explorer.token_text import TokenText, token_label, visible
-from cartilha.explorer.walking import StoredBlock, StoredDocument
 from cartilha.explorer.wording import PageWording
-from cartilha.explorer.writing import NUM_BEAMS
 from cartilha.reporting.chart import Axis, Figure, Series, thin
 from cartilha.reporting.pages import environment
 
@@ -29,41 +27,26 @@ def _parts() -> Any:
     return environment(PageWording.package).get_template("parts.html.j2").module
 
 
-def notice(text: str) -> str:
-    """A sentence to the reader."""
-    return str(_parts().notice(text))
+def _fragment(name: str, *values: object) -> str:
+    return str(getattr(_parts(), name)(*values))
 
 
-def soft_help(text: str) -> str:
-    """An explanation in small print."""
-    return str(_parts().help(text))
-
-
-def heading(text: str) -> str:
-    """A heading of a part of the page."""
-    return str(_parts().heading(text))
-
-
-def header(say: PageWording, readers: Mapping[str, Reader], store: str | None) -> str:
-    """Title, models and store, and the link to the page in the other language."""
-    models = []
-    for letter, reader in readers.items():
-        millions = reader.loaded.num_parameters / 1e6
-        parameters, vocabulary = say.number(millions, 1 if millions < 10 else 0), say.number(reader.vocabulary_size)
-        models.append(
-            {"letter": letter, "ref": reader.loaded.reference, "parameters": parameters, "vocabulary": vocabulary}
-        )
-    return str(_parts().header(say, "en" if say.language == "pt" else "pt", models, store))
+notice = partial(_fragment, "notice")  # a sentence to the reader
+soft_help = partial(_fragment, "help")  # an explanation in small print
+heading = partial(_fragment, "heading")
+header = partial(_fragment, "header")  # title, models and store, and the link to the page in the other language
+draft = partial(_fragment, "draft")  # a text being written: its beginning, and what was chosen
+three_ways = partial(_fragment, "three")  # greedy, sampled and beam search beside each other, a row per model
+stored_document = partial(_fragment, "document")
+stored_block = partial(_fragment, "block")  # with a box per piece of a document
 
 
 def legend(say: PageWording) -> str:
     """The colour steps with the probabilities that they stand for."""
     edges = [0, *BIN_BITS]
-    bins = [
-        {"bits": f"{low}–{high}", "probability": f"> {_power(say, high)}"} for low, high in itertools.pairwise(edges)
-    ]
-    bins.append({"bits": f"≥ {edges[-1]}", "probability": f"≤ {_power(say, edges[-1])}"})
-    return str(_parts().legend(say, bins))
+    bins = [(f"{low}–{high}", f"> {_power(say, high)}") for low, high in itertools.pairwise(edges)]
+    bins.append((f"≥ {edges[-1]}", f"≤ {_power(say, edges[-1])}"))
+    return _fragment("legend", say, bins)
 
 
 def _power(say: PageWording, bits: int) -> str:
@@ -94,23 +77,12 @@ def reading(say: PageWording, found: Reading, chosen: TokenText | None = None) -
             "end": token.end,
             "number": number,
             "chosen": chosen is not None and token.start < chosen.end and chosen.start < token.end,
-            "level": level(float(bits)),
-            "tip": _tip(say, token, float(bits), int(rank)),
+            "level": level(bits),
+            "tip": _tip(say, token, bits, rank),
         }
         for number, (token, bits, rank) in enumerate(zip(found.tokens, found.bits, found.rank, strict=True))
     ]
-    evaluation = found.evaluation
-    facts = {
-        "letter": found.reader.letter,
-        "ref": found.reader.loaded.reference,
-        "perplexity": say.perplexity(evaluation.perplexity),
-        "bits_per_byte": say.bits(evaluation.bits_per_byte),
-        "refused": evaluation.bits_per_byte is None,
-        "num_tokens": say.number(len(found.ids)),
-        "protocol": evaluation.protocol.describe(),
-        "tokens": tokens,
-    }
-    return str(_parts().reading(say, facts))
+    return _fragment("reading", say, found.reader, found.evaluation, tokens)
 
 
 def _tip(say: PageWording, token: TokenText, bits: float, rank: int) -> str:
@@ -150,7 +122,7 @@ def running_perplexity(say: PageWording, readings: Mapping[str, Reading]) -> str
         [(name, label) for name, label, _, _ in curves],
         CHART_SIZE,
     )
-    return str(_parts().chart(figure))
+    return _fragment("chart", figure)
 
 
 def different_tokens(say: PageWording, readings: Mapping[str, Reading]) -> str:
@@ -190,29 +162,4 @@ def candidates(
     )
     left = say("left", num_left=say.number(expectation.num_left), num_ids=say.number(reader.vocabulary_size))
     facts = {"letter": reader.letter, "title": title, "asked": asked, "by_hand": by_hand, "left": left}
-    return str(_parts().candidates(say, facts, expectation.candidates, labels, clickable))
-
-
-def draft(prompt: str, written: str) -> str:
-    """A text being written: its beginning, and what was chosen."""
-    return str(_parts().draft(prompt, written))
-
-
-def three_ways(say: PageWording, prompt: str, found: Sequence[tuple[Reader, Mapping[str, str]]]) -> str:
-    """Greedy, sampled and beam search beside each other, a row per model."""
-    return str(_parts().three(say, prompt, found))
-
-
-def three_help(say: PageWording) -> str:
-    """What the three ways are."""
-    return soft_help(say("three_help", beams=NUM_BEAMS))
-
-
-def stored_document(say: PageWording, found: StoredDocument) -> str:
-    """A document of a store, its tokens boxed."""
-    return str(_parts().document(say, found))
-
-
-def stored_block(say: PageWording, found: StoredBlock) -> str:
-    """A block of the training side, with a box per piece of a document."""
-    return str(_parts().block(say, found))
+    return _fragment("candidates", say, facts, expectation.candidates, labels, clickable)

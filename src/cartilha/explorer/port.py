@@ -11,11 +11,7 @@ HOST = "127.0.0.1"
 
 
 def listen(port: int) -> sockets.socket:
-    """A socket of this machine alone, bound and not yet listening.
-
-    Raises:
-        UserError: The port is taken, not allowed, or none.
-    """
+    """A socket of this machine alone, bound and not yet listening, or a UserError: the port is taken or not allowed."""
     if not 0 <= port <= 65535:
         raise UserError(f"A port is a number from 0 to 65535, not {port}.")
     socket = sockets.socket(sockets.AF_INET, sockets.SOCK_STREAM)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import threading
 import time
-from collections import OrderedDict
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from cartilha.blocks.packing import IGNORE_INDEX, Batch
+from cartilha.blocks.packing import Batch
 from cartilha.corpus.document import Document
 from cartilha.evaluation.documents import encode_documents
 from cartilha.evaluation.measures import Evaluation, make_evaluation
@@ -30,24 +28,20 @@ KEPT_STATES = 4  # of the last windows of text, so that clicks are answered at o
 
 @dataclass(frozen=True)
 class Reader(Scorer):
-    """A model of the page; the protocol is that of `cartilha evaluate` by default.
+    """A model of the page, named by its letter; the protocol is that of `cartilha evaluate` by default.
 
-    Attributes:
-        letter: Its name on the page: A, or B for the second.
-        lock: Held while the model computes: one page asks for several things at once, and generation switches the
-            model's attention.
+    `lock` is held while the model computes: one page asks for several things at once, and generation switches the
+    model's attention.
     """
 
     letter: str = "A"
     lock: threading.Lock = field(default_factory=threading.Lock)
-    _kept: OrderedDict[bytes, torch.Tensor] = field(default_factory=OrderedDict, init=False, repr=False, compare=False)
+    _kept: dict[bytes, torch.Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def logits(self, ids: np.ndarray, position: int) -> np.ndarray:
-        """Logits for the token at `position`, given the tokens before it; float32, shape (num_ids,).
+        """Logits for the token at `position`, given the tokens of the text before it; float32, shape (num_ids,).
 
-        Args:
-            ids: A text's tokens, shape (num_tokens,).
-            position: From 0 (after the prefix alone) to num_tokens (what comes after the text).
+        Positions run from 0 (after the prefix alone) to num_tokens (what comes after the text).
         """
         assert 0 <= position <= len(ids)
         # The window through which this position is scored, as in an evaluation of the text with one token more.
@@ -61,36 +55,27 @@ class Reader(Scorer):
         return np.asarray(logits.cpu().numpy())
 
     def _states(self, inputs: np.ndarray) -> torch.Tensor:
-        key = hashlib.sha256(inputs.tobytes()).digest()
-        if key not in self._kept:
-            length = len(inputs)
-            nothing = np.full((1, length), IGNORE_INDEX, np.int64)
-            batch = Batch(inputs[None], nothing, np.arange(length)[None], np.array([length], np.int64))
-            self._kept[key] = hidden_states(self.loaded.model, batch, self.dtype)[0]
-        self._kept.move_to_end(key)
+        key = inputs.tobytes()
+        states = self._kept.pop(key, None)
+        if states is None:
+            states = hidden_states(self.loaded.model, Batch.unscored(inputs), self.dtype)[0]
+        self._kept[key] = states  # last, as the one used last
         while len(self._kept) > KEPT_STATES:
-            self._kept.popitem(last=False)
-        return self._kept[key]
+            del self._kept[next(iter(self._kept))]
+        return states
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A text as a model reads it; arrays have one entry per token.
-
-    Attributes:
-        ids: Int64.
-        nll: Minus ln p(token | what stands before it), nats, float64.
-        rank: Of the token among all that the model might have expected, from 1.
-        evaluation: The figures of the text as a whole.
-    """
+    """A text as a model reads it; arrays have one entry per token."""
 
     reader: Reader
     text: str
-    ids: np.ndarray
+    ids: np.ndarray  # int64
     tokens: tuple[TokenText, ...]
-    nll: np.ndarray
-    rank: np.ndarray
-    evaluation: Evaluation
+    nll: np.ndarray  # minus ln p(token | what stands before it), nats, float64
+    rank: np.ndarray  # of the token among all that the model might have expected, from 1
+    evaluation: Evaluation  # of the text as a whole
 
     @property
     def running_perplexity(self) -> np.ndarray:
@@ -129,11 +114,7 @@ def take_text(text: str | None) -> Given:
 
 
 def read(reader: Reader, text: str) -> Reading | None:
-    """Score every token of a text; None for a text without tokens.
-
-    Raises:
-        UserError: The model gives a probability that is no number.
-    """
+    """Score every token of a text; None for one without tokens, a UserError if a probability is no number."""
     documents = encode_documents([Document(text, "text", "explorer", "explorer")], reader.tokenizer, allow_empty=True)
     if not documents.ids or not len(documents.ids[0]):
         return None

@@ -5,16 +5,18 @@ A user's mistake, or a file that went away meanwhile, becomes a sentence in the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from cartilha.corpus.splits import Split
 from cartilha.errors import UserError
 from cartilha.explorer import parts
 from cartilha.explorer.choices import Shaping, expect
-from cartilha.explorer.reading import MAX_CHARS, Reader, Reading, read, take_text
+from cartilha.explorer.reading import Reader, Reading, read, take_text
 from cartilha.explorer.walking import StoreWalk
 from cartilha.explorer.wording import PageWording, Refusal
 from cartilha.explorer.writing import Draft, begin, continuations, draw, has_ended, next_logits, written
@@ -26,10 +28,9 @@ FAULTS = (UserError, OSError)  # what becomes a sentence
 
 @dataclass
 class Explorer:
-    """What the explorer works with; shared by all who have the page open.
+    """The models by letter, `A` first (none where only a store is looked at), and the store.
 
-    Attributes:
-        readers: The models by letter, `A` first; none where only a store is looked at.
+    All who have the page open share it.
     """
 
     readers: Mapping[str, Reader]
@@ -48,12 +49,9 @@ class Explorer:
 
 
 class Spot(NamedTuple):
-    """A token that was chosen in one model's text.
+    """A token that was chosen in one model's text, by its number and by the character of the text where it begins.
 
-    Attributes:
-        letter: Of the model.
-        token: Its number there.
-        char: Where it begins in the text: the other model's token is the one that covers this character.
+    The other model's token is the one that covers this character.
     """
 
     letter: str
@@ -146,7 +144,7 @@ class Answers:
     def step(self, letter: str, draft: Draft | None, shaping: Shaping, action: int | str) -> DraftView:
         """One step of writing: `likeliest`, `draw`, `undo`, or the id of the next token."""
         reader, draft = self._reader(letter), draft or Draft(())
-        try:
+        with suppress(*FAULTS):  # asked for what may come next, the draft as it is fails likewise and says why
             if action == "undo":
                 draft = draft.without_last()
             elif has_ended(reader, draft):
@@ -157,8 +155,6 @@ class Answers:
                 draft = draft.with_token(draw(reader, draft, shaping, np.random.default_rng()))
             elif isinstance(action, int) and 0 <= action < reader.vocabulary_size:
                 draft = draft.with_token(action)
-        except FAULTS as error:
-            return DraftView(draft, parts.draft(*written(reader, draft)), self._failure(error))
         return self.draft(letter, draft, shaping)
 
     def three_ways(self, prompt: str | None, num_tokens: int, shaping: Shaping) -> str:
@@ -173,25 +169,22 @@ class Answers:
             return self._failure(error)
         return parts.cut_notice(self.say, given) + parts.three_ways(self.say, given.text, found)
 
-    def document(self, split: Literal["train", "validation"], number: int) -> WalkView:
+    def document(self, split: Split, number: int) -> WalkView:
         """A document of a store by its number from 1; beyond the ends the first or the last."""
-        walk = self.explorer.walk
-        assert walk is not None
-        try:
-            document = walk.document(split, number - 1)
-        except FAULTS as error:
-            return WalkView(number, self._failure(error))
-        return WalkView(document.number + 1, parts.stored_document(self.say, document))
+        return self._stored(number, lambda walk: walk.document(split, number - 1), parts.stored_document)
 
     def block(self, number: int, block_size: int, seed: int, epoch: int) -> WalkView:
         """Likewise a block of an epoch, which counts from 1, too."""
-        walk = self.explorer.walk
-        assert walk is not None
+        epoch = min(max(0, epoch - 1), MAX_EPOCHS)
+        return self._stored(number, lambda walk: walk.block(number - 1, block_size, seed, epoch), parts.stored_block)
+
+    def _stored(self, number: int, find: Callable[[StoreWalk], Any], show: Callable[..., str]) -> WalkView:
+        assert self.explorer.walk is not None
         try:
-            block = walk.block(number - 1, block_size, seed, min(max(0, epoch - 1), MAX_EPOCHS))
+            found = find(self.explorer.walk)
         except FAULTS as error:
             return WalkView(number, self._failure(error))
-        return WalkView(block.number + 1, parts.stored_block(self.say, block))
+        return WalkView(found.number + 1, show(self.say, found))
 
     def most_surprising(self, text: str | None) -> Spot | None:
         """The token that surprises the first model most; None for an empty text, or one that a model cannot read."""
@@ -201,10 +194,6 @@ class Answers:
             return None
         token = int(np.argmax(reading.nll))
         return Spot(letter, token, reading.tokens[token].start)
-
-    def text_info(self) -> str:
-        """What the box for the text says beside it."""
-        return self.say("text_info", limit=self.say.number(MAX_CHARS))
 
     def _reader(self, letter: str) -> Reader:
         readers = self.explorer.readers

@@ -18,48 +18,38 @@ _UNSEEN = ("Cc", "Cf", "Co", "Cn", "Zl", "Zp")  # Unicode categories: controls, 
 
 @dataclass(frozen=True)
 class TokenText:
-    """What a token covers of its text.
-
-    Attributes:
-        start: Place of its first character; tokens that share a character all have that one's start, end and text.
-        part: 1 for the first of the tokens that share a character, and so on; 0 for a token that shares none.
-        num_parts: How many tokens share it; 0 for none.
-    """
+    """The characters [start, end) that a token covers of its text; those that share a character have all of it."""
 
     text: str
     start: int
     end: int
-    part: int = 0
-    num_parts: int = 0
+    part: int = 0  # 1 for the first of the tokens that share a character, and so on; 0 for a token that shares none
+    num_parts: int = 0  # how many tokens share it; 0 for none
 
 
 def token_texts(text: str, offsets: Sequence[tuple[int, int]]) -> list[TokenText]:
     """What each token covers; together they are the whole text.
 
-    Args:
-        text: What was tokenized.
-        offsets: Characters [start, end) of each token, as `tokenizers` gives them: in order, possibly without the space
-            before a word, and the same for all tokens of one character.
+    The offsets are the characters [start, end) of each token, as `tokenizers` gives them: in order, possibly without
+    the space before a word, and the same for all tokens of one character.
     """
-    groups: list[list[int]] = []  # tokens that share a character
+    sharing: list[int] = []  # how many tokens share each span
     spans: list[tuple[int, int]] = []
     covered = 0
-    for number, (start, end) in enumerate(offsets):
-        if groups and (end <= covered or start < covered):
-            groups[-1].append(number)
+    for start, end in offsets:
+        if spans and (end <= covered or start < covered):
+            sharing[-1] += 1
             spans[-1] = (spans[-1][0], max(covered, end))
         else:
-            groups.append([number])
+            sharing.append(1)
             spans.append((covered, max(covered, end)))
         covered = spans[-1][1]
     if spans:
         spans[-1] = (spans[-1][0], len(text))  # what a tokenizer drops at the end belongs to nobody else
     pieces = []
-    for group, (start, end) in zip(groups, spans, strict=True):
-        shared = len(group) if len(group) > 1 else 0
-        pieces += [
-            TokenText(text[start:end], start, end, part if shared else 0, shared) for part in range(1, 1 + len(group))
-        ]
+    for num_tokens, (start, end) in zip(sharing, spans, strict=True):
+        shares = [(part, num_tokens) for part in range(1, 1 + num_tokens)] if num_tokens > 1 else [(0, 0)]
+        pieces += [TokenText(text[start:end], start, end, *share) for share in shares]
     return pieces
 
 

@@ -61,19 +61,12 @@ class Segment:
 
 @dataclass(frozen=True)
 class StoredBlock:
-    """A block as training sees it.
+    """A block as training sees it."""
 
-    Attributes:
-        number: From 0.
-        num_blocks: In an epoch.
-        segments: What attention keeps apart, in order.
-        num_targets: Positions that are scored: all but those that hold an end token or padding.
-    """
-
-    number: int
-    num_blocks: int
-    segments: tuple[Segment, ...]
-    num_targets: int
+    number: int  # from 0
+    num_blocks: int  # in an epoch
+    segments: tuple[Segment, ...]  # what attention keeps apart, in order
+    num_targets: int  # positions that are scored: all but those that hold an end token or padding
 
     @property
     def num_padding(self) -> int:
@@ -82,10 +75,9 @@ class StoredBlock:
 
 
 class StoreWalk:
-    """An open store to be walked through. Only the tokens looked at are read.
+    """An open store to be walked through, of which only the tokens looked at are read.
 
-    Raises:
-        UserError: The directory is no store, or a damaged one.
+    A UserError says that the directory is no store, or a damaged one.
     """
 
     def __init__(self, path: str) -> None:
@@ -95,33 +87,22 @@ class StoreWalk:
     def document(self, split: Split, number: int) -> StoredDocument:
         """A document of a side by its number (from 0; beyond the ends the first or the last).
 
-        Raises:
-            Refusal: That side has no documents.
-            OSError: The store is gone.
+        A side without documents is a Refusal, a store that is gone an OSError.
         """
         table, labels = self.store.documents(split), self.store.labels(split)
         if not len(table.start):
             raise Refusal("no_documents")
         number = min(max(number, 0), len(table.start) - 1)
         start, num_tokens = int(table.start[number]), int(table.num_tokens[number])
-        ids = self.store.tokens(split)[start : start + min(num_tokens, MAX_SHOWN_TOKENS)]
-        return StoredDocument(
-            number,
-            len(table.start),
-            labels["doc_id"][number],
-            labels["source"][number],
-            labels["domain"][number],
-            num_tokens,
-            int(table.num_bytes[number]),
-            int(table.num_words[number]),
-            self._text_tokens(np.asarray(ids)),
-        )
+        doc_id, source, domain = (labels[name][number] for name in ("doc_id", "source", "domain"))
+        counts = (num_tokens, int(table.num_bytes[number]), int(table.num_words[number]))
+        ids = np.asarray(self.store.tokens(split)[start : start + min(num_tokens, MAX_SHOWN_TOKENS)])
+        return StoredDocument(number, len(table.start), doc_id, source, domain, *counts, self._text_tokens(ids))
 
     def block(self, number: int, block_size: int, seed: int = 0, epoch: int = 0) -> StoredBlock:
         """A block of the training side, packed as `cartilha train` packs it for this seed and epoch.
 
-        Raises:
-            Refusal: No such block size, or nothing to train on.
+        A block size that does not exist, and a side without documents, are a Refusal.
         """
         if not 1 <= block_size <= MAX_BLOCK_SIZE:
             raise Refusal("bad_block_size", limit=MAX_BLOCK_SIZE, block_size=block_size)

@@ -24,12 +24,7 @@ class PageWording(Wording):
 
 
 class Refusal(UserError):
-    """What the page cannot do with what it was given; it is said in the language of the page.
-
-    Attributes:
-        key: Of the sentence.
-        values: What is filled in.
-    """
+    """What the page cannot do with what it was given: the text of `key`, said in the language of the page."""
 
     def __init__(self, key: str, **values: object) -> None:
         super().__init__(PageWording("en")(key, **values))

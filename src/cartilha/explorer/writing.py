@@ -17,12 +17,7 @@ NUM_BEAMS = 4
 
 @dataclass(frozen=True)
 class Draft:
-    """A text that is being written token by token.
-
-    Attributes:
-        prompt_ids: The tokens that it began with.
-        chosen: The tokens chosen since.
-    """
+    """A text that is being written token by token: the tokens that it began with, and those chosen since."""
 
     prompt_ids: tuple[int, ...]
     chosen: tuple[int, ...] = ()
@@ -62,11 +57,7 @@ def written(reader: Reader, draft: Draft) -> tuple[str, str]:
 
 
 def next_logits(reader: Reader, draft: Draft) -> np.ndarray:
-    """Logits of what may come next, shape (num_ids,).
-
-    Raises:
-        Refusal: The text fills the model's context.
-    """
+    """Logits of what may come next, shape (num_ids,), or a Refusal: the text fills the model's context."""
     if len(draft.ids) + 1 >= reader.loaded.context_length:
         raise Refusal("full", context=reader.loaded.context_length)
     return reader.logits(draft.ids, len(draft.ids))
@@ -81,20 +72,14 @@ def draw(reader: Reader, draft: Draft, shaping: Shaping, generator: np.random.Ge
 def continuations(reader: Reader, prompt: str, num_tokens: int, shaping: Shaping, seed: int) -> dict[str, str]:
     """What `cartilha generate` writes after the prompt: `greedy`, `sampled` and `beam`.
 
-    Raises:
-        Refusal: The prompt does not fit the model's context.
+    A prompt that does not fit the model's context is a Refusal.
     """
     num_prompt = 1 + len(begin(reader, prompt).ids)  # with the prefix
     if num_prompt + num_tokens > reader.loaded.context_length:
         raise Refusal("too_long", num_tokens=num_prompt, num_new=num_tokens, context=reader.loaded.context_length)
     base = GenerateConfig(prompt=(prompt,), max_new_tokens=num_tokens, seed=seed)
-    sampled = replace(
-        base,
-        do_sample=True,
-        temperature=shaping.temperature,
-        top_k=shaping.top_k or reader.vocabulary_size,
-        top_p=shaping.top_p,
-    )
+    shaped = {**vars(shaping), "top_k": shaping.top_k or reader.vocabulary_size}
+    sampled = replace(base, do_sample=True, **shaped)
     ways = {"greedy": base, "sampled": sampled, "beam": replace(base, num_beams=NUM_BEAMS)}
     texts = {}
     for way, settings in ways.items():
