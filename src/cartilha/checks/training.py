@@ -226,7 +226,8 @@ def gradients(subject: Subject) -> CheckResult:
 def resume(subject: Subject) -> CheckResult:
     """Three steps, with a stop after the first and a resume from disk, give the losses of an unbroken run.
 
-    The second step's update needs the moments of the first, and the third step's loss shows it. Catches a checkpoint that forgets weights, moments, schedule, scaler or the position in the data.
+    The second step's update needs the moments of the first, and the third step's loss shows it. Catches a checkpoint
+    that forgets weights, moments, schedule, scaler or the position in the data.
     """
     words = Judgement(
         "the losses equal the unbroken run's"

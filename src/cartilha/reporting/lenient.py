@@ -85,9 +85,9 @@ def read_text(path: Path, missing: list[str]) -> str | None:
 
 def read_object(path: Path, missing: list[str]) -> dict[str, Any] | None:
     """The object in a JSON file; if there is none, `missing` says so."""
-    found = read_text(path, missing)
-    value = None if found is None else _object(found)
-    if found is not None and value is None:
+    if (found := read_text(path, missing)) is None:
+        return None
+    if (value := _object(found)) is None:
         missing.append(f"{path.name} (not readable)")
     return value
 

@@ -35,7 +35,6 @@ RUN_FILES = ("results.json", "metrics.jsonl", "samples.jsonl", "config.yaml")
 EXPECTED_KEYS = ("status", "settings", "corpus", "packing", "epochs", "evaluations", "machine", "versions")
 STATUSES = ("running", "finished", "interrupted", "out_of_memory", "failed")
 
-
 SETTINGS = record(
     model=text,
     store=text,

@@ -20,13 +20,11 @@ MAX_STEPS = 12  # positions of the page's slider
 class Surprisal:
     """The first tokens of a few held-out documents at the evaluations of a run, as the page shows them.
 
-    Attributes:
-        steps: Those of the evaluations: `MAX_STEPS` at most, the first and the last among them.
-        documents: Each with its `id`, the texts of its `tokens`, and `scores`: for each step a list with one score per
-            token, which is [bits x 1,000, rank (1: the likeliest), text, probability x 10,000, text, ...].
+    Each document has its `id`, the texts of its `tokens`, and `scores`: for each step a list with one score per token,
+    which is [bits x 1,000, rank (1: the likeliest), text, probability x 10,000, text, ...].
     """
 
-    steps: list[int]
+    steps: list[int]  # of the evaluations: `MAX_STEPS` at most, the first and the last among them
     documents: list[dict[str, Any]]
 
 

@@ -29,28 +29,18 @@ class Row:
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the results table, in every form of it.
+    """A column of the results table, in every form of it."""
 
-    Attributes:
-        key: Its name in CSV files.
-        read: The value that it shows of a run, or None.
-        heading: In both languages; a column without one is in CSV files only.
-        write, plain: Write the value for people, and for programs in CSV files.
-        words: Whether it holds words rather than numbers.
-        alike: For a measure: what must be equal, besides protocol and text, for the figures of two runs to be compared.
-        footnote: Key of the text that stands below the table if runs differ in `alike`.
-        marks: The letters of the rows that have figures in it; empty if every row may.
-    """
-
-    key: str
-    read: Callable[[RecordedRun], Any]
-    heading: Mapping[Language, str] = field(default_factory=dict)
-    write: Callable[[Wording, Any], str] = Wording.number
-    plain: Callable[[Any], object] = lambda value: value
-    words: bool = False
+    key: str  # its name in CSV files
+    read: Callable[[RecordedRun], Any]  # the value that it shows of a run, or None
+    heading: Mapping[Language, str] = field(default_factory=dict)  # a column without one is in CSV files only
+    write: Callable[[Wording, Any], str] = Wording.number  # the value, for people
+    plain: Callable[[Any], object] = lambda value: value  # and for programs in CSV files
+    words: bool = False  # rather than numbers
+    # For a measure: what must be equal, besides protocol and text, for the figures of two runs to be compared.
     alike: Callable[[RecordedRun], Hashable] | None = None
-    footnote: str = ""
-    marks: tuple[str, ...] = ()
+    footnote: str = ""  # key of the text that stands below the table if runs differ in `alike`
+    marks: tuple[str, ...] = ()  # the letters of the rows that have figures in it; empty if every row may
 
     def title(self, say: Wording) -> str:
         """Its heading."""
