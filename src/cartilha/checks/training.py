@@ -41,7 +41,6 @@ OVERFIT_WEIGHT_DECAY = 0.0  # decay works against learning by heart
 
 @contextmanager
 def _weights_kept(model: torch.nn.Module) -> Iterator[None]:
-    """Put the weights back at the end."""
     kept = {name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items()}
     try:
         yield

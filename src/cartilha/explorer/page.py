@@ -85,7 +85,6 @@ def _quiet(tab: str) -> dict[str, Any]:
 
 
 def _sliders(say: PageWording) -> list[gr.Slider]:
-    """Temperature, top-k and top-p; `_shaping` takes their values."""
     ranges = {"temperature": (0.1, 2.0, 1.0, 0.05), "top_k": (0, 100, 0, 1), "top_p": (0.05, 1.0, 1.0, 0.01)}
     with gr.Row(elem_classes="sliders"):
         return [

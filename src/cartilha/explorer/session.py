@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -146,7 +146,7 @@ class Answers:
         reader, draft = self._reader(letter), draft or Draft(())
         with suppress(*FAULTS):  # asked for what may come next, the draft as it is fails likewise and says why
             if action == "undo":
-                draft = draft.without_last()
+                draft = replace(draft, chosen=draft.chosen[:-1])
             elif has_ended(reader, draft):
                 pass
             elif action == "likeliest":

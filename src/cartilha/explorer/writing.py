@@ -31,10 +31,6 @@ class Draft:
         """The text with one token more."""
         return replace(self, chosen=(*self.chosen, token_id))
 
-    def without_last(self) -> Draft:
-        """The text without the token chosen last."""
-        return replace(self, chosen=self.chosen[:-1])
-
 
 def begin(reader: Reader, prompt: str) -> Draft:
     """A draft that begins with a prompt; spaces at its end are left out, as tokens bring the space before them."""

@@ -121,18 +121,15 @@ RUN = record(
 
 
 class RecordedRun(Record):
-    """Everything that a run directory says: what `RUN` reads, and these.
+    """Everything that the run directory `path` says: what `RUN` reads, `surprisal`, the text of `config`, and these.
 
     Attributes:
-        path: The directory.
-        name: What the run is called; by default its directory's name.
+        name: By default its directory's.
         status: One of `STATUSES`, or `unknown` if there is no `results.json`.
         steps: In order of step; if a resumed run repeated a step, its later record.
         evaluations: In order of step: those of `results.json`, and those that only `metrics.jsonl` has.
         before, after: The latest evaluations before and after training began that may be compared; if there is no such
             pair, the first and the last. `after` may be older than the last step. Either may be None.
-        surprisal: Some documents token by token, or None.
-        config: The text of `config.yaml`, or None.
         missing: What was absent or unreadable, such as `samples.jsonl` or `results.json: epochs`.
     """
 

@@ -60,5 +60,4 @@ def _change(share: float) -> str:
 
 
 def _pieces(pieces: Sequence[str]) -> str:
-    """A word's pieces with marks between them."""
     return "|".join([*pieces[:MAX_PIECES], *(["..."] if len(pieces) > MAX_PIECES else [])]).strip()
