@@ -9,6 +9,8 @@ Names are imported when they are first used, so that `import cartilha` loads nei
 progress appear on standard error unless the logger "cartilha" was given a level or a handler before.
 """
 
+from __future__ import annotations
+
 import importlib
 import os
 from typing import TYPE_CHECKING, Any

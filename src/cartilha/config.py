@@ -4,6 +4,8 @@ The command line makes its flags from these fields (name, type, default and `hel
 the resolved values are saved beside every result. `pipeline.preflight` checks whether the values make sense.
 """
 
+from __future__ import annotations
+
 import os
 from dataclasses import Field, dataclass, field, fields
 from functools import partial

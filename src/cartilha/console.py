@@ -4,6 +4,8 @@ Everything goes to standard error, so that `--json` has standard output to itsel
 (`logging.getLogger("cartilha")`): INFO is progress, WARNING is a fallback or a finding that the results must record.
 """
 
+from __future__ import annotations
+
 import logging
 import os
 import re

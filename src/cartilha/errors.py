@@ -3,6 +3,8 @@
 The command line prints the message and ends with `exit_code`. An `assert` guards what only a fault of ours can break.
 """
 
+from __future__ import annotations
+
 import importlib
 import json
 import os

@@ -1,5 +1,7 @@
 """Phrases in which sites speak about themselves, in Portuguese, Spanish and English."""
 
+from __future__ import annotations
+
 import re
 
 PHRASE_CHARS = 40  # no phrase extends further from its anchor

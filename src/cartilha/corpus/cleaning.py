@@ -4,6 +4,8 @@ Each step begins with a test that clean text passes at hundreds of megabytes per
 (Raffel et al. 2020, arXiv:1910.10683), mC4 and MassiveText (Rae et al. 2021, arXiv:2112.11446, table A1).
 """
 
+from __future__ import annotations
+
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence

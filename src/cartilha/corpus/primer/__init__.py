@@ -1,5 +1,7 @@
 """The primer: original Portuguese texts that ship with the package, so that everything works without a network."""
 
+from __future__ import annotations
+
 import hashlib
 import importlib.resources
 import json
