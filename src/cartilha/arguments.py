@@ -13,8 +13,8 @@ from dataclasses import Field, dataclass, fields, replace
 from inspect import get_annotations
 from typing import Any, NoReturn
 
-from cartilha.config import Settings, options
 from cartilha.errors import UserError
+from cartilha.settings import Settings, options
 
 # What other trainers (Hugging Face's and its example scripts) call an option that has another name here.
 NAMES_ELSEWHERE = {

@@ -12,9 +12,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from cartilha.arguments import Parser, make_settings
-from cartilha.config import COMMANDS, RunConfig, Settings
+from cartilha.config import COMMANDS, RunConfig
 from cartilha.console import OptionNames, set_up_logging, silence_bars
 from cartilha.errors import UserError
+from cartilha.settings import Settings
 from cartilha.storage import DISK_FAULTS, system_error
 
 log = logging.getLogger("cartilha")

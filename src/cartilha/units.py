@@ -1,4 +1,4 @@
-"""Values that users write with a unit: a duration (`1h30m`), a share (`5%`)."""
+"""Values that users write with a unit: a duration (`1h30m`), a share (`5%`), an amount of tokens (`5m`)."""
 
 from __future__ import annotations
 
@@ -32,3 +32,23 @@ def parse_share(text: str, name: str) -> float:
     if not 0 <= share <= 1:
         raise UserError(f"{name} is a share such as 5% or 0.05, between 0 and 1, not {text!r}.")
     return share
+
+
+def parse_amount(text: str, name: str) -> int | float:
+    """An amount of tokens: a whole number (`2000000`, `2m`), or a float for a share (`20%`, `0.2`).
+
+    Raises:
+        UserError: It is neither, or nothing.
+    """
+    found = re.fullmatch(r"([\d_]+(?:\.\d+)?|\.\d+)([kmb%]?)", text.strip().lower(), re.ASCII)
+    number, unit = (float(found[1]), found[2]) if found else (0.0, "")
+    if unit == "%" or "." in (found[1] if found and not unit else ""):
+        number /= 100 if unit == "%" else 1
+        if 0 < number <= 1:
+            return number
+    elif number * _THOUSANDS[unit] >= 1:
+        return round(number * _THOUSANDS[unit])
+    raise UserError(f"{name} is a number of tokens such as 2000000 or 2m, or a share such as 20%, not {text!r}.")
+
+
+_THOUSANDS = {"": 1, "k": 1_000, "m": 1_000_000, "b": 1_000_000_000}

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from cartilha.config import COMMANDS, ComputeOptions, PrepareConfig, TrainConfig, deciding, option, options
+from cartilha.config import COMMANDS, ComputeOptions, PrepareConfig, TrainConfig
 from cartilha.errors import UserError
 from cartilha.pipeline.prepare import prepare
 from cartilha.runs import setup
+from cartilha.settings import deciding, option, options
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from cartilha.corpus.primer import PrimerCount, primer_table
 from cartilha.corpus.splits import SPLITS, Split
 from cartilha.errors import UserError, counted
 from cartilha.pipeline.result import Result
+from cartilha.preparation.selection_report import explain
 from cartilha.tokens.store import TokenStore
 from cartilha.tokens.summary import summarize
 
@@ -45,11 +46,13 @@ def inspect(config: InspectConfig) -> InspectResult:
             raise UserError("The primer has no documents and blocks to look at before it is prepared; name a store.")
         return InspectResult(primer=tuple(primer_table()))
     store = TokenStore(config.what)
+    if config.weights and config.document is None:
+        raise UserError("--weights looks at one document; name it with --document.")
     return InspectResult(
         store={key: value for key, value in store.info.items() if key != "files"},
         summary=asdict(summarize(store)),
         first_documents=tuple(_first_documents(store)),
-        document=None if config.document is None else _document(store, config.document, config.split),
+        document=None if config.document is None else _document(store, config),
         block=None if config.block is None else _block(store, config),
     )
 
@@ -68,14 +71,15 @@ def _first_documents(store: TokenStore, num_documents: int = 3, num_tokens: int 
     return rows
 
 
-def _document(store: TokenStore, asked: str, split: Split) -> dict[str, Any]:
+def _document(store: TokenStore, config: InspectConfig) -> dict[str, Any]:
     """A document by its id, on either side, or by its number on one."""
+    asked, split = str(config.document), config.split
     for side in (split, *(other for other in SPLITS if other != split)):
         ids = store.labels(side)["doc_id"]
         plain = [normalize("NFC", doc_id) for doc_id in ids]  # in file names, accents may be characters of their own
         for names, name in ((ids, asked), (plain, normalize("NFC", asked))):
             if name in names:
-                return _described(store, side, names.index(name))
+                return _described(store, config, side, names.index(name))
     number = int(asked) if asked.isdecimal() else 0
     num_documents = store.counts[split].num_documents
     if not 1 <= number <= num_documents:
@@ -83,10 +87,10 @@ def _document(store: TokenStore, asked: str, split: Split) -> dict[str, Any]:
             f"{store.path} has no document {asked!r}; give an id, or a number from 1 to {num_documents} for one of the"
             f" {split} side (--split)."
         )
-    return _described(store, split, number - 1)
+    return _described(store, config, split, number - 1)
 
 
-def _described(store: TokenStore, split: Split, index: int) -> dict[str, Any]:
+def _described(store: TokenStore, config: InspectConfig, split: Split, index: int) -> dict[str, Any]:
     table, labels, tokenizer = store.documents(split), store.labels(split), store.tokenizer()
     begin, num_tokens = int(table.start[index]), int(table.num_tokens[index])
     ids = store.tokens(split)[begin : begin + num_tokens]
@@ -98,6 +102,7 @@ def _described(store: TokenStore, split: Split, index: int) -> dict[str, Any]:
         "first_token": begin,
         "text": next(islice(store.read_documents(split, first=index), 1)).text,
         "tokens": tokenizer.decode_each(ids),
+        **({"weight": explain(store, labels["text_hash"][index], ids)} if config.weights else {}),
     }
 
 

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 from cartilha.blocks.sampler import BlockSampler
 from cartilha.config import PlanConfig
 from cartilha.console import log
-from cartilha.errors import counted
+from cartilha.errors import UserError, counted
 from cartilha.machine.devices import choose_device, choose_dtype, dtype_name
 from cartilha.machine.memory import is_out_of_memory
 from cartilha.model.configuration import context_length, model_config
@@ -39,6 +39,7 @@ from cartilha.training.memory import (
 from cartilha.training.optimizer import resolve_batch_tokens
 from cartilha.training.schedule import Schedule
 from cartilha.training.state import TrainingState
+from cartilha.units import parse_duration
 
 BLOCK_SIZES = (256, 512, 1024, 2048)
 MICRO_BATCH_SIZES = (1, 2, 4, 8, 16, 32)
@@ -154,6 +155,18 @@ def plan(config: PlanConfig) -> PlanResult:
             "rows": rows,
         }
     )
+
+
+def tokens_in(model: str, duration: str) -> int:
+    """How many tokens this machine trains a model on in a time such as `1h30m`, by the speed of a few steps."""
+    found = plan(PlanConfig(model=model, device=("auto",))).to_dict()["rows"]
+    rates = [row["tokens_per_second"] for row in found if row["tokens_per_second"] and not row["estimated"]]
+    if not rates:
+        raise UserError(f"The speed of {model} cannot be measured here; give --select_tokens instead.")
+    seconds = parse_duration(duration)
+    assert seconds is not None
+    log.info("At %s tokens/s, %s are %s.", f"{rates[0]:,.0f}", duration, counted(int(rates[0] * seconds), "token"))
+    return int(rates[0] * seconds)
 
 
 def _block_sizes(config: PlanConfig, longest: int) -> tuple[int, ...]:

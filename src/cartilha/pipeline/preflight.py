@@ -23,6 +23,7 @@ from cartilha.explorer.port import listen
 from cartilha.machine.processes import is_main_process, world
 from cartilha.model_reference import resolve_model
 from cartilha.runs.files import check_output, read_status, run_directory
+from cartilha.settings import Settings
 from cartilha.training.schedule import check_shape
 from cartilha.training.trackers import check_tracker
 from cartilha.units import parse_duration, parse_share
@@ -43,7 +44,7 @@ def preflight(config: Any) -> None:
 # Of each option alone
 
 
-def _check_values(config: configs.Settings) -> None:
+def _check_values(config: Settings) -> None:
     """Words against those that the option knows, numbers against its bounds, texts against what they stand for."""
     hints = typing.get_type_hints(type(config))
     for item in fields(config):
@@ -61,7 +62,7 @@ def _check_values(config: configs.Settings) -> None:
             _check_extra(*_EXTRAS[item.name])
 
 
-def _check_required(config: configs.Settings) -> None:
+def _check_required(config: Settings) -> None:
     for item in fields(config):
         if item.metadata.get("required") and not getattr(config, item.name):
             raise UserError(f"--{item.name} is missing; give {item.metadata['help']}.")

@@ -32,12 +32,16 @@ from cartilha.machine.devices import usable_cores
 from cartilha.machine.versions import TEXT_PACKAGES, versions
 from cartilha.pipeline.preflight import preflight
 from cartilha.pipeline.result import Result
-from cartilha.preparation.assembly import decide, load_index, write_rejects, write_sides
+from cartilha.preparation.assembly import decide, write_rejects, write_sides
 from cartilha.preparation.executors import Executor, in_processes, on_ray
+from cartilha.preparation.index import load_index
 from cartilha.preparation.made_from import describe, ready_store
-from cartilha.preparation.notices import tell_counts, tell_mixture, tell_rest
+from cartilha.preparation.notices import tell_counts, tell_mixture, tell_rest, tell_selection
 from cartilha.preparation.request import PrepareRequest, read_request
+from cartilha.preparation.selection import Amount
+from cartilha.preparation.selection_report import report, write_weights
 from cartilha.preparation.shard_work import ShardResult, ShardSettings, ShardTask, done_result, process_shard
+from cartilha.preparation.target import check_target
 from cartilha.preparation.work_directory import remove_finished_work, require_space, work_directory
 from cartilha.tokens.encoder import Encoder, Proof, load_encoder
 from cartilha.tokens.proof import MAX_SAMPLE_BYTES, prove
@@ -59,7 +63,8 @@ class PrepareResult(Result):
     """A store that is ready, perhaps since before; `dropped` counts the documents left out, by reason.
 
     With near-duplicates, `leaks` has the share of held-out documents that have one in training (`leak_rate`), and what
-    it would be if the split looked at each document alone (`plain_leak_rate`).
+    it would be if the split looked at each document alone (`plain_leak_rate`). `selection` says what
+    `--select_tokens` chose.
     """
 
     store: str
@@ -67,6 +72,7 @@ class PrepareResult(Result):
     dropped: dict[str, int]
     was_ready: bool
     leaks: dict[str, float] | None = None
+    selection: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -90,20 +96,35 @@ def prepare(config: PrepareConfig) -> PrepareResult:
         tokenizer = load_tokenizer(config.model)
         store = ready_store(config, asked, tokenizer)
         identity = {
-            "settings": config.deciding_values(),
+            # How much is selected does not change the work on shards.
+            "settings": replace(config, select_tokens=None, select_for=None).deciding_values(),
             "rejects": bool(config.rejects),
             "sources": [repr(source) for source in asked.sources],
             "num_held_out": asked.num_held_out,
+            "num_targets": asked.num_targets,
             "tokenizer": tokenizer.fingerprint,
             "cartilha": versions(("cartilha",))["cartilha"],
         }
         if store is not None:
-            remove_finished_work(path, identity)
+            if not config.keep_pool:
+                remove_finished_work(path, identity)
             log.info("The store %s was made by this same command before: nothing to do.", path)
             if config.rejects and not Path(config.rejects).exists():
                 log.warning("%s is not written, because nothing is cleaned now; add --overwrite.", config.rejects)
-            return PrepareResult(str(path), store.counts, store.info["dropped"], True, store.info.get("leaks"))
+            return PrepareResult(
+                str(path),
+                store.counts,
+                store.info["dropped"],
+                True,
+                store.info.get("leaks"),
+                store.info.get("selection"),
+            )
         log_hints(asked.sources, asked.reading)
+        check_target(asked)
+        if config.select_for is not None:
+            from cartilha.pipeline.plan import tokens_in  # torch takes seconds, and nothing else here needs it
+
+            asked = replace(asked, amount=Amount(tokens_in(config.model, config.select_for), at_most=True))
         executor = executor or stack.enter_context(_executor(config, asked))
         result = _make(_Job(path, config, asked, tokenizer, identity), executor)
     for split in SPLITS:
@@ -124,7 +145,7 @@ def _executor(config: PrepareConfig, asked: PrepareRequest) -> AbstractContextMa
 def _make(job: _Job, executor: _ShardExecutor) -> PrepareResult:
     """Make the store, in a work directory that stays if the work is interrupted."""
     config, asked = job.config, job.asked
-    with work_directory(job.path, job.identity) as work, ThreadPoolExecutor(2) as aside:
+    with work_directory(job.path, job.identity, keep=config.keep_pool) as work, ThreadPoolExecutor(2) as aside:
         shard_bytes = SHUFFLED_BYTES if config.shuffle else SHARD_BYTES
         cutting = aside.submit(shards, asked.sources, asked.reading, shard_bytes)  # counts lines
         first = first_documents(read_documents(asked.sources, asked.reading), MAX_SAMPLE_BYTES)
@@ -140,7 +161,7 @@ def _make(job: _Job, executor: _ShardExecutor) -> PrepareResult:
         _check_space(work, tasks, sample, encoder)
         done = _do_shards(config, executor, tasks)
         inputs = aside.submit(describe, asked)  # hashes the files
-        return _write(job, done, encoder.proof, inputs)
+        return _write(job, executor, done, encoder.proof, inputs)
 
 
 def _shard_settings(job: _Job) -> ShardSettings:
@@ -152,7 +173,8 @@ def _shard_settings(job: _Job) -> ShardSettings:
         )
     is_counted = config.validation_documents is not None or config.validation_first is not None
     # If a document's own position alone decides its side, no other texts need to be kept.
-    any_may_be_held_out = config.near_duplicates or asked.mixture or asked.num_held_out or is_counted
+    given = asked.num_held_out + asked.num_targets
+    any_may_be_held_out = config.near_duplicates or asked.mixture or given or is_counted
     return ShardSettings(
         reading=asked.reading,
         steps=asked.steps,
@@ -217,7 +239,11 @@ def _run(executor: _ShardExecutor, tasks: list[ShardTask], advance: Advance) -> 
 
 
 def _write(
-    job: _Job, done: list[tuple[ShardTask, ShardResult]], proof: Proof, inputs: Future[list[dict[str, Any]]]
+    job: _Job,
+    executor: _ShardExecutor,
+    done: list[tuple[ShardTask, ShardResult]],
+    proof: Proof,
+    inputs: Future[list[dict[str, Any]]],
 ) -> PrepareResult:
     """Decide what stays and where, and write the store."""
     config, asked = job.config, job.asked
@@ -234,8 +260,11 @@ def _write(
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in rejected.items())
         documents = f"all {counted(sum(rejected.values()), 'document')} ({reasons})"
         raise UserError(f"Cleaning left out {documents}; name fewer steps with --clean, or another --language.")
-    sides = decide(index, asked, near_duplicates=config.near_duplicates)
+    sides = decide(index, asked, executor, near_duplicates=config.near_duplicates)
     tell_mixture(config, sides)
+    selection = None if sides.chosen is None else report(index, sides.chosen, job.tokenizer)
+    if selection is not None:
+        tell_selection(selection)
     if sides.train.max(initial=0) > 1:
         num_tokens = int(sides.train @ index.num_tokens)
         require_space(job.path.parent, num_tokens * token_dtype(job.tokenizer.num_ids).itemsize)
@@ -249,10 +278,12 @@ def _write(
         write_rejects(Path(config.rejects), tasks)
     with writing_store(job.path, job.tokenizer, replace=config.overwrite) as writer:
         write_sides(writer, index, sides)
+        if sides.chosen is not None:
+            write_weights(writer.directory, index, sides.chosen)
         writer.finish(
             {
                 "inputs": inputs.result(),
-                "settings": job.identity["settings"],
+                "settings": config.deciding_values(),
                 "dropped": dropped,
                 "files_left_out": asked.left_out,
                 "num_documents_read": read.documents + read.empty + sum(read.skipped.values()),
@@ -261,6 +292,7 @@ def _write(
                 "fraction_used": sides.split.fraction_used,
                 "leaks": leaks,
                 **({"mixture": list(sides.mixture)} if sides.mixture else {}),
+                **({"selection": selection} if selection else {}),
                 "notes": list(sides.split.notes),
                 "tokenization": {**asdict(proof), "gigatoken": versions(("gigatoken",))["gigatoken"]},
                 "versions": versions(TEXT_PACKAGES),
@@ -268,4 +300,4 @@ def _write(
         )
         counts = writer.counts()
     tell_rest(read, sides, leaks)
-    return PrepareResult(str(job.path), counts, dropped, False, leaks)
+    return PrepareResult(str(job.path), counts, dropped, False, leaks, selection)

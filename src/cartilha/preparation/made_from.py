@@ -17,17 +17,22 @@ from cartilha.tokens.tokenizer import TextTokenizer
 
 def describe(asked: PrepareRequest) -> list[dict[str, Any]]:
     """The inputs as store.json records them; files are read to hash them."""
-    return [_describe(source, number < asked.num_held_out) for number, source in enumerate(asked.sources)]
+    return list(map(_describe, asked.sources, _roles(asked)))
 
 
-def _describe(source: Source, held_out: bool) -> dict[str, Any]:
-    side = {"held_out": True} if held_out else {}
+def _roles(asked: PrepareRequest) -> list[dict[str, bool]]:
+    """What each input is for: `held_out`, `target` or, with no entry, the rest."""
+    roles = [{"held_out": True}] * asked.num_held_out + [{"target": True}] * asked.num_targets
+    return roles + [{}] * (len(asked.sources) - len(roles))
+
+
+def _describe(source: Source, role: dict[str, bool]) -> dict[str, Any]:
     if isinstance(source, PrimerSource):
-        return {"name": "primer", "sha256": source.sha256, **side}
+        return {"name": "primer", "sha256": source.sha256, **role}
     if not isinstance(source, SourceFile):
-        return {"name": f"hf:{source.label}", **side}
+        return {"name": f"hf:{source.label}", **role}
     stamp = {"size": source.size_bytes, "modified_ns": source.modified_ns}
-    return {"name": source.name, **stamp, "sha256": file_sha256(Path(source.path)), **side}
+    return {"name": source.name, **stamp, "sha256": file_sha256(Path(source.path)), **role}
 
 
 def ready_store(config: PrepareConfig, asked: PrepareRequest, tokenizer: TextTokenizer) -> TokenStore | None:
@@ -63,14 +68,13 @@ def ready_store(config: PrepareConfig, asked: PrepareRequest, tokenizer: TextTok
 
 
 def _same_inputs(recorded: list[dict[str, Any]], asked: PrepareRequest) -> bool:
-    held_out = [number < asked.num_held_out for number in range(len(asked.sources))]
-    return len(recorded) == len(held_out) and all(map(_is_same, recorded, asked.sources, held_out))
+    return len(recorded) == len(asked.sources) and all(map(_is_same, recorded, asked.sources, _roles(asked)))
 
 
-def _is_same(record: dict[str, Any], source: Source, held_out: bool) -> bool:
+def _is_same(record: dict[str, Any], source: Source, role: dict[str, bool]) -> bool:
     if not isinstance(source, SourceFile):
-        return record == _describe(source, held_out)
-    if record.get("size") != source.size_bytes or record.get("held_out", False) != held_out:
+        return record == _describe(source, role)
+    if record.get("size") != source.size_bytes or {k: record[k] for k in ("held_out", "target") if k in record} != role:
         return False
     # An unchanged time of change is trusted; after a copy or a touch, the bytes decide.
     return record.get("modified_ns") == source.modified_ns or record["sha256"] == file_sha256(Path(source.path))

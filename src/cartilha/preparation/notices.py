@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 from cartilha.config import PrepareConfig
 from cartilha.corpus.readers import ReadCounts
 from cartilha.corpus.splits import Split
 from cartilha.errors import counted
 from cartilha.preparation.assembly import Sides
+from cartilha.preparation.selection import FEW_DOCUMENTS
 from cartilha.tokens.store import SplitCounts
 
 log = logging.getLogger("cartilha")
@@ -27,6 +29,27 @@ def tell_mixture(config: PrepareConfig, sides: Sides) -> None:
             log.warning("%s; %s of its %s left out (%s).", taken, f"{part['num_left_out']:,}", documents, more)
         else:
             log.info("%s.", taken)
+
+
+def tell_selection(selection: dict[str, Any]) -> None:
+    """Log how much was chosen, and how much nearer to the target it is than the pool."""
+    log.info(
+        "%s of %s (%s of %s) were chosen.",
+        f"{selection['num_documents']:,}",
+        counted(selection["pool_documents"], "document"),
+        f"{selection['num_tokens']:,}",
+        counted(selection["pool_tokens"], "token"),
+    )
+    if "divergence" in selection:
+        log.info(
+            "Divergence from the target: %.3f nats per n-gram in the pool, %.3f in what was chosen.",
+            *selection["divergence"].values(),
+        )
+        if selection["target_documents"] <= FEW_DOCUMENTS:
+            log.warning(
+                "The target has %s; a few hundred tell more of what it is like.",
+                counted(selection["target_documents"], "document"),
+            )
 
 
 def tell_rest(read: ReadCounts, sides: Sides, leaks: dict[str, float] | None) -> None:

@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
 from cartilha.config import PrepareConfig
 from cartilha.corpus.cleaning import STEPS, Cleaner
+from cartilha.corpus.files import SourceFile
 from cartilha.corpus.records import ReadSettings
 from cartilha.corpus.sources import LeftOut, Source, resolve_inputs
 from cartilha.corpus.splits import SplitRule
 from cartilha.errors import UserError
 from cartilha.preparation.mixture import Mixture
+from cartilha.preparation.selection import Amount
 from cartilha.storage import LONE_SURROGATES
+from cartilha.units import parse_amount, parse_duration
 
 
 @dataclass(frozen=True)
 class PrepareRequest:
     """What is to be read, and what becomes of it; `left_out` has the files in folders of the input that are not read.
 
-    The first `num_held_out` sources are held out as a whole; they come first so that a text on both sides stays there.
+    The first `num_held_out` sources are held out as a whole, and the `num_targets` after them are what the selection
+    aims at; they come first so that a text on both sides stays there.
     """
 
     sources: list[Source]
     left_out: LeftOut
     num_held_out: int
+    num_targets: int
+    amount: Amount | None
     mixture: Mixture | None
     rule: SplitRule
     reading: ReadSettings
@@ -46,12 +53,48 @@ def read_request(config: PrepareConfig) -> PrepareRequest:
         raise UserError("--rejects takes what cleaning leaves out, and nothing is cleaned; add --clean web.")
     if config.rejects and (Path(config.rejects).is_dir() or not Path(config.rejects).parent.is_dir()):
         raise UserError(f"--rejects {config.rejects} cannot be written; name a file in a folder that is there.")
+    amount = _amount(config)
     left_out: LeftOut = {}
     held_out = resolve_inputs(config.validation_input, left_out)
     if held_out and (config.validation_documents is not None or config.validation_first is not None):
         raise UserError("Hold out either given files or a number of documents, not both.")
     # Unweighted inputs are resolved together, so that files of equal names are named with their folders.
     inputs = [resolve_inputs(refs, left_out) for refs in (zip(config.input) if config.weights else [config.input])]
-    sources = resolve_inputs([*held_out, *(source for found in inputs for source in found)])
+    targets = resolve_inputs(config.like, left_out)
+    for target in targets:
+        if any(_is_same(target, source) for source in [*held_out, *itertools.chain(*inputs)]):
+            raise UserError(
+                f"--like names {_name(target)}, which is also read as input; give other texts as the target."
+            )
+    sources = resolve_inputs([*held_out, *targets, *(source for found in inputs for source in found)])
     mixture = Mixture.of(config, inputs, sources) if config.weights else None
-    return PrepareRequest(sources, left_out, len(held_out), mixture, rule, reading, steps, config.language)
+    return PrepareRequest(
+        sources, left_out, len(held_out), len(targets), amount, mixture, rule, reading, steps, config.language
+    )
+
+
+def _amount(config: PrepareConfig) -> Amount | None:
+    """How much is to be chosen; for a time, anything until the speed is measured."""
+    if config.select_tokens is None and config.select_for is None:
+        if config.like or config.keep_pool:
+            name = "--like" if config.like else "--keep_pool"
+            raise UserError(f"{name} needs to know how much to choose; add --select_tokens, such as 5m or 20%.")
+        return None
+    if config.select_tokens is not None and config.select_for is not None:
+        raise UserError("--select_tokens and --select_for do not go together; give one of them.")
+    if config.weights:
+        raise UserError("A selection and --weights do not go together; choose from each input in its own store.")
+    if config.select_for is not None:
+        parse_duration(config.select_for)
+        return Amount(1.0)
+    return Amount(parse_amount(str(config.select_tokens), "--select_tokens"))
+
+
+def _is_same(first: Source, second: Source) -> bool:
+    if isinstance(first, SourceFile) and isinstance(second, SourceFile):
+        return Path(first.path).resolve() == Path(second.path).resolve()
+    return first == second
+
+
+def _name(source: Source) -> str:
+    return source.name if isinstance(source, SourceFile) else getattr(source, "label", "primer")

@@ -20,8 +20,8 @@ SPARE_BYTES = 32 << 20
 
 
 @contextmanager
-def work_directory(store: Path, identity: dict[str, Any]) -> Iterator[Path]:
-    """Hold the work directory of a store; it is removed when the block succeeds.
+def work_directory(store: Path, identity: dict[str, Any], *, keep: bool = False) -> Iterator[Path]:
+    """Hold the work directory of a store; it is removed when the block succeeds, unless it is to be kept.
 
     Work of another identity is removed with a warning. A UserError says that another process prepares this store, or
     that the disk is full.
@@ -44,6 +44,9 @@ def work_directory(store: Path, identity: dict[str, Any]) -> Iterator[Path]:
                 f"The disk of {store} is full; free some space and run the same command again: what is done is kept"
                 f" in {work.name} beside it."
             ) from error
+        if keep:
+            log.info("What was read is kept in %s; delete it when no other selection is to come.", work)
+            return
         shutil.rmtree(work, ignore_errors=True)
 
 

@@ -99,6 +99,21 @@ EVALUATION = record(
     domains=by_name(DOMAIN),
     positions=_positions,
 )
+SHARE = record(name=text, word=text, pool=number, chosen=number)
+SELECTION = record(
+    num_documents=integer,
+    num_tokens=integer,
+    pool_documents=integer,
+    pool_tokens=integer,
+    target_documents=integer,
+    target_tokens=integer,
+    divergence=by_name(number),
+    histogram=record(edges=many(number), pool=many(integer), chosen=many(integer)),
+    shares=by_name(many(SHARE)),
+    words=by_name(many(SHARE)),
+    highest=many(record(doc_id=text, weight=number, begins=text)),
+    lowest=many(record(doc_id=text, weight=number, begins=text)),
+)
 RUN = record(
     name=text,
     status=lambda value: value if value in STATUSES else "unknown",
@@ -110,6 +125,7 @@ RUN = record(
     epochs=many(record(epoch=integer, train_loss=number, validation_loss=number, seconds=number)),
     samples=many(record(step=integer, prompt=text, text=text, mode=text)),
     comparison=lambda value: COMPARISON(value) if isinstance(value, dict) else None,
+    selection=lambda value: SELECTION(value) if isinstance(value, dict) else None,
     plan=record(micro_batch_size=integer, memory_bytes=integer, available_bytes=integer, tokens_per_second=number),
     tokens_per_second=number,
     memory_bytes=integer,

@@ -106,7 +106,7 @@ def model_card(results: dict[str, Any]) -> str:
 ({counted(corpus["num_train_tokens"], "token")}; {counted(results["tokens"], "target")} seen). /
 `{shown}`, treinado adiante com o Cartilha em {documents}.
 
-| held-out text / texto de validação | before / antes | after / depois |
+{_chosen(results.get("selection"))}| held-out text / texto de validação | before / antes | after / depois |
 |---|---|---|
 | perplexity / perplexidade | {before["perplexity"]:.2f} | {after["perplexity"]:.2f} |
 | bits per byte / bits por byte | {_number(before["bits_per_byte"])} | {_number(after["bits_per_byte"])} |
@@ -125,6 +125,24 @@ Settings / configuração: block size {settings["block_size"]}, {counted(setting
 
 {licence(record)}
 """
+
+
+def _chosen(selection: dict[str, Any] | None) -> str:
+    """How the documents were chosen, if they were."""
+    if not selection:
+        return ""
+    sizes = f"{selection['num_documents']:,}", f"{selection['pool_documents']:,}"
+    if "divergence" not in selection:
+        how, como = "at random", "por sorteio"
+    else:
+        num_targets = f"{selection['target_documents']:,}"
+        nats = "{pool:.3f} -> {chosen:.3f}".format_map(selection["divergence"])
+        how = f"by their likeness to {num_targets} documents (divergence {nats} nats per n-gram)"
+        como = f"pela semelhança com {num_targets} documentos (divergência {nats} nats por n-grama)"
+    return (
+        f"The documents were chosen {how}: {sizes[0]} of {sizes[1]}. /\n"
+        f"Os documentos foram escolhidos {como}: {sizes[0]} de {sizes[1]}.\n\n"
+    )
 
 
 def _number(value: float | None) -> str:

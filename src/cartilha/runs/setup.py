@@ -253,6 +253,7 @@ def facts(run: Run) -> dict[str, Any]:
             "num_parameters": run.loaded.num_parameters,
         },
         "corpus": corpus,
+        **({"selection": store.info["selection"]} if "selection" in store.info else {}),
         "packing": {
             "num_blocks": sampler.blocks_per_epoch,
             "steps_per_epoch": sampler.steps_per_epoch,

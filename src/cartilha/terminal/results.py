@@ -12,6 +12,7 @@ from rich.text import Text
 from cartilha.config import AUTO_BATCH
 from cartilha.errors import counted
 from cartilha.terminal.measures import MAX_DOMAINS, bits, comparison, evaluations, protocol_line
+from cartilha.terminal.selection import selection
 from cartilha.terminal.tables import FittingTable, Parts, Values, markdown_table
 from cartilha.terminal.vocabulary import vocabulary
 
@@ -35,6 +36,8 @@ def _prepare(result: Values) -> Parts:
     if result.get("leaks"):
         shares = (100 * result["leaks"][name] for name in ("leak_rate", "plain_leak_rate"))
         yield "Held out with a near-duplicate in training: {:.2f} %; a plain split: {:.2f} %".format(*shares)
+    if result.get("selection"):
+        yield from selection(result["selection"])
     if result["store"]:
         yield f"Store: {result['store']}{' (it was ready)' if result['was_ready'] else ''}"
 
@@ -97,6 +100,12 @@ def _document(row: Values) -> Parts:
     yield f"[{row['split']} {row['number']}] {row['doc_id']} ({row['domain']}): {numbers}"
     yield row["text"]
     yield f"Tokens: {'|'.join(row['tokens'])}"
+    if weight := row.get("weight"):
+        chosen = "chosen" if weight["chosen"] else "not chosen"
+        yield f"Weight {weight['weight']:.1f}, above {weight['above']:.1%} of the pool ({chosen})"
+        for title, name in (("raises it most", "raised"), ("lowers it most", "lowered")):
+            pairs = [[part["ngram"], f"{part['nats']:+.2f}", part["times"]] for part in weight[name]]
+            yield FittingTable((title, "nats", "times"), pairs)
 
 
 def _block(block: Values) -> Parts:

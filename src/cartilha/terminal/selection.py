@@ -1,0 +1,46 @@
+"""What a selection of documents took, as a person reads it in a terminal."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from cartilha.terminal.tables import FittingTable, Parts, Values
+
+MAX_SHARES = 8
+BAR = 30
+
+
+def selection(facts: Values) -> Parts:
+    """The amounts; with a target also weights, documents, words and shares of domains and sources."""
+    yield (
+        f"Chosen: {facts['num_documents']:,} of {facts['pool_documents']:,} documents,"
+        f" {facts['num_tokens']:,} of {facts['pool_tokens']:,} tokens"
+    )
+    if "divergence" not in facts:
+        return
+    pool, chosen = facts["divergence"]["pool"], facts["divergence"]["chosen"]
+    yield (
+        f"Divergence from the target ({facts['target_documents']:,} documents, {facts['target_tokens']:,} tokens):"
+        f" {pool:.3f} nats per n-gram in the pool, {chosen:.3f} in what was chosen"
+    )
+    histogram = facts["histogram"]
+    bins = zip(pairwise(histogram["edges"]), histogram["pool"], histogram["chosen"], strict=True)
+    most = max(1, *histogram["pool"])
+    rows = [
+        [f"{low:.0f} to {high:.0f}", of_pool, of_chosen, "█" * round(BAR * of_pool / most)]
+        for (low, high), of_pool, of_chosen in bins
+    ]
+    yield FittingTable(("weight", "pool", "chosen", "documents of the pool"), rows, words=(0, 3))
+    for name in ("highest", "lowest"):
+        documents = [[row["doc_id"], f"{row['weight']:.0f}", row["begins"]] for row in facts[name]]
+        yield FittingTable((f"{name} weight", "weight", "begins"), documents, words=(0, 2))
+    yield from _shares("words that gained", facts["words"]["gained"], "word")
+    yield from _shares("words that lost", facts["words"]["lost"], "word")
+    for kind, found in facts["shares"].items():
+        if len(found) > 1:
+            yield from _shares(kind, found[:MAX_SHARES], "name")
+
+
+def _shares(title: str, found: list[Values], key: str) -> Parts:
+    rows = [[row[key] or "-", f"{100 * row['pool']:.2f} %", f"{100 * row['chosen']:.2f} %"] for row in found]
+    yield FittingTable((title, "of the pool", "of the chosen"), rows)

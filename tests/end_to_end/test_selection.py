@@ -1,0 +1,211 @@
+"""`prepare --select_tokens`, with and without a target: what is taken, held out, recorded and said."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from cartilha.config import InspectConfig, PrepareConfig
+from cartilha.corpus.primer import primer_texts
+from cartilha.errors import UnfinishedError, UserError
+from cartilha.pipeline import prepare as module
+from cartilha.pipeline.inspect import inspect
+from cartilha.pipeline.prepare import prepare
+from cartilha.preparation import selection
+from cartilha.preparation.selection_report import WEIGHTS_FILE
+from cartilha.terminal.results import DISPLAYS
+from cartilha.tokens.store import TokenStore
+
+PROSE = [text.text.replace("\n", " ") for text in primer_texts()]
+
+
+def report_line(number: int) -> str:
+    return f"Lote {number}: pressão {number % 7}, vazão {number % 11}, temperatura {number % 13} graus, fim do turno."
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PrepareConfig:
+    """A pool in which one document in ten is prose, in several shards, and a target of other prose."""
+    monkeypatch.setattr(module, "SHARD_BYTES", 8_000)
+    other = [report_line(number) for number in range(900)]
+    pool = [line for place, text in enumerate(PROSE[:90]) for line in (*other[10 * place : 10 * place + 10], text)]
+    (tmp_path / "pool.txt").write_text("\n".join(pool), encoding="utf-8")
+    (tmp_path / "target.txt").write_text("\n".join(PROSE[90:]), encoding="utf-8")
+    return PrepareConfig(
+        input=(str(tmp_path / "pool.txt"),),
+        like=(str(tmp_path / "target.txt"),),
+        select_tokens="15000",
+        model="random:tiny",
+        output=str(tmp_path / "store"),
+        workers=1,
+    )
+
+
+def texts(store: str, split: str = "train") -> list[str]:
+    return list(TokenStore(store).texts(split))
+
+
+def test_what_reads_like_the_target_is_taken_and_some_of_the_target_is_held_out(config, caplog):
+    caplog.set_level("INFO", "cartilha")
+    result = prepare(config)
+    taken, held_out = texts(config.output), texts(config.output, "validation")
+    assert set(taken) <= set(PROSE[:90]) and set(held_out) < set(PROSE[90:])
+    assert 15_000 <= result.splits["train"].num_tokens < 15_000 + max(map(len, map(str.encode, taken)))
+    facts = TokenStore(config.output).info["selection"]
+    assert facts["divergence"]["chosen"] < facts["divergence"]["pool"] and "nats per n-gram" in caplog.text
+    assert facts["target_documents"] + len(held_out) == len(PROSE[90:]) == 60
+    assert result.dropped["target"] == facts["target_documents"] <= 50  # which is little, and is said
+    assert f"The target has {facts['target_documents']} documents; a few hundred tell more" in caplog.text
+    assert facts["highest"][0]["chosen"] and not any(row["chosen"] for row in facts["lowest"])
+    assert "pressão" in {row["word"] for row in facts["words"]["lost"]}
+    assert sum(facts["histogram"]["pool"]) == facts["pool_documents"] == 990
+    assert sum(facts["histogram"]["chosen"]) == len(taken) == facts["num_documents"]
+    weights = pq.read_table(Path(config.output) / WEIGHTS_FILE)
+    assert len(weights) == 990 and weights["chosen"].to_numpy().sum() == len(taken)
+    assert prepare(config).was_ready and result.selection == prepare(config).selection
+
+
+def test_the_same_documents_whatever_the_shards_and_pieces(config, tmp_path, monkeypatch):
+    prepare(config)
+    monkeypatch.setattr(module, "SHARD_BYTES", 1 << 20)
+    monkeypatch.setattr(selection, "PIECE_TOKENS", 5000)  # all documents are shorter
+    again = replace(config, output=str(tmp_path / "again"))
+    prepare(again)
+    first, second = (TokenStore(store).info for store in (config.output, again.output))
+    assert first["files"]["train.tokens"] == second["files"]["train.tokens"]
+    assert first["selection"] == second["selection"]
+
+
+def test_a_long_document_is_weighed_in_pieces(config, tmp_path, monkeypatch):
+    prepare(config)
+    monkeypatch.setattr(selection, "PIECE_TOKENS", 64)
+    pieces = replace(config, output=str(tmp_path / "pieces"))
+    prepare(pieces)
+    whole, cut = (pq.read_table(Path(store) / WEIGHTS_FILE) for store in (config.output, pieces.output))
+    assert np.corrcoef(whole["weight"].to_numpy(), cut["weight"].to_numpy())[0, 1] > 0.995
+    assert whole["num_tokens"].equals(cut["num_tokens"])
+
+
+def test_without_a_target_documents_are_drawn_by_the_seed(config, tmp_path):
+    plain = replace(config, like=(), select_tokens="20%")
+    result = prepare(plain)
+    facts = result.selection
+    assert facts["num_tokens"] == pytest.approx(0.2 * facts["pool_tokens"], abs=3000) and "divergence" not in facts
+    pool = replace(plain, select_tokens=None, output=str(tmp_path / "pool"))
+    prepare(pool)
+    assert texts(pool.output, "validation") == texts(plain.output, "validation")  # drawn before the selection
+    everything = texts(pool.output)
+    taken = [place for place, text in enumerate(everything) if text in set(texts(plain.output))]
+    assert 0.3 < np.mean(taken) / len(everything) < 0.7  # from everywhere
+    other = replace(plain, seed=1, output=str(tmp_path / "other"))
+    prepare(other)
+    assert set(texts(other.output)) != set(texts(plain.output))
+    # A larger amount takes the same documents and more.
+    more = replace(plain, select_tokens="30%", output=str(tmp_path / "more"))
+    prepare(more)
+    assert set(texts(plain.output)) < set(texts(more.output))
+
+
+def test_texts_of_the_target_are_not_trained_on_and_given_ones_are_held_out(config, tmp_path):
+    with Path(config.input[0]).open("a", encoding="utf-8") as file:
+        file.write("\n" + "\n".join(PROSE[90:100]))
+    held_out = tmp_path / "held.txt"
+    held_out.write_text("\n".join(PROSE[:5]), encoding="utf-8")
+    result = prepare(replace(config, validation_input=(str(held_out),)))
+    assert texts(config.output, "validation") == PROSE[:5]
+    assert not set(texts(config.output)) & {*PROSE[:5], *PROSE[90:]} and result.dropped["exact_duplicates"] == 15
+
+
+def test_another_amount_reads_nothing_anew_where_the_pool_was_kept(config, monkeypatch, tmp_path):
+    kept = replace(config, keep_pool=True)
+    prepare(kept)
+    fresh = replace(config, select_tokens="20000", output=str(tmp_path / "fresh"))
+    prepare(fresh)
+    monkeypatch.setattr(module, "process_shard", lambda task: pytest.fail("a shard was read again"))
+    prepare(replace(kept, select_tokens="20000", overwrite=True))
+    assert texts(config.output) == texts(fresh.output)
+
+
+def test_a_document_is_explained(config):
+    prepare(config)
+    chosen = inspect(InspectConfig(what=config.output, document="1", weights=True)).document["weight"]
+    facts = TokenStore(config.output).info["selection"]
+    assert chosen["chosen"] and chosen["above"] > 0.85
+    assert chosen["raised"][0]["nats"] > chosen["raised"][-1]["nats"] > 0 > chosen["lowered"][0]["nats"]
+    weights = pq.read_table(Path(config.output) / WEIGHTS_FILE)
+    first = inspect(InspectConfig(what=config.output, document="1")).document
+    row = weights.filter(np.array(weights["text_hash"].to_pylist()) == first["text_hash"])
+    assert row["weight"].to_pylist() == pytest.approx([chosen["weight"]], rel=1e-5)
+    held_out = inspect(InspectConfig(what=config.output, document="1", split="validation", weights=True)).document
+    assert not held_out["weight"]["chosen"] and facts["lowest"][0]["weight"] < held_out["weight"]["weight"]
+    shown = "\n".join(map(str, DISPLAYS["inspect"](inspect(InspectConfig(what=config.output)).to_dict())))
+    assert "Chosen: " in shown and "Divergence from the target" in shown
+    with pytest.raises(UserError, match="name it with --document"):
+        inspect(InspectConfig(what=config.output, weights=True))
+
+
+def test_a_time_is_turned_into_tokens_by_the_measured_speed(config, tmp_path, caplog):
+    caplog.set_level("INFO", "cartilha")
+    result = prepare(replace(config, select_tokens=None, select_for="1s"))
+    found = re.search(r"At ([\d,]+) tokens/s, 1s are ([\d,]+) tokens", caplog.text)
+    tokens = int(found[2].replace(",", ""))
+    assert min(tokens, result.selection["pool_tokens"]) <= result.selection["num_tokens"] < tokens + 10_000
+    everything = prepare(replace(config, select_tokens=None, select_for="99h", output=str(tmp_path / "all")))
+    assert everything.selection["num_documents"] == everything.selection["pool_documents"]
+
+
+@contextmanager
+def refused(message: str, kind: type[UserError] = UserError) -> Iterator[None]:
+    with pytest.raises(kind, match=message) as error:
+        yield
+    assert "\n" not in str(error.value)
+
+
+def test_what_cannot_be_chosen_is_refused_in_a_sentence(config, tmp_path):
+    english = tmp_path / "english.txt"
+    english.write_text(
+        "\n".join(f"The engine was started {n} times before the ship left the harbour." for n in range(99))
+    )
+    (tmp_path / "empty.txt").write_text("\n\n")
+    (tmp_path / "one.txt").write_text(PROSE[0])
+    with refused("is more than the .* tokens that there are to choose from", UnfinishedError):
+        prepare(replace(config, select_tokens="9m"))
+    for amount in ("0", "-3", "many", "120%", "0%", "1.5", "3x"):
+        with refused("is a number of tokens such as 2000000 or 2m, or a share such as 20%"):
+            prepare(replace(config, select_tokens=amount))
+    with refused("add --select_tokens"):
+        prepare(replace(config, select_tokens=None))
+    with refused("give one of them"):
+        prepare(replace(config, select_for="1h"))
+    with refused("A time is written like 50m"):
+        prepare(replace(config, select_tokens=None, select_for="soon"))
+    with refused("--keep_pool needs to know how much"):
+        prepare(replace(config, select_tokens=None, like=(), keep_pool=True))
+    with refused("A selection and --weights do not go together"):
+        prepare(replace(config, weights=("1",)))
+    with refused("--like names .*pool.txt, which is also read as input"):
+        prepare(replace(config, like=config.input))
+    with refused("hold no document"):
+        prepare(replace(config, like=(str(tmp_path / "empty.txt"),)))
+    with refused("fewer than two documents"):
+        prepare(replace(config, like=(str(tmp_path / "one.txt"),)))
+    pytest.importorskip("py3langid")
+    with refused(r"in another language \(en\) than the input"):
+        prepare(replace(config, like=(str(english),)))
+
+
+def test_near_duplicates_of_the_target_are_taken_once(config):
+    pytest.importorskip("rensa")
+    changed = [f"{PROSE[120]} {word}." for word in ("Fim", "Acabou", "Pronto")]
+    with Path(config.input[0]).open("a", encoding="utf-8") as file:
+        file.write("\n" + "\n".join(changed))
+    prepare(replace(config, near_duplicates=True, select_tokens="100%"))
+    taken, held_out = texts(config.output), texts(config.output, "validation")
+    assert len([text for text in changed if text in taken]) == (0 if PROSE[120] in held_out else 1)
