@@ -162,7 +162,8 @@ class TrainConfig(ComputeOptions):
         "cosine", "how the rate runs after that: cosine, linear, constant, wsd (linear at the end)"
     )
     final_lr_fraction: float = deciding(0.1, "share of the peak rate at the end of the decay", minimum=0, maximum=1)
-    weight_decay: float = deciding(0.1, "decoupled weight decay of the matrices (AdamW)", minimum=0)
+    optimizer: str = deciding("adamw", "adamw; muon (hidden matrices; the rest adamw); adafactor (small states)")
+    weight_decay: float = deciding(0.1, "decoupled weight decay of the matrices", minimum=0)
     max_grad_norm: float = deciding(1.0, "gradients are clipped to this norm; a large one clips nothing", above=0)
     dropout: bool = deciding(False, "keep the dropout that the model's configuration asks for")
     loss: Literal["nll", "perplexity"] = deciding(
@@ -218,6 +219,7 @@ class PlanConfig(Settings):
     block_size: int | None = option(None, "tokens per block; default 256, 512, 1024 and 2048", minimum=2)
     batch_tokens: Count = option("auto", BATCH_HELP, minimum=1)
     epochs: int = option(1, "passes over the training documents", minimum=1)
+    optimizer: str = option("adamw", "adamw, muon or adafactor: how much memory its states take")
     price_per_hour: float | None = option(None, "of the card, in any currency: gives the training's price", minimum=0)
     gradient_checkpointing: bool = option(False, "plan with each layer computed a second time instead of kept")
     skip_probe: bool = option(False, "do not run a few steps here; this machine's speed is then an estimate, too")

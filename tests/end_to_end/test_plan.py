@@ -19,6 +19,7 @@ from cartilha.runs.step_plan import StepShape, plan_run
 from cartilha.training.checkpoint import space_needed
 from cartilha.training.device_facts import KNOWN_DEVICES
 from cartilha.training.memory import SAFETY, MemoryModel
+from cartilha.training.optimizer import StateSize
 
 ROW_KEYS = {"device", "block_size", "micro_batch_size", "memory_bytes", "fits", "tokens_per_second", "estimated"}
 TINY = ["--model", "random:tiny"]
@@ -56,8 +57,20 @@ def test_a_plan_has_a_row_for_each_device_block_size_and_micro_batch(cartilha, s
         assert row["hours"] == pytest.approx(hours) and row["price"] == pytest.approx(2 * hours)
         assert row["seconds_per_epoch"] == pytest.approx(3600 * hours / 3)
     assert result["state_bytes"] == 16 * result["num_parameters"]
-    assert result["disk_bytes"] == space_needed(result["num_parameters"])[0] > 52 * result["num_parameters"]
+    size = StateSize(result["num_parameters"], "adamw", 8 * result["num_parameters"])
+    assert result["disk_bytes"] == space_needed(size)[0] > 52 * result["num_parameters"]
     assert {(row["device"], row["block_size"]) for row in result["recommended"]} == {place[:2] for place in places}
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adafactor"])
+def test_an_optimizer_with_fewer_states_takes_less_memory_and_smaller_checkpoints(cartilha, optimizer):
+    arguments = [*TINY, "--device", "t4", "cpu", "--block_size", 256, "--skip_probe"]
+    adamw, other = planned(cartilha, *arguments), planned(cartilha, *arguments, "--optimizer", optimizer)
+    saved = adamw["state_bytes"] - other["state_bytes"]
+    assert 0 < saved == adamw["checkpoint_bytes"] - other["checkpoint_bytes"]
+    for row, less in zip(adamw["rows"], other["rows"], strict=True):
+        assert row["memory"]["optimizer_states"] - less["memory"]["optimizer_states"] == saved
+        assert row["memory_bytes"] - less["memory_bytes"] >= saved
 
 
 def test_tokens_per_step_follow_the_device_unless_they_are_given(cartilha):
@@ -112,6 +125,7 @@ def test_the_devices_that_can_be_named_are_those_with_figures():
             "must be a multiple of block_size (256); use --batch_tokens 256",
         ),
         (["--epochs", 0], "epochs must be 1 or more"),
+        (["--optimizer", "sgd"], "There is no optimizer 'sgd'; choose from adamw, muon, adafactor."),
         (["--price_per_hour", -1], "price_per_hour must be 0 or more"),
         (["--model", "random:huge"], "There is no architecture random:huge"),
         (["--store", "nowhere"], "nowhere"),
@@ -174,9 +188,9 @@ def test_heads_that_flash_attention_cannot_take_are_planned_under_a_mask(monkeyp
                                          intermediate_size=64, vocab_size=61) for size in (32, 36))  # fmt: skip
     assert [KNOWN_DEVICES["h100"].for_model(config).kernel for config in (flash, other)] == ["varlen", "mask"]
     shape = StepShape(block_size=1024, blocks_per_step=2, micro_batch_size=2)
-    masked = plan_run(other, KNOWN_DEVICES["h100"], 100_000, shape)
+    masked = plan_run(other, KNOWN_DEVICES["h100"], StateSize(100_000, "adamw", 800_000), shape)
     monkeypatch.delattr(KERNELS["varlen"], "obstacle")
-    plain = plan_run(other, KNOWN_DEVICES["h100"], 100_000, shape)
+    plain = plan_run(other, KNOWN_DEVICES["h100"], StateSize(100_000, "adamw", 800_000), shape)
     assert masked.memory.total - plain.memory.total >= 2 * 1024**2 * 3  # a boolean and a number in half precision
 
 

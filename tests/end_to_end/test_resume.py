@@ -21,8 +21,10 @@ from cartilha.config import TrainConfig
 from cartilha.errors import InterruptedRunError, UserError
 from cartilha.model.forward import batch_nll
 from cartilha.runs.files import write_config
-from cartilha.training.checkpoint import FrozenState, freeze, write_checkpoint
+from cartilha.storage import file_sha256, write_sealed_json
+from cartilha.training.checkpoint import FILES, FORMAT_VERSION, FrozenState, freeze, write_checkpoint
 from cartilha.training.memory import StepMemory
+from cartilha.training.update_rules import OPTIMIZERS, UpdateRule
 
 
 def test_interrupted_and_resumed_equals_unbroken(cartilha, unbroken, store, tmp_path, during_step):
@@ -91,10 +93,58 @@ def test_a_resumed_run_draws_the_same_dropout(store, tmp_path, during_step):
     assert_same_run(Left(tmp_path / "run"), Left(tmp_path / "whole"))
 
 
+class OnlySigns(torch.optim.Optimizer):
+    """Steps by the sign of a mean of the gradients."""
+
+    def __init__(self, groups: list[dict[str, Any]], lr: float) -> None:
+        super().__init__(groups, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                mean = self.state[parameter]["mean"].lerp_(parameter.grad, 0.1)
+                parameter.sub_(group["lr"] * mean.sign())
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adafactor", "of another package"])
+def test_every_optimizer_goes_on_to_the_bit(store, tmp_path, during_step, monkeypatch, optimizer):
+    rule = UpdateRule(OnlySigns, lambda shape: {"mean": shape})
+    monkeypatch.setitem(OPTIMIZERS, "of another package", (rule, rule))
+    start(store, tmp_path / "whole", optimizer=optimizer)
+    during_step({4: terminate})
+    with pytest.raises(InterruptedRunError):
+        start(store, tmp_path / "run", optimizer=optimizer)
+    start(store, tmp_path / "run", optimizer=optimizer, resume="auto")
+    run = Left(tmp_path / "run")
+    assert run.results["resumed_from_step"] == [4] and run.results["settings"]["optimizer"] == optimizer
+    assert_same_run(run, Left(tmp_path / "whole"))
+    assert run.losses[-1] < run.losses[0]
+
+
+def test_states_of_another_optimizer_are_never_taken(stopped, store, tmp_path):
+    path = shutil.copytree(stopped, tmp_path / "run")
+    with pytest.raises(UserError, match=r"another optimizer \(adamw before\): its states mean nothing to the other"):
+        start(store, path, resume="auto", allow_changes=True, optimizer="muon")
+
+
+def test_a_run_begun_before_an_option_existed_goes_on_with_its_default(stopped, store, tmp_path, unbroken):
+    path = shutil.copytree(stopped, tmp_path / "run")
+    (checkpoint,) = (path / "checkpoints").iterdir()
+    state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    del state["settings"]["optimizer"]
+    (checkpoint / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    files = {n: {"size": (checkpoint / n).stat().st_size, "sha256": file_sha256(checkpoint / n)} for n in FILES}
+    manifest = {"format_version": FORMAT_VERSION, "validation_loss": None, "files": files}
+    write_sealed_json(checkpoint / "manifest.json", manifest)
+    start(store, path, resume="auto")
+    assert_same_run(Left(path), unbroken)
+
+
 @pytest.mark.parametrize("damaged", [False, True])
 def test_killed_and_resumed_equals_unbroken(unbroken, store, tmp_path, during_step, monkeypatch, damaged):
     path = tmp_path / "killed"
-    monkeypatch.setattr("cartilha.pipeline.train.can_write_in_background", lambda device, num_parameters: False)
+    monkeypatch.setattr("cartilha.pipeline.train.can_write_in_background", lambda device, size: False)
 
     def kill() -> None:
         """What a kill at this moment would leave: a copy of the directory, with a torn line."""
@@ -148,6 +198,7 @@ def test_killed_among_the_first_files_it_can_be_run_again(store, tmp_path, monke
         ({"batch_tokens": 64}, "batch_tokens was 128, now 64"),
         ({"weight_decay": 0.0}, "weight_decay was 0.1, now 0.0"),
         ({"schedule": "linear"}, "schedule was cosine, now linear"),
+        ({"optimizer": "muon"}, "optimizer was adamw, now muon"),
         ({"dropout": True}, "dropout was False, now True"),
         ({"model": "random:tiny-opt"}, "model was random:tiny, now random:tiny-opt"),
     ],

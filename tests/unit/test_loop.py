@@ -22,6 +22,7 @@ from cartilha.training import loop
 from cartilha.training.loop import StepSettings, prepared_steps, train_steps
 from cartilha.training.schedule import SHAPES, Schedule, check_shape
 from cartilha.training.state import StepRecord, TrainingState
+from cartilha.training.update_rules import OPTIMIZERS
 
 BLOCK, BLOCKS_PER_STEP, STEPS = 16, 8, 5
 CONSTANT = Schedule(STEPS, 1e-3, warmup_fraction=0.0, final_lr_fraction=1.0)
@@ -41,12 +42,13 @@ def steps(
     scaler: Any = None,
     schedule: Schedule = CONSTANT,
     weights: dict[str, torch.Tensor] | None = None,
+    optimizer: str = "adamw",
     **settings: Any,
 ) -> list[StepRecord]:
     """Five steps of a tiny OPT model (it has dropout to draw); the final weights are put into `weights`."""
     model = load_model("random:tiny-opt", torch.device("cpu")).model
     model.train(dropout)
-    state = TrainingState.begin(model, torch.float32, lr=1e-3, weight_decay=0.1)
+    state = TrainingState.begin(model, torch.float32, lr=1e-3, weight_decay=0.1, optimizer=optimizer)
     if scaler is not None:
         state = replace(state, scaler=scaler)
     torch.manual_seed(7)
@@ -160,12 +162,13 @@ def test_any_other_error_is_not_taken_for_a_lack_of_memory(failing_passes, monke
         steps()
 
 
-def test_states_made_beforehand_are_those_that_the_optimizer_makes(monkeypatch):
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_states_made_beforehand_are_those_that_the_optimizer_makes(monkeypatch, optimizer):
     with_states: dict[str, torch.Tensor] = {}
     without: dict[str, torch.Tensor] = {}
-    steps(weights=with_states)
-    monkeypatch.setattr("cartilha.training.state.allocate_states", lambda optimizer: None)
-    steps(weights=without)
+    steps(weights=with_states, optimizer=optimizer)
+    monkeypatch.setattr("cartilha.training.state.allocate_states", lambda *_: None)
+    steps(weights=without, optimizer=optimizer)
     assert all(torch.equal(with_states[name], without[name]) for name in without)
 
 

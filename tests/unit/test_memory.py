@@ -18,6 +18,7 @@ from cartilha.model.recomputation import checkpoint_layers
 from cartilha.training import memory as memory_module
 from cartilha.training.device_facts import KNOWN_DEVICES, flops_per_token
 from cartilha.training.memory import MemoryModel, best_step, check_states_fit
+from cartilha.training.optimizer import StateSize
 from cartilha.training.trace import Computation, StepBytes, count_parameters, traced_step
 
 CPU = KNOWN_DEVICES["cpu"]
@@ -144,7 +145,7 @@ def test_activations_checkpointed_and_in_half_precision_are_fewer():
 def test_a_step_has_all_its_parts():
     found = model("random:tiny-opt", overhead_bytes=1000)
     step = found.step(4, 64, accumulates=True)
-    states = 4 * found.num_parameters
+    states = found.size.weight_bytes
     assert (step.weights, step.gradients, step.optimizer_states) == (states, states, 2 * states)
     assert step.activations > 0 and step.logits_chunk >= 256 * 259 * 4
     parts = (step.weights, step.gradients, step.optimizer_states, step.activations, step.logits_chunk)
@@ -179,7 +180,7 @@ def test_the_mask_of_long_blocks_is_counted():
 def test_a_cpu_under_a_mask_is_planned_as_a_cpu():
     """Its gradients stay from step to step, and glibc's heap is no CUDA allocator."""
     under_mask, card = model(kernel="mask", on_cpu=True), model(kernel="mask")
-    states = 4 * card.num_parameters
+    states = card.size.weight_bytes
     assert under_mask.step(16, 64, accumulates=False).gradients == states
     assert card.step(16, 64, accumulates=False).gradients < states
 
@@ -220,13 +221,17 @@ def test_beyond_a_number_of_tokens_larger_micro_batches_bring_nothing():
     assert planned(model(), 2**40, block_size=512, blocks_per_step=64) == 8
 
 
+def with_adamw(num_parameters: int) -> StateSize:
+    return StateSize(num_parameters, "adamw", 8 * num_parameters)
+
+
 def test_a_model_whose_states_cannot_fit_is_refused_with_the_arithmetic():
     with pytest.raises(UserError) as caught:
-        check_states_fit(7_000_000_000, 16 * 2**30, "hub/gross", "t4")
+        check_states_fit(with_adamw(7_000_000_000), 16 * 2**30, "hub/gross", "t4")
     sentence = str(caught.value)
     for part in ("hub/gross", "t4", "7.0 B parameters", "16 bytes", "104.3 GiB", "16.0 GiB", "859.0 M parameters"):
         assert part in sentence
-    check_states_fit(1_000_000_000, 16 * 2**30, "hub/klein", "t4")
+    check_states_fit(with_adamw(1_000_000_000), 16 * 2**30, "hub/klein", "t4")
 
 
 def test_the_exercises_rows_fit():

@@ -7,10 +7,20 @@ import math
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
+from cartilha.model.configuration import model_config
 from cartilha.model.load import load_model
-from cartilha.training.optimizer import make_optimizer, resolve_batch_tokens, resolve_lr, step_unless
+from cartilha.training.optimizer import (
+    StateSize,
+    allocate_states,
+    make_optimizer,
+    resolve_batch_tokens,
+    resolve_lr,
+    step_unless,
+)
 from cartilha.training.schedule import SHAPES, Schedule
+from cartilha.training.update_rules import OPTIMIZERS
 
 
 def rates(num_steps: int, warmup: float = 0.1, final: float = 0.1, shape: str = "cosine") -> list[float]:
@@ -76,21 +86,23 @@ def test_the_automatic_rate_is_3e_4_at_125_million_parameters_and_falls_with_siz
     assert resolve_lr(0.5, 10**5) == 0.5
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("ref", ["random:tiny", "random:tiny-opt"])
-def test_every_parameter_is_in_one_group_and_tied_weights_once(ref):
+def test_every_parameter_is_in_one_group_and_tied_weights_once(ref, optimizer):
     loaded = load_model(ref, torch.device("cpu"))
     model = loaded.model
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight, "not tied: proves nothing"
-    optimizer = make_optimizer(model, 1e-3, 0.1)
-    listed = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    made = make_optimizer(model, 1e-3, 0.1, optimizer)
+    listed = [parameter for group in made.param_groups for parameter in group["params"]]
     assert len({id(p) for p in listed}) == len(listed)
     assert {id(p) for p in listed} == {id(p) for p in model.parameters()}
     assert sum(p.numel() for p in listed) == loaded.num_parameters
 
 
-def test_matrices_decay_and_vectors_do_not():
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_matrices_decay_and_vectors_do_not(name):
     model = load_model("random:tiny-opt", torch.device("cpu")).model
-    optimizer = make_optimizer(model, 0.5, 0.1)
+    optimizer = make_optimizer(model, 0.5, 0.1, name)
     assert any(p.dim() == 1 for p in model.parameters())
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     for parameter in model.parameters():
@@ -99,6 +111,63 @@ def test_matrices_decay_and_vectors_do_not():
     for name, parameter in model.named_parameters():
         factor = 1 - 0.5 * 0.1 if parameter.dim() >= 2 else 1.0
         torch.testing.assert_close(parameter.detach(), before[name] * factor, rtol=1e-6, atol=0)
+
+
+def with_gradients(ref: str) -> PreTrainedModel:
+    model = load_model(ref, torch.device("cpu"), seed=3).model
+    generator = torch.Generator().manual_seed(4)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def test_muon_takes_the_hidden_matrices_and_adamw_the_rest_as_torch_has_them():
+    model, peer = with_gradients("random:tiny-opt"), with_gradients("random:tiny-opt")
+    optimizer = make_optimizer(model, 1e-2, 0.1, "muon")
+    allocate_states(model, optimizer, "muon")
+    names = {name for name, _ in peer.named_parameters()}
+    hidden = {name for name in names if name.endswith("weight") and ("proj" in name or ".fc" in name)}
+    vectors = {name for name in names if peer.get_parameter(name).dim() == 1}
+    assert {"model.decoder.embed_tokens.weight", "model.decoder.embed_positions.weight"} == names - hidden - vectors
+
+    def parameters(chosen: set[str]) -> list[torch.nn.Parameter]:
+        return [parameter for name, parameter in peer.named_parameters() if name in chosen]
+
+    muon = torch.optim.Muon(parameters(hidden), lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    rest = {"lr": 1e-2, "betas": (0.9, 0.95), "fused": True}
+    tables = torch.optim.AdamW(parameters(names - hidden - vectors), weight_decay=0.1, **rest)
+    others = torch.optim.AdamW(parameters(vectors), weight_decay=0.0, **rest)
+    for _ in range(2):
+        for each in (optimizer, muon, tables, others):
+            each.step()
+    for name, parameter in peer.named_parameters():
+        assert torch.equal(parameter, model.get_parameter(name)), name
+        kept = optimizer.state[model.get_parameter(name)].keys()
+        assert kept == ({"momentum_buffer"} if name in hidden else {"step", "exp_avg", "exp_avg_sq"}), name
+
+
+def test_adafactors_rate_is_the_size_of_a_step_whatever_the_size_of_the_weights():
+    model = with_gradients("random:tiny")
+    matrix = model.get_parameter("model.layers.0.mlp.up_proj.weight")
+    before = matrix.detach().clone()
+    make_optimizer(model, 1e-3, 0.0, "adafactor").step()
+    moved = (matrix.detach() - before).square().mean().sqrt()
+    assert before.square().mean().sqrt() < 0.1 and moved == pytest.approx(1e-3, rel=0.05)
+
+
+@pytest.mark.parametrize("ref", ["random:tiny", "random:tiny-opt"])
+@pytest.mark.parametrize(("optimizer", "per_parameter"), [("adamw", 8), ("muon", 4), ("adafactor", 0)])
+def test_planned_states_are_those_that_are_allocated(ref, optimizer, per_parameter):
+    model = load_model(ref, torch.device("cpu")).model
+    made = make_optimizer(model, 1e-3, 0.1, optimizer)
+    allocate_states(model, made, optimizer)
+    allocated = [tensor for states in made.state.values() for tensor in states.values() if tensor.dim()]
+    size = StateSize.of(model, optimizer)
+    assert size == StateSize.planned(model_config(ref), optimizer)
+    assert size.optimizer_bytes == sum(tensor.nbytes for tensor in allocated)
+    assert size.checkpoint_bytes == size.weight_bytes + size.optimizer_bytes == size.training_bytes - size.weight_bytes
+    each = size.optimizer_bytes / size.num_parameters
+    assert each == 8 if optimizer == "adamw" else per_parameter < each < per_parameter + 2
 
 
 @pytest.mark.parametrize("fused", [True, False])

@@ -24,7 +24,7 @@ from cartilha.runs.setup import Run
 from cartilha.runs.step_plan import RunPlan, StepShape, plan_run, refuse_beyond_context, this_machine
 from cartilha.tokens.store import TokenStore
 from cartilha.training.checkpoint import space_needed
-from cartilha.training.optimizer import resolve_batch_tokens, resolve_lr
+from cartilha.training.optimizer import StateSize, resolve_batch_tokens, resolve_lr
 
 SAMPLE_DOCUMENTS, SAMPLE_DOCUMENTS_QUICK = 200, 25
 TRAINING_SAMPLE = 100
@@ -127,24 +127,24 @@ def _subject_of_command(config: CheckConfig) -> Subject:
     refuse_beyond_context(config.block_size, loaded.context_length, config.model)
     batch_tokens = resolve_batch_tokens(config.batch_tokens, config.block_size, device.type)
     shape = StepShape(config.block_size, max(1, batch_tokens // config.block_size))
-    plan = plan_run(loaded.model.config, this_machine(device, scorer.dtype), loaded.num_parameters, shape)
+    plan = plan_run(loaded.model.config, this_machine(device, scorer.dtype), StateSize.of(loaded.model), shape)
     return _subject(config, scorer, store, samples, plan)
 
 
 def _subject(
     config: CheckConfig | TrainConfig, scorer: Scorer, store: TokenStore | None, samples: Samples, plan: RunPlan
 ) -> Subject:
-    num_parameters, output = scorer.loaded.num_parameters, Path(config.output)
+    output = Path(config.output)
     return Subject(
         *(scorer.loaded, scorer.tokenizer, scorer.protocol),
         held_out=samples[0],
         training=samples[1],
         store=store,
         block_size=config.block_size,
-        lr=resolve_lr(config.lr, num_parameters),
+        lr=resolve_lr(config.lr, plan.size.num_parameters),
         micro_batch_size=plan.micro_batch_size,
         planned_bytes=plan.memory_bytes,
-        disk_bytes=space_needed(num_parameters, output)[0],
+        disk_bytes=space_needed(plan.size, output)[0],
         output=output,
         quick=not isinstance(config, CheckConfig) or config.quick,
         is_random=config.model.startswith("random:"),

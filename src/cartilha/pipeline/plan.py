@@ -23,20 +23,11 @@ from cartilha.pipeline.preflight import preflight
 from cartilha.runs.step_plan import refuse_beyond_context, this_machine, with_copy
 from cartilha.tokens.packed import PackedDocuments
 from cartilha.tokens.store import TokenStore
-from cartilha.training.checkpoint import BYTES_PER_PARAMETER as CHECKPOINT_BYTES_PER_PARAMETER
 from cartilha.training.checkpoint import space_needed
 from cartilha.training.device_facts import GIB, KNOWN_DEVICES, DeviceFacts, flops_per_token
 from cartilha.training.loop import StepSettings, train_steps
-from cartilha.training.memory import (
-    BYTES_PER_PARAMETER,
-    SAFETY,
-    MemoryModel,
-    StepMemory,
-    best_step,
-    check_states_fit,
-    show_count,
-)
-from cartilha.training.optimizer import resolve_batch_tokens
+from cartilha.training.memory import SAFETY, MemoryModel, StepMemory, best_step, check_states_fit, show_count
+from cartilha.training.optimizer import StateSize, resolve_batch_tokens
 from cartilha.training.schedule import Schedule
 from cartilha.training.state import TrainingState
 from cartilha.units import parse_duration
@@ -82,7 +73,7 @@ class _Planned:
         fits = step.total <= SAFETY * self.facts.memory_bytes
         # Layers that are computed twice take another forward pass: 8 operations instead of 6.
         twice = 4 / 3 if config.gradient_checkpointing and self.measured_at is None else 1.0
-        flops_each = flops_per_token(self.model, self.memory.num_parameters, block_size)
+        flops_each = flops_per_token(self.model, self.memory.size.num_parameters, block_size)
         rate = self.flops / flops_each / twice if fits else None
         hours = self.tokens / rate / 3600 if self.tokens and rate else None
         return {
@@ -113,7 +104,7 @@ class _Planned:
     def _memory(self, step: StepMemory) -> dict[str, Any]:
         """With the copy of the state that exists while a checkpoint is written, as `train` plans longer runs."""
         if self.facts.is_host:
-            step = with_copy(step, self.facts, self.memory.num_parameters) or step
+            step = with_copy(step, self.facts, self.memory.size) or step
         return {"memory_bytes": step.total, "memory": asdict(step)}
 
 
@@ -123,12 +114,12 @@ def plan(config: PlanConfig) -> PlanResult:
     store = TokenStore(config.store) if config.store else None
     model = model_config(config.model, store.tokenizer() if store and config.model.startswith("random:") else None)
     sizes = _block_sizes(config, context_length(model))
+    states = StateSize.planned(model, config.optimizer)
     counts = store.counts["train"] if store else None
     tokens = config.epochs * (counts.num_tokens + counts.num_documents) if counts else None
     names = dict.fromkeys(config.device or ("auto", *KNOWN_DEVICES))
-    devices = [_device(config, model, name, tokens) for name in names]
-    num_parameters = devices[0].memory.num_parameters
-    _refuse_what_fits_nowhere(config.model, num_parameters, [device.facts for device in devices])
+    devices = [_device(config, model, name, tokens, states) for name in names]
+    _refuse_what_fits_nowhere(config.model, states, [device.facts for device in devices])
     configured_head_shape(model, config.model)
     if not config.skip_probe:
         devices = [_probed(device, sizes) if device.facts.name == THIS_MACHINE else device for device in devices]
@@ -141,15 +132,16 @@ def plan(config: PlanConfig) -> PlanResult:
     return PlanResult(
         {
             "model": config.model,
-            "num_parameters": num_parameters,
+            "num_parameters": states.num_parameters,
+            "optimizer": states.optimizer,
             "context_length": context_length(model),
-            "state_bytes": num_parameters * BYTES_PER_PARAMETER,
-            "flops_per_token": {str(size): flops_per_token(model, num_parameters, size) for size in sizes},
+            "state_bytes": states.training_bytes,
+            "flops_per_token": {str(size): flops_per_token(model, states.num_parameters, size) for size in sizes},
             "batch_tokens": config.batch_tokens,
             "epochs": config.epochs,
             "train_tokens": tokens,
-            "checkpoint_bytes": CHECKPOINT_BYTES_PER_PARAMETER * num_parameters,
-            "disk_bytes": space_needed(num_parameters)[0],
+            "checkpoint_bytes": states.checkpoint_bytes,
+            "disk_bytes": space_needed(states)[0],
             "devices": [_device_values(device.facts) for device in devices],
             "recommended": recommended,
             "rows": rows,
@@ -176,7 +168,7 @@ def _block_sizes(config: PlanConfig, longest: int) -> tuple[int, ...]:
     return (config.block_size,)
 
 
-def _device(config: PlanConfig, model: PretrainedConfig, name: str, tokens: int | None) -> _Planned:
+def _device(config: PlanConfig, model: PretrainedConfig, name: str, tokens: int | None, states: StateSize) -> _Planned:
     """A known card by its name, or this machine (`auto`)."""
     if name == "auto":
         device = choose_device("auto")
@@ -185,21 +177,21 @@ def _device(config: PlanConfig, model: PretrainedConfig, name: str, tokens: int 
         facts = KNOWN_DEVICES[name]
     facts = facts.for_model(model)
     how = facts.computation(checkpointing=config.gradient_checkpointing)
-    memory = MemoryModel(model, how, overhead_bytes=facts.overhead_bytes)
+    memory = MemoryModel(model, how, overhead_bytes=facts.overhead_bytes, size=states)
     return _Planned(config, model, facts, memory, tokens, facts.peak_flops * facts.share)
 
 
-def _refuse_what_fits_nowhere(model: str, num_parameters: int, devices: list[DeviceFacts]) -> None:
+def _refuse_what_fits_nowhere(model: str, states: StateSize, devices: list[DeviceFacts]) -> None:
     """Refuse a model whose states are too large for every device; name the devices that are too small."""
-    state_bytes = num_parameters * BYTES_PER_PARAMETER
-    too_small = [facts for facts in devices if state_bytes > facts.memory_bytes]
+    too_small = [facts for facts in devices if states.training_bytes > facts.memory_bytes]
     if len(too_small) == len(devices):
         largest = max(devices, key=lambda facts: facts.memory_bytes)
-        check_states_fit(num_parameters, largest.memory_bytes, model, largest.name)
+        check_states_fit(states, largest.memory_bytes, model, largest.name)
     for facts in too_small:
         log.info(
             "%s (%s parameters) cannot be trained on %s: %.1f GiB of states, %.1f GiB of memory.",
-            *(model, show_count(num_parameters), facts.name, state_bytes / GIB, facts.memory_bytes / GIB),
+            *(model, show_count(states.num_parameters), facts.name),
+            *(states.training_bytes / GIB, facts.memory_bytes / GIB),
         )
 
 
@@ -216,7 +208,7 @@ def _device_values(facts: DeviceFacts) -> dict[str, Any]:
 
 def _probed(device: _Planned, sizes: tuple[int, ...]) -> _Planned:
     """The device with its speed measured; without, if the states or a step do not fit."""
-    if device.memory.num_parameters * BYTES_PER_PARAMETER >= device.facts.memory_bytes:
+    if device.memory.size.training_bytes >= device.facts.memory_bytes:
         return device
     try:
         return _probe(device, 512 if 512 in sizes else sizes[0])
@@ -237,7 +229,8 @@ def _probe(planned: _Planned, block_size: int) -> _Planned:
     blocks = max(1, tokens // block_size)
     log.info("Probing this machine: %d steps of %s of %d tokens.", PROBE_STEPS, counted(blocks, "block"), block_size)
     ids = np.random.default_rng(0).integers(0, 256, (blocks * PROBE_STEPS + 1, block_size - 1))
-    state = TrainingState.begin(loaded.model, planned.facts.dtype, lr=1e-6, weight_decay=0.0)
+    rates = {"lr": 1e-6, "weight_decay": 0.0}
+    state = TrainingState.begin(loaded.model, planned.facts.dtype, **rates, optimizer=planned.config.optimizer)
     schedule = Schedule(PROBE_STEPS, 1e-6, warmup_fraction=0.0, final_lr_fraction=1.0)
     documents = PackedDocuments.from_ids(list(ids), prefix_id=0, end_id=0)
     sampler = BlockSampler(documents, block_size=block_size, blocks_per_step=blocks, seed=0)
@@ -245,5 +238,5 @@ def _probe(planned: _Planned, block_size: int) -> _Planned:
     records = list(train_steps(state, sampler, schedule, StepSettings(planned.facts.dtype, blocks)))
     rate = max(blocks * block_size / record.seconds for record in records[1:])
     log.info("%s tokens/s, in %.0f s.", f"{rate:,.0f}", time.perf_counter() - began)
-    flops = rate * flops_per_token(planned.model, planned.memory.num_parameters, block_size)
+    flops = rate * flops_per_token(planned.model, planned.memory.size.num_parameters, block_size)
     return replace(planned, flops=flops, measured_at=block_size)

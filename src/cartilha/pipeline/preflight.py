@@ -26,6 +26,7 @@ from cartilha.runs.files import check_output, read_status, run_directory
 from cartilha.settings import Settings
 from cartilha.training.schedule import check_shape
 from cartilha.training.trackers import check_tracker
+from cartilha.training.update_rules import check_optimizer
 from cartilha.units import parse_duration, parse_share
 
 
@@ -79,6 +80,7 @@ def _check_bounds(item: Field[Any], value: float) -> None:
 
 _TEXTS: dict[str, Callable[[str], object]] = {
     "embeddings_first": lambda text: parse_share(text, "embeddings_first"),
+    "optimizer": check_optimizer,
     "protocol": first_tokens,
     "schedule": check_shape,
     "time_budget": parse_duration,

@@ -125,8 +125,7 @@ def _train(run: Run, record: RunWriter, stop: StopRequest) -> None:
         every_steps=run.config.checkpoint_steps,
         every_minutes=run.config.checkpoint_minutes,
         keep=run.config.keep_last,
-        background=run.plan.background_checkpoints
-        and can_write_in_background(run.loaded.model.device, run.loaded.num_parameters),
+        background=run.plan.background_checkpoints and can_write_in_background(run.loaded.model.device, run.plan.size),
     )
     log_book = _LogBook(run, record, metrics)
     with closing(metrics), closing(writer):

@@ -37,10 +37,9 @@ from cartilha.training.checkpoint import (
 )
 from cartilha.training.distributed import share_state
 from cartilha.training.memory import check_states_fit
-from cartilha.training.optimizer import resolve_batch_tokens, resolve_lr
+from cartilha.training.optimizer import StateSize, resolve_batch_tokens, resolve_lr
 from cartilha.training.schedule import Schedule
 from cartilha.training.state import TrainingState
-from cartilha.training.trace import count_parameters
 from cartilha.units import parse_duration, parse_share
 
 
@@ -74,7 +73,7 @@ class Run:
     def disk_space(self) -> tuple[int, int]:
         """Bytes that the run's files still need at most, and bytes of one checkpoint."""
         keep, dtype = self.config.keep_last, getattr(torch, self.config.save_dtype)
-        return space_needed(self.loaded.num_parameters, self.path, keep=keep, weight_bytes=dtype.itemsize)
+        return space_needed(self.plan.size, self.path, keep=keep, weight_bytes=dtype.itemsize)
 
 
 def is_finished_as_asked(config: TrainConfig, path: Path) -> bool:
@@ -86,7 +85,7 @@ def is_finished_as_asked(config: TrainConfig, path: Path) -> bool:
         return False
     results = read_results(path)
     try:
-        recorded = {**results["settings"], "store": results["corpus"]["train_hash"]}
+        recorded = _recorded(results["settings"]) | {"store": results["corpus"]["train_hash"]}
         schedule = _schedule(config, recorded["num_parameters"], results["packing"]["steps_per_epoch"])
     except (KeyError, TypeError) as error:
         raise UserError(f"{path}/results.json is damaged ({error!r} in it); train into another --output.") from error
@@ -117,6 +116,11 @@ def _schedule(config: TrainConfig, num_parameters: int, steps_per_epoch: int) ->
     )
 
 
+def _recorded(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a run began with; an option that did not exist then had what is now its default."""
+    return {**TrainConfig().deciding_values(), **settings}
+
+
 def _begun_with(config: TrainConfig, recorded: dict[str, Any]) -> Count:
     """The tokens per step that are asked for; `auto` means those that the run began with, in blocks of that size."""
     is_open = config.batch_tokens == "auto" and recorded.get("block_size") == config.block_size
@@ -143,7 +147,7 @@ def assemble(config: TrainConfig, path: Path, prompts: GenerateConfig, resume: b
     device = choose_device(config.device)
     # Of several processes the first reads the checkpoint, and the others get what it holds.
     checkpoint = newest_sound_checkpoint(path) if resume and is_main_process() else None
-    recorded = read_settings(checkpoint) if checkpoint else {}
+    recorded = _recorded(read_settings(checkpoint)) if checkpoint else {}
     # A resumed run keeps its compute dtype and tokens per step: `auto` might choose otherwise on another machine.
     dtype = choose_dtype(recorded.get("dtype", "auto") if config.dtype == "auto" else config.dtype, device)
     batch_tokens = from_rank_0(resolve_batch_tokens(_begun_with(config, recorded), config.block_size, device.type))
@@ -166,7 +170,8 @@ def assemble(config: TrainConfig, path: Path, prompts: GenerateConfig, resume: b
         "tokenizer": store.fingerprint,
         "dtype": dtype_name(dtype),
     }
-    state = TrainingState.begin(loaded.model, dtype, lr=schedule.peak_lr, weight_decay=config.weight_decay)
+    rates = {"lr": schedule.peak_lr, "weight_decay": config.weight_decay}
+    state = TrainingState.begin(loaded.model, dtype, **rates, optimizer=config.optimizer)
     if checkpoint is not None:
         check_settings(recorded, settings, path, allow_changes=config.allow_changes)
         load_checkpoint(checkpoint, state)
@@ -183,9 +188,9 @@ def assemble(config: TrainConfig, path: Path, prompts: GenerateConfig, resume: b
 
 def _load(config: TrainConfig, tokenizer: TextTokenizer, device: torch.device) -> LoadedModel:
     """The model as it is trained; one that cannot fit is refused before its weights take memory."""
-    num_parameters = count_parameters(model_config(config.model, tokenizer))
+    size = StateSize.planned(model_config(config.model, tokenizer), config.optimizer)
     place = "this machine" if device.type == "cpu" else f"this machine's {device.type} device"
-    check_states_fit(num_parameters, free_memory_bytes(device), config.model, place)
+    check_states_fit(size, free_memory_bytes(device), config.model, place)
     loaded = load_model(config.model, device, tokenizer=tokenizer, seed=config.seed)
     refuse_beyond_context(config.block_size, loaded.context_length, config.model)
     loaded.model.train(config.dropout)
@@ -220,7 +225,7 @@ def _plan(config: TrainConfig, scorer: Scorer, sampler: BlockSampler, schedule: 
     loaded = scorer.loaded
     machine = this_machine(loaded.model.device, scorer.dtype)
     shape = StepShape(config.block_size, share, asked, config.gradient_checkpointing, config.dropout)
-    plan = plan_run(loaded.model.config, machine, loaded.num_parameters, shape)
+    plan = plan_run(loaded.model.config, machine, StateSize.of(loaded.model, config.optimizer), shape)
     if not machine.is_host or not is_main_process():  # a card's copy is in the host; the first process writes
         return plan
     by_clock = 60 * config.checkpoint_minutes * num_ranks * plan.tokens_per_second / sampler.tokens_per_step

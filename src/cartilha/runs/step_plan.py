@@ -16,7 +16,6 @@ from cartilha.machine.devices import dtype_name
 from cartilha.machine.memory import available_memory_bytes
 from cartilha.model.attention import choose_kernel
 from cartilha.model.products import cpu_product_dtype
-from cartilha.training.checkpoint import BYTES_PER_PARAMETER as CHECKPOINT_BYTES_PER_PARAMETER
 from cartilha.training.device_facts import (
     GIB,
     MAX_TOKENS_GPU,
@@ -26,6 +25,7 @@ from cartilha.training.device_facts import (
     max_tokens_on_this_cpu,
 )
 from cartilha.training.memory import SAFETY, MemoryModel, StepMemory, best_step
+from cartilha.training.optimizer import StateSize
 
 CUDA_SHARE, CPU_SHARE = 0.5, 0.65  # of the rate of matrix products alone that training reaches
 
@@ -68,7 +68,7 @@ class RunPlan:
     """What a run is expected to take, made before its first step."""
 
     device: DeviceFacts
-    num_parameters: int
+    size: StateSize
     block_size: int
     micro_batch_size: int
     flops_per_token: int  # of training
@@ -93,7 +93,7 @@ class RunPlan:
             "available_bytes": self.device.memory_bytes,
             "block_size": self.block_size,
             "micro_batch_size": self.micro_batch_size,
-            "num_parameters": self.num_parameters,
+            "num_parameters": self.size.num_parameters,
             "flops_per_token": self.flops_per_token,
             "memory_bytes": self.memory_bytes,
             "memory": asdict(self.memory) if self.memory else None,
@@ -105,19 +105,19 @@ class RunPlan:
         """The plan with the copy of the state that is written in the background; see `with_copy`."""
         if self.memory is None:
             return self
-        copied = with_copy(self.memory, self.device, self.num_parameters)
+        copied = with_copy(self.memory, self.device, self.size)
         if copied is None:
             log.info("There is no memory for a copy of the state: training waits while checkpoints are written.")
             return replace(self, background_checkpoints=False)
         return replace(self, memory=copied)
 
 
-def with_copy(step: StepMemory, facts: DeviceFacts, num_parameters: int) -> StepMemory | None:
+def with_copy(step: StepMemory, facts: DeviceFacts, size: StateSize) -> StepMemory | None:
     """A step with the copy of the state that is written beside it, where the device's memory is the host's.
 
     None where there is no room: training then waits while checkpoints are written.
     """
-    copied = replace(step, checkpoint_copy=CHECKPOINT_BYTES_PER_PARAMETER * num_parameters)
+    copied = replace(step, checkpoint_copy=size.checkpoint_bytes)
     return copied if copied.total <= SAFETY * facts.memory_bytes else None
 
 
@@ -130,13 +130,13 @@ def refuse_beyond_context(block_size: int, context_length: int, model: str) -> N
         )
 
 
-def plan_run(config: PretrainedConfig, facts: DeviceFacts, num_parameters: int, shape: StepShape) -> RunPlan:
+def plan_run(config: PretrainedConfig, facts: DeviceFacts, states: StateSize, shape: StepShape) -> RunPlan:
     """Plan a run of a model on this machine."""
     facts = facts.for_model(config, dropout=shape.dropout)
     how = facts.computation(checkpointing=shape.checkpointing, dropout=shape.dropout)
     memory, size = None, shape.micro_batch_size or 1
     try:
-        model = MemoryModel(config, how, overhead_bytes=facts.overhead_bytes, num_parameters=num_parameters)
+        model = MemoryModel(config, how, overhead_bytes=facts.overhead_bytes, size=states)
         if shape.micro_batch_size is None:
             size, memory = best_step(model, facts, shape.block_size, shape.blocks_per_step)
             if size == 0:
@@ -154,5 +154,5 @@ def plan_run(config: PretrainedConfig, facts: DeviceFacts, num_parameters: int, 
             "--micro_batch_size.",
             *(first_line(error), counted(size, "block")),
         )
-    flops = flops_per_token(config, num_parameters, shape.block_size)
-    return RunPlan(facts, num_parameters, shape.block_size, size, flops, memory)
+    flops = flops_per_token(config, states.num_parameters, shape.block_size)
+    return RunPlan(facts, states, shape.block_size, size, flops, memory)

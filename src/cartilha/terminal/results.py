@@ -137,14 +137,15 @@ def _check(result: Values) -> Parts:
 
 
 # Short names for some parts of a step's memory.
-_MEMORY = {"optimizer_states": "AdamW", "logits_chunk": "logits", "checkpoint_copy": "checkpoint"}
+_MEMORY = {"optimizer_states": "optimizer", "logits_chunk": "logits", "checkpoint_copy": "checkpoint"}
 
 
 def _plan(result: Values) -> Parts:
     yield (
-        f"{result['model']}: {result['num_parameters'] / 1e6:,.1f} M parameters; weights, gradients and AdamW's states "
-        f"{result['state_bytes'] / GIB:.2f} GiB; checkpoints up to {result['disk_bytes'] / GIB:.1f} GiB of disk, "
-        f"and while one is written {result['checkpoint_bytes'] / GIB:.2f} GiB of the host's memory"
+        f"{result['model']}: {result['num_parameters'] / 1e6:,.1f} M parameters; weights, gradients and the states of "
+        f"{result['optimizer']} {result['state_bytes'] / GIB:.2f} GiB; checkpoints up to "
+        f"{result['disk_bytes'] / GIB:.1f} GiB of disk, and while one is written "
+        f"{result['checkpoint_bytes'] / GIB:.2f} GiB of the host's memory"
     )
     places: dict[tuple[str, int], list[str]] = {}
     for row in result["rows"]:

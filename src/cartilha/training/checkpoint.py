@@ -2,7 +2,7 @@
 
 checkpoints/step-00000123/
     model.safetensors      float32 weights, tied ones once
-    optimizer.safetensors  Adam's moments and step counts, by parameter name; dropped when the run is finished
+    optimizer.safetensors  the optimizer's states by parameter name; dropped when the run is finished
     state.json             progress, scaler, random state, settings that a resume must find unchanged
     manifest.json          size and SHA-256 of the files above, and of itself; written last
 
@@ -33,6 +33,7 @@ from cartilha.storage import (
     write_sealed_json,
 )
 from cartilha.training.checkpoint_checks import check_progress, check_scaler, check_tensors
+from cartilha.training.optimizer import StateSize
 from cartilha.training.state import TrainingState
 from cartilha.training.streams import random_state, restore_random_state
 
@@ -42,7 +43,6 @@ WEIGHTS = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 FILES = (WEIGHTS, OPTIMIZER, "state.json")
 FORMAT_VERSION = 1
-BYTES_PER_PARAMETER = 12  # weight and two moments, float32
 SMALL_FILES_BYTES = 2**20  # state.json, headers, tokenizer, metrics
 KEEP = 2  # newest checkpoints; the one with the best validation is kept besides
 
@@ -53,7 +53,7 @@ class FrozenState:
 
     step: int
     weights: dict[str, torch.Tensor]  # by parameter name
-    moments: dict[str, torch.Tensor]  # the optimizer's tensors, by `parameter|key`
+    states: dict[str, torch.Tensor]  # the optimizer's tensors, by `parameter|key`
     values: dict[str, Any]  # the contents of state.json
 
 
@@ -66,15 +66,10 @@ def freeze(state: TrainingState, settings: dict[str, Any], *, copy: bool = False
     def at_rest(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach().to("cpu", copy=copy).contiguous()
 
-    parameters = dict(state.model.named_parameters())
     return FrozenState(
         step=state.progress.step,
-        weights={name: at_rest(parameter) for name, parameter in parameters.items()},
-        moments={
-            f"{name}|{key}": at_rest(value)
-            for name, parameter in parameters.items()
-            for key, value in state.optimizer.state[parameter].items()
-        },
+        weights={name: at_rest(parameter) for name, parameter in state.model.named_parameters()},
+        states={joined: at_rest(tensor) for joined, tensor in _named_states(state).items()},
         values={
             "format_version": FORMAT_VERSION,
             "progress": asdict(state.progress),
@@ -83,6 +78,14 @@ def freeze(state: TrainingState, settings: dict[str, Any], *, copy: bool = False
             "settings": settings,
         },
     )
+
+
+def _named_states(state: TrainingState) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}|{key}": tensor
+        for name, parameter in state.model.named_parameters()
+        for key, tensor in state.optimizer.state[parameter].items()
+    }
 
 
 def write_checkpoint(run: Path, frozen: FrozenState, validation_loss: float | None = None, keep: int = KEEP) -> Path:
@@ -95,7 +98,7 @@ def write_checkpoint(run: Path, frozen: FrozenState, validation_loss: float | No
     path = run / "checkpoints" / f"step-{frozen.step:08d}"
     with new_directory(path, replace=True) as temporary:
         _save_tensors(frozen.weights, temporary / WEIGHTS)
-        _save_tensors(frozen.moments, temporary / OPTIMIZER)
+        _save_tensors(frozen.states, temporary / OPTIMIZER)
         write_json(temporary / "state.json", frozen.values)
         files = {n: {"size": (temporary / n).stat().st_size, "sha256": file_sha256(temporary / n)} for n in FILES}
         manifest = {"format_version": FORMAT_VERSION, "validation_loss": validation_loss, "files": files}
@@ -138,16 +141,16 @@ def _manifest(path: Path) -> dict[str, Any]:  # empty where it is damaged or mis
 
 
 def space_needed(
-    num_parameters: int, run: Path | None = None, *, keep: int = KEEP, weight_bytes: int = 4
+    size: StateSize, run: Path | None = None, *, keep: int = KEEP, weight_bytes: int = 4
 ) -> tuple[int, int]:
     """Bytes that a run's files need at most, and bytes of one checkpoint.
 
     The newest checkpoints and the best are kept while one more is written, and the model is saved at the end, with
     `weight_bytes` per weight. Checkpoints that are in `run` already need no more space.
     """
-    checkpoint = BYTES_PER_PARAMETER * num_parameters + SMALL_FILES_BYTES
+    checkpoint = size.checkpoint_bytes + SMALL_FILES_BYTES
     there = sum(file.stat().st_size for path in list_checkpoints(run) for file in path.iterdir()) if run else 0
-    model = weight_bytes * num_parameters + SMALL_FILES_BYTES
+    model = weight_bytes * size.num_parameters + SMALL_FILES_BYTES
     return max(checkpoint, (keep + 2) * checkpoint - there) + model, checkpoint
 
 
@@ -261,6 +264,11 @@ def check_settings(
     changed = [name for name in current if recorded.get(name) != current[name]]
     if not changed:
         return
+    if allow_changes and "optimizer" in changed:
+        raise UserError(
+            f"The run {run} cannot go on with another optimizer ({recorded.get('optimizer')} before): its states mean "
+            "nothing to the other; use the old one, or train its model further with another --output."
+        )
     differences = "; ".join(f"{name} was {recorded.get(name)}, now {current[name]}" for name in changed)
     if not allow_changes:
         remedy = _remedy_if_dropped(run) or "use the old ones, another --output, or --allow_changes."
@@ -284,11 +292,9 @@ def load_checkpoint(path: Path, state: TrainingState) -> None:
         saved = _read_state(path)
         progress = check_progress(saved["progress"])
         check_tensors(path / WEIGHTS, shapes)
-        has_states = _has_states(path)
-        if has_states:
-            moments = {f"{name}|{key}": shape for name, shape in shapes.items() for key in ("exp_avg", "exp_avg_sq")}
-            moments |= {f"{name}|step": () for name in shapes}
-            check_tensors(path / OPTIMIZER, moments, all_there=False)
+        states = _named_states(state) if _has_states(path) else {}
+        if states:
+            check_tensors(path / OPTIMIZER, {name: tuple(tensor.shape) for name, tensor in states.items()})
         check_scaler(saved["scaler"], state.scaler.is_enabled())
         restore_random_state(saved["random"])
     except (OSError, ValueError, LookupError, TypeError, RuntimeError, OverflowError, SafetensorError) as error:
@@ -300,8 +306,7 @@ def load_checkpoint(path: Path, state: TrainingState) -> None:
         # Copied, since what is read is mapped from the file.
         for name, weight in load_file(path / WEIGHTS, device=device).items():
             parameters[name].copy_(weight)
-        for joined, value in (load_file(path / OPTIMIZER, device=device) if has_states else {}).items():
-            name, key = joined.rsplit("|", 1)
-            state.optimizer.state[parameters[name]][key].copy_(value)
+        for name, value in (load_file(path / OPTIMIZER, device=device) if states else {}).items():
+            states[name].copy_(value)
     state.scaler.load_state_dict(saved["scaler"])
     vars(state.progress).update(vars(progress))

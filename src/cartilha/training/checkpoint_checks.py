@@ -33,15 +33,14 @@ def check_scaler(values: Any, enabled: bool) -> None:
             raise ValueError(f"its gradient scaler says {name} = {value!r}")
 
 
-def check_tensors(path: Path, shapes: dict[str, tuple[int, ...]], *, all_there: bool = True) -> None:
+def check_tensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
     """Compare a safetensors file's header with the expected shapes by name, all float32; no tensor is read.
 
-    A ValueError names a tensor that is unknown, of another shape or type or, with `all_there`, missing.
+    A ValueError names a tensor that is unknown, missing, or of another shape or type.
     """
     with safe_open(path, framework="pt") as file:
         names = set(file.keys())
-        missing = shapes.keys() - names if all_there else ()
-        for name in [*sorted(names - shapes.keys()), *sorted(missing)]:
+        for name in [*sorted(names - shapes.keys()), *sorted(shapes.keys() - names)]:
             raise ValueError(f"{name} is {'unknown' if name in names else 'missing'} in {path.name}")
         for name in sorted(names):
             tensor = file.get_slice(name)

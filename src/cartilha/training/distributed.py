@@ -67,8 +67,9 @@ def share_state(state: TrainingState, seed: int) -> None:
     with torch.no_grad():
         for parameter in parameters:
             dist.broadcast(parameter, src=0)
-            moments = state.optimizer.state[parameter]
-            for key in sorted(moments):
-                dist.broadcast(moments[key], src=0)
+            for _, kept in sorted(state.optimizer.state[parameter].items()):
+                shared = kept.to(parameter.device)  # counts of steps may be in the host's memory
+                dist.broadcast(shared, src=0)
+                kept.copy_(shared)
     if rank != 0:
         seed_everything(seed + rank)

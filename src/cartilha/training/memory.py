@@ -1,7 +1,8 @@
 """How much memory a training step takes, and how many blocks a forward pass may hold.
 
-Weights, gradients and AdamW's two moments are float32: 16 bytes per parameter, whatever the batch. What a step keeps
-besides is traced (`trace.py`). It is a straight line in the number of tokens, once they fill a chunk of logits.
+Weights, gradients and the optimizer's states are float32 (`StateSize`): 16 bytes per parameter with AdamW, whatever the
+batch. What a step keeps besides is traced (`trace.py`). It is a straight line in the number of tokens, once they fill a
+chunk of logits.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from cartilha.errors import UserError
 from cartilha.model.attention import KERNELS, knows_attention
 from cartilha.model.loss import CHUNK_TOKENS
 from cartilha.training.device_facts import DeviceFacts
-from cartilha.training.trace import Computation, StepBytes, count_parameters, traced_step
+from cartilha.training.optimizer import StateSize
+from cartilha.training.trace import Computation, StepBytes, traced_step
 
-BYTES_PER_PARAMETER = 16  # weight, gradient, and AdamW's two moments, all float32
 HEADROOM = 1.05  # allocators hand out memory in pieces and cannot use all of what lies between them
 SAFETY = 0.95  # of what is free: other programs need memory, too
 
@@ -44,39 +45,40 @@ class MemoryModel:
     """The memory of training steps of one model on one kind of device, whose program and context take an overhead."""
 
     def __init__(
-        self, config: PretrainedConfig, how: Computation, *, overhead_bytes: int, num_parameters: int | None = None
+        self, config: PretrainedConfig, how: Computation, *, overhead_bytes: int, size: StateSize | None = None
     ) -> None:
         self._config = config
         self._how = how
         self._overhead = overhead_bytes
-        self.num_parameters = num_parameters or count_parameters(config)
+        self.size = size or StateSize.planned(config)
 
     def step(self, micro_batch_size: int, block_size: int, *, accumulates: bool) -> StepMemory:
         """Memory of a step; where it has several micro-batches (`accumulates`), gradients lie beside activations."""
-        states = 4 * self.num_parameters
+        weights = self.size.weight_bytes
         kept = self._traced(micro_batch_size, block_size)
         if accumulates or self._how.on_cpu:  # on a CPU gradients stay where they are
-            gradients, peak = float(states), max(kept.body, kept.end)
-        elif kept.body >= states - kept.head + kept.end:
+            gradients, peak = float(weights), max(kept.body, kept.end)
+        elif kept.body >= weights - kept.head + kept.end:
             # At the peak the head's gradient alone is there, and is traced: the others come while activations go.
             gradients, peak = 0.0, kept.body
         else:
-            gradients, peak = states - kept.head, kept.end
+            gradients, peak = weights - kept.head, kept.end
         # CUDA's caching allocator wastes little in such regular steps. glibc's heap, told to keep what is freed
         # (`cpu.keep_freed_memory`), has holes of the size of the head's gradient. Gradients that lie between the
         # activations of a step's first micro-batch keep the next one's from fitting. The factors are fitted to
         # measurements (docs/log.md).
         unusable = (HEADROOM - 1) * (gradients + peak)
         if self._how.on_cpu:
-            unusable += 2.2 * kept.head + 0.6 * (min(states, kept.activations) if accumulates else 0)
+            unusable += 2.2 * kept.head + 0.6 * (min(weights, kept.activations) if accumulates else 0)
+        kept_always = 0 if self._how.on_cpu else self.size.checkpoint_bytes
         activations = min(kept.activations, peak)
         return StepMemory(
-            weights=states,
+            weights=weights,
             gradients=round(gradients),
-            optimizer_states=2 * states,
+            optimizer_states=self.size.optimizer_bytes,
             activations=round(activations),
             logits_chunk=round(peak - activations),
-            overhead=round(self._overhead + unusable + (HEADROOM - 1) * 3 * states * (not self._how.on_cpu)),
+            overhead=round(self._overhead + unusable + (HEADROOM - 1) * kept_always),
         )
 
     def _traced(self, rows: int, row_length: int) -> StepBytes:
@@ -117,16 +119,15 @@ def best_step(model: MemoryModel, facts: DeviceFacts, block_size: int, blocks_pe
     return size, planned(size)
 
 
-def check_states_fit(num_parameters: int, available_bytes: int, ref: str, device: str) -> None:
-    """Refuse, with a UserError, a model whose weights, gradients and AdamW states alone do not fit the device."""
-    needed = num_parameters * BYTES_PER_PARAMETER
-    if needed > available_bytes:
-        most = available_bytes / BYTES_PER_PARAMETER
+def check_states_fit(size: StateSize, available_bytes: int, ref: str, device: str) -> None:
+    """Refuse, with a UserError, a model whose weights, gradients and optimizer states alone do not fit the device."""
+    if size.training_bytes > available_bytes:
+        each = size.training_bytes / size.num_parameters
         raise UserError(
-            f"Training {ref} cannot fit on {device}: its {show_count(num_parameters)} parameters take "
-            f"{BYTES_PER_PARAMETER} bytes each (float32 weight, gradient and two AdamW moments), "
-            f"{needed / 2**30:.1f} GiB before any text, and there are {available_bytes / 2**30:.1f} GiB; "
-            f"up to {show_count(round(0.8 * most))} parameters would fit."
+            f"Training {ref} cannot fit on {device}: its {show_count(size.num_parameters)} parameters take "
+            f"{each:.3g} bytes each (float32 weight, gradient and the states of {size.optimizer}), "
+            f"{size.training_bytes / 2**30:.1f} GiB before any text, and there are {available_bytes / 2**30:.1f} GiB; "
+            f"up to {show_count(round(0.8 * available_bytes / each))} parameters would fit."
         )
 
 

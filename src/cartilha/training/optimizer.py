@@ -1,30 +1,61 @@
-"""AdamW with decoupled weight decay (arXiv:1711.05101), and what a step trains."""
+"""The optimizer of a model and the memory of its states, and what a step trains."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from transformers import PreTrainedModel
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
 
 from cartilha.config import AUTO_BATCH_TOKENS, Count
 from cartilha.model.head import head_of
+from cartilha.training.trace import model_without_contents
+from cartilha.training.update_rules import OPTIMIZERS, UpdateRule
 
-ADAM_BETAS = (0.9, 0.95)
-ADAM_EPSILON = 1e-8
+
+def _by_rule(model: PreTrainedModel, name: str) -> dict[UpdateRule, list[nn.Parameter]]:
+    """The parameters that are trained, tied ones once, by the rule of the optimizer `name` that they follow."""
+    of_matrices, of_others = OPTIMIZERS[name]
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    tables.add(id(getattr(model.get_output_embeddings(), "weight", None)))
+    found: dict[UpdateRule, list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            is_hidden_matrix = parameter.dim() == 2 and id(parameter) not in tables
+            found.setdefault(of_matrices if is_hidden_matrix else of_others, []).append(parameter)
+    return found
 
 
-def make_optimizer(model: torch.nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW over all parameters: matrices decay, vectors (biases, norms) do not; tied weights are listed once."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    fused = parameters[0].device.type in ("cpu", "cuda")  # one pass over weights, gradients and states
-    return torch.optim.AdamW(groups, lr=lr, betas=ADAM_BETAS, eps=ADAM_EPSILON, fused=fused)
+def make_optimizer(
+    model: PreTrainedModel, lr: float, weight_decay: float, name: str = "adamw"
+) -> torch.optim.Optimizer:
+    """The optimizer `name` over all parameters: matrices decay (decoupled), vectors (biases, norms) do not."""
+    parts = []
+    for rule, parameters in _by_rule(model, name).items():
+        groups = [
+            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        parts.append(rule.make([group for group in groups if group["params"]], lr))
+    return parts[0] if len(parts) == 1 else _Together(parts)
+
+
+class _Together(torch.optim.Optimizer):
+    """Optimizers of different parameters as one: it has the groups and states of all, and steps them in turn."""
+
+    def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self._parts = parts
+        for part in parts:
+            part.state = self.state
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for part in self._parts:
+            part.step()
 
 
 def choose_trained(
@@ -32,9 +63,9 @@ def choose_trained(
 ) -> list[torch.nn.Parameter]:
     """Choose what the next step trains: all of the optimizer's parameters, or the token embeddings (and head) alone.
 
-    The other parameters then get no gradient, which saves their share of the backward pass, and AdamW skips a parameter
-    without one: its weights do not decay, and its moments start when it is first trained. On a CPU, gradients are
-    allocated here (see `clear_gradients`).
+    The other parameters then get no gradient, which saves their share of the backward pass, and optimizers skip a
+    parameter without one: its weights do not decay, and its states start when it is first trained. On a CPU, gradients
+    are allocated here (see `clear_gradients`).
     """
     head = head_of(model)
     embeddings = {id(model.get_input_embeddings().weight), id(head.weight), id(head.bias)}
@@ -61,19 +92,59 @@ def clear_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
             parameter.grad = None
 
 
-def allocate_states(optimizer: torch.optim.AdamW) -> None:
-    """Allocate AdamW's moments, all zero, before step 1, so that the first step already needs all memory of a step.
+def allocate_states(model: PreTrainedModel, optimizer: torch.optim.Optimizer, name: str = "adamw") -> None:
+    """Allocate the states of the optimizer `name`, all zero, before step 1, which then already needs a step's memory.
 
     The optimizer would allocate the same ones only at its first step, after the activations are freed.
     """
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if not optimizer.state[parameter]:
-                optimizer.state[parameter] = {
-                    "step": torch.zeros((), device=parameter.device if group["fused"] else "cpu"),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
+    fused = {id(p): bool(group.get("fused")) for group in optimizer.param_groups for p in group["params"]}
+    for rule, parameters in _by_rule(model, name).items():
+        for parameter in parameters:
+            # Torch keeps counts of steps in the host's memory, unless a fused kernel reads them.
+            of_counts = parameter.device if fused[id(parameter)] else "cpu"
+            for key, shape in rule.states(tuple(parameter.shape)).items():
+                optimizer.state[parameter][key] = torch.zeros(shape, device=parameter.device if shape else of_counts)
+
+
+@dataclass(frozen=True)
+class StateSize:
+    """What a model's training holds in any case, all in float32: weights, gradients, and an optimizer's states."""
+
+    num_parameters: int
+    optimizer: str
+    optimizer_bytes: int
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, optimizer: str = "adamw") -> StateSize:
+        """The size for this model, whose parameters need no contents; counts of steps are left out."""
+        states = [
+            math.prod(shape)
+            for rule, parameters in _by_rule(model, optimizer).items()
+            for parameter in parameters
+            for shape in rule.states(tuple(parameter.shape)).values()
+            if shape
+        ]
+        return cls(int(model.num_parameters()), optimizer, 4 * sum(states))
+
+    @classmethod
+    def planned(cls, config: PretrainedConfig, optimizer: str = "adamw") -> StateSize:
+        """The size for a model of this configuration; nothing is allocated."""
+        return cls.of(model_without_contents(config), optimizer)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of the weights, and as many again for their gradients."""
+        return 4 * self.num_parameters
+
+    @property
+    def training_bytes(self) -> int:
+        """Of weights, gradients and states, whatever the batch."""
+        return 2 * self.weight_bytes + self.optimizer_bytes
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Of weights and states."""
+        return self.weight_bytes + self.optimizer_bytes
 
 
 def resolve_lr(lr: float | Literal["auto"], num_parameters: int) -> float:

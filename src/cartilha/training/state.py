@@ -42,17 +42,19 @@ class TrainingState:
     """The objects that training changes; a checkpoint saves and restores them in place."""
 
     model: PreTrainedModel
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     progress: Progress
 
     @classmethod
-    def begin(cls, model: PreTrainedModel, dtype: torch.dtype, *, lr: float, weight_decay: float) -> TrainingState:
+    def begin(
+        cls, model: PreTrainedModel, dtype: torch.dtype, *, lr: float, weight_decay: float, optimizer: str = "adamw"
+    ) -> TrainingState:
         """The state before step 1; gradients are scaled where the compute dtype is fp16."""
-        optimizer = make_optimizer(model, lr, weight_decay)
-        allocate_states(optimizer)
+        made = make_optimizer(model, lr, weight_decay, optimizer)
+        allocate_states(model, made, optimizer)
         scaler = torch.amp.GradScaler(model.device.type, enabled=dtype == torch.float16)
-        return cls(model, optimizer, scaler, Progress())
+        return cls(model, made, scaler, Progress())
 
 
 @dataclass(frozen=True)

@@ -92,11 +92,16 @@ class _LiveBytes(TorchDispatchMode):
         return result
 
 
-def count_parameters(config: PretrainedConfig) -> int:
-    """Parameters of a model of this configuration, tied ones once; nothing is allocated."""
+def model_without_contents(config: PretrainedConfig) -> PreTrainedModel:
+    """A model of this configuration whose parameters have shapes alone; nothing is allocated."""
     with FakeTensorMode():
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
-        return int(model.num_parameters())
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+        return model
+
+
+def count_parameters(config: PretrainedConfig) -> int:
+    """Parameters of a model of this configuration, tied ones once."""
+    return int(model_without_contents(config).num_parameters())
 
 
 def traced_step(config: PretrainedConfig, rows: int, row_length: int, how: Computation) -> StepBytes:

@@ -12,7 +12,8 @@ import torch
 
 from cartilha.machine.memory import free_memory_bytes
 from cartilha.machine.processes import is_main_process
-from cartilha.training.checkpoint import BYTES_PER_PARAMETER, freeze, write_checkpoint
+from cartilha.training.checkpoint import freeze, write_checkpoint
+from cartilha.training.optimizer import StateSize
 from cartilha.training.state import TrainingState
 
 log = logging.getLogger("cartilha")
@@ -85,7 +86,6 @@ class CheckpointWriter:
         self._thread.shutdown()
 
 
-def can_write_in_background(device: torch.device, num_parameters: int) -> bool:
+def can_write_in_background(device: torch.device, size: StateSize) -> bool:
     """Whether the host has room for a copy of the state; a GPU's state is copied to the host in any case."""
-    copy = BYTES_PER_PARAMETER * num_parameters
-    return device.type == "cuda" or free_memory_bytes(torch.device("cpu")) > 2 * copy
+    return device.type == "cuda" or free_memory_bytes(torch.device("cpu")) > 2 * size.checkpoint_bytes

@@ -1,0 +1,82 @@
+"""The optimizers that `--optimizer` takes by name: what makes them, and which tensors they keep for each parameter.
+
+Torch is imported where an optimizer is made, because a wrong name is refused before torch is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from cartilha.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+ADAM_BETAS = (0.9, 0.95)
+EPSILON = 1e-8  # AdamW's
+# The first is as small as a float32 square allows: torch's 1e-7 is above the mean squares of a clipped gradient. With a
+# second one of 1, steps do not shrink with the weights, so that a rate means about what it means to AdamW.
+ADAFACTOR_EPSILONS = (1e-16, 1.0)
+
+Groups = list[dict[str, Any]]  # as torch.optim takes them: `params` and `weight_decay`
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class UpdateRule:
+    """How parameters are updated, and the optimizer's states of each, so that memory and checkpoints know them.
+
+    Attributes:
+        make: The optimizer of groups of parameters, with a learning rate that the loop sets anew at each step.
+        states: Names and shapes of the float32 tensors that it keeps for a parameter of the given shape, all zero at
+            the beginning; a count of the steps is a tensor named `step` without dimensions.
+    """
+
+    make: Callable[[Groups, float], Optimizer]
+    states: Callable[[Shape], dict[str, Shape]]
+
+
+def _adamw(groups: Groups, lr: float) -> Optimizer:
+    from torch.optim import AdamW
+
+    device = next(parameter.device.type for group in groups for parameter in group["params"])
+    fused = device in ("cpu", "cuda")  # one pass over weights, gradients and states
+    return AdamW(groups, lr=lr, betas=ADAM_BETAS, eps=EPSILON, fused=fused)
+
+
+def _muon(groups: Groups, lr: float) -> Optimizer:
+    from torch.optim import Muon
+
+    return Muon(groups, lr=lr, adjust_lr_fn="match_rms_adamw")  # its steps are then as large as AdamW's
+
+
+def _adafactor(groups: Groups, lr: float) -> Optimizer:
+    from torch.optim import Adafactor
+
+    return Adafactor(groups, lr=lr, eps=ADAFACTOR_EPSILONS)
+
+
+def _factors(shape: Shape) -> dict[str, Shape]:
+    if len(shape) < 2:
+        return {"step": (), "variance": shape}
+    return {"step": (), "row_var": (*shape[:-1], 1), "col_var": (*shape[:-2], 1, shape[-1])}
+
+
+ADAMW = UpdateRule(_adamw, lambda shape: {"step": (), "exp_avg": shape, "exp_avg_sq": shape})  # arXiv:1711.05101
+MUON = UpdateRule(_muon, lambda shape: {"momentum_buffer": shape})  # arXiv:2502.16982
+ADAFACTOR = UpdateRule(_adafactor, _factors)  # arXiv:1804.04235
+
+# The rule of the matrices of hidden layers, and that of all other parameters: embeddings, head, norms and biases.
+OPTIMIZERS: dict[str, tuple[UpdateRule, UpdateRule]] = {
+    "adamw": (ADAMW, ADAMW),
+    "muon": (MUON, ADAMW),
+    "adafactor": (ADAFACTOR, ADAFACTOR),
+}
+
+
+def check_optimizer(name: str) -> None:
+    """Refuse, with a UserError, a name that is not in `OPTIMIZERS`."""
+    if name not in OPTIMIZERS:
+        raise UserError(f"There is no optimizer {name!r}; choose from {', '.join(OPTIMIZERS)}.")
