@@ -144,15 +144,17 @@ def test_totals_are_those_of_lm_evals_windows_at_half_the_stride(subject, rollin
     assert relative_error(found, rolling) > 5e-5, "the stride makes no difference here, so nothing is proved"
 
 
-def one_position_less(num_tokens: int, window: int, stride: int) -> Iterator[Window]:
+def one_position_less(*sizes: int) -> Iterator[Window]:
     """Later windows lack the oldest token of their context."""
-    for placed in document_windows(num_tokens, window, stride):
+    for placed in document_windows(*sizes):
         has_room = placed.first_input >= 0 and placed.first_input + 1 < placed.first_target
         yield replace(placed, first_input=placed.first_input + 1) if has_room else placed
 
 
-def one_window_of_another_size(change: int) -> Callable[[int, int, int], Iterator[Window]]:
-    return lambda num_tokens, window, stride: document_windows(num_tokens, window + change, stride + change)
+def one_window_of_another_size(change: int) -> Callable[..., Iterator[Window]]:
+    return lambda num_tokens, window, stride, document: document_windows(
+        num_tokens, window + change, stride + change, document
+    )
 
 
 FAULTS = {
