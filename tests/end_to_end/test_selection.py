@@ -83,6 +83,18 @@ def test_the_same_documents_whatever_the_shards_and_pieces(config, tmp_path, mon
     assert first["selection"] == second["selection"]
 
 
+@pytest.mark.parametrize("executor", ["local", "ray"])
+def test_processes_choose_the_same_documents(config, tmp_path, monkeypatch, executor):
+    if executor == "ray":
+        pytest.importorskip("ray", reason="needs the extra scale")
+    prepare(config)
+    monkeypatch.setattr(module, "INLINE_BYTES", 0)
+    other = replace(config, output=str(tmp_path / executor), executor=executor, workers=2)
+    prepare(other)
+    first, second = (TokenStore(store).info for store in (config.output, other.output))
+    assert first["files"] == second["files"] and first["selection"] == second["selection"]
+
+
 def test_a_long_document_is_weighed_in_pieces(config, tmp_path, monkeypatch):
     prepare(config)
     monkeypatch.setattr(selection, "PIECE_TOKENS", 64)
