@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from itertools import chain, pairwise
 
 import numpy as np
@@ -16,12 +17,20 @@ DOCUMENTS = st.lists(st.lists(st.integers(0, 49_151), max_size=12), min_size=1, 
 
 
 def one_by_one(document: list[int]) -> list[int]:
-    singles = [int(ngrams.buckets(np.array([token]))[0][0]) for token in document]
-    return singles + [int(ngrams.buckets(np.array(pair))[1][0]) for pair in pairwise(document)]
+    singles = [int(ngrams.token_buckets(np.array([token]))[0]) for token in document]
+    return singles + [int(ngrams.pair_buckets(np.array(pair))[0]) for pair in pairwise(document)]
 
 
 def joined(documents: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
     return np.array(list(chain(*documents)), np.uint16), np.array(list(map(len, documents)), np.int64)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def chunks_of_three_tokens() -> Iterator[None]:
+    """So that chunks begin inside documents and pairs span them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ngrams, "CHUNK_TOKENS", 3)
+        yield
 
 
 @given(DOCUMENTS)

@@ -150,7 +150,7 @@ def explain(store: TokenStore, text_hash: str, ids: np.ndarray) -> dict[str, Any
     found = table.filter(pc.equal(table["text_hash"], text_hash))
     shown = store.tokenizer().decode_each(ids)
     names = [*shown, *map("|".join, pairwise(shown))]
-    nats = ratios[np.concatenate(ngrams.buckets(ids))] / ngrams.FIXED_POINT
+    nats = ratios[np.concatenate([ngrams.token_buckets(ids), ngrams.pair_buckets(ids)])] / ngrams.FIXED_POINT
     times = Counter(zip(names, nats.tolist(), strict=True))
     by_nats = sorted((each * number, name, number) for (name, each), number in times.items())
     rows = [{"ngram": name, "nats": total, "times": number} for total, name, number in by_nats]
