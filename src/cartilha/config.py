@@ -239,7 +239,9 @@ class EvaluateConfig(ComputeOptions, ScoringOptions, ReadingOptions):
     continuations: int | None = option(
         None, "also continue this many texts: chrF, BLEU, ROUGE-L (extra eval)", minimum=2
     )
-    tasks: tuple[str, ...] = option((), "also run these lm-evaluation-harness tasks, names or YAML files (extra eval)")
+    tasks: tuple[str, ...] = option(
+        (), "also run these lm-evaluation-harness tasks: names, YAML files, or pt for those in Portuguese (extra eval)"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from cartilha.config import EvaluateConfig
 from cartilha.corpus.document import Document
 from cartilha.errors import UserError
 from cartilha.evaluation.documents import encode_documents
-from cartilha.evaluation.downstream import check_tasks, run_tasks
+from cartilha.evaluation.downstream import GROUPS, check_tasks, expand, run_tasks
 from cartilha.evaluation.nll import score_documents
 from cartilha.evaluation.scorer import Scorer
 from cartilha.evaluation.windows import Protocol
@@ -82,3 +82,8 @@ def test_accuracy_is_that_of_our_own_scores(task, monkeypatch, tmp_path, capfd):
 def test_a_task_file_that_is_not_there():
     with pytest.raises(UserError, match=r"no task file nada\.yaml"):
         preflight(EvaluateConfig(model=("random:tiny",), input=("primer",), tasks=("nada.yaml",)))
+
+
+def test_a_language_stands_for_tasks_that_the_harness_has():
+    assert expand(["pt", "xwinograd_pt", "hellaswag"]) == [*GROUPS["pt"], "hellaswag"]
+    check_tasks(["pt"])

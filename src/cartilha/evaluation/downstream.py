@@ -19,9 +19,31 @@ from cartilha.tokens.tokenizer import TextTokenizer
 log = logging.getLogger("cartilha")
 
 
+# What a language's code stands for: tasks in that language whose answers are chosen by likelihood, so that a base model
+# can be measured. Changing a list changes what results mean: then its number in docs/measures.md rises.
+GROUPS = {
+    "pt": (
+        "multiblimp_por",
+        "lambada_openai_mt_stablelm_pt",
+        "xwinograd_pt",
+        "assin2_rte",
+        "assin_entailment",
+        "assin_paraphrase",
+        "belebele_por_Latn",
+        "include_base_44_portuguese",
+        "global_mmlu_pt",
+    )
+}
+
+
+def expand(tasks: Sequence[str]) -> list[str]:
+    """The tasks, with those of a language in the place of its code; each once."""
+    return list(dict.fromkeys(task for name in tasks for task in GROUPS.get(name, (name,))))
+
+
 def check_tasks(tasks: Sequence[str]) -> None:
     """Refuse tasks that the harness does not have, before any model is loaded."""
-    named = [task for task in tasks if not _is_file(task)]
+    named = [task for task in expand(tasks) if not _is_file(task)]
     if not named:
         return
     from lm_eval.tasks import TaskManager
@@ -45,6 +67,7 @@ def run_tasks(loaded: LoadedModel, tokenizer: TextTokenizer, tasks: Sequence[str
     """
     if not tasks:
         return None
+    tasks = expand(tasks)
     import lm_eval
     import lm_eval.evaluator
     from lm_eval.models.huggingface import HFLM
