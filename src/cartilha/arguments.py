@@ -29,6 +29,7 @@ NAMES_ELSEWHERE = {
     "lr": "learning_rate",
     "max_new_tokens": "max_length max_tokens",
     "micro_batch_size": "batch_size per_device_batch_size per_device_train_batch_size",
+    "mix": "weights probabilities interleave_probs",
     "model": "model_id model_name model_name_or_path pretrained_model_name_or_path tokenizer_name",
     "output": "output_dir",
     "resume": "resume_from_checkpoint",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -37,8 +38,12 @@ class BlockSampler:
         first = self.stream(0)
         self.blocks_per_epoch = len(first)
         self.steps_per_epoch = -(-self.blocks_per_epoch // blocks_per_step)
-        self.targets_per_epoch = first.num_targets
         self.padding_share = first.padding_share
+
+    @cached_property
+    def targets_per_epoch(self) -> int:
+        """Scored targets of an epoch."""
+        return self.stream(0).num_targets
 
     def stream(self, epoch: int) -> PackedStream:
         """The packed stream of an epoch; the one used last is kept."""
@@ -54,14 +59,17 @@ class BlockSampler:
         first = index * self.blocks_per_step
         return StepPosition(epoch, first, min(self.blocks_per_step, self.blocks_per_epoch - first))
 
+    def _stream_of(self, step: int) -> PackedStream:
+        return self.stream(self.position(step).epoch)
+
     def num_targets(self, step: int) -> int:
         """Scored targets of a step, summed over all ranks."""
-        epoch, first, num_blocks = self.position(step)
-        return self.stream(epoch).targets_in(first, num_blocks)
+        _, first, num_blocks = self.position(step)
+        return self._stream_of(step).targets_in(first, num_blocks)
 
     def blocks(self, step: int, rank: int = 0, num_ranks: int = 1) -> list[Block]:
         """One rank's share of the step's blocks; the shares in the order of the ranks are the whole step."""
-        epoch, first, num_blocks = self.position(step)
-        stream = self.stream(epoch)
+        _, first, num_blocks = self.position(step)
+        stream = self._stream_of(step)
         begin, past = (first + r * num_blocks // num_ranks for r in (rank, rank + 1))
         return [stream.block(index) for index in range(begin, past)]

@@ -92,7 +92,9 @@ def _fresh_start(subject: Subject) -> dict[str, float]:
 def _beside_unigram(subject: Subject) -> tuple[float, float]:
     """Perplexities of the model and of a unigram model of the training text, on the same held-out tokens."""
     scored, store = _sample(subject), subject.store
-    tokens = store.tokens("train") if store is not None else subject.stream(subject.training, 2).documents.tokens
+    tokens = (
+        store.tokens("train") if store is not None else np.asarray(subject.stream(subject.training, 2).documents.tokens)
+    )
     unigram = unigram_nll(token_counts(tokens, len(head_of(subject.model).weight)), scored.ids)
     num_tokens = scored.num_tokens.sum()
     return perplexity(_nll(subject, torch.float32).sum() / num_tokens), perplexity(unigram.sum() / num_tokens)

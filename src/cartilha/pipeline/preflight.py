@@ -150,6 +150,10 @@ def _train(config: configs.TrainConfig) -> None:
     if is_main_process():  # the others may come when the first has begun to write there
         check_output(output, resume)
     _check_places(config)
+    if config.mix or config.mix_end:
+        from cartilha.runs.sources import check_sources  # with pyarrow, which not every command needs
+
+        check_sources(config)
 
 
 def _plan(config: configs.PlanConfig) -> None:

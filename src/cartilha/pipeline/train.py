@@ -164,6 +164,10 @@ def _announce(run: Run) -> None:
         *(run.config.model, run.loaded.num_parameters / 1e6, step, blocks, run.plan.micro_batch_size),
         *(run.settings["dtype"], run.loaded.model.device.type, schedule.peak_lr),
     )
+    if run.mix is not None:
+        log.info("An epoch is %s, in which --store is read once.", counted(sampler.steps_per_epoch, "step"))
+        run.mix.announce(schedule.num_steps, sampler.tokens_per_step)
+        return
     log.info(
         "An epoch is %s: %s, %s, %.2f %% padding.",
         *(counted(getattr(sampler, f"{noun}s_per_epoch"), noun) for noun in ("step", "block", "target")),
@@ -216,7 +220,7 @@ class _LogBook:
         total = self.measure(f"Validation after epoch {step.epoch}").total
         validation_loss = total.nll / total.num_tokens
         row = {"epoch": step.epoch, "train_loss": train_loss, "validation_loss": validation_loss, "seconds": seconds}
-        self.record.update(epochs=[*self.record.values["epochs"], row])
+        self.record.update(epochs=[*self.record.values["epochs"], row], **self.run.sources)
         return validation_loss
 
     def finish(self) -> None:
@@ -240,6 +244,7 @@ class _LogBook:
             tokens=progress.tokens,
             seconds=progress.seconds,
             memory_bytes=peak_memory_bytes(run.loaded.model.device.type),
+            **run.sources,
             notices=record.notices,
         )
         if not is_main_process():

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from cartilha.blocks.mixing import MixtureSampler
 from cartilha.blocks.sampler import BlockSampler
 from cartilha.config import Count, GenerateConfig, TrainConfig
 from cartilha.console import log
@@ -23,6 +24,7 @@ from cartilha.model.configuration import model_config
 from cartilha.model.load import LoadedModel, load_model, weights_hash
 from cartilha.model.recomputation import checkpoint_layers
 from cartilha.runs.files import read_results, read_status
+from cartilha.runs.sources import Mix, identities, sources_of
 from cartilha.runs.step_plan import RunPlan, StepShape, plan_run, refuse_beyond_context, this_machine
 from cartilha.tokens.store import TokenStore, tokenizer_for
 from cartilha.tokens.store_checks import read_store_info
@@ -58,6 +60,7 @@ class Run:
     validation: ScoredDocuments
     prompts: GenerateConfig
     settings: dict[str, Any]
+    mix: Mix | None = None  # where the run reads more than its store
 
     @property
     def loaded(self) -> LoadedModel:
@@ -68,6 +71,14 @@ class Run:
     def step(self) -> int:
         """Steps taken so far."""
         return self.state.progress.step
+
+    @property
+    def sources(self) -> dict[str, Any]:
+        """What was read of each source of a mixture so far, for the run's record; empty where nothing is mixed."""
+        if self.mix is None:
+            return {}
+        assert isinstance(self.sampler, MixtureSampler)
+        return {"sources": self.mix.rows(self.sampler, self.step)}
 
     @property
     def disk_space(self) -> tuple[int, int]:
@@ -105,7 +116,7 @@ def is_finished_as_asked(config: TrainConfig, path: Path) -> bool:
 def _schedule(config: TrainConfig, num_parameters: int, steps_per_epoch: int) -> Schedule:
     lr = resolve_lr(config.lr, num_parameters)
     return Schedule(
-        num_steps=config.max_steps or config.epochs * steps_per_epoch,
+        num_steps=_num_steps(config, steps_per_epoch),
         peak_lr=lr,
         warmup_fraction=config.warmup_fraction,
         final_lr_fraction=config.final_lr_fraction,
@@ -121,6 +132,10 @@ def _recorded(settings: dict[str, Any]) -> dict[str, Any]:
     return {**TrainConfig().deciding_values(), **settings}
 
 
+def _num_steps(config: TrainConfig, steps_per_epoch: int) -> int:
+    return config.max_steps or config.epochs * steps_per_epoch
+
+
 def _begun_with(config: TrainConfig, recorded: dict[str, Any]) -> Count:
     """The tokens per step that are asked for; `auto` means those that the run began with, in blocks of that size."""
     is_open = config.batch_tokens == "auto" and recorded.get("block_size") == config.block_size
@@ -131,8 +146,9 @@ def _asked(config: TrainConfig, schedule: Schedule) -> dict[str, Any]:
     """The settings that a resume must find unchanged, as far as model and text do not decide them."""
     resolved = ("num_steps", "time_budget_s", "embeddings_first", "embeddings_lr")
     asked = config.deciding_values() | {name: getattr(schedule, name) for name in resolved}
-    del asked["time_budget"]
-    return {**asked, "lr": schedule.peak_lr}
+    for name in ("time_budget", "mix", "mix_end", "mix_end_fraction"):
+        del asked[name]
+    return {**asked, **identities(config), "lr": schedule.peak_lr}
 
 
 def assemble(config: TrainConfig, path: Path, prompts: GenerateConfig, resume: bool) -> Run:
@@ -155,12 +171,7 @@ def assemble(config: TrainConfig, path: Path, prompts: GenerateConfig, resume: b
     seed_everything(config.seed)
     loaded = _load(config, tokenizer, device)
     scorer = make_scorer(loaded, tokenizer, dtype)
-    sampler = BlockSampler(
-        store.packed("train"),
-        block_size=config.block_size,
-        blocks_per_step=batch_tokens // config.block_size,
-        seed=config.seed,
-    )
+    mix, sampler = _text(config, store, batch_tokens)
     schedule = _schedule(config, loaded.num_parameters, sampler.steps_per_epoch)
     settings = {
         **_asked(config, schedule),
@@ -183,7 +194,20 @@ def assemble(config: TrainConfig, path: Path, prompts: GenerateConfig, resume: b
     chosen = validation_subset(held_out, store.documents("validation").num_tokens.tolist(), config.validation_tokens)
     validation = encode_documents(chosen, tokenizer)
     plan = _plan(config, scorer, sampler, schedule, state.progress.micro_batch_size)
-    return Run(config, path, store, scorer, sampler, schedule, plan, state, validation, prompts, settings)
+    return Run(config, path, store, scorer, sampler, schedule, plan, state, validation, prompts, settings, mix)
+
+
+def _text(config: TrainConfig, store: TokenStore, batch_tokens: int) -> tuple[Mix | None, BlockSampler]:
+    """What is read, and the blocks of each step of it."""
+    size, blocks = config.block_size, batch_tokens // config.block_size
+    sources = sources_of(config)
+    if not sources:
+        return None, BlockSampler(store.packed("train"), block_size=size, blocks_per_step=blocks, seed=config.seed)
+    mix = Mix.open(sources, store)
+    if config.mix_end:
+        num_steps = _num_steps(config, -(-mix.documents.epoch_size // batch_tokens))
+        mix = mix.ending(num_steps, config.mix_end_fraction, batch_tokens)
+    return mix, MixtureSampler(mix.documents, block_size=size, blocks_per_step=blocks, seed=config.seed)
 
 
 def _load(config: TrainConfig, tokenizer: TextTokenizer, device: torch.device) -> LoadedModel:
@@ -259,6 +283,7 @@ def facts(run: Run) -> dict[str, Any]:
         },
         "corpus": corpus,
         **({"selection": store.info["selection"]} if "selection" in store.info else {}),
+        **run.sources,
         "packing": {
             "num_blocks": sampler.blocks_per_epoch,
             "steps_per_epoch": sampler.steps_per_epoch,

@@ -13,6 +13,22 @@ def joined(ids: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([np.zeros(0, np.uint32), *ids]), np.fromiter(map(len, ids), np.int64, len(ids))
 
 
+class JoinedTokens:
+    """Arrays of tokens, such as the memory-mapped ones of several stores, read as if they were one.
+
+    A slice must lie within one of them, as every document does.
+    """
+
+    def __init__(self, arrays: Sequence[np.ndarray]) -> None:
+        self._arrays = tuple(arrays)
+        self.starts = np.cumsum([0, *map(len, arrays)])[:-1]  # of each array
+
+    def __getitem__(self, span: slice) -> np.ndarray:
+        number = int(np.searchsorted(self.starts, span.start, side="right")) - 1
+        start = int(self.starts[number])
+        return self._arrays[number][span.start - start : span.stop - start]
+
+
 @dataclass(frozen=True)
 class PackedDocuments:
     """The documents of a packed stream: a split of a store, or documents that were just tokenized.
@@ -21,7 +37,7 @@ class PackedDocuments:
     document is never a target, and the end after it always is.
     """
 
-    tokens: np.ndarray
+    tokens: np.ndarray | JoinedTokens
     start: np.ndarray
     num_tokens: np.ndarray
     prefix_id: int
@@ -32,6 +48,14 @@ class PackedDocuments:
         """The token ids of each document, joined in the order given."""
         tokens, lengths = joined(documents)
         return cls(tokens, np.cumsum(lengths) - lengths, lengths, prefix_id, end_id)
+
+    @classmethod
+    def joined(cls, parts: Sequence[PackedDocuments]) -> PackedDocuments:
+        """The documents of all parts, one part after another; the parts have the same prefix and end ids."""
+        tokens = JoinedTokens([np.asarray(part.tokens) for part in parts])
+        starts = [part.start + start for part, start in zip(parts, tokens.starts, strict=True)]
+        lengths = np.concatenate([part.num_tokens for part in parts])
+        return cls(tokens, np.concatenate(starts), lengths, parts[0].prefix_id, parts[0].end_id)
 
     def __len__(self) -> int:
         return len(self.start)

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cartilha.corpus.document import Document
@@ -82,6 +84,11 @@ class TokenStore:
         """Labels of the split's documents from number `first` on, by name."""
         path = self.path / f"{split}.documents.parquet"
         return dict(pq.read_table(path, columns=list(names)).slice(first).to_pydict())
+
+    def where(self, split: Split, name: str, values: Sequence[str]) -> np.ndarray:
+        """Which of the split's documents have one of these values as their label `name`: booleans."""
+        labels = pq.read_table(self.path / f"{split}.documents.parquet", columns=[name])[name]
+        return np.asarray(pc.is_in(labels, value_set=pa.array(values, pa.string())))
 
     def read_documents(self, split: Split, first: int = 0) -> Iterator[Document]:
         """The documents of a split from number `first` on, streamed; training text is decoded from its tokens."""

@@ -1,0 +1,165 @@
+"""`train --mix`: several stores and domains in shares; resumed to the bit; what cannot be mixed is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import FLAGS, Left, assert_same_run, start, terminate
+
+from cartilha.config import PrepareConfig
+from cartilha.errors import InterruptedRunError, UserError
+from cartilha.pipeline.prepare import prepare
+from cartilha.tokens.store import TokenStore
+
+
+@pytest.fixture(scope="module")
+def english(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of twelve documents, of two domains."""
+    folder = tmp_path_factory.mktemp("english")
+    rows = [
+        {"text": f"The {n} " + "cat sat on the mat " * (1 + n % 3), "domain": ["news", "wiki"][n % 2]}
+        for n in range(12)
+    ]
+    (folder / "en.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepare(PrepareConfig(input=(str(folder / "en.jsonl"),), model="random:tiny", output=str(folder / "store")))
+    return folder / "store"
+
+
+@pytest.fixture(scope="module")
+def settings(english: Path) -> dict[str, Any]:
+    """Three sources, whose shares change after step 7 of 12."""
+    news = f"{english}::news"
+    mixture = {"mix": (f"{english}=0.25", f"{news}=5%"), "mix_end": (f"{news}=0.5",), "mix_end_fraction": 0.4}
+    return {**mixture, "max_steps": 12, "checkpoint_steps": 3, "keep_last": 9, "keep_optimizer": True}
+
+
+@pytest.fixture(scope="module")
+def mixed(store: Path, settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Left:
+    path = tmp_path_factory.mktemp("mixed") / "run"
+    start(store, path, **settings)
+    return Left(path)
+
+
+def test_the_record_has_each_source_with_what_was_read_of_it_in_its_share(mixed, store, english):
+    rows = mixed.results["sources"]
+    assert [(row["store"], row["domain"]) for row in rows] == [
+        (str(store), None),
+        (str(english), None),
+        (str(english), "news"),
+    ]
+    assert [row["share"] for row in rows] == [0.7, 0.25, 0.05]
+    assert [row["end_share"] for row in rows] == [0.5, 0, 0.5]
+    counts = TokenStore(english).counts["train"]
+    assert rows[1]["num_documents"] + rows[2]["num_documents"] == counts.num_documents
+    assert rows[1]["num_tokens"] + rows[2]["num_tokens"] == counts.num_tokens
+    assert sum(row["tokens_read"] for row in rows) == 12 * 128
+    longest = max(TokenStore(path).documents("train").num_tokens.max() for path in (store, english)) + 2
+    for row in rows:
+        due = 128 * (7 * row["share"] + 5 * row["end_share"])
+        assert abs(row["tokens_read"] - due) <= longest
+        assert row["passes"] == pytest.approx(row["tokens_read"] / (row["num_tokens"] + 2 * row["num_documents"]))
+    assert mixed.results["corpus"]["num_train_tokens"] == TokenStore(store).counts["train"].num_tokens
+    assert rows[2]["passes"] > 1
+    assert any(f"{english}::news is used up after step" in notice for notice in mixed.results["notices"])
+
+
+@pytest.mark.parametrize("step", [2, 8])
+def test_interrupted_and_resumed_equals_unbroken(mixed, store, settings, tmp_path, during_step, step):
+    during_step({step: terminate})
+    with pytest.raises(InterruptedRunError):
+        start(store, tmp_path / "run", **settings)
+    start(store, tmp_path / "run", **settings, resume="auto")
+    run = Left(tmp_path / "run")
+    assert run.results["resumed_from_step"] == [step]
+    assert_same_run(run, mixed)
+    assert run.results["sources"] == mixed.results["sources"]
+
+
+def test_a_resume_needs_the_same_texts_in_the_same_shares_wherever_they_lie(mixed, store, english, settings, tmp_path):
+    shutil.copytree(mixed.path, tmp_path / "run")
+    moved = shutil.copytree(english, tmp_path / "moved")
+    changed = {
+        name: [entry.replace(str(english), str(moved)) for entry in settings[name]] for name in ("mix", "mix_end")
+    }
+    start(store, tmp_path / "run", **{**settings, **changed}, resume="auto")  # there is nothing to do
+    with pytest.raises(UserError, match=r"cannot go on with other settings.*mix was"):
+        start(store, tmp_path / "run", **{**settings, "mix": (f"{english}=0.3",)}, resume="auto")
+    with pytest.raises(UserError, match=r"cannot go on with other settings.*mix_end_fraction was 0\.4, now 0.5"):
+        start(store, tmp_path / "run", **{**settings, "mix_end_fraction": 0.5}, resume="auto")
+    with pytest.raises(UserError, match=r"cannot go on with other settings.*mix was"):
+        start(store, tmp_path / "run", max_steps=12, resume="auto")
+    shutil.rmtree(moved)
+    start(store, tmp_path / "run", **{**settings, **changed}, resume="auto")  # as after any other removed store
+
+
+def test_domains_of_one_store_alone_are_mixed(english, tmp_path):
+    halves = (f"{english}::news=0.5", f"{english}::wiki=0.5")
+    result = start(english, tmp_path / "run", mix=halves, epochs=2, skip_checks=True)  # the texts are near-duplicates
+    news, wiki = result["sources"]
+    assert (news["domain"], wiki["domain"]) == ("news", "wiki")
+    steps = result["packing"]["steps_per_epoch"]
+    assert result["steps"] == 2 * steps
+    counts = TokenStore(english).counts["train"]
+    assert steps == -(-(counts.num_tokens + 2 * counts.num_documents) // 128)  # both together are read once
+
+
+def test_what_the_first_store_holds_out_is_not_read_from_another(store, corpus, tmp_path):
+    other = tmp_path / "other"
+    prepare(PrepareConfig(input=(str(corpus),), model="random:tiny", output=str(other), validation_first=1))
+    held_out = set(TokenStore(store).labels("validation", ("text_hash",))["text_hash"])
+    known = held_out & set(TokenStore(other).labels("train", ("text_hash",))["text_hash"])
+    assert known
+    result = start(store, tmp_path / "run", mix=(f"{other}=0.5",), max_steps=1)
+    assert result["sources"][1]["num_left_out"] == len(known)
+    assert result["sources"][1]["num_documents"] == TokenStore(other).counts["train"].num_documents - len(known)
+    assert any("held out by --store for validation, and therefore not read" in one for one in result["notices"])
+
+
+def test_a_run_of_one_store_records_no_sources(unbroken):
+    assert "sources" not in unbroken.results
+
+
+BAD = {
+    "{en}": "--mix takes STORE=SHARE or STORE::DOMAIN=SHARE, such as english=0.05, not '{en}'.",
+    "{en}=much": "A share of --mix is a number above 0, at most 1, such as 0.05 or 5%, not '{en}=much'.",
+    "{en}=0": "A share of --mix is a number above 0, at most 1, such as 0.05 or 5%, not '{en}=0'.",
+    "{en}=0.6 {pt}=0.6": "The shares of --mix add up to 1.2 and not to 1; correct one of them, or",
+    "{en}=0.05 {pt}=0.9": "The shares of --mix add up to 0.95 and not to 1; correct one of them, or leave out",
+    "{en}=1": "The shares of --mix leave nothing for --store {pt}, whose reading is an epoch.",
+    "{en}=0.1 {en}/.=0.2": "--mix names {en}/. twice; give it one share.",
+    "nowhere=0.1": "nowhere does not exist; make one with: cartilha prepare",
+    "{en}::blog=0.1": "The store {en} has no training documents of the domain 'blog'; it has news, wiki.",
+    "{en}::news=0.1 {en}::wiki=0.1 {en}=0.1": "The source {en} has no training documents of its own; leave it out.",
+}
+
+
+@pytest.mark.parametrize("mix", BAD)
+def test_what_cannot_be_mixed_is_refused(refused, store, english, tmp_path, mix):
+    stores = {"pt": store, "en": english}
+    words = [word.format_map(stores) for word in mix.split()]
+    said = refused("train", *FLAGS, "--store", store, "--output", tmp_path / "run", "--mix", *words)
+    assert said.startswith(BAD[mix].format_map(stores))
+    assert not (tmp_path / "run").exists()
+
+
+def test_stores_that_do_not_go_together_are_refused(refused, store, english, corpus, opt_tokenizer, tmp_path):
+    arguments = ["train", *FLAGS, "--store", store, "--output", tmp_path / "run"]
+    copy = shutil.copytree(english, tmp_path / "copy")
+    assert "hold the same training text; name it once." in refused(*arguments, "--mix", f"{english}=0.1", f"{copy}=0.1")
+    prepare(PrepareConfig(input=(str(corpus),), model=str(opt_tokenizer), output=str(tmp_path / "opt")))
+    assert "were made with different tokenizers" in refused(*arguments, "--mix", f"{tmp_path}/opt=0.1")
+    said = refused(*arguments, "--mix_end", f"{english}=0.1", "--time_budget", "1m")
+    assert said.startswith("--mix_end needs to know the last step")
+    assert "--mix_end_fraction must be between 0 and 1" in refused(*arguments, "--mix_end_fraction", "2")
+
+
+def test_what_is_planned_of_each_source_is_said_before_step_1(cartilha, store, english, tmp_path):
+    arguments = ["--store", store, "--output", tmp_path / "run", "--mix", f"{english}=0.5", "--max_steps", 1]
+    outcome = cartilha("train", *FLAGS, *arguments)
+    assert outcome.code == 0
+    assert f"Source {store} (" in outcome.err and "): 50 % of the tokens, " in outcome.err
+    assert "An epoch is " in outcome.err and "in which --store is read once" in outcome.err
