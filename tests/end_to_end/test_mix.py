@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from runs import FLAGS, Left, assert_same_run, start, terminate
 
-from cartilha.config import PrepareConfig
+from cartilha.config import PrepareConfig, ReportConfig
 from cartilha.errors import InterruptedRunError, UserError
 from cartilha.pipeline.prepare import prepare
+from cartilha.pipeline.report import report
 from cartilha.tokens.store import TokenStore
 
 
@@ -44,7 +45,7 @@ def mixed(store: Path, settings: dict[str, Any], tmp_path_factory: pytest.TempPa
     return Left(path)
 
 
-def test_the_record_has_each_source_with_what_was_read_of_it_in_its_share(mixed, store, english):
+def test_the_record_has_each_source_with_what_was_read_of_it_in_its_share(mixed, store, english, tmp_path):
     rows = mixed.results["sources"]
     assert [(row["store"], row["domain"]) for row in rows] == [
         (str(store), None),
@@ -64,6 +65,11 @@ def test_the_record_has_each_source_with_what_was_read_of_it_in_its_share(mixed,
         assert row["passes"] == pytest.approx(row["tokens_read"] / (row["num_tokens"] + 2 * row["num_documents"]))
     assert mixed.results["corpus"]["num_train_tokens"] == TokenStore(store).counts["train"].num_tokens
     assert rows[2]["passes"] > 1
+    page = report(ReportConfig(runs=(str(mixed.path),), output=str(tmp_path / "report.html"), language="en"))
+    assert f"{english}::news</td>" in Path(page.report).read_text(encoding="utf-8")
+    card = (mixed.path / "model" / "README.md").read_text(encoding="utf-8")
+    shown = f"| {rows[2]['documents_read']} | {rows[2]['tokens_read']:,} | {rows[2]['passes']:.2f} |"
+    assert f"| {english.parent.name}/store::news {shown}\n" in card and str(english) not in card
     assert any(f"{english}::news is used up after step" in notice for notice in mixed.results["notices"])
 
 
@@ -163,3 +169,13 @@ def test_what_is_planned_of_each_source_is_said_before_step_1(cartilha, store, e
     assert outcome.code == 0
     assert f"Source {store} (" in outcome.err and "): 50 % of the tokens, " in outcome.err
     assert "An epoch is " in outcome.err and "in which --store is read once" in outcome.err
+
+
+def test_a_job_refuses_a_mixture_before_it_prepares_anything(refused, english, corpus, tmp_path):
+    train = f"train:\n  mix: ['{english}=0.6', nowhere=0.1]\n"
+    job = f"model: random:tiny\noutput: {tmp_path}/job\nprepare:\n  input: ['{corpus}']\n{train}"
+    (tmp_path / "recipe.yaml").write_text(job)
+    assert "nowhere does not exist" in refused("run", tmp_path / "recipe.yaml")
+    said = refused("run", tmp_path / "recipe.yaml", "--train.mix", f"{english}=2")
+    assert said.startswith("A share of --train.mix is a number above 0, at most 1")
+    assert not (tmp_path / "job").exists()

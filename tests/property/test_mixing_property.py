@@ -50,7 +50,7 @@ TURN = mixed([[3, 5, 2], [4, 4], [200, 1]], [9, 1, 0], [0, 1, 9], 150)
 def test_no_source_is_further_than_a_document_from_its_share_wherever_the_stream_is_cut(mixture, seed):
     longest_of_all = max(mixture.documents.num_tokens) + 2
     taken, position = [0] * len(mixture.rates), 0
-    for document, source, length in islice(mixture.order(seed), 400):
+    for document, source, length in islice(mixture.order(seed), 200):
         assert document in mixture.members[source] and length == mixture.documents.num_tokens[document] + 2
         taken[source] += length
         position += length
@@ -63,7 +63,7 @@ def test_no_source_is_further_than_a_document_from_its_share_wherever_the_stream
 @example(TURN, 0)
 def test_a_source_is_read_whole_before_it_begins_again(mixture, seed):
     read = [[] for _ in mixture.members]
-    for document, source, _ in islice(mixture.order(seed), 400):
+    for document, source, _ in islice(mixture.order(seed), 200):
         read[source].append(document)
     for number, (members, documents) in enumerate(zip(mixture.members, read, strict=True)):
         for begin in range(0, len(documents) - len(members) + 1, len(members)):
@@ -107,6 +107,13 @@ def test_a_mixture_of_one_source_is_that_source_as_it_is_read_alone(lengths, blo
     for step in range(whole):
         for one, other in zip(ours.blocks(step), alone.blocks(step), strict=True):
             assert one.input_ids.tolist() == other.input_ids.tolist() and one.targets.tolist() == other.targets.tolist()
+
+
+def test_a_source_begins_again_in_another_order_and_sources_of_one_size_have_orders_of_their_own():
+    mixture = mixed([[1] * 20, [1] * 20], [1, 1])
+    first, second = ([d for d, s, _ in islice(mixture.order(4), 80) if s == source] for source in (0, 1))
+    orders = [first[:20], first[20:], [d - 20 for d in second[:20]], [d - 20 for d in second[20:]]]
+    assert len(set(map(tuple, orders))) == 4
 
 
 def test_an_epoch_reads_the_first_source_once():

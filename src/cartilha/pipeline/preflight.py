@@ -140,6 +140,7 @@ def _job(config: configs.RunConfig) -> None:
     read_request(prepare)
     _check_places(config)
     _check_batch(config.train)
+    _check_mix(replace(config.train, store=prepare.output))
     check_decoding(config.generate)
 
 
@@ -150,6 +151,10 @@ def _train(config: configs.TrainConfig) -> None:
     if is_main_process():  # the others may come when the first has begun to write there
         check_output(output, resume)
     _check_places(config)
+    _check_mix(config)
+
+
+def _check_mix(config: configs.TrainConfig) -> None:
     if config.mix or config.mix_end:
         from cartilha.runs.sources import check_sources  # with pyarrow, which not every command needs
 

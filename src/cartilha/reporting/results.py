@@ -114,6 +114,9 @@ SELECTION = record(
     highest=many(record(doc_id=text, weight=number, begins=text)),
     lowest=many(record(doc_id=text, weight=number, begins=text)),
 )
+SOURCE = record(
+    store=text, domain=text, share=number, end_share=number, documents_read=integer, tokens_read=integer, passes=number
+)
 RUN = record(
     name=text,
     status=lambda value: value if value in STATUSES else "unknown",
@@ -125,6 +128,7 @@ RUN = record(
     epochs=many(record(epoch=integer, train_loss=number, validation_loss=number, seconds=number)),
     samples=many(record(step=integer, prompt=text, text=text, mode=text)),
     comparison=lambda value: COMPARISON(value) if isinstance(value, dict) else None,
+    sources=many(SOURCE),
     selection=lambda value: SELECTION(value) if isinstance(value, dict) else None,
     plan=record(micro_batch_size=integer, memory_bytes=integer, available_bytes=integer, tokens_per_second=number),
     tokens_per_second=number,

@@ -106,7 +106,8 @@ def model_card(results: dict[str, Any]) -> str:
 ({counted(corpus["num_train_tokens"], "token")}; {counted(results["tokens"], "target")} seen). /
 `{shown}`, treinado adiante com o Cartilha em {documents}.
 
-{_chosen(results.get("selection"))}| held-out text / texto de validação | before / antes | after / depois |
+{_chosen(results.get("selection")) + _mixed(results.get("sources"))}\
+| held-out text / texto de validação | before / antes | after / depois |
 |---|---|---|
 | perplexity / perplexidade | {before["perplexity"]:.2f} | {after["perplexity"]:.2f} |
 | bits per byte / bits por byte | {_number(before["bits_per_byte"])} | {_number(after["bits_per_byte"])} |
@@ -143,6 +144,19 @@ def _chosen(selection: dict[str, Any] | None) -> str:
         f"The documents were chosen {how}: {sizes[0]} of {sizes[1]}. /\n"
         f"Os documentos foram escolhidos {como}: {sizes[0]} de {sizes[1]}.\n\n"
     )
+
+
+def _mixed(sources: list[dict[str, Any]] | None) -> str:
+    """What was read of each source of a mixture, if it was one; of a store's place only the end is published."""
+    if not sources:
+        return ""
+    rows = [
+        f"| {'/'.join(Path(row['store']).parts[-2:])}{'::' + row['domain'] if row['domain'] else ''} "
+        f"| {row['documents_read']:,} | {row['tokens_read']:,} | {row['passes']:.2f} |\n"
+        for row in sources
+    ]
+    head = "| source / fonte | documents read / documentos lidos | tokens | times read / vezes que foi lida |\n"
+    return f"{head}|---|---|---|---|\n{''.join(rows)}\n"
 
 
 def _number(value: float | None) -> str:

@@ -104,19 +104,25 @@ def _share(text: str, option: str, entry: str) -> Fraction:
 
 
 def check_sources(config: TrainConfig) -> None:
-    """Refuse, with a UserError, what shares, stores and the other options show to be wrong."""
+    """Refuse, with a UserError, what shares, stores and the other options show to be wrong.
+
+    The store of a job need not be there yet.
+    """
     sources = sources_of(config)
     if config.mix_end and config.time_budget:
         raise UserError(
             "--mix_end needs to know the last step, which a --time_budget leaves open; give --max_steps instead."
         )
-    fingerprint = read_store_info(Path(config.store))["tokenizer_fingerprint"]
     seen: dict[tuple[str, str | None], str] = {}
+    tokenizers: dict[str, str] = {}
     for source in sources:
+        if _is_of(source, config.store) and not Path(config.store).exists():
+            continue
         info = read_store_info(Path(source.store))
-        if info["tokenizer_fingerprint"] != fingerprint:
+        other = tokenizers.setdefault(info["tokenizer_fingerprint"], source.store)
+        if len(tokenizers) > 1:
             raise UserError(
-                f"The stores {config.store} and {source.store} were made with different tokenizers; "
+                f"The stores {next(iter(tokenizers.values()))} and {other} were made with different tokenizers; "
                 "prepare one of them again with the --model of the other."
             )
         other = seen.setdefault((info["splits"]["train"]["corpus_hash"], source.domain), source.name)
