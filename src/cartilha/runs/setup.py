@@ -146,7 +146,7 @@ def _asked(config: TrainConfig, schedule: Schedule) -> dict[str, Any]:
     """The settings that a resume must find unchanged, as far as model and text do not decide them."""
     resolved = ("num_steps", "time_budget_s", "embeddings_first", "embeddings_lr")
     asked = config.deciding_values() | {name: getattr(schedule, name) for name in resolved}
-    for name in ("time_budget", "mix", "mix_end", "mix_end_fraction"):
+    for name in ("time_budget", "mix", "mix_end"):
         del asked[name]
     return {**asked, **identities(config), "lr": schedule.peak_lr}
 

@@ -130,24 +130,20 @@ def check_sources(config: TrainConfig) -> None:
             raise UserError(f"{other} and {source.name} hold the same training text; name it once.")
 
 
-def identities(config: TrainConfig) -> dict[str, Any]:
-    """The options of the mixture as a resume compares them: with the hashes of the texts instead of their places.
+def identities(config: TrainConfig) -> dict[str, list[str]]:
+    """`--mix` and `--mix_end` as a resume compares them: with the hashes of the texts instead of their places.
 
-    An option that is not given is None, as in the records of runs from before there was one. Nothing is compared if a
-    store has been removed since.
+    Nothing is compared if a store has been removed since.
     """
-    asked: dict[str, Any] = dict.fromkeys(("mix", "mix_end", "mix_end_fraction"))
     sources = sources_of(config)
     if not all((Path(source.store) / "store.json").is_file() for source in sources):
         return {}
     hashes = {s.store: read_store_info(Path(s.store))["splits"]["train"]["corpus_hash"][:12] for s in sources}
     names = [f"{s.domain or 'text'} of {hashes[s.store]}" for s in sources]
-    if config.mix:
-        asked["mix"] = [f"{name}: {s.share}" for name, s in zip(names, sources, strict=True)]
-    if config.mix_end:
-        asked["mix_end"] = [f"{name}: {s.end_share}" for name, s in zip(names, sources, strict=True)]
-        asked["mix_end_fraction"] = config.mix_end_fraction
-    return asked
+    return {
+        "mix": [f"{name}: {s.share}" for name, s in zip(names, sources, strict=True) if config.mix],
+        "mix_end": [f"{name}: {s.end_share}" for name, s in zip(names, sources, strict=True) if config.mix_end],
+    }
 
 
 @dataclass(frozen=True)
