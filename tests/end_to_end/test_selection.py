@@ -59,7 +59,7 @@ def test_what_reads_like_the_target_is_taken_and_some_of_the_target_is_held_out(
     assert set(taken) <= set(PROSE[:90]) and set(held_out) < set(PROSE[90:])
     assert 15_000 <= result.splits["train"].num_tokens < 15_000 + max(map(len, map(str.encode, taken)))
     facts = TokenStore(config.output).info["selection"]
-    assert facts["divergence"]["chosen"] < facts["divergence"]["pool"] and "nats per n-gram" in caplog.text
+    assert facts["divergence"]["chosen"] < facts["divergence"]["random"] and "nats per n-gram" in caplog.text
     assert facts["target_documents"] + len(held_out) == len(PROSE[90:]) == 60
     assert result.dropped["target"] == facts["target_documents"] <= 50  # which is little, and is said
     assert f"The target has {facts['target_documents']} documents; a few hundred tell more" in caplog.text
@@ -93,6 +93,20 @@ def test_processes_choose_the_same_documents(config, tmp_path, monkeypatch, exec
     prepare(other)
     first, second = (TokenStore(store).info for store in (config.output, other.output))
     assert first["files"] == second["files"] and first["selection"] == second["selection"]
+
+
+def test_on_a_pool_that_is_all_like_the_target_the_draw_is_random(config, tmp_path, caplog):
+    lines = [report_line(number) for number in range(2_000)]
+    (tmp_path / "target.txt").write_text("\n".join(lines[:200]), encoding="utf-8")
+    (tmp_path / "pool.txt").write_text("\n".join(lines[200:]), encoding="utf-8")
+    result = prepare(config)
+    assert result.selection["reliability"] < 0.2 and "drawn nearly at random" in caplog.text
+    held_out = tmp_path / "held.txt"  # so that the same documents are left to draw from
+    held_out.write_text("\n".join(texts(config.output, "validation")), encoding="utf-8")
+    at_random = replace(config, like=(), validation_input=(str(held_out),), output=str(tmp_path / "random"))
+    prepare(at_random)
+    taken, drawn = set(texts(config.output)), set(texts(at_random.output))
+    assert len(taken & drawn) > 0.8 * len(drawn)
 
 
 def test_a_long_document_is_weighed_in_pieces(config, tmp_path, monkeypatch):

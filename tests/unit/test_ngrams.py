@@ -42,14 +42,26 @@ def test_no_pair_spans_two_documents(documents):
 @given(DOCUMENTS, st.integers(0, 2**32))
 def test_a_document_weighs_what_its_ngrams_do(documents, seed):
     ratios = np.random.default_rng(seed).integers(-(2**23), 2**23, ngrams.NUM_BUCKETS)
-    found = ngrams.log_likelihood_ratios(*joined(documents), ratios)
-    assert found.tolist() == [int(sum(ratios[gram] for gram in one_by_one(document))) for document in documents]
+    found = ngrams.log_likelihood_ratios(*joined(documents), np.stack([ratios, -ratios]))
+    expected = [int(sum(ratios[gram] for gram in one_by_one(document))) for document in documents]
+    assert found.tolist() == [expected, [-value for value in expected]]
 
 
-def test_ratios_and_divergence_are_those_of_smoothed_counts():
-    target, pool = np.zeros(ngrams.NUM_BUCKETS, np.int64), np.ones(ngrams.NUM_BUCKETS, np.int64)
-    target[7] = 1000
-    smoothed = (1000 + ngrams.SMOOTHING) / (1000 + ngrams.SMOOTHING * ngrams.NUM_BUCKETS)
+def test_a_target_drawn_from_the_pool_has_ratios_of_mean_zero():
+    rng = np.random.default_rng(0)
+    pool = np.rint(1e8 / np.arange(1, ngrams.NUM_BUCKETS + 1)).astype(np.int64)  # as Zipf has it: most buckets are rare
+    expected = pool / pool.sum() * 50_000
+    ratios = np.mean([ngrams.log_ratios(rng.poisson(expected), pool) for _ in range(300)], axis=0) / ngrams.FIXED_POINT
+    assert expected.min() < 0.5 and expected.max() > 10 * ngrams.FEW
+    assert abs(ratios.mean()) < 2e-3 and abs(ratios @ pool / pool.sum()) < 2e-3
+    assert np.abs(ratios).max() < 0.25  # of 300 draws, for the rarest
+
+
+def test_what_the_target_has_more_of_counts_for_a_document():
+    pool = np.full(ngrams.NUM_BUCKETS, 1000)
+    target = pool.copy()
+    target[7], target[8] = 4000, 0
     ratios = ngrams.log_ratios(target, pool) / ngrams.FIXED_POINT
-    assert ratios[7] == pytest.approx(math.log(smoothed * ngrams.NUM_BUCKETS), abs=1e-5) and (ratios < 0).sum() > 16_000
+    # With as much text of the pool beside it: (4 + 1) / 2 and (0 + 1) / 2.
+    assert ratios[7] == pytest.approx(math.log(2.5), abs=1e-3) and ratios[8] == pytest.approx(math.log(0.5), abs=1e-3)
     assert ngrams.divergence(target, target) == 0 < ngrams.divergence(target, pool)

@@ -13,6 +13,8 @@ from cartilha.preparation.assembly import Sides
 from cartilha.preparation.selection import FEW_DOCUMENTS
 from cartilha.tokens.store import SplitCounts
 
+LITTLE = 0.2  # a lower correlation of the weights by two halves of a target is said
+
 log = logging.getLogger("cartilha")
 
 
@@ -42,9 +44,15 @@ def tell_selection(selection: dict[str, Any]) -> None:
     )
     if "divergence" in selection:
         log.info(
-            "Divergence from the target: %.3f nats per n-gram in the pool, %.3f in what was chosen.",
+            "Divergence from the target: %.3f nats per n-gram in text drawn at random, %.3f in what was chosen.",
             *selection["divergence"].values(),
         )
+        if selection["reliability"] < LITTLE:
+            log.warning(
+                "Two halves of the target hardly agree on what is like it (correlation %.2f): the input is all alike,"
+                " or the target too small, and the documents are drawn nearly at random.",
+                selection["reliability"],
+            )
         if selection["target_documents"] <= FEW_DOCUMENTS:
             log.warning(
                 "The target has %s; a few hundred tell more of what it is like.",

@@ -2,8 +2,8 @@
 
 Importance resampling (Xie et al. 2023, arXiv:2302.03169): each document has the log of its probability in the target
 over that in the pool (`tokens.ngrams`), and those with the highest sum of that weight and a Gumbel variable are taken,
-which draws without replacement in proportion to the weights (Vieira 2014). Everything follows from the documents, the
-target and the seed.
+which draws without replacement in proportion to the weights (Vieira 2014). How much the weights count follows from how
+far two halves of the target agree on them. Everything follows from the documents, the target and the seed.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from cartilha.tokens import ngrams
 FEW_DOCUMENTS = 50  # a target of so few tells little of what it is like
 PIECE_TOKENS = 1 << 20  # looked at together; a longer document loses the pair where it is cut
 HISTOGRAM_BINS = 20
+NUM_GROUPS = 3  # two halves of the target, and the pool
+STRENGTH = 4.0  # of a weight one standard deviation above the mean, where signal and noise are equal
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Chosen:
         mask: Whether each document is trained on, bool.
         pool: Whether it could be chosen, bool.
         weights: The log weight of each document of the pool, in nats of a document of average length, float64.
-        ratios: The log ratio of each n-gram bucket (`ngrams.log_ratios`); None without a target.
+        ratios: The log ratio of each n-gram bucket (`ngrams.log_ratios`), of both halves on average; or None.
         facts: What the store's record says of it.
     """
 
@@ -82,6 +84,10 @@ def choose(
 ) -> Chosen:
     """Choose documents of the pool; with the same weight for all if there is no target.
 
+    Two models are made, each of one half of the target's documents. What they agree on over the pool is the signal and
+    the rest is chance: their correlation decides how much the weights count against the draw. On a pool that is all
+    like the target, they do not agree, and the draw is a random one.
+
     Args:
         index: All documents.
         pool: Whether each document may be chosen, bool, shape (num_documents,).
@@ -91,32 +97,56 @@ def choose(
     """
     amount, seed = asked
     num_tokens = amount.tokens(int(index.num_tokens[pool].sum()))
-    weights, ratios, counts = np.zeros(len(pool)), None, None
+    weights, strength, ratios, facts = np.zeros(len(pool)), 0.0, None, dict[str, Any]()
     if target.any():
-        counts = _counts(index, np.select([target, pool], [0, 1], -1), executor)
-        ratios = ngrams.log_ratios(*counts)
-        weights = _weights(index, pool, ratios, executor)
-    keys = np.where(pool, weights + _gumbel(index.hashes, seed), -np.inf)
-    order = np.argsort(-keys, kind="stable")
-    num_taken = 1 + int(np.searchsorted(np.cumsum(index.num_tokens[order]), num_tokens))
-    mask = np.zeros(len(pool), bool)
-    mask[order[: min(num_taken, int(pool.sum()))]] = True
-    facts: dict[str, Any] = {
+        halves = (index.hashes[:, 0] & np.uint64(1)).astype(np.int8)
+        counts = _counts(index, np.select([target, pool], [halves, np.int8(2)], np.int8(-1)), executor)
+        both = np.stack([ngrams.log_ratios(half, counts[2]) for half in counts[:2]])
+        of_halves = _weights(index, pool, both, executor)
+        ratios, weights = both.mean(axis=0), of_halves.mean(axis=0)
+        reliability = _reliability(of_halves[:, pool])
+        strength = STRENGTH * reliability / (1 - reliability) / max(float(weights[pool].std()), 1e-9)
+        facts = {
+            "target_documents": int(target.sum()),
+            "target_tokens": int(index.num_tokens[target].sum()),
+            "reliability": reliability,
+        }
+    draw = _gumbel(index.hashes, seed)
+    mask = _highest(strength * weights + draw, pool, index.num_tokens, num_tokens)
+    facts |= {
         "num_documents": int(mask.sum()),
         "num_tokens": int(index.num_tokens[mask].sum()),
         "pool_documents": int(pool.sum()),
         "pool_tokens": int(index.num_tokens[pool].sum()),
         "seed": seed,
     }
-    if counts is not None:
-        after = _counts(index, np.where(mask, 0, -1), executor)[0]
+    if ratios is not None:
+        # Beside as much text drawn at random, since the divergence from a small text is larger by chance.
+        at_random = _highest(draw, pool, index.num_tokens, num_tokens)
+        texts = {"random": at_random, "chosen": mask}
+        found = {name: _counts(index, np.where(text, 0, -1), executor)[0] for name, text in texts.items()}
+        of_target = counts[0] + counts[1]
         facts |= {
-            "target_documents": int(target.sum()),
-            "target_tokens": int(index.num_tokens[target].sum()),
-            "divergence": {"pool": ngrams.divergence(*counts), "chosen": ngrams.divergence(counts[0], after)},
+            "divergence": {name: ngrams.divergence(of_target, found[name]) for name in texts},
             "histogram": _histogram(weights[pool], weights[mask]),
         }
     return Chosen(mask, pool, weights, ratios, facts)
+
+
+def _highest(keys: np.ndarray, pool: np.ndarray, num_tokens: np.ndarray, wanted: int) -> np.ndarray:
+    """The documents of the pool with the highest keys, as many as have the tokens that are wanted: bool."""
+    order = np.argsort(-np.where(pool, keys, -np.inf), kind="stable")
+    num_taken = 1 + int(np.searchsorted(np.cumsum(num_tokens[order]), wanted))
+    mask = np.zeros(len(pool), bool)
+    mask[order[: min(num_taken, int(pool.sum()))]] = True
+    return mask
+
+
+def _reliability(weights: np.ndarray) -> float:
+    """The correlation of the weights by both halves of the target (shape (2, num_documents)), between 0 and 0.99."""
+    if weights.shape[1] < 2 or not weights.std(axis=1).all():
+        return 0.0
+    return float(np.clip(np.corrcoef(weights)[0, 1], 0, 0.99))
 
 
 def _shards(index: DocumentIndex, groups: np.ndarray, ratios: np.ndarray | None = None) -> list[_Weighing]:
@@ -126,16 +156,20 @@ def _shards(index: DocumentIndex, groups: np.ndarray, ratios: np.ndarray | None 
 
 
 def _counts(index: DocumentIndex, groups: np.ndarray, executor: Executor[Any, Any]) -> np.ndarray:
-    """The n-grams of the documents of group 0 and of group 1: int64, shape (2, NUM_BUCKETS)."""
-    return np.asarray(sum(executor(count_shard, _shards(index, groups)), np.zeros((2, ngrams.NUM_BUCKETS), np.int64)))
+    """The n-grams of the documents of each group: int64, shape (NUM_GROUPS, NUM_BUCKETS)."""
+    return np.asarray(sum(executor(count_shard, _shards(index, groups)), _no_counts()))
+
+
+def _no_counts() -> np.ndarray:
+    return np.zeros((NUM_GROUPS, ngrams.NUM_BUCKETS), np.int64)
 
 
 def _weights(index: DocumentIndex, pool: np.ndarray, ratios: np.ndarray, executor: Executor[Any, Any]) -> np.ndarray:
-    """The log weight of each document of the pool (`log_weights`); zero for the others."""
-    sums = np.zeros(len(pool), np.int64)
+    """The log weights of each document by each model (`log_weights`), shape (num_models, num_documents)."""
+    sums = np.zeros((len(ratios), len(pool)), np.int64)
     firsts = {task.shard.number: start for task, start in zip(index.tasks, index.starts, strict=False)}
     for number, found in executor(weigh_shard, _shards(index, np.where(pool, 0, -1), ratios)):
-        sums[firsts[number] : firsts[number] + len(found)] = found
+        sums[:, firsts[number] : firsts[number] + found.shape[1]] = found
     return log_weights(sums, index.num_tokens, index.num_tokens[pool])
 
 
@@ -150,11 +184,11 @@ def log_weights(sums: np.ndarray, num_tokens: ArrayLike, pool_tokens: np.ndarray
 
 
 def count_shard(shard: _Weighing) -> np.ndarray:
-    """The n-grams of a shard's documents by group: int64, shape (2, NUM_BUCKETS)."""
-    counts = np.zeros((2, ngrams.NUM_BUCKETS), np.int64)
+    """The n-grams of a shard's documents by group: int64, shape (NUM_GROUPS, NUM_BUCKETS)."""
+    counts = _no_counts()
     for documents, num_tokens, ids in _pieces(shard):
         of_pieces = shard.groups[documents]
-        for group in (0, 1):
+        for group in range(NUM_GROUPS):
             own = of_pieces == group
             if own.any():
                 counts[group] += ngrams.count(ids if own.all() else ids[np.repeat(own, num_tokens)], num_tokens[own])
@@ -162,11 +196,12 @@ def count_shard(shard: _Weighing) -> np.ndarray:
 
 
 def weigh_shard(shard: _Weighing) -> tuple[int, np.ndarray]:
-    """The number of a shard, and the log likelihood ratio of each of its documents (`ngrams.FIXED_POINT`, int64)."""
+    """The number of a shard, and what `ngrams.log_likelihood_ratios` gives for all of its documents."""
     assert shard.ratios is not None
-    sums = np.zeros(len(shard.num_tokens), np.int64)
+    sums = np.zeros((len(shard.ratios), len(shard.num_tokens)), np.int64)
     for documents, num_tokens, ids in _pieces(shard):
-        np.add.at(sums, documents, ngrams.log_likelihood_ratios(ids, num_tokens, shard.ratios))
+        for own, found in zip(sums, ngrams.log_likelihood_ratios(ids, num_tokens, shard.ratios), strict=True):
+            np.add.at(own, documents, found)
     return shard.task.shard.number, sums
 
 

@@ -61,7 +61,7 @@ def write_weights(directory: Path, index: DocumentIndex, chosen: Chosen) -> None
     """Write the weight of each document of the pool, and the log ratios that it came from, among the store's files."""
     if chosen.ratios is None:
         return
-    np.save(directory / RATIOS_FILE, chosen.ratios, allow_pickle=False)
+    np.save(directory / RATIOS_FILE, np.rint(chosen.ratios).astype(np.int32), allow_pickle=False)
     with pq.ParquetWriter(directory / WEIGHTS_FILE, _WEIGHTS_SCHEMA, compression="zstd") as writer:
         for begin, end in pairwise(index.starts):
             own = begin + np.flatnonzero(chosen.pool[begin:end])
@@ -145,7 +145,7 @@ def explain(store: TokenStore, text_hash: str, ids: np.ndarray) -> dict[str, Any
     table = pq.read_table(store.path / WEIGHTS_FILE)
     ratios = np.load(store.path / RATIOS_FILE, allow_pickle=False)
     weights, num_tokens = table["weight"].to_numpy(), table["num_tokens"].to_numpy()
-    sums = ngrams.log_likelihood_ratios(ids, np.array([len(ids)]), ratios)
+    sums = ngrams.log_likelihood_ratios(ids, np.array([len(ids)]), ratios[None])[0]
     weight = float(log_weights(sums, [len(ids)], num_tokens)[0])
     found = table.filter(pc.equal(table["text_hash"], text_hash))
     shown = store.tokenizer().decode_each(ids)

@@ -137,7 +137,7 @@ def _chosen(selection: dict[str, Any] | None) -> str:
         how, como = "at random", "por sorteio"
     else:
         num_targets = f"{selection['target_documents']:,}"
-        nats = "{pool:.3f} -> {chosen:.3f}".format_map(selection["divergence"])
+        nats = "{random:.3f} -> {chosen:.3f}".format_map(selection["divergence"])
         how = f"by their likeness to {num_targets} documents (divergence {nats} nats per n-gram)"
         como = f"pela semelhança com {num_targets} documentos (divergência {nats} nats por n-grama)"
     return (

@@ -18,11 +18,12 @@ def selection(facts: Values) -> Parts:
     )
     if "divergence" not in facts:
         return
-    pool, chosen = facts["divergence"]["pool"], facts["divergence"]["chosen"]
+    at_random, chosen = facts["divergence"]["random"], facts["divergence"]["chosen"]
     yield (
         f"Divergence from the target ({facts['target_documents']:,} documents, {facts['target_tokens']:,} tokens):"
-        f" {pool:.3f} nats per n-gram in the pool, {chosen:.3f} in what was chosen"
+        f" {at_random:.3f} nats per n-gram in as much text drawn at random, {chosen:.3f} in what was chosen"
     )
+    yield f"Two halves of the target agree on the weights with a correlation of {facts['reliability']:.2f}"
     histogram = facts["histogram"]
     bins = zip(pairwise(histogram["edges"]), histogram["pool"], histogram["chosen"], strict=True)
     most = max(1, *histogram["pool"])

@@ -11,7 +11,9 @@ import numpy as np
 
 BUCKET_BITS = 14
 NUM_BUCKETS = 1 << BUCKET_BITS
-SMOOTHING = 0.2  # added to each bucket's count
+SMOOTHING = 0.2  # added to each bucket's count in a divergence
+PRIOR = 0.5  # added to each of the pool's counts
+FEW = 40  # mean counts from here on are treated as large
 FIXED_POINT = 1 << 20  # log ratios are whole multiples of its inverse: their sum depends on no order
 
 CHUNK_TOKENS = 1 << 16  # arrays over a chunk stay in a core's cache
@@ -55,23 +57,47 @@ def count(ids: np.ndarray, num_tokens: np.ndarray) -> np.ndarray:
 
 
 def log_ratios(target: np.ndarray, pool: np.ndarray) -> np.ndarray:
-    """The logarithm of each bucket's probability in the target over that in the pool, in `FIXED_POINT`: int64."""
-    return np.asarray(np.rint((_logarithms(target) - _logarithms(pool)) * FIXED_POINT), np.int64)
+    """The logarithm of each bucket's probability in the target over that in the pool, in `FIXED_POINT`: int32.
+
+    As much text of the pool is added to the target as it has itself. The mean that this logarithm would have if the
+    target had been drawn from the pool (its counts Poisson) is subtracted: a target of the same kind as the pool then
+    gives a document zero on average, instead of less the rarer its n-grams are.
+    """
+    expected = (pool + PRIOR) / (pool.sum() + PRIOR * NUM_BUCKETS) * target.sum()
+    ratios = np.log(target + expected) - _mean_log(expected)
+    return np.asarray(np.rint(ratios * FIXED_POINT), np.int32)
+
+
+def _mean_log(expected: np.ndarray) -> np.ndarray:
+    """The mean of log(x + m) for x Poisson of mean m, of each m above 0: float64."""
+    counts = np.arange(2 * FEW)
+    log_factorials = np.concatenate(([0.0], np.cumsum(np.log(counts[1:]))))
+    few = expected[expected < FEW, None]
+    likelihoods = np.exp(counts * np.log(few) - few - log_factorials)
+    result = np.log(2 * expected) - 1 / (8 * expected)  # to the second order, for large means
+    result[expected < FEW] = (likelihoods * np.log(counts + few)).sum(axis=1)
+    return np.asarray(result)
 
 
 def log_likelihood_ratios(ids: np.ndarray, num_tokens: np.ndarray, ratios: np.ndarray) -> np.ndarray:
-    """The sum of the log ratios of each document's n-grams, in `FIXED_POINT`: int64, shape (num_documents,)."""
-    values = np.empty(len(ids), np.int32)
-    ratios = ratios.astype(np.int32)
+    """Sums of the log ratios of each document's n-grams, in `FIXED_POINT`: int64, shape (num_models, num_documents).
+
+    Args:
+        ids: Of all documents, shape (sum of num_tokens,).
+        num_tokens: Of each document, int64.
+        ratios: `log_ratios` of several targets, shape (num_models, NUM_BUCKETS).
+    """
+    values = np.empty((len(ratios), len(ids)), np.int32)
     for begin in range(0, len(ids), CHUNK_TOKENS):
         part = ids[begin : begin + CHUNK_TOKENS + 1]
-        own = values[begin : begin + CHUNK_TOKENS]
-        own[:] = ratios[token_buckets(part[:CHUNK_TOKENS])]
-        own[: len(part) - 1] += ratios[pair_buckets(part)]
+        singles, pairs = token_buckets(part[:CHUNK_TOKENS]), pair_buckets(part)
+        for own, model in zip(values[:, begin : begin + CHUNK_TOKENS], ratios, strict=True):
+            own[:] = model[singles]
+            own[: len(pairs)] += model[pairs]
     lasts = _last_tokens(num_tokens, len(ids))
-    values[lasts] = ratios[token_buckets(ids[lasts])]  # without the pair that spans two documents
-    sums = np.concatenate(([0], np.cumsum(values, dtype=np.int64)))
-    return np.asarray(np.diff(sums[np.concatenate(([0], np.cumsum(num_tokens)))]))
+    values[:, lasts] = ratios[:, token_buckets(ids[lasts])]  # without the pair that spans two documents
+    sums = np.concatenate([np.zeros((len(ratios), 1), np.int64), np.cumsum(values, axis=1, dtype=np.int64)], axis=1)
+    return np.asarray(np.diff(sums[:, np.concatenate(([0], np.cumsum(num_tokens)))]))
 
 
 def divergence(target: np.ndarray, other: np.ndarray) -> float:
