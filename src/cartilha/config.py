@@ -108,7 +108,10 @@ class PrepareConfig(ReadingOptions):
     )
     language: str = deciding("pt", "the language that the cleaning step `language` keeps")
     near_duplicates: bool = deciding(False, "keep near-duplicates on one side of the split (extra text)")
-    rejects: str | None = option(None, "write what cleaning leaves out to this .jsonl file, with the reasons")
+    decontaminate: tuple[str, ...] = deciding(
+        (), "leave out documents with 13 words in a row of these: REFs, or tasks of lm-evaluation-harness (extra eval)"
+    )
+    rejects: str | None = option(None, "write what these leave out to this .jsonl file, with the reasons")
     limit_documents: int | None = deciding(None, "read at most this many documents", minimum=1)
     shuffle: bool = deciding(
         False,

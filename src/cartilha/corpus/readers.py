@@ -135,6 +135,18 @@ def read_part(part: SourcePart, settings: ReadSettings, counts: ReadCounts) -> I
         refuse_changed(part.source)
 
 
+def read_raw(source: Source, settings: ReadSettings) -> Iterator[tuple[str, str | Mapping[str, Any]]]:
+    """Stream the records of a source with their places as ids; a UserError says what is wrong with one."""
+    if isinstance(source, PrimerSource):
+        yield from ((document.id, document.text) for document in read_primer())
+        return
+    origin, records = _open(SourcePart(source), settings)
+    for number, record in records:
+        if isinstance(record, Fault):
+            raise UserError(record.message)
+        yield f"{origin.name}:{number}", record
+
+
 def _open(part: SourcePart, settings: ReadSettings) -> tuple[_Origin, Numbered]:
     source, span = part.source, part.span
     if isinstance(source, HubSource):

@@ -35,12 +35,7 @@ def signatures(texts: Sequence[str]) -> np.ndarray:
     Western text); a text of fewer than three words is one shingle. A UserError says that the extra `text` is missing.
     """
     rensa = import_extra("rensa", "The search for near-duplicates", "text")
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    # Several times as fast as `str.lower`; the two differ in a final sigma and the Turkish capital I with a dot.
-    composed = [unicodedata.normalize("NFC", text) for text in texts]
-    lowered = pc.utf8_lower(pa.array(composed, pa.large_string())).cast(pa.large_binary()).to_pylist()
+    lowered = lower_case(texts)
     result = np.zeros((len(texts), NUM_VALUES), np.uint16)
     sizes = np.cumsum([len(text) for text in lowered], dtype=np.int64)
     cuts = np.flatnonzero(np.diff(sizes // BLOCK_BYTES)) + 1
@@ -51,6 +46,17 @@ def signatures(texts: Sequence[str]) -> np.ndarray:
         result[begin:end] = np.asarray(rows, np.uint32).astype(np.uint16)
         result[begin:end][counts == 0] = 0
     return result
+
+
+def lower_case(texts: Sequence[str]) -> list[bytes]:
+    """Texts in NFC and lower case, as UTF-8: the form in which words are compared."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    # Several times as fast as `str.lower`; the two differ in a final sigma and the Turkish capital I with a dot.
+    composed = [unicodedata.normalize("NFC", text) for text in texts]
+    lowered: list[bytes] = pc.utf8_lower(pa.array(composed, pa.large_string())).cast(pa.large_binary()).to_pylist()
+    return lowered
 
 
 def save_signatures(path: Path, values: np.ndarray) -> None:
@@ -91,7 +97,7 @@ def _shingle_hashes(texts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
 
 def _word_hashes(text: bytes) -> tuple[np.ndarray, np.ndarray]:
     """Where each word of a text begins, and a hash of its length and first bytes: int64 and uint64."""
-    starts, ends = _words(text)
+    starts, ends = word_bounds(text)
     lengths = ends - starts
     eights = _eights(text + bytes(WORD_BYTES), starts, WORD_BYTES)
     hashes = lengths.astype(np.uint64) * _ODD + (eights[:, 0] & _MASKS[np.minimum(lengths, 8)])
@@ -103,7 +109,7 @@ def _word_hashes(text: bytes) -> tuple[np.ndarray, np.ndarray]:
     return starts, _mixed(hashes)
 
 
-def _words(text: bytes) -> tuple[np.ndarray, np.ndarray]:
+def word_bounds(text: bytes) -> tuple[np.ndarray, np.ndarray]:
     """Where each run of letters and digits begins and ends: int64, shape (num_words,) each."""
     inside = np.zeros(len(text) + 2, bool)
     inside[1:-1] = np.frombuffer(text.translate(_IN_WORD), bool)

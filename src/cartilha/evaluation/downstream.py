@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from cartilha.corpus.questions import Question, record_texts
 from cartilha.errors import UserError, first_line
 from cartilha.model.attention import transformers_attention
 from cartilha.model.load import LoadedModel
@@ -54,6 +55,48 @@ def check_tasks(tasks: Sequence[str]) -> None:
         raise UserError(f"lm-evaluation-harness has no task {unknown[0]!r}; `lm-eval ls tasks` lists them.")
 
 
+def task_questions(tasks: Sequence[str]) -> Iterator[Question]:
+    """What the harness's tasks ask, a record each; a UserError says that it has no such task, or not the dataset."""
+    try:
+        check_tasks(tasks)
+    except UserError as error:
+        raise UserError(f"--decontaminate names neither a file that is there nor a task: {error}") from None
+    try:
+        for name, task in _load_tasks(_as_harness(tasks)).items():
+            for number, record in enumerate(task.eval_docs, 1):
+                yield Question(name, f"{name}:{number}", tuple(record_texts(record)))
+    except Exception as error:  # the harness and `datasets` have no class of their own
+        raise _cannot_run(tasks, error) from error
+
+
+def _load_tasks(tasks: list[Any]) -> dict[str, Any]:
+    """The harness's tasks by name, those of groups each by itself."""
+    from lm_eval.tasks import TaskManager, get_task_dict
+
+    manager = TaskManager(include_defaults=any(isinstance(task, str) for task in tasks))  # thousands of files
+    if hasattr(manager, "load"):
+        return dict(manager.load(tasks)["tasks"])
+    found, loaded = [get_task_dict(tasks, manager)], {}  # older releases nest groups
+    while found:
+        for name, task in found.pop().items():
+            if isinstance(task, Mapping):
+                found.append(task)
+            else:
+                loaded[str(name)] = task
+    return loaded
+
+
+def _as_harness(tasks: Sequence[str]) -> list[Any]:
+    return [yaml.safe_load(Path(task).read_text("utf-8")) if _is_file(task) else task for task in tasks]
+
+
+def _cannot_run(tasks: Sequence[str], error: Exception) -> UserError:
+    return UserError(
+        f"lm-evaluation-harness could not run {', '.join(tasks)} ({first_line(error)[:200]}); "
+        "its tasks need their datasets from the hub."
+    )
+
+
 def _is_file(task: str) -> bool:
     """Whether a task is given by a YAML file of the user's (with `data_files` of its own, say), not by its name."""
     return Path(task).suffix in (".yaml", ".yml")
@@ -90,12 +133,8 @@ def run_tasks(loaded: LoadedModel, tokenizer: TextTokenizer, tasks: Sequence[str
             for request in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
                 quiet = bool(os.environ.get("TQDM_DISABLE"))  # the harness overrides it
                 setattr(harness, request, partial(getattr(harness, request), disable_tqdm=quiet))
-            chosen = [yaml.safe_load(Path(task).read_text("utf-8")) if _is_file(task) else task for task in tasks]
-            results = lm_eval.simple_evaluate(model=harness, tasks=chosen, bootstrap_iters=1000)
+            results = lm_eval.simple_evaluate(model=harness, tasks=_as_harness(tasks), bootstrap_iters=1000)
         except Exception as error:
-            raise UserError(
-                f"lm-evaluation-harness could not run {', '.join(tasks)} ({first_line(error)[:200]}); "
-                "its tasks need their datasets from the hub."
-            ) from error
+            raise _cannot_run(tasks, error) from error
     assert results is not None
     return {task: dict(results["results"][task]) for task in results["results"]}

@@ -12,7 +12,7 @@ from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from cartilha.console import Advance, log, progress
 from cartilha.corpus.files import SourceFile
 from cartilha.corpus.formats import expansion
 from cartilha.corpus.hints import log_hints
+from cartilha.corpus.questions import QuestionRuns
 from cartilha.corpus.readers import ReadCounts, first_documents, no_text, read_documents
 from cartilha.corpus.shards import Shard, shards, shuffled
 from cartilha.corpus.sources import HubSource
@@ -33,14 +34,22 @@ from cartilha.machine.versions import TEXT_PACKAGES, versions
 from cartilha.pipeline.preflight import preflight
 from cartilha.pipeline.result import Result
 from cartilha.preparation.assembly import decide, write_rejects, write_sides
+from cartilha.preparation.decontamination import file_questions, found_questions, question_runs
 from cartilha.preparation.executors import Executor, in_processes, on_ray
 from cartilha.preparation.index import load_index
-from cartilha.preparation.made_from import describe, ready_store
+from cartilha.preparation.made_from import describe, describe_questions, ready_store
 from cartilha.preparation.notices import tell_counts, tell_mixture, tell_rest, tell_selection
 from cartilha.preparation.request import PrepareRequest, read_request
 from cartilha.preparation.selection import Amount
 from cartilha.preparation.selection_report import report, write_weights
-from cartilha.preparation.shard_work import ShardResult, ShardSettings, ShardTask, done_result, process_shard
+from cartilha.preparation.shard_work import (
+    QUESTIONS_FILE,
+    ShardResult,
+    ShardSettings,
+    ShardTask,
+    done_result,
+    process_shard,
+)
 from cartilha.preparation.target import check_target
 from cartilha.preparation.work_directory import remove_finished_work, require_space, work_directory
 from cartilha.tokens.encoder import Encoder, Proof, load_encoder
@@ -64,7 +73,7 @@ class PrepareResult(Result):
 
     With near-duplicates, `leaks` has the share of held-out documents that have one in training (`leak_rate`), and what
     it would be if the split looked at each document alone (`plain_leak_rate`). `selection` says what
-    `--select_tokens` chose.
+    `--select_tokens` chose, `decontamination` which questions of `--decontaminate` were in the text.
     """
 
     store: str
@@ -73,6 +82,7 @@ class PrepareResult(Result):
     was_ready: bool
     leaks: dict[str, float] | None = None
     selection: dict[str, Any] | None = None
+    decontamination: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +94,7 @@ class _Job:
     asked: PrepareRequest
     tokenizer: TextTokenizer
     identity: dict[str, Any]
+    runs: QuestionRuns | None = None
 
 
 def prepare(config: PrepareConfig) -> PrepareResult:
@@ -102,6 +113,7 @@ def prepare(config: PrepareConfig) -> PrepareResult:
             "sources": [repr(source) for source in asked.sources],
             "num_held_out": asked.num_held_out,
             "num_targets": asked.num_targets,
+            "questions": repr(asked.questions),
             "tokenizer": tokenizer.fingerprint,
             "cartilha": versions(("cartilha",))["cartilha"],
         }
@@ -118,6 +130,7 @@ def prepare(config: PrepareConfig) -> PrepareResult:
                 True,
                 store.info.get("leaks"),
                 store.info.get("selection"),
+                store.info.get("decontamination"),
             )
         log_hints(asked.sources, asked.reading)
         check_target(asked)
@@ -126,10 +139,22 @@ def prepare(config: PrepareConfig) -> PrepareResult:
 
             asked = replace(asked, amount=Amount(tokens_in(config.model, config.select_for), at_most=True))
         executor = executor or stack.enter_context(_executor(config, asked))
-        result = _make(_Job(path, config, asked, tokenizer, identity), executor)
+        result = _make(_Job(path, config, asked, tokenizer, identity, _question_runs(asked)), executor)
     for split in SPLITS:
         tell_counts(split, result.splits[split])
     return result
+
+
+def _question_runs(asked: PrepareRequest) -> QuestionRuns | None:
+    names = asked.questions
+    if not (names.sources or names.tasks):
+        return None
+    questions = file_questions(names.sources, asked.reading)
+    if names.tasks:
+        from cartilha.evaluation.downstream import task_questions  # torch takes seconds
+
+        questions = chain(questions, task_questions(names.tasks))
+    return question_runs(questions)
 
 
 def _executor(config: PrepareConfig, asked: PrepareRequest) -> AbstractContextManager[_ShardExecutor]:
@@ -155,6 +180,8 @@ def _make(job: _Job, executor: _ShardExecutor) -> PrepareResult:
         else:
             encoder = prove(job.tokenizer, sample)
             encoder.save(work)
+        if job.runs is not None:
+            job.runs.save(work / QUESTIONS_FILE)
         parts = shuffled(cutting.result(), config.seed) if config.shuffle else cutting.result()
         settings = _shard_settings(job)
         tasks = [ShardTask(part, settings, work) for part in parts]
@@ -184,6 +211,7 @@ def _shard_settings(job: _Job) -> ShardSettings:
         seed=config.seed,
         with_rejects=bool(config.rejects),
         dtype=dtype.str,
+        questions="" if job.runs is None else job.runs.fingerprint,
     )
 
 
@@ -238,6 +266,15 @@ def _run(executor: _ShardExecutor, tasks: list[ShardTask], advance: Advance) -> 
     return [results[task.shard.number] for task in tasks]
 
 
+def _nothing_left(config: PrepareConfig, rejected: dict[str, int]) -> UserError:
+    if not rejected:
+        return no_text(config.input)
+    reasons = ", ".join(f"{number:,} {reason}" for reason, number in rejected.items())
+    documents = f"all {counted(sum(rejected.values()), 'document')} ({reasons})"
+    questions = ", or others with --decontaminate" if config.decontaminate else ""
+    return UserError(f"Cleaning left out {documents}; name fewer steps with --clean, or another --language{questions}.")
+
+
 def _write(
     job: _Job,
     executor: _ShardExecutor,
@@ -255,11 +292,7 @@ def _write(
     rejected = dict(all_rejected.most_common())
     index = load_index(tasks, asked.sources)
     if not len(index.hashes):
-        if not rejected:
-            raise no_text(config.input)
-        reasons = ", ".join(f"{number:,} {reason}" for reason, number in rejected.items())
-        documents = f"all {counted(sum(rejected.values()), 'document')} ({reasons})"
-        raise UserError(f"Cleaning left out {documents}; name fewer steps with --clean, or another --language.")
+        raise _nothing_left(config, rejected)
     sides = decide(index, asked, executor, near_duplicates=config.near_duplicates)
     tell_mixture(config, sides)
     selection = None if sides.chosen is None else report(index, sides.chosen, job.tokenizer)
@@ -271,6 +304,9 @@ def _write(
     dropped = {**sides.dropped, "empty": read.empty, **dict(read.skipped), **rejected}
     if asked.left_out:
         dropped["files"] = sum(map(len, asked.left_out.values()))
+    decontamination = None
+    if job.runs is not None:
+        decontamination = describe_questions(asked) | found_questions(job.runs, [result for _, result in done])
     leaks = None
     if config.near_duplicates:
         leaks = {"leak_rate": sides.split.leak_rate, "plain_leak_rate": sides.split.plain_leak_rate}
@@ -293,6 +329,7 @@ def _write(
                 "leaks": leaks,
                 **({"mixture": list(sides.mixture)} if sides.mixture else {}),
                 **({"selection": selection} if selection else {}),
+                **({"decontamination": decontamination} if decontamination else {}),
                 "notes": list(sides.split.notes),
                 "tokenization": {**asdict(proof), "gigatoken": versions(("gigatoken",))["gigatoken"]},
                 "versions": versions(TEXT_PACKAGES),
@@ -300,4 +337,4 @@ def _write(
         )
         counts = writer.counts()
     tell_rest(read, sides, leaks)
-    return PrepareResult(str(job.path), counts, dropped, False, leaks, selection)
+    return PrepareResult(str(job.path), counts, dropped, False, leaks, selection, decontamination)

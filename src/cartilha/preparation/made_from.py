@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from cartilha.tokens.tokenizer import TextTokenizer
 
 def describe(asked: PrepareRequest) -> list[dict[str, Any]]:
     """The inputs as store.json records them; files are read to hash them."""
-    return list(map(_describe, asked.sources, _roles(asked)))
+    return list(map(describe_source, asked.sources, _roles(asked)))
 
 
 def _roles(asked: PrepareRequest) -> list[dict[str, bool]]:
@@ -26,13 +27,22 @@ def _roles(asked: PrepareRequest) -> list[dict[str, bool]]:
     return roles + [{}] * (len(asked.sources) - len(roles))
 
 
-def _describe(source: Source, role: dict[str, bool]) -> dict[str, Any]:
+def describe_source(source: Source, role: dict[str, bool]) -> dict[str, Any]:
+    """A source as store.json records it, with what it is for."""
     if isinstance(source, PrimerSource):
         return {"name": "primer", "sha256": source.sha256, **role}
     if not isinstance(source, SourceFile):
         return {"name": f"hf:{source.label}", **role}
     stamp = {"size": source.size_bytes, "modified_ns": source.modified_ns}
     return {"name": source.name, **stamp, "sha256": file_sha256(Path(source.path)), **role}
+
+
+def describe_questions(asked: PrepareRequest) -> dict[str, Any]:
+    """Whose questions were looked for, as store.json records it."""
+    return {
+        "inputs": [describe_source(source, {}) for source in asked.questions.sources],
+        "tasks": list(asked.questions.tasks),
+    }
 
 
 def ready_store(config: PrepareConfig, asked: PrepareRequest, tokenizer: TextTokenizer) -> TokenStore | None:
@@ -57,6 +67,9 @@ def ready_store(config: PrepareConfig, asked: PrepareRequest, tokenizer: TextTok
         different.insert(0, "tokenizer")
     if not _same_inputs(store.info["inputs"], asked):
         different.insert(0, "input")
+    found_by = store.info.get("decontamination", {}).get("inputs", [])
+    if "decontaminate" not in different and not _same_sources(found_by, asked.questions.sources):
+        different.append("text of --decontaminate")
     if not different:
         return store
     if config.overwrite:
@@ -71,9 +84,13 @@ def _same_inputs(recorded: list[dict[str, Any]], asked: PrepareRequest) -> bool:
     return len(recorded) == len(asked.sources) and all(map(_is_same, recorded, asked.sources, _roles(asked)))
 
 
+def _same_sources(recorded: list[dict[str, Any]], sources: Sequence[Source]) -> bool:
+    return len(recorded) == len(sources) and all(map(_is_same, recorded, sources, [{}] * len(sources)))
+
+
 def _is_same(record: dict[str, Any], source: Source, role: dict[str, bool]) -> bool:
     if not isinstance(source, SourceFile):
-        return record == _describe(source, role)
+        return record == describe_source(source, role)
     if record.get("size") != source.size_bytes or {k: record[k] for k in ("held_out", "target") if k in record} != role:
         return False
     # An unchanged time of change is trusted; after a copy or a touch, the bytes decide.

@@ -13,6 +13,7 @@ from cartilha.corpus.records import ReadSettings
 from cartilha.corpus.sources import LeftOut, Source, resolve_inputs
 from cartilha.corpus.splits import SplitRule
 from cartilha.errors import UserError
+from cartilha.preparation.decontamination import QuestionNames
 from cartilha.preparation.mixture import Mixture
 from cartilha.preparation.selection import Amount
 from cartilha.storage import LONE_SURROGATES
@@ -37,6 +38,7 @@ class PrepareRequest:
     reading: ReadSettings
     steps: tuple[str, ...]
     language: str
+    questions: QuestionNames
 
 
 def read_request(config: PrepareConfig) -> PrepareRequest:
@@ -49,7 +51,7 @@ def read_request(config: PrepareConfig) -> PrepareRequest:
         raise UserError("--ray_address is for the Ray executor; add --executor ray.")
     steps = tuple(step for name in config.clean for step in (STEPS if name == "web" else (name,)) if step != "none")
     Cleaner(steps, config.language)  # refuses unknown steps and missing extras
-    if config.rejects and not steps:
+    if config.rejects and not steps and not config.decontaminate:
         raise UserError("--rejects takes what cleaning leaves out, and nothing is cleaned; add --clean web.")
     if config.rejects and (Path(config.rejects).is_dir() or not Path(config.rejects).parent.is_dir()):
         raise UserError(f"--rejects {config.rejects} cannot be written; name a file in a folder that is there.")
@@ -69,7 +71,17 @@ def read_request(config: PrepareConfig) -> PrepareRequest:
     sources = resolve_inputs([*held_out, *targets, *(source for found in inputs for source in found)])
     mixture = Mixture.of(config, inputs, sources) if config.weights else None
     return PrepareRequest(
-        sources, left_out, len(held_out), len(targets), amount, mixture, rule, reading, steps, config.language
+        sources=sources,
+        left_out=left_out,
+        num_held_out=len(held_out),
+        num_targets=len(targets),
+        amount=amount,
+        mixture=mixture,
+        rule=rule,
+        reading=reading,
+        steps=steps,
+        language=config.language,
+        questions=QuestionNames.of(config.decontaminate, sources),
     )
 
 

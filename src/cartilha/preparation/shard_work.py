@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -24,6 +24,7 @@ import pyarrow as pa
 
 from cartilha.corpus.cleaning import Cleaner, Rejected
 from cartilha.corpus.document import Document
+from cartilha.corpus.questions import Contaminated, QuestionFinder, load_runs
 from cartilha.corpus.readers import ReadCounts, read_part
 from cartilha.corpus.records import ReadSettings
 from cartilha.corpus.shards import Shard
@@ -35,11 +36,15 @@ from cartilha.tokens.store_writer import ROW_SCHEMA
 
 BATCH_CHARS = 1 << 20  # arrays over a batch should fit into the cache of a core
 BATCH_DOCUMENTS = 20_000
+LISTED_CONTAMINATED = 100  # documents of each shard, and of the store, that are listed with what they hold
+QUESTIONS_FILE = "questions.npz"  # in the work directory: the runs of words that documents must not have
 
 # What a store knows of a document, and the number of the shard's piece that it was read from.
 _NEW_FIELDS = [("text_hash", pa.binary(16)), ("position", pa.float64()), ("piece", pa.int32())]
 DOCUMENTS_SCHEMA = pa.schema([*list(ROW_SCHEMA)[:7], *_NEW_FIELDS])
 TEXTS_SCHEMA = pa.schema([("row", pa.int64()), ("text", pa.large_binary())])
+
+_Judge = Callable[[Sequence[Document]], list[Document | Rejected]]
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class ShardSettings:
     """What the work on a shard depends on, apart from the tokenizer.
 
     The seed decides the positions of documents; texts below `keep_texts_below` may be held out, and are kept. The store
-    keeps ids as `dtype`.
+    keeps ids as `dtype`. `questions` is the fingerprint of what is in `QUESTIONS_FILE`, empty without it.
     """
 
     reading: ReadSettings
@@ -58,6 +63,7 @@ class ShardSettings:
     seed: int
     with_rejects: bool
     dtype: str
+    questions: str = ""
 
 
 @dataclass(frozen=True)
@@ -82,12 +88,17 @@ class ShardTask:
 
 @dataclass(frozen=True)
 class ShardResult:
-    """What the work on a shard counted: its size on the disk, `vars` of `ReadCounts`, and rejections by reason."""
+    """What the work on a shard counted: its size on the disk, `vars` of `ReadCounts`, and rejections by reason.
+
+    `questions` has the numbers of the questions that were found, `contaminated` the first documents that hold some.
+    """
 
     number: int
     num_bytes: int
     read: dict[str, Any]
     rejected: dict[str, int]
+    questions: list[int]
+    contaminated: list[dict[str, Any]]
 
 
 def done_result(task: ShardTask) -> ShardResult | None:
@@ -106,12 +117,12 @@ def process_shard(task: ShardTask) -> ShardResult:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        cleaner = Cleaner(task.settings.steps, task.settings.language) if task.settings.steps else None
+        judges = _judges(task)
         read, pieces = ReadCounts(), list[int]()
         with ExitStack() as stack:
             writer = _Writer(task, temporary, stack)
             for batch in batches(_documents(task, read, pieces), BATCH_CHARS, BATCH_DOCUMENTS):
-                cleaned = zip(batch if cleaner is None else cleaner(batch), pieces[: len(batch)], strict=True)
+                cleaned = zip(_judged(batch, judges), pieces[: len(batch)], strict=True)
                 del pieces[: len(batch)]
                 writer.add_or_reject(list(cleaned))
             result = writer.finish(read)
@@ -137,6 +148,31 @@ def _documents(task: ShardTask, read: ReadCounts, pieces: list[int]) -> Iterator
             yield document
 
 
+def _judges(task: ShardTask) -> list[_Judge]:
+    """What mends documents or leaves them out, in this order."""
+    settings = task.settings
+    judges: list[_Judge] = [Cleaner(settings.steps, settings.language)] if settings.steps else []
+    return [*judges, _finder(task.work, settings.questions)] if settings.questions else judges
+
+
+def _judged(batch: Sequence[Document], judges: Sequence[_Judge]) -> list[Document | Rejected]:
+    """What each document has become."""
+    result: list[Document | Rejected] = list(batch)
+    for judge in judges:
+        kept = [(i, document) for i, document in enumerate(result) if isinstance(document, Document)]
+        for (i, _), found in zip(kept, judge([document for _, document in kept]), strict=True):
+            result[i] = found
+    return result
+
+
+@functools.lru_cache(maxsize=1)
+def _finder(work: Path, fingerprint: str) -> QuestionFinder:
+    """The questions of the work directory, kept by the process."""
+    runs = load_runs(work / QUESTIONS_FILE)
+    assert runs.fingerprint == fingerprint
+    return QuestionFinder(runs)
+
+
 @functools.lru_cache(maxsize=1)
 def _encoder(work: Path, made: int) -> Encoder:
     """The encoder of the work directory, kept by the process: loading it takes a fifth of a second."""
@@ -152,6 +188,8 @@ class _Writer:
         self._encoder = _encoder(task.work, (task.work / "encoder.json").stat().st_mtime_ns)
         self._num_documents = 0
         self._rejected: Counter[str] = Counter()
+        self._questions = set[int]()
+        self._contaminated: list[dict[str, Any]] = []
         self._signatures: list[np.ndarray] = []
         self._lowest: tuple[float, int, bytes] | None = None  # position, row and text, unless it is kept anyway
         self._stack = stack
@@ -181,9 +219,15 @@ class _Writer:
 
     def _reject(self, rejected: Rejected) -> None:
         self._rejected[rejected.reason] += 1
+        document = rejected.document
+        row: dict[str, Any] = {"id": document.id, "source": document.source, "reason": rejected.reason}
+        if isinstance(rejected, Contaminated):
+            self._questions.update(rejected.questions)
+            ids = _finder(self.task.work, self.task.settings.questions).runs.ids
+            row |= {"questions": [ids[number] for number in rejected.questions], "span": rejected.span}
+            self._contaminated += [row] if len(self._contaminated) < LISTED_CONTAMINATED else []
         if self._rejects is not None:
-            document = rejected.document
-            row = {"id": document.id, "source": document.source, "reason": rejected.reason, "text": document.text}
+            row = {**row, "text": document.text}
             self._rejects.write((json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8"))
 
     def _add(self, documents: list[Document], pieces: list[int]) -> None:
@@ -247,4 +291,5 @@ class _Writer:
             none = signatures([])
             save_signatures(self._directory / "signatures.npy", np.concatenate([none, *self._signatures]))
         self._stack.close()
-        return ShardResult(self.task.shard.number, self.task.shard.num_bytes, vars(read), self._rejected)
+        found = sorted(self._questions), self._contaminated
+        return ShardResult(self.task.shard.number, self.task.shard.num_bytes, vars(read), self._rejected, *found)

@@ -38,12 +38,17 @@ def _prepare(result: Values) -> Parts:
         yield "Held out with a near-duplicate in training: {:.2f} %; a plain split: {:.2f} %".format(*shares)
     if result.get("selection"):
         yield from selection(result["selection"])
+    for one in (result.get("decontamination") or {"benchmarks": []})["benchmarks"]:
+        questions = counted(one["num_questions"], "question")
+        share = one["num_found"] / one["num_questions"]
+        yield f"In the text, and left out of it: {one['num_found']:,} of {questions} of {one['name']} ({share:.1%})"
     if result["store"]:
         yield f"Store: {result['store']}{' (it was ready)' if result['was_ready'] else ''}"
 
 
 def _left_out(reason: str, count: int) -> str:
-    what = reason.replace("_", " ")
+    kind, *detail = reason.split(":", 1)  # a language or a benchmark, by its name
+    what = ":".join([kind.replace("_", " "), *detail])
     return f"{count:,} {what}" if count != 1 else "1 " + re.sub(r"(duplicate|file)s", r"\1", what)
 
 

@@ -1,0 +1,94 @@
+"""`--decontaminate`: whose questions are looked for, and what `prepare` says and records of those that it finds."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from cartilha.corpus.files import SourceFile
+from cartilha.corpus.lines import without_surrogates
+from cartilha.corpus.questions import LEAST_WORDS, Question, QuestionRuns, record_texts
+from cartilha.corpus.readers import read_raw
+from cartilha.corpus.records import ReadSettings
+from cartilha.corpus.sources import PrimerSource, Source, resolve_inputs
+from cartilha.errors import UserError, counted, missing_extra
+from cartilha.preparation.shard_work import LISTED_CONTAMINATED, ShardResult
+
+log = logging.getLogger("cartilha")
+
+_TASK = re.compile(r"[\w+-]+")
+
+
+@dataclass(frozen=True)
+class QuestionNames:
+    """Where questions are: files and datasets, and tasks of lm-evaluation-harness (names, or YAML files)."""
+
+    sources: tuple[Source, ...] = ()
+    tasks: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, names: Sequence[str], inputs: Sequence[Source]) -> QuestionNames:
+        """Tell tasks from REFs; a UserError says that a name is neither, or that it is the input itself."""
+        tasks = tuple(name for name in names if _is_task(name))
+        for task in tasks:
+            if _is_file(task) and not os.path.isfile(task):
+                raise UserError(f"There is no task file {task}; give a YAML file, a task's name, or a text.")
+        if tasks and find_spec("lm_eval") is None:
+            raise missing_extra(f"There is no file {tasks[0]!r}, and a task of lm-evaluation-harness", "eval")
+        sources = tuple(resolve_inputs([name for name in names if name not in tasks]))
+        read = {source.path.resolve() for source in inputs if isinstance(source, SourceFile)}
+        for source in sources:
+            if isinstance(source, SourceFile) and source.path.resolve() in read:
+                raise UserError(f"--decontaminate names {source.path}, which is the input; name a benchmark's text.")
+        return cls(sources, tasks)
+
+
+def _is_task(name: str) -> bool:
+    return _is_file(name) or (bool(_TASK.fullmatch(name)) and name != "primer" and not os.path.lexists(name))
+
+
+def _is_file(task: str) -> bool:
+    return Path(task).suffix in (".yaml", ".yml")
+
+
+def file_questions(sources: Iterable[Source], reading: ReadSettings) -> Iterator[Question]:
+    """The questions in files and datasets: a record each, with all its texts (of a table, the text's column)."""
+    settings = replace(reading, domain_column=None, on_error="stop")
+    for source in sources:
+        name = "primer" if isinstance(source, PrimerSource) else source.name
+        for place, record in read_raw(source, settings):
+            yield Question(name, place, tuple(map(without_surrogates, record_texts(record))))
+
+
+def question_runs(questions: Iterable[Question]) -> QuestionRuns:
+    """The runs of words of questions, with notices of what is not looked for; a UserError says that there are none."""
+    runs = QuestionRuns.of(questions)
+    for benchmark in runs.benchmarks:
+        if benchmark.num_common_runs:
+            runs_of_words = counted(benchmark.num_common_runs, "passage", "is", "are")
+            log.info("%s: %s left aside, which many questions share, as instructions.", benchmark.name, runs_of_words)
+        if benchmark.num_too_short:
+            short = counted(benchmark.num_too_short, "question", "has", "have")
+            log.warning("%s: %s no text of %d words of its own; not looked for.", benchmark.name, short, LEAST_WORDS)
+    if not len(runs.keys):
+        raise UserError(f"--decontaminate names no text of {LEAST_WORDS} words or more; name a benchmark's questions.")
+    return runs
+
+
+def found_questions(runs: QuestionRuns, results: Sequence[ShardResult]) -> dict[str, Any]:
+    """Which questions the shards held, as store.json records it: figures of benchmarks, and the first documents."""
+    numbers = {number for result in results for number in result.questions}
+    found = Counter(runs.benchmark_of(number) for number in numbers)
+    documents = (row for result in results for row in result.contaminated)
+    return {
+        "benchmarks": [{**vars(benchmark), "num_found": found[benchmark.name]} for benchmark in runs.benchmarks],
+        "documents": list(islice(documents, LISTED_CONTAMINATED)),
+    }
