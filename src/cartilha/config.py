@@ -104,7 +104,7 @@ class PrepareConfig(ReadingOptions):
     weights: tuple[str, ...] = deciding((), "for each --input, its share of the tokens (0.95 0.05)")
     max_repeats: int = deciding(4, "with --weights: repeat an input this often at most, before others are cut")
     clean: tuple[str, ...] = deciding(
-        ("none",), "web: all that text from the web needs; or steps by name; or none (extra text)"
+        ("none",), "web: what text from the web needs; fineweb: FineWeb-2's rules; steps by name; none (extra text)"
     )
     language: str = deciding("pt", "the language that the cleaning step `language` keeps")
     near_duplicates: bool = deciding(False, "keep near-duplicates on one side of the split (extra text)")

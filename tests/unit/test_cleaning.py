@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from cartilha.corpus.cleaning import STEPS, Cleaner, Rejected
+from cartilha.corpus.cleaning import GROUPS, Cleaner, Rejected, named_steps
 from cartilha.corpus.document import Document
 from cartilha.corpus.primer import primer_texts
 from cartilha.errors import UserError
@@ -34,7 +34,7 @@ def clean(text: str, *steps: str, **settings) -> str:
 
 
 def test_the_primer_passes_unchanged():
-    cleaner = Cleaner(STEPS)
+    cleaner = Cleaner(GROUPS["web"])
     for text in primer_texts():
         document = Document(text.text, text.id, "primer", text.genre)
         assert cleaner([document])[0] is document
@@ -144,8 +144,9 @@ def test_steps_run_in_their_own_order(monkeypatch):
     cleaner = Cleaner(["short", "nfc"])
     document = Document("e\u0301é", "1", "s", "d")  # three characters before, two after
     assert cleaner([document]) == [Rejected(document, "short")]
-    with pytest.raises(UserError, match=r"'html'.*web .*mojibake, control, nfc"):
-        Cleaner(["html"])
+    assert named_steps(["web"]) == GROUPS["web"] and named_steps(["none"]) == ()
+    with pytest.raises(UserError, match=r"'html'.*web, fineweb.*mojibake, control, nfc"):
+        named_steps(["web", "html"])
 
 
 def test_a_missing_extra_is_named(monkeypatch):

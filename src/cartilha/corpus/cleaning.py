@@ -1,14 +1,15 @@
 """Cleaning: named steps that mend a document or reject it with a reason; only the steps asked for are applied.
 
 Each step begins with a test that clean text passes at hundreds of megabytes per second. Thresholds are those of C4
-(Raffel et al. 2020, arXiv:1910.10683), mC4 and MassiveText (Rae et al. 2021, arXiv:2112.11446, table A1).
+(Raffel et al. 2020, arXiv:1910.10683), mC4 and MassiveText (Rae et al. 2021, arXiv:2112.11446, table A1); `quality` has
+those of FineWeb-2.
 """
 
 from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,6 +17,7 @@ import numpy as np
 from cartilha.corpus.boilerplate import PHRASE_CHARS, PHRASES
 from cartilha.corpus.document import Document
 from cartilha.corpus.language import languages, load_identifier
+from cartilha.corpus.quality import Thresholds, line_fault, ngram_faults, thresholds, word_faults
 from cartilha.corpus.signatures import run_hashes
 from cartilha.errors import UserError, import_extra
 
@@ -58,14 +60,11 @@ Step = Callable[[Sequence[str]], Sequence[Found]]
 class Cleaner:
     """Applies steps to documents, in the order of `STEPS`: mending before judging, cheap before expensive.
 
-    `language` (ISO 639-1) is what the step of that name keeps. A UserError says that there is no such step, or that one
-    needs an extra that is not installed.
+    `language` (ISO 639-1) is what the step of that name keeps. A UserError says that a step needs an extra that is not
+    installed, or has no thresholds for the language.
     """
 
     def __init__(self, steps: Sequence[str], language: str = "pt") -> None:
-        unknown = [step for step in steps if step not in _MAKERS]
-        if unknown:
-            raise UserError(f"There is no cleaning step {unknown[0]!r}; choose web (all) or from {', '.join(STEPS)}.")
         self._steps = {name: make(language) for name, make in _MAKERS.items() if name in steps}
 
     def __call__(self, documents: Sequence[Document]) -> list[Document | Rejected]:
@@ -207,6 +206,27 @@ def _sample(text: str, num_chars: int, num_places: int) -> str:
     return " ".join(text[begin : begin + size] for begin in range((stride - size) // 2, len(text) - size, stride))
 
 
+def _line_step(language: str) -> Step:
+    most = thresholds(language)
+    return lambda texts: [_unless(line_fault(text, most), "lines", text) for text in texts]
+
+
+def _step_of_all(name: str, faults: Callable[[Sequence[str], Thresholds], Iterator[str]]) -> Callable[[str], Step]:
+    """The maker of a step that looks at all texts at once."""
+
+    def make(language: str) -> Step:
+        most = thresholds(language)
+        return lambda texts: [
+            _unless(fault, name, text) for fault, text in zip(faults(texts, most), texts, strict=True)
+        ]
+
+    return make
+
+
+def _unless(fault: str, step: str, text: str) -> Found:
+    return _Reason(f"{step}:{fault}") if fault else text
+
+
 _MAKERS: dict[str, Callable[[str], Step]] = {
     "mojibake": _mojibake,
     "control": _each(_control),
@@ -216,5 +236,17 @@ _MAKERS: dict[str, Callable[[str], Step]] = {
     "language": _language,
     "repeated_lines": _each(_repeated_lines),
     "repeated_ngrams": _each(_repeated_ngrams),
+    "lines": _line_step,
+    "words": _step_of_all("words", word_faults),
+    "ngrams": _step_of_all("ngrams", ngram_faults),
 }
 STEPS = tuple(_MAKERS)
+GROUPS = {"web": STEPS[:-3], "fineweb": STEPS[-3:], "none": ()}
+
+
+def named_steps(names: Iterable[str]) -> tuple[str, ...]:
+    """The steps that `--clean` names, those of groups among them; a UserError says that there is none of that name."""
+    steps = tuple(step for name in names for step in GROUPS.get(name, (name,)))
+    if unknown := [step for step in steps if step not in _MAKERS]:
+        raise UserError(f"There is no cleaning step {unknown[0]!r}; choose web, fineweb, or from {', '.join(STEPS)}.")
+    return steps

@@ -23,7 +23,7 @@ import numpy as np
 
 from cartilha.corpus.cleaning import Rejected
 from cartilha.corpus.document import Document
-from cartilha.corpus.signatures import lower_case, word_bounds
+from cartilha.corpus.signatures import blocks, lower_case, word_bounds
 
 RUN_WORDS, LEAST_WORDS = 13, 8
 # A run that more of a benchmark's questions share belongs to the instructions: at least so many, and such a share.
@@ -188,9 +188,7 @@ class QuestionFinder:
         result: list[Document | Rejected] = list(documents)
         found: dict[int, tuple[set[int], str]] = {}
         texts = [document.text for document in documents]
-        sizes = np.cumsum(np.fromiter(map(len, texts), np.int64, len(texts)))
-        cuts = np.flatnonzero(np.diff(sizes // BLOCK_CHARS)) + 1
-        for begin, end in pairwise(sorted({0, *cuts.tolist(), len(texts)})):
+        for begin, end in blocks(texts, BLOCK_CHARS):
             for number, owners, span in self._matches(texts[begin:end]):
                 found.setdefault(begin + number, (set(), span))[0].update(owners)
         for number, (questions, span) in found.items():

@@ -6,7 +6,7 @@ The words of many documents are hashed at once from their UTF-8 bytes; the MinHa
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from itertools import pairwise
 from pathlib import Path
 
@@ -37,15 +37,20 @@ def signatures(texts: Sequence[str]) -> np.ndarray:
     rensa = import_extra("rensa", "The search for near-duplicates", "text")
     lowered = lower_case(texts)
     result = np.zeros((len(texts), NUM_VALUES), np.uint16)
-    sizes = np.cumsum([len(text) for text in lowered], dtype=np.int64)
-    cuts = np.flatnonzero(np.diff(sizes // BLOCK_BYTES)) + 1
-    for begin, end in pairwise(sorted({0, *cuts.tolist(), len(texts)})):
+    for begin, end in blocks(lowered, BLOCK_BYTES):
         hashes, counts = _shingle_hashes(lowered[begin:end])
         offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.uint64)
         rows = rensa.RMinHash.digest_matrix_from_flat_token_hashes(hashes, offsets, NUM_VALUES, SEED).to_rows()
         result[begin:end] = np.asarray(rows, np.uint32).astype(np.uint16)
         result[begin:end][counts == 0] = 0
     return result
+
+
+def blocks(texts: Sequence[Sized], size: int) -> Iterator[tuple[int, int]]:
+    """Begin and end of consecutive texts that are about so long together."""
+    sizes = np.cumsum(np.fromiter(map(len, texts), np.int64, len(texts)))
+    cuts = np.flatnonzero(np.diff(sizes // size)) + 1
+    return pairwise(sorted({0, *cuts.tolist(), len(texts)}))
 
 
 def lower_case(texts: Sequence[str]) -> list[bytes]:
@@ -81,22 +86,22 @@ def run_hashes(text: bytes) -> np.ndarray:
 
 def _shingle_hashes(texts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
     """Hashes of the shingles of all texts, one text after the other, and their number in each: uint64 and int64."""
-    starts, words = _word_hashes(b"\n".join(texts))
+    starts, _, words = word_hashes(b"\n".join(texts))
     bounds = np.cumsum([0, *(len(text) + 1 for text in texts)])
     first = np.searchsorted(starts, bounds)  # each text's first word
     num_words = np.diff(first)
     counts = np.where(num_words >= SHINGLE_WORDS, num_words - SHINGLE_WORDS + 1, np.minimum(num_words, 1))
     padded = np.concatenate([words, np.zeros(SHINGLE_WORDS - 1, np.uint64)])
-    hashes = _mixed(padded[:-2] * np.uint64(3) + padded[1:-1] * np.uint64(0x94D049BB133111EB) + padded[2:])
+    hashes = mixed(padded[:-2] * np.uint64(3) + padded[1:-1] * np.uint64(0x94D049BB133111EB) + padded[2:])
     shingle = np.arange(len(words)) - np.repeat(first[:-1], num_words)  # its number within the text
     kept = shingle < np.repeat(counts, num_words)
     for text in np.flatnonzero((num_words > 0) & (num_words < SHINGLE_WORDS)):  # other words belong to the next text
-        hashes[first[text]] = _mixed(words[first[text] : first[text + 1]].sum(keepdims=True))[0]
+        hashes[first[text]] = mixed(words[first[text] : first[text + 1]].sum(keepdims=True))[0]
     return hashes[kept], counts
 
 
-def _word_hashes(text: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """Where each word of a text begins, and a hash of its length and first bytes: int64 and uint64."""
+def word_hashes(text: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where each word of a text begins and ends, and a hash of its length and first bytes: int64, int64, uint64."""
     starts, ends = word_bounds(text)
     lengths = ends - starts
     eights = _eights(text + bytes(WORD_BYTES), starts, WORD_BYTES)
@@ -106,7 +111,7 @@ def _word_hashes(text: bytes) -> tuple[np.ndarray, np.ndarray]:
         longer = np.flatnonzero(lengths > offset)  # a few words
         part = eights[longer, column] & _MASKS[np.minimum(lengths[longer] - offset, 8)]
         hashes[longer] = hashes[longer] * _ODD + part
-    return starts, _mixed(hashes)
+    return starts, ends, mixed(hashes)
 
 
 def word_bounds(text: bytes) -> tuple[np.ndarray, np.ndarray]:
@@ -135,7 +140,7 @@ def _eights(text: bytes, starts: np.ndarray, num_bytes: int) -> np.ndarray:
     return np.asarray(pieces.view("<u8").reshape(-1, num_bytes // 8))
 
 
-def _mixed(values: np.ndarray) -> np.ndarray:
+def mixed(values: np.ndarray) -> np.ndarray:
     """Spread every bit over all (the finalizer of SplitMix64 without its last step)."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     return np.asarray(values ^ (values >> np.uint64(27)))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cartilha.config import PrepareConfig
-from cartilha.corpus.cleaning import STEPS, Cleaner
+from cartilha.corpus.cleaning import Cleaner, named_steps
 from cartilha.corpus.files import SourceFile
 from cartilha.corpus.records import ReadSettings
 from cartilha.corpus.sources import LeftOut, Source, resolve_inputs
@@ -49,8 +49,8 @@ def read_request(config: PrepareConfig) -> PrepareRequest:
         raise UserError(f"--output {config.output} is not valid UTF-8, which Arrow asks of paths; choose another name.")
     if config.ray_address and config.executor != "ray":
         raise UserError("--ray_address is for the Ray executor; add --executor ray.")
-    steps = tuple(step for name in config.clean for step in (STEPS if name == "web" else (name,)) if step != "none")
-    Cleaner(steps, config.language)  # refuses unknown steps and missing extras
+    steps = named_steps(config.clean)
+    Cleaner(steps, config.language)  # refuses missing extras
     if config.rejects and not steps and not config.decontaminate:
         raise UserError("--rejects takes what cleaning leaves out, and nothing is cleaned; add --clean web.")
     if config.rejects and (Path(config.rejects).is_dir() or not Path(config.rejects).parent.is_dir()):
