@@ -84,9 +84,11 @@ def _shares(
         names.setdefault(key, path)
     total, rest = sum(found.values(), Fraction(0)), _key(config.store, None)
     if total > 1 or (rest in found and total < 1):
+        remedy = (
+            f"leave out {names[rest]}, which then gets the rest" if rest in found else "--store gets what they leave"
+        )
         raise UserError(
-            f"The shares of --{option} add up to {float(total):.6g} and not to 1; correct one of them, or leave out "
-            "that of --store, which gets the rest."
+            f"The shares of --{option} add up to {float(total):.6g} and not to 1; correct one of them ({remedy})."
         )
     found.setdefault(rest, 1 - total)
     return found
@@ -128,6 +130,8 @@ def check_sources(config: TrainConfig) -> None:
         other = seen.setdefault((info["splits"]["train"]["corpus_hash"], source.domain), source.name)
         if other != source.name:
             raise UserError(f"{other} and {source.name} hold the same training text; name it once.")
+        if source.domain is not None:
+            _chosen(source, sources, TokenStore(source.store))
 
 
 def identities(config: TrainConfig) -> dict[str, list[str]]:
