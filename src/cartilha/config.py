@@ -188,7 +188,9 @@ class TrainConfig(ComputeOptions):
         "never", "auto: go on from the last checkpoint in the output directory, if there is one"
     )
     allow_changes: bool = option(False, "with --resume auto: go on although store, model, batch or schedule changed")
-    checkpoint_steps: int | None = option(None, "write a checkpoint every N steps, besides each epoch's", minimum=1)
+    checkpoint_steps: int | None = option(
+        None, "write a checkpoint every N steps, besides each validation's", minimum=1
+    )
     checkpoint_minutes: float = option(10.0, "and when so many minutes have passed since the last; 0: never", minimum=0)
     keep_last: int = option(2, "newest checkpoints to keep, besides the one with the best validation", minimum=1)
     keep_optimizer: bool = option(False, "keep a finished run's optimizer states, so that more epochs can follow")
@@ -201,6 +203,13 @@ class TrainConfig(ComputeOptions):
     stop_file: str | None = option(None, "stop after the step, with a checkpoint, as soon as this file is there")
     skip_checks: bool = option(False, "do not check text, vocabulary, attention, leaks, memory and disk before step 1")
     validation_tokens: int = deciding(1_000_000, "validation scores about this many tokens", minimum=1)
+    validate_every: str | None = deciding(
+        None, "validate also after so many tokens (500k, 5m, or 25% of an epoch), not only after each epoch"
+    )
+    patience: int | None = deciding(
+        None, "end when so many validations in a row brought no better value (RUN/model has the best)", minimum=1
+    )
+    skip_english: bool = option(False, "do not measure the English sample before and after the training")
     tracker: str = option("none", "mirror metrics.jsonl to tensorboard, trackio (extra trackers), or a plug-in's name")
 
 

@@ -27,7 +27,7 @@ from cartilha.settings import Settings
 from cartilha.training.schedule import check_shape
 from cartilha.training.trackers import check_tracker
 from cartilha.training.update_rules import check_optimizer
-from cartilha.units import parse_duration, parse_share
+from cartilha.units import parse_amount, parse_duration, parse_share
 
 
 def preflight(config: Any) -> None:
@@ -85,6 +85,7 @@ _TEXTS: dict[str, Callable[[str], object]] = {
     "schedule": check_shape,
     "time_budget": parse_duration,
     "tracker": check_tracker,
+    "validate_every": lambda text: parse_amount(text, "--validate_every"),
 }
 _EXTRAS = {
     "continuations": ("sacrebleu", "The measure chrF or BLEU (sacrebleu)", "eval"),

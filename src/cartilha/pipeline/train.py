@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,14 +23,22 @@ from cartilha.machine.processes import from_rank_0, gather_objects, is_main_proc
 from cartilha.model.compiling import training_body
 from cartilha.pipeline.check import refuse_if_failed
 from cartilha.pipeline.preflight import preflight
+from cartilha.runs.best import comparable, loss_of, since_best
+from cartilha.runs.english import score_english
 from cartilha.runs.files import RunWriter, check_output, only_process, read_results, values_at, write_config
 from cartilha.runs.live import training_view
 from cartilha.runs.model_card import model_card
 from cartilha.runs.scratch import place_of_run
 from cartilha.runs.setup import Run, assemble, check_space, facts, is_finished_as_asked
-from cartilha.runs.snapshots import take_snapshot
+from cartilha.runs.snapshots import compare_with_first, take_snapshot
 from cartilha.storage import DISK_FAULTS, new_directory, system_error, write_atomically, write_json
-from cartilha.training.checkpoint import best_checkpoint, drop_optimizer_states, list_checkpoints, newest_name
+from cartilha.training.checkpoint import (
+    best_checkpoint,
+    drop_optimizer_states,
+    list_checkpoints,
+    load_weights,
+    newest_name,
+)
 from cartilha.training.loop import StepSettings, train_steps
 from cartilha.training.metrics_file import MetricsFile
 from cartilha.training.state import Progress, StepRecord
@@ -131,18 +140,22 @@ def _train(run: Run, record: RunWriter, stop: StopRequest) -> None:
     with closing(metrics), closing(writer):
         if run.step == 0:
             log_book.measure("Validation before training")
+            log_book.measure_english(0)
             seed_everything(run.config.seed)
         first = None
-        for step in _steps(run, record):
+        steps = _steps(run, record)
+        if log_book.is_out_of_patience:  # killed between its last step and its end
+            steps.close()
+        for step in steps:
             first = first or step
             metrics.step(step)
             if watch.has_diverged:
                 raise watch.diverged(newest_name(run.path))
-            validation_loss = log_book.end_epoch(step) if step.ends_epoch else None
-            last = run.schedule.is_over(step.step, step.total_seconds)
+            validation_loss = log_book.validate(step)
+            last = run.schedule.is_over(step.step, step.total_seconds) or log_book.is_out_of_patience
             # Read once: a request that comes while the checkpoint is written waits for the next step.
             stopping = any(gather_objects(stop.requested))
-            if step.ends_epoch or last or stopping or writer.is_due(step.step):
+            if validation_loss is not None or last or stopping or writer.is_due(step.step):
                 metrics.sync()
                 writer.write(run.state, run.settings, validation_loss, goes_on=not (last or stopping))
             if stopping and not last:
@@ -150,6 +163,8 @@ def _train(run: Run, record: RunWriter, stop: StopRequest) -> None:
                     f"Stopped after step {step.step} of {run.schedule.num_steps}; a checkpoint is saved, "
                     "and the same command with --resume auto goes on from it."
                 )
+            if last:
+                steps.close()
         writer.finish()
         record.update(checkpoint_seconds=writer.stall_s, **_rates(run.state.progress, first))
         log_book.finish()
@@ -173,9 +188,17 @@ def _announce(run: Run) -> None:
         *(counted(getattr(sampler, f"{noun}s_per_epoch"), noun) for noun in ("step", "block", "target")),
         100 * sampler.padding_share,
     )
+    patience, epochs = run.config.patience, (schedule.num_steps - 1) / sampler.steps_per_epoch
+    num_validations = int(epochs * run.validation_times.per_epoch)
+    if patience is not None and num_validations < patience:
+        log.warning(
+            "%s before the last step, so --patience %d cannot end this training early; validate more often with "
+            "--validate_every.",
+            *(f"There {'is' if num_validations == 1 else 'are'} {counted(num_validations, 'validation')}", patience),
+        )
 
 
-def _steps(run: Run, record: RunWriter) -> Iterator[StepRecord]:
+def _steps(run: Run, record: RunWriter) -> Generator[StepRecord, None, None]:
     """The loop, shown as it goes."""
     config = run.config
     body = training_body(run.loaded.model, config.compile, run.schedule.num_steps)
@@ -213,8 +236,27 @@ class _LogBook:
             self.metrics.texts(run.step, take_snapshot(run, self.record, evaluation, scores.nll))
         return evaluation
 
-    def end_epoch(self, step: StepRecord) -> float:
-        """Validate and record the epoch that this step ends; returns the validation loss, in nats per token."""
+    def measure_english(self, step: int) -> None:
+        """Score the English sample with the weights of that step, unless it is skipped."""
+        if is_main_process() and not self.run.config.skip_english:
+            score_english(self.run, self.record, step)
+
+    @property
+    def is_out_of_patience(self) -> bool:
+        """Whether so many validations in a row brought no better value that training ends early."""
+        patience = self.run.config.patience
+        return patience is not None and since_best(self.record.values["evaluations"]) >= patience
+
+    def validate(self, step: StepRecord) -> float | None:
+        """Validate where that is due after a step; returns the validation loss in nats per token, or else None."""
+        if not self.run.validation_times.is_due(step):
+            return None
+        if step.ends_epoch:
+            return self._end_epoch(step)
+        return self.measure(f"Validation after step {step.step}").total.loss
+
+    def _end_epoch(self, step: StepRecord) -> float:
+        """Validate and record the epoch that this step ends."""
         self.metrics.flush()
         train_loss, seconds = self.run.state.progress.end_epoch()
         total = self.measure(f"Validation after epoch {step.epoch}").total
@@ -229,15 +271,11 @@ class _LogBook:
         if record.values["evaluations"][-1]["step"] != run.step:
             self.measure("Validation after training")
         record.values["settings"]["micro_batch_size"] = progress.micro_batch_size  # smaller if memory ran out
-        is_complete = progress.step >= run.schedule.num_steps
-        if not is_complete:
-            log.info(
-                "The time budget of %s is used up after step %d of %d; a longer one with --allow_changes goes on.",
-                *(run.config.time_budget, progress.step, run.schedule.num_steps),
-            )
+        ended_by = self._end()
         best = best_checkpoint(list_checkpoints(run.path))
         record.update(
             best_checkpoint=best.name if best else None,
+            ended_by=ended_by,
             steps=progress.step,
             skipped_steps=progress.skipped_steps,
             loss_spikes=progress.loss_spikes,
@@ -249,15 +287,47 @@ class _LogBook:
         )
         if not is_main_process():
             return
+        model_step = self._take_best(best)
+        self.measure_english(model_step)
+        record.update(model_step=model_step, comparison=compare_with_first(run, model_step), notices=record.notices)
         with new_directory(run.path / "model", replace=True) as temporary:
             # The model is converted in place: nothing computes with it any more.
             torch.nn.Module.to(run.loaded.model, getattr(torch, run.config.save_dtype))
             run.loaded.model.save_pretrained(temporary)
             run.scorer.tokenizer.save(temporary)
             write_atomically(temporary / "README.md", model_card(record.values))
-        if is_complete and not run.config.keep_optimizer:  # a longer time budget goes on with the states
+        if ended_by == "steps" and not run.config.keep_optimizer:  # a longer time budget goes on with the states
             drop_optimizer_states(run.path)
         record.update(status="finished")
+
+    def _end(self) -> str:
+        """Say what ended the training, if not its last step: `steps`, `patience` or `time_budget`."""
+        run, num_steps = self.run, self.run.schedule.num_steps
+        if run.step >= num_steps:
+            return "steps"
+        at = f"step {run.step} of {num_steps}"
+        if self.is_out_of_patience:
+            waited = counted(run.config.patience or 0, "validation")
+            log.info("%s brought no better value: training ends early, after %s.", waited, at)
+            return "patience"
+        budget = run.config.time_budget
+        log.info("The time budget of %s is used up after %s; a longer one with --allow_changes goes on.", budget, at)
+        return "time_budget"
+
+    def _take_best(self, best: Path | None) -> int:
+        """Put the weights of the best checkpoint into the model if the last evaluation is worse; returns their step."""
+        run = self.run
+        losses = {row["step"]: loss_of(row) for row in comparable(self.record.values["evaluations"])}
+        step = int(best.name.removeprefix("step-")) if best else run.step
+        if best is None or losses[run.step] <= losses.get(step, math.inf):
+            return run.step
+        try:
+            load_weights(best, run.loaded.model)
+        except UserError as error:
+            log.warning("%s RUN/model holds the weights of the last step instead, whose validation is worse.", error)
+            return run.step
+        log.info("RUN/model holds the weights of step %d, whose validation was the best.", step)
+        return step
 
 
 def _rates(progress: Progress, first: StepRecord | None) -> dict[str, float | None]:

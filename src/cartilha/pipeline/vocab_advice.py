@@ -136,6 +136,7 @@ def _try(config: VocabConfig, seconds: float, texts: Texts, place: Path, num_new
         seed=config.seed,
         device=config.device,
         validation_tokens=1,
+        skip_english=True,  # it is compared in detail below
     )
     trained = train(settings).results
     for name, text in texts.items():

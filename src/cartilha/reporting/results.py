@@ -5,6 +5,7 @@ What is absent or unreadable becomes None or empty, and `RecordedRun.missing` na
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -49,6 +50,8 @@ SETTINGS = record(
     seed=integer,
     dtype=text,
     device=text,
+    optimizer=text,
+    patience=integer,
 )
 CORPUS = record(
     num_train_documents=integer,
@@ -99,6 +102,12 @@ EVALUATION = record(
     domains=by_name(DOMAIN),
     positions=_positions,
 )
+ENGLISH = record(
+    before=lambda value: EVALUATION(value) if isinstance(value, dict) else None,
+    after=lambda value: EVALUATION(value) if isinstance(value, dict) else None,
+    bits_per_byte_difference=number,
+    bits_per_byte_difference_interval=interval,
+)
 SHARE = record(name=text, word=text, pool=number, chosen=number)
 SELECTION = record(
     num_documents=integer,
@@ -129,6 +138,9 @@ RUN = record(
     samples=many(record(step=integer, prompt=text, text=text, mode=text)),
     comparison=lambda value: COMPARISON(value) if isinstance(value, dict) else None,
     sources=many(SOURCE),
+    english=lambda value: ENGLISH(value) if isinstance(value, dict) else None,
+    ended_by=text,
+    model_step=integer,
     selection=lambda value: SELECTION(value) if isinstance(value, dict) else None,
     plan=record(micro_batch_size=integer, memory_bytes=integer, available_bytes=integer, tokens_per_second=number),
     tokens_per_second=number,
@@ -148,8 +160,9 @@ class RecordedRun(Record):
         status: One of `STATUSES`, or `unknown` if there is no `results.json`.
         steps: In order of step; if a resumed run repeated a step, its later record.
         evaluations: In order of step: those of `results.json`, and those that only `metrics.jsonl` has.
-        before, after: The latest evaluations before and after training began that may be compared; if there is no such
-            pair, the first and the last. `after` may be older than the last step. Either may be None.
+        before, after: The latest evaluations before and after training began that may be compared, none of them after
+            the step whose weights `RUN/model` holds; if there is no such pair, the first and the last. `after` may be
+            older than the last step. Either may be None.
         missing: What was absent or unreadable, such as `samples.jsonl` or `results.json: epochs`.
     """
 
@@ -187,7 +200,9 @@ def load_run(path: str | Path) -> RecordedRun:
     run.name = run.name or directory.resolve().name
     run.steps = _steps(metrics)
     run.evaluations = _evaluations(results, metrics)
-    run.before, run.after = _headline(run.evaluations)
+    # The result is that of the weights in RUN/model, which may not be the last ones.
+    last = math.inf if run.model_step is None else run.model_step
+    run.before, run.after = _headline([one for one in run.evaluations if (one.step or 0) <= last])
     return run
 
 

@@ -63,6 +63,11 @@ def values_at(path: Path, step: int, values: dict[str, Any]) -> dict[str, Any]:
     old["evaluations"] = [row for row in old["evaluations"] if row["step"] <= step]
     if old.get("comparison") and old["comparison"]["steps"][1] > step:
         old["comparison"] = None
+    english = old.get("english")
+    if isinstance(english, dict) and isinstance(english.get("after"), dict) and english["after"].get("step", 0) > step:
+        old["english"] = {"before": english.get("before")}
+    for name in ("ended_by", "model_step"):  # of a run that was finished before
+        old.pop(name, None)
     if step:
         old["resumed_from_step"] = [*old["resumed_from_step"], step]
         _note_another_machine(old, values)

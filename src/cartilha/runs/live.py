@@ -118,14 +118,14 @@ def training_view(record: RunWriter, schedule: Schedule, title: str) -> Iterator
         yield lambda step: None
         return
     status, on_terminal = TrainingStatus(title, schedule), sys.stderr.isatty()
-    is_stale, last = True, time.monotonic()
+    num_read, last = -1, time.monotonic()
 
     def take(step: StepRecord) -> None:
-        nonlocal is_stale, last
-        if is_stale:
+        nonlocal num_read, last
+        if num_read != len(record.values["evaluations"]):
+            num_read = len(record.values["evaluations"])
             status.read(record)
         status.update(step)
-        is_stale = step.ends_epoch  # an evaluation follows
         if not on_terminal and time.monotonic() - last >= PLAIN_INTERVAL_S:
             last = time.monotonic()
             log.info("%s", status.line())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import yaml
 
 from cartilha.errors import UserError, counted
 from cartilha.model_reference import resolve_model
+from cartilha.runs.best import evaluation_of_model
 from cartilha.tokens.declared_tokens import read_tokenizer_json
 
 HUB_ID = r"[\w-][\w.-]*/[\w.-]+"
@@ -70,7 +72,7 @@ def licence(record: dict[str, Any]) -> str:
     return f"That of the base model: {name}{link}. / A do modelo de base: {name}{link}."
 
 
-def _header(name: str, record: dict[str, Any], evaluation: dict[str, Any]) -> str:
+def _header(name: str, record: dict[str, Any], evaluation: Mapping[str, Any]) -> str:
     values = {"perplexity": evaluation["perplexity"], "bits_per_byte": evaluation["bits_per_byte"]}
     metrics = [{"type": metric, "value": value} for metric, value in values.items() if value is not None]
     dataset = {"name": "held-out text", "type": "held-out"}
@@ -88,7 +90,7 @@ def _header(name: str, record: dict[str, Any], evaluation: dict[str, Any]) -> st
 def model_card(results: dict[str, Any]) -> str:
     """The card of a run's model, in English and Portuguese, from its results."""
     settings, corpus = results["settings"], results["corpus"]
-    before, after = results["evaluations"][0], results["evaluations"][-1]
+    before, after = results["evaluations"][0], evaluation_of_model(results)
     protocol = after["protocol"]
     base = settings["model"]
     record = base_record(base)
@@ -111,7 +113,7 @@ def model_card(results: dict[str, Any]) -> str:
 |---|---|---|
 | perplexity / perplexidade | {before["perplexity"]:.2f} | {after["perplexity"]:.2f} |
 | bits per byte / bits por byte | {_number(before["bits_per_byte"])} | {_number(after["bits_per_byte"])} |
-
+{_english(results.get("english"))}
 Protocol / protocolo: {protocol["name"]}, window {protocol["window"]}, stride {protocol["stride"]}, prefix token
 {protocol["prefix_id"]}, {protocol["dtype"]}, hash `{protocol["hash"]}`; {counted(after["num_documents"], "document")},
 {counted(after["num_tokens"], "token")}. Perplexities of other protocols or tokenizers cannot be compared with these;
@@ -119,13 +121,21 @@ bits per byte of the same text can. / Perplexidades de outros protocolos ou toke
 bits por byte do mesmo texto, sim.
 
 Settings / configuração: block size {settings["block_size"]}, {counted(settings["batch_tokens"], "token")} per step,
-{counted(settings["num_steps"], "step")}, peak learning rate {settings["lr"]:.2g}, seed {settings["seed"]},
+{_steps(results)}, peak learning rate {settings["lr"]:.2g}, seed {settings["seed"]},
 {settings["dtype"]}.
 
 ## Licence / licença
 
 {licence(record)}
 """
+
+
+def _steps(results: dict[str, Any]) -> str:
+    steps = counted(results["settings"]["num_steps"], "step")
+    held = results.get("model_step")
+    if held is None or held == results["settings"]["num_steps"]:
+        return steps
+    return f"{steps} planned, the weights those of step {held}"
 
 
 def _chosen(selection: dict[str, Any] | None) -> str:
@@ -157,6 +167,15 @@ def _mixed(sources: list[dict[str, Any]] | None) -> str:
     ]
     head = "| source / fonte | documents read / documentos lidos | tokens | times read / vezes que foi lida |\n"
     return f"{head}|---|---|---|---|\n{''.join(rows)}\n"
+
+
+def _english(english: dict[str, Any] | None) -> str:
+    """A row of the table, if the English sample was measured before and after."""
+    rows = [(english or {}).get(when) for when in ("before", "after")]
+    if not all(rows):
+        return ""
+    before, after = (_number(row["bits_per_byte"]) for row in rows if row)
+    return f"| English sample, bits per byte / amostra em inglês, bits por byte | {before} | {after} |\n"
 
 
 def _number(value: float | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from cartilha.model.recomputation import checkpoint_layers
 from cartilha.runs.files import read_results, read_status
 from cartilha.runs.sources import Mix, identities, sources_of
 from cartilha.runs.step_plan import RunPlan, StepShape, plan_run, refuse_beyond_context, this_machine
+from cartilha.runs.validation_times import ValidationTimes
 from cartilha.tokens.store import TokenStore, tokenizer_for
 from cartilha.tokens.store_checks import read_store_info
 from cartilha.tokens.tokenizer import TextTokenizer
@@ -42,7 +44,7 @@ from cartilha.training.memory import check_states_fit
 from cartilha.training.optimizer import StateSize, resolve_batch_tokens, resolve_lr
 from cartilha.training.schedule import Schedule
 from cartilha.training.state import TrainingState
-from cartilha.units import parse_duration, parse_share
+from cartilha.units import parse_amount, parse_duration, parse_share
 
 
 @dataclass
@@ -79,6 +81,11 @@ class Run:
             return {}
         assert isinstance(self.sampler, MixtureSampler)
         return {"sources": self.mix.rows(self.sampler, self.step)}
+
+    @cached_property
+    def validation_times(self) -> ValidationTimes:
+        """After which steps the run is validated."""
+        return ValidationTimes.of(self.config.validate_every, self.sampler.targets_per_epoch)
 
     @property
     def disk_space(self) -> tuple[int, int]:
@@ -148,6 +155,8 @@ def _asked(config: TrainConfig, schedule: Schedule) -> dict[str, Any]:
     asked = config.deciding_values() | {name: getattr(schedule, name) for name in resolved}
     for name in ("time_budget", "mix", "mix_end"):
         del asked[name]
+    if config.validate_every is not None:  # however it is written
+        asked["validate_every"] = parse_amount(config.validate_every, "--validate_every")
     return {**asked, **identities(config), "lr": schedule.peak_lr}
 
 
@@ -254,7 +263,10 @@ def _plan(config: TrainConfig, scorer: Scorer, sampler: BlockSampler, schedule: 
         return plan
     by_clock = 60 * config.checkpoint_minutes * num_ranks * plan.tokens_per_second / sampler.tokens_per_step
     # Training goes on beside a checkpoint unless it is the last one, which needs no copy.
-    intervals = [sampler.steps_per_epoch, config.checkpoint_steps, by_clock]
+    by_validation = (
+        sampler.steps_per_epoch / ValidationTimes.of(config.validate_every, sampler.targets_per_epoch).per_epoch
+    )
+    intervals = [by_validation, config.checkpoint_steps, by_clock]
     return plan.with_checkpoints() if any(n and n < schedule.num_steps for n in intervals) else plan
 
 

@@ -42,7 +42,7 @@ def take_snapshot(run: Run, record: RunWriter, evaluation: Evaluation, nll: np.n
         add_surprisal(run.path / "surprisal.parquet", run.step, run.scorer, shown_documents(run.validation))
         run.loaded.model.train(run.config.dropout)
     if run.step:
-        record.update(comparison=_comparison(run, evaluation, saved))
+        record.update(comparison=compare_with_first(run, run.step))
     return [(sample.prompt, sample.text) for sample in samples]
 
 
@@ -50,12 +50,14 @@ def _saved(path: Path, step: int) -> Path:
     return path / "evaluations" / f"step-{step:08d}.parquet"
 
 
-def _comparison(run: Run, evaluation: Evaluation, now: SavedEvaluation) -> dict[str, Any] | None:
-    """This evaluation against the one before training; None where the two cannot be paired."""
-    before = _saved(run.path, 0)
-    if not before.is_file() or not evaluation.bytes_are_meant:
+def compare_with_first(run: Run, step: int) -> dict[str, Any] | None:
+    """The evaluation after `step` against the one before training; None where the two cannot be paired."""
+    paths = _saved(run.path, 0), _saved(run.path, step)
+    if not all(path.is_file() for path in paths):
         return None
-    first = load_evaluation(before)
+    first, now = map(load_evaluation, paths)
+    if now.record["bits_per_byte"] is None:
+        return None
     if first.text_hashes != now.text_hashes or first.record["protocol"]["hash"] != run.scorer.protocol.hash:
         return None
     chosen = shared_documents(first, now)
@@ -67,4 +69,4 @@ def _comparison(run: Run, evaluation: Evaluation, now: SavedEvaluation) -> dict[
         i = place[row["doc_id"]]
         row["domain"] = now.domains[i]
         row["begins"] = run.scorer.tokenizer.decode(run.validation.ids[i][:TOKENS_OF_A_BEGINNING]).rstrip("\ufffd")
-    return {"steps": [0, run.step], **found}
+    return {"steps": [0, step], **found}

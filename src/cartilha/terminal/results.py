@@ -11,6 +11,7 @@ from rich.text import Text
 
 from cartilha.config import AUTO_BATCH
 from cartilha.errors import counted
+from cartilha.runs.best import evaluation_of_model
 from cartilha.terminal.measures import MAX_DOMAINS, bits, comparison, evaluations, protocol_line
 from cartilha.terminal.selection import selection
 from cartilha.terminal.tables import FittingTable, Parts, Values, markdown_table
@@ -182,7 +183,7 @@ def _recommended(row: Values) -> list[str]:
 
 
 def _train(result: Values) -> Parts:
-    before, after = result["evaluations"][0], result["evaluations"][-1]
+    before, after = result["evaluations"][0], evaluation_of_model(result)
     columns = [(f"{row['perplexity']:,.2f}", bits(row["bits_per_byte"], 4)) for row in (before, after)]
     measured = before["bits_per_byte"] is not None and after["bits_per_byte"] is not None
     difference = f"{after['bits_per_byte'] - before['bits_per_byte']:+.4f}" if measured else "-"
@@ -196,7 +197,22 @@ def _train(result: Values) -> Parts:
         if result.get("tokens_per_second_after_first_step"):
             rate += f"; {result['tokens_per_second_after_first_step']:,.0f} after the first step"
         yield f"Trained {counted(result['tokens'], 'token')} in {result['seconds']:.0f} s ({rate})."
-    yield f"Model: {result['run']}/model"
+    yield from _english(result.get("english"))
+    held = ""
+    if result.get("model_step") not in (None, result["steps"]):
+        held = f" (the weights of step {result['model_step']} of {result['steps']}, whose validation was the best)"
+    yield f"Model: {result['run']}/model{held}"
+
+
+def _english(english: Values | None) -> Parts:
+    rows = [(english or {}).get(when) for when in ("before", "after")]
+    if all(rows) and english is not None:
+        before, after = (bits(row["bits_per_byte"], 4) for row in rows if row)
+        line = f"English sample: {before} -> {after} bits/byte"
+        if interval := english.get("bits_per_byte_difference_interval"):
+            low, high = interval
+            line += f" ({english['bits_per_byte_difference']:+.4f}; 95 % interval {low:+.4f} to {high:+.4f})"
+        yield line
 
 
 def _run(result: Values) -> Parts:

@@ -280,6 +280,24 @@ def check_settings(
     )
 
 
+def _copy_weights(path: Path, model: torch.nn.Module) -> None:
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        # Copied, since what is read is mapped from the file.
+        for name, weight in load_file(path / WEIGHTS, device=str(next(iter(parameters.values())).device)).items():
+            parameters[name].copy_(weight)
+
+
+def load_weights(path: Path, model: torch.nn.Module) -> None:
+    """Put a checkpoint's weights, and nothing else of it, into the model; a UserError says that it is damaged."""
+    try:
+        _verify(path)
+        check_tensors(path / WEIGHTS, {name: tuple(value.shape) for name, value in model.named_parameters()})
+    except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
+        raise UserError(f"The checkpoint {path.name} is damaged ({first_line(error)}).") from error
+    _copy_weights(path, model)
+
+
 def load_checkpoint(path: Path, state: TrainingState) -> None:
     """Restore a checkpoint into the state, in place. Everything is checked before anything is changed.
 
@@ -302,10 +320,8 @@ def load_checkpoint(path: Path, state: TrainingState) -> None:
             f"The checkpoint {path} cannot be used for this model ({first_line(error)}); "
             "use the model and code that it was made with, or another --output."
         ) from error
+    _copy_weights(path, state.model)
     with torch.no_grad():
-        # Copied, since what is read is mapped from the file.
-        for name, weight in load_file(path / WEIGHTS, device=device).items():
-            parameters[name].copy_(weight)
         for name, value in (load_file(path / OPTIMIZER, device=device) if states else {}).items():
             states[name].copy_(value)
     state.scaler.load_state_dict(saved["scaler"])
