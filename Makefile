@@ -1,5 +1,6 @@
 # make demo    the whole job on what ships        make test    the tests
 # make check   lint, types, import directions     make bench   speed and memory figures (minutes)
+# make test-models    a tiny model of every type of transformers (minutes)
 PYTHON ?= python3
 VENV := .venv
 ifeq ($(OS),Windows_NT)
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 endif
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test check bench clean
+.PHONY: install demo test test-models check bench clean
 
 install: $(STAMP)
 
@@ -27,6 +28,9 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest
+
+test-models: install
+	$(BIN)/python -m pytest tests/peer/test_every_type.py --all-types
 
 check: install
 	$(BIN)/ruff check .

@@ -24,6 +24,12 @@ settings.register_profile("any machine", deadline=None, suppress_health_check=[H
 settings.load_profile("any machine")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`make test-models` tries all types of models, and may write the tables in docs that follow."""
+    parser.addoption("--all-types", action="store_true", help="all causal types of transformers, not a sample")
+    parser.addoption("--write-table", action="store_true", help="write what was found into docs/models.md")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The cache of this session (conversions are made once in it); the user's own is never written."""

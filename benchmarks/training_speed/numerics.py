@@ -99,7 +99,7 @@ class _Subject:
             logits = self.model(ids[None, piece], use_cache=False).logits[0].float()
             total = total + torch.nn.functional.cross_entropy(logits, targets[piece], reduction="sum")
         result = self._finish(total / self.batch.num_targets)
-        from cartilha.model.attention import use_document_attention
+        from cartilha.model.packed_or_rows import use_document_attention
 
         use_document_attention(self.model)
         return result

@@ -127,9 +127,9 @@ class PrepareConfig(ReadingOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class InspectConfig(Settings):
-    """What a store, or the primer, holds."""
+    """What a store, or the primer, holds, and how a model will run."""
 
-    what: str = option("", "a store's directory, or primer", required=True, positional=True)
+    what: str = option("", "a store's directory, primer, or a MODEL", required=True, positional=True)
     document: str | None = option(None, "show this document: its id, or its number (from 1) on the side of --split")
     block: int | None = option(None, "show this block (from 1) of the first epoch, with the documents in it")
     split: Literal["train", "validation"] = option("train", "side that --document and --block look at")

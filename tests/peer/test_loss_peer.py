@@ -18,8 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from cartilha.blocks.packing import IGNORE_INDEX, Batch, PackedStream, stack
 from cartilha.model import forward
-from cartilha.model.attention import KERNELS, KNOWN_TYPES, Kernel, choose_kernel, use_document_attention
+from cartilha.model.attention import KERNELS, Kernel, choose_kernel
 from cartilha.model.forward import batch_nll, scored_tokens
+from cartilha.model.packed_or_rows import KNOWN_TYPES, use_document_attention
 from cartilha.tokens.packed import PackedDocuments
 
 NUM_IDS, PREFIX, END = 61, 2, 3

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, normalizers
-from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, OPTConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, OPTConfig
 
 from cartilha.blocks.packing import PackedStream, stack
 from cartilha.checks import machine, model, text, training
@@ -24,9 +24,10 @@ from cartilha.corpus.primer import read_primer
 from cartilha.evaluation import nll as nll_module
 from cartilha.evaluation.nll import DocumentScores
 from cartilha.evaluation.scorer import make_scorer
-from cartilha.model import attention, forward
+from cartilha.model import attention, forward, rows
 from cartilha.model import loss as loss_module
 from cartilha.model.load import load_model, prepare_model
+from cartilha.model.packed_or_rows import runs_packed
 from cartilha.pipeline.check import CHEAP_CHECKS, CHECKS, run_checks, sample_documents
 from cartilha.tokens.store import TokenStore
 from cartilha.tokens.store_writer import writing_store
@@ -193,6 +194,33 @@ def test_documents_that_see_each_other(fresh, monkeypatch):
 
     monkeypatch.setattr(forward, "_segments", one_segment)
     assert failed(run_checks(fresh, (model.causality, model.isolation))) == ["isolation"]
+
+
+@pytest.fixture(params=["gemma2", "bloom", "mamba"])
+def proven(request, tmp_path) -> Subject:
+    """A model that is packed by proof, one whose documents have rows of their own, and one that carries a state."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+             "head_dim": 16, "intermediate_size": 48, "state_size": 4, "max_position_embeddings": 1024}  # fmt: skip
+    tokenizer = load_tokenizer("random:tiny")
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(request.param, vocab_size=259, pad_token_id=258, initializer_range=0.2, **sizes)
+    made = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return subject_of(prepare_model(made, request.param, CPU, tokenizer), tokenizer, tmp_path)
+
+
+def test_documents_that_see_each_other_in_a_model_of_another_kind(proven, monkeypatch):
+    checks = (model.causality, model.isolation, model.truth)
+    assert failed(run_checks(proven, checks)) == []
+    if runs_packed(proven.model):
+        one = attention.KERNELS["segments"]
+        monkeypatch.setattr(
+            forward, "_segments", lambda m, batch, *rest: one.of((batch.input_ids.size,), batch.input_ids.size, CPU)
+        )
+    else:
+        real = rows.row_groups
+        monkeypatch.setattr(rows, "row_groups", lambda lengths, *rest: real(np.array([lengths.sum()]), *rest))
+    found = failed(run_checks(replace(proven), (model.causality, model.isolation)))
+    assert found == ["isolation"]
 
 
 def test_positions_that_go_on_from_the_document_before(fresh, monkeypatch):

@@ -20,9 +20,10 @@ from cartilha.blocks.packing import Batch, PackedStream, stack
 from cartilha.blocks.sampler import BlockSampler
 from cartilha.errors import UserError
 from cartilha.model import attention, forward
-from cartilha.model.attention import KERNELS, use_document_attention
+from cartilha.model.attention import KERNELS
 from cartilha.model.compiling import CompiledBody, training_body
 from cartilha.model.forward import batch_nll
+from cartilha.model.packed_or_rows import use_document_attention
 from cartilha.model.recomputation import checkpoint_layers
 from cartilha.model.segment_attention import causal_mask
 from cartilha.tokens.packed import PackedDocuments

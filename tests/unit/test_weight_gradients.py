@@ -16,10 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from cartilha.blocks.packing import Batch, PackedStream, stack
 from cartilha.model import loss as loss_module
 from cartilha.model import weight_gradients
-from cartilha.model.attention import use_document_attention
 from cartilha.model.forward import batch_nll
 from cartilha.model.head import Head
 from cartilha.model.loss import linear_cross_entropy
+from cartilha.model.packed_or_rows import use_document_attention
 from cartilha.model.recomputation import checkpoint_layers
 from cartilha.model.segment_attention import Scoring, segment_attention
 from cartilha.model.weight_gradients import weight_gradients_in_place

@@ -17,10 +17,10 @@ from cartilha.evaluation.nll import score_documents
 from cartilha.evaluation.sums import perplexity
 from cartilha.evaluation.windows import MAX_WINDOW
 from cartilha.machine.devices import dtype_name, seed_everything
-from cartilha.model.attention import transformers_attention, use_document_attention
 from cartilha.model.forward import batch_nll, hidden_states
-from cartilha.model.head import head_of
+from cartilha.model.head import body_of, head_of
 from cartilha.model.loss import token_scores
+from cartilha.model.packed_or_rows import transformers_attention, use_document_attention
 
 PROBE_POSITIONS = 256  # a block for causality and isolation: the shorter, the cheaper
 START_TOKENS = 2048  # random tokens: the mean of their target logits is known to about 1 %
@@ -230,7 +230,7 @@ def _largest_activation(subject: Subject) -> float:
         if isinstance(found, torch.Tensor) and found.is_floating_point() and found.numel():
             largest = max(largest, float(found.detach().abs().max()))
 
-    hooks = [module.register_forward_hook(look) for module in subject.model.base_model.modules()]
+    hooks = [module.register_forward_hook(look) for module in body_of(subject.model).modules()]
     try:
         with torch.no_grad():
             hidden_states(subject.model, stack([_probe_stream(subject, 4).block(0)]), torch.float32)

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from dataclasses import dataclass
 from itertools import takewhile
+from typing import Any, cast
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 from cartilha.config import GenerateConfig
-from cartilha.errors import UserError, counted
+from cartilha.errors import UserError, counted, first_line
 from cartilha.evaluation.decoding import check_decoding, describe_mode
 from cartilha.evaluation.scorer import unused_ids
 from cartilha.machine.devices import seed_everything
-from cartilha.model.attention import transformers_attention
+from cartilha.machine.memory import is_out_of_memory
 from cartilha.model.head import head_of
 from cartilha.model.load import LoadedModel
+from cartilha.model.packed_or_rows import transformers_attention
 from cartilha.tokens.tokenizer import TextTokenizer
+
+log = logging.getLogger("cartilha")
 
 
 @dataclass(frozen=True)
@@ -65,9 +71,7 @@ def _continue(loaded: LoadedModel, tokenizer: TextTokenizer, prompt: str, config
         **(sampling if config.do_sample else {}),
     )
     prompt_ids = torch.tensor([ids], device=loaded.model.device)
-    output = loaded.model.generate(  # type: ignore[operator]
-        prompt_ids, attention_mask=torch.ones_like(prompt_ids), generation_config=settings
-    )
+    output = _generated(loaded.model, prompt_ids, settings)
     ends = (tokenizer.end_id, settings.pad_token_id)
     new = output[0, len(ids) :].tolist()
     if new and new[-1] in ends:
@@ -77,6 +81,24 @@ def _continue(loaded: LoadedModel, tokenizer: TextTokenizer, prompt: str, config
     if healed:
         text = text.removeprefix(" ")
     return Continuation(prompt, prompt + text, describe_mode(config), len(new))
+
+
+def _generated(model: PreTrainedModel, prompt_ids: torch.Tensor, settings: GenerationConfig) -> torch.Tensor:
+    """The prompt and the new ids: without transformers' cache where that cannot be used with this model."""
+    generate: Any = model.generate  # torch types attributes as modules and tensors
+    write = functools.partial(generate, prompt_ids, attention_mask=torch.ones_like(prompt_ids))
+    try:
+        if not getattr(model, "without_cache", False):
+            ids: torch.Tensor = write(generation_config=settings)
+            return ids
+    except Exception as error:  # caches of some models serve other lengths or layers only (LFM 3 in transformers 5.23)
+        if is_out_of_memory(error):
+            raise
+        name = model.config.model_type
+        log.warning("Models of the type %s write without a cache, which is slower (%s).", name, first_line(error))
+        model.without_cache = True  # type: ignore[assignment]
+    settings.use_cache = False
+    return cast(torch.Tensor, write(generation_config=settings))
 
 
 def _ids_without_space(tokenizer: TextTokenizer, num_rows: int) -> list[int]:

@@ -13,8 +13,8 @@ import yaml
 
 from cartilha.corpus.questions import Question, record_texts
 from cartilha.errors import UserError, first_line
-from cartilha.model.attention import transformers_attention
 from cartilha.model.load import LoadedModel
+from cartilha.model.packed_or_rows import transformers_attention
 from cartilha.tokens.tokenizer import TextTokenizer
 
 log = logging.getLogger("cartilha")

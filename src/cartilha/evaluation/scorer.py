@@ -12,6 +12,7 @@ from cartilha.config import ComputeOptions, ScoringOptions
 from cartilha.errors import UserError
 from cartilha.evaluation.windows import Protocol, make_protocol
 from cartilha.machine.devices import choose_dtype, dtype_name
+from cartilha.model.configuration import NO_LIMIT
 from cartilha.model.head import head_of
 from cartilha.model.load import LoadedModel, load_model
 from cartilha.tokens.store import TokenStore, tokenizer_for
@@ -67,6 +68,12 @@ def make_scorer(
         dtype=dtype_name(dtype),
         context_length=loaded.context_length,
     )
+    if loaded.context_length == NO_LIMIT:
+        log.info(
+            "%s names no longest text: it is scored in windows of %d tokens (--window takes others), and trained in "
+            "blocks of any length (--block_size).",
+            *(loaded.reference, made.window),
+        )
     return Scorer(loaded, tokenizer, made)
 
 

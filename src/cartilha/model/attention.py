@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -18,18 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, PretrainedConfig
 
 from cartilha.errors import UserError
 from cartilha.machine.devices import to_device
-from cartilha.model.long_rope import choose_by_document
-from cartilha.model.rows import refuse_what_cannot_run
-from cartilha.model.segment_attention import HAS_KERNELS, Scoring, causal_mask, segment_attention
+from cartilha.model.segment_attention import HAS_KERNELS, Scoring, causal_mask, segment_attention, weighed
 
 ATTENTION_NAME = "cartilha_documents"
 
-# Architectures for which tests/peer proves: same loss as transformers, and no document sees another.
-KNOWN_TYPES = ("opt", "llama", "gpt2", "gpt_neox", "mistral", "qwen2", "qwen3", "gemma", "smollm3", "olmo2", "phi3")
+CAPPED, SINKS = "a soft cap on the scores", "attention sinks"  # what some models need besides a scale and a window
 
 ATTENTION_DROPOUT = ("attention_dropout", "attn_pdrop")  # as configurations name it
 
@@ -45,6 +41,7 @@ class Kernel(ABC):
     name: ClassVar[str]  # in records and in plan.json
     takes_dropout: ClassVar[bool] = False  # can drop attention weights
     one_graph: ClassVar[bool] = True
+    computes: ClassVar[frozenset[str]] = frozenset()  # of `CAPPED` and `SINKS`
     counts_tokens_only: ClassVar[bool] = True  # its memory depends on their number, however they are cut into rows
 
     row_length: int  # positions per row; no segment crosses a row's end
@@ -71,8 +68,14 @@ class Kernel(ABC):
         return False
 
     @classmethod
+    def hindrance(cls, config: PretrainedConfig, needs: frozenset[str], *, training: bool) -> str | None:
+        """Why a model that asks for `needs` goes under `FALLBACK`; None where it need not."""
+        missing = sorted(needs - cls.computes)
+        return f"it does not compute {' and '.join(missing)}" if missing else cls.obstacle(config, training=training)
+
+    @classmethod
     def obstacle(cls, config: PretrainedConfig, *, training: bool) -> str | None:
-        """Why it cannot compute a model, which goes under `FALLBACK` then; None where it can."""
+        """Why it cannot compute a model of this configuration; None where it can."""
         if training and not cls.takes_dropout and any(getattr(config, name, 0.0) for name in ATTENTION_DROPOUT):
             return "it knows no dropout of attention weights, which this model is trained with"
         return None
@@ -106,6 +109,7 @@ class _Mask(Kernel):
     name = FALLBACK
     takes_dropout = True
     counts_tokens_only = False
+    computes = frozenset({CAPPED, SINKS})
 
     mask: Tensor  # True where a query may look, shape (num_rows, 1, row_length, row_length)
 
@@ -127,6 +131,8 @@ class _Mask(Kernel):
         mask = self.mask
         if scoring.sliding_window is not None and scoring.sliding_window < self.row_length:
             mask = mask & causal_mask(self.row_length, scoring.sliding_window, mask.device)
+        if not scoring.is_plain:
+            return weighed(query, key, value, mask, scoring)
         repeats = query.shape[1] // key.shape[1]
         if repeats > 1:  # each query head is given its key-value head
             key, value = (heads.repeat_interleave(repeats, dim=1) for heads in (key, value))
@@ -143,6 +149,7 @@ class _BySegment(Kernel):
 
     name = "segments"
     one_graph = False
+    computes = frozenset({CAPPED, SINKS})
 
     lengths: tuple[int, ...]  # of the segments, in row-major order
 
@@ -250,7 +257,8 @@ def head_size(config: PretrainedConfig) -> int:
     """Numbers per attention head; of the largest where layers differ (Gemma 4)."""
     default = config.hidden_size // config.num_attention_heads
     layers = getattr(config, "per_layer_config", None) or [config]
-    return max(int(getattr(layer, "head_dim", None) or default) for layer in layers)
+    joined = (getattr(config, "qk_nope_head_dim", None) or 0) + (getattr(config, "qk_rope_head_dim", None) or 0)
+    return max(joined, *(int(getattr(layer, "head_dim", None) or default) for layer in layers))
 
 
 def document_attention(
@@ -258,40 +266,21 @@ def document_attention(
 ) -> tuple[Tensor, None]:
     """Causal attention as transformers calls it, with the arguments and results of `Kernel.attend`.
 
-    `layer` has the batch's `segments` (a `Kernel`), the layer's `scaling`, `sliding_window` and `dropout`, and settings
-    that transformers passes to every attention function and this one has no use for.
+    `layer` has the batch's `segments` (a `Kernel`), the layer's `scaling`, `sliding_window`, `dropout`, `softcap` and
+    sinks (`s_aux`), and settings that transformers passes to every attention function and this one has no use for.
     """
     assert attention_mask is None, "transformers built a mask although our attention is registered without one"
-    assert layer.get("softcap") is None, "soft caps are refused when the model is loaded"
     segments: Kernel = layer["segments"]
     assert query.shape[2] == segments.row_length
-    scoring = Scoring(layer.get("scaling"), layer.get("sliding_window"), layer.get("dropout", 0.0))
-    return segments.attend(query, key, value, scoring).reshape(query.transpose(1, 2).shape), None
+    scoring = Scoring(
+        *(layer.get("scaling"), layer.get("sliding_window"), layer.get("dropout", 0.0)),
+        *(layer.get("softcap"), layer.get("s_aux")),
+    )
+    size, shape = value.shape[3], (*query.transpose(1, 2).shape[:3], value.shape[3])
+    if size < query.shape[3]:  # kernels take values of the keys' size (latent attention: arXiv:2405.04434)
+        value = F.pad(value, (0, query.shape[3] - size))
+        return segments.attend(query, key, value, scoring).reshape(*shape[:3], -1)[..., :size], None
+    return segments.attend(query, key, value, scoring).reshape(shape), None
 
 
 AttentionInterface.register(ATTENTION_NAME, document_attention)
-
-
-def knows_attention(config: PretrainedConfig) -> bool:
-    """Whether models of this configuration run on packed documents; others (soft caps, biases) run in `rows`."""
-    return str(config.model_type) in KNOWN_TYPES
-
-
-def use_document_attention(model: PreTrainedModel) -> None:
-    """Switch a model, in place, to attention within documents; one of another type keeps its own, or is refused."""
-    if knows_attention(model.config):
-        model.set_attn_implementation(ATTENTION_NAME)
-        choose_by_document(model)
-    else:
-        refuse_what_cannot_run(model)
-
-
-@contextmanager
-def transformers_attention(model: PreTrainedModel) -> Iterator[None]:
-    """A context in which the model uses transformers' attention: for generation, and where there are no boundaries."""
-    if knows_attention(model.config):
-        model.set_attn_implementation("sdpa")
-    try:
-        yield
-    finally:
-        use_document_attention(model)

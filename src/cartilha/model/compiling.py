@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 from cartilha.errors import first_line
 from cartilha.machine.devices import compile_pays
 from cartilha.machine.memory import is_out_of_memory
-from cartilha.model.attention import knows_attention
+from cartilha.model.head import body_of
+from cartilha.model.packed_or_rows import runs_packed
 
 log = logging.getLogger("cartilha")
 
@@ -61,7 +62,7 @@ class CompiledBody(CompiledOrPlain):
     """
 
     def __init__(self, model: PreTrainedModel, backend: str | Callable[..., Any] = "inductor") -> None:
-        body = model.base_model
+        body = body_of(model)
         # Shapes are constants: micro-batches have one size, or a few after memory ran out.
         super().__init__(torch.compile(body, dynamic=False, backend=backend), body, "The model")
         self._capacity = 0
@@ -83,7 +84,7 @@ def training_body(model: PreTrainedModel, choice: str, num_steps: int) -> Compil
     Of the choices `never`, `always` and `auto`, the last compiles where it pays: on CUDA, with a compiler, for long
     runs. `num_steps` is that of the whole run, so that a resumed run computes as before.
     """
-    if choice == "never" or not knows_attention(model.config):  # rows of many lengths would need many graphs
+    if choice == "never" or not runs_packed(model):  # rows of many lengths would need many graphs
         return None
     if choice == "auto" and (num_steps < MIN_STEPS_TO_COMPILE or not compile_pays(model.device.type)):
         return None

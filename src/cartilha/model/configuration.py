@@ -13,7 +13,7 @@ from cartilha.model_reference import RANDOM_SHAPES, ModelSource, resolve_model, 
 from cartilha.storage import refuse_lfs_pointer
 from cartilha.tokens.tokenizer import TextTokenizer
 
-NO_LIMIT = 1 << 20  # positions of models that count distances instead; windows of an evaluation stay 2,048 by default
+NO_LIMIT = 1 << 20  # positions of models that count distances instead, or carry a state
 
 
 def model_config(reference: str, tokenizer: TextTokenizer | None = None) -> PretrainedConfig:
@@ -55,7 +55,7 @@ def _random_config(name: str, tokenizer: TextTokenizer | None) -> PretrainedConf
 
 
 def context_length(config: PretrainedConfig) -> int:
-    """Most positions that a model of this configuration takes; `NO_LIMIT` where it does not say (BLOOM, with ALiBi)."""
+    """Most positions that a model of this configuration takes; `NO_LIMIT` where it does not say (BLOOM, Mamba)."""
     names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
     lengths = (getattr(config, name, None) for name in names)
     return next((length for length in lengths if isinstance(length, int) and length > 0), NO_LIMIT)

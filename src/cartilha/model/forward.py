@@ -12,10 +12,11 @@ from transformers import PreTrainedModel
 
 from cartilha.blocks.packing import Batch
 from cartilha.machine.devices import to_device
-from cartilha.model.attention import FALLBACK, KERNELS, Kernel, choose_kernel, knows_attention
+from cartilha.model.attention import FALLBACK, KERNELS, Kernel, choose_kernel
 from cartilha.model.compiling import CompiledBody
-from cartilha.model.head import head_of
+from cartilha.model.head import body_of, head_of
 from cartilha.model.loss import NLL_ONLY, TokenScores, Wanted, linear_cross_entropy, token_scores
+from cartilha.model.packed_or_rows import how_it_runs, runs_packed
 from cartilha.model.rows import states_in_rows
 
 log = logging.getLogger("cartilha")
@@ -28,7 +29,7 @@ def _segments(model: PreTrainedModel, batch: Batch, dtype: torch.dtype, body: Co
     device = model.device
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     kernel = KERNELS[choose_kernel(device.type, capability, dtype)]
-    if reason := kernel.obstacle(model.config, training=model.training):
+    if reason := kernel.hindrance(model.config, how_it_runs(model).needs, training=model.training):
         _announce_mask(reason)
         kernel = KERNELS[FALLBACK]
     lengths, capacity = batch.segment_lengths.tolist(), 0
@@ -44,18 +45,18 @@ def hidden_states(model: PreTrainedModel, batch: Batch, dtype: torch.dtype, body
     The weights are float32; the body runs in `dtype` under autocast, and compiled where `body` is given.
     """
     device = model.device
-    assert model.base_model is not model, f"{type(model).__name__} has no body apart from its head"
     with nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype):
-        if not knows_attention(model.config):
+        if not runs_packed(model):
             return states_in_rows(model, batch) * head_of(model).shape.input_scale
-        output = (body or model.base_model)(
+        output = (body or body_of(model))(
             input_ids=to_device(batch.input_ids, device),
             position_ids=to_device(batch.position_ids, device),
             use_cache=False,
             segments=_segments(model, batch, dtype, body),
         )
     states: Tensor = output.last_hidden_state
-    return states
+    scale = head_of(model).shape.input_scale
+    return states if scale == 1.0 else states * scale
 
 
 def batch_nll(model: PreTrainedModel, batch: Batch, dtype: torch.dtype, body: CompiledBody | None = None) -> Tensor:

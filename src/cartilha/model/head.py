@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cartilha.errors import UserError
+from cartilha.errors import UserError, first_line
+from cartilha.machine.memory import is_out_of_memory
 
 PROBE_TOKENS = 16
 PLANTED_RANGE = 12.0  # planted logits are sinh of -12 to 12: small ones show a scale, those up to 81,377 any cap
@@ -27,6 +29,16 @@ def unsupported(model: PreTrainedModel, reason: str) -> UserError:
         f"Models of the type {model.config.model_type} are not supported, since {reason}; choose a decoder of text "
         "such as opt, gpt2, llama or qwen3."
     )
+
+
+def body_of(model: PreTrainedModel) -> Any:
+    """All of a model but its head, which gives the last hidden states."""
+    if model.base_model is not model:
+        return model.base_model
+    parts = [part for part in model.children() if isinstance(part, PreTrainedModel)]
+    if len(parts) != 1:
+        raise unsupported(model, "their layers cannot be run without their head")
+    return parts[0]  # Llama 4: its models of text are named as parts of models of images
 
 
 @dataclass(frozen=True)
@@ -86,9 +98,7 @@ def find_head_shape(model: PreTrainedModel) -> HeadShape:
     A UserError refuses a model that no `HeadShape` describes, and one whose positions see what comes after them: every
     figure would be wrong.
     """
-    if model.base_model is model:  # Llama 4 in transformers 5
-        raise unsupported(model, "their layers cannot be run without their head")
-    head = head_of(model).weight
+    body, head = body_of(model), head_of(model).weight
     length = min(PROBE_TOKENS, int(getattr(model.config, "max_position_embeddings", None) or PROBE_TOKENS))
     ids = torch.arange(2 * length, device=model.device).view(2, length) * 7919 % len(head)
     ids[1, : length // 2] = ids[0, : length // 2]
@@ -105,7 +115,11 @@ def find_head_shape(model: PreTrainedModel) -> HeadShape:
     try:
         arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
         logits = model(**arguments).logits
-        states = model.base_model(**arguments).last_hidden_state
+        states = body(**arguments).last_hidden_state
+    except Exception as error:  # models of other people may do anything here
+        if is_out_of_memory(error):
+            raise
+        raise unsupported(model, f"a few tokens of text end in an error ({first_line(error)[:120]})") from error
     finally:
         hook.remove()
     if not _same(states[0, : length // 2], states[1, : length // 2]):

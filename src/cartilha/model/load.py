@@ -5,7 +5,10 @@ Weights are always float32: transformers 5 would take the dtype of the file, and
 
 from __future__ import annotations
 
+import copy
+import functools
 import hashlib
+import json
 import logging
 import pickle
 from dataclasses import dataclass
@@ -20,9 +23,11 @@ from transformers.utils import logging as transformers_logging
 from cartilha.errors import UserError, first_line
 from cartilha.machine.cpu import keep_freed_memory, settle_cpu_functions
 from cartilha.machine.devices import seed_everything
-from cartilha.model.attention import knows_attention, use_document_attention
 from cartilha.model.configuration import context_length, model_config, place_of, with_layers
 from cartilha.model.head import HeadShape, find_head_shape, head_of
+from cartilha.model.packed_or_rows import PACKED, HowItRuns, how_it_runs, is_known, use_document_attention
+from cartilha.model.recomputation import layers_of
+from cartilha.model.rows import refuse_what_cannot_run
 from cartilha.model_reference import resolve_model, unreadable
 from cartilha.storage import refuse_lfs_pointer
 from cartilha.tokens.tokenizer import TextTokenizer
@@ -74,7 +79,8 @@ def prepare_model(
 ) -> LoadedModel:
     """Check a model and switch it to attention within documents; see `load_model` for what is refused."""
     settle_cpu_functions()  # for GPUs, too: statistics of texts and new rows are computed on the CPU
-    use_document_attention(model)
+    if not is_known(model.config):
+        refuse_what_cannot_run(model)
     num_rows = len(head_of(model).weight)
     if tokenizer is not None and tokenizer.num_ids > num_rows:
         if tokenizer.num_reachable_ids > num_rows:
@@ -92,37 +98,77 @@ def prepare_model(
         keep_freed_memory()
     torch.nn.Module.to(model, device)  # transformers' own is wrapped in a way that type checkers misread
     model.eval()
-    if not knows_attention(model.config):
-        find_head_shape(model)
+    _settle(model)
+    if reason := how_it_runs(model).reason:
         log.warning(
-            "The attention of models of the type %s is not known here: each document is computed in a row of its own, "
-            "which is slower than packed rows; the figures are the same.",
-            model.config.model_type,
+            "Models of the type %s run with one document per row, since %s: this is slower than packed rows, and the "
+            "figures are the same.",
+            *(model.config.model_type, reason),
         )
     return LoadedModel(model, reference, context_length(model.config), model.num_parameters())
 
 
+def _settle(model: PreTrainedModel) -> None:
+    """Find out how the model's head and its attention are computed."""
+    if not is_known(model.config):
+        find_head_shape(model)
+    use_document_attention(model)
+
+
 PROBE_IDS = 1024  # rows of a model that is looked at without its weights
+MAX_PROBE_LAYERS = 8
 
 
-def configured_head_shape(config: PretrainedConfig, reference: str) -> HeadShape:
-    """The head's shape, as far as one fresh layer and few token ids show it; refuses what `load_model` would refuse."""
-    if knows_attention(config):
-        return HeadShape()
+@dataclass(frozen=True)
+class Configured:
+    """What a model is found to do by a look at a few of its layers, with fresh weights and few token ids."""
+
+    head_shape: HeadShape
+    how: HowItRuns
+    has_bias: bool = False  # in the head
+    recomputes: bool = True  # whether layers can be computed a second time instead of kept
+
+    @property
+    def line(self) -> str:
+        """How the model runs, in a line."""
+        packed = "documents packed side by side"
+        parts = [packed if self.how.packed else f"one document per row, since {self.how.reason}", *self.how.needs]
+        head = ["a bias"] * self.has_bias
+        head += ["a scale"] * ((self.head_shape.input_scale, self.head_shape.scale) != (1.0, 1.0))
+        head += [] if self.head_shape.cap is None else [f"a soft cap of {self.head_shape.cap:g}"]
+        parts.append(f"a head with {' and '.join(head)}" if head else "a plain head")
+        return "; ".join([*parts, f"--gradient_checkpointing is {'' if self.recomputes else 'not '}possible"])
+
+
+def look_at(config: PretrainedConfig, reference: str) -> Configured:
+    """What `load_model` would find, as far as the configuration shows it; refuses what that would refuse."""
+    if is_known(config):
+        return Configured(HeadShape(), PACKED)
+    return _look_at(json.dumps(copy.deepcopy(config).to_dict(), sort_keys=True, default=str), reference)
+
+
+@functools.lru_cache(maxsize=256)
+def _look_at(config_json: str, reference: str) -> Configured:
+    settings = json.loads(config_json)
     try:
         with torch.random.fork_rng(devices=[]):
-            model = AutoModelForCausalLM.from_config(_reduced(config), dtype=torch.float32)
-        use_document_attention(model)
-        return find_head_shape(model.eval())
+            model = AutoModelForCausalLM.from_config(_reduced(settings), dtype=torch.float32).eval()
+        refuse_what_cannot_run(model)
+        _settle(model)
+        head = head_of(model)
+        return Configured(head.shape, how_it_runs(model), head.bias is not None, bool(layers_of(model)))
     except UserError:
         raise
     except Exception as error:  # some models cannot be made smaller in this way
         log.info("Whether %s can be trained is seen when it is loaded (%s).", reference, first_line(error)[:200])
-        return HeadShape()
+        return Configured(HeadShape(), HowItRuns(packed=False, reason="a smaller model of their kind cannot be made"))
 
 
-def _reduced(config: PretrainedConfig) -> PretrainedConfig:
-    settings = with_layers(config.to_dict(), 1)
+def _reduced(settings: dict[str, Any]) -> PretrainedConfig:
+    """The first layers, one of each kind that there is, and the first token ids."""
+    kinds = settings.get("layer_types") or [None]
+    num_layers = 1 + max(kinds.index(kind) for kind in set(kinds))
+    settings = with_layers(settings, min(num_layers, MAX_PROBE_LAYERS))
     num_ids = min(settings["vocab_size"], PROBE_IDS)
     for name, value in settings.items():
         if name.endswith("_token_id") and isinstance(value, int) and value >= num_ids:

@@ -19,9 +19,14 @@ from cartilha.errors import UserError
 from cartilha.model.weight_gradients import same_again
 
 
+def layers_of(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
+    """The layers that can be computed again."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
 def checkpoint_layers(model: PreTrainedModel) -> None:
     """Have a model, in place, compute its layers again in the backward pass, to the same figures, or refuse it."""
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = layers_of(model)
     if not layers:
         kind = model.config.model_type
         raise UserError(f"Models of the type {kind} cannot be trained with --gradient_checkpointing; leave it out.")

@@ -1,6 +1,6 @@
-"""One document per row, for models whose attention is not known here (biases for distances, soft caps, sinks, ...).
+"""One document per row, for models that cannot run packed: states, convolutions, biases for distances, ...
 
-Each piece of a document gets a row of its own, padded at the end, and the model attends in its own way. No token sees
+Each piece of a document gets a row of its own, padded at the end, and the model reads it in its own way. No token sees
 the padding that comes after it, so no document sees another. This is slower than packing, because of the padding.
 """
 
@@ -16,8 +16,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_L
 
 from cartilha.blocks.packing import Batch
 from cartilha.machine.devices import to_device
-from cartilha.model.head import unsupported
+from cartilha.model.head import body_of, unsupported
 from cartilha.model.long_rope import original_context
+
+ROWS = "rows"  # instead of a kernel's name, where plans and records say how a model is computed
 
 
 def row_groups(segment_lengths: np.ndarray, boundary: int | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -43,7 +45,7 @@ def states_in_rows(model: PreTrainedModel, batch: Batch) -> Tensor:
     ids = batch.input_ids.reshape(-1)
     found, places = [], []
     for source, real in row_groups(batch.segment_lengths, original_context(model.config)):
-        output = model.base_model(
+        output = body_of(model)(
             input_ids=to_device(ids[source], model.device),
             attention_mask=to_device(real.astype(np.int64), model.device),
             use_cache=False,
@@ -58,8 +60,6 @@ def states_in_rows(model: PreTrainedModel, batch: Batch) -> Tensor:
 def refuse_what_cannot_run(model: PreTrainedModel) -> None:
     """Refuse a model whose type is no plain decoder of text; `find_head_shape` looks at what it computes."""
     config = model.config
-    if getattr(model, "_is_stateful", False):
-        raise unsupported(model, "they carry a state from token to token instead of looking back")
     if config.model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES or config.is_encoder_decoder:
         raise unsupported(model, "they have an encoder besides the decoder")
     if config.get_text_config() is not config or model.main_input_name != "input_ids":

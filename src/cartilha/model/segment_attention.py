@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # The kernels that scaled_dot_product_attention chooses on a CPU. They have no dropout, and torch may rename them.
@@ -24,6 +25,13 @@ class Scoring:
     scaling: float | None = None  # factor of the scores; None for 1 / sqrt(head_size)
     sliding_window: int | None = None  # positions that a query sees at most, itself included; None for all
     dropout: float = 0.0  # probability that an attention weight is dropped
+    softcap: float | None = None  # bound of the scores' size (Gemma 2: arXiv:2408.00118, section 2)
+    sinks: Tensor | None = None  # scores of nothing, one for each head: shape (num_heads,) (arXiv:2309.17453)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether torch's own attention computes it."""
+        return self.softcap is None and self.sinks is None
 
 
 def segment_attention(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], scoring: Scoring) -> Tensor:
@@ -34,8 +42,39 @@ def segment_attention(query: Tensor, key: Tensor, value: Tensor, lengths: Sequen
     (docs/log.md).
     """
     assert not scoring.dropout, "such models are computed under a mask: see `Kernel.obstacle`"
+    if not scoring.is_plain:
+        return _weighed_segments(query, key, value, lengths, scoring)
     output: Tensor = _SegmentAttention.apply(query, key, value, lengths, scoring)
     return output
+
+
+def weighed(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scoring: Scoring) -> Tensor:
+    """Attention by its definition in float32, with caps and sinks: shape (num_rows, row_length, num_heads, head_size).
+
+    `visible` is True where a query may look; its shape is broadcast to (num_rows, num_heads, row_length, row_length).
+    """
+    repeats = query.shape[1] // key.shape[1]
+    key, value = (heads.repeat_interleave(repeats, dim=1) if repeats > 1 else heads for heads in (key, value))
+    scaling = query.shape[3] ** -0.5 if scoring.scaling is None else scoring.scaling
+    scores = (query @ key.transpose(2, 3)).float() * scaling
+    if scoring.softcap is not None:
+        scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
+    scores = scores.masked_fill(~visible, -torch.inf)
+    if scoring.sinks is not None:  # one more score to share the weight with, whose value is nothing
+        sinks = scoring.sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sinks], dim=3)
+    weights = F.dropout(scores.softmax(dim=3)[..., : key.shape[2]], scoring.dropout, training=scoring.dropout > 0)
+    return (weights.to(value.dtype) @ value).transpose(1, 2)
+
+
+def _weighed_segments(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], scoring: Scoring) -> Tensor:
+    num_heads, row_length = query.shape[1:3]
+    attended = []
+    for row, positions in _segments(lengths, row_length):
+        q, k, v = (_segment(heads, row, positions, num_heads) for heads in (query, key, value))
+        visible = causal_mask(q.shape[2], scoring.sliding_window, q.device)
+        attended.append(weighed(q, k, v, visible, scoring)[0])
+    return torch.cat(attended).to(query.dtype).view(-1, row_length, num_heads, query.shape[3])
 
 
 class _SegmentAttention(torch.autograd.Function):

@@ -1,7 +1,8 @@
-"""`inspect`: what a store, or the primer, holds; and any document or block of it, decoded with its boundaries."""
+"""`inspect`: what a store, or the primer, holds; any document or block of it, decoded; and how a model will run."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -33,6 +34,7 @@ class InspectResult(Result):
     first_documents: tuple[dict[str, Any], ...] | None = None  # how those of each side begin
     document: dict[str, Any] | None = None
     block: dict[str, Any] | None = None
+    model: dict[str, Any] | None = None  # its type, size and context, and how it runs in a line
 
     def to_dict(self) -> dict[str, Any]:
         """What there is, as plain values."""
@@ -40,11 +42,15 @@ class InspectResult(Result):
 
 
 def inspect(config: InspectConfig) -> InspectResult:
-    """Look at a store or at the primer; a UserError says that there is no such store, document or block."""
+    """Look at a store, the primer or a model; a UserError says that there is no such store, document or block."""
     if config.what == "primer" and not Path("primer").is_dir():
         if config.document is not None or config.block is not None:
             raise UserError("The primer has no documents and blocks to look at before it is prepared; name a store.")
         return InspectResult(primer=tuple(primer_table()))
+    if _is_model(config.what):
+        if config.document is not None or config.block is not None:
+            raise UserError(f"{config.what} is a model, which has no documents and blocks; name a store.")
+        return InspectResult(model=_model(config.what))
     store = TokenStore(config.what)
     if config.weights and config.document is None:
         raise UserError("--weights looks at one document; name it with --document.")
@@ -55,6 +61,31 @@ def inspect(config: InspectConfig) -> InspectResult:
         document=None if config.document is None else _document(store, config),
         block=None if config.block is None else _block(store, config),
     )
+
+
+def _is_model(what: str) -> bool:
+    """Whether this is a MODEL argument: a scheme, a GGUF file, a directory with a model, or the hub's USER/NAME."""
+    path = Path(what)
+    if what.startswith(("random:", "package:")) or what.endswith(".gguf"):
+        return True
+    if path.is_dir():
+        return any((path / name).is_file() for name in ("config.json", "results.json"))
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", what) is not None and not path.parent.exists()
+
+
+def _model(reference: str) -> dict[str, Any]:
+    from cartilha.model.configuration import context_length, model_config
+    from cartilha.model.load import look_at
+    from cartilha.training.trace import count_parameters
+
+    config = model_config(reference)
+    return {
+        "model": reference,
+        "type": config.model_type,
+        "num_parameters": count_parameters(config),
+        "context_length": context_length(config),
+        "runs": look_at(config, reference).line,
+    }
 
 
 def _first_documents(store: TokenStore, num_documents: int = 3, num_tokens: int = 24) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from cartilha.errors import UserError, counted
 from cartilha.machine.devices import choose_device, choose_dtype, dtype_name
 from cartilha.machine.memory import is_out_of_memory
 from cartilha.model.configuration import context_length, model_config
-from cartilha.model.load import configured_head_shape, load_model
+from cartilha.model.load import load_model, look_at
 from cartilha.model.recomputation import checkpoint_layers
 from cartilha.pipeline.preflight import preflight
 from cartilha.runs.step_plan import refuse_beyond_context, this_machine, with_copy
@@ -120,7 +120,7 @@ def plan(config: PlanConfig) -> PlanResult:
     names = dict.fromkeys(config.device or ("auto", *KNOWN_DEVICES))
     devices = [_device(config, model, name, tokens, states) for name in names]
     _refuse_what_fits_nowhere(config.model, states, [device.facts for device in devices])
-    configured_head_shape(model, config.model)
+    seen = look_at(model, config.model)
     if not config.skip_probe:
         devices = [_probed(device, sizes) if device.facts.name == THIS_MACHINE else device for device in devices]
     rows, recommended = [], []
@@ -135,6 +135,7 @@ def plan(config: PlanConfig) -> PlanResult:
             "num_parameters": states.num_parameters,
             "optimizer": states.optimizer,
             "context_length": context_length(model),
+            "runs": seen.line,
             "state_bytes": states.training_bytes,
             "flops_per_token": {str(size): flops_per_token(model, states.num_parameters, size) for size in sizes},
             "batch_tokens": config.batch_tokens,

@@ -62,6 +62,11 @@ def _inspect(result: Values) -> Parts:
         rows = [[row["genre"], row["variety"], row["num_texts"], row["num_words"]] for row in result["primer"]]
         totals = [sum(row[i] for row in rows) for i in (2, 3)]
         yield FittingTable(("genre", "variety", "texts", "words"), [*rows, [], ["all", "", *totals]], words=(0, 1))
+    elif "model" in result:
+        model = result["model"]
+        size = f"{model['num_parameters'] / 1e6:,.1f} M parameters, {model['context_length']:,} positions"
+        yield f"{model['model']} ({model['type']}): {size}"
+        yield f"Runs: {model['runs']}"
     elif "document" in result or "block" in result:
         yield from _document(result["document"]) if "document" in result else ()
         yield from _block(result["block"]) if "block" in result else ()
@@ -153,6 +158,7 @@ def _plan(result: Values) -> Parts:
         f"{result['disk_bytes'] / GIB:.1f} GiB of disk, and while one is written "
         f"{result['checkpoint_bytes'] / GIB:.2f} GiB of the host's memory"
     )
+    yield f"Runs: {result['runs']}"
     places: dict[tuple[str, int], list[str]] = {}
     for row in result["rows"]:
         cells = places.setdefault((row["device"], row["block_size"]), [row["device"], str(row["block_size"])])

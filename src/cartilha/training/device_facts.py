@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PretrainedConfig
 
-from cartilha.model.attention import FALLBACK, KERNELS, head_size, knows_attention
+from cartilha.model.attention import FALLBACK, KERNELS, head_size
+from cartilha.model.load import look_at
 from cartilha.model.products import cpu_product_dtype
+from cartilha.model.rows import ROWS
 from cartilha.training.trace import Computation
 
 GIB = 2**30
@@ -21,7 +23,7 @@ class DeviceFacts:
     name: str  # as `--device` takes it
     memory_bytes: int  # what programs can use of it
     dtype: torch.dtype
-    kernel: str  # a name in `attention.KERNELS`
+    kernel: str  # a name in `attention.KERNELS`, or `ROWS`
     peak_flops: float  # operations per second of dense matrix products in that dtype: the maker's figure, or measured
     share: float  # of the peak that training is expected to reach, counted by 6N + attention
     overhead_bytes: int  # the program and the device's context
@@ -38,8 +40,11 @@ class DeviceFacts:
         return Computation(self.dtype, self.kernel, self.kind == "cpu", checkpointing, dropout)
 
     def for_model(self, config: PretrainedConfig, *, dropout: bool = False) -> DeviceFacts:
-        """The device as it computes this model: under a mask where its own kernel cannot."""
-        is_hindered = knows_attention(config) and KERNELS[self.kernel].obstacle(config, training=dropout)
+        """The device as it computes this model: in rows, or under a mask where its own kernel cannot."""
+        how = look_at(config, config.model_type).how
+        if not how.packed:
+            return replace(self, kernel=ROWS)
+        is_hindered = KERNELS[self.kernel].hindrance(config, how.needs, training=dropout)
         return replace(self, kernel=FALLBACK) if is_hindered else self
 
 
@@ -75,7 +80,9 @@ def max_tokens_on_this_cpu(dtype: torch.dtype) -> int:
 def flops_per_token(config: PretrainedConfig, num_parameters: int, block_size: int) -> int:
     """Operations per token of training: 6 per parameter (2 forward, 4 backward; arXiv:2001.08361), and attention's.
 
-    Its scores and weighted sums take 12 L d T (arXiv:2204.02311, appendix B), ignoring causality.
+    Its scores and weighted sums take 12 L d T (arXiv:2204.02311, appendix B), ignoring causality. Models that have no
+    attention (Mamba) take only the former.
     """
-    width = int(config.num_attention_heads) * head_size(config)
+    num_heads = getattr(config, "num_attention_heads", None)
+    width = int(num_heads) * head_size(config) if num_heads else 0
     return 6 * num_parameters + 12 * int(config.num_hidden_layers) * width * block_size

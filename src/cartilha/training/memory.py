@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig
 
 from cartilha.errors import UserError
-from cartilha.model.attention import KERNELS, knows_attention
+from cartilha.model.attention import KERNELS
 from cartilha.model.loss import CHUNK_TOKENS
+from cartilha.model.rows import ROWS
 from cartilha.training.device_facts import DeviceFacts
 from cartilha.training.optimizer import StateSize
 from cartilha.training.trace import Computation, StepBytes, traced_step
@@ -90,7 +91,7 @@ class MemoryModel:
 
     def _trace(self, rows: int, row_length: int) -> StepBytes:
         # Where what is kept depends on the number of tokens alone, one long row stands for all.
-        if knows_attention(self._config) and KERNELS[self._how.kernel].counts_tokens_only:
+        if self._how.kernel != ROWS and KERNELS[self._how.kernel].counts_tokens_only:
             rows, row_length = 1, rows * row_length
         return traced_step(self._config, rows, row_length, self._how)
 

@@ -22,13 +22,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from cartilha.model.attention import ATTENTION_DROPOUT, KERNELS, knows_attention, use_document_attention
+from cartilha.model.attention import ATTENTION_DROPOUT, KERNELS
 from cartilha.model.configuration import with_layers
-from cartilha.model.head import head_of
-from cartilha.model.load import configured_head_shape
+from cartilha.model.head import body_of, head_of
+from cartilha.model.load import look_at
 from cartilha.model.loss import linear_cross_entropy
+from cartilha.model.packed_or_rows import HowItRuns, use_document_attention
 from cartilha.model.products import cpu_product_dtype, sums_in_float32
 from cartilha.model.recomputation import checkpoint_layers
+from cartilha.model.rows import ROWS
 from cartilha.model.weight_gradients import weight_gradients_in_place
 from cartilha.training.streams import random_numbers_apart
 
@@ -52,7 +54,7 @@ class Computation:
     """How a step is computed, as far as its memory depends on it."""
 
     dtype: torch.dtype
-    kernel: str  # a name in `attention.KERNELS`
+    kernel: str  # a name in `attention.KERNELS`, or `ROWS`
     on_cpu: bool  # gradients are added in place there, and products may be in float32
     checkpointing: bool = False  # the layers' activations are computed a second time instead of kept
     dropout: bool = False  # the dropout that the configuration asks for is drawn
@@ -125,12 +127,12 @@ def _traced(config_json: str, num_layers: int, rows: int, row_length: int, how: 
     if not how.on_cpu:  # CUDA's kernel draws attention's dropout again in the backward pass; a CPU's keeps all weights
         settings |= {name: 0.0 for name in ATTENTION_DROPOUT if name in settings}
     config = AutoConfig.for_model(**settings)
-    head_shape = configured_head_shape(config, config.model_type)
+    head_shape = look_at(config, config.model_type).head_shape
     # Fresh weights draw random numbers even where they are fake; training's own draws must not change.
     with random_numbers_apart(), FakeTensorMode(allow_non_fake_inputs=True):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         model.head_shape = head_shape
-        use_document_attention(model)
+        use_document_attention(model, HowItRuns(packed=how.kernel != ROWS))
         model.train(how.dropout)
         if how.checkpointing:
             checkpoint_layers(model)
@@ -150,14 +152,14 @@ def _pass(model: PreTrainedModel, live: _LiveBytes, rows: int, row_length: int, 
     model.get_input_embeddings().register_forward_hook(gradient_arrives)
     ids = torch.zeros(rows, row_length, dtype=torch.long)
     positions, targets = torch.zeros_like(ids), torch.zeros_like(ids)
-    if knows_attention(model.config):
+    if how.kernel != ROWS:
         segments = KERNELS[how.kernel].traced(rows, row_length)
         arguments: dict[str, Any] = {"position_ids": positions, "segments": segments}
     else:
         arguments = {"attention_mask": torch.ones_like(ids)}
     with weight_gradients_in_place("cpu", 1.0) if how.on_cpu else nullcontext():
         with nullcontext() if how.dtype == torch.float32 else torch.autocast("cpu", how.dtype):
-            output = model.base_model(input_ids=ids, use_cache=False, **arguments)
+            output = body_of(model)(input_ids=ids, use_cache=False, **arguments)
         hidden = output.last_hidden_state.flatten(0, 1)
         del output
         kept = float(live.now)
