@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
 
 from cartilha.model import packed_or_rows
-from cartilha.model.attention import KERNELS
+from cartilha.model.attention import KERNELS, document_attention
 from cartilha.model.load import look_at, prepare_model
 from cartilha.model.packed_or_rows import how_it_runs, prove, transformers_attention
 
@@ -115,3 +115,17 @@ def test_generation_uses_the_attention_that_transformers_chose():
 def test_a_configuration_says_how_its_models_run(model_type, settings, line):
     config = AutoConfig.for_model(model_type, **{**TINY, **settings})
     assert look_at(config, "my-model").line.startswith(line)
+
+
+@pytest.mark.parametrize("kernel", ["segments", "mask"])
+@pytest.mark.parametrize("widths", [(8, 8), (12, 8), (8, 12)], ids=str)
+def test_values_may_have_another_size_than_keys(kernel, widths):
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, 2, 9, n, generator=generator) for n in (widths[0], *widths))
+    segments = KERNELS[kernel].of((4, 5), 9, torch.device("cpu"))
+    found, _ = document_attention(torch.nn.Identity(), query, key, value, None, segments=segments)
+    alone = [
+        torch.nn.functional.scaled_dot_product_attention(*(t[:, :, piece] for t in (query, key, value)), is_causal=True)
+        for piece in (slice(4), slice(4, 9))
+    ]
+    torch.testing.assert_close(found, torch.cat(alone, dim=2).transpose(1, 2))

@@ -272,15 +272,16 @@ def document_attention(
     assert attention_mask is None, "transformers built a mask although our attention is registered without one"
     segments: Kernel = layer["segments"]
     assert query.shape[2] == segments.row_length
+    scaling, widths = layer.get("scaling"), (query.shape[3], value.shape[3])
+    if widths[0] != widths[1]:  # kernels take values of the keys' size (latent attention: arXiv:2405.04434)
+        scaling = widths[0] ** -0.5 if scaling is None else scaling
+        query, key, value = (F.pad(heads, (0, max(widths) - heads.shape[3])) for heads in (query, key, value))
     scoring = Scoring(
-        *(layer.get("scaling"), layer.get("sliding_window"), layer.get("dropout", 0.0)),
+        *(scaling, layer.get("sliding_window"), layer.get("dropout", 0.0)),
         *(layer.get("softcap"), layer.get("s_aux")),
     )
-    size, shape = value.shape[3], (*query.transpose(1, 2).shape[:3], value.shape[3])
-    if size < query.shape[3]:  # kernels take values of the keys' size (latent attention: arXiv:2405.04434)
-        value = F.pad(value, (0, query.shape[3] - size))
-        return segments.attend(query, key, value, scoring).reshape(*shape[:3], -1)[..., :size], None
-    return segments.attend(query, key, value, scoring).reshape(shape), None
+    attended = segments.attend(query, key, value, scoring).reshape(query.transpose(1, 2).shape)
+    return attended if widths[0] == widths[1] else attended[..., : widths[1]], None
 
 
 AttentionInterface.register(ATTENTION_NAME, document_attention)
