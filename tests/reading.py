@@ -5,6 +5,8 @@ from __future__ import annotations
 import bz2
 import gzip
 import lzma
+import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,3 +53,30 @@ def complaint(*refs: Path | str, **options) -> str:
 def read_shard(shard: Shard, settings: ReadSettings, counts: ReadCounts | None = None) -> list[Document]:
     found = ReadCounts() if counts is None else counts
     return [document for part in shard.parts for document in read_part(part, settings, found)]
+
+
+def fake_datasets(monkeypatch, rows) -> list[tuple]:
+    """A module `datasets` whose every dataset has these rows, anew for each reading, in an hour of no waiting.
+
+    Returned are the name, configuration, revision and split of each dataset that is opened.
+    """
+    calls: list[tuple] = []
+
+    class Dataset:
+        num_shards = 1
+
+        def __iter__(self):
+            return iter(rows())
+
+    def load_dataset_builder(name, config, *, revision):
+        def as_streaming_dataset(split):
+            calls.append((name, config, revision, split))
+            return Dataset()
+
+        return types.SimpleNamespace(hash="c0ffee", as_streaming_dataset=as_streaming_dataset)
+
+    module = types.ModuleType("datasets")
+    module.load_dataset_builder = load_dataset_builder
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    return calls

@@ -25,10 +25,10 @@ Count = int | Literal["auto"]
 AUTO_BATCH_TOKENS = {"cpu": 2048, "cuda": 8192, "mps": 8192}  # small steps teach more per token; a GPU idles on them
 AUTO_BATCH = "{cpu:,} on a CPU, {cuda:,} on a GPU".format_map(AUTO_BATCH_TOKENS)
 BATCH_HELP = f"tokens per optimizer step, a multiple of block_size; auto: {AUTO_BATCH}"
-MODEL_HELP = "a hub id, a local directory, a .gguf file, package:NAME or random:ARCH"
+MODEL_HELP = "a hub id (NAME or NAME@REVISION), a local directory, a .gguf file, package:NAME or random:ARCH"
 REF_HELP = (
     "files, globs or folders (.txt one document per line, .json, .jsonl, .csv, .tsv, .parquet, .arrow; also"
-    " compressed), hf:NAME[:CONFIG[:SPLIT]], or primer"
+    " compressed), hf:NAME[@REVISION][:CONFIG[:SPLIT]], or primer"
 )
 
 

@@ -87,10 +87,13 @@ def set_up_logging() -> None:
 
 
 def silence_bars() -> None:
-    """Keep other libraries' progress bars out of logs, in a process of ours only, before tqdm is loaded."""
-    # The hub's client would report each retry; our own sentence follows if all of them fail.
+    """Keep other libraries' progress bars and warnings away, in a process of ours only, before they are loaded."""
+    # What the hub's clients would say is said by `hub` and `model_reference`.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    if not sys.stderr.isatty():  # the bars of downloads stay on a terminal
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
 
 

@@ -10,13 +10,16 @@ import logging
 import os
 import sys
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from cartilha.config import EMBEDDED_MODEL
+from cartilha.console import progress
 from cartilha.errors import HubUnreachableError, UserError, first_line
-from cartilha.storage import refuse_lfs_pointer
+from cartilha.hub import ask, fault, silent_bar
+from cartilha.storage import read_json, refuse_lfs_pointer
 
 log = logging.getLogger("cartilha")
 
@@ -25,6 +28,8 @@ TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja"),
 )
+MODEL_FILES = ("config.json", "generation_config.json", "adapter_config.json", "README.md", *TOKENIZER_FILES)
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # whole, or in shards that an index lists; the first is taken
 
 # What `random:NAME` stands for.
 RANDOM_SHAPES: dict[str, dict[str, Any]] = {
@@ -55,6 +60,7 @@ class ModelSource:
     kind: Literal["hub", "directory", "gguf", "random"]
     path: Path | None = None  # the directory or GGUF file
     name: str = ""  # the hub id or the architecture
+    revision: str | None = None  # of the hub model: a branch, a tag or a commit; its main branch if None
 
 
 def resolve_model(ref: str) -> ModelSource:
@@ -76,13 +82,14 @@ def resolve_model(ref: str) -> ModelSource:
         return ModelSource(ref, "gguf", path=path)
     if path.is_file():
         raise UserError(f"{ref} is a file, not a model; give a .gguf file or a directory in Hugging Face format.")
-    if not ref or ref.startswith((".", "/", "~")) or ref.endswith("/") or ref.count("/") > 1 or "\\" in ref:
+    name, _, revision = ref.partition("@")
+    if not name or name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1 or "\\" in name:
         raise UserError(
             f"There is no directory {ref!r}; give the directory of a model in Hugging Face format or a hub id."
         )
     if path.parent.name and path.parent.is_dir():
         raise UserError(f"There is no {path.name} in the directory {path.parent}; check the path of the model.")
-    return ModelSource(ref, "hub", name=ref)
+    return ModelSource(ref, "hub", name=name, revision=revision or None)
 
 
 def _as_spelled(path: Path) -> Path:
@@ -138,23 +145,55 @@ def _gguf_in_package(name: str) -> Path:
     return found[0]
 
 
-def download(name: str, patterns: tuple[str, ...]) -> Path:
-    """Fetch a hub repository's files that match the patterns, or take them from the local cache, or say why not."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+def download(source: ModelSource, patterns: tuple[str, ...]) -> Path:
+    """Fetch a hub model's files that match the patterns, or take them from the hub's cache, or say why not.
 
+    The directory is named by the commit.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    name, ref = source.name, source.ref
     try:
-        return Path(snapshot_download(name, allow_patterns=list(patterns)))
+        with progress(f"Downloading {name}", None, "bytes") as advance:
+            bar = silent_bar(advance)
+            fetch = partial(snapshot_download, name, revision=source.revision, allow_patterns=list(patterns))
+            return Path(ask(lambda: fetch(tqdm_class=bar)))
     except GatedRepoError as error:
         raise HubUnreachableError(
             f"The hub model {name} asks you to accept its terms first: open its page, accept, and run `hf auth login`."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise HubUnreachableError(
+            f"The hub model {name} has no revision {source.revision}; name a branch, a tag or a commit of it."
         ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise HubUnreachableError(
             f"The hub has no public model {name}, and there is no local directory of that name; check the spelling."
         ) from error
     except Exception as error:
-        raise unreachable(name) from error
+        if (reason := fault(error)) is not None:
+            raise HubUnreachableError(f"The model {ref} cannot be fetched: {reason}.") from error
+        raise unreachable(ref) from error
+
+
+def download_model(source: ModelSource) -> Path:
+    """Fetch all that a hub model is loaded from, in safetensors where it has them, of one commit."""
+    folder = _model_in(source.ref, download(source, MODEL_FILES))
+    fixed = replace(source, revision=folder.name)
+    for weights in WEIGHTS:
+        index = folder / f"{weights}.index.json"
+        download(fixed, (weights, index.name))
+        if index.is_file():
+            return download(fixed, tuple(sorted(set(read_json(index)["weight_map"].values()))))
+        if (folder / weights).is_file():
+            break
+    return folder
 
 
 def unreachable(name: str) -> HubUnreachableError:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
-import sys
 import tracemalloc
-import types
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +19,7 @@ from cartilha.corpus.records import ReadSettings
 from cartilha.corpus.shards import shards
 from cartilha.corpus.sources import resolve_inputs
 from cartilha.errors import HubUnreachableError, UserError
-from reading import complaint, read_shard, texts, write, zstd
+from reading import complaint, fake_datasets, read_shard, texts, write, zstd
 
 
 def read(*paths: Path, **options) -> tuple[list[str], ReadCounts]:
@@ -274,9 +272,7 @@ def test_the_hub_that_stops_half_way_is_named_with_its_row(monkeypatch):
         yield {"text": "dois"}
         raise ConnectionError("reset by peer")
 
-    module = types.ModuleType("datasets")
-    module.load_dataset = lambda *args, **kwargs: rows()
-    monkeypatch.setitem(sys.modules, "datasets", module)
+    fake_datasets(monkeypatch, rows)
     for on_error in ("stop", "skip"):  # what is missing cannot be counted
         with pytest.raises(HubUnreachableError, match=r"hf:org/nome .* after row 2 .*reset by peer.*run the same"):
             list(read_documents(["hf:org/nome"], ReadSettings(on_error=on_error)))

@@ -34,9 +34,10 @@ class Hub:
     def repo_info(self, repo_id: str) -> object:
         return SimpleNamespace(private=self.made[repo_id])
 
-    def upload_folder(self, *, folder_path, repo_id: str, allow_patterns: list[str], commit_message: str) -> None:
+    def upload_folder(self, *, folder_path, repo_id: str, allow_patterns: list[str], commit_message: str) -> object:
         paths = (path.name for path in sorted(folder_path.iterdir()))
         self.sent += huggingface_hub.utils.filter_repo_objects(paths, allow_patterns=allow_patterns)
+        return SimpleNamespace(oid="c0ffee")
 
 
 @pytest.fixture
@@ -57,7 +58,7 @@ def pushed(monkeypatch, hub: Hub, run: str, name: str, public: bool = False) -> 
 def test_the_model_and_its_card_are_sent_and_a_new_repository_is_private(monkeypatch, run):
     hub = Hub()
     result = pushed(monkeypatch, hub, run, "ana/opt-pt")
-    assert result.to_dict() == {"url": "https://huggingface.co/ana/opt-pt", "private": True}
+    assert result.to_dict() == {"url": "https://huggingface.co/ana/opt-pt", "private": True, "commit": "c0ffee"}
     assert hub.sent == ["README.md", "config.json", "model.safetensors", "tokenizer.json"]
     assert pushed(monkeypatch, Hub(), run, "ana/opt-pt", True).private is False
     assert pushed(monkeypatch, hub, str(Path(run).parent), "ana/opt-pt").url == result.url  # what a recipe left
@@ -68,12 +69,14 @@ def test_what_the_hub_refuses_is_one_sentence(monkeypatch, run, tmp_path):
     def refusal(status: int) -> HfHubHTTPError:
         return HfHubHTTPError("no", response=SimpleNamespace(status_code=status, headers={}, request=None))
 
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
     failures = {
         "hf auth login": LocalTokenNotFoundError(),
         "with one that may write": refusal(401),
         "may not write to ana/x": refusal(403),
-        "HTTP 500": refusal(500),
+        "HTTP 404": refusal(404),
         "cannot be reached": ConnectionError(),
+        r"hub is busy \(500\)": refusal(500),
     }
     for words, failure in failures.items():
         with pytest.raises(UserError, match=words):

@@ -10,7 +10,6 @@ import os
 import subprocess
 import sys
 import tracemalloc
-import types
 import unicodedata
 from itertools import islice
 from pathlib import Path
@@ -29,7 +28,7 @@ from cartilha.corpus.shards import shards
 from cartilha.corpus.sources import HubSource, PrimerSource, resolve_inputs
 from cartilha.errors import HubUnreachableError, UserError, install_command
 from cartilha.pipeline.preflight import preflight
-from reading import complaint, documents, read_shard, texts, write, zstd
+from reading import complaint, documents, fake_datasets, read_shard, texts, write, zstd
 
 
 def write_jsonl(path: Path, *records: object) -> Path:
@@ -439,19 +438,6 @@ def test_faults_of_the_consumer_pass_unchanged(tmp_path):
 # The hub
 
 
-def fake_datasets(monkeypatch, load) -> list[tuple]:
-    calls: list[tuple] = []
-    module = types.ModuleType("datasets")
-
-    def load_dataset(*args, **kwargs):
-        calls.append((args, kwargs))
-        return load()
-
-    module.load_dataset = load_dataset
-    monkeypatch.setitem(sys.modules, "datasets", module)
-    return calls
-
-
 def test_hub_streams_with_config_and_split(monkeypatch):
     def rows():
         yield {"text": "um", "id": "u"}
@@ -460,15 +446,20 @@ def test_hub_streams_with_config_and_split(monkeypatch):
         raise AssertionError("read ahead")
 
     calls = fake_datasets(monkeypatch, rows)
-    documents = list(islice(read_documents(["hf:org/nome:por_Latn:test"]), 2))
+    documents = list(islice(read_documents(["hf:org/nome@v1:por_Latn:test"]), 2))
     label = "org/nome:por_Latn:test"
     assert [(d.text, d.id, d.source, d.domain) for d in documents] == [
         ("um", "u", label, label),
         ("dois", f"{label}:3", label, label),
     ]
-    assert calls == [(("org/nome", "por_Latn"), {"split": "test", "streaming": True})]
-    assert resolve_inputs(["hf:org/nome", "hf:a::dev"]) == [HubSource("org/nome"), HubSource("a", None, "dev")]
+    assert calls == [("org/nome", "por_Latn", "v1", "test")]
+    assert resolve_inputs(["hf:org/nome", "hf:org/a::dev", "hf:org/nome@refs/pr/1:pt"]) == [
+        HubSource("org/nome"),
+        HubSource("org/a", None, "dev"),
+        HubSource("org/nome", "pt", revision="refs/pr/1"),
+    ]
     assert HubSource("org/nome").label == "org/nome"
+    assert HubSource("org/nome", "pt", "dev", "v1").ref == "hf:org/nome@v1:pt:dev"
 
 
 def test_hub_faults(monkeypatch):
@@ -490,6 +481,22 @@ def test_hub_faults(monkeypatch):
         assert "hf:org/nome" in sentence and "local file" in sentence and "primer" in sentence
     fake_datasets(monkeypatch, lambda: iter([{"content": "um"}]))
     assert "hf:org/nome, row 1" in complaint("hf:org/nome")
+
+
+def test_a_stream_that_breaks_goes_on_at_its_row(monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    breaks = [0, 2, 2, 5, 9]  # rows after which the first readings break; two of them make no progress
+
+    def rows():
+        end = breaks.pop(0) if breaks else None
+        for row in range(10 if end is None else end):
+            yield {"text": f"linha {row}"}
+        if end is not None:
+            raise ConnectionError("reset by peer")
+
+    fake_datasets(monkeypatch, rows)
+    assert texts("hf:org/nome") == [f"linha {row}" for row in range(10)]
+    assert not breaks and "after row 5 of hf:org/nome; going on there" in caplog.text
 
 
 # The primer

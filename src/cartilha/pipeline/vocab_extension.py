@@ -55,6 +55,7 @@ def write_extension(
     with new_directory(output) as temporary:
         if _has_weights(ref):
             loaded = load_model(ref, torch.device("cpu"), tokenizer=base)
+            record["model_commit"] = loaded.commit
             before = shape_of(loaded.model)
             extend_embeddings(loaded, learnt.pieces, learnt.first_id)
             after = shape_of(loaded.model)
@@ -76,7 +77,7 @@ def _has_weights(ref: str) -> bool:
 
 
 def _card(record: dict[str, Any]) -> str:
-    kept = base_record(record["model"])
+    kept = base_record(record["model"], record["model_commit"])
     header = f"---\n{yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)}---\n\n" if kept else ""
     return f"""{header}# {record["model"]}, {counted(record["num_new"], "token")} more
 

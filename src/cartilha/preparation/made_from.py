@@ -8,7 +8,7 @@ from typing import Any
 
 from cartilha.config import PrepareConfig
 from cartilha.corpus.files import SourceFile
-from cartilha.corpus.sources import PrimerSource, Source
+from cartilha.corpus.sources import HubSource, PrimerSource, Source
 from cartilha.errors import UserError
 from cartilha.preparation.request import PrepareRequest
 from cartilha.storage import file_sha256
@@ -31,8 +31,9 @@ def describe_source(source: Source, role: dict[str, bool]) -> dict[str, Any]:
     """A source as store.json records it, with what it is for."""
     if isinstance(source, PrimerSource):
         return {"name": "primer", "sha256": source.sha256, **role}
-    if not isinstance(source, SourceFile):
-        return {"name": f"hf:{source.label}", **role}
+    if isinstance(source, HubSource):
+        commit = source.opened and source.opened.commit
+        return {"name": source.ref, **({"commit": commit} if commit else {}), **role}
     stamp = {"size": source.size_bytes, "modified_ns": source.modified_ns}
     return {"name": source.name, **stamp, "sha256": file_sha256(Path(source.path)), **role}
 
@@ -90,7 +91,8 @@ def _same_sources(recorded: list[dict[str, Any]], sources: Sequence[Source]) -> 
 
 def _is_same(record: dict[str, Any], source: Source, role: dict[str, bool]) -> bool:
     if not isinstance(source, SourceFile):
-        return record == describe_source(source, role)
+        # A dataset is the one that was asked for, whatever its commit has become since.
+        return {key: value for key, value in record.items() if key != "commit"} == describe_source(source, role)
     if record.get("size") != source.size_bytes or {k: record[k] for k in ("held_out", "target") if k in record} != role:
         return False
     # An unchanged time of change is trusted; after a copy or a touch, the bytes decide.

@@ -27,7 +27,7 @@ OPT_LICENCE = (
 )
 
 
-def base_record(base: str) -> dict[str, Any]:
+def base_record(base: str, commit: str | None = None) -> dict[str, Any]:
     """Licence, language and origin from the card of a base model (a MODEL argument); OPT's licence goes with OPT."""
     try:
         source = resolve_model(base)
@@ -37,9 +37,9 @@ def base_record(base: str) -> dict[str, Any]:
     if source.kind == "hub":
         from huggingface_hub import try_to_load_from_cache
 
-        card = try_to_load_from_cache(base, "README.md")
+        card = try_to_load_from_cache(source.name, "README.md", revision=commit)
         record = _front_matter(Path(card)) if isinstance(card, str) else {}
-        record["base_model"] = base
+        record["base_model"] = source.name
     elif source.kind == "directory" and source.path is not None:
         record = _front_matter(source.path / "README.md")
         origin = read_tokenizer_json(source.path / "config.json").get("_name_or_path", "")
@@ -92,11 +92,14 @@ def model_card(results: dict[str, Any]) -> str:
     settings, corpus = results["settings"], results["corpus"]
     before, after = results["evaluations"][0], evaluation_of_model(results)
     protocol = after["protocol"]
-    base = settings["model"]
-    record = base_record(base)
+    base, commit = settings["model"], settings.get("model_commit")
+    record = base_record(base, commit)
     # The path of a local directory is not published.
-    is_public = record.get("base_model") == base or base.startswith(("package:", "random:"))
+    is_public = commit or record.get("base_model") == base or base.startswith(("package:", "random:"))
     shown = base if is_public else Path(base).name
+    datasets = corpus.get("datasets", [])
+    if datasets:
+        record["datasets"] = sorted({re.split("[@:]", item["name"].removeprefix("hf:"))[0] for item in datasets})
     num_documents = corpus["num_train_documents"]
     documents = f"{num_documents:,} {'documento' if num_documents == 1 else 'documentos'}"
     return f"""---
@@ -123,7 +126,7 @@ bits por byte do mesmo texto, sim.
 Settings / configuração: block size {settings["block_size"]}, {counted(settings["batch_tokens"], "token")} per step,
 {_steps(results)}, peak learning rate {settings["lr"]:.2g}, seed {settings["seed"]},
 {settings["dtype"]}.
-
+{_commits({shown: commit} if commit else {}, datasets)}
 ## Licence / licença
 
 {licence(record)}
@@ -176,6 +179,15 @@ def _english(english: dict[str, Any] | None) -> str:
         return ""
     before, after = (_number(row["bits_per_byte"]) for row in rows if row)
     return f"| English sample, bits per byte / amostra em inglês, bits por byte | {before} | {after} |\n"
+
+
+def _commits(models: dict[str, str], datasets: list[dict[str, Any]]) -> str:
+    """A paragraph on what was read from the hub, or nothing."""
+    read = models | {item["name"]: item["commit"] for item in datasets}
+    if not read:
+        return ""
+    listed = ", ".join(f"`{name}` (commit `{commit}`)" for name, commit in read.items())
+    return f"\nRead from the hub / lido do hub: {listed}.\n"
 
 
 def _number(value: float | None) -> str:

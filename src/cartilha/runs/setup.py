@@ -281,6 +281,8 @@ def facts(run: Run) -> dict[str, Any]:
             f"num_{side}_tokens": counts.num_tokens,
             f"{side}_hash": counts.corpus_hash,
         }
+    # Texts of the hub at the commits that were read.
+    corpus["datasets"] = [item for item in store.info.get("inputs", []) if "commit" in item]
     return {
         "settings": {
             **run.settings,
@@ -292,6 +294,7 @@ def facts(run: Run) -> dict[str, Any]:
             "num_processes": world()[1],
             "device": machine["device_name"],
             "num_parameters": run.loaded.num_parameters,
+            "model_commit": run.loaded.commit,
         },
         "corpus": corpus,
         **({"selection": store.info["selection"]} if "selection" in store.info else {}),

@@ -175,7 +175,7 @@ def load_tokenizer(ref: str) -> TextTokenizer:
         assert source.path is not None
         tokenizer = _cached_gguf_tokenizer(source.path)
     else:
-        tokenizer = _from_directory(ref, source.path or download(source.name, (*TOKENIZER_FILES, "config.json")))
+        tokenizer = _from_directory(ref, source.path or download(source, (*TOKENIZER_FILES, "config.json")))
     tokenizer.backend.encode_special_tokens = True
     tokenizer.backend.no_padding()
     tokenizer.backend.no_truncation()
