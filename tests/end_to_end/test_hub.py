@@ -179,6 +179,7 @@ def test_a_whole_job_from_the_hub_and_back(cartilha: Cartilha, hub: LocalHub, co
     assert made.code == 0, made
     (entry,) = read(store / "store.json")["inputs"]
     assert entry == {"name": "hf:org/textos@v1", "commit": commits.datasets[0]}
+    assert f"hf:org/textos@v1 (commit {commits.datasets[0]})" in cartilha("inspect", store).out
     size = ("--block_size", 32, "--batch_tokens", 128, "--max_steps", 2, "--skip_checks", "--device", "cpu")
     trained = cartilha("train", *model, "--store", store, "--output", run, *size)
     assert trained.code == 0, trained
@@ -236,9 +237,9 @@ def test_names_revisions_configurations_and_splits_that_are_not_there(cartilha: 
         "hf:mc4:pt:validation": ("hf:allenai/c4:pt:validation is meant",),
         "hf:Wikipedia": ("two parts", "hf:wikimedia/wikipedia is meant"),
         "hf:meutexto": ("two parts", "look meutexto up"),
-        "hf:org/linguas:ptbr": ("no configuration 'ptbr'", "hf:org/linguas:CONFIG: pt-br, pt, en."),
+        "hf:org/linguas:ptbr": ("no configuration 'ptbr'", "choose from pt-br, pt, en (hf:org/linguas:CONFIG)."),
         "hf:org/linguas": ("several configurations", "pt, pt-br, en"),
-        "hf:org/linguas:pt:treino": ("no split 'treino'", "train"),
+        "hf:org/linguas:pt:treino": ("no split 'treino'", "choose from train (hf:org/linguas:pt:SPLIT)."),
         "hf:org/textos@v9": ("org/textos", "Revision 'v9' doesn't exist"),
         "hf:org/nada": ("org/nada", "doesn't exist"),
     }

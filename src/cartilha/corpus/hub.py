@@ -97,7 +97,7 @@ def _open(source: HubSource, commit: str | None = None) -> OpenedDataset:
     try:
         return ask(load)
     except Exception as error:  # as above
-        raise _missing_choice(source, error) or _unreadable(source, _connection_fault(source, error), "") from error
+        raise _not_there(source, error) or _unreadable(source, _connection_fault(source, error), "") from error
 
 
 def _connection_fault(source: HubSource, error: Exception) -> Exception:
@@ -112,8 +112,10 @@ def _connection_fault(source: HubSource, error: Exception) -> Exception:
     return error
 
 
-def _missing_choice(source: HubSource, error: Exception) -> UserError | None:
-    """The error for a configuration or split that the dataset lacks, with those that it has."""
+def _not_there(source: HubSource, error: Exception) -> UserError | None:
+    """The error for a dataset, revision, configuration or split that is not there, with those that are."""
+    if type(error).__name__ == "DatasetNotFoundError":
+        return UserError(f"{first_line(error)}; check the name, or run `hf auth login` if it is private or gated.")
     listed = re.search(r"available[^\[]*\[(.*?)\]", str(error), re.IGNORECASE | re.DOTALL)
     if not isinstance(error, ValueError) or listed is None:
         return None
@@ -122,11 +124,10 @@ def _missing_choice(source: HubSource, error: Exception) -> UserError | None:
     near = difflib.get_close_matches(asked or "", names, n=3)
     first = [*near, *(name for name in names if name not in near)][:NAMED_CHOICES]
     more = f" and {len(names) - len(first)} more" if len(names) > len(first) else ""
+    name = source.ref.removesuffix(source.label.removeprefix(source.name))
     what = f"has no {kind} {asked!r}" if asked else f"has several {kind}s"
-    form = "CONFIG:SPLIT" if kind == "split" else "CONFIG"
-    return UserError(
-        f"The dataset hf:{source.name} {what}; name one by hf:{source.name}:{form}: {', '.join(first)}{more}."
-    )
+    form = f"{name}:{source.config or ''}:SPLIT" if kind == "split" else f"{name}:CONFIG"
+    return UserError(f"The dataset {name} {what}; choose from {', '.join(first)}{more} ({form}).")
 
 
 def _unreadable(source: HubSource, error: Exception, place: str) -> HubUnreachableError:

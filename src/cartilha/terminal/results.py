@@ -80,7 +80,8 @@ def _store(result: Values) -> Parts:
     chosen = {name: value for name, value in store["settings"].items() if value not in (None, False, [], ["none"])}
     settings = ", ".join(f"{name} {' '.join(v) if isinstance(v, list) else v}" for name, v in chosen.items())
     yield f"Tokenizer: {store['tokenizer_fingerprint'][:12]}, {store['num_ids']:,} ids, {store['dtype']}"
-    yield f"Inputs: {', '.join(item['name'] for item in store['inputs'])}"
+    commits = [f" (commit {item['commit']})" if "commit" in item else "" for item in store["inputs"]]
+    yield f"Inputs: {', '.join(item['name'] + commit for item, commit in zip(store['inputs'], commits, strict=True))}"
     yield f"Settings: {settings}"
     yield from _summary(result["summary"])
     for row in result["first_documents"]:
