@@ -270,6 +270,13 @@ def _plan(config: TrainConfig, scorer: Scorer, sampler: BlockSampler, schedule: 
     return plan.with_checkpoints() if any(n and n < schedule.num_steps for n in intervals) else plan
 
 
+def _datasets(config: TrainConfig) -> list[dict[str, Any]]:
+    """The datasets of the hub that the stores were made of, each with the commit that was read."""
+    stores = [config.store, *(source.store for source in sources_of(config))]
+    inputs = [item for path in stores for item in read_store_info(Path(path)).get("inputs", []) if "commit" in item]
+    return [item for place, item in enumerate(inputs) if item not in inputs[:place]]
+
+
 def facts(run: Run) -> dict[str, Any]:
     """What results.json records of the set-up."""
     config, sampler, store = run.config, run.sampler, run.store
@@ -281,8 +288,7 @@ def facts(run: Run) -> dict[str, Any]:
             f"num_{side}_tokens": counts.num_tokens,
             f"{side}_hash": counts.corpus_hash,
         }
-    # Texts of the hub at the commits that were read.
-    corpus["datasets"] = [item for item in store.info.get("inputs", []) if "commit" in item]
+    corpus["datasets"] = _datasets(config)
     return {
         "settings": {
             **run.settings,
