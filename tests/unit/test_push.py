@@ -91,6 +91,7 @@ def card(model: str) -> str:
     from cartilha.runs.model_card import model_card
 
     evaluation = {
+        "step": 0,
         "protocol": {"name": "full", "window": 8, "stride": 4, "prefix_id": 2, "dtype": "float32", "hash": "ab"},
         "perplexity": 9.0,
         "bits_per_byte": 1.0,
