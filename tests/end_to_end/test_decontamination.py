@@ -9,12 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from cartilha.config import PrepareConfig
+from cartilha.config import EvaluateConfig, PrepareConfig
 from cartilha.corpus.primer import primer_texts
+from cartilha.corpus.questions import Question
 from cartilha.errors import UserError, install_command
+from cartilha.pipeline import held_out as held_out_text
 from cartilha.pipeline import prepare as module
+from cartilha.pipeline.held_out import held_out
 from cartilha.pipeline.prepare import prepare
 from cartilha.preparation import decontamination, shard_work
+from cartilha.terminal.measures import _task_questions
 from cartilha.terminal.results import DISPLAYS
 from cartilha.tokens.store import TokenStore
 
@@ -165,3 +169,23 @@ def test_ray_finds_the_same(config):
     pytest.importorskip("ray", reason="needs the extra scale")
     here, there = prepare(config), prepare(replace(config, output="ray", executor="ray", workers=2))
     assert there.decontamination == here.decontamination and texts("ray") == texts("store")
+
+
+def test_evaluation_says_how_many_questions_are_in_the_training_text(config, monkeypatch):
+    prepare(replace(config, decontaminate=(), rejects=None, validation_first=1))
+    questions = [Question("prova", str(i), (text,)) for i, text in enumerate([*QUESTIONS, " ".join("abcdefghijklmn")])]
+    text = held_out(EvaluateConfig(store="store"))
+    found = text.questions_in_training(questions)
+    assert found == {
+        "benchmarks": [{"name": "prova", "num_questions": 4, "num_too_short": 0, "num_common_runs": 0, "num_found": 3}],
+        "num_searched": len(PRIMER) - 1,
+        "num_documents": len(PRIMER) - 1,
+    }
+    shown = [*_task_questions(found)]
+    assert shown == ["prova: 3 of 4 questions (75.0%) are in the store's training side"]
+    monkeypatch.setattr(held_out_text, "QUESTION_SECONDS", 0)
+    monkeypatch.setattr(held_out_text, "SEARCHED_CHARS", 1)
+    cut = text.questions_in_training(questions)
+    assert cut is not None and cut["num_searched"] < len(PRIMER) - 1
+    assert "(in its first " in next(_task_questions(cut))
+    assert held_out(EvaluateConfig(input="textos.txt")).questions_in_training(questions) is None

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -149,6 +150,11 @@ class QuestionRuns:
     def benchmark_of(self, question: int) -> str:
         """The name of the benchmark of a question, given by its number."""
         return self.benchmarks[int(np.searchsorted(self._ends, question, side="right"))].name
+
+    def found(self, questions: Iterable[int]) -> list[dict[str, Any]]:
+        """The figures of the benchmarks, with how many of their questions were found, given by distinct numbers."""
+        num_found = Counter(map(self.benchmark_of, questions))
+        return [{**vars(benchmark), "num_found": num_found[benchmark.name]} for benchmark in self.benchmarks]
 
     def save(self, path: Path) -> None:
         """Write the runs for `load_runs`."""

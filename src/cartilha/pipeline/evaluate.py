@@ -22,7 +22,7 @@ from cartilha.evaluation.continuation import continue_prompts
 from cartilha.evaluation.continuation_scores import continuation_measures
 from cartilha.evaluation.corpus import SHARD_CHARS, score_corpus
 from cartilha.evaluation.documents import ScoredDocuments, encode_documents
-from cartilha.evaluation.downstream import check_tasks, run_tasks
+from cartilha.evaluation.downstream import check_tasks, run_tasks, task_questions
 from cartilha.evaluation.measures import Evaluation, make_evaluation
 from cartilha.evaluation.nll import DocumentScores, TokenRows, score_documents
 from cartilha.evaluation.saved import SavedEvaluation, save_evaluation, token_file
@@ -69,6 +69,7 @@ class EvaluateResult:
 
     models: tuple[EvaluatedModel, ...]
     wall_seconds: float
+    task_questions: dict[str, Any] | None = None  # how many of the tasks' questions are in the store's training side
 
     @property
     def evaluations(self) -> tuple[Evaluation, ...]:
@@ -79,7 +80,8 @@ class EvaluateResult:
         """The result as plain values."""
         models = [model.to_dict() for model in self.models]
         shared = {name: models[0][name] for name in ("corpus_hash", "protocol")}
-        return {**shared, "wall_seconds": self.wall_seconds, "models": models}
+        questions = {} if self.task_questions is None else {"task_questions": self.task_questions}
+        return {**shared, "wall_seconds": self.wall_seconds, **questions, "models": models}
 
 
 def evaluate(config: EvaluateConfig) -> EvaluateResult:
@@ -88,6 +90,7 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
     preflight(config)
     text = held_out(config)
     check_tasks(config.tasks)
+    questions = text.questions_in_training(task_questions(config.tasks)) if config.tasks else None
     if text.split == "train":
         log.warning("Scoring the training text: these figures say what was learnt by heart, not how good the model is.")
     compressed = text.compressed() if is_main_process() else None  # in the background from here on
@@ -99,7 +102,7 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
             take = None if add_tokens is None else partial(add_tokens, ref)
             models.append(_evaluate_model(scorer, text, compressed, config, take))
             del scorer  # before the next model takes its memory
-    return EvaluateResult(tuple(models), time.perf_counter() - started)
+    return EvaluateResult(tuple(models), time.perf_counter() - started, questions)
 
 
 def _evaluate_model(

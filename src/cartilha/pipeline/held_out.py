@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -15,17 +16,20 @@ from cartilha.corpus.document import Document
 from cartilha.corpus.hints import log_hints
 from cartilha.corpus.hub import opened
 from cartilha.corpus.near_duplicates import has_near_duplicate
+from cartilha.corpus.questions import Contaminated, Question, QuestionFinder, QuestionRuns
 from cartilha.corpus.readers import first_documents, read_documents
 from cartilha.corpus.records import ReadSettings
 from cartilha.corpus.sources import Source, resolve_inputs
 from cartilha.evaluation.baselines import UnigramCollector
 from cartilha.evaluation.compressed import MAX_PRIME_BYTES, CompressedText
 from cartilha.evaluation.scorer import Scorer
-from cartilha.tokens.store import TokenStore
+from cartilha.tokens.store import TokenStore, batches
 from cartilha.tokens.tokenizer import TextTokenizer
 
 # Compressors read at about 1 MB/s, twice each: with more text, the baseline would take longer than the model.
 MAX_COMPRESSED_BYTES = 4 << 20
+QUESTION_SECONDS = 60.0  # how long the training side is searched for the questions of tasks
+SEARCHED_CHARS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,25 @@ class HeldOut:
         texts = [document.text for document in self.documents()]
         known = (document.text for document in self.store.read_documents("train"))
         return float(has_near_duplicate(texts, known).mean())
+
+    def questions_in_training(self, questions: Iterable[Question]) -> dict[str, Any] | None:
+        """How many of each benchmark's questions the store's training side holds; None without a store.
+
+        The search ends after `QUESTION_SECONDS`; `num_searched` says how many documents it has seen.
+        """
+        if self.store is None:
+            return None
+        runs = QuestionRuns.of(questions)
+        find, numbers, num_searched = QuestionFinder(runs), set[int](), 0
+        deadline = time.monotonic() + QUESTION_SECONDS
+        for batch in batches(self.store.read_documents("train"), SEARCHED_CHARS):
+            for document in find(batch):
+                numbers.update(document.questions if isinstance(document, Contaminated) else ())
+            num_searched += len(batch)
+            if time.monotonic() > deadline:
+                break
+        num_documents = self.store.counts["train"].num_documents
+        return {"benchmarks": runs.found(numbers), "num_searched": num_searched, "num_documents": num_documents}
 
 
 def held_out(config: EvaluateConfig | CompareConfig) -> HeldOut:

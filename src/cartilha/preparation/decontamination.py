@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -86,9 +85,8 @@ def question_runs(questions: Iterable[Question]) -> QuestionRuns:
 def found_questions(runs: QuestionRuns, results: Sequence[ShardResult]) -> dict[str, Any]:
     """Which questions the shards held, as store.json records it: figures of benchmarks, and the first documents."""
     numbers = {number for result in results for number in result.questions}
-    found = Counter(runs.benchmark_of(number) for number in numbers)
     documents = (row for result in results for row in result.contaminated)
     return {
-        "benchmarks": [{**vars(benchmark), "num_found": found[benchmark.name]} for benchmark in runs.benchmarks],
+        "benchmarks": runs.found(numbers),
         "documents": list(islice(documents, LISTED_CONTAMINATED)),
     }

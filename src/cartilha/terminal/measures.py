@@ -25,11 +25,23 @@ def evaluations(result: Values) -> Parts:
         if len(models) > 1:
             yield row["model"] if alike else f"{row['model']}: {protocol}"
         yield from (f"  {line}" for line in _of_one_model(row))
+    yield from _task_questions(result.get("task_questions"))
     if "wall_seconds" in result:
         scoring = sum(row["seconds"] for row in models)
         yield f"Took {result['wall_seconds']:.1f} s in all, {scoring:.1f} s of them scoring."
     if len({row["num_tokens"] for row in models}) > 1:
         yield "Models with different tokenizers compare by bits per byte, not by perplexity."
+
+
+def _task_questions(found: Values | None) -> Iterator[str]:
+    if found is None:
+        return
+    is_all = found["num_searched"] == found["num_documents"]
+    part = "" if is_all else f" (in its first {counted(found['num_searched'], 'document')})"
+    for one in found["benchmarks"]:
+        share = one["num_found"] / one["num_questions"]
+        questions = counted(one["num_questions"], "question")
+        yield f"{one['name']}: {one['num_found']:,} of {questions} ({share:.1%}) are in the store's training side{part}"
 
 
 def _of_one_model(row: Values) -> Iterator[str]:
