@@ -98,7 +98,8 @@ def _ids(index: DocumentIndex, number: int, num_tokens: int) -> np.ndarray:
     """The first ids of a document."""
     shard = int(np.searchsorted(index.starts, number, side="right")) - 1
     begin = int(index.num_tokens[index.starts[shard] : number].sum())
-    return shard_ids(index.tasks[shard])[begin : begin + min(num_tokens, int(index.num_tokens[number]))]
+    # A copy: the pages that a mapping has touched stay in memory as long as a view of it.
+    return np.array(shard_ids(index.tasks[shard])[begin : begin + min(num_tokens, int(index.num_tokens[number]))])
 
 
 def _documents(
