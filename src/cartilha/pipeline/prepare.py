@@ -34,7 +34,7 @@ from cartilha.machine.devices import usable_cores
 from cartilha.machine.versions import TEXT_PACKAGES, versions
 from cartilha.pipeline.preflight import preflight
 from cartilha.pipeline.result import Result
-from cartilha.preparation.assembly import decide, write_rejects, write_sides
+from cartilha.preparation.assembly import Sides, decide, write_rejects, write_sides
 from cartilha.preparation.decontamination import file_questions, found_questions, question_runs
 from cartilha.preparation.executors import Executor, in_processes, on_ray
 from cartilha.preparation.index import load_index
@@ -310,9 +310,7 @@ def _write(
     decontamination = None
     if job.runs is not None:
         decontamination = describe_questions(asked) | found_questions(job.runs, [result for _, result in done])
-    leaks = None
-    if config.near_duplicates:
-        leaks = {"leak_rate": sides.split.leak_rate, "plain_leak_rate": sides.split.plain_leak_rate}
+    leaks = _leaks(config, sides)
     if config.rejects:  # before the store appears: once it is there, the same command has nothing to do
         write_rejects(Path(config.rejects), tasks)
     with writing_store(job.path, job.tokenizer, replace=config.overwrite) as writer:
@@ -325,14 +323,10 @@ def _write(
                 "settings": config.deciding_values(),
                 "dropped": dropped,
                 "files_left_out": asked.left_out,
-                "num_documents_read": read.documents + read.empty + sum(read.skipped.values()),
-                "num_documents_with_replaced_bytes": read.replaced_bytes_documents,
-                "num_documents_with_nul": read.nul_documents,
+                **_read_counts(read),
                 "fraction_used": sides.split.fraction_used,
                 "leaks": leaks,
-                **({"mixture": list(sides.mixture)} if sides.mixture else {}),
-                **({"selection": selection} if selection else {}),
-                **({"decontamination": decontamination} if decontamination else {}),
+                **_given(mixture=list(sides.mixture), selection=selection, decontamination=decontamination),
                 "notes": list(sides.split.notes),
                 "tokenization": {**asdict(proof), "gigatoken": versions(("gigatoken",))["gigatoken"]},
                 "versions": versions(TEXT_PACKAGES),
@@ -341,3 +335,22 @@ def _write(
         counts = writer.counts()
     tell_rest(read, sides, leaks)
     return PrepareResult(str(job.path), counts, dropped, False, leaks, selection, decontamination)
+
+
+def _leaks(config: PrepareConfig, sides: Sides) -> dict[str, float] | None:
+    if not config.near_duplicates:
+        return None
+    return {"leak_rate": sides.split.leak_rate, "plain_leak_rate": sides.split.plain_leak_rate}
+
+
+def _read_counts(read: ReadCounts) -> dict[str, int]:
+    return {
+        "num_documents_read": read.documents + read.empty + sum(read.skipped.values()),
+        "num_documents_with_replaced_bytes": read.replaced_bytes_documents,
+        "num_documents_with_nul": read.nul_documents,
+    }
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    """Those entries of the record that say something."""
+    return {name: value for name, value in values.items() if value}
