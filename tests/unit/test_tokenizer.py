@@ -389,10 +389,12 @@ def test_a_sentencepiece_model_without_the_library(tmp_path, monkeypatch):
 def test_a_hub_models_tokenizer_files_are_fetched(tmp_path, monkeypatch):
     folder = write_tiny(tmp_path / "modelo", {"bos_token": "<s>"})
     asked = []
-    monkeypatch.setattr(tokenizer_module, "download", lambda name, patterns: asked.append((name, patterns)) or folder)
+    monkeypatch.setattr(
+        tokenizer_module, "download", lambda source, patterns: asked.append((source, patterns)) or folder
+    )
     assert ids(load_tokenizer("org/nome"), "é") == list("é".encode())
-    ((name, patterns),) = asked
-    assert name == "org/nome" and {"tokenizer.json", "vocab.json", "merges.txt", "config.json"} <= set(patterns)
+    ((source, patterns),) = asked
+    assert source.name == "org/nome" and {"tokenizer.json", "vocab.json", "merges.txt", "config.json"} <= set(patterns)
     assert not [p for p in patterns if "safetensors" in p or p.endswith(".bin")]  # a tokenizer needs no weights
 
 
