@@ -389,8 +389,7 @@ def test_a_sentencepiece_model_without_the_library(tmp_path, monkeypatch):
 def test_a_hub_models_tokenizer_files_are_fetched(tmp_path, monkeypatch):
     folder = write_tiny(tmp_path / "modelo", {"bos_token": "<s>"})
     asked = []
-    fetch = lambda source, patterns: asked.append((source, patterns)) or folder  # noqa: E731
-    monkeypatch.setattr(tokenizer_module, "download", fetch)
+    monkeypatch.setattr(
         tokenizer_module, "download", lambda source, patterns: asked.append((source, patterns)) or folder
     )
     assert ids(load_tokenizer("org/nome"), "é") == list("é".encode())
