@@ -153,7 +153,7 @@ def test_other_settings_begin_anew(config, monkeypatch, caplog):
     monkeypatch.setattr(module, "SHARD_BYTES", 15_000)
     again = Counter(monkeypatch)
     prepare(replace(config, seed=1))
-    assert 0 in again.numbers and "unfinished" in caplog.text
+    assert 0 in again.numbers and "for another input or other settings is removed" in caplog.text
 
 
 def test_a_mistake_in_the_input_leaves_nothing(config, lines, tmp_path):

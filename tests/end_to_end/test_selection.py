@@ -235,3 +235,21 @@ def test_near_duplicates_of_the_target_are_taken_once(config):
     prepare(replace(config, near_duplicates=True, select_tokens="100%"))
     taken, held_out = texts(config.output), texts(config.output, "validation")
     assert len([text for text in changed if text in taken]) == (0 if PROSE[120] in held_out else 1)
+
+
+def test_a_copy_of_the_target_leaves_nothing_to_choose_from(config, tmp_path):
+    (tmp_path / "copy.txt").write_bytes((tmp_path / "target.txt").read_bytes())
+    with refused("is left to choose from"):
+        prepare(replace(config, input=(str(tmp_path / "copy.txt"),), select_tokens="20%"))
+
+
+def test_a_limit_counts_documents_of_the_input_alone(config):
+    result = prepare(replace(config, limit_documents=50, select_tokens="100%"))
+    assert result.selection["pool_documents"] == 50
+
+
+def test_the_outermost_bins_reach_the_outermost_weights(config, recwarn):
+    facts = prepare(replace(config, seed=7)).selection
+    edges = facts["histogram"]["edges"]
+    assert edges[0] <= facts["lowest"][0]["weight"] and facts["highest"][0]["weight"] <= edges[-1]
+    assert edges == sorted(edges) and not [warning for warning in recwarn if "overflow" in str(warning.message)]

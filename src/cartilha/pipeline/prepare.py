@@ -175,7 +175,7 @@ def _make(job: _Job, executor: _ShardExecutor) -> PrepareResult:
         asked = replace(job.asked, sources=opened(job.asked.sources, work / "commits.json"))
         job = replace(job, asked=asked)
         shard_bytes = SHUFFLED_BYTES if config.shuffle else SHARD_BYTES
-        cutting = aside.submit(shards, asked.sources, asked.reading, shard_bytes)  # counts lines
+        cutting = aside.submit(_cut, asked, shard_bytes)  # counts lines
         first = first_documents(read_documents(asked.sources, asked.reading), MAX_SAMPLE_BYTES)
         sample = [document.text for document in islice(first, PROOF_DOCUMENTS)]
         if (work / "encoder.json").is_file():
@@ -185,11 +185,14 @@ def _make(job: _Job, executor: _ShardExecutor) -> PrepareResult:
             encoder.save(work)
         if job.runs is not None:
             job.runs.save(work / QUESTIONS_FILE)
-        parts = shuffled(cutting.result(), config.seed) if config.shuffle else cutting.result()
+        given, rest = cutting.result()
+        if config.shuffle:
+            rest = shuffled(rest, config.seed)
+        parts = [replace(shard, number=number) for number, shard in enumerate([*given, *rest])]
         settings = _shard_settings(job)
         tasks = [ShardTask(part, settings, work) for part in parts]
         _check_space(work, tasks, sample, encoder)
-        done = _do_shards(config, executor, tasks)
+        done = _do_shards(config, executor, tasks, len(given))
         inputs = aside.submit(describe, asked)  # hashes the files
         return _write(job, executor, done, encoder.proof, inputs)
 
@@ -237,14 +240,25 @@ def _text_bytes(shard: Shard) -> float:
     return shard.num_bytes * sum(growth) / len(growth)
 
 
+def _cut(asked: PrepareRequest, shard_bytes: int) -> tuple[list[Shard], list[Shard]]:
+    """The shards of the texts that are held out or aimed at, which are read whole, and those of the input."""
+    num_given = asked.num_held_out + asked.num_targets
+    given, rest = asked.sources[:num_given], asked.sources[num_given:]
+    return shards(given, asked.reading, shard_bytes), shards(rest, asked.reading, shard_bytes)
+
+
 def _do_shards(
-    config: PrepareConfig, executor: _ShardExecutor, tasks: list[ShardTask]
+    config: PrepareConfig, executor: _ShardExecutor, tasks: list[ShardTask], num_whole: int
 ) -> list[tuple[ShardTask, ShardResult]]:
-    """Do the work on all shards, or find it done; the tasks that were needed, with their results."""
+    """Do the work on all shards, or find it done; the tasks that were needed, with their results.
+
+    A limit does not count the documents of the first `num_whole` shards.
+    """
     with progress("Preparing", sum(task.shard.num_bytes for task in tasks) or None, "bytes") as advance:
         if config.limit_documents is None:
             return list(zip(tasks, _run(executor, tasks, advance), strict=True))
-        chosen: list[tuple[ShardTask, ShardResult]] = []
+        whole, tasks = tasks[:num_whole], tasks[num_whole:]
+        chosen = list(zip(whole, _run(executor, whole, advance), strict=True))
         left, at_once = config.limit_documents, config.workers or usable_cores()
         # Several shards are done at a time, each up to the limit; the one that goes beyond it is done again.
         for begin in range(0, len(tasks), at_once):
@@ -301,6 +315,8 @@ def _write(
     selection = None if sides.chosen is None else report(index, sides.chosen, job.tokenizer)
     if selection is not None:
         tell_selection(selection)
+        if config.select_for and selection["num_documents"] == selection["pool_documents"]:
+            log.warning("All of the input is taken: there is less of it than can be read in %s.", config.select_for)
     if sides.train.max(initial=0) > 1:
         num_tokens = int(sides.train @ index.num_tokens)
         require_space(job.path.parent, num_tokens * token_dtype(job.tokenizer.num_ids).itemsize)

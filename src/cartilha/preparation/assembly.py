@@ -94,6 +94,11 @@ def decide(
             firsts = first_of_each(np.stack([clusters, clusters], axis=1)[np.flatnonzero(pool)])
             of_target = np.isin(clusters, clusters[target & stays])
             pool[np.flatnonzero(pool)[~firsts]] &= ~of_target[np.flatnonzero(pool)[~firsts]]
+        if not pool.any():
+            raise UserError(
+                "No document of the input is left to choose from: all are held out, or equal to a text of --like;"
+                " give more text, or another target."
+            )
         target &= train
         chosen = choose(index, pool, target, (asked.amount, asked.rule.seed), executor)
         dropped |= {"target": int(target.sum()), "not_chosen": int((train & ~target & ~chosen.mask).sum())}

@@ -47,6 +47,8 @@ def tell_selection(selection: dict[str, Any]) -> None:
             "Divergence from the target: %.3f nats per n-gram in text drawn at random, %.3f in what was chosen.",
             *selection["divergence"].values(),
         )
+        if selection["divergence"]["chosen"] > selection["divergence"]["random"] and selection["reliability"] >= LITTLE:
+            log.warning("What was chosen is no nearer to the target than text drawn at random: look at the weights.")
         if selection["reliability"] < LITTLE:
             log.warning(
                 "Two halves of the target hardly agree on what is like it (correlation %.2f): the input is all alike,"

@@ -223,7 +223,7 @@ def _pieces(shard: _Weighing) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarr
 
 def _gumbel(hashes: np.ndarray, seed: int) -> np.ndarray:
     """A standard Gumbel variable for each document, which follows from its hash and the seed: float64."""
-    mixed = hashes[:, 1] ^ (np.uint64(seed % 2**64) * np.uint64(0x9E3779B97F4A7C15))
+    mixed = hashes[:, 1] ^ np.uint64(seed * 0x9E3779B97F4A7C15 % 2**64)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # SplitMix64
         mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
     uniform = (((mixed ^ (mixed >> np.uint64(31))) >> np.uint64(11)) + 0.5) / 2.0**53
@@ -231,8 +231,9 @@ def _gumbel(hashes: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _histogram(pool: np.ndarray, chosen: np.ndarray) -> dict[str, list[float]]:
+    """Documents by weight; the outermost bins hold the few that are far from the others."""
     lowest, highest = np.quantile(pool, [0.001, 0.999]).tolist()
-    edges = np.linspace(lowest, highest, HISTOGRAM_BINS + 1)
-    edges[-1] = np.nextafter(edges[-1], np.inf)
-    of_pool, of_chosen = (np.histogram(values.clip(edges[0], edges[-1]), edges)[0] for values in (pool, chosen))
+    edges = np.round(np.linspace(lowest, highest, HISTOGRAM_BINS + 1), 1) + 0.0  # no minus zero
+    edges[0], edges[-1] = min(edges[0], pool.min()), max(edges[-1], pool.max())
+    of_pool, of_chosen = (np.histogram(values, edges)[0] for values in (pool, chosen))
     return {"edges": edges.tolist(), "pool": of_pool.tolist(), "chosen": of_chosen.tolist()}

@@ -76,7 +76,7 @@ def _begin(work: Path, identity: dict[str, Any]) -> None:
             for temporary in work.glob("*.tmp"):
                 shutil.rmtree(temporary, ignore_errors=True)
             return
-        log.warning("An unfinished run with another input or other settings is removed (%s).", work.name)
+        log.warning("What was read for another input or other settings is removed (%s).", work.name)
         shutil.rmtree(work)
     work.mkdir()
     write_json(work / "identity.json", identity)

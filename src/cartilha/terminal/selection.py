@@ -28,7 +28,7 @@ def selection(facts: Values) -> Parts:
     bins = zip(pairwise(histogram["edges"]), histogram["pool"], histogram["chosen"], strict=True)
     most = max(1, *histogram["pool"])
     rows = [
-        [f"{low:.0f} to {high:.0f}", of_pool, of_chosen, "█" * round(BAR * of_pool / most)]
+        [f"{round(low)} to {round(high)}", of_pool, of_chosen, "█" * round(BAR * of_pool / most)]
         for (low, high), of_pool, of_chosen in bins
     ]
     yield FittingTable(("weight", "pool", "chosen", "documents of the pool"), rows, words=(0, 3))
