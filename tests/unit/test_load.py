@@ -650,3 +650,7 @@ def test_a_model_whose_file_is_written_into_stays_as_it_was_loaded(tmp_path):
     with file.open("rb+") as opened:  # the same file, as `cp` over it does; a drive that goes away is worse
         opened.write(b"\x00" * size)
     assert all(parameter.abs().sum() > 0 for parameter in model.parameters())
+
+
+def test_a_decoder_of_speech_states_its_length_by_a_name_of_its_own():
+    assert context_length(AutoConfig.for_model("whisper")) == 448

@@ -66,7 +66,7 @@ def _random_config(name: str, tokenizer: TextTokenizer | None) -> PretrainedConf
 
 def context_length(config: PretrainedConfig) -> int:
     """Most positions that a model of this configuration takes; `NO_LIMIT` where it does not say (BLOOM, Mamba)."""
-    names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_target_positions")
     lengths = (getattr(config, name, None) for name in names)
     return next((length for length in lengths if isinstance(length, int) and length > 0), NO_LIMIT)
 
