@@ -253,3 +253,17 @@ def test_the_outermost_bins_reach_the_outermost_weights(config, recwarn):
     edges = facts["histogram"]["edges"]
     assert edges[0] <= facts["lowest"][0]["weight"] and facts["highest"][0]["weight"] <= edges[-1]
     assert edges == sorted(edges) and not [warning for warning in recwarn if "overflow" in str(warning.message)]
+
+
+@pytest.mark.parametrize("first", range(90, 98))
+def test_a_target_of_three_documents_has_two_halves(config, tmp_path, first):
+    (tmp_path / "target.txt").write_text("\n".join(PROSE[first : first + 3]), encoding="utf-8")
+    facts = prepare(replace(config, validation_documents=1)).selection
+    assert facts["target_documents"] == 2 and 0 <= facts["reliability"] < 1
+    assert np.isfinite([row["weight"] for row in facts["highest"] + facts["lowest"]]).all()
+
+
+def test_one_document_to_aim_at_is_refused(config, tmp_path):
+    (tmp_path / "target.txt").write_text("\n".join(PROSE[90:92]), encoding="utf-8")
+    with refused("fewer than two documents to aim at"):
+        prepare(config)

@@ -100,6 +100,8 @@ def decide(
                 " give more text, or another target."
             )
         target &= train
+        if asked.num_targets and target.sum() < 2:
+            raise UserError("The texts of --like leave fewer than two documents to aim at; give more.")
         chosen = choose(index, pool, target, (asked.amount, asked.rule.seed), executor)
         dropped |= {"target": int(target.sum()), "not_chosen": int((train & ~target & ~chosen.mask).sum())}
         train = chosen.mask

@@ -99,8 +99,10 @@ def choose(
     num_tokens = amount.tokens(int(index.num_tokens[pool].sum()))
     weights, strength, ratios, facts = np.zeros(len(pool)), 0.0, None, dict[str, Any]()
     if target.any():
-        halves = (index.hashes[:, 0] & np.uint64(1)).astype(np.int8)
-        counts = _counts(index, np.select([target, pool], [halves, np.int8(2)], np.int8(-1)), executor)
+        groups = np.where(pool, 2, -1)
+        by_hash = np.flatnonzero(target)[np.argsort(index.hashes[target, 0], kind="stable")]
+        groups[by_hash] = np.arange(len(by_hash)) % 2  # whatever the order of the input, and neither half empty
+        counts = _counts(index, groups, executor)
         both = np.stack([ngrams.log_ratios(half, counts[2]) for half in counts[:2]])
         of_halves = _weights(index, pool, both, executor)
         ratios, weights = both.mean(axis=0), of_halves.mean(axis=0)
