@@ -26,8 +26,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install
 	$(BIN)/cartilha demo
 
+# Several processes of one thread each: most tests are too small for torch's own threads to help.
 test: install
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
 test-models: install
 	$(BIN)/python -m pytest tests/peer/test_every_type.py --all-types

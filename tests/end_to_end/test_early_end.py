@@ -121,8 +121,16 @@ def test_a_best_checkpoint_that_is_damaged_is_named_and_the_last_weights_are_kep
 
 def test_where_the_last_is_the_best_nothing_is_said(unbroken):
     results = unbroken.results
+    assert "better without it" not in " ".join(results["notices"])
     assert (results["ended_by"], results["model_step"]) == ("steps", results["steps"])
     assert "weights those of step" not in (unbroken.path / "model" / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_training_that_only_harms_is_said(store, tmp_path):
+    results = start(store, tmp_path / "run", lr=3.0, warmup_fraction=0.0)
+    losses = [row["loss"] for row in results["evaluations"]]
+    assert losses[0] < min(losses[1:]) and results["model_step"] > 0
+    assert "the model was better without it" in " ".join(results["notices"])
 
 
 def test_patience_that_cannot_end_a_run_is_a_notice(store, tmp_path):

@@ -318,6 +318,8 @@ class _LogBook:
         """Put the weights of the best checkpoint into the model if the last evaluation is worse; returns their step."""
         run = self.run
         losses = {row["step"]: loss_of(row) for row in comparable(self.record.values["evaluations"])}
+        if losses.get(0, math.inf) <= min(losses.values()):
+            log.warning("No validation was better than the one before training: the model was better without it.")
         step = int(best.name.removeprefix("step-")) if best else run.step
         if best is None or losses[run.step] <= losses.get(step, math.inf):
             return run.step
