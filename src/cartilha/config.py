@@ -149,7 +149,7 @@ class TrainConfig(ComputeOptions):
         (), "read other stores too: STORE=SHARE or STORE::DOMAIN=SHARE of the tokens each; --store gets the rest"
     )
     mix_end: tuple[str, ...] = deciding((), "other shares (as in --mix) for the last part of the steps")
-    mix_end_fraction: float = deciding(0.2, "share of the steps that --mix_end is for", minimum=0, maximum=1)
+    mix_end_fraction: float = deciding(0.2, "share of the steps that --mix_end is for", above=0, maximum=1)
     block_size: int = deciding(512, "tokens per block (sequence length); at most the model's context", minimum=2)
     epochs: int = option(1, "passes over the training documents", minimum=1)
     max_steps: int | None = option(None, "stop after this many steps instead (the schedule ends there)", minimum=1)

@@ -22,6 +22,8 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
 # An option that decides the result: a store made, or a run begun, with another value is not the one that is asked for.
 deciding = partial(option, decides=True)
 
+IN_WORDS = "_in_words"  # ends the name of a recorded setting that says another one, by that name, for people
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:

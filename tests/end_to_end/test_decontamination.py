@@ -121,7 +121,7 @@ def test_cleaning_comes_first_and_what_is_left_of_nothing_is_named(config):
 
 def test_mistakes_are_named(config, refused, monkeypatch):
     options = ["prepare", "--input", "textos.txt", "--model", "random:tiny", "--output", "store"]
-    assert "which is the input" in refused(*options, "--decontaminate", "./textos.txt")
+    assert "which is also a text of --input" in refused(*options, "--decontaminate", "./textos.txt")
     assert "There is no file 'prova.json'" in refused(*options, "--decontaminate", "prova.json")
     assert "no task file nada.yaml" in refused(*options, "--decontaminate", "nada.yaml")
     Path("curto.txt").write_text("Quem?\nQuando?\n", encoding="utf-8")

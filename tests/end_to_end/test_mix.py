@@ -66,7 +66,8 @@ def test_the_record_has_each_source_with_what_was_read_of_it_in_its_share(mixed,
     assert mixed.results["corpus"]["num_train_tokens"] == TokenStore(store).counts["train"].num_tokens
     assert rows[2]["passes"] > 1
     page = report(ReportConfig(runs=(str(mixed.path),), output=str(tmp_path / "report.html"), language="en"))
-    assert f"{english}::news</td>" in Path(page.report).read_text(encoding="utf-8")
+    shown = Path(page.report).read_text(encoding="utf-8")
+    assert f"{english}::news</td>" in shown and f"50 % {english}::news, in the last 40 % of the steps" in shown
     card = (mixed.path / "model" / "README.md").read_text(encoding="utf-8")
     shown = f"| {rows[2]['documents_read']} | {rows[2]['tokens_read']:,} | {rows[2]['passes']:.2f} |"
     assert f"| {english.parent.name}/store::news {shown}\n" in card and str(english) not in card
@@ -92,11 +93,15 @@ def test_a_resume_needs_the_same_texts_in_the_same_shares_wherever_they_lie(mixe
         name: [entry.replace(str(english), str(moved)) for entry in settings[name]] for name in ("mix", "mix_end")
     }
     start(store, tmp_path / "run", **{**settings, **changed}, resume="auto")  # there is nothing to do
-    with pytest.raises(UserError, match=r"cannot go on with other settings.*mix was"):
+    with pytest.raises(UserError) as error:
         start(store, tmp_path / "run", **{**settings, "mix": (f"{english}=0.3",)}, resume="auto")
+    before = f"mix was 70 % {store}, 25 % {english}, 5 % {english}::news, now 70 % {store}, 30 % {english}"
+    assert f"cannot go on with other settings ({before}); " in str(error.value)
     with pytest.raises(UserError, match=r"cannot go on with other settings.*mix_end_fraction was 0\.4, now 0.5"):
         start(store, tmp_path / "run", **{**settings, "mix_end_fraction": 0.5}, resume="auto")
-    with pytest.raises(UserError, match=r"cannot go on with other settings.*mix was"):
+    with pytest.raises(
+        UserError, match=r"other settings.*news, now None; mix_end was .* 40 % of the"
+    ):
         start(store, tmp_path / "run", max_steps=12, resume="auto")
     shutil.rmtree(moved)
     start(store, tmp_path / "run", **{**settings, **changed}, resume="auto")  # as after any other removed store
@@ -161,13 +166,20 @@ def test_stores_that_do_not_go_together_are_refused(refused, store, english, cor
     assert "were made with different tokenizers" in refused(*arguments, "--mix", f"{tmp_path}/opt=0.1")
     said = refused(*arguments, "--mix_end", f"{english}=0.1", "--time_budget", "1m")
     assert said.startswith("--mix_end needs to know the last step")
-    assert "--mix_end_fraction must be between 0 and 1" in refused(*arguments, "--mix_end_fraction", "2")
+    for fraction in ("2", "0"):
+        said = refused(*arguments, "--mix_end", f"{english}=0.1", "--mix_end_fraction", fraction)
+        assert said.startswith("--mix_end_fraction must be a number above 0 and at most 1")
+    assert "--mix_end, which are missing" in refused(*arguments, "--mix_end_fraction", "0.5")
+    domains = (f"{english}::news=0.3", f"{english}::wiki=0.3")
+    said = refused("train", *FLAGS, "--store", english, "--output", tmp_path / "run", "--mix", *domains)
+    assert "besides those of its domains that are named, and it is --store, which gets the rest" in said
 
 
 def test_what_is_planned_of_each_source_is_said_before_step_1(cartilha, store, english, tmp_path):
     arguments = ["--store", store, "--output", tmp_path / "run", "--mix", f"{english}=0.5", "--max_steps", 1]
-    outcome = cartilha("train", *FLAGS, *arguments)
+    outcome = cartilha("train", *FLAGS, *arguments, "--patience", 3)
     assert outcome.code == 0
+    assert "so --patience 3 cannot end this training early" in outcome.err
     assert f"Source {store} (" in outcome.err and "): 50 % of the tokens, " in outcome.err
     assert "An epoch is " in outcome.err and "in which --store is read once" in outcome.err
 

@@ -171,6 +171,13 @@ def test_a_document_is_explained(config):
     assert row["weight"].to_pylist() == pytest.approx([chosen["weight"]], rel=1e-5)
     held_out = inspect(InspectConfig(what=config.output, document="1", split="validation", weights=True)).document
     assert not held_out["weight"]["chosen"] and facts["lowest"][0]["weight"] < held_out["weight"]["weight"]
+    lowest = inspect(InspectConfig(what=config.output, document=facts["lowest"][0]["doc_id"], weights=True))
+    shown = {"weight": pytest.approx(facts["lowest"][0]["weight"], rel=1e-5), "above": 0.0, "chosen": False}
+    assert lowest.document["weight"] == shown
+    assert "the store does not hold what was not chosen" in next(iter(DISPLAYS["inspect"](lowest.to_dict())))
+    for what in ("primer", "random:tiny"):
+        with pytest.raises(UserError, match="no documents and blocks"):
+            inspect(InspectConfig(what=what, weights=True))
     shown = "\n".join(map(str, DISPLAYS["inspect"](inspect(InspectConfig(what=config.output)).to_dict())))
     assert "Chosen: " in shown and "Divergence from the target" in shown
     with pytest.raises(UserError, match="name it with --document"):
@@ -216,8 +223,14 @@ def test_what_cannot_be_chosen_is_refused_in_a_sentence(config, tmp_path):
         prepare(replace(config, select_tokens=None, like=(), keep_pool=True))
     with refused("A selection and --weights do not go together"):
         prepare(replace(config, weights=("1",)))
-    with refused("--like names .*pool.txt, which is also read as input"):
+    with refused("--like names pool.txt, which is also a text of --input; give other texts"):
         prepare(replace(config, like=config.input))
+    with refused("--like names target.txt, which is also a text of --validation_input"):
+        prepare(replace(config, validation_input=config.like))
+    with refused("--decontaminate names target.txt, which is also a text of --like; name a benchmark"):
+        prepare(replace(config, decontaminate=config.like))
+    with refused("--rejects takes what --clean and --decontaminate leave out"):
+        prepare(replace(config, rejects=str(tmp_path / "out.jsonl")))
     with refused("hold no document"):
         prepare(replace(config, like=(str(tmp_path / "empty.txt"),)))
     with refused("fewer than two documents"):

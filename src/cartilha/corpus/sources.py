@@ -201,7 +201,10 @@ def _file(path: str, root: str | None = None) -> SourceFile:
 
 def _folder(folder: str, left_out: LeftOut) -> list[Source]:
     if all(os.path.isfile(os.path.join(folder, name)) for name in STORE_FILES):
-        raise UserError(f"The folder {folder} is a token store, not text; name its text, or give it as --store.")
+        raise UserError(
+            f"The folder {folder} is a token store, not text; name the text that it was made from (cartilha inspect"
+            " says which), or give the store to a command that takes it as --store."
+        )
     by_reason: LeftOut = {}
     for path, reason in sorted(_walk(folder), key=lambda found: _in_order(found[0])):
         by_reason.setdefault(reason, []).append(path)

@@ -16,7 +16,7 @@ from cartilha.corpus.primer import PrimerCount, primer_table
 from cartilha.corpus.splits import SPLITS, Split
 from cartilha.errors import UserError, counted
 from cartilha.pipeline.result import Result
-from cartilha.preparation.selection_report import explain
+from cartilha.preparation.selection_report import explain, not_chosen
 from cartilha.tokens.store import TokenStore
 from cartilha.tokens.summary import summarize
 
@@ -43,12 +43,13 @@ class InspectResult(Result):
 
 def inspect(config: InspectConfig) -> InspectResult:
     """Look at a store, the primer or a model; a UserError says that there is no such store, document or block."""
+    looks_closer = config.document is not None or config.block is not None or config.weights
     if config.what == "primer" and not Path("primer").is_dir():
-        if config.document is not None or config.block is not None:
+        if looks_closer:
             raise UserError("The primer has no documents and blocks to look at before it is prepared; name a store.")
         return InspectResult(primer=tuple(primer_table()))
     if _is_model(config.what):
-        if config.document is not None or config.block is not None:
+        if looks_closer:
             raise UserError(f"{config.what} is a model, which has no documents and blocks; name a store.")
         return InspectResult(model=_model(config.what))
     store = TokenStore(config.what)
@@ -103,7 +104,7 @@ def _first_documents(store: TokenStore, num_documents: int = 3, num_tokens: int 
 
 
 def _document(store: TokenStore, config: InspectConfig) -> dict[str, Any]:
-    """A document by its id, on either side, or by its number on one."""
+    """A document by its id, on either side, or by its number on one; of one that was not chosen, its weight."""
     asked, split = str(config.document), config.split
     for side in (split, *(other for other in SPLITS if other != split)):
         ids = store.labels(side)["doc_id"]
@@ -111,6 +112,8 @@ def _document(store: TokenStore, config: InspectConfig) -> dict[str, Any]:
         for names, name in ((ids, asked), (plain, normalize("NFC", asked))):
             if name in names:
                 return _described(store, config, side, names.index(name))
+    if config.weights and (found := not_chosen(store, asked)):
+        return found
     number = int(asked) if asked.isdecimal() else 0
     num_documents = store.counts[split].num_documents
     if not 1 <= number <= num_documents:

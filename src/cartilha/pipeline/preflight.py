@@ -71,9 +71,11 @@ def _check_required(config: Settings) -> None:
 
 def _check_bounds(item: Field[Any], value: float) -> None:
     known = item.metadata
-    if "above" in known and not known["above"] < value < math.inf:
-        raise UserError(f"--{item.name} must be a number above {known['above']}, not {value}.")
-    if "minimum" in known and not known["minimum"] <= value <= known.get("maximum", math.inf):
+    most = known.get("maximum", math.inf)
+    if "above" in known and not (known["above"] < value <= most and value < math.inf):
+        allowed = f"above {known['above']}" + (f" and at most {most}" if "maximum" in known else "")
+        raise UserError(f"--{item.name} must be a number {allowed}, not {value}.")
+    if "minimum" in known and not known["minimum"] <= value <= most:
         allowed = "between {minimum} and {maximum}" if "maximum" in known else "{minimum} or more"
         raise UserError(f"--{item.name} must be {allowed.format_map(known)}, not {value}.")
 
@@ -156,6 +158,8 @@ def _train(config: configs.TrainConfig) -> None:
 
 
 def _check_mix(config: configs.TrainConfig) -> None:
+    if not config.mix_end and config.mix_end_fraction != configs.TrainConfig.mix_end_fraction:
+        raise UserError("--mix_end_fraction is for the shares of --mix_end, which are missing; give both, or neither.")
     if config.mix or config.mix_end:
         from cartilha.runs.sources import check_sources  # with pyarrow, which not every command needs
 

@@ -182,12 +182,12 @@ def _announce(run: Run) -> None:
     if run.mix is not None:
         log.info("An epoch is %s, in which --store is read once.", counted(sampler.steps_per_epoch, "step"))
         run.mix.announce(schedule.num_steps, sampler.tokens_per_step)
-        return
-    log.info(
-        "An epoch is %s: %s, %s, %.2f %% padding.",
-        *(counted(getattr(sampler, f"{noun}s_per_epoch"), noun) for noun in ("step", "block", "target")),
-        100 * sampler.padding_share,
-    )
+    else:
+        log.info(
+            "An epoch is %s: %s, %s, %.2f %% padding.",
+            *(counted(getattr(sampler, f"{noun}s_per_epoch"), noun) for noun in ("step", "block", "target")),
+            100 * sampler.padding_share,
+        )
     patience, epochs = run.config.patience, (schedule.num_steps - 1) / sampler.steps_per_epoch
     num_validations = int(epochs * run.validation_times.per_epoch)
     if patience is not None and num_validations < patience:

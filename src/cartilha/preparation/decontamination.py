@@ -12,7 +12,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from cartilha.corpus.files import SourceFile
 from cartilha.corpus.lines import without_surrogates
 from cartilha.corpus.questions import LEAST_WORDS, Question, QuestionRuns, record_texts
 from cartilha.corpus.readers import read_raw
@@ -34,20 +33,15 @@ class QuestionNames:
     tasks: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, names: Sequence[str], inputs: Sequence[Source]) -> QuestionNames:
-        """Tell tasks from REFs; a UserError says that a name is neither, or that it is the input itself."""
+    def of(cls, names: Sequence[str]) -> QuestionNames:
+        """Tell tasks from REFs; a UserError says that a name is neither."""
         tasks = tuple(name for name in names if _is_task(name))
         for task in tasks:
             if _is_file(task) and not os.path.isfile(task):
                 raise UserError(f"There is no task file {task}; give a YAML file, a task's name, or a text.")
         if tasks and find_spec("lm_eval") is None:
             raise missing_extra(f"There is no file {tasks[0]!r}, and a task of lm-evaluation-harness", "eval")
-        sources = tuple(resolve_inputs([name for name in names if name not in tasks]))
-        read = {source.path.resolve() for source in inputs if isinstance(source, SourceFile)}
-        for source in sources:
-            if isinstance(source, SourceFile) and source.path.resolve() in read:
-                raise UserError(f"--decontaminate names {source.path}, which is the input; name a benchmark's text.")
-        return cls(sources, tasks)
+        return cls(tuple(resolve_inputs([name for name in names if name not in tasks])), tasks)
 
 
 def _is_task(name: str) -> bool:

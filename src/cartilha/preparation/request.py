@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,7 +53,10 @@ def read_request(config: PrepareConfig) -> PrepareRequest:
     steps = named_steps(config.clean)
     Cleaner(steps, config.language)  # refuses missing extras
     if config.rejects and not steps and not config.decontaminate:
-        raise UserError("--rejects takes what cleaning leaves out, and nothing is cleaned; add --clean web.")
+        raise UserError(
+            "--rejects takes what --clean and --decontaminate leave out, and neither is given; add one, such as --clean"
+            " web."
+        )
     if config.rejects and (Path(config.rejects).is_dir() or not Path(config.rejects).parent.is_dir()):
         raise UserError(f"--rejects {config.rejects} cannot be written; name a file in a folder that is there.")
     amount = _amount(config)
@@ -63,12 +67,11 @@ def read_request(config: PrepareConfig) -> PrepareRequest:
     # Unweighted inputs are resolved together, so that files of equal names are named with their folders.
     inputs = [resolve_inputs(refs, left_out) for refs in (zip(config.input) if config.weights else [config.input])]
     targets = resolve_inputs(config.like, left_out)
-    for target in targets:
-        if any(_is_same(target, source) for source in [*held_out, *itertools.chain(*inputs)]):
-            raise UserError(
-                f"--like names {_name(target)}, which is also read as input; give other texts as the target."
-            )
-    sources = resolve_inputs([*held_out, *targets, *(source for found in inputs for source in found)])
+    read = {"--validation_input": held_out, "--input": list(itertools.chain(*inputs))}
+    _refuse_shared(targets, "--like", read, "give other texts as the target")
+    sources = resolve_inputs([*held_out, *targets, *read["--input"]])
+    questions = QuestionNames.of(config.decontaminate)
+    _refuse_shared(questions.sources, "--decontaminate", read | {"--like": targets}, "name a benchmark's text")
     mixture = Mixture.of(config, inputs, sources) if config.weights else None
     return PrepareRequest(
         sources=sources,
@@ -81,7 +84,7 @@ def read_request(config: PrepareConfig) -> PrepareRequest:
         reading=reading,
         steps=steps,
         language=config.language,
-        questions=QuestionNames.of(config.decontaminate, sources),
+        questions=questions,
     )
 
 
@@ -100,6 +103,14 @@ def _amount(config: PrepareConfig) -> Amount | None:
         parse_duration(config.select_for)
         return Amount(1.0)
     return Amount(parse_amount(str(config.select_tokens), "--select_tokens"))
+
+
+def _refuse_shared(found: Sequence[Source], option: str, read: Mapping[str, Sequence[Source]], remedy: str) -> None:
+    """Refuse a text that two options name."""
+    for source in found:
+        for other, sources in read.items():
+            if any(_is_same(source, one) for one in sources):
+                raise UserError(f"{option} names {_name(source)}, which is also a text of {other}; {remedy}.")
 
 
 def _is_same(first: Source, second: Source) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,8 @@ SAMPLED_TOKENS = 500  # of each document
 RARE = 1e-5  # added to both shares of a word
 WORD = re.compile(r"[^\W\d_]+")
 
-_WEIGHTS_SCHEMA = pa.schema(
-    [("text_hash", pa.string()), ("num_tokens", pa.int64()), ("weight", pa.float32()), ("chosen", pa.bool_())]
-)
+_LABELS = [("doc_id", pa.string()), ("text_hash", pa.string())]
+_WEIGHTS_SCHEMA = pa.schema([*_LABELS, ("num_tokens", pa.int64()), ("weight", pa.float32()), ("chosen", pa.bool_())])
 
 
 def report(index: DocumentIndex, chosen: Chosen, tokenizer: TextTokenizer) -> dict[str, Any]:
@@ -63,9 +62,10 @@ def write_weights(directory: Path, index: DocumentIndex, chosen: Chosen) -> None
         return
     np.save(directory / RATIOS_FILE, np.rint(chosen.ratios).astype(np.int32), allow_pickle=False)
     with pq.ParquetWriter(directory / WEIGHTS_FILE, _WEIGHTS_SCHEMA, compression="zstd") as writer:
-        for begin, end in pairwise(index.starts):
+        for task, (begin, end) in zip(index.tasks, pairwise(index.starts), strict=True):
             own = begin + np.flatnonzero(chosen.pool[begin:end])
             columns = [
+                read_documents(task)["doc_id"].filter(pa.array(chosen.pool[begin:end])).combine_chunks(),
                 pa.array(index.hex_hashes(own).astype("U32").tolist(), pa.string()),
                 pa.array(index.num_tokens[own]),
                 pa.array(chosen.weights[own], pa.float32()),
@@ -141,14 +141,11 @@ def explain(store: TokenStore, text_hash: str, ids: np.ndarray) -> dict[str, Any
     A document that was not in the pool (one of the target) is weighed now. A UserError says that the store was made
     without a target.
     """
-    if not (store.path / WEIGHTS_FILE).exists():
-        raise UserError(f"The store {store.path} was made without --like: its documents have no weights.")
-    table = pq.read_table(store.path / WEIGHTS_FILE)
+    table = _weights_of_pool(store, ("weight", "num_tokens"))
     ratios = np.load(store.path / RATIOS_FILE, allow_pickle=False)
-    weights, num_tokens = table["weight"].to_numpy(), table["num_tokens"].to_numpy()
     sums = ngrams.log_likelihood_ratios(ids, np.array([len(ids)]), ratios[None])[0]
-    weight = float(log_weights(sums, [len(ids)], num_tokens)[0])
-    found = table.filter(pc.equal(table["text_hash"], text_hash))
+    weight = float(log_weights(sums, [len(ids)], table["num_tokens"].to_numpy())[0])
+    found = _weights_of_pool(store, ("chosen",), filters=pc.field("text_hash") == text_hash)
     shown = store.tokenizer().decode_each(ids)
     names = [*shown, *map("|".join, pairwise(shown))]
     nats = ratios[np.concatenate([ngrams.token_buckets(ids), ngrams.pair_buckets(ids)])] / ngrams.FIXED_POINT
@@ -157,8 +154,29 @@ def explain(store: TokenStore, text_hash: str, ids: np.ndarray) -> dict[str, Any
     rows = [{"ngram": name, "nats": total, "times": number} for total, name, number in by_nats]
     return {
         "weight": weight,
-        "above": float((weights < weight).mean()),
+        "above": float((table["weight"].to_numpy() < weight).mean()),
         "chosen": bool(found["chosen"].to_numpy().any()),
         "raised": [row for row in rows[::-1][:NUM_SHOWN] if row["nats"] > 0],
         "lowered": [row for row in rows[:NUM_SHOWN] if row["nats"] < 0],
     }
+
+
+def not_chosen(store: TokenStore, doc_id: str) -> dict[str, Any] | None:
+    """What is known of a document of the pool that a store does not hold: its weight; None if it was not in the pool.
+
+    A UserError says that the store was made without a target.
+    """
+    names = ("doc_id", "text_hash", "num_tokens", "weight")
+    rows = _weights_of_pool(store, names, filters=pc.field("doc_id") == doc_id).to_pylist()
+    if not rows:
+        return None
+    weight = rows[0].pop("weight")
+    above = float((_weights_of_pool(store, ("weight",))["weight"].to_numpy() < weight).mean())
+    return {**rows[0], "weight": {"weight": weight, "above": above, "chosen": False}}
+
+
+def _weights_of_pool(store: TokenStore, names: Sequence[str], filters: pc.Expression | None = None) -> pa.Table:
+    path = store.path / WEIGHTS_FILE
+    if not path.exists():
+        raise UserError(f"The store {store.path} was made without --like: its documents have no weights.")
+    return pq.read_table(path, columns=list(names), filters=filters)

@@ -51,6 +51,11 @@ SETTINGS = record(
     dtype=text,
     device=text,
     optimizer=text,
+    schedule=text,
+    warmup_fraction=number,
+    final_lr_fraction=number,
+    mix_in_words=text,
+    mix_end_in_words=text,
     patience=integer,
 )
 CORPUS = record(

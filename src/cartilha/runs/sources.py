@@ -15,6 +15,7 @@ from cartilha.blocks.mixing import MixedDocuments, MixtureSampler, Rate
 from cartilha.config import TrainConfig
 from cartilha.console import log
 from cartilha.errors import UserError, counted
+from cartilha.settings import IN_WORDS
 from cartilha.tokens.packed import PackedDocuments
 from cartilha.tokens.store import TokenStore
 from cartilha.tokens.store_checks import read_store_info
@@ -134,20 +135,28 @@ def check_sources(config: TrainConfig) -> None:
             _chosen(source, sources, TokenStore(source.store))
 
 
-def identities(config: TrainConfig) -> dict[str, list[str]]:
+def identities(config: TrainConfig) -> dict[str, Any]:
     """`--mix` and `--mix_end` as a resume compares them: with the hashes of the texts instead of their places.
 
-    Nothing is compared if a store has been removed since.
+    With each goes its `_in_words`, which messages show. Nothing is compared if a store has been removed since.
     """
     sources = sources_of(config)
     if not all((Path(source.store) / "store.json").is_file() for source in sources):
         return {}
     hashes = {s.store: read_store_info(Path(s.store))["splits"]["train"]["corpus_hash"][:12] for s in sources}
     names = [f"{s.domain or 'text'} of {hashes[s.store]}" for s in sources]
-    return {
-        "mix": [f"{name}: {s.share}" for name, s in zip(names, sources, strict=True) if config.mix],
-        "mix_end": [f"{name}: {s.end_share}" for name, s in zip(names, sources, strict=True) if config.mix_end],
+    shares = {
+        "mix": [s.share for s in sources if config.mix],
+        "mix_end": [s.end_share for s in sources if config.mix_end],
     }
+    found: dict[str, Any] = {}
+    for option, own in shares.items():
+        found[option] = [f"{name}: {share}" for name, share in zip(names, own, strict=False)]
+        parts = (f"{100 * float(share):.6g} % {s.name}" for s, share in zip(sources, own, strict=False) if share)
+        found[option + IN_WORDS] = ", ".join(parts)
+    if config.mix_end:
+        found["mix_end" + IN_WORDS] += f", in the last {100 * config.mix_end_fraction:.4g} % of the steps"
+    return found
 
 
 @dataclass(frozen=True)
@@ -180,7 +189,7 @@ class Mix:
             members.append(np.flatnonzero(chosen & ~known) + begins[path])
             left_out.append(int(known.sum()))
             if not len(members[-1]):
-                raise UserError(f"The source {source.name} has no training documents of its own; leave it out.")
+                raise _nothing_of_its_own(source, store)
         rates = tuple(Rate(source.share, source.end_share) for source in sources)
         num_counted = sum(_is_of(source, str(store.path)) for source in sources)
         mixed = MixedDocuments(PackedDocuments.joined(list(parts.values())), tuple(members), rates, num_counted)
@@ -237,6 +246,16 @@ class Mix:
                     "The source %s is used up after step %d and begins again: it is read %.1f times.",
                     *(source.name, int(rate.reached(size) // tokens_per_step) + 1, planned / size),
                 )
+
+
+def _nothing_of_its_own(source: Source, store: TokenStore) -> UserError:
+    nothing = f"The source {source.name} has no training documents of its own"
+    if source.domain is None and _is_of(source, str(store.path)):
+        return UserError(
+            f"{nothing}, besides those of its domains that are named, and it is --store, which gets the rest of the"
+            " tokens; give its domains shares that add up to 1 with those of the other sources."
+        )
+    return UserError(f"{nothing}; leave it out.")
 
 
 def _chosen(source: Source, sources: Sequence[Source], store: TokenStore) -> np.ndarray:

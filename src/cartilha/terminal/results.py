@@ -108,16 +108,20 @@ def _summary(summary: Values) -> Parts:
 
 
 def _document(row: Values) -> Parts:
-    numbers = ", ".join(counted(row[f"num_{unit}s"], unit) for unit in ("token", "word", "char", "byte"))
-    yield f"[{row['split']} {row['number']}] {row['doc_id']} ({row['domain']}): {numbers}"
-    yield row["text"]
-    yield f"Tokens: {'|'.join(row['tokens'])}"
+    if "text" in row:
+        numbers = ", ".join(counted(row[f"num_{unit}s"], unit) for unit in ("token", "word", "char", "byte"))
+        yield f"[{row['split']} {row['number']}] {row['doc_id']} ({row['domain']}): {numbers}"
+        yield row["text"]
+        yield f"Tokens: {'|'.join(row['tokens'])}"
+    else:
+        yield f"{row['doc_id']}: {counted(row['num_tokens'], 'token')}; the store does not hold what was not chosen"
     if weight := row.get("weight"):
         chosen = "chosen" if weight["chosen"] else "not chosen"
         yield f"Weight {weight['weight']:.1f}, above {weight['above']:.1%} of the pool ({chosen})"
         for title, name in (("raises it most", "raised"), ("lowers it most", "lowered")):
-            pairs = [[part["ngram"], f"{part['nats']:+.2f}", part["times"]] for part in weight[name]]
-            yield FittingTable((title, "nats", "times"), pairs)
+            pairs = [[part["ngram"], f"{part['nats']:+.2f}", part["times"]] for part in weight.get(name, ())]
+            if pairs:
+                yield FittingTable((title, "nats", "times"), pairs)
 
 
 def _block(block: Values) -> Parts:

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from cartilha.errors import UserError, first_line
+from cartilha.settings import IN_WORDS
 from cartilha.storage import (
     file_sha256,
     new_directory,
@@ -260,8 +261,11 @@ def read_settings(path: Path) -> dict[str, Any]:
 def check_settings(
     recorded: dict[str, Any], current: dict[str, Any], run: Path, *, allow_changes: bool = False
 ) -> None:
-    """Refuse settings other than those that the run began with: a UserError, or only a warning, names them."""
-    changed = [name for name in current if recorded.get(name) != current[name]]
+    """Refuse settings other than those that the run began with: a UserError, or only a warning, names them.
+
+    Where a value is not for people to read, `NAME_in_words` is shown instead of it; that is not compared.
+    """
+    changed = [name for name in current if not name.endswith(IN_WORDS) and recorded.get(name) != current[name]]
     if not changed:
         return
     if allow_changes and "optimizer" in changed:
@@ -269,7 +273,7 @@ def check_settings(
             f"The run {run} cannot go on with another optimizer ({recorded.get('optimizer')} before): its states mean "
             "nothing to the other; use the old one, or train its model further with another --output."
         )
-    differences = "; ".join(f"{name} was {recorded.get(name)}, now {current[name]}" for name in changed)
+    differences = "; ".join(f"{name} was {_shown(recorded, name)}, now {_shown(current, name)}" for name in changed)
     if not allow_changes:
         remedy = _remedy_if_dropped(run) or "use the old ones, another --output, or --allow_changes."
         raise UserError(f"The run {run} cannot go on with other settings ({differences}); {remedy}")
@@ -278,6 +282,11 @@ def check_settings(
         "count whatever the data are now.",
         *(run, differences),
     )
+
+
+def _shown(settings: dict[str, Any], name: str) -> Any:
+    words = settings.get(name + IN_WORDS)
+    return settings.get(name) if words is None else words or None
 
 
 def _copy_weights(path: Path, model: torch.nn.Module) -> None:
