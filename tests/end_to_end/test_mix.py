@@ -99,9 +99,7 @@ def test_a_resume_needs_the_same_texts_in_the_same_shares_wherever_they_lie(mixe
     assert f"cannot go on with other settings ({before}); " in str(error.value)
     with pytest.raises(UserError, match=r"cannot go on with other settings.*mix_end_fraction was 0\.4, now 0.5"):
         start(store, tmp_path / "run", **{**settings, "mix_end_fraction": 0.5}, resume="auto")
-    with pytest.raises(
-        UserError, match=r"other settings.*news, now None; mix_end was .* 40 % of the"
-    ):
+    with pytest.raises(UserError, match=r"other settings.*news, now None; mix_end was .* 40 % of the"):
         start(store, tmp_path / "run", max_steps=12, resume="auto")
     shutil.rmtree(moved)
     start(store, tmp_path / "run", **{**settings, **changed}, resume="auto")  # as after any other removed store
