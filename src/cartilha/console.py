@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from functools import cache
+from importlib.util import find_spec
 from typing import Protocol
 
 from rich.console import Console
@@ -26,6 +27,7 @@ from cartilha.config import COMMANDS, RunConfig
 log = logging.getLogger("cartilha")
 
 PLAIN_INTERVAL_S = 10.0
+NOTEBOOK_INTERVAL_S = 0.5
 
 
 class Advance(Protocol):
@@ -97,6 +99,11 @@ def silence_bars() -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")
 
 
+def _has_live_bar() -> bool:
+    """Whether a bar can be drawn again and again in one place: on a terminal, or in a notebook that has widgets."""
+    return sys.stderr.isatty() or (terminal().is_jupyter and find_spec("ipywidgets") is not None)
+
+
 def show_by_default() -> None:
     """Show notices and progress to callers from Python, unless they gave the project's logger a level or a handler."""
     if log.level != logging.NOTSET or log.handlers:
@@ -126,16 +133,19 @@ def collecting_notices() -> Iterator[list[str]]:
 
 @contextmanager
 def progress(title: str, total: float | None, unit: str) -> Iterator[Advance]:
-    """Show progress: a bar on a terminal, else a plain line every ten seconds, so that a log stays readable.
+    """Show progress: a bar on a terminal or in a notebook, else a plain line every ten seconds, as suits a log.
 
     `total` is the amount of work, None if it is not known; `unit` the plural name of what it counts.
     """
     if not log.isEnabledFor(logging.INFO) or not log.hasHandlers():
         yield lambda amount, note="": None
         return
-    is_terminal = sys.stderr.isatty()
+    is_live = _has_live_bar()
     columns = (BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
-    bar = Progress(TextColumn("{task.description}"), *columns, console=terminal(), transient=True)
+    # A notebook takes what its other threads print for output of the cell, so there the bar is drawn by this thread.
+    refresh = not terminal().is_jupyter
+    text = TextColumn("{task.description}")
+    bar = Progress(text, *columns, console=terminal(), transient=True, auto_refresh=refresh)
     task = bar.add_task(title, total=total, note="")
     started = last = time.monotonic()
     done = 0.0
@@ -146,13 +156,16 @@ def progress(title: str, total: float | None, unit: str) -> Iterator[Advance]:
         now = time.monotonic()
         rate = done / max(now - started, 1e-9)
         speed = f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.2g} {unit}/s"  # from steps per minute to megabytes
-        if is_terminal:
+        if is_live:
             bar.update(task, advance=amount, note=f"{speed}  {note}")
+            if not refresh and now - last >= NOTEBOOK_INTERVAL_S:
+                last = now
+                bar.refresh()
         elif now - last >= PLAIN_INTERVAL_S:
             last = now
             left = f", {(total - done) / rate:,.0f} s left" if total and rate else ""
             of = f" of {total:,.0f}" if total else ""
             log.info("%s: %s%s %s, %s%s%s", title, f"{done:,.0f}", of, unit, speed, left, f" ({note})" if note else "")
 
-    with bar if is_terminal else nullcontext():
+    with bar if is_live else nullcontext():
         yield advance

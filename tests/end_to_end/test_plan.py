@@ -13,6 +13,7 @@ from transformers import AutoConfig
 import cartilha.pipeline.train as train_module
 from cartilha.config import PLANNED_DEVICES, GenerateConfig, TrainConfig
 from cartilha.model.attention import KERNELS
+from cartilha.pipeline.plan import PlanResult
 from cartilha.pipeline.train import train
 from cartilha.runs.setup import assemble
 from cartilha.runs.step_plan import StepShape, plan_run
@@ -60,6 +61,7 @@ def test_a_plan_has_a_row_for_each_device_block_size_and_micro_batch(cartilha, s
     size = StateSize(result["num_parameters"], "adamw", 8 * result["num_parameters"])
     assert result["disk_bytes"] == space_needed(size)[0] > 52 * result["num_parameters"]
     assert {(row["device"], row["block_size"]) for row in result["recommended"]} == {place[:2] for place in places}
+    assert "a100-80gb" in PlanResult(result)._repr_html_()  # a notebook shows the same record
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adafactor"])

@@ -20,6 +20,7 @@ from cartilha.machine.devices import choose_device
 from cartilha.pipeline.evaluate import score_held_out
 from cartilha.pipeline.held_out import held_out
 from cartilha.pipeline.preflight import preflight
+from cartilha.reporting.notebook import comparison_html
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,10 @@ class CompareResult:
             "loss_by_position": [record.get("positions", []) for record in both],
             "evaluations": both,
         }
+
+    def _repr_html_(self) -> str:
+        """Notebooks show both models and their difference."""
+        return comparison_html(self.to_dict())
 
 
 def compare(config: CompareConfig) -> CompareResult:

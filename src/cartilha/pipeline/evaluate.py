@@ -31,6 +31,7 @@ from cartilha.machine.devices import choose_device
 from cartilha.machine.processes import is_main_process, world
 from cartilha.pipeline.held_out import HeldOut, held_out
 from cartilha.pipeline.preflight import preflight
+from cartilha.reporting.notebook import evaluations_html
 from cartilha.tokens.store import batches
 
 TakeRows = Callable[[TokenRows], None] | None
@@ -82,6 +83,10 @@ class EvaluateResult:
         shared = {name: models[0][name] for name in ("corpus_hash", "protocol")}
         questions = {} if self.task_questions is None else {"task_questions": self.task_questions}
         return {**shared, "wall_seconds": self.wall_seconds, **questions, "models": models}
+
+    def _repr_html_(self) -> str:
+        """Notebooks show a row for each model."""
+        return evaluations_html(model.to_dict() for model in self.models)
 
 
 def evaluate(config: EvaluateConfig) -> EvaluateResult:

@@ -30,6 +30,10 @@ class RunResult:
         """The result as plain values."""
         return {**vars(self), "prepared": self.prepared.to_dict(), "trained": self.trained.to_dict()}
 
+    def _repr_html_(self) -> str:
+        """Notebooks show the training's result and curves."""
+        return self.trained._repr_html_()
+
 
 def run(config: RunConfig) -> RunResult:
     """Prepare, train (with validation and texts before and after) and report; a finished stage is not repeated."""

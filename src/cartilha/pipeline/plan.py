@@ -20,6 +20,7 @@ from cartilha.model.configuration import context_length, model_config
 from cartilha.model.load import load_model, look_at
 from cartilha.model.recomputation import checkpoint_layers
 from cartilha.pipeline.preflight import preflight
+from cartilha.reporting.notebook import plan_html
 from cartilha.runs.step_plan import refuse_beyond_context, this_machine, with_copy
 from cartilha.tokens.packed import PackedDocuments
 from cartilha.tokens.store import TokenStore
@@ -48,6 +49,10 @@ class PlanResult:
     def to_dict(self) -> dict[str, Any]:
         """The plan."""
         return self.values
+
+    def _repr_html_(self) -> str:
+        """Notebooks show what is recommended."""
+        return plan_html(self.values)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from cartilha.errors import UserError
 from cartilha.pipeline.result import Result
 from cartilha.reporting.html import render_report
 from cartilha.reporting.images import write_figures
+from cartilha.reporting.notebook import page_html
 from cartilha.reporting.several import load_runs
 from cartilha.reporting.tables import results_table, to_markdown
 from cartilha.reporting.wording import Wording, choose_language
@@ -23,6 +24,10 @@ class ReportResult(Result):
     report: str
     table: str
     figures: tuple[str, ...] = ()
+
+    def _repr_html_(self) -> str:
+        """Notebooks show the whole page."""
+        return page_html(self.report)
 
 
 def report(config: ReportConfig) -> ReportResult:

@@ -23,6 +23,7 @@ from cartilha.machine.processes import from_rank_0, gather_objects, is_main_proc
 from cartilha.model.compiling import training_body
 from cartilha.pipeline.check import refuse_if_failed
 from cartilha.pipeline.preflight import preflight
+from cartilha.reporting.notebook import run_html
 from cartilha.runs.best import comparable, loss_of, since_best
 from cartilha.runs.english import score_english
 from cartilha.runs.files import RunWriter, check_output, only_process, read_results, values_at, write_config
@@ -60,6 +61,10 @@ class TrainResult:
     def to_dict(self) -> dict[str, Any]:
         """The result as plain values."""
         return {"run": self.run, "was_finished": self.was_finished, **self.results}
+
+    def _repr_html_(self) -> str:
+        """Notebooks show the result and the curves."""
+        return run_html(self.run)
 
 
 def train(config: TrainConfig, *, prompts: GenerateConfig | None = None) -> TrainResult:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,12 +12,13 @@ import numpy as np
 import numpy.typing as npt
 from markupsafe import Markup
 
-from cartilha.reporting.pages import environment
+from cartilha.reporting.pages import PACKAGE, environment, template_file
 
 Floats = npt.NDArray[np.float64]
 # Colours that tell runs apart, on the light page and on the dark one.
 RUN_COLOURS = ("#2f7fc1", "#c8690f", "#2e9462", "#9a6bc9", "#d2505a", "#1f93a3", "#8c8417", "#7d8288")
 MAX_POINTS = 600  # about one per pixel; the page's size then does not grow with the run's length
+HEAD = 54  # height of the title and one row of legend above a drawing in a file of its own
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,49 @@ class Axis:
         return [(place, self.tick(place, decimals)) for place in places]
 
 
+class Drawing(ABC):
+    """What pages show and files hold; `name` is for its file, `legend` has the class of each curve and what it is."""
+
+    name: str
+    title: str
+    legend: Sequence[tuple[str, str]]
+    size: tuple[int, int]  # width and height
+
+    @property
+    @abstractmethod
+    def drawing(self) -> Markup:
+        """An SVG element without colours of its own."""
+
+    def standalone(self, num_runs: int = len(RUN_COLOURS)) -> str:
+        """The drawing as a file of its own, with title, legend, the colours of `num_runs` runs and a white ground."""
+        legend: list[tuple[str, str, float, int]] = []
+        left, row = 2.0, 0
+        for kind, text in self.legend:
+            taken = 28 + 7.2 * len(text) + 20
+            if legend and left + taken > self.size[0] + 20:  # the last entry needs no space behind it
+                left, row = 2.0, row + 1
+            legend.append((kind, text, left, 38 + 18 * row))
+            left += taken
+        return (
+            environment()
+            .get_template("figure.svg.j2")
+            .render(
+                figure=self,
+                style=Markup(template_file(PACKAGE, "figure.css") + run_styles(num_runs)),
+                legend=legend,
+                head=HEAD + 18 * row,
+                drawing=Markup(self.drawing.partition(">")[2].removesuffix("</svg>")),
+            )
+        )
+
+    def _repr_svg_(self) -> str:
+        """Notebooks show the drawing below its cell."""
+        return self.standalone()
+
+
 @dataclass(frozen=True)
-class Figure:
-    """A drawing; `name` is for its file, `legend` has the class of each curve and what it is."""
+class Figure(Drawing):
+    """A chart of curves."""
 
     name: str
     title: str
@@ -62,7 +104,7 @@ class Figure:
     x: Axis
     y: Axis
     legend: Sequence[tuple[str, str]] = ()
-    size: tuple[int, int] = (640, 340)  # width and height
+    size: tuple[int, int] = (640, 340)
 
     @cached_property
     def drawing(self) -> Markup:
@@ -106,7 +148,8 @@ def run_styles(num_runs: int) -> str:
     for number in range(num_runs):
         colour, name = RUN_COLOURS[number % len(RUN_COLOURS)], run_class(number)
         dash = "stroke-dasharray: 6 4; " if number >= len(RUN_COLOURS) else ""
-        rules.append(f"path.{name} {{ stroke: {colour}; stroke-width: 2; {dash}}} circle.{name} {{ fill: {colour}; }}")
+        curve = f"path.{name} {{ stroke: {colour}; stroke-width: 2; {dash}}}"
+        rules.append(f"{curve} circle.{name}, rect.{name} {{ fill: {colour}; }}")
     return "\n".join(rules)
 
 

@@ -92,6 +92,7 @@ def _positions(value: Any) -> dict[int, float]:
 
 
 EVALUATION = record(
+    model=text,
     step=integer,
     perplexity=number,
     word_perplexity=number,
