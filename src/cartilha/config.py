@@ -160,6 +160,9 @@ class TrainConfig(ComputeOptions):
     batch_tokens: Count = deciding("auto", BATCH_HELP, minimum=1)
     micro_batch_size: Count = option("auto", "blocks per forward pass; auto fits the device's memory", minimum=1)
     lr: Rate = deciding("auto", "peak learning rate; auto follows the model's size (3e-4 at 125 M parameters)", above=0)
+    decay_from: str | None = deciding(
+        None, "go on from this checkpoint of a constant or wsd run (RUN/checkpoints/step-...) and decay at once"
+    )
     embeddings_first: str = deciding(
         "0%",
         "share of the steps (5%) that trains the token embeddings alone, after `vocab --extend`; then all is trained",

@@ -22,6 +22,7 @@ from cartilha.evaluation.windows import first_tokens
 from cartilha.explorer.port import listen
 from cartilha.machine.processes import is_main_process, world
 from cartilha.model_reference import resolve_model
+from cartilha.runs.decay import decaying
 from cartilha.runs.files import check_output, read_status, run_directory
 from cartilha.settings import Settings
 from cartilha.training.schedule import check_shape
@@ -155,6 +156,7 @@ def _train(config: configs.TrainConfig) -> None:
         check_output(output, resume)
     _check_places(config)
     _check_mix(config)
+    decaying(config)
 
 
 def _check_mix(config: configs.TrainConfig) -> None:

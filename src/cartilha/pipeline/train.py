@@ -25,6 +25,7 @@ from cartilha.pipeline.check import refuse_if_failed
 from cartilha.pipeline.preflight import preflight
 from cartilha.reporting.notebook import run_html
 from cartilha.runs.best import comparable, loss_of, since_best
+from cartilha.runs.decay import copy_trunk, decaying
 from cartilha.runs.english import score_english
 from cartilha.runs.files import RunWriter, check_output, only_process, read_results, values_at, write_config
 from cartilha.runs.live import training_view
@@ -78,6 +79,7 @@ def train(config: TrainConfig, *, prompts: GenerateConfig | None = None) -> Trai
         raise InterruptedRunError(
             f"The stop file {config.stop_file} is there, so nothing was done; remove it and try again."
         )
+    config = decaying(config)
     with collecting_notices() as notices, _place(config) as path:
         if path is not None:
             record = _run(config, path, prompts or GenerateConfig(), notices)
@@ -103,6 +105,8 @@ def _place(config: TrainConfig) -> Iterator[Path | None]:
             # The process that had the lock may have finished the run, and so may a local copy of it be finished.
             if resume and is_finished_as_asked(config, path):
                 path = None
+            elif config.decay_from and newest_name(path) is None:
+                copy_trunk(config.decay_from, path)
         yield from_rank_0(path)
 
 

@@ -24,6 +24,7 @@ from cartilha.machine.versions import versions
 from cartilha.model.configuration import model_config
 from cartilha.model.load import LoadedModel, load_model, weights_hash
 from cartilha.model.recomputation import checkpoint_layers
+from cartilha.runs.decay import SET_BY_DECAY
 from cartilha.runs.files import read_results, read_status
 from cartilha.runs.sources import Mix, identities, sources_of
 from cartilha.runs.step_plan import RunPlan, StepShape, plan_run, refuse_beyond_context, this_machine
@@ -193,6 +194,8 @@ def assemble(config: TrainConfig, path: Path, prompts: GenerateConfig, resume: b
     rates = {"lr": schedule.peak_lr, "weight_decay": config.weight_decay}
     state = TrainingState.begin(loaded.model, dtype, **rates, optimizer=config.optimizer)
     if checkpoint is not None:
+        if recorded["decay_from"] is None:  # the checkpoint of the run that this one decays from
+            recorded |= {name: settings[name] for name in SET_BY_DECAY if config.decay_from}
         check_settings(recorded, settings, path, allow_changes=config.allow_changes)
         load_checkpoint(checkpoint, state)
         if state.progress.step < schedule.num_steps:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from cartilha.errors import UserError
 
+DECAY_FRACTION = 0.2  # of the steps after the warm-up: the decay of WSD
+
 
 def cosine(done: float, final: float) -> float:
     """Half a cosine wave from 1 down to `final`."""
@@ -24,9 +26,9 @@ def constant(done: float, final: float) -> float:
     return 1.0
 
 
-def warmup_stable_decay(done: float, final: float, decay_fraction: float = 0.2) -> float:
+def warmup_stable_decay(done: float, final: float) -> float:
     """1, then a straight line down to `final` in the last fifth (WSD, arXiv:2404.06395)."""
-    return linear(max(0.0, 1 - (1 - done) / decay_fraction), final)
+    return linear(max(0.0, 1 - (1 - done) / DECAY_FRACTION), final)
 
 
 # From the part of the time after the warm-up that has passed (0 to 1), and the share of the peak rate at which a decay
