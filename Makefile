@@ -1,5 +1,6 @@
 # make demo    the whole job on what ships        make test    the tests
 # make check   lint, types, import directions     make bench   speed and memory figures (minutes)
+# make docs    the site, in both languages         make docs-test   every command of the documentation (minutes)
 # make test-models    a tiny model of every type of transformers (minutes)
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 endif
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test test-models check bench clean
+.PHONY: install demo test test-models check bench docs docs-test clean
 
 install: $(STAMP)
 
@@ -41,6 +42,12 @@ check: install
 
 bench: install
 	$(BIN)/python benchmarks/train_cpu.py
+
+docs: install
+	$(BIN)/python docs/site/make_site.py
+
+docs-test: install
+	$(BIN)/python docs/site/fences.py
 
 clean:
 	rm -rf demo runs dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
