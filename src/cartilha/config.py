@@ -111,7 +111,18 @@ class PrepareConfig(ReadingOptions):
     decontaminate: tuple[str, ...] = deciding(
         (), "leave out documents with 13 words in a row of these: REFs, or tasks of lm-evaluation-harness (extra eval)"
     )
+    max_perplexity: str | None = deciding(
+        None, "do not train on documents that --model finds more perplexing than this (200), or the top share (10%)"
+    )
+    min_perplexity: str | None = deciding(None, "nor on less perplexing ones (5), or the bottom share (2%)")
+    classifier: str | None = deciding(
+        None, "a text classifier (hub id or directory), such as one of educational value, for --min_score"
+    )
+    min_score: str | None = deciding(
+        None, "do not train on documents that it scores lower than this (3), or on the bottom share (50%)"
+    )
     rejects: str | None = option(None, "write what these leave out to this .jsonl file, with the reasons")
+    dry_run: bool = option(False, "write no store: say what would be left out; what was read is kept for the real run")
     limit_documents: int | None = deciding(None, "read at most this many documents", minimum=1)
     shuffle: bool = deciding(
         False,
@@ -350,7 +361,7 @@ class RunConfig(Settings):
     model: str = option(DEFAULT_MODEL, MODEL_HELP)
     output: str = option("", "directory for the store, the run and the report; default runs/RECIPE")
     description: str = option("", "what the recipe is for", hidden=True)
-    prepare: PrepareConfig = _stage(PrepareConfig, "the text and the store", ("model", "output"))
+    prepare: PrepareConfig = _stage(PrepareConfig, "the text and the store", ("model", "output", "dry_run"))
     train: TrainConfig = _stage(TrainConfig, "the training", ("model", "store", "output", "resume"))
     generate: GenerateConfig = _stage(GenerateConfig, "the texts written before and after", ("model",))
 

@@ -229,7 +229,7 @@ def test_what_cannot_be_chosen_is_refused_in_a_sentence(config, tmp_path):
         prepare(replace(config, validation_input=config.like))
     with refused("--decontaminate names target.txt, which is also a text of --like; name a benchmark"):
         prepare(replace(config, decontaminate=config.like))
-    with refused("--rejects takes what --clean and --decontaminate leave out"):
+    with refused("--rejects takes what --clean, --decontaminate, --max_perplexity"):
         prepare(replace(config, rejects=str(tmp_path / "out.jsonl")))
     with refused("hold no document"):
         prepare(replace(config, like=(str(tmp_path / "empty.txt"),)))

@@ -49,6 +49,15 @@ class ScoredDocuments:
     corpus_hash: str = ""
     kept: np.ndarray | None = None
 
+    @classmethod
+    def of_ids(cls, ids: Sequence[np.ndarray]) -> ScoredDocuments:
+        """Documents of which nothing but the ids is known: good for their nll, and for no other figure."""
+        nothing = np.zeros(len(ids), np.int64)
+        lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+        names = [f"number {number + 1}" for number in range(len(ids))]
+        none = [""] * len(ids)
+        return cls(list(ids), lengths, nothing, nothing, nothing, nothing > 0, names, none, none)
+
     def with_ids(self, ids: list[np.ndarray]) -> ScoredDocuments:
         """The same documents with fewer of their tokens."""
         return replace(self, ids=ids, num_tokens=np.array([len(own) for own in ids], np.int64))

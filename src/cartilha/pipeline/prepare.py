@@ -34,12 +34,13 @@ from cartilha.machine.devices import usable_cores
 from cartilha.machine.versions import TEXT_PACKAGES, versions
 from cartilha.pipeline.preflight import preflight
 from cartilha.pipeline.result import Result
-from cartilha.preparation.assembly import Sides, decide, write_rejects, write_sides
+from cartilha.preparation.assembly import Sides, decide, side_counts, write_rejects, write_sides
 from cartilha.preparation.decontamination import file_questions, found_questions, question_runs
 from cartilha.preparation.executors import Executor, in_processes, on_ray
-from cartilha.preparation.index import load_index
+from cartilha.preparation.index import DocumentIndex, load_index
 from cartilha.preparation.made_from import describe, describe_questions, ready_store
 from cartilha.preparation.notices import tell_counts, tell_mixture, tell_rest, tell_selection
+from cartilha.preparation.quality import Judge, Scorer
 from cartilha.preparation.request import PrepareRequest, read_request
 from cartilha.preparation.selection import Amount
 from cartilha.preparation.selection_report import report, write_weights
@@ -74,7 +75,8 @@ class PrepareResult(Result):
 
     With near-duplicates, `leaks` has the share of held-out documents that have one in training (`leak_rate`), and what
     it would be if the split looked at each document alone (`plain_leak_rate`). `selection` says what
-    `--select_tokens` chose, `decontamination` which questions of `--decontaminate` were in the text.
+    `--select_tokens` chose, `decontamination` which questions of `--decontaminate` were in the text, `quality` which
+    scores the documents have by which they are kept or not. Of a dry run, `store` is empty.
     """
 
     store: str
@@ -84,6 +86,11 @@ class PrepareResult(Result):
     leaks: dict[str, float] | None = None
     selection: dict[str, Any] | None = None
     decontamination: dict[str, Any] | None = None
+    quality: list[dict[str, Any]] | None = None
+
+
+# What decides about documents that have been read, and not how they are read: another value reads nothing anew.
+DECIDED_LATER = ("select_tokens", "select_for", "max_perplexity", "min_perplexity", "classifier", "min_score")
 
 
 @dataclass(frozen=True)
@@ -96,6 +103,7 @@ class _Job:
     tokenizer: TextTokenizer
     identity: dict[str, Any]
     runs: QuestionRuns | None = None
+    scorers: tuple[Scorer, ...] = ()
 
 
 def prepare(config: PrepareConfig) -> PrepareResult:
@@ -108,8 +116,7 @@ def prepare(config: PrepareConfig) -> PrepareResult:
         tokenizer = load_tokenizer(config.model)
         store = ready_store(config, asked, tokenizer)
         identity = {
-            # How much is selected does not change the work on shards.
-            "settings": replace(config, select_tokens=None, select_for=None).deciding_values(),
+            "settings": {k: value for k, value in config.deciding_values().items() if k not in DECIDED_LATER},
             "rejects": bool(config.rejects),
             "sources": [repr(source) for source in asked.sources],
             "num_held_out": asked.num_held_out,
@@ -124,15 +131,8 @@ def prepare(config: PrepareConfig) -> PrepareResult:
             log.info("The store %s was made by this same command before: nothing to do.", path)
             if config.rejects and not Path(config.rejects).exists():
                 log.warning("%s is not written, because nothing is cleaned now; add --overwrite.", config.rejects)
-            return PrepareResult(
-                str(path),
-                store.counts,
-                store.info["dropped"],
-                True,
-                store.info.get("leaks"),
-                store.info.get("selection"),
-                store.info.get("decontamination"),
-            )
+            recorded = (store.info.get(name) for name in ("leaks", "selection", "decontamination", "quality"))
+            return PrepareResult(str(path), store.counts, store.info["dropped"], True, *recorded)
         log_hints(asked.sources, asked.reading)
         check_target(asked)
         if config.select_for is not None:
@@ -140,7 +140,8 @@ def prepare(config: PrepareConfig) -> PrepareResult:
 
             asked = replace(asked, amount=Amount(tokens_in(config.model, config.select_for), at_most=True))
         executor = executor or stack.enter_context(_executor(config, asked))
-        result = _make(_Job(path, config, asked, tokenizer, identity, _question_runs(asked)), executor)
+        job = _Job(path, config, asked, tokenizer, identity, _question_runs(asked), _scorers(asked, tokenizer))
+        result = _make(job, executor)
     for split in SPLITS:
         tell_counts(split, result.splits[split])
     return result
@@ -158,6 +159,15 @@ def _question_runs(asked: PrepareRequest) -> QuestionRuns | None:
     return question_runs(questions)
 
 
+def _scorers(asked: PrepareRequest, tokenizer: TextTokenizer) -> tuple[Scorer, ...]:
+    """What computes the scores; loaded before anything is read, so that a model that is no good is named at once."""
+    if not asked.signals:
+        return ()
+    from cartilha.evaluation.text_quality import scorer_of  # torch takes seconds
+
+    return tuple(scorer_of(signal.name, signal.reference, tokenizer) for signal in asked.signals)
+
+
 def _executor(config: PrepareConfig, asked: PrepareRequest) -> AbstractContextManager[_ShardExecutor]:
     if config.executor == "ray":
         return on_ray(config.ray_address, config.workers)
@@ -171,7 +181,10 @@ def _executor(config: PrepareConfig, asked: PrepareRequest) -> AbstractContextMa
 def _make(job: _Job, executor: _ShardExecutor) -> PrepareResult:
     """Make the store, in a work directory that stays if the work is interrupted."""
     config = job.config
-    with work_directory(job.path, job.identity, keep=config.keep_pool) as work, ThreadPoolExecutor(2) as aside:
+    with (
+        work_directory(job.path, job.identity, keep=config.keep_pool or config.dry_run) as work,
+        ThreadPoolExecutor(2) as aside,
+    ):
         asked = replace(job.asked, sources=opened(job.asked.sources, work / "commits.json"))
         job = replace(job, asked=asked)
         shard_bytes = SHUFFLED_BYTES if config.shuffle else SHARD_BYTES
@@ -310,25 +323,30 @@ def _write(
     index = load_index(tasks, asked.sources)
     if not len(index.hashes):
         raise _nothing_left(config, rejected)
-    sides = decide(index, asked, executor, near_duplicates=config.near_duplicates)
+    judge = Judge.of(index, asked.signals, job.scorers)
+    sides = decide(index, asked, executor, judge, near_duplicates=config.near_duplicates)
+    quality = None if judge is None else judge.facts(job.tokenizer)
     tell_mixture(config, sides)
     selection = None if sides.chosen is None else report(index, sides.chosen, job.tokenizer)
     if selection is not None:
-        tell_selection(selection)
-        if config.select_for and selection["num_documents"] == selection["pool_documents"]:
-            log.warning("All of the input is taken: there is less of it than can be read in %s.", config.select_for)
-    if sides.train.max(initial=0) > 1:
-        num_tokens = int(sides.train @ index.num_tokens)
-        require_space(job.path.parent, num_tokens * token_dtype(job.tokenizer.num_ids).itemsize)
+        tell_selection(config, selection)
+    _require_space(job, index, sides)
     dropped = {**sides.dropped, "empty": read.empty, **dict(read.skipped), **rejected}
     if asked.left_out:
         dropped["files"] = sum(map(len, asked.left_out.values()))
-    decontamination = None
-    if job.runs is not None:
-        decontamination = describe_questions(asked) | found_questions(job.runs, [result for _, result in done])
-    leaks = _leaks(config, sides)
+    decontamination = None if job.runs is None else describe_questions(asked) | found_questions(job.runs, done)
     if config.rejects:  # before the store appears: once it is there, the same command has nothing to do
-        write_rejects(Path(config.rejects), tasks)
+        write_rejects(Path(config.rejects), tasks, () if judge is None else judge.rejects(job.tokenizer))
+    leaks = _leaks(config, sides)
+    found: dict[str, Any] = {
+        "leaks": leaks,
+        "selection": selection,
+        "decontamination": decontamination,
+        "quality": quality,
+    }
+    if config.dry_run:
+        tell_rest(read, sides, leaks)
+        return PrepareResult("", side_counts(index, sides), dropped, False, **found)
     with writing_store(job.path, job.tokenizer, replace=config.overwrite) as writer:
         write_sides(writer, index, sides)
         if sides.chosen is not None:
@@ -342,15 +360,21 @@ def _write(
                 **_read_counts(read),
                 "fraction_used": sides.split.fraction_used,
                 "leaks": leaks,
-                **_given(mixture=list(sides.mixture), selection=selection, decontamination=decontamination),
+                **_given(mixture=list(sides.mixture), **found),
                 "notes": list(sides.split.notes),
-                "tokenization": {**asdict(proof), "gigatoken": versions(("gigatoken",))["gigatoken"]},
-                "versions": versions(TEXT_PACKAGES),
+                **_made_by(proof),
             }
         )
         counts = writer.counts()
     tell_rest(read, sides, leaks)
-    return PrepareResult(str(job.path), counts, dropped, False, leaks, selection, decontamination)
+    return PrepareResult(str(job.path), counts, dropped, False, **found)
+
+
+def _require_space(job: _Job, index: DocumentIndex, sides: Sides) -> None:
+    """A store that holds documents several times may be larger than what was read."""
+    if sides.train.max(initial=0) > 1:
+        num_tokens = int(sides.train @ index.num_tokens)
+        require_space(job.path.parent, num_tokens * token_dtype(job.tokenizer.num_ids).itemsize)
 
 
 def _leaks(config: PrepareConfig, sides: Sides) -> dict[str, float] | None:
@@ -365,6 +389,11 @@ def _read_counts(read: ReadCounts) -> dict[str, int]:
         "num_documents_with_replaced_bytes": read.replaced_bytes_documents,
         "num_documents_with_nul": read.nul_documents,
     }
+
+
+def _made_by(proof: Proof) -> dict[str, Any]:
+    tokenization = {**asdict(proof), "gigatoken": versions(("gigatoken",))["gigatoken"]}
+    return {"tokenization": tokenization, "versions": versions(TEXT_PACKAGES)}
 
 
 def _given(**values: Any) -> dict[str, Any]:

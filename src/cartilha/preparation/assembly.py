@@ -5,7 +5,8 @@ Nothing depends on how the input was cut or on which executor did the work: the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -21,10 +22,13 @@ from cartilha.errors import UserError
 from cartilha.preparation.executors import Executor
 from cartilha.preparation.index import DocumentIndex, chosen_ids, first_of_each, read_documents
 from cartilha.preparation.mixture import Mixture, copies
+from cartilha.preparation.quality import Judge
 from cartilha.preparation.request import PrepareRequest
 from cartilha.preparation.selection import Chosen, choose
 from cartilha.preparation.shard_work import TEXTS_SCHEMA, ShardTask
 from cartilha.storage import new_file
+from cartilha.tokens.store import SplitCounts
+from cartilha.tokens.store_checks import COUNTS
 from cartilha.tokens.store_writer import ROW_SCHEMA, SplitWriter, StoreWriter
 
 CLUSTER_MEMORY_BYTES = 512 << 20
@@ -53,11 +57,16 @@ class Sides:
 
 
 def decide(
-    index: DocumentIndex, asked: PrepareRequest, executor: Executor[Any, Any], *, near_duplicates: bool
+    index: DocumentIndex,
+    asked: PrepareRequest,
+    executor: Executor[Any, Any],
+    judge: Judge | None = None,
+    *,
+    near_duplicates: bool,
 ) -> Sides:
     """Which documents stay and on which side, with clusters of near-duplicates kept together if that is asked for.
 
-    A UserError says that there is nothing to split.
+    The judge looks at those that would be trained on. A UserError says that there is nothing to split.
     """
     num_documents = len(index.hashes)
     stays = first_of_each(index.hashes)
@@ -88,24 +97,53 @@ def decide(
     clusters[kept] = firsts[groups]
     chosen = None
     if asked.amount is not None:
-        target = index.sources < asked.num_held_out + asked.num_targets
-        pool = train & ~target
-        if near_duplicates:  # one document at most of a cluster that the target has documents of
-            firsts = first_of_each(np.stack([clusters, clusters], axis=1)[np.flatnonzero(pool)])
-            of_target = np.isin(clusters, clusters[target & stays])
-            pool[np.flatnonzero(pool)[~firsts]] &= ~of_target[np.flatnonzero(pool)[~firsts]]
-        if not pool.any():
-            raise UserError(
-                "No document of the input is left to choose from: all are held out, or equal to a text of --like;"
-                " give more text, or another target."
-            )
-        target &= train
-        if asked.num_targets and target.sum() < 2:
-            raise UserError("The texts of --like leave fewer than two documents to aim at; give more.")
-        chosen = choose(index, pool, target, (asked.amount, asked.rule.seed), executor)
-        dropped |= {"target": int(target.sum()), "not_chosen": int((train & ~target & ~chosen.mask).sum())}
+        of_inputs = index.sources < asked.num_held_out + asked.num_targets
+        target, pool = of_inputs & train, train & ~of_inputs
+        if near_duplicates:
+            _take_once(pool, of_inputs & stays, clusters)
+        chosen = _choose(index, asked, executor, judge, (pool, target))
+        poor = 0 if judge is None else judge.verdicts > 0
+        dropped["target"] = int(target.sum())
+        dropped["not_chosen"] = int((train & ~target & ~chosen.mask & (poor == 0)).sum())
         train = chosen.mask
+    elif judge is not None:
+        judge.begin(train)
+        numbers = np.flatnonzero(train)
+        train[numbers] = judge.passes(numbers)
+        if not train.any():
+            raise UserError("No document is good enough to train on; give wider limits to their perplexity and score.")
+    dropped |= {} if judge is None else judge.left_out
     return Sides(validation, np.where(train, times, 0), clusters, dropped, result, mixed, chosen)
+
+
+def _take_once(pool: np.ndarray, of_target: np.ndarray, clusters: np.ndarray) -> None:
+    """Leave one document at most in the pool of each cluster that the target, or what is held out, has documents of."""
+    numbers = np.flatnonzero(pool)
+    again = numbers[~first_of_each(np.stack([clusters, clusters], axis=1)[numbers])]
+    pool[again] &= ~np.isin(clusters[again], clusters[of_target])
+
+
+def _choose(
+    index: DocumentIndex,
+    asked: PrepareRequest,
+    executor: Executor[Any, Any],
+    judge: Judge | None,
+    documents: tuple[np.ndarray, np.ndarray],
+) -> Chosen:
+    """What is chosen of the pool (the first mask) by the target (the second)."""
+    pool, target = documents
+    if not pool.any():
+        raise UserError(
+            "No document of the input is left to choose from: all are held out, or equal to a text of --like;"
+            " give more text, or another target."
+        )
+    if asked.num_targets and target.sum() < 2:
+        raise UserError("The texts of --like leave fewer than two documents to aim at; give more.")
+    assert asked.amount is not None
+    if judge is not None:
+        judge.begin(pool)
+    how_much = (asked.amount, asked.rule.seed)
+    return choose(index, pool, target, how_much, executor, None if judge is None else judge.passes)
 
 
 def _split(index: DocumentIndex, asked: PrepareRequest, kept: np.ndarray, clusters: np.ndarray | None) -> SplitResult:
@@ -185,8 +223,24 @@ def _texts(task: ShardTask, own: np.ndarray) -> Iterator[bytes]:
             yield from batch.filter(pa.array(own[batch["row"].to_numpy()]))["text"].to_pylist()
 
 
-def write_rejects(path: Path, tasks: Sequence[ShardTask]) -> None:
-    """Gather what cleaning left out, in the order of the input, in one file that appears whole."""
+def write_rejects(path: Path, tasks: Sequence[ShardTask], others: Iterable[dict[str, Any]]) -> None:
+    """Gather what cleaning left out, and then `others`, in the order of the input, in one file that appears whole."""
     with new_file(path) as temporary, temporary.open("wb") as out:
         for task in tasks:
             out.write((task.directory / "rejects.jsonl").read_bytes())
+        for row in others:
+            out.write((json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass"))
+
+
+def side_counts(index: DocumentIndex, sides: Sides) -> dict[Split, SplitCounts]:
+    """What each side would hold, without a hash."""
+    counts: dict[Split, SplitCounts] = {}
+    for split, times in zip(SPLITS, (sides.train, sides.validation.astype(np.int64)), strict=True):
+        sums = dict.fromkeys(COUNTS, 0)
+        for task, (begin, end) in zip(index.tasks, pairwise(index.starts), strict=True):
+            table, own = read_documents(task), times[begin:end]
+            sums["num_documents"] += int(own.sum())
+            for name in COUNTS[1:]:
+                sums[name] += int(table[name].to_numpy() @ own)
+        counts[split] = SplitCounts(**sums, corpus_hash="")
+    return counts

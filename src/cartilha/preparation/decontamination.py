@@ -76,10 +76,10 @@ def question_runs(questions: Iterable[Question]) -> QuestionRuns:
     return runs
 
 
-def found_questions(runs: QuestionRuns, results: Sequence[ShardResult]) -> dict[str, Any]:
+def found_questions(runs: QuestionRuns, done: Sequence[tuple[Any, ShardResult]]) -> dict[str, Any]:
     """Which questions the shards held, as store.json records it: figures of benchmarks, and the first documents."""
-    numbers = {number for result in results for number in result.questions}
-    documents = (row for result in results for row in result.contaminated)
+    numbers = {number for _, result in done for number in result.questions}
+    documents = (row for _, result in done for row in result.contaminated)
     return {
         "benchmarks": runs.found(numbers),
         "documents": list(islice(documents, LISTED_CONTAMINATED)),

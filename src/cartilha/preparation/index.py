@@ -34,6 +34,15 @@ class DocumentIndex:
     num_tokens: np.ndarray
     sources: np.ndarray
 
+    def shard_of(self, number: int) -> int:
+        """The number of the shard that a document is in."""
+        return int(np.searchsorted(self.starts, number, side="right")) - 1
+
+    def label(self, number: int, name: str) -> str:
+        """A document's `doc_id`, `source` or `domain`."""
+        shard = self.shard_of(number)
+        return str(read_documents(self.tasks[shard])[name][number - int(self.starts[shard])].as_py())
+
     def hex_hashes(self, which: np.ndarray) -> np.ndarray:
         """The hashes of some documents in hexadecimal, as arrays of 32 bytes."""
         digits = self.hashes[which].astype(">u8").tobytes().hex().encode("ascii")
@@ -86,6 +95,14 @@ def chosen_ids(task: ShardTask, num_tokens: np.ndarray, own: np.ndarray) -> Iter
         else:
             yield part[np.repeat(chosen, num_tokens[first:last])]
         first = last
+
+
+def first_ids(index: DocumentIndex, number: int, num_tokens: int) -> np.ndarray:
+    """The first ids of a document."""
+    shard = index.shard_of(number)
+    begin = int(index.num_tokens[index.starts[shard] : number].sum())
+    # A copy: the pages that a mapping has touched stay in memory as long as a view of it.
+    return np.array(shard_ids(index.tasks[shard])[begin : begin + min(num_tokens, int(index.num_tokens[number]))])
 
 
 def shard_ids(task: ShardTask) -> np.ndarray:

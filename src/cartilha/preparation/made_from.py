@@ -68,6 +68,9 @@ def ready_store(config: PrepareConfig, asked: PrepareRequest, tokenizer: TextTok
         different.insert(0, "tokenizer")
     if not _same_inputs(store.info["inputs"], asked):
         different.insert(0, "input")
+    scored_by = [one["model"] for one in store.info.get("quality", ()) if one["signal"] == "perplexity"]
+    if scored_by not in ([], [config.model]) and "tokenizer" not in different:
+        different.append("model")
     found_by = store.info.get("decontamination", {}).get("inputs", [])
     if "decontaminate" not in different and not _same_sources(found_by, asked.questions.sources):
         different.append("text of --decontaminate")

@@ -33,7 +33,7 @@ def tell_mixture(config: PrepareConfig, sides: Sides) -> None:
             log.info("%s.", taken)
 
 
-def tell_selection(selection: dict[str, Any]) -> None:
+def tell_selection(config: PrepareConfig, selection: dict[str, Any]) -> None:
     """Log how much was chosen, and how much nearer to the target it is than the pool."""
     log.info(
         "%s of %s (%s of %s) were chosen.",
@@ -42,6 +42,8 @@ def tell_selection(selection: dict[str, Any]) -> None:
         f"{selection['num_tokens']:,}",
         counted(selection["pool_tokens"], "token"),
     )
+    if config.select_for and selection["num_documents"] == selection["pool_documents"]:
+        log.warning("All of the input is taken: there is less of it than can be read in %s.", config.select_for)
     if "divergence" in selection:
         log.info(
             "Divergence from the target: %.3f nats per n-gram in text drawn at random, %.3f in what was chosen.",

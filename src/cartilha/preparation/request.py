@@ -16,6 +16,7 @@ from cartilha.corpus.splits import SplitRule
 from cartilha.errors import UserError
 from cartilha.preparation.decontamination import QuestionNames
 from cartilha.preparation.mixture import Mixture
+from cartilha.preparation.quality import Signal, read_signals
 from cartilha.preparation.selection import Amount
 from cartilha.storage import LONE_SURROGATES
 from cartilha.units import parse_amount, parse_duration
@@ -40,6 +41,7 @@ class PrepareRequest:
     steps: tuple[str, ...]
     language: str
     questions: QuestionNames
+    signals: tuple[Signal, ...]
 
 
 def read_request(config: PrepareConfig) -> PrepareRequest:
@@ -52,10 +54,11 @@ def read_request(config: PrepareConfig) -> PrepareRequest:
         raise UserError("--ray_address is for the Ray executor; add --executor ray.")
     steps = named_steps(config.clean)
     Cleaner(steps, config.language)  # refuses missing extras
-    if config.rejects and not steps and not config.decontaminate:
+    signals = read_signals(config)
+    if config.rejects and not (steps or config.decontaminate or signals):
         raise UserError(
-            "--rejects takes what --clean and --decontaminate leave out, and neither is given; add one, such as --clean"
-            " web."
+            "--rejects takes what --clean, --decontaminate, --max_perplexity, --min_perplexity and --classifier leave"
+            " out, and none of them is given; add one, such as --clean web."
         )
     if config.rejects and (Path(config.rejects).is_dir() or not Path(config.rejects).parent.is_dir()):
         raise UserError(f"--rejects {config.rejects} cannot be written; name a file in a folder that is there.")
@@ -85,6 +88,7 @@ def read_request(config: PrepareConfig) -> PrepareRequest:
         steps=steps,
         language=config.language,
         questions=questions,
+        signals=signals,
     )
 
 

@@ -8,7 +8,7 @@ far two halves of the target agree on them. Everything follows from the document
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -26,6 +26,7 @@ FEW_DOCUMENTS = 50  # a target of so few tells little of what it is like
 PIECE_TOKENS = 1 << 20  # looked at together; a longer document loses the pair where it is cut
 HISTOGRAM_BINS = 20
 NUM_GROUPS = 3  # two halves of the target, and the pool
+Passes = Callable[[np.ndarray], np.ndarray]
 STRENGTH = 4.0  # of a weight one standard deviation above the mean, where signal and noise are equal
 
 
@@ -48,6 +49,14 @@ class Amount:
                 " choose from; give fewer, or more text."
             )
         return self.value
+
+    def refuse_too_few(self, num_tokens: int) -> None:
+        """Refuse, with an UnfinishedError, fewer tokens than were asked for by number: too few documents passed."""
+        if isinstance(self.value, int) and not self.at_most and num_tokens < self.value:
+            raise UnfinishedError(
+                f"--select_tokens {self.value:,} is more than the {counted(num_tokens, 'token')} of documents that are"
+                " good enough; give fewer, or wider limits to their perplexity and score."
+            )
 
 
 @dataclass(frozen=True)
@@ -80,7 +89,12 @@ class _Weighing:
 
 
 def choose(
-    index: DocumentIndex, pool: np.ndarray, target: np.ndarray, asked: tuple[Amount, int], executor: Executor[Any, Any]
+    index: DocumentIndex,
+    pool: np.ndarray,
+    target: np.ndarray,
+    asked: tuple[Amount, int],
+    executor: Executor[Any, Any],
+    passes: Passes | None = None,
 ) -> Chosen:
     """Choose documents of the pool; with the same weight for all if there is no target.
 
@@ -94,6 +108,7 @@ def choose(
         target: Whether each is part of the target.
         asked: How much to take, and the seed of the draw.
         executor: Does the work on shards.
+        passes: Which of some documents, given by number, are good enough; the others are passed over.
     """
     amount, seed = asked
     num_tokens = amount.tokens(int(index.num_tokens[pool].sum()))
@@ -114,7 +129,8 @@ def choose(
             "reliability": reliability,
         }
     draw = _gumbel(index.hashes, seed)
-    mask = _highest(strength * weights + draw, pool, index.num_tokens, num_tokens)
+    mask = _highest(strength * weights + draw, pool, index.num_tokens, num_tokens, passes)
+    amount.refuse_too_few(int(index.num_tokens[mask].sum()))
     facts |= {
         "num_documents": int(mask.sum()),
         "num_tokens": int(index.num_tokens[mask].sum()),
@@ -124,23 +140,32 @@ def choose(
     }
     if ratios is not None:
         # Beside as much text drawn at random, since the divergence from a small text is larger by chance.
-        at_random = _highest(draw, pool, index.num_tokens, num_tokens)
-        texts = {"random": at_random, "chosen": mask}
-        found = {name: _counts(index, np.where(text, 0, -1), executor)[0] for name, text in texts.items()}
-        of_target = counts[0] + counts[1]
-        facts |= {
-            "divergence": {name: ngrams.divergence(of_target, found[name]) for name in texts},
-            "histogram": _histogram(weights[pool], weights[mask]),
-        }
+        texts = {"random": _highest(draw, pool, index.num_tokens, num_tokens), "chosen": mask}
+        facts["divergence"] = _divergences(index, counts[0] + counts[1], texts, executor)
+        facts["histogram"] = _histogram(weights[pool], weights[mask])
     return Chosen(mask, pool, weights, ratios, facts)
 
 
-def _highest(keys: np.ndarray, pool: np.ndarray, num_tokens: np.ndarray, wanted: int) -> np.ndarray:
-    """The documents of the pool with the highest keys, as many as have the tokens that are wanted: bool."""
-    order = np.argsort(-np.where(pool, keys, -np.inf), kind="stable")
-    num_taken = 1 + int(np.searchsorted(np.cumsum(num_tokens[order]), wanted))
+def _divergences(
+    index: DocumentIndex, of_target: np.ndarray, texts: dict[str, np.ndarray], executor: Executor[Any, Any]
+) -> dict[str, float]:
+    """The divergence of each of these texts (a mask of documents) from the target, given by its counts."""
+    found = {name: _counts(index, np.where(text, 0, -1), executor)[0] for name, text in texts.items()}
+    return {name: ngrams.divergence(of_target, counts) for name, counts in found.items()}
+
+
+def _highest(
+    keys: np.ndarray, pool: np.ndarray, num_tokens: np.ndarray, wanted: int, passes: Passes | None = None
+) -> np.ndarray:
+    """The documents of the pool with the highest keys that pass, as many as have the tokens that are wanted: bool."""
+    order = np.argsort(-np.where(pool, keys, -np.inf), kind="stable")[: int(pool.sum())]
     mask = np.zeros(len(pool), bool)
-    mask[order[: min(num_taken, int(pool.sum()))]] = True
+    while wanted > 0 and len(order):
+        num_enough = 1 + int(np.searchsorted(np.cumsum(num_tokens[order]), wanted))
+        own, order = np.split(order, [num_enough])
+        taken = own if passes is None else own[passes(own)]
+        mask[taken] = True
+        wanted -= int(num_tokens[taken].sum())
     return mask
 
 

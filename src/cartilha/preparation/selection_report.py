@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cartilha.errors import UserError
-from cartilha.preparation.index import DocumentIndex, read_documents, shard_ids
+from cartilha.preparation.index import DocumentIndex, first_ids, read_documents
 from cartilha.preparation.selection import Chosen, log_weights
 from cartilha.tokens import ngrams
 from cartilha.tokens.store import TokenStore
@@ -94,26 +94,15 @@ def _shares(index: DocumentIndex, chosen: Chosen) -> dict[str, list[dict[str, An
     return rows
 
 
-def _ids(index: DocumentIndex, number: int, num_tokens: int) -> np.ndarray:
-    """The first ids of a document."""
-    shard = int(np.searchsorted(index.starts, number, side="right")) - 1
-    begin = int(index.num_tokens[index.starts[shard] : number].sum())
-    # A copy: the pages that a mapping has touched stay in memory as long as a view of it.
-    return np.array(shard_ids(index.tasks[shard])[begin : begin + min(num_tokens, int(index.num_tokens[number]))])
-
-
 def _documents(
     index: DocumentIndex, chosen: Chosen, tokenizer: TextTokenizer, numbers: np.ndarray
 ) -> Iterator[dict[str, Any]]:
     for number in numbers.tolist():
-        shard = int(np.searchsorted(index.starts, number, side="right")) - 1
-        row = int(number - index.starts[shard])
-        table = read_documents(index.tasks[shard])
         yield {
-            "doc_id": table["doc_id"][row].as_py(),
+            "doc_id": index.label(number, "doc_id"),
             "weight": float(chosen.weights[number]),
             "chosen": bool(chosen.mask[number]),
-            "begins": tokenizer.decode(_ids(index, number, SHOWN_TOKENS)),
+            "begins": tokenizer.decode(first_ids(index, number, SHOWN_TOKENS)),
         }
 
 
@@ -123,7 +112,7 @@ def _words(index: DocumentIndex, chosen: Chosen, tokenizer: TextTokenizer) -> di
     for mask in (chosen.pool, chosen.mask):
         places = np.flatnonzero(mask)
         sample = places[np.linspace(0, len(places) - 1, min(SAMPLED_DOCUMENTS, len(places))).astype(np.int64)]
-        texts = tokenizer.decode_batch([_ids(index, number, SAMPLED_TOKENS) for number in sample.tolist()])
+        texts = tokenizer.decode_batch([first_ids(index, number, SAMPLED_TOKENS) for number in sample.tolist()])
         counts.append(Counter(word for text in texts for word in WORD.findall(text.lower())))
     words = sorted(counts[0] | counts[1])
     of_pool, of_chosen = (np.array([count[word] for word in words]) / max(1, count.total()) for count in counts)

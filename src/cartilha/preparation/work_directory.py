@@ -45,7 +45,7 @@ def work_directory(store: Path, identity: dict[str, Any], *, keep: bool = False)
                 f" in {work.name} beside it."
             ) from error
         if keep:
-            log.info("What was read is kept in %s; delete it when no other selection is to come.", work)
+            log.info("What was read is kept in %s for the next such command; delete it when none is to come.", work)
             return
         shutil.rmtree(work, ignore_errors=True)
 

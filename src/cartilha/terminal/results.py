@@ -13,7 +13,7 @@ from cartilha.config import AUTO_BATCH
 from cartilha.errors import counted
 from cartilha.runs.best import evaluation_of_model
 from cartilha.terminal.measures import MAX_DOMAINS, bits, comparison, evaluations, protocol_line
-from cartilha.terminal.selection import selection
+from cartilha.terminal.selection import quality, selection
 from cartilha.terminal.tables import FittingTable, Parts, Values, markdown_table
 from cartilha.terminal.vocabulary import vocabulary
 
@@ -39,6 +39,7 @@ def _prepare(result: Values) -> Parts:
         yield "Held out with a near-duplicate in training: {:.2f} %; a plain split: {:.2f} %".format(*shares)
     if result.get("selection"):
         yield from selection(result["selection"])
+    yield from quality(result.get("quality") or ())
     for one in (result.get("decontamination") or {"benchmarks": []})["benchmarks"]:
         questions = counted(one["num_questions"], "question")
         share = one["num_found"] / one["num_questions"]

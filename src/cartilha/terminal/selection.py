@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 from cartilha.terminal.tables import FittingTable, Parts, Values
@@ -45,3 +46,18 @@ def selection(facts: Values) -> Parts:
 def _shares(title: str, found: list[Values], key: str) -> Parts:
     rows = [[row[key] or "-", f"{100 * row['pool']:.2f} %", f"{100 * row['chosen']:.2f} %"] for row in found]
     yield FittingTable((title, "of the pool", "of the chosen"), rows)
+
+
+def quality(signals: Sequence[Values]) -> Parts:
+    """The scores by which documents are kept or left out, and the documents at both ends."""
+    for facts in signals:
+        low, high = facts["kept"]
+        limits = [f"from {low:.4g}"] * (low is not None) + [f"up to {high:.4g}"] * (high is not None)
+        points = ", ".join(f"{float(share):.0%} below {value:.4g}" for share, value in facts["quantiles"].items())
+        yield (
+            f"{facts['signal'].capitalize()} of {facts['num_scored']:,} documents under {facts['model']}: {points};"
+            f" kept {' '.join(limits) or 'all'}"
+        )
+        for name in ("lowest", "highest"):
+            rows = [[row["doc_id"], f"{row['score']:.4g}", row["begins"]] for row in facts[name]]
+            yield FittingTable((f"{name} {facts['signal']}", facts["signal"], "begins"), rows, words=(0, 2))
