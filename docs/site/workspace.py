@@ -1,7 +1,6 @@
 """What the pages' commands find in their folder: texts, a tiny OPT under the names that pages use, a store, a run."""
 
 import os
-import shutil
 from pathlib import Path
 
 from tokenizers import ByteLevelBPETokenizer
@@ -16,7 +15,10 @@ RUNS = ("RUN", "TREINO")
 STORES = ("pt", "en", "code", "codigo")  # of different texts, with the domains wiki and news
 FOLDERS = ("crawl", "coleta"), ("good-texts", "textos-bons")
 
-lines = [" ".join(document.text.split()) + "\n" for document in read_primer()]
+texts = [document.text for document in read_primer()]
+for page in sorted(Path(__file__).parents[1].glob("pt/*.md")):  # more of the same language
+    texts += page.read_text(encoding="utf-8").split("\n\n")
+lines = [" ".join(text.split()) + "\n" for text in texts if len(text) > 80]
 for name in TEXTS:
     Path(name).write_text("".join(lines), encoding="utf-8")
 trained = ByteLevelBPETokenizer()
@@ -38,6 +40,5 @@ for number, name in enumerate(STORES):
         Path(f"text-{name}", domain, "text.txt").write_text("".join(text), encoding="utf-8")
     cartilha.prepare(cartilha.PrepareConfig(input=f"text-{name}", model="M", output=name))
 cartilha.prepare(cartilha.PrepareConfig(input="primer", model="M", output="STORE"))
-shutil.copytree("STORE", "store")
 for name in RUNS:
     cartilha.train(cartilha.TrainConfig(model="M", store="STORE", output=name, max_steps=2, skip_english=True))
