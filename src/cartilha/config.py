@@ -195,7 +195,7 @@ class TrainConfig(ComputeOptions):
         False, "compute each layer twice instead of keeping it: less memory, a third slower"
     )
     compile: Literal["auto", "always", "never"] = option(
-        "auto", "compile the model (torch.compile): auto does on a GPU, for runs of 100 steps and more"
+        "auto", "compile the model (torch.compile): auto does on a GPU, for runs of 30 steps and more"
     )
     seed: int = deciding(0, "order of the documents, and fresh weights of random: models", minimum=0, maximum=2**63 - 1)
     resume: Literal["never", "auto"] = option(

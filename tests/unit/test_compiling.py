@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,7 +25,7 @@ from cartilha.model.attention import KERNELS
 from cartilha.model.compiling import CompiledBody, training_body
 from cartilha.model.forward import batch_nll
 from cartilha.model.packed_or_rows import use_document_attention
-from cartilha.model.recomputation import checkpoint_layers
+from cartilha.model.recomputation import checkpoint_layers, layers_of
 from cartilha.model.segment_attention import causal_mask
 from cartilha.tokens.packed import PackedDocuments
 from cartilha.training.loop import StepSettings, train_steps
@@ -40,6 +41,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen2": {**GLU, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
     "gemma": {**GLU, "head_dim": 16},
 }
+KINDS_OF_LAYER = {"qwen2": 2}  # where not all layers are alike: one of two has a window
 
 
 @pytest.fixture(autouse=True)
@@ -147,26 +149,34 @@ def test_one_graph_serves_all_batches(name):
     body = CompiledBody(model, counter)
     for batch in BATCHES:
         assert_same(gradients(model, batch, body), gradients(model, batch, None))
-    assert body.is_compiled and counter.frame_count == 1
+    assert body.is_compiled and counter.frame_count == KINDS_OF_LAYER.get(name, 1)
     assert not counters["graph_break"]
 
 
-@pytest.mark.parametrize("name", ["opt", "qwen2"])
-def test_one_graph_serves_all_batches_with_variable_length_attention(name, varlen_on_cpu, monkeypatch):
-    model, counter = tiny(name), CompileCounterWithBackend("aot_eager")
-    expected = [gradients(model, batch, None, torch.bfloat16) for batch in BATCHES]
+def test_the_layers_are_themselves_again_after_a_pass():
+    model = tiny("opt")
+    body = CompiledBody(model, CompileCounter())
+    plain = [layer.forward for layer in layers_of(model)]
+    gradients(model, BATCHES[0], body)
+    assert [layer.forward for layer in layers_of(model)] == plain
+
+
+@pytest.mark.parametrize("architecture", ["opt", "qwen2"])
+def test_one_graph_serves_all_batches_with_variable_length_attention(architecture, varlen_on_cpu, monkeypatch):
+    model, counter = tiny(architecture), CompileCounterWithBackend("aot_eager")
+    batches = [*BATCHES, packed([0] * 40)]
+    expected = [gradients(model, batch, None, torch.bfloat16) for batch in batches]
     monkeypatch.setattr(forward, "choose_kernel", lambda *hardware: "varlen")
     body = CompiledBody(model, counter)
-    assert body.capacity(max(len(batch.segment_lengths) for batch in BATCHES)) == 16
     varlen_on_cpu.clear()
-    for batch, exact in zip(BATCHES, expected, strict=True):
+    for batch, exact in zip(batches, expected, strict=True):
         found = gradients(model, batch, body, torch.bfloat16)
         assert found["loss"].item() == pytest.approx(exact["loss"].item(), rel=1e-3)
         for name, gradient in exact.items():
             assert (found[name] - gradient).norm() < 0.1 * gradient.norm() + 1e-3, name
-    assert body.is_compiled and counter.frame_count == 1
+    assert body.is_compiled and counter.frame_count == KINDS_OF_LAYER.get(architecture, 1)
     assert not counters["graph_break"]
-    assert varlen_on_cpu == [17] * 2 * len(BATCHES)  # a fixed number of boundaries, in both layers
+    assert varlen_on_cpu == [17] * 2 * len(BATCHES) + [33] * 2  # numbers of boundaries, in both layers
 
 
 def varlen_attn_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
@@ -207,7 +217,7 @@ def test_variable_length_attention_of_older_versions_of_torch(name, older, varle
         assert found["loss"].item() == pytest.approx(expected["loss"].item(), rel=1e-3)
         for parameter, gradient in expected.items():
             assert (found[parameter] - gradient).norm() < 0.1 * gradient.norm() + 1e-3, parameter
-    assert body.is_compiled and counter.frame_count == 1
+    assert body.is_compiled and counter.frame_count == KINDS_OF_LAYER.get(name, 1)
 
 
 def test_python_values_that_change_would_make_a_graph_each(monkeypatch):
@@ -238,9 +248,21 @@ def test_layers_that_are_computed_twice_are_compiled_too():
     assert body.is_compiled and counter.frame_count == 1 and not counters["graph_break"]
 
 
-def test_room_for_segments_grows_in_powers_of_two_and_never_shrinks():
-    body = CompiledBody(tiny("opt"), "eager")
-    assert [body.capacity(n) for n in (100, 90, 128, 129, 600, 3)] == [128, 128, 128, 256, 1024, 1024]
+@torch._dynamo.config.patch(recompile_limit=1)
+def test_too_many_graphs_end_in_plain_code_and_that_is_said(caplog):
+    model, counter = tiny("opt"), CompileCounter()
+    body = CompiledBody(model, counter)
+    for rows in (2, 1):
+        batch = packed([7, 1, 9, 20, 2, 12, 5], rows)
+        assert_same(gradients(model, batch, body), gradients(model, batch, None))
+    assert not body.is_compiled and "The model could not be compiled" in caplog.text
+
+
+def test_compiled_code_is_kept_in_the_users_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("CARTILHA_CACHE", str(tmp_path))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    CompiledBody(tiny("opt"), "eager")
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "inductor")
 
 
 def train(model: PreTrainedModel, body: CompiledBody | None, micro_batch_size: int = 2) -> list[float]:
@@ -309,8 +331,8 @@ def test_memory_that_runs_out_halves_the_micro_batch_of_a_compiled_body(monkeypa
 @pytest.mark.parametrize(
     ("device", "choice", "num_steps", "compiler", "compiled"),
     [
-        ("cuda", "auto", 100, True, True),
-        ("cuda", "auto", 99, True, False),
+        ("cuda", "auto", 30, True, True),
+        ("cuda", "auto", 29, True, False),
         ("cuda", "auto", 100, False, False),
         ("cuda", "never", 100, True, False),
         ("cpu", "auto", 100, True, False),

@@ -189,7 +189,9 @@ class _Varlen(Kernel):
         cumulative = np.zeros(max(capacity, len(lengths)) + 1, np.int32)
         cumulative[1 : len(lengths) + 1] = np.cumsum(lengths)
         cumulative[len(lengths) + 1 :] = cumulative[len(lengths)]
-        return cls(row_length, to_device(cumulative, device))
+        boundaries = to_device(cumulative, device)
+        torch._dynamo.mark_dynamic(boundaries, 0)  # one graph for all numbers of segments
+        return cls(row_length, boundaries)
 
     @classmethod
     def is_for(cls, device_type: str, capability: tuple[int, int] | None, dtype: torch.dtype) -> bool:

@@ -6,7 +6,9 @@ graph serves all steps: what changes from batch to batch reaches it as tensors o
 
 from __future__ import annotations
 
+import functools
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,10 +21,12 @@ from cartilha.machine.devices import compile_pays
 from cartilha.machine.memory import is_out_of_memory
 from cartilha.model.head import body_of
 from cartilha.model.packed_or_rows import runs_packed
+from cartilha.model.recomputation import layers_of
+from cartilha.model_reference import cache_directory
 
 log = logging.getLogger("cartilha")
 
-MIN_STEPS_TO_COMPILE = 100  # shorter runs would spend more time compiling than they save
+MIN_STEPS_TO_COMPILE = 30  # shorter runs would spend more time compiling than they save
 
 
 @dataclass
@@ -55,27 +59,35 @@ class CompiledOrPlain:
 
 
 class CompiledBody(CompiledOrPlain):
-    """The model's body (all but the head), compiled for training: one graph for each shape of batch.
+    """The model's body (all but the head), compiled for training: one graph for each shape of batch and kind of layer.
 
-    A backward pass is compiled when it first runs: whoever runs it must hand its errors to `give_up`. `backend` is that
-    of torch.compile; tests count graphs with others.
+    Each layer is compiled by itself, since layers of one kind then share a graph. A body without layers that are known
+    as such is compiled whole. A backward pass is compiled when it first runs: whoever runs it must hand its errors to
+    `give_up`. `backend` is that of torch.compile; tests count graphs with others.
     """
 
     def __init__(self, model: PreTrainedModel, backend: str | Callable[..., Any] = "inductor") -> None:
-        body = body_of(model)
-        # Shapes are constants: micro-batches have one size, or a few after memory ran out.
-        super().__init__(torch.compile(body, dynamic=False, backend=backend), body, "The model")
-        self._capacity = 0
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_directory() / "inductor"))
+        body, layers = body_of(model), layers_of(model)
+        # Shapes are constants: micro-batches have one size, or a few after memory ran out. What would leave the graph
+        # is an error, so that it can be said.
+        compiled = functools.partial(torch.compile, dynamic=False, fullgraph=True, backend=backend)
+        self._layers = [(layer, layer.forward, compiled(layer.forward)) for layer in layers]
+        super().__init__(self._layerwise if layers else compiled(body), body, "The model")
 
-    def capacity(self, num_segments: int) -> int:
-        """Room for the segments of a batch, the same for similar batches: it doubles when needed and never shrinks.
+    def _layerwise(self, *args: Any, **kwargs: Any) -> Any:
+        for layer, _, compiled in self._layers:
+            layer.forward = compiled
+        try:
+            return self.plain(*args, **kwargs)
+        finally:
+            for layer, plain, _ in self._layers:
+                layer.forward = plain
 
-        Flash attention starts a block of threads for each segment, and those of no length cost a little. Therefore the
-        bound follows from the batches, not from the worst text (a document every two positions).
-        """
-        while self._capacity < num_segments:  # at first a quarter above the batch, rounded up to a power of two
-            self._capacity = max(2 * self._capacity, 2 ** (num_segments * 5 // 4).bit_length())
-        return self._capacity
+    @staticmethod
+    def capacity(num_segments: int) -> int:
+        """Room for the segments of a batch: the next multiple of 16, since a graph knows neither 0 nor 1 as sizes."""
+        return -(-num_segments // 16) * 16
 
 
 def training_body(model: PreTrainedModel, choice: str, num_steps: int) -> CompiledBody | None:
