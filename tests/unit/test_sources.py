@@ -13,7 +13,14 @@ from huggingface_hub import errors as hub_errors
 
 from cartilha import model_reference as sources
 from cartilha.errors import HubUnreachableError, UserError
-from cartilha.model_reference import ModelSource, cache_directory, conversion_directory, download, resolve_model
+from cartilha.model_reference import (
+    ModelSource,
+    adapter_base,
+    cache_directory,
+    conversion_directory,
+    download,
+    resolve_model,
+)
 
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 250540281\n"
 
@@ -95,14 +102,18 @@ def test_a_run_stands_for_its_model(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("settings", ['{"base_model_name_or_path": "facebook/opt-125m"}', "{", "[]", "{}"])
-def test_an_adapter_is_no_model(tmp_path, settings):
+def test_an_adapter_names_its_base(tmp_path, settings, monkeypatch):
     (tmp_path / "adapter_config.json").write_text(settings)
     (tmp_path / "adapter_model.safetensors").touch()
-    sentence = complaint(str(tmp_path))
-    assert "LoRA adapter" in sentence and "merge_and_unload" in sentence
-    assert ("facebook/opt-125m" in sentence) == ("opt" in settings)
-    (tmp_path / "config.json").write_text("{}")  # merged in place
-    assert resolve_model(str(tmp_path)).kind == "directory"
+    if "opt" in settings:
+        assert adapter_base(tmp_path) == "facebook/opt-125m"
+        monkeypatch.setattr(sources, "find_spec", lambda module: None)
+        assert "extra `adapters`" in complaint(str(tmp_path))
+    else:
+        assert "adapter_config.json names no base model" in complaint(str(tmp_path))
+    for name in ("config.json", "model.safetensors"):  # merged in place
+        (tmp_path / name).write_text("{}")
+    assert resolve_model(str(tmp_path)).kind == "directory" and adapter_base(tmp_path) is None
 
 
 @pytest.mark.parametrize("asked", ["NFC", "NFD"])

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Self
 
-from cartilha.config import ReadingOptions
 from cartilha.corpus.files import SourceFile
 from cartilha.corpus.lines import Fault, Span, read_lines
 from cartilha.errors import UserError
+from cartilha.option_groups import ReadingOptions
 
 DOMAIN_KEYS = ("domain", "genre", "source")
 

@@ -8,13 +8,13 @@ from functools import cached_property
 
 import torch
 
-from cartilha.config import ComputeOptions, ScoringOptions
 from cartilha.errors import UserError
 from cartilha.evaluation.windows import Protocol, make_protocol
 from cartilha.machine.devices import choose_dtype, dtype_name
 from cartilha.model.configuration import NO_LIMIT
 from cartilha.model.head import head_of
 from cartilha.model.load import LoadedModel, load_model
+from cartilha.option_groups import ComputeOptions, ScoringOptions
 from cartilha.tokens.store import TokenStore, tokenizer_for
 from cartilha.tokens.tokenizer import TextTokenizer
 

@@ -13,6 +13,7 @@ from cartilha.model_reference import (
     MODEL_FILES,
     RANDOM_SHAPES,
     ModelSource,
+    adapter_base,
     download,
     download_model,
     resolve_model,
@@ -30,6 +31,8 @@ def model_config(reference: str, tokenizer: TextTokenizer | None = None) -> Pret
     if source.kind == "random":
         return _random_config(source.name, tokenizer)
     place = place_of(source, with_weights=False)
+    if (base := adapter_base(Path(place))) is not None:
+        return model_config(base, tokenizer)
     refuse_lfs_pointer(Path(place) / "config.json")
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(place, trust_remote_code=False)

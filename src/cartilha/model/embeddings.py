@@ -13,7 +13,7 @@ from cartilha.errors import HubUnreachableError, UserError
 from cartilha.model.configuration import context_length, place_of
 from cartilha.model.head import head_of
 from cartilha.model.load import LoadedModel, load_model
-from cartilha.model_reference import resolve_model
+from cartilha.model_reference import adapter_base, resolve_model
 from cartilha.tokens.tokenizer import TextTokenizer
 
 ROWS_MULTIPLE = 8  # as tensor cores need
@@ -45,7 +45,8 @@ class ModelShape:
 def model_shape(reference: str, tokenizer: TextTokenizer) -> ModelShape | None:
     """The shape of a MODEL argument, without its weights if possible; None for a folder with a tokenizer alone."""
     source = resolve_model(reference)
-    if source.kind in ("random", "gguf"):
+    is_adapter = source.path is not None and adapter_base(source.path) is not None
+    if source.kind in ("random", "gguf") or is_adapter:
         return shape_of(load_model(reference, torch.device("cpu"), tokenizer=tokenizer).model)
     try:
         config = AutoConfig.from_pretrained(place_of(source, with_weights=False), trust_remote_code=False)

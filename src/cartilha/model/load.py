@@ -23,12 +23,13 @@ from transformers.utils import logging as transformers_logging
 from cartilha.errors import UserError, first_line
 from cartilha.machine.cpu import keep_freed_memory, settle_cpu_functions
 from cartilha.machine.devices import seed_everything
+from cartilha.model.adapters import Adapter, add_adapter, merge_adapter, save_adapter
 from cartilha.model.configuration import context_length, model_config, place_of, with_layers
 from cartilha.model.head import HeadShape, find_head_shape, head_of
 from cartilha.model.packed_or_rows import PACKED, HowItRuns, how_it_runs, is_known, use_document_attention
 from cartilha.model.recomputation import layers_of
 from cartilha.model.rows import refuse_what_cannot_run
-from cartilha.model_reference import resolve_model, unreadable
+from cartilha.model_reference import adapter_base, resolve_model, unreadable
 from cartilha.storage import refuse_lfs_pointer
 from cartilha.tokens.tokenizer import TextTokenizer
 
@@ -55,6 +56,7 @@ class LoadedModel:
     context_length: int  # most positions that the model takes
     num_parameters: int  # tied weights counted once
     commit: str | None = None  # of a hub model: the one that was read
+    base_hash: str | None = None  # of the weights that an adapter leaves as they are
 
 
 def load_model(
@@ -66,17 +68,34 @@ def load_model(
     that there is no such model, or what is wrong with its files, its architecture or its tokenizer.
     """
     transformers_logging.disable_progress_bar()  # for loading and saving; the console has our own
+    model, commit = _weights_of(reference, tokenizer, seed)
+    return replace(prepare_model(model, reference, device, tokenizer), commit=commit)
+
+
+def _weights_of(reference: str, tokenizer: TextTokenizer | None, seed: int) -> tuple[PreTrainedModel, str | None]:
+    """The model as transformers makes it, an adapter merged into its base, and the commit of a hub model."""
     source, config = resolve_model(reference), model_config(reference, tokenizer)
     if source.kind == "random":
         seed_everything(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    else:
-        place = place_of(source)
-        model = _from_pretrained(reference, place)
-        if source.kind == "hub":
-            model.config.name_or_path = source.name  # a saved model names it, and not a directory of this machine
-            return replace(prepare_model(model, reference, device, tokenizer), commit=Path(place).name)
-    return prepare_model(model, reference, device, tokenizer)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32), None
+    place = place_of(source)
+    commit = Path(place).name if source.kind == "hub" else None
+    if (base := adapter_base(Path(place))) is not None:
+        model, _ = _weights_of(base, tokenizer, seed)
+        return merge_adapter(model, Path(place), reference, weights_hash(model)), commit
+    model = _from_pretrained(reference, place)
+    if source.kind == "hub":
+        model.config.name_or_path = source.name  # a saved model names it, and not a directory of this machine
+    return model, commit
+
+
+def with_adapter(loaded: LoadedModel, adapter: Adapter, seed: int) -> LoadedModel:
+    """The model, frozen in place, with a new adapter whose first weights follow from the seed."""
+    base_hash = weights_hash(loaded.model)
+    seed_everything(seed)
+    add_adapter(loaded.model, adapter)
+    number = loaded.num_parameters + sum(p.numel() for name, p in loaded.model.named_parameters() if ".lora_" in name)
+    return replace(loaded, num_parameters=number, base_hash=base_hash)
 
 
 def prepare_model(
@@ -179,6 +198,18 @@ def _reduced(settings: dict[str, Any]) -> PretrainedConfig:
         if name.endswith("_token_id") and isinstance(value, int) and value >= num_ids:
             settings[name] = None
     return AutoConfig.for_model(**{**settings, "vocab_size": num_ids})
+
+
+def save_model(loaded: LoadedModel, folder: Path, dtype: torch.dtype) -> None:
+    """Write a trained model, or its adapter alone, as transformers and peft read it.
+
+    The model is converted in place, so that nothing can be computed with it afterwards.
+    """
+    if loaded.base_hash is not None:
+        save_adapter(loaded.model, loaded.reference, loaded.base_hash, folder, dtype)
+        return
+    torch.nn.Module.to(loaded.model, dtype)
+    loaded.model.save_pretrained(folder)
 
 
 def weights_hash(model: PreTrainedModel) -> str:

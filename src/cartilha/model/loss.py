@@ -20,7 +20,7 @@ from cartilha.machine.devices import compile_pays
 from cartilha.model.compiling import CompiledOrPlain
 from cartilha.model.head import Head, HeadShape
 from cartilha.model.products import add_product, cpu_product_dtype
-from cartilha.model.weight_gradients import factor_in_place, gradient_of
+from cartilha.model.weight_gradients import computes_in_place, factor_in_place, gradient_of
 
 CHUNK_TOKENS = 1024
 _Manner = tuple[HeadShape, torch.dtype, float | None]
@@ -39,12 +39,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         shape, dtype, known_factor = manner
         in_place = known_factor is not None
-        if in_place:  # on a CPU, in training
-            dtype = cpu_product_dtype(dtype)
         head, whole = weight.detach().to(dtype), Head(weight, bias, shape)
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = gradient_of(weight) if in_place else torch.zeros_like(weight, dtype=torch.float32)
+        grad_weight = None  # of a frozen head
+        if ctx.needs_input_grad[1]:
+            grad_weight = gradient_of(weight) if in_place else torch.zeros_like(weight, dtype=torch.float32)
         nll = torch.zeros((), dtype=torch.float32, device=hidden.device)
         # All chunks share one buffer: fresh memory costs more than the arithmetic (docs/log.md).
         buffer = hidden.new_empty((min(CHUNK_TOKENS, len(targets)), len(weight)), dtype=dtype)
@@ -62,7 +62,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_bias is not None:
                 grad_bias += grad_logits.sum(dim=0, dtype=torch.float32)
             grad_hidden[rows] = grad_logits @ head
-            add_product(grad_weight, grad_logits.T, states, 1.0 if known_factor is None else known_factor)
+            if grad_weight is not None:
+                add_product(grad_weight, grad_logits.T, states, 1.0 if known_factor is None else known_factor)
         ctx.known_factor = known_factor
         ctx.save_for_backward(grad_hidden, None if in_place else grad_weight, grad_bias)
         return nll
@@ -122,6 +123,8 @@ def linear_cross_entropy(hidden: Tensor, head: Head, targets: Tensor, dtype: tor
     `hidden` are last hidden states (num_tokens, hidden_size), `targets` shifted token ids (num_tokens,) with
     `IGNORE_INDEX` where nothing is scored. Matrix products run in `dtype`.
     """
+    if computes_in_place(head.weight):  # on a CPU, in training
+        dtype = cpu_product_dtype(dtype)
     manner = (head.shape, dtype, factor_in_place(head.weight))
     nll: Tensor = _LinearCrossEntropy.apply(hidden, head.weight, head.bias, targets, manner)
     return nll

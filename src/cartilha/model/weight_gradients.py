@@ -53,6 +53,12 @@ def factor_in_place(weight: Tensor) -> float | None:
     return _factor.get() if is_ours else None
 
 
+def computes_in_place(weight: Tensor) -> bool:
+    """Whether products with this weight are ours; those with a frozen one are, too, for the sake of their dtype."""
+    is_ours = weight.is_leaf and weight.device.type == "cpu" and weight.is_floating_point()
+    return is_ours and torch.is_grad_enabled() and _factor.get() is not None
+
+
 def gradient_of(weight: Tensor) -> Tensor:
     """The weight's gradient so far, to add to; zeros if there is none."""
     if weight.grad is None:
@@ -72,12 +78,12 @@ class _OwnLayers(TorchFunctionMode):
 
 
 def _linear(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-    return None if factor_in_place(weight) is None else _Linear.apply(states, weight, bias, False)
+    return _Linear.apply(states, weight, bias, False) if computes_in_place(weight) else None
 
 
 def _addmm(bias: Tensor, states: Tensor, weight: Tensor, **kwargs: Any) -> Any:
     """GPT-2's linear layer, whose weight has the shape (in, out)."""
-    return None if kwargs or factor_in_place(weight) is None else _Linear.apply(states, weight, bias, True)
+    return _Linear.apply(states, weight, bias, True) if not kwargs and computes_in_place(weight) else None
 
 
 def _embedding(
@@ -91,7 +97,7 @@ _OWN: dict[Any, Callable[..., Any]] = {F.linear: _linear, torch.addmm: _addmm, F
 
 
 class _Linear(torch.autograd.Function):
-    """states @ weight.T + bias; the weight is kept once, as it is.
+    """states @ weight.T + bias; the weight is kept once, as it is, and a frozen one gets no gradient.
 
     Inputs are kept and results are returned in autocast's dtype if it is on. The product itself may be computed in
     float32 (`cpu_product_dtype`).
@@ -105,7 +111,8 @@ class _Linear(torch.autograd.Function):
             matrix = (weight.T if is_transposed else weight).to(ctx.product_dtype)
             offset = bias if bias is None else bias.to(ctx.product_dtype)
             result = F.linear(states.to(ctx.product_dtype), matrix, offset).to(half)
-        ctx.save_for_backward(states.to(half))
+        # A frozen weight needs no states for its gradient.
+        ctx.save_for_backward(states.to(half) if weight.requires_grad else None)
         # Not by save_for_backward, which may return an alias: gradients are added to the weight's own `grad`.
         ctx.weight, ctx.is_transposed, ctx.states_dtype = weight, is_transposed, states.dtype
         return result
@@ -116,9 +123,11 @@ class _Linear(torch.autograd.Function):
         gradient = grad_outputs[0].to(ctx.product_dtype)
         matrix = (weight.T if ctx.is_transposed else weight).to(ctx.product_dtype)
         by_states = (gradient @ matrix).to(ctx.states_dtype) if ctx.needs_input_grad[0] else None
-        rows, inputs = gradient.flatten(0, -2), states.flatten(0, -2).to(ctx.product_dtype)
-        left, right = (inputs, rows) if ctx.is_transposed else (rows, inputs)
-        add_product(gradient_of(weight), left.T, right)
+        rows = gradient.flatten(0, -2)
+        if weight.requires_grad:
+            inputs = states.flatten(0, -2).to(ctx.product_dtype)
+            left, right = (inputs, rows) if ctx.is_transposed else (rows, inputs)
+            add_product(gradient_of(weight), left.T, right)
         return by_states, None, rows.sum(dim=0) if ctx.needs_input_grad[2] else None, None
 
 

@@ -15,6 +15,7 @@ from cartilha.config import InspectConfig
 from cartilha.corpus.primer import PrimerCount, primer_table
 from cartilha.corpus.splits import SPLITS, Split
 from cartilha.errors import UserError, counted
+from cartilha.model_reference import ADAPTER_CONFIG
 from cartilha.pipeline.result import Result
 from cartilha.preparation.selection_report import explain, not_chosen
 from cartilha.tokens.store import TokenStore
@@ -70,7 +71,7 @@ def _is_model(what: str) -> bool:
     if what.startswith(("random:", "package:")) or what.endswith(".gguf"):
         return True
     if path.is_dir():
-        return any((path / name).is_file() for name in ("config.json", "results.json"))
+        return any((path / name).is_file() for name in ("config.json", "results.json", ADAPTER_CONFIG))
     return re.fullmatch(r"[\w.-]+/[\w.-]+", what) is not None and not path.parent.exists()
 
 

@@ -16,8 +16,9 @@ from cartilha.console import log
 from cartilha.errors import UserError, counted
 from cartilha.machine.devices import choose_device, choose_dtype, dtype_name
 from cartilha.machine.memory import is_out_of_memory
+from cartilha.model.adapters import Adapter
 from cartilha.model.configuration import context_length, model_config
-from cartilha.model.load import load_model, look_at
+from cartilha.model.load import load_model, look_at, with_adapter
 from cartilha.model.recomputation import checkpoint_layers
 from cartilha.pipeline.preflight import preflight
 from cartilha.reporting.notebook import plan_html
@@ -78,7 +79,7 @@ class _Planned:
         fits = step.total <= SAFETY * self.facts.memory_bytes
         # Layers that are computed twice take another forward pass: 8 operations instead of 6.
         twice = 4 / 3 if config.gradient_checkpointing and self.measured_at is None else 1.0
-        flops_each = flops_per_token(self.model, self.memory.size.num_parameters, block_size)
+        flops_each = _flops(self.model, self.memory.size, block_size)
         rate = self.flops / flops_each / twice if fits else None
         hours = self.tokens / rate / 3600 if self.tokens and rate else None
         return {
@@ -119,7 +120,7 @@ def plan(config: PlanConfig) -> PlanResult:
     store = TokenStore(config.store) if config.store else None
     model = model_config(config.model, store.tokenizer() if store and config.model.startswith("random:") else None)
     sizes = _block_sizes(config, context_length(model))
-    states = StateSize.planned(model, config.optimizer)
+    states = StateSize.planned(model, config.optimizer, Adapter.of(config))
     counts = store.counts["train"] if store else None
     tokens = config.epochs * (counts.num_tokens + counts.num_documents) if counts else None
     names = dict.fromkeys(config.device or ("auto", *KNOWN_DEVICES))
@@ -138,11 +139,12 @@ def plan(config: PlanConfig) -> PlanResult:
         {
             "model": config.model,
             "num_parameters": states.num_parameters,
+            "num_trained": states.num_trained,
             "optimizer": states.optimizer,
             "context_length": context_length(model),
             "runs": seen.line,
             "state_bytes": states.training_bytes,
-            "flops_per_token": {str(size): flops_per_token(model, states.num_parameters, size) for size in sizes},
+            "flops_per_token": {str(size): _flops(model, states, size) for size in sizes},
             "batch_tokens": config.batch_tokens,
             "epochs": config.epochs,
             "train_tokens": tokens,
@@ -182,9 +184,13 @@ def _device(config: PlanConfig, model: PretrainedConfig, name: str, tokens: int 
     else:
         facts = KNOWN_DEVICES[name]
     facts = facts.for_model(model)
-    how = facts.computation(checkpointing=config.gradient_checkpointing)
+    how = facts.computation(checkpointing=config.gradient_checkpointing, adapter=Adapter.of(config))
     memory = MemoryModel(model, how, overhead_bytes=facts.overhead_bytes, size=states)
     return _Planned(config, model, facts, memory, tokens, facts.peak_flops * facts.share)
+
+
+def _flops(model: PretrainedConfig, states: StateSize, block_size: int) -> int:
+    return flops_per_token(model, states.num_parameters, block_size, states.num_frozen)
 
 
 def _refuse_what_fits_nowhere(model: str, states: StateSize, devices: list[DeviceFacts]) -> None:
@@ -230,6 +236,8 @@ def _probe(planned: _Planned, block_size: int) -> _Planned:
     device = torch.device(planned.facts.kind)
     tokens = PROBE_TOKENS_CUDA if device.type == "cuda" else PROBE_TOKENS
     loaded = load_model(planned.config.model, device)
+    if (adapter := Adapter.of(planned.config)) is not None:
+        loaded = with_adapter(loaded, adapter, seed=0)
     if planned.config.gradient_checkpointing:
         checkpoint_layers(loaded.model)
     blocks = max(1, tokens // block_size)
@@ -244,5 +252,5 @@ def _probe(planned: _Planned, block_size: int) -> _Planned:
     records = list(train_steps(state, sampler, schedule, StepSettings(planned.facts.dtype, blocks)))
     rate = max(blocks * block_size / record.seconds for record in records[1:])
     log.info("%s tokens/s, in %.0f s.", f"{rate:,.0f}", time.perf_counter() - began)
-    flops = rate * flops_per_token(planned.model, planned.memory.size.num_parameters, block_size)
+    flops = rate * _flops(planned.model, planned.memory.size, block_size)
     return replace(planned, flops=flops, measured_at=block_size)

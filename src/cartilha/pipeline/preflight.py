@@ -21,7 +21,7 @@ from cartilha.evaluation.decoding import check_decoding
 from cartilha.evaluation.windows import first_tokens
 from cartilha.explorer.port import listen
 from cartilha.machine.processes import is_main_process, world
-from cartilha.model_reference import resolve_model
+from cartilha.model_reference import adapter_base, check_4_bits, resolve_model
 from cartilha.runs.decay import decaying
 from cartilha.runs.files import check_output, read_status, run_directory
 from cartilha.settings import Settings
@@ -91,6 +91,7 @@ _TEXTS: dict[str, Callable[[str], object]] = {
     "validate_every": lambda text: parse_amount(text, "--validate_every"),
 }
 _EXTRAS = {
+    "lora": ("peft", "A LoRA adapter (--lora)", "adapters"),
     "continuations": ("sacrebleu", "The measure chrF or BLEU (sacrebleu)", "eval"),
     "near_duplicates": ("rensa", "The search for near-duplicates", "text"),
     "tasks": ("lm_eval", "A downstream task", "eval"),
@@ -129,6 +130,29 @@ def _check_batch(config: configs.TrainConfig | configs.PlanConfig) -> None:
         )
 
 
+def _check_adapter(config: configs.TrainConfig | configs.PlanConfig) -> None:
+    if config.lora is None:
+        for name, value in (("lora_embeddings", config.lora_embeddings), ("lora_base", config.lora_base != "float32")):
+            if value:
+                raise UserError(f"--{name} is about an adapter; give its rank with --lora, or leave --{name} out.")
+    if config.lora_base == "4bit":
+        _check_extra("bitsandbytes", "A base of 4 bits (--lora_base 4bit)", "quantization")
+    if isinstance(config, configs.PlanConfig):
+        return
+    if config.lora_base == "4bit" and config.device != "auto":
+        check_4_bits(config.device)
+    if config.lora_base != "float32" and config.dtype == "float32":
+        raise UserError(
+            f"A base in {config.lora_base} is not computed with in float32; leave out --dtype float32, or --lora_base."
+        )
+    if (
+        config.lora is not None
+        and not config.lora_embeddings
+        and parse_share(config.embeddings_first, "embeddings_first")
+    ):
+        raise UserError("--embeddings_first trains the embeddings, which --lora freezes; add --lora_embeddings.")
+
+
 # Commands
 
 
@@ -143,6 +167,7 @@ def _job(config: configs.RunConfig) -> None:
     _check_required(prepare)
     read_request(prepare)
     _check_places(config)
+    _check_adapter(config.train)
     _check_batch(config.train)
     _check_mix(replace(config.train, store=prepare.output))
     check_decoding(config.generate)
@@ -236,16 +261,22 @@ def _explore(config: configs.ExploreConfig) -> None:
 
 def _push(config: configs.PushConfig) -> None:
     folder = run_directory(config.run) / "model"
-    if not (folder / "config.json").is_file():
+    if (base := adapter_base(folder)) is not None:
+        if resolve_model(base).kind != "hub":
+            raise UserError(
+                f"{folder} holds an adapter of {base}, which nobody finds on the hub; push the whole model, which "
+                f"`cartilha merge {config.run}` makes."
+            )
+    elif not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no trained model; `cartilha train --resume auto` finishes a run.")
 
 
 # Commands that import neither torch nor transformers check the rest themselves.
 _CHECKS: dict[type[Any], tuple[Callable[[Any], None], ...]] = {
     configs.RunConfig: (_job,),
-    configs.TrainConfig: (_check_batch, _train),
+    configs.TrainConfig: (_check_adapter, _check_batch, _train),
     configs.CheckConfig: (_check_places,),
-    configs.PlanConfig: (_plan, _check_batch, _check_places),
+    configs.PlanConfig: (_plan, _check_adapter, _check_batch, _check_places),
     configs.EvaluateConfig: (_evaluate, _scored_text, _check_places),
     configs.CompareConfig: (_compare,),
     configs.GenerateConfig: (check_decoding, _check_places),

@@ -21,6 +21,7 @@ from cartilha.machine.devices import seed_everything
 from cartilha.machine.memory import is_out_of_memory, peak_memory_bytes
 from cartilha.machine.processes import from_rank_0, gather_objects, is_main_process
 from cartilha.model.compiling import training_body
+from cartilha.model.load import save_model
 from cartilha.pipeline.check import refuse_if_failed
 from cartilha.pipeline.preflight import preflight
 from cartilha.reporting.notebook import run_html
@@ -184,8 +185,8 @@ def _announce(run: Run) -> None:
     step = f"{counted(schedule.num_steps, 'step')} of {counted(sampler.tokens_per_step, 'token')}"
     blocks = f"{counted(sampler.blocks_per_step, 'block')} of {sampler.block_size}"
     log.info(
-        "Training %s (%.1f M parameters): %s (%s, micro-batch %d), %s on %s, lr %.2g.",
-        *(run.config.model, run.loaded.num_parameters / 1e6, step, blocks, run.plan.micro_batch_size),
+        "Training %s (%s): %s (%s, micro-batch %d), %s on %s, lr %.2g.",
+        *(run.config.model, _size(run), step, blocks, run.plan.micro_batch_size),
         *(run.settings["dtype"], run.loaded.model.device.type, schedule.peak_lr),
     )
     if run.mix is not None:
@@ -205,6 +206,12 @@ def _announce(run: Run) -> None:
             "--validate_every.",
             *(f"There {'is' if num_validations == 1 else 'are'} {counted(num_validations, 'validation')}", patience),
         )
+
+
+def _size(run: Run) -> str:
+    size, rank = run.plan.size, run.config.lora
+    total = f"{size.num_parameters / 1e6:.1f} M parameters"
+    return total if rank is None else f"LoRA of rank {rank}: {size.num_trained / 1e6:.1f} M of {total}"
 
 
 def _steps(run: Run, record: RunWriter) -> Generator[StepRecord, None, None]:
@@ -300,9 +307,7 @@ class _LogBook:
         self.measure_english(model_step)
         record.update(model_step=model_step, comparison=compare_with_first(run, model_step), notices=record.notices)
         with new_directory(run.path / "model", replace=True) as temporary:
-            # The model is converted in place: nothing computes with it any more.
-            torch.nn.Module.to(run.loaded.model, getattr(torch, run.config.save_dtype))
-            run.loaded.model.save_pretrained(temporary)
+            save_model(run.loaded, temporary, getattr(torch, run.config.save_dtype))
             run.scorer.tokenizer.save(temporary)
             write_atomically(temporary / "README.md", model_card(record.values))
         if ended_by == "steps" and not run.config.keep_optimizer:  # a longer time budget goes on with the states

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from cartilha.errors import UserError, counted
-from cartilha.model_reference import resolve_model
+from cartilha.model_reference import adapter_base, resolve_model
 from cartilha.runs.best import evaluation_of_model
 from cartilha.tokens.declared_tokens import read_tokenizer_json
 
@@ -34,6 +34,8 @@ def base_record(base: str, commit: str | None = None) -> dict[str, Any]:
     except UserError:  # the model has been removed since
         return {}
     record: dict[str, Any] = {}
+    if source.path is not None and (below := adapter_base(source.path)) is not None:
+        return base_record(below)
     if source.kind == "hub":
         from huggingface_hub import try_to_load_from_cache
 
@@ -72,14 +74,14 @@ def licence(record: dict[str, Any]) -> str:
     return f"That of the base model: {name}{link}. / A do modelo de base: {name}{link}."
 
 
-def _header(name: str, record: dict[str, Any], evaluation: Mapping[str, Any]) -> str:
+def _header(name: str, record: dict[str, Any], evaluation: Mapping[str, Any], library: str) -> str:
     values = {"perplexity": evaluation["perplexity"], "bits_per_byte": evaluation["bits_per_byte"]}
     metrics = [{"type": metric, "value": value} for metric, value in values.items() if value is not None]
     dataset = {"name": "held-out text", "type": "held-out"}
     result = {"task": {"type": "text-generation"}, "dataset": dataset, "metrics": metrics}
     header = {
         **record,
-        "library_name": "transformers",
+        "library_name": library,
         "pipeline_tag": "text-generation",
         "tags": ["cartilha", "continued-pretraining"],
         "model-index": [{"name": name, "results": [result]}],
@@ -103,7 +105,7 @@ def model_card(results: dict[str, Any]) -> str:
     num_documents = corpus["num_train_documents"]
     documents = f"{num_documents:,} {'documento' if num_documents == 1 else 'documentos'}"
     return f"""---
-{_header(results["name"], record, after)}---
+{_header(results["name"], record, after, "peft" if settings.get("lora") else "transformers")}---
 
 # {results["name"]}
 
@@ -111,7 +113,7 @@ def model_card(results: dict[str, Any]) -> str:
 ({counted(corpus["num_train_tokens"], "token")}; {counted(results["tokens"], "target")} seen). /
 `{shown}`, treinado adiante com o Cartilha em {documents}.
 
-{_chosen(results.get("selection")) + _mixed(results.get("sources"))}\
+{_adapter(settings, shown) + _chosen(results.get("selection")) + _mixed(results.get("sources"))}\
 | held-out text / texto de validação | before / antes | after / depois |
 |---|---|---|
 | perplexity / perplexidade | {before["perplexity"]:.2f} | {after["perplexity"]:.2f} |
@@ -131,6 +133,19 @@ Settings / configuração: block size {settings["block_size"]}, {counted(setting
 
 {licence(record)}
 """
+
+
+def _adapter(settings: dict[str, Any], base: str) -> str:
+    """That this is an adapter, if it is one, and what it was trained with."""
+    if not settings.get("lora"):
+        return ""
+    rank, trained = settings["lora"], f"{settings['num_trained'] / 1e6:.1f} M"
+    also = (" and its embeddings", " e os embeddings") if settings.get("lora_embeddings") else ("", "")
+    return (
+        f"This is a LoRA adapter of rank {rank}{also[0]} ({trained} parameters), to be loaded with peft on `{base}`, "
+        f"which was kept in {settings['lora_base']}. /\nEste é um adaptador LoRA de posto {rank}{also[1]} "
+        f"({trained} de parâmetros), para carregar com o peft sobre `{base}`, mantido em {settings['lora_base']}.\n\n"
+    )
 
 
 def _steps(results: dict[str, Any]) -> str:

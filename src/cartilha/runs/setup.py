@@ -21,9 +21,11 @@ from cartilha.machine.devices import choose_device, choose_dtype, describe_machi
 from cartilha.machine.memory import free_memory_bytes
 from cartilha.machine.processes import from_rank_0, is_main_process, world
 from cartilha.machine.versions import versions
+from cartilha.model.adapters import Adapter, adapter_of
 from cartilha.model.configuration import model_config
-from cartilha.model.load import LoadedModel, load_model, weights_hash
+from cartilha.model.load import LoadedModel, load_model, weights_hash, with_adapter
 from cartilha.model.recomputation import checkpoint_layers
+from cartilha.model_reference import check_4_bits
 from cartilha.runs.decay import SET_BY_DECAY
 from cartilha.runs.files import read_results, read_status
 from cartilha.runs.sources import Mix, identities, sources_of
@@ -122,7 +124,7 @@ def is_finished_as_asked(config: TrainConfig, path: Path) -> bool:
 
 
 def _schedule(config: TrainConfig, num_parameters: int, steps_per_epoch: int) -> Schedule:
-    lr = resolve_lr(config.lr, num_parameters)
+    lr = resolve_lr(config.lr, num_parameters, of_adapter=config.lora is not None)
     return Schedule(
         num_steps=_num_steps(config, steps_per_epoch),
         peak_lr=lr,
@@ -185,7 +187,7 @@ def assemble(config: TrainConfig, path: Path, prompts: GenerateConfig, resume: b
     schedule = _schedule(config, loaded.num_parameters, sampler.steps_per_epoch)
     settings = {
         **_asked(config, schedule),
-        "weights": weights_hash(loaded.model),
+        "weights": loaded.base_hash or weights_hash(loaded.model),
         "store": store.info["splits"]["train"]["corpus_hash"],
         "validation": store.info["splits"]["validation"]["corpus_hash"],
         "tokenizer": store.fingerprint,
@@ -224,11 +226,16 @@ def _text(config: TrainConfig, store: TokenStore, batch_tokens: int) -> tuple[Mi
 
 def _load(config: TrainConfig, tokenizer: TextTokenizer, device: torch.device) -> LoadedModel:
     """The model as it is trained; one that cannot fit is refused before its weights take memory."""
-    size = StateSize.planned(model_config(config.model, tokenizer), config.optimizer)
+    adapter = Adapter.of(config)
+    if adapter is not None and adapter.base == "4bit":
+        check_4_bits(device.type)
+    size = StateSize.planned(model_config(config.model, tokenizer), config.optimizer, adapter)
     place = "this machine" if device.type == "cpu" else f"this machine's {device.type} device"
     check_states_fit(size, free_memory_bytes(device), config.model, place)
     loaded = load_model(config.model, device, tokenizer=tokenizer, seed=config.seed)
     refuse_beyond_context(config.block_size, loaded.context_length, config.model)
+    if adapter is not None:
+        loaded = with_adapter(loaded, adapter, config.seed)
     loaded.model.train(config.dropout)
     if config.gradient_checkpointing:
         checkpoint_layers(loaded.model)
@@ -260,7 +267,8 @@ def _plan(config: TrainConfig, scorer: Scorer, sampler: BlockSampler, schedule: 
         asked = min(config.micro_batch_size, asked or share)
     loaded = scorer.loaded
     machine = this_machine(loaded.model.device, scorer.dtype)
-    shape = StepShape(config.block_size, share, asked, config.gradient_checkpointing, config.dropout)
+    adapter = adapter_of(loaded.model)
+    shape = StepShape(config.block_size, share, asked, config.gradient_checkpointing, config.dropout, adapter)
     plan = plan_run(loaded.model.config, machine, StateSize.of(loaded.model, config.optimizer), shape)
     if not machine.is_host or not is_main_process():  # a card's copy is in the host; the first process writes
         return plan
@@ -303,6 +311,7 @@ def facts(run: Run) -> dict[str, Any]:
             "num_processes": world()[1],
             "device": machine["device_name"],
             "num_parameters": run.loaded.num_parameters,
+            "num_trained": run.plan.size.num_trained,
             "model_commit": run.loaded.commit,
         },
         "corpus": corpus,

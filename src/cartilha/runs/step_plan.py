@@ -14,6 +14,7 @@ from cartilha.errors import UserError, counted, first_line
 from cartilha.machine.cpu import cpu_matmul_rate
 from cartilha.machine.devices import dtype_name
 from cartilha.machine.memory import available_memory_bytes
+from cartilha.model.adapters import Adapter
 from cartilha.model.attention import choose_kernel
 from cartilha.model.products import cpu_product_dtype
 from cartilha.training.device_facts import (
@@ -61,6 +62,7 @@ class StepShape:
     micro_batch_size: int | None = None  # blocks per forward pass; None to choose the largest number that fits
     checkpointing: bool = False
     dropout: bool = False
+    adapter: Adapter | None = None
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ def refuse_beyond_context(block_size: int, context_length: int, model: str) -> N
 def plan_run(config: PretrainedConfig, facts: DeviceFacts, states: StateSize, shape: StepShape) -> RunPlan:
     """Plan a run of a model on this machine."""
     facts = facts.for_model(config, dropout=shape.dropout)
-    how = facts.computation(checkpointing=shape.checkpointing, dropout=shape.dropout)
+    how = facts.computation(checkpointing=shape.checkpointing, dropout=shape.dropout, adapter=shape.adapter)
     memory, size = None, shape.micro_batch_size or 1
     try:
         model = MemoryModel(config, how, overhead_bytes=facts.overhead_bytes, size=states)
@@ -154,5 +156,5 @@ def plan_run(config: PretrainedConfig, facts: DeviceFacts, states: StateSize, sh
             "--micro_batch_size.",
             *(first_line(error), counted(size, "block")),
         )
-    flops = flops_per_token(config, states.num_parameters, shape.block_size)
+    flops = flops_per_token(config, states.num_parameters, shape.block_size, states.num_frozen)
     return RunPlan(facts, states, shape.block_size, size, flops, memory)

@@ -20,7 +20,14 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from cartilha.errors import UserError, import_extra, missing_extra
-from cartilha.model_reference import TOKENIZER_FILES, conversion_directory, download, resolve_model
+from cartilha.model_reference import (
+    ADAPTER_CONFIG,
+    TOKENIZER_FILES,
+    adapter_base,
+    conversion_directory,
+    download,
+    resolve_model,
+)
 from cartilha.storage import new_directory, refuse_lfs_pointer, write_atomically, write_json
 from cartilha.tokens.byte_level import CHARACTER_BYTES
 from cartilha.tokens.declared_tokens import END_OF_TEXT, GPT2, declared_tokens, read_tokenizer_json, tokenizer_class
@@ -175,7 +182,11 @@ def load_tokenizer(ref: str) -> TextTokenizer:
         assert source.path is not None
         tokenizer = _cached_gguf_tokenizer(source.path)
     else:
-        tokenizer = _from_directory(ref, source.path or download(source, (*TOKENIZER_FILES, "config.json")))
+        directory = source.path or download(source, (*TOKENIZER_FILES, "config.json", ADAPTER_CONFIG))
+        base = adapter_base(directory)
+        if base is not None and not any((directory / name).is_file() for name in TOKENIZER_FILES):
+            return load_tokenizer(base)
+        tokenizer = _from_directory(ref, directory)
     tokenizer.backend.encode_special_tokens = True
     tokenizer.backend.no_padding()
     tokenizer.backend.no_truncation()

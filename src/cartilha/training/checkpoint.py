@@ -1,7 +1,7 @@
 """Checkpoints: all that an exact resume needs, written so that a kill leaves the old one or the new one, whole.
 
 checkpoints/step-00000123/
-    model.safetensors      float32 weights, tied ones once
+    model.safetensors      float32 weights, tied ones once; of an adapter alone, if one is trained
     optimizer.safetensors  the optimizer's states by parameter name; dropped when the run is finished
     state.json             progress, scaler, random state, settings that a resume must find unchanged
     manifest.json          size and SHA-256 of the files above, and of itself; written last
@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from cartilha.errors import UserError, first_line
+from cartilha.model.adapters import trained_parameters
 from cartilha.settings import IN_WORDS
 from cartilha.storage import (
     file_sha256,
@@ -69,7 +70,7 @@ def freeze(state: TrainingState, settings: dict[str, Any], *, copy: bool = False
 
     return FrozenState(
         step=state.progress.step,
-        weights={name: at_rest(parameter) for name, parameter in state.model.named_parameters()},
+        weights={name: at_rest(parameter) for name, parameter in trained_parameters(state.model).items()},
         states={joined: at_rest(tensor) for joined, tensor in _named_states(state).items()},
         values={
             "format_version": FORMAT_VERSION,
@@ -84,7 +85,7 @@ def freeze(state: TrainingState, settings: dict[str, Any], *, copy: bool = False
 def _named_states(state: TrainingState) -> dict[str, torch.Tensor]:
     return {
         f"{name}|{key}": tensor
-        for name, parameter in state.model.named_parameters()
+        for name, parameter in trained_parameters(state.model).items()
         for key, tensor in state.optimizer.state[parameter].items()
     }
 
@@ -151,7 +152,7 @@ def space_needed(
     """
     checkpoint = size.checkpoint_bytes + SMALL_FILES_BYTES
     there = sum(file.stat().st_size for path in list_checkpoints(run) for file in path.iterdir()) if run else 0
-    model = weight_bytes * size.num_parameters + SMALL_FILES_BYTES
+    model = weight_bytes * size.num_trained + SMALL_FILES_BYTES
     return max(checkpoint, (keep + 2) * checkpoint - there) + model, checkpoint
 
 
@@ -290,7 +291,7 @@ def _shown(settings: dict[str, Any], name: str) -> Any:
 
 
 def _copy_weights(path: Path, model: torch.nn.Module) -> None:
-    parameters = dict(model.named_parameters())
+    parameters = trained_parameters(model)
     with torch.no_grad():
         # Copied, since what is read is mapped from the file.
         for name, weight in load_file(path / WEIGHTS, device=str(next(iter(parameters.values())).device)).items():
@@ -301,7 +302,7 @@ def load_weights(path: Path, model: torch.nn.Module) -> None:
     """Put a checkpoint's weights, and nothing else of it, into the model; a UserError says that it is damaged."""
     try:
         _verify(path)
-        check_tensors(path / WEIGHTS, {name: tuple(value.shape) for name, value in model.named_parameters()})
+        check_tensors(path / WEIGHTS, {name: tuple(value.shape) for name, value in trained_parameters(model).items()})
     except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
         raise UserError(f"The checkpoint {path.name} is damaged ({first_line(error)}).") from error
     _copy_weights(path, model)
@@ -313,7 +314,7 @@ def load_checkpoint(path: Path, state: TrainingState) -> None:
     A UserError says that it is not a checkpoint of this model, or that its contents make no sense.
     """
     device = str(state.model.device)
-    parameters = dict(state.model.named_parameters())
+    parameters = trained_parameters(state.model)
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     try:
         saved = _read_state(path)

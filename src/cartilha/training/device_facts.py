@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PretrainedConfig
 
+from cartilha.model.adapters import Adapter
 from cartilha.model.attention import FALLBACK, KERNELS, head_size
 from cartilha.model.load import look_at
 from cartilha.model.products import cpu_product_dtype
@@ -35,9 +36,9 @@ class DeviceFacts:
         """Whether its memory is the host's, which also holds the copy of a checkpoint that is being written."""
         return self.kind != "cuda"
 
-    def computation(self, *, checkpointing: bool, dropout: bool = False) -> Computation:
+    def computation(self, *, checkpointing: bool, dropout: bool = False, adapter: Adapter | None = None) -> Computation:
         """How a training step is computed there."""
-        return Computation(self.dtype, self.kernel, self.kind == "cpu", checkpointing, dropout)
+        return Computation(self.dtype, self.kernel, self.kind == "cpu", checkpointing, dropout, adapter)
 
     def for_model(self, config: PretrainedConfig, *, dropout: bool = False) -> DeviceFacts:
         """The device as it computes this model: in rows, or under a mask where its own kernel cannot."""
@@ -77,12 +78,14 @@ def max_tokens_on_this_cpu(dtype: torch.dtype) -> int:
     return min(MAX_TOKENS_CPU, per_thread * torch.get_num_threads())
 
 
-def flops_per_token(config: PretrainedConfig, num_parameters: int, block_size: int) -> int:
+def flops_per_token(config: PretrainedConfig, num_parameters: int, block_size: int, num_frozen: int = 0) -> int:
     """Operations per token of training: 6 per parameter (2 forward, 4 backward; arXiv:2001.08361), and attention's.
+
+    Those that are frozen below an adapter take 4, since they have no gradient of their own.
 
     Its scores and weighted sums take 12 L d T (arXiv:2204.02311, appendix B), ignoring causality. Models that have no
     attention (Mamba) take only the former.
     """
     num_heads = getattr(config, "num_attention_heads", None)
     width = int(num_heads) * head_size(config) if num_heads else 0
-    return 6 * num_parameters + 12 * int(config.num_hidden_layers) * width * block_size
+    return 6 * num_parameters - 2 * num_frozen + 12 * int(config.num_hidden_layers) * width * block_size

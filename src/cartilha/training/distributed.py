@@ -19,6 +19,7 @@ from torch import nn
 from cartilha.errors import counted
 from cartilha.machine.devices import seed_everything
 from cartilha.machine.processes import from_rank_0, gather_objects, join_processes, world
+from cartilha.model.adapters import trained_parameters
 from cartilha.training.state import TrainingState
 
 log = logging.getLogger("cartilha")
@@ -62,7 +63,7 @@ def share_state(state: TrainingState, seed: int) -> None:
     progress, scaler = from_rank_0((state.progress, state.scaler.state_dict()))
     vars(state.progress).update(vars(progress))
     state.scaler.load_state_dict(scaler)
-    parameters = list(state.model.parameters())
+    parameters = list(trained_parameters(state.model).values())  # a frozen base is loaded by each rank
     join_processes(parameters[0].device)
     with torch.no_grad():
         for parameter in parameters:

@@ -1,8 +1,8 @@
 """How much memory a training step takes, and how many blocks a forward pass may hold.
 
 Weights, gradients and the optimizer's states are float32 (`StateSize`): 16 bytes per parameter with AdamW, whatever the
-batch. What a step keeps besides is traced (`trace.py`). It is a straight line in the number of tokens, once they fill a
-chunk of logits.
+batch, and fewer of those that an adapter leaves frozen. What a step keeps besides is traced (`trace.py`). It is a
+straight line in the number of tokens, once they fill a chunk of logits.
 """
 
 from __future__ import annotations
@@ -51,27 +51,27 @@ class MemoryModel:
         self._config = config
         self._how = how
         self._overhead = overhead_bytes
-        self.size = size or StateSize.planned(config)
+        self.size = size or StateSize.planned(config, adapter=how.adapter)
 
     def step(self, micro_batch_size: int, block_size: int, *, accumulates: bool) -> StepMemory:
         """Memory of a step; where it has several micro-batches (`accumulates`), gradients lie beside activations."""
-        weights = self.size.weight_bytes
+        weights, own = self.size.weight_bytes, self.size.gradient_bytes
         kept = self._traced(micro_batch_size, block_size)
         if accumulates or self._how.on_cpu:  # on a CPU gradients stay where they are
-            gradients, peak = float(weights), max(kept.body, kept.end)
-        elif kept.body >= weights - kept.head + kept.end:
+            gradients, peak = float(own), max(kept.body, kept.end)
+        elif kept.body >= own - kept.head + kept.end:
             # At the peak the head's gradient alone is there, and is traced: the others come while activations go.
             gradients, peak = 0.0, kept.body
         else:
-            gradients, peak = weights - kept.head, kept.end
+            gradients, peak = own - kept.head, kept.end
         # CUDA's caching allocator wastes little in such regular steps. glibc's heap, told to keep what is freed
         # (`cpu.keep_freed_memory`), has holes of the size of the head's gradient. Gradients that lie between the
         # activations of a step's first micro-batch keep the next one's from fitting. The factors are fitted to
         # measurements (docs/log.md).
         unusable = (HEADROOM - 1) * (gradients + peak)
         if self._how.on_cpu:
-            unusable += 2.2 * kept.head + 0.6 * (min(weights, kept.activations) if accumulates else 0)
-        kept_always = 0 if self._how.on_cpu else self.size.checkpoint_bytes
+            unusable += 2.2 * kept.head + 0.6 * (min(own, kept.activations) if accumulates else 0)
+        kept_always = 0 if self._how.on_cpu else weights + self.size.optimizer_bytes
         activations = min(kept.activations, peak)
         return StepMemory(
             weights=weights,
@@ -124,9 +124,10 @@ def check_states_fit(size: StateSize, available_bytes: int, ref: str, device: st
     """Refuse, with a UserError, a model whose weights, gradients and optimizer states alone do not fit the device."""
     if size.training_bytes > available_bytes:
         each = size.training_bytes / size.num_parameters
+        what = "frozen weights, the adapter's own with gradients," if size.num_frozen else "float32 weight, gradient"
         raise UserError(
             f"Training {ref} cannot fit on {device}: its {show_count(size.num_parameters)} parameters take "
-            f"{each:.3g} bytes each (float32 weight, gradient and the states of {size.optimizer}), "
+            f"{each:.3g} bytes each ({what} and the states of {size.optimizer}), "
             f"{size.training_bytes / 2**30:.1f} GiB before any text, and there are {available_bytes / 2**30:.1f} GiB; "
             f"up to {show_count(round(0.8 * available_bytes / each))} parameters would fit."
         )

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from cartilha.config import AUTO_BATCH_TOKENS, Count
+from cartilha.model.adapters import Adapter, frozen_size, trained_parameters
 from cartilha.model.head import head_of
 from cartilha.training.trace import model_without_contents
 from cartilha.training.update_rules import OPTIMIZERS, UpdateRule
@@ -108,11 +109,16 @@ def allocate_states(model: PreTrainedModel, optimizer: torch.optim.Optimizer, na
 
 @dataclass(frozen=True)
 class StateSize:
-    """What a model's training holds in any case, all in float32: weights, gradients, and an optimizer's states."""
+    """What a model's training holds in any case: weights, gradients, and an optimizer's states.
+
+    All of it is float32, except what an adapter leaves frozen.
+    """
 
     num_parameters: int
     optimizer: str
     optimizer_bytes: int
+    num_frozen: int = 0  # parameters below an adapter, without gradient and states
+    frozen_bytes: int = 0
 
     @classmethod
     def of(cls, model: PreTrainedModel, optimizer: str = "adamw") -> StateSize:
@@ -124,32 +130,49 @@ class StateSize:
             for shape in rule.states(tuple(parameter.shape)).values()
             if shape
         ]
-        return cls(int(model.num_parameters()), optimizer, 4 * sum(states))
+        num_trained = sum(parameter.numel() for parameter in trained_parameters(model).values())
+        num_frozen, frozen_bytes = frozen_size(model)
+        return cls(num_trained + num_frozen, optimizer, 4 * sum(states), num_frozen, frozen_bytes)
 
     @classmethod
-    def planned(cls, config: PretrainedConfig, optimizer: str = "adamw") -> StateSize:
+    def planned(cls, config: PretrainedConfig, optimizer: str = "adamw", adapter: Adapter | None = None) -> StateSize:
         """The size for a model of this configuration; nothing is allocated."""
-        return cls.of(model_without_contents(config), optimizer)
+        return cls.of(model_without_contents(config, adapter), optimizer)
+
+    @property
+    def num_trained(self) -> int:
+        """Parameters that are trained."""
+        return self.num_parameters - self.num_frozen
 
     @property
     def weight_bytes(self) -> int:
-        """Of the weights, and as many again for their gradients."""
-        return 4 * self.num_parameters
+        """Of the weights."""
+        return self.gradient_bytes + self.frozen_bytes
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Of the gradients, and of the weights that have one."""
+        return 4 * self.num_trained
 
     @property
     def training_bytes(self) -> int:
         """Of weights, gradients and states, whatever the batch."""
-        return 2 * self.weight_bytes + self.optimizer_bytes
+        return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Of weights and states."""
-        return self.weight_bytes + self.optimizer_bytes
+        """Of the trained weights and their states."""
+        return self.gradient_bytes + self.optimizer_bytes
 
 
-def resolve_lr(lr: float | Literal["auto"], num_parameters: int) -> float:
+ADAPTER_RATE = 10  # times the rate of full training (docs/adapters.md)
+
+
+def resolve_lr(lr: float | Literal["auto"], num_parameters: int, *, of_adapter: bool = False) -> float:
     """The peak learning rate; `auto` falls with the square root of the model's size, 3e-4 at 125 M, at most 3e-3."""
-    return min(3e-3, 3e-4 * math.sqrt(125e6 / num_parameters)) if lr == "auto" else lr
+    if lr != "auto":
+        return lr
+    return min(3e-3, (ADAPTER_RATE if of_adapter else 1) * 3e-4 * math.sqrt(125e6 / num_parameters))
 
 
 def resolve_batch_tokens(batch_tokens: Count, block_size: int, device_type: str) -> int:

@@ -17,11 +17,12 @@ from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from cartilha.model.adapters import Adapter, add_adapter, trained_parameters
 from cartilha.model.attention import ATTENTION_DROPOUT, KERNELS
 from cartilha.model.configuration import with_layers
 from cartilha.model.head import body_of, head_of
@@ -42,7 +43,7 @@ class StepBytes:
     activations: float  # what the forward pass keeps for the backward pass, cast copies of the weights included
     body: float  # the most alive, with activations, until the gradient is back at the embeddings; linear in tokens
     end: float  # the most after that: the embeddings' own gradients, in models whose vocabulary is large
-    head: float  # of the head's weights, and so of their gradient
+    head: float  # of the gradient of the head's weights; 0 where they are frozen
 
     def toward(self, other: StepBytes, distance: float) -> StepBytes:
         """The point on the line from this one (distance 0) through another one (distance 1)."""
@@ -58,6 +59,7 @@ class Computation:
     on_cpu: bool  # gradients are added in place there, and products may be in float32
     checkpointing: bool = False  # the layers' activations are computed a second time instead of kept
     dropout: bool = False  # the dropout that the configuration asks for is drawn
+    adapter: Adapter | None = None  # which alone is trained
 
 
 class _LiveBytes(TorchDispatchMode):
@@ -94,11 +96,32 @@ class _LiveBytes(TorchDispatchMode):
         return result
 
 
-def model_without_contents(config: PretrainedConfig) -> PreTrainedModel:
+def model_without_contents(config: PretrainedConfig, adapter: Adapter | None = None) -> PreTrainedModel:
     """A model of this configuration whose parameters have shapes alone; nothing is allocated."""
-    with FakeTensorMode():
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config))
-        return model
+    if adapter is None:
+        with FakeTensorMode():
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+            return model
+    with random_numbers_apart(), FakeTensorMode():
+        return _adapted(copy.deepcopy(config), adapter)
+
+
+def _adapted(config: PretrainedConfig, adapter: Adapter) -> PreTrainedModel:
+    """A float32 model with an adapter, whose parameters become fake: peft cannot work on fake ones."""
+    with unset_fake_temporarily(), torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        add_adapter(model, adapter.traced)
+    model.own_adapter = adapter  # type: ignore[assignment]  # torch types attributes as modules and tensors
+    fake: dict[int, Any] = {}  # tied weights stay tied
+    for module in model.modules():
+        for kept in (module._parameters, module._buffers):
+            for name, value in kept.items():
+                if value is not None:
+                    made: Any = torch.empty(value.shape, dtype=value.dtype)
+                    if isinstance(value, torch.nn.Parameter):
+                        made = torch.nn.Parameter(made, requires_grad=value.requires_grad)
+                    kept[name] = fake.setdefault(id(value), made)
+    return model
 
 
 def count_parameters(config: PretrainedConfig) -> int:
@@ -130,13 +153,16 @@ def _traced(config_json: str, num_layers: int, rows: int, row_length: int, how: 
     head_shape = look_at(config, config.model_type).head_shape
     # Fresh weights draw random numbers even where they are fake; training's own draws must not change.
     with random_numbers_apart(), FakeTensorMode(allow_non_fake_inputs=True):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        if how.adapter is None:
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        else:
+            model = _adapted(config, how.adapter)
         model.head_shape = head_shape
         use_document_attention(model, HowItRuns(packed=how.kernel != ROWS))
         model.train(how.dropout)
         if how.checkpointing:
             checkpoint_layers(model)
-        for parameter in model.parameters():
+        for parameter in trained_parameters(model).values():
             parameter.grad = torch.zeros_like(parameter)
         resident = [*model.parameters(), *(p.grad for p in model.parameters() if p.grad is not None), *model.buffers()]
         with _LiveBytes(resident) as live:
@@ -147,7 +173,8 @@ def _pass(model: PreTrainedModel, live: _LiveBytes, rows: int, row_length: int, 
     body: list[int] = []
 
     def gradient_arrives(module: torch.nn.Module, arguments: Any, embedded: torch.Tensor) -> None:
-        embedded.register_hook(lambda gradient: body.append(live.restart()))
+        if embedded.requires_grad:
+            embedded.register_hook(lambda gradient: body.append(live.restart()))
 
     model.get_input_embeddings().register_forward_hook(gradient_arrives)
     ids = torch.zeros(rows, row_length, dtype=torch.long)
@@ -166,5 +193,8 @@ def _pass(model: PreTrainedModel, live: _LiveBytes, rows: int, row_length: int, 
         loss = linear_cross_entropy(hidden, head_of(model), targets.flatten(), how.dtype)
     del hidden
     loss.backward()
+    if not model.get_input_embeddings().weight.requires_grad:  # below an adapter the way back ends in the first layer
+        body.append(live.restart())
     assert len(body) == 1, "the gradient comes back to the embeddings once"
-    return StepBytes(kept, body[0], live.peak, 4.0 * head_of(model).weight.numel())
+    head = head_of(model).weight
+    return StepBytes(kept, body[0], live.peak, 4.0 * head.numel() if head.requires_grad else 0.0)

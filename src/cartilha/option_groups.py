@@ -1,0 +1,66 @@
+"""Options that several commands share, as bases of their configurations (`config.py`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from cartilha.settings import Settings, deciding, option
+
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+BaseKind = Literal["float32", "bfloat16", "4bit"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadingOptions(Settings):
+    """How the text is read."""
+
+    text_column: str = deciding("text", "the column or key that holds the text (all but .txt)")
+    domain_column: str | None = deciding(
+        None, "the column or key of the domain; default domain, genre or source, else the folder below the input"
+    )
+    text_unit: Literal["line", "paragraph", "file"] = deciding(
+        "line", "what is a document in a .txt file: a line, a paragraph (lines up to an empty one), or the whole file"
+    )
+    csv_quoting: Literal["auto", "minimal", "none"] = deciding(
+        "auto",
+        "quotes in .csv and .tsv enclose fields (minimal) or are plain characters (none); auto: as the file shows",
+    )
+    csv_delimiter: str = deciding("auto", "separator in .csv and .tsv: one character, or tab; auto: as the file shows")
+    encoding: str = deciding("utf-8", "encoding of text files")
+    invalid_bytes: Literal["stop", "replace"] = deciding(
+        "stop", "bytes that the encoding does not allow: stop and name the line, or put U+FFFD (counted)"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringOptions(Settings):
+    """How documents are scored."""
+
+    protocol: str = option("full", "full (whole documents) or first-N (only the first N tokens of each)")
+    window: int | None = option(None, "most input positions of a window; default min(context, 2048)", minimum=1)
+    stride: int | None = option(None, "new tokens scored by each later window; default window / 2", minimum=1)
+    prefix_token: str | None = option(None, "the token put before each document as context; default bos, else eos")
+    limit_documents: int | None = option(None, "score at most this many documents", minimum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeOptions(Settings):
+    """What computes."""
+
+    dtype: Dtype = option("auto", "compute type (training keeps float32 weights)")
+    device: Device = option("auto", "where to compute")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterOptions(Settings):
+    """What is trained instead of all weights."""
+
+    lora: int | None = deciding(
+        None, "train LoRA adapters of this rank on the linear layers, all weights frozen (extra adapters)", minimum=1
+    )
+    lora_embeddings: bool = deciding(False, "with --lora: train token embeddings and head too, in full")
+    lora_base: BaseKind = deciding(
+        "float32", "with --lora: how the frozen linear layers are kept (4bit on CUDA, extra quantization)"
+    )
