@@ -12,6 +12,7 @@ small model under the names that pages use). A comment on the line above a block
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import shutil
@@ -59,48 +60,100 @@ def same(printed: str, shown: str, varies: bool) -> bool:
 
 def _plain(text: str, varies: bool) -> str:
     text = re.sub(r"[ \t]+", " ", text)
-    return re.sub(r"[-+]?\d[\d.,:]*", "#", text) if varies else text
+    return re.sub(r"[-+]?\d[\d.,:]*", "#", re.sub(r"[─━]+", "─", text)) if varies else text
 
 
 def run(page: Page, folder: Path) -> list[str]:
-    """Run the blocks of a page, its Python as one script after them; returns what went wrong."""
+    """Run the blocks of a page in order, its Python in one interpreter; returns what went wrong."""
     to_run = [pair for pair in blocks(page) if not pair[0].mark.startswith("not run: ")]
-    jobs = [(fence.text, fence, output) for fence, output in to_run if fence.kind == "sh"]
-    script = [fence for fence, _ in to_run if fence.kind == "python"]
-    if script:
-        text = "\n".join(fence.text for fence in script)
-        jobs.append((f"python - <<'END_OF_PYTHON'\n{text}\nEND_OF_PYTHON", script[0], None))
     faults = []
-    for commands, fence, output in jobs:
-        place = f"{page.path}:{page.text[: fence.start].count(chr(10)) + 1}"
-        begin = time.perf_counter()
-        code, printed = shell(commands, folder)
-        print(f"{place}: {code} after {time.perf_counter() - begin:.0f} s", flush=True)
-        if code:
-            faults.append(f"{place} ended with {code}:\n{printed[-1500:]}")
-        elif output and not same(printed, output.text, output.mark == "varies"):
-            faults.append(f"{place} printed something else than the page shows:\n{printed[-3000:]}")
+    with Interpreter(folder) as interpreter:
+        for fence, output in to_run:
+            begin = time.perf_counter()
+            failed, printed = interpreter.run(fence.text) if fence.kind == "python" else shell(fence.text, folder)
+            place = f"{page.path}:{page.text[: fence.start].count(chr(10)) + 1}"
+            fault = "failed" if failed else ""
+            if output and not failed and not same(printed, output.text, output.mark == "varies"):
+                fault = "printed something else than the page shows"
+            print(f"{place}: {fault or 'done'}, {time.perf_counter() - begin:.0f} s", flush=True)
+            if fault:
+                faults.append(place)
+                print(printed[-3000:], file=sys.stderr, flush=True)
     return faults
 
 
-def shell(commands: str, folder: Path) -> tuple[int, str]:
-    """Exit code and output of commands, with this checkout's package and without a hub."""
-    environment = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT / "src"),
-        "HF_HUB_OFFLINE": "1",
-        "COLUMNS": "120",
-        "LANG": "C.UTF-8",
-    }
+def shell(commands: str, folder: Path) -> tuple[bool, str]:
+    """Whether commands failed, and what they printed."""
     bash = ["nice", "bash", "-e", "-c", commands]
     try:
         done = subprocess.run(
-            bash, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=LONGEST_SECONDS
+            bash,
+            cwd=folder,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=LONGEST_SECONDS,
         )
     except subprocess.TimeoutExpired as late:
-        return 124, (late.stdout or b"").decode(errors="replace")
-    return done.returncode, done.stdout.decode(errors="replace")
+        return True, (late.stdout or b"").decode(errors="replace") + "\nIt took too long."
+    return done.returncode != 0, done.stdout.decode(errors="replace")
+
+
+def environment() -> dict[str, str]:
+    """This checkout's package, and no hub."""
+    return {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT / "src"),
+        "PYTHONUTF8": "1",
+        "HF_HUB_OFFLINE": "1",
+        "COLUMNS": "120",
+    }
+
+
+class Interpreter:
+    """A Python process that runs one block after another with the same names, as a notebook does."""
+
+    _LOOP = """
+import contextlib, io, json, sys, traceback
+answers, names = sys.stdout, {"__name__": "__main__"}
+for line in sys.stdin:
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        try:
+            exec(compile(json.loads(line), "block", "exec"), names)
+            failed = False
+        except BaseException:
+            traceback.print_exc()
+            failed = True
+    print(json.dumps([failed, printed.getvalue()]), file=answers, flush=True)
+"""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._process: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> Interpreter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process and self._process.stdin:
+            self._process.stdin.close()
+            self._process.wait()
+
+    def run(self, code: str) -> tuple[bool, str]:
+        """Whether a block failed, and what it printed."""
+        if self._process is None:
+            command, pipe = ["nice", sys.executable, "-c", self._LOOP], subprocess.PIPE
+            self._process = subprocess.Popen(
+                command, cwd=self._folder, env=environment(), stdin=pipe, stdout=pipe, text=True, encoding="utf-8"
+            )
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.write(json.dumps(code) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        failed, printed = json.loads(answer) if answer else (True, "The interpreter ended.")
+        return failed, printed
 
 
 def main() -> int:
@@ -113,8 +166,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         workspace = Path(scratch, "workspace")
         workspace.mkdir()
-        code, printed = shell(f"python {WORKSPACE}", workspace)
-        if code:
+        failed, printed = shell(f"python {WORKSPACE}", workspace)
+        if failed:
             print(printed, file=sys.stderr)
             return 1
         for number, page in enumerate(all_pages.values()):
@@ -126,8 +179,8 @@ def main() -> int:
             num_blocks += len(blocks(page))
             num_marked += sum(fence.mark.startswith("not run: ") for fence, _ in blocks(page))
             shutil.rmtree(folder)
-    print(*faults, sep="\n\n", file=sys.stderr)
-    print(f"{num_blocks - num_marked} blocks run, {num_marked} marked as not run, {len(faults)} wrong.")
+    wrong = f"{len(faults)} wrong: {', '.join(faults)}" if faults else "none wrong"
+    print(f"{num_blocks - num_marked} blocks run, {num_marked} marked as not run, {wrong}.")
     return 1 if faults else 0
 
 

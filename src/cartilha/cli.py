@@ -45,9 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(error, "exit_code"):
             message, exit_code = names.named(str(error)), int(error.exit_code)
         elif fault is not None and fault.errno in DISK_FAULTS:
-            place = fault.filename2 or fault.filename
-            message = f"Nothing can be written{f' to {place}' if place else ''} ({fault.strerror}); "
-            message, exit_code = f"{message}check the path, its permissions and the free space.", 2
+            place = f"{fault.filename2 or fault.filename or 'the disk'} ({fault.strerror})"
+            stopped = UserError(
+                f"Nothing can be written to {place}; check the path, its permissions and the free space."
+            )
+            message, exit_code = str(stopped), stopped.exit_code
         else:
             raise
     print(f"cartilha: {message}", file=sys.stderr)

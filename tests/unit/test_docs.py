@@ -116,6 +116,48 @@ def test_an_output_must_be_what_was_printed():
     assert not same("b\na\n", "a\nb\n", varies=False)
 
 
+def test_the_blocks_of_a_page_run_in_order_and_a_wrong_one_is_named(tmp_path, monkeypatch):
+    import fences
+    from pages import Page
+
+    text = """```sh
+echo 3 > number
+```
+```python
+number = int(open("number").read())
+```
+```python
+print(number + 1)
+```
+```text
+4
+```
+```sh
+cat number
+```
+<!-- varies -->
+```text
+5
+```
+```sh
+cat number
+```
+```text
+5
+```
+<!-- not run: it would fail -->
+```sh
+false
+```
+```sh
+false; echo
+```
+"""
+    page = Page("page.md")
+    monkeypatch.setitem(page.__dict__, "text", text)
+    assert [place.partition(":")[2] for place in fences.run(page, tmp_path)] == ["20", "30"]
+
+
 def test_every_message_has_a_translation_and_a_remedy(pages):
     from messages import messages, translations
 
