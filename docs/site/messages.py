@@ -113,13 +113,13 @@ def messages_page(language: str) -> str:
 
 
 def _row(message: Message, told: Translation, language: str) -> str:
-    english, _, remedy = message.text.partition("; ")
-    remedy = told.en or remedy
-    shown = told.message or message.text
-    if language == "en":
-        columns = [told.message or (english if remedy and not told.en else message.text), remedy]
+    fault, _, remedy = message.text.partition("; ")
+    if language == "pt":
+        columns = [told.message or message.text, *told.pt.partition("; ")[::2]]
+    elif told.en and not re.fullmatch(r"[A-Z_]*\.?", remedy):
+        columns = [told.message or message.text, told.en]
     else:
-        columns = [shown, *told.pt.partition("; ")[::2]]
+        columns = [told.message or fault, told.en or remedy]
     return "| " + " | ".join(_cell(column) for column in columns) + " |"
 
 
