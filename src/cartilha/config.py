@@ -159,6 +159,11 @@ class TrainConfig(ComputeOptions, AdapterOptions):
     gradient_checkpointing: bool = option(
         False, "compute each layer twice instead of keeping it: less memory, a third slower"
     )
+    shard: Literal["auto", "none", "full"] = option(
+        "auto",
+        "of several processes (torchrun), each holds a part of weights, gradients and states (full), or all of them"
+        " (none); auto: full where the plan says that all do not fit",
+    )
     compile: Literal["auto", "always", "never"] = option(
         "auto", "compile the model (torch.compile): auto does on a GPU, for runs of 30 steps and more"
     )
@@ -216,6 +221,7 @@ class PlanConfig(AdapterOptions):
     batch_tokens: Count = option("auto", BATCH_HELP, minimum=1)
     epochs: int = option(1, "passes over the training documents", minimum=1)
     optimizer: str = option("adamw", "adamw, muon or adafactor: how much memory its states take")
+    gpus: int = option(1, "plan for so many cards of a kind, replicated and sharded (train --shard)", minimum=1)
     price_per_hour: float | None = option(None, "of the card, in any currency: gives the training's price", minimum=0)
     gradient_checkpointing: bool = option(False, "plan with each layer computed a second time instead of kept")
     skip_probe: bool = option(False, "do not run a few steps here; this machine's speed is then an estimate, too")

@@ -48,6 +48,7 @@ def test_a_plan_has_a_row_for_each_device_block_size_and_micro_batch(cartilha, s
             "optimizer_states",
             "activations",
             "logits_chunk",
+            "gathered",
             "overhead",
             "checkpoint_copy",
         }
@@ -263,3 +264,16 @@ def test_gradient_checkpointing_changes_no_loss(store, tmp_path):
         text = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         losses.append([json.loads(line)["loss"] for line in text if "evaluation" not in line])
     assert losses[0] == losses[1]
+
+
+def test_several_cards_are_planned_replicated_and_sharded(cartilha):
+    one = planned(cartilha, *TINY, "--device", "h100", "--block_size", 256, "--price_per_hour", 2)
+    result = planned(cartilha, *TINY, "--device", "h100", "--block_size", 256, "--price_per_hour", 2, "--gpus", 8)
+    assert [row["device"] for row in result["recommended"]] == ["h100", "h100/8"]
+    whole, share = (row["memory"] for row in result["recommended"])
+    assert share["weights"] == share["gradients"] == -(-whole["weights"] // 8)
+    assert share["optimizer_states"] == -(-whole["optimizer_states"] // 8)
+    rates = [row["tokens_per_second"] for row in (one["recommended"][0], *result["recommended"])]
+    assert rates[1] == rates[2] == pytest.approx(8 * rates[0])
+    shown = cartilha("plan", *TINY, "--device", "h100", "--gpus", 8)
+    assert shown.code == 0 and "A name that ends in /8: sharded" in shown.out

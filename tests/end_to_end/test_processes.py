@@ -1,24 +1,34 @@
-"""Training shared by processes under torchrun: the losses of one process, one of them writing, any number resuming."""
+"""Training shared by processes, each with the whole model: the losses of one process, any number resuming."""
 
 from __future__ import annotations
 
 import json
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import run_processes
 
 from cartilha.cli import main
 
 SETTINGS = ["--model", "random:tiny-opt", "--block_size", 32, "--batch_tokens", 160, "--lr", 3e-3, "--dtype", "float32"]
 
 
-def run_two(*arguments: object) -> subprocess.CompletedProcess[str]:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launch, "-m", "cartilha", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=300)
+RunTwo = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def run_two(tmp_path: Path) -> RunTwo:
+    """Call the command line in two processes, whose outputs come together."""
+
+    def call(*arguments: object) -> subprocess.CompletedProcess[str]:
+        found = run_processes(2, tmp_path / "streams", *arguments)
+        codes = [code for code in found.codes if code]
+        return subprocess.CompletedProcess(arguments, codes[0] if codes else 0, *map("".join, (found.outs, found.errs)))
+
+    return call
 
 
 def lines(run_path: Path) -> list[dict[str, Any]]:
@@ -38,7 +48,7 @@ def alone(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_two_processes_train_as_one_and_one_of_them_writes(store, alone, tmp_path):
+def test_two_processes_train_as_one_and_one_of_them_writes(run_two, store, alone, tmp_path):
     path = tmp_path / "run"
     settings = [*SETTINGS, "--store", store, "--output", path, "--max_steps", 6]
     found = run_two("train", *settings, "--json")
@@ -55,13 +65,17 @@ def test_two_processes_train_as_one_and_one_of_them_writes(store, alone, tmp_pat
         assert two["num_tokens"] == one["num_tokens"]
     assert {file.name for file in path.iterdir()} == {file.name for file in alone.iterdir()}
     # One of them speaks: each of these lines comes once.
-    for line in ("An epoch is", "Validation before training: perplexity"):
+    for line in (
+        "Replicated: each of 2 processes holds the whole model",
+        "An epoch is",
+        "Validation before training: perplexity",
+    ):
         assert found.stderr.count(line) == 1, found.stderr
     again = run_two("train", *settings, "--resume", "auto")
     assert again.returncode == 0 and again.stderr.count("nothing to do") == 1
 
 
-def test_a_run_goes_on_with_another_number_of_processes(cartilha, store, alone, tmp_path):
+def test_a_run_goes_on_with_another_number_of_processes(run_two, cartilha, store, alone, tmp_path):
     """Two processes begin, one goes on: the same blocks in the same order, and so the same losses."""
     path = tmp_path / "run"
     settings = [*SETTINGS, "--store", store, "--output", path, "--checkpoint_steps", 3, "--max_steps", 6,
@@ -80,7 +94,7 @@ def test_a_run_goes_on_with_another_number_of_processes(cartilha, store, alone, 
     assert losses(path) == pytest.approx(losses(alone), abs=1e-5)
 
 
-def test_a_users_mistake_in_several_processes_ends_all_of_them(store, tmp_path):
+def test_a_users_mistake_in_several_processes_ends_all_of_them(run_two, store, tmp_path):
     found = run_two("train", *SETTINGS, "--store", store, "--output", tmp_path / "run", "--block_size", 4096)
     assert found.returncode != 0
     assert "beyond the context" in found.stderr or "must be a multiple" in found.stderr
@@ -92,3 +106,13 @@ def test_what_writes_a_store_is_refused_in_several_processes(cartilha, monkeypat
     monkeypatch.setenv("WORLD_SIZE", "2")
     outcome = cartilha(command)
     assert outcome.code == 2 and f"{command} works in one process" in outcome.err
+
+
+def test_more_processes_than_blocks_are_named_in_a_sentence_and_one_that_is_lost_ends_all(cartilha, store, tmp_path):
+    path = tmp_path / "run"
+    settings = [*SETTINGS, "--batch_tokens", 64, "--store", store, "--output", path, "--max_steps", 4, "--skip_english"]
+    found = run_processes(3, tmp_path, "train", *settings, "--checkpoint_steps", 1, "--skip_checks", lost=(2, 3))
+    assert found.codes == [75, 75, -9], found.errs
+    assert found.errs[0].count("3 processes share steps of 2 blocks, so that some have nothing to do") == 1
+    assert found.errs[1].count("Another of the 3 processes has ended") == 1 and "Traceback" not in "".join(found.errs)
+    assert cartilha("train", *settings, "--resume", "auto").code == 0

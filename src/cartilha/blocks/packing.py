@@ -54,6 +54,12 @@ class Batch(Block):
         return int((self.targets != IGNORE_INDEX).sum())
 
 
+def empty_block(block_size: int) -> Block:
+    """A block without targets, for a process that has nothing to compute while others compute a block."""
+    positions = np.arange(block_size)
+    return Block(np.zeros_like(positions), np.full_like(positions, IGNORE_INDEX), positions, np.array([block_size]))
+
+
 def stack(blocks: Sequence[Block]) -> Batch:
     """Blocks as the rows of a batch."""
     names = ("input_ids", "targets", "position_ids")

@@ -17,7 +17,7 @@ from cartilha.evaluation.nll import score_documents
 from cartilha.evaluation.sums import perplexity
 from cartilha.evaluation.windows import MAX_WINDOW
 from cartilha.machine.devices import dtype_name, seed_everything
-from cartilha.model.forward import batch_nll, hidden_states
+from cartilha.model.forward import batch_nll, hidden_states, token_logits
 from cartilha.model.head import body_of, head_of
 from cartilha.model.loss import token_scores
 from cartilha.model.packed_or_rows import transformers_attention, use_document_attention
@@ -175,10 +175,7 @@ def _probe_stream(subject: Subject, num_documents: int) -> PackedStream:
 
 def _logits(subject: Subject, batch: Batch) -> torch.Tensor:
     """Of the only row of a batch, float32, shape (row_length, num_rows)."""
-    model = subject.model
-    with torch.no_grad():
-        states = hidden_states(model, batch, subject.dtype)[0]
-        return head_of(model).logits(states, torch.float32)
+    return token_logits(subject.model, batch, subject.dtype)[0]
 
 
 def _before_and_after(subject: Subject, block: Block, first: int, past: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -20,6 +20,7 @@ from cartilha.machine.memory import is_out_of_memory
 from cartilha.model.head import head_of
 from cartilha.model.load import LoadedModel
 from cartilha.model.packed_or_rows import transformers_attention
+from cartilha.model.sharding import in_gathered_dtype
 from cartilha.tokens.tokenizer import TextTokenizer
 
 log = logging.getLogger("cartilha")
@@ -42,11 +43,11 @@ def continue_prompts(loaded: LoadedModel, tokenizer: TextTokenizer, config: Gene
     """
     check_decoding(config)
     seed_everything(config.seed)
-    with transformers_attention(loaded.model):
+    with transformers_attention(loaded.model), in_gathered_dtype(loaded.model):
         return [_continue(loaded, tokenizer, prompt, config) for prompt in config.prompt]
 
 
-@torch.inference_mode()
+@torch.no_grad()  # in inference mode a sharded model would keep weights that cannot be trained
 def _continue(loaded: LoadedModel, tokenizer: TextTokenizer, prompt: str, config: GenerateConfig) -> Continuation:
     stripped = prompt.rstrip(" ")
     healed = len(stripped) < len(prompt)

@@ -13,8 +13,10 @@ from cartilha.errors import UserError
 from cartilha.evaluation.documents import ScoredDocuments
 from cartilha.evaluation.scorer import Scorer
 from cartilha.evaluation.windows import Window, document_windows
+from cartilha.machine.processes import gather_objects
 from cartilha.model.forward import scored_tokens
 from cartilha.model.loss import TokenScores, Wanted
+from cartilha.model.sharding import is_sharded
 
 TOKENS_PER_FORWARD = {"cpu": 1024, "cuda": 32_768, "mps": 8192}
 POSITION_EDGES = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -85,7 +87,8 @@ def score_documents(
     The scorer's model computes attention within documents. After each forward pass `advance` is told the number of
     tokens scored, and `take_rows` is given their scores, in no particular order, with the `num_likeliest` likeliest
     tokens of each. `measure_unused` sums the probability of rows that no token uses, which costs a little. A document
-    with a token whose nll is not finite is named by a UserError, never dropped.
+    with a token whose nll is not finite is named by a UserError, never dropped. Of a sharded model, all processes call
+    this, with any documents.
     """
     model, protocol = scorer.loaded.model, scorer.protocol
     windows = [
@@ -99,7 +102,9 @@ def score_documents(
     was_training = model.training
     model.eval()  # without dropout
     try:
-        for rows in _batches(windows, TOKENS_PER_FORWARD.get(model.device.type, 4096)):
+        batches = list(_batches(windows, TOKENS_PER_FORWARD.get(model.device.type, 4096)))
+        num_passes = max(gather_objects(len(batches))) if is_sharded(model) else len(batches)
+        for rows in batches:
             batch = _batch(rows, documents.ids, protocol.prefix_id)
             found = scored_tokens(model, batch, scorer.dtype, wanted=wanted)
             nll = found.nll.double().cpu().numpy()
@@ -115,6 +120,8 @@ def score_documents(
                 token_ids = batch.targets[batch.targets != IGNORE_INDEX]
                 take_rows(_token_rows(found, owner, position, token_ids))
             advance(len(nll))
+        for _ in range(num_passes - len(batches)):  # each pass needs all processes
+            scored_tokens(model, Batch.unscored(np.zeros(1, np.int64)), scorer.dtype, wanted=wanted)
     finally:
         model.train(was_training)
     assert (num_scored == documents.num_tokens).all(), "every token is scored exactly once"

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from cartilha.evaluation.documents import ScoredDocuments
 from cartilha.evaluation.nll import TokenRows, score_documents
 from cartilha.evaluation.scorer import Scorer
+from cartilha.machine.processes import is_main_process
 from cartilha.storage import new_file
 from cartilha.tokens.tokenizer import TextTokenizer
 
@@ -74,12 +75,14 @@ def token_texts(tokenizer: TextTokenizer, ids: Sequence[int] | np.ndarray) -> li
 
 
 def add_surprisal(path: Path, step: int, scorer: Scorer, documents: ScoredDocuments) -> None:
-    """Score each token of what `shown_documents` chose and append it to surprisal.parquet.
+    """Score each token of what `shown_documents` chose and append it to surprisal.parquet (the main process does).
 
     Rows of this step or of a later one (from before a resume) are replaced.
     """
     parts: list[TokenRows] = []
     score_documents(scorer, documents, take_rows=parts.append, num_likeliest=NUM_LIKELIEST)
+    if not is_main_process():
+        return
     table = _table(step, parts, scorer.tokenizer, documents)
     if path.is_file():
         old = pq.read_table(path, schema=SURPRISAL_SCHEMA)

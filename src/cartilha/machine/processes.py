@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar, cast
 
@@ -20,6 +21,19 @@ def world() -> tuple[int, int]:
 def is_main_process() -> bool:
     """Whether this is the process that writes files and speaks to the user: rank 0, or the only one."""
     return world()[0] == 0
+
+
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")  # gloo's words
+
+
+def is_lost_process(error: BaseException) -> bool:
+    """Whether an exchange failed because another process has ended, by itself or with its machine."""
+    if world()[1] == 1:
+        return False
+    import torch.distributed as dist
+
+    is_from_torch = isinstance(error, (RuntimeError, ConnectionError))
+    return isinstance(error, dist.DistError) or (is_from_torch and any(words in str(error) for words in _LOST))
 
 
 def join_processes(device: torch.device | None = None) -> None:
@@ -50,3 +64,17 @@ def gather_objects(mine: T) -> list[T]:
 def from_rank_0(mine: T) -> T:
     """The value of rank 0."""
     return gather_objects(mine)[0]
+
+
+def on_rank_0(function: Callable[[], T]) -> T:
+    """What a function gives that is called in rank 0 alone, in every rank; an OSError that it raises, too."""
+    found: T | OSError | None = None
+    if is_main_process():
+        try:
+            found = function()
+        except OSError as error:
+            found = error
+    shared = from_rank_0(found)
+    if isinstance(shared, OSError):
+        raise shared
+    return cast("T", shared)

@@ -18,6 +18,7 @@ from cartilha.model.head import body_of, head_of
 from cartilha.model.loss import NLL_ONLY, TokenScores, Wanted, linear_cross_entropy, token_scores
 from cartilha.model.packed_or_rows import how_it_runs, runs_packed
 from cartilha.model.rows import states_in_rows
+from cartilha.model.sharding import gathering
 
 log = logging.getLogger("cartilha")
 
@@ -59,6 +60,7 @@ def hidden_states(model: PreTrainedModel, batch: Batch, dtype: torch.dtype, body
     return states if scale == 1.0 else states * scale
 
 
+@gathering
 def batch_nll(model: PreTrainedModel, batch: Batch, dtype: torch.dtype, body: CompiledBody | None = None) -> Tensor:
     """Summed nll of a batch's targets, differentiable: scalar float32, in nats; see `hidden_states`."""
     states = hidden_states(model, batch, dtype, body)
@@ -67,6 +69,17 @@ def batch_nll(model: PreTrainedModel, batch: Batch, dtype: torch.dtype, body: Co
 
 
 @torch.no_grad()
+@gathering
+def token_logits(model: PreTrainedModel, batch: Batch, dtype: torch.dtype) -> Tensor:
+    """Float32 logits at every position, shape (num_rows, row_length, num_ids), without gradients.
+
+    The body runs in `dtype`, the head in float32.
+    """
+    return head_of(model).logits(hidden_states(model, batch, dtype), torch.float32)
+
+
+@torch.no_grad()
+@gathering
 def scored_tokens(model: PreTrainedModel, batch: Batch, dtype: torch.dtype, wanted: Wanted = NLL_ONLY) -> TokenScores:
     """Scores of each scored target in row-major order (`batch.num_targets` of them), without gradients."""
     states = hidden_states(model, batch, dtype).flatten(0, 1)

@@ -68,6 +68,16 @@ class _Planned:
     flops: float  # operations per second, measured or expected; the speed at each block size follows from it
     measured_at: int | None = None  # block size of the measurement; None where the speed is expected
 
+    @property
+    def label(self) -> str:
+        """The device as tables name it: `h100/8` is one of eight that share out a model."""
+        return f"{self.facts.name}/{self.memory.shares}" if self.memory.shares > 1 else self.facts.name
+
+    def blocks(self, block_size: int) -> tuple[int, int]:
+        """Blocks per step, and those of the card that has most of them."""
+        blocks = max(1, self.batch_tokens(block_size) // block_size)
+        return blocks, -(-blocks // self.config.gpus)
+
     def batch_tokens(self, block_size: int) -> int:
         """Tokens per step there."""
         return resolve_batch_tokens(self.config.batch_tokens, block_size, self.facts.kind)
@@ -75,15 +85,19 @@ class _Planned:
     def row(self, block_size: int, size: int) -> dict[str, Any]:
         """The figures of one micro-batch size."""
         config = self.config
-        step = self.memory.step(size, block_size, accumulates=size * block_size < self.batch_tokens(block_size))
+        blocks, share = self.blocks(block_size)
+        step = self.memory.step(size, block_size, accumulates=size < share)
         fits = step.total <= SAFETY * self.facts.memory_bytes
         # Layers that are computed twice take another forward pass: 8 operations instead of 6.
         twice = 4 / 3 if config.gradient_checkpointing and self.measured_at is None else 1.0
         flops_each = _flops(self.model, self.memory.size, block_size)
-        rate = self.flops / flops_each / twice if fits else None
+        # All wait for the card that has most blocks. What the cards send to each other is not counted.
+        rate = self.flops * blocks / share / flops_each / twice if fits else None
         hours = self.tokens / rate / 3600 if self.tokens and rate else None
         return {
-            "device": self.facts.name,
+            "device": self.label,
+            "gpus": config.gpus,
+            "sharded": self.memory.shares > 1,
             "block_size": block_size,
             "micro_batch_size": size,
             **self._memory(step),
@@ -92,24 +106,26 @@ class _Planned:
             "estimated": self.measured_at != block_size,
             "seconds_per_epoch": 3600 * hours / config.epochs if hours else None,
             "hours": hours,
-            "price": hours * config.price_per_hour if hours and config.price_per_hour is not None else None,
+            "price": hours * config.gpus * config.price_per_hour
+            if hours and config.price_per_hour is not None
+            else None,
         }
 
     def recommended(self, row: dict[str, Any]) -> dict[str, Any]:
         """A row with the largest micro-batch that fits, for a step of `batch_tokens`; 0 if none fits."""
-        blocks_per_step = max(1, self.batch_tokens(row["block_size"]) // row["block_size"])
-        size, step = best_step(self.memory, self.facts, row["block_size"], blocks_per_step)
+        blocks, share = self.blocks(row["block_size"])
+        size, step = best_step(self.memory, self.facts, row["block_size"], share)
         return row | {
-            "batch_tokens": blocks_per_step * row["block_size"],
+            "batch_tokens": blocks * row["block_size"],
             "micro_batch_size": size,
-            "gradient_accumulation_steps": -(-blocks_per_step // size) if size else None,
+            "gradient_accumulation_steps": -(-share // size) if size else None,
             **self._memory(step),
             "fits": size > 0,
         }
 
     def _memory(self, step: StepMemory) -> dict[str, Any]:
         """With the copy of the state that exists while a checkpoint is written, as `train` plans longer runs."""
-        if self.facts.is_host:
+        if self.facts.is_host and self.memory.shares == 1:
             step = with_copy(step, self.facts, self.memory.size) or step
         return {"memory_bytes": step.total, "memory": asdict(step)}
 
@@ -123,9 +139,15 @@ def plan(config: PlanConfig) -> PlanResult:
     states = StateSize.planned(model, config.optimizer, Adapter.of(config))
     counts = store.counts["train"] if store else None
     tokens = config.epochs * (counts.num_tokens + counts.num_documents) if counts else None
-    names = dict.fromkeys(config.device or ("auto", *KNOWN_DEVICES))
-    devices = [_device(config, model, name, tokens, states) for name in names]
-    _refuse_what_fits_nowhere(config.model, states, [device.facts for device in devices])
+    usual = (
+        ("auto", *KNOWN_DEVICES) if config.gpus == 1 else [n for n, known in KNOWN_DEVICES.items() if not known.is_host]
+    )
+    devices = [
+        _device(config, model, name, tokens, states, shares)
+        for name in dict.fromkeys(config.device or usual)
+        for shares in sorted({1, 1 if config.lora else config.gpus})  # adapters are not sharded
+    ]
+    _refuse_what_fits_nowhere(config.model, devices)
     seen = look_at(model, config.model)
     if not config.skip_probe:
         devices = [_probed(device, sizes) if device.facts.name == THIS_MACHINE else device for device in devices]
@@ -150,7 +172,8 @@ def plan(config: PlanConfig) -> PlanResult:
             "train_tokens": tokens,
             "checkpoint_bytes": states.checkpoint_bytes,
             "disk_bytes": space_needed(states)[0],
-            "devices": [_device_values(device.facts) for device in devices],
+            "gpus": config.gpus,
+            "devices": [_device_values(device) for device in devices],
             "recommended": recommended,
             "rows": rows,
         }
@@ -176,8 +199,10 @@ def _block_sizes(config: PlanConfig, longest: int) -> tuple[int, ...]:
     return (config.block_size,)
 
 
-def _device(config: PlanConfig, model: PretrainedConfig, name: str, tokens: int | None, states: StateSize) -> _Planned:
-    """A known card by its name, or this machine (`auto`)."""
+def _device(
+    config: PlanConfig, model: PretrainedConfig, name: str, tokens: int | None, states: StateSize, shares: int
+) -> _Planned:
+    """A known card by its name, or this machine (`auto`); one of `shares` that share out the model."""
     if name == "auto":
         device = choose_device("auto")
         facts = replace(this_machine(device, choose_dtype("auto", device)), name=THIS_MACHINE)
@@ -185,7 +210,7 @@ def _device(config: PlanConfig, model: PretrainedConfig, name: str, tokens: int 
         facts = KNOWN_DEVICES[name]
     facts = facts.for_model(model)
     how = facts.computation(checkpointing=config.gradient_checkpointing, adapter=Adapter.of(config))
-    memory = MemoryModel(model, how, overhead_bytes=facts.overhead_bytes, size=states)
+    memory = MemoryModel(model, how, overhead_bytes=facts.overhead_bytes, size=states, shares=shares)
     return _Planned(config, model, facts, memory, tokens, facts.peak_flops * facts.share)
 
 
@@ -193,23 +218,28 @@ def _flops(model: PretrainedConfig, states: StateSize, block_size: int) -> int:
     return flops_per_token(model, states.num_parameters, block_size, states.num_frozen)
 
 
-def _refuse_what_fits_nowhere(model: str, states: StateSize, devices: list[DeviceFacts]) -> None:
+def _refuse_what_fits_nowhere(model: str, devices: list[_Planned]) -> None:
     """Refuse a model whose states are too large for every device; name the devices that are too small."""
-    too_small = [facts for facts in devices if states.training_bytes > facts.memory_bytes]
+
+    def states_each(device: _Planned) -> float:
+        return device.memory.size.training_bytes / device.memory.shares
+
+    too_small = [device for device in devices if states_each(device) > device.facts.memory_bytes]
     if len(too_small) == len(devices):
-        largest = max(devices, key=lambda facts: facts.memory_bytes)
-        check_states_fit(states, largest.memory_bytes, model, largest.name)
-    for facts in too_small:
+        most = max(devices, key=lambda device: device.facts.memory_bytes * device.memory.shares)
+        check_states_fit(most.memory.size, most.facts.memory_bytes, model, most.label, shares=most.memory.shares)
+    for device in too_small:
         log.info(
             "%s (%s parameters) cannot be trained on %s: %.1f GiB of states, %.1f GiB of memory.",
-            *(model, show_count(states.num_parameters), facts.name),
-            *(states.training_bytes / GIB, facts.memory_bytes / GIB),
+            *(model, show_count(device.memory.size.num_parameters), device.label),
+            *(states_each(device) / GIB, device.facts.memory_bytes / GIB),
         )
 
 
-def _device_values(facts: DeviceFacts) -> dict[str, Any]:
+def _device_values(device: _Planned) -> dict[str, Any]:
+    facts = device.facts
     return {
-        "device": facts.name,
+        "device": device.label,
         "memory_bytes": facts.memory_bytes,
         "dtype": dtype_name(facts.dtype),
         "attention": facts.kernel,
@@ -220,7 +250,7 @@ def _device_values(facts: DeviceFacts) -> dict[str, Any]:
 
 def _probed(device: _Planned, sizes: tuple[int, ...]) -> _Planned:
     """The device with its speed measured; without, if the states or a step do not fit."""
-    if device.memory.size.training_bytes >= device.facts.memory_bytes:
+    if device.memory.shares > 1 or device.memory.size.training_bytes >= device.facts.memory_bytes:
         return device
     try:
         return _probe(device, 512 if 512 in sizes else sizes[0])

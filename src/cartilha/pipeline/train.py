@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ from cartilha.evaluation.corpus import score_in_shares
 from cartilha.evaluation.measures import Evaluation, make_evaluation
 from cartilha.machine.devices import seed_everything
 from cartilha.machine.memory import is_out_of_memory, peak_memory_bytes
-from cartilha.machine.processes import from_rank_0, gather_objects, is_main_process
+from cartilha.machine.processes import from_rank_0, gather_objects, is_lost_process, is_main_process
 from cartilha.model.compiling import training_body
 from cartilha.model.load import save_model
+from cartilha.model.sharding import is_sharded, whole_model
 from cartilha.pipeline.check import refuse_if_failed
 from cartilha.pipeline.preflight import preflight
 from cartilha.reporting.notebook import run_html
@@ -30,6 +31,7 @@ from cartilha.runs.decay import copy_trunk, decaying
 from cartilha.runs.english import score_english
 from cartilha.runs.files import RunWriter, check_output, only_process, read_results, values_at, write_config
 from cartilha.runs.live import training_view
+from cartilha.runs.lost import lost_process, naming_lost_processes
 from cartilha.runs.model_card import model_card
 from cartilha.runs.scratch import place_of_run
 from cartilha.runs.setup import Run, assemble, check_space, facts, is_finished_as_asked
@@ -44,7 +46,7 @@ from cartilha.training.checkpoint import (
 )
 from cartilha.training.loop import StepSettings, train_steps
 from cartilha.training.metrics_file import MetricsFile
-from cartilha.training.state import Progress, StepRecord
+from cartilha.training.state import StepRecord, rates
 from cartilha.training.stopping import StopRequest, listening_for_stop
 from cartilha.training.streams import random_numbers_apart
 from cartilha.training.trackers import TrackedRun, open_tracker
@@ -81,7 +83,7 @@ def train(config: TrainConfig, *, prompts: GenerateConfig | None = None) -> Trai
             f"The stop file {config.stop_file} is there, so nothing was done; remove it and try again."
         )
     config = decaying(config)
-    with collecting_notices() as notices, _place(config) as path:
+    with naming_lost_processes(Path(config.output)), collecting_notices() as notices, _place(config) as path:
         if path is not None:
             record = _run(config, path, prompts or GenerateConfig(), notices)
             return TrainResult(config.output, record.values, was_finished=False)
@@ -164,8 +166,8 @@ def _train(run: Run, record: RunWriter, stop: StopRequest) -> None:
             validation_loss = log_book.validate(step)
             last = run.schedule.is_over(step.step, step.total_seconds) or log_book.is_out_of_patience
             # Read once: a request that comes while the checkpoint is written waits for the next step.
-            stopping = any(gather_objects(stop.requested))
-            if validation_loss is not None or last or stopping or writer.is_due(step.step):
+            stopping, due = map(any, zip(*gather_objects((stop.requested, writer.is_due(step.step))), strict=True))
+            if validation_loss is not None or last or stopping or due:
                 metrics.sync()
                 writer.write(run.state, run.settings, validation_loss, goes_on=not (last or stopping))
             if stopping and not last:
@@ -176,7 +178,7 @@ def _train(run: Run, record: RunWriter, stop: StopRequest) -> None:
             if last:
                 steps.close()
         writer.finish()
-        record.update(checkpoint_seconds=writer.stall_s, **_rates(run.state.progress, first))
+        record.update(checkpoint_seconds=writer.stall_s, **rates(run.state.progress, first))
         log_book.finish()
 
 
@@ -248,14 +250,19 @@ class _LogBook:
         bits = "refused" if evaluation.bits_per_byte is None else f"{evaluation.bits_per_byte:.4f}"
         scored = f"{counted(evaluation.total.num_tokens, 'token')}; {run.scorer.protocol.describe()}"
         log.info("%s: perplexity %.2f, bits per byte %s (%s)", title, evaluation.perplexity, bits, scored)
-        if is_main_process():
+        if self._takes_part:
             self.metrics.texts(run.step, take_snapshot(run, self.record, evaluation, scores.nll))
         return evaluation
 
     def measure_english(self, step: int) -> None:
         """Score the English sample with the weights of that step, unless it is skipped."""
-        if is_main_process() and not self.run.config.skip_english:
+        if self._takes_part and not self.run.config.skip_english:
             score_english(self.run, self.record, step)
+
+    @property
+    def _takes_part(self) -> bool:
+        """Whether this process computes what the main one keeps: it is that, or a sharded model takes all of them."""
+        return is_main_process() or is_sharded(self.run.loaded.model)
 
     @property
     def is_out_of_patience(self) -> bool:
@@ -288,7 +295,7 @@ class _LogBook:
             self.measure("Validation after training")
         record.values["settings"]["micro_batch_size"] = progress.micro_batch_size  # smaller if memory ran out
         ended_by = self._end()
-        best = best_checkpoint(list_checkpoints(run.path))
+        best = from_rank_0(best_checkpoint(list_checkpoints(run.path)))
         record.update(
             best_checkpoint=best.name if best else None,
             ended_by=ended_by,
@@ -301,13 +308,17 @@ class _LogBook:
             **run.sources,
             notices=record.notices,
         )
-        if not is_main_process():
+        if not self._takes_part:
             return
         model_step = self._take_best(best)
         self.measure_english(model_step)
+        dtype = getattr(torch, run.config.save_dtype)
+        loaded = replace(run.loaded, model=whole_model(run.loaded.model, dtype))
+        if not is_main_process():
+            return
         record.update(model_step=model_step, comparison=compare_with_first(run, model_step), notices=record.notices)
         with new_directory(run.path / "model", replace=True) as temporary:
-            save_model(run.loaded, temporary, getattr(torch, run.config.save_dtype))
+            save_model(loaded, temporary, dtype)
             run.scorer.tokenizer.save(temporary)
             write_atomically(temporary / "README.md", model_card(record.values))
         if ended_by == "steps" and not run.config.keep_optimizer:  # a longer time budget goes on with the states
@@ -346,15 +357,6 @@ class _LogBook:
         return step
 
 
-def _rates(progress: Progress, first: StepRecord | None) -> dict[str, float | None]:
-    """Tokens per second of all steps, and of those after this process's first one, which includes the compilation."""
-    after = progress.seconds - first.total_seconds if first else 0.0
-    return {
-        "tokens_per_second": progress.tokens / progress.seconds if progress.seconds else None,
-        "tokens_per_second_after_first_step": (progress.tokens - first.tokens) / after if first and after else None,
-    }
-
-
 @contextmanager
 def _recording_failures(record: RunWriter) -> Iterator[None]:
     """Write whatever ends the run early to results.json: a failed run is a row of the table too."""
@@ -371,8 +373,12 @@ def _recording_failures(record: RunWriter) -> Iterator[None]:
 
 def _failure(error: BaseException, path: Path) -> tuple[str, BaseException]:
     """The status of a run that an error has ended, and the error that the user sees."""
+    if is_lost_process(error):
+        error = lost_process(path)
     if isinstance(error, InterruptedRunError | KeyboardInterrupt):
         return "interrupted", error
+    if isinstance(error, OutOfMemoryError):
+        return "out_of_memory", error
     if is_out_of_memory(error):
         return "out_of_memory", OutOfMemoryError(
             "The device ran out of memory even with one block per forward pass; use a smaller --block_size, "

@@ -17,6 +17,7 @@ from cartilha.evaluation.documents import encode_documents
 from cartilha.evaluation.measures import make_evaluation
 from cartilha.evaluation.nll import score_documents
 from cartilha.evaluation.saved import SavedEvaluation, load_evaluation, save_evaluation
+from cartilha.machine.processes import is_main_process
 from cartilha.runs.files import RunWriter
 from cartilha.runs.setup import Run
 
@@ -24,12 +25,17 @@ KEPT = ("perplexity", "bits_per_byte", "bits_per_byte_interval", "num_tokens", "
 
 
 def score_english(run: Run, record: RunWriter, step: int) -> None:
-    """Score the English sample with the weights of `step`, 0 before training; called in the main process."""
+    """Score the English sample with the weights of `step`, 0 before training.
+
+    Called in the main process, which keeps the figures; of a sharded model in all of them.
+    """
     started = time.perf_counter()
     texts = [Document(text, f"english-{number}", "english", "english") for number, text in enumerate(english_sample())]
     documents = encode_documents(texts, run.scorer.tokenizer)
     with progress("English sample", float(documents.num_tokens.sum()), "tokens") as advance:
         scores = score_documents(run.scorer, documents, advance=advance)
+    if not is_main_process():
+        return
     evaluation = make_evaluation(run.scorer, documents, scores, time.perf_counter() - started).to_dict()
     row = {"step": step, **{name: evaluation[name] for name in KEPT}}
     saved = SavedEvaluation.of(evaluation, documents, scores.nll)

@@ -19,15 +19,17 @@ from cartilha.evaluation.documents import ScoredDocuments, encode_documents, val
 from cartilha.evaluation.scorer import Scorer, make_scorer
 from cartilha.machine.devices import choose_device, choose_dtype, describe_machine, dtype_name, seed_everything
 from cartilha.machine.memory import free_memory_bytes
-from cartilha.machine.processes import from_rank_0, is_main_process, world
+from cartilha.machine.processes import from_rank_0, gather_objects, is_main_process, world
 from cartilha.machine.versions import versions
 from cartilha.model.adapters import Adapter, adapter_of
 from cartilha.model.configuration import model_config
 from cartilha.model.load import LoadedModel, load_model, weights_hash, with_adapter
 from cartilha.model.recomputation import checkpoint_layers
+from cartilha.model.sharding import is_sharded
 from cartilha.model_reference import check_4_bits
 from cartilha.runs.decay import SET_BY_DECAY
 from cartilha.runs.files import read_results, read_status
+from cartilha.runs.sharing import is_to_be_sharded, share_out
 from cartilha.runs.sources import Mix, identities, sources_of
 from cartilha.runs.step_plan import RunPlan, StepShape, plan_run, refuse_beyond_context, this_machine
 from cartilha.runs.validation_times import ValidationTimes
@@ -173,15 +175,16 @@ def assemble(config: TrainConfig, path: Path, prompts: GenerateConfig, resume: b
             f"prepare one with: cartilha prepare --model {config.model} --input FILE --output STORE"
         )
     device = choose_device(config.device)
-    # Of several processes the first reads the checkpoint, and the others get what it holds.
-    checkpoint = newest_sound_checkpoint(path) if resume and is_main_process() else None
-    recorded = _recorded(read_settings(checkpoint)) if checkpoint else {}
+    # Of several processes the first looks for the checkpoint and reads it; those of a sharded model all read it.
+    checkpoint = from_rank_0(newest_sound_checkpoint(path) if resume and is_main_process() else None)
+    recorded = from_rank_0(_recorded(read_settings(checkpoint)) if checkpoint and is_main_process() else {})
     # A resumed run keeps its compute dtype and tokens per step: `auto` might choose otherwise on another machine.
     dtype = choose_dtype(recorded.get("dtype", "auto") if config.dtype == "auto" else config.dtype, device)
     batch_tokens = from_rank_0(resolve_batch_tokens(_begun_with(config, recorded), config.block_size, device.type))
     config = replace(config, batch_tokens=batch_tokens)
     seed_everything(config.seed)
-    loaded = _load(config, tokenizer, device)
+    sharded = is_to_be_sharded(config, model_config(config.model, tokenizer), device, dtype)
+    loaded = _load(config, tokenizer, device, sharded=sharded)
     scorer = make_scorer(loaded, tokenizer, dtype)
     mix, sampler = _text(config, store, batch_tokens)
     schedule = _schedule(config, loaded.num_parameters, sampler.steps_per_epoch)
@@ -193,14 +196,17 @@ def assemble(config: TrainConfig, path: Path, prompts: GenerateConfig, resume: b
         "tokenizer": store.fingerprint,
         "dtype": dtype_name(dtype),
     }
+    if sharded:
+        share_out(loaded.model, path, device, dtype)
     rates = {"lr": schedule.peak_lr, "weight_decay": config.weight_decay}
     state = TrainingState.begin(loaded.model, dtype, **rates, optimizer=config.optimizer)
     if checkpoint is not None:
         if recorded["decay_from"] is None:  # the checkpoint of the run that this one decays from
             recorded |= {name: settings[name] for name in SET_BY_DECAY if config.decay_from}
         check_settings(recorded, settings, path, allow_changes=config.allow_changes)
-        load_checkpoint(checkpoint, state)
-        if state.progress.step < schedule.num_steps:
+        if sharded or is_main_process():
+            load_checkpoint(checkpoint, state)
+        if is_main_process() and state.progress.step < schedule.num_steps:
             refuse_if_dropped(path)
         log.info("Going on from step %d (%s).", state.progress.step, checkpoint)
     share_state(state, config.seed)
@@ -224,15 +230,18 @@ def _text(config: TrainConfig, store: TokenStore, batch_tokens: int) -> tuple[Mi
     return mix, MixtureSampler(mix.documents, block_size=size, blocks_per_step=blocks, seed=config.seed)
 
 
-def _load(config: TrainConfig, tokenizer: TextTokenizer, device: torch.device) -> LoadedModel:
-    """The model as it is trained; one that cannot fit is refused before its weights take memory."""
+def _load(config: TrainConfig, tokenizer: TextTokenizer, device: torch.device, *, sharded: bool) -> LoadedModel:
+    """The model as it is trained; one that cannot fit is refused before its weights take memory.
+
+    One that is to be sharded is loaded into the host's memory.
+    """
     adapter = Adapter.of(config)
     if adapter is not None and adapter.base == "4bit":
         check_4_bits(device.type)
     size = StateSize.planned(model_config(config.model, tokenizer), config.optimizer, adapter)
     place = "this machine" if device.type == "cpu" else f"this machine's {device.type} device"
-    check_states_fit(size, free_memory_bytes(device), config.model, place)
-    loaded = load_model(config.model, device, tokenizer=tokenizer, seed=config.seed)
+    check_states_fit(size, free_memory_bytes(device), config.model, place, shares=world()[1] if sharded else 1)
+    loaded = load_model(config.model, torch.device("cpu") if sharded else device, tokenizer=tokenizer, seed=config.seed)
     refuse_beyond_context(config.block_size, loaded.context_length, config.model)
     if adapter is not None:
         loaded = with_adapter(loaded, adapter, config.seed)
@@ -256,6 +265,7 @@ def check_space(run: Run) -> None:
 def _plan(config: TrainConfig, scorer: Scorer, sampler: BlockSampler, schedule: Schedule, in_force: int) -> RunPlan:
     """The run's plan; a resumed run keeps its micro-batch in force (0: none yet), since another rounds otherwise."""
     num_ranks, blocks_per_step = world()[1], sampler.blocks_per_step
+    sharded = is_sharded(scorer.loaded.model)
     if num_ranks > blocks_per_step:
         log.warning(
             "%d processes share steps of %s, so that some have nothing to do; use a larger --batch_tokens.",
@@ -268,8 +278,13 @@ def _plan(config: TrainConfig, scorer: Scorer, sampler: BlockSampler, schedule: 
     loaded = scorer.loaded
     machine = this_machine(loaded.model.device, scorer.dtype)
     adapter = adapter_of(loaded.model)
-    shape = StepShape(config.block_size, share, asked, config.gradient_checkpointing, config.dropout, adapter)
+    shape = StepShape(
+        *(config.block_size, share, asked, config.gradient_checkpointing, config.dropout, adapter),
+        shares=num_ranks if sharded else 1,
+    )
     plan = plan_run(loaded.model.config, machine, StateSize.of(loaded.model, config.optimizer), shape)
+    if sharded:  # all processes run the same passes
+        return replace(plan, micro_batch_size=min(gather_objects(plan.micro_batch_size)))
     if not machine.is_host or not is_main_process():  # a card's copy is in the host; the first process writes
         return plan
     by_clock = 60 * config.checkpoint_minutes * num_ranks * plan.tokens_per_second / sampler.tokens_per_step

@@ -19,6 +19,7 @@ from cartilha.evaluation.continuation import continue_prompts
 from cartilha.evaluation.measures import Evaluation
 from cartilha.evaluation.saved import SavedEvaluation, load_evaluation, save_evaluation
 from cartilha.evaluation.surprisal import add_surprisal, shown_documents
+from cartilha.machine.processes import is_main_process
 from cartilha.runs.files import RunWriter, add_samples
 from cartilha.runs.setup import Run
 from cartilha.training.streams import random_numbers_apart
@@ -28,20 +29,24 @@ TOKENS_OF_A_BEGINNING = 32  # by which a reader recognises a document
 
 
 def take_snapshot(run: Run, record: RunWriter, evaluation: Evaluation, nll: np.ndarray) -> list[tuple[str, str]]:
-    """Keep what the model writes and how it reads now; called in the main process.
+    """Keep what the model writes and how it reads now.
+
+    Called in the main process, which keeps it; of a sharded model in all of them.
 
     `nll` is that of each of the run's validation documents, in nats, in the evaluation just made. The comparison with
     the evaluation before training goes into `record`. Returns each prompt, and the prompt with its continuation.
     """
-    saved = SavedEvaluation.of(evaluation.to_dict(), run.validation, nll)
-    save_evaluation(_saved(run.path, run.step), saved)
+    if is_main_process():
+        saved = SavedEvaluation.of(evaluation.to_dict(), run.validation, nll)
+        save_evaluation(_saved(run.path, run.step), saved)
     with random_numbers_apart():
         run.loaded.model.train(False)  # without the dropout that training may have
         samples = continue_prompts(run.loaded, run.scorer.tokenizer, run.prompts)
-        add_samples(run.path, run.step, samples)
+        if is_main_process():
+            add_samples(run.path, run.step, samples)
         add_surprisal(run.path / "surprisal.parquet", run.step, run.scorer, shown_documents(run.validation))
         run.loaded.model.train(run.config.dropout)
-    if run.step:
+    if run.step and is_main_process():
         record.update(comparison=compare_with_first(run, run.step))
     return [(sample.prompt, sample.text) for sample in samples]
 

@@ -63,6 +63,7 @@ class StepShape:
     checkpointing: bool = False
     dropout: bool = False
     adapter: Adapter | None = None
+    shares: int = 1  # processes that a sharded model is shared out over
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def plan_run(config: PretrainedConfig, facts: DeviceFacts, states: StateSize, sh
     how = facts.computation(checkpointing=shape.checkpointing, dropout=shape.dropout, adapter=shape.adapter)
     memory, size = None, shape.micro_batch_size or 1
     try:
-        model = MemoryModel(config, how, overhead_bytes=facts.overhead_bytes, size=states)
+        model = MemoryModel(config, how, overhead_bytes=facts.overhead_bytes, size=states, shares=shape.shares)
         if shape.micro_batch_size is None:
             size, memory = best_step(model, facts, shape.block_size, shape.blocks_per_step)
             if size == 0:

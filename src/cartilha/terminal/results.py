@@ -177,13 +177,21 @@ def _plan(result: Values) -> Parts:
     yield FittingTable(titles, map(_recommended, result["recommended"]), title=title)
     shown: dict[str, Values] = {}
     for row in result["recommended"]:
-        if row["block_size"] <= 512:
+        if row["block_size"] <= 512 and row["sharded"] == (result["gpus"] > 1):
             shown.setdefault(row["device"], row)
     rows: list[list[str]] = [["block", *(str(row["block_size"]) for row in shown.values())], []]
     for part in result["recommended"][0]["memory"]:
+        if part == "gathered" and result["gpus"] == 1:
+            continue
         rows.append([_MEMORY.get(part, part), *(f"{row['memory'][part] / GIB:.2f}" for row in shown.values())])
     yield FittingTable(("GiB of it", *shown), rows)
     yield "~: an estimate, from the device's peak and the share of it that is expected. -: does not fit."
+    if (gpus := result["gpus"]) > 1:
+        yield (
+            f"Of {gpus} cards together, without the time in which they exchange gradients and weights; GiB are of each "
+            f"card. A name that ends in /{gpus}: sharded (--shard full), each card holds a part; else replicated, each "
+            "holds all."
+        )
 
 
 def _recommended(row: Values) -> list[str]:

@@ -6,6 +6,9 @@ checkpoints/step-00000123/
     state.json             progress, scaler, random state, settings that a resume must find unchanged
     manifest.json          size and SHA-256 of the files above, and of itself; written last
 
+Of a sharded model, each process writes its part of the first two (`checkpoint_shards`); one process or another number
+of them goes on from it, as sharded processes do from a checkpoint of one.
+
 A checkpoint may come from an unknown source. Nothing in it is unpickled; sizes, shapes and ranges are checked before it
 is used.
 """
@@ -14,6 +17,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +25,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
 
 from cartilha.errors import UserError, first_line
+from cartilha.machine.processes import is_main_process
 from cartilha.model.adapters import trained_parameters
+from cartilha.model.sharding import is_sharded
 from cartilha.settings import IN_WORDS
 from cartilha.storage import (
     file_sha256,
@@ -35,6 +42,14 @@ from cartilha.storage import (
     write_sealed_json,
 )
 from cartilha.training.checkpoint_checks import check_progress, check_scaler, check_tensors
+from cartilha.training.checkpoint_shards import (
+    OF_STATES,
+    check_shards,
+    has_shards,
+    read_shards,
+    shared_directory,
+    write_shards,
+)
 from cartilha.training.optimizer import StateSize
 from cartilha.training.state import TrainingState
 from cartilha.training.streams import random_state, restore_random_state
@@ -57,6 +72,7 @@ class FrozenState:
     weights: dict[str, torch.Tensor]  # by parameter name
     states: dict[str, torch.Tensor]  # the optimizer's tensors, by `parameter|key`
     values: dict[str, Any]  # the contents of state.json
+    is_sharded: bool = False  # whether each process has a part of every tensor
 
 
 def freeze(state: TrainingState, settings: dict[str, Any], *, copy: bool = False) -> FrozenState:
@@ -66,12 +82,15 @@ def freeze(state: TrainingState, settings: dict[str, Any], *, copy: bool = False
     """
 
     def at_rest(tensor: torch.Tensor) -> torch.Tensor:
+        if is_sharded(state.model):  # written at once, part by part
+            return tensor.detach()
         return tensor.detach().to("cpu", copy=copy).contiguous()
 
     return FrozenState(
         step=state.progress.step,
         weights={name: at_rest(parameter) for name, parameter in trained_parameters(state.model).items()},
         states={joined: at_rest(tensor) for joined, tensor in _named_states(state).items()},
+        is_sharded=is_sharded(state.model),
         values={
             "format_version": FORMAT_VERSION,
             "progress": asdict(state.progress),
@@ -95,14 +114,22 @@ def write_checkpoint(run: Path, frozen: FrozenState, validation_loss: float | No
 
     The best has the lowest validation loss (nats per token), which is known where it has just been measured. Later
     checkpoints are removed too: they are damaged, and the run has gone on from before them. An OSError says that the
-    disk cannot be written to; the checkpoints that are there then stay as they are.
+    disk cannot be written to; the checkpoints that are there then stay as they are. Of a sharded model all processes
+    call this, each with its part.
     """
     path = run / "checkpoints" / f"step-{frozen.step:08d}"
-    with new_directory(path, replace=True) as temporary:
-        _save_tensors(frozen.weights, temporary / WEIGHTS)
-        _save_tensors(frozen.states, temporary / OPTIMIZER)
+    place = shared_directory(path) if frozen.is_sharded else new_directory(path, replace=True)
+    with place as temporary:
+        files = write_shards(temporary, frozen.weights, frozen.states) if frozen.is_sharded else {}
+        if frozen.is_sharded and not is_main_process():
+            return path
+        if not frozen.is_sharded:
+            _save_tensors(frozen.weights, temporary / WEIGHTS)
+            _save_tensors(frozen.states, temporary / OPTIMIZER)
         write_json(temporary / "state.json", frozen.values)
-        files = {n: {"size": (temporary / n).stat().st_size, "sha256": file_sha256(temporary / n)} for n in FILES}
+        for name in ["state.json"] if frozen.is_sharded else FILES:
+            file = temporary / name
+            files[name] = {"size": file.stat().st_size, "sha256": file_sha256(file)}
         manifest = {"format_version": FORMAT_VERSION, "validation_loss": validation_loss, "files": files}
         write_sealed_json(temporary / "manifest.json", manifest)
     earlier = [other for other in list_checkpoints(run) if other <= path]
@@ -164,15 +191,20 @@ def drop_optimizer_states(run: Path) -> None:
     """
     for path in list_checkpoints(run):
         if _has_states(path) and (manifest := _manifest(path)):
-            del manifest["files"][OPTIMIZER]
+            manifest["files"] = {name: known for name, known in manifest["files"].items() if not _is_of_states(name)}
             write_sealed_json(path / "manifest.json", manifest)
         if not _has_states(path):
-            (path / OPTIMIZER).unlink(missing_ok=True)
+            for file in filter(lambda file: _is_of_states(file.name), list(path.iterdir())):
+                file.unlink(missing_ok=True)
 
 
 def _has_states(path: Path) -> bool:
     files = _manifest(path).get("files")
-    return not isinstance(files, dict) or OPTIMIZER in files
+    return not isinstance(files, dict) or any(map(_is_of_states, files))
+
+
+def _is_of_states(name: str) -> bool:
+    return name == OPTIMIZER or (name.startswith("shard-") and name.endswith(OF_STATES))
 
 
 def refuse_if_dropped(run: Path) -> None:
@@ -237,7 +269,10 @@ def _verify(path: Path) -> None:
         raise _OtherVersionError("its manifest has no hash of its own, as those of the first version")
     if (version := manifest.get("format_version")) != FORMAT_VERSION:
         raise _OtherVersionError(f"format {version}, this version reads {FORMAT_VERSION}")
-    for name in FILES if _has_states(path) else sorted({*FILES} - {OPTIMIZER}):
+    shards = {file.name for file in path.glob("shard-*")} | {n for n in manifest["files"] if n.startswith("shard-")}
+    for name in sorted({"state.json", *shards} if shards else FILES):
+        if _is_of_states(name) and not _has_states(path):
+            continue
         recorded = manifest["files"][name]
         if (path / name).stat().st_size != recorded["size"]:
             raise ValueError(f"{name} has another size")
@@ -290,39 +325,50 @@ def _shown(settings: dict[str, Any], name: str) -> Any:
     return settings.get(name) if words is None else words or None
 
 
-def _copy_weights(path: Path, model: torch.nn.Module) -> None:
-    parameters = trained_parameters(model)
+def _read(path: Path, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Read all tensors of a file of the checkpoint, or of its parts, in place."""
+    if has_shards(path) or any(isinstance(tensor, DTensor) for tensor in tensors.values()):
+        read_shards(path, tensors)
+        return
     with torch.no_grad():
         # Copied, since what is read is mapped from the file.
-        for name, weight in load_file(path / WEIGHTS, device=str(next(iter(parameters.values())).device)).items():
-            parameters[name].copy_(weight)
+        for key, value in load_file(path / name, device=str(next(iter(tensors.values())).device)).items():
+            tensors[key].copy_(value)
+
+
+def _check(path: Path, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise a ValueError unless a file of the checkpoint, or its parts, hold these tensors, as far as headers show."""
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    if has_shards(path):
+        check_shards(path, shapes, of_states=name == OPTIMIZER)
+    else:
+        check_tensors(path / name, shapes)
 
 
 def load_weights(path: Path, model: torch.nn.Module) -> None:
     """Put a checkpoint's weights, and nothing else of it, into the model; a UserError says that it is damaged."""
     try:
         _verify(path)
-        check_tensors(path / WEIGHTS, {name: tuple(value.shape) for name, value in trained_parameters(model).items()})
+        _check(path, WEIGHTS, trained_parameters(model))
     except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
         raise UserError(f"The checkpoint {path.name} is damaged ({first_line(error)}).") from error
-    _copy_weights(path, model)
+    _read(path, WEIGHTS, trained_parameters(model))
 
 
 def load_checkpoint(path: Path, state: TrainingState) -> None:
     """Restore a checkpoint into the state, in place. Everything is checked before anything is changed.
 
-    A UserError says that it is not a checkpoint of this model, or that its contents make no sense.
+    A UserError says that it is not a checkpoint of this model, or that its contents make no sense. Of a sharded model
+    all processes call this.
     """
-    device = str(state.model.device)
     parameters = trained_parameters(state.model)
-    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     try:
         saved = _read_state(path)
         progress = check_progress(saved["progress"])
-        check_tensors(path / WEIGHTS, shapes)
+        _check(path, WEIGHTS, parameters)
         states = _named_states(state) if _has_states(path) else {}
         if states:
-            check_tensors(path / OPTIMIZER, {name: tuple(tensor.shape) for name, tensor in states.items()})
+            _check(path, OPTIMIZER, states)
         check_scaler(saved["scaler"], state.scaler.is_enabled())
         restore_random_state(saved["random"])
     except (OSError, ValueError, LookupError, TypeError, RuntimeError, OverflowError, SafetensorError) as error:
@@ -330,9 +376,8 @@ def load_checkpoint(path: Path, state: TrainingState) -> None:
             f"The checkpoint {path} cannot be used for this model ({first_line(error)}); "
             "use the model and code that it was made with, or another --output."
         ) from error
-    _copy_weights(path, state.model)
-    with torch.no_grad():
-        for name, value in (load_file(path / OPTIMIZER, device=device) if states else {}).items():
-            states[name].copy_(value)
+    _read(path, WEIGHTS, parameters)
+    if states:
+        _read(path, OPTIMIZER, states)
     state.scaler.load_state_dict(saved["scaler"])
     vars(state.progress).update(vars(progress))

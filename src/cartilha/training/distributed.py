@@ -20,20 +20,25 @@ from cartilha.errors import counted
 from cartilha.machine.devices import seed_everything
 from cartilha.machine.processes import from_rank_0, gather_objects, join_processes, world
 from cartilha.model.adapters import trained_parameters
+from cartilha.model.sharding import is_sharded
 from cartilha.training.state import TrainingState
 
 log = logging.getLogger("cartilha")
 
 
-def sum_over_ranks(parameters: Sequence[nn.Parameter], loss: torch.Tensor) -> None:
-    """Replace this rank's gradients (None stands for zero), and its share of the loss, by their sums over the ranks."""
+def sum_over_ranks(parameters: Sequence[nn.Parameter], loss: torch.Tensor, *, gradients: bool = True) -> None:
+    """Replace this rank's gradients (None stands for zero), and its share of the loss, by their sums over the ranks.
+
+    Without `gradients` only the loss is summed: those of a sharded model are summed in the backward pass.
+    """
     if world()[1] == 1:
         return
     join_processes(loss.device)
-    for parameter in parameters:
+    tensors = [loss]
+    for parameter in parameters if gradients else ():
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    tensors = [loss, *(parameter.grad for parameter in parameters if parameter.grad is not None)]
+        tensors.append(parameter.grad)
     for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
         assert work is not None
         work.wait()
@@ -53,7 +58,7 @@ def agree(seconds: float, micro_batch_size: int) -> tuple[float, int]:
 
 
 def share_state(state: TrainingState, seed: int) -> None:
-    """Give every rank the state of rank 0, which alone reads checkpoints.
+    """Give every rank the state of rank 0, which alone reads checkpoints; of a sharded model all have read their part.
 
     Each other rank draws its own random numbers (dropout) afterwards, seeded by `seed` and its number.
     """
@@ -63,8 +68,9 @@ def share_state(state: TrainingState, seed: int) -> None:
     progress, scaler = from_rank_0((state.progress, state.scaler.state_dict()))
     vars(state.progress).update(vars(progress))
     state.scaler.load_state_dict(scaler)
-    parameters = list(trained_parameters(state.model).values())  # a frozen base is loaded by each rank
-    join_processes(parameters[0].device)
+    # A frozen base is loaded by each rank.
+    parameters = [] if is_sharded(state.model) else list(trained_parameters(state.model).values())
+    join_processes(state.model.device)
     with torch.no_grad():
         for parameter in parameters:
             dist.broadcast(parameter, src=0)

@@ -11,14 +11,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from cartilha.blocks.packing import Block, stack
+from cartilha.blocks.packing import Block, empty_block, stack
 from cartilha.blocks.sampler import BlockSampler
-from cartilha.errors import counted
+from cartilha.errors import OutOfMemoryError, counted
 from cartilha.machine.memory import is_out_of_memory, peak_memory_bytes
 from cartilha.machine.processes import world
 from cartilha.model.compiling import CompiledBody
 from cartilha.model.forward import batch_nll
+from cartilha.model.sharding import is_sharded, whole
 from cartilha.model.weight_gradients import weight_gradients_in_place
 from cartilha.training.distributed import agree, sum_over_ranks
 from cartilha.training.optimizer import choose_trained, clear_gradients, step_unless
@@ -53,7 +55,7 @@ def train_steps(
     progress.micro_batch_size = settings.micro_batch_size
     device = state.model.device
     launched = None
-    with closing(prepared_steps(sampler, progress.step)) as prepared:
+    with closing(prepared_steps(sampler, progress.step, even=is_sharded(state.model))) as prepared:
         while not schedule.is_over(progress.step, progress.seconds):
             started = time.perf_counter()
             step = progress.step
@@ -95,15 +97,20 @@ class StepBlocks:
     num_targets: int  # of the whole step, all ranks together
 
 
-def prepared_steps(sampler: BlockSampler, step: int) -> Generator[StepBlocks, None, None]:
+def prepared_steps(sampler: BlockSampler, step: int, *, even: bool = False) -> Generator[StepBlocks, None, None]:
     """This rank's blocks of `step` (from 0) and of all steps after it.
+
+    If they are to be `even`, a rank with fewer blocks than others gets blocks without targets besides.
 
     While a step runs, a thread prepares the next one: cutting blocks out of the memory-mapped store is work for numpy
     and the disk, and the device need not wait for it.
     """
 
     def prepare(step: int) -> StepBlocks:
-        return StepBlocks(sampler.blocks(step, *world()), sampler.num_targets(step))
+        blocks = sampler.blocks(step, *world())
+        most = -(-sampler.position(step).num_blocks // world()[1])
+        spare = [empty_block(sampler.block_size)] * (most - len(blocks)) if even else []
+        return StepBlocks([*blocks, *spare], sampler.num_targets(step))
 
     with ThreadPoolExecutor(1, thread_name_prefix="cartilha-loader") as thread:
         begun = thread.submit(prepare, step)
@@ -118,11 +125,12 @@ def _update(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Take one optimizer step; returns its loss, its gradient's norm before clipping, and whether it was left out."""
     loss = _gradients(state, data, parameters, settings)
-    sum_over_ranks(parameters, loss)
+    sum_over_ranks(parameters, loss, gradients=not is_sharded(state.model))
     state.scaler.unscale_(state.optimizer)
     if settings.loss == "perplexity":  # d exp(loss) = exp(loss) d loss, with the loss of the whole step
         torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], loss.exp())
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+    grad_norm = whole(get_total_norm([p.grad for p in parameters if p.grad is not None]))
+    clip_grads_with_norm_(parameters, settings.max_grad_norm, grad_norm)
     skipped = ~torch.isfinite(grad_norm + loss)
     step_unless(skipped, state.optimizer)
     state.scaler.update()
@@ -136,8 +144,9 @@ def _gradients(
     """Add up the gradients of this rank's share of the step's mean nll, and return that share.
 
     If memory runs out, the micro-batch is halved and the gradients are computed again from the same random state: no
-    weight has moved, so the step comes out the same up to rounding. If the compiled body fails in the backward pass,
-    the step is repeated without it. A micro-batch with fewer rows than usual is not worth a graph.
+    weight has moved, so the step comes out the same up to rounding. A sharded model cannot do that, since the other
+    ranks wait in the pass that failed. If the compiled body fails in the backward pass, the step is repeated without
+    it. A micro-batch with fewer rows than usual is not worth a graph.
     """
     progress = state.progress
     before = random_state()
@@ -149,6 +158,12 @@ def _gradients(
         except Exception as error:
             out_of_memory = is_out_of_memory(error)
             without_graph = body is not None and body.give_up(error)
+            if out_of_memory and is_sharded(state.model):
+                raise OutOfMemoryError(
+                    f"Memory ran out in step {progress.step + 1} with micro-batches of {counted(size, 'block')}, and "
+                    "the processes of a sharded model cannot repeat a step; use a smaller --micro_batch_size and "
+                    "--resume auto."
+                ) from error
             if not without_graph and (not out_of_memory or size <= 1):
                 raise
         # Outside of the handler: the error's traceback held on to the tensors of the pass that failed.
@@ -174,10 +189,11 @@ def _accumulate(
     loss = torch.zeros((), device=device)
     # get_scale() synchronises on CUDA.
     factor = scaler.get_scale() / data.num_targets if device.type == "cpu" else 1.0
+    in_place = not is_sharded(model)  # gradients of a sharded model go to other ranks
     for begin in range(0, len(data.blocks), max(1, micro_batch_size)):
         batch = stack(data.blocks[begin : begin + micro_batch_size])
         usual = body if len(batch.input_ids) == micro_batch_size else None
-        with weight_gradients_in_place(device.type, factor) if usual is None else nullcontext():
+        with weight_gradients_in_place(device.type, factor) if in_place and usual is None else nullcontext():
             share = batch_nll(model, batch, dtype, usual) / data.num_targets
         scaler.scale(share).backward()
         loss += share.detach()

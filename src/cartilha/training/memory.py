@@ -8,7 +8,7 @@ straight line in the number of tokens, once they fill a chunk of logits.
 from __future__ import annotations
 
 import bisect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PretrainedConfig
 
@@ -18,7 +18,7 @@ from cartilha.model.loss import CHUNK_TOKENS
 from cartilha.model.rows import ROWS
 from cartilha.training.device_facts import DeviceFacts
 from cartilha.training.optimizer import StateSize
-from cartilha.training.trace import Computation, StepBytes, traced_step
+from cartilha.training.trace import Computation, StepBytes, parts_of, traced_step
 
 HEADROOM = 1.05  # allocators hand out memory in pieces and cannot use all of what lies between them
 SAFETY = 0.95  # of what is free: other programs need memory, too
@@ -34,6 +34,7 @@ class StepMemory:
     activations: int
     logits_chunk: int  # with its gradients, and the temporaries at the peak
     overhead: int  # the program, the device's context, and what the allocator cannot use
+    gathered: int = 0  # of a sharded model: weights in use and gradients on their way, with the chunk of logits
     checkpoint_copy: int = 0  # of the state, written while training goes on; a GPU's is in the host's memory
 
     @property
@@ -46,15 +47,24 @@ class MemoryModel:
     """The memory of training steps of one model on one kind of device, whose program and context take an overhead."""
 
     def __init__(
-        self, config: PretrainedConfig, how: Computation, *, overhead_bytes: int, size: StateSize | None = None
+        self,
+        config: PretrainedConfig,
+        how: Computation,
+        *,
+        overhead_bytes: int,
+        size: StateSize | None = None,
+        shares: int = 1,
     ) -> None:
         self._config = config
-        self._how = how
+        self._how = replace(how, sharded=shares > 1)
         self._overhead = overhead_bytes
         self.size = size or StateSize.planned(config, adapter=how.adapter)
+        self.shares = shares  # processes that a sharded model is shared out over
 
     def step(self, micro_batch_size: int, block_size: int, *, accumulates: bool) -> StepMemory:
         """Memory of a step; where it has several micro-batches (`accumulates`), gradients lie beside activations."""
+        if self.shares > 1:
+            return self._sharded_step(micro_batch_size, block_size)
         weights, own = self.size.weight_bytes, self.size.gradient_bytes
         kept = self._traced(micro_batch_size, block_size)
         if accumulates or self._how.on_cpu:  # on a CPU gradients stay where they are
@@ -80,6 +90,28 @@ class MemoryModel:
             activations=round(activations),
             logits_chunk=round(peak - activations),
             overhead=round(self._overhead + unusable + (HEADROOM - 1) * kept_always),
+        )
+
+    def _sharded_step(self, micro_batch_size: int, block_size: int) -> StepMemory:
+        """Of a sharded model: a share of all states, and for the moment what is gathered and not yet summed."""
+        kept = self._traced(micro_batch_size, block_size)
+        layer, outside = parts_of(self._config)
+        half = self._how.dtype.itemsize
+        # Two layers, the next one being fetched, each in one piece and as its weights; gradients, as they are and as
+        # they are sent, in float32.
+        in_layers = kept.body + (2 * half + 2 * half) * layer + (half + 4) * layer
+        at_the_end = kept.end + 4 * outside  # sent together
+        peak = max(in_layers, at_the_end) + 4 * outside
+        activations = min(kept.activations, peak)
+        weights, states = (-(-part // self.shares) for part in (self.size.weight_bytes, self.size.optimizer_bytes))
+        return StepMemory(
+            weights=weights,
+            gradients=weights,
+            optimizer_states=states,
+            activations=round(activations),
+            logits_chunk=0,
+            gathered=round(peak - activations),
+            overhead=round(self._overhead + (HEADROOM - 1) * (2 * weights + states + peak)),
         )
 
     def _traced(self, rows: int, row_length: int) -> StepBytes:
@@ -120,8 +152,12 @@ def best_step(model: MemoryModel, facts: DeviceFacts, block_size: int, blocks_pe
     return size, planned(size)
 
 
-def check_states_fit(size: StateSize, available_bytes: int, ref: str, device: str) -> None:
-    """Refuse, with a UserError, a model whose weights, gradients and optimizer states alone do not fit the device."""
+def check_states_fit(size: StateSize, available_bytes: int, ref: str, device: str, shares: int = 1) -> None:
+    """Refuse, with a UserError, a model whose weights, gradients and optimizer states alone do not fit the device.
+
+    Of a sharded model, one of its `shares` must fit.
+    """
+    available_bytes *= shares
     if size.training_bytes > available_bytes:
         each = size.training_bytes / size.num_parameters
         what = "frozen weights, the adapter's own with gradients," if size.num_frozen else "float32 weight, gradient"

@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from cartilha.config import AUTO_BATCH_TOKENS, Count
 from cartilha.model.adapters import Adapter, frozen_size, trained_parameters
 from cartilha.model.head import head_of
+from cartilha.model.sharding import zeros_beside
 from cartilha.training.trace import model_without_contents
 from cartilha.training.update_rules import OPTIMIZERS, UpdateRule
 
@@ -104,7 +105,8 @@ def allocate_states(model: PreTrainedModel, optimizer: torch.optim.Optimizer, na
             # Torch keeps counts of steps in the host's memory, unless a fused kernel reads them.
             of_counts = parameter.device if fused[id(parameter)] else "cpu"
             for key, shape in rule.states(tuple(parameter.shape)).items():
-                optimizer.state[parameter][key] = torch.zeros(shape, device=parameter.device if shape else of_counts)
+                zeros = zeros_beside(parameter, shape) if shape else torch.zeros((), device=of_counts)
+                optimizer.state[parameter][key] = zeros
 
 
 @dataclass(frozen=True)

@@ -79,3 +79,12 @@ class StepRecord:
     def tokens_per_second(self) -> float:
         """Targets per second in this step."""
         return self.num_targets / self.seconds
+
+
+def rates(progress: Progress, first: StepRecord | None) -> dict[str, float | None]:
+    """Tokens per second of all steps, and of those after this process's first one, which includes the compilation."""
+    after = progress.seconds - first.total_seconds if first else 0.0
+    return {
+        "tokens_per_second": progress.tokens / progress.seconds if progress.seconds else None,
+        "tokens_per_second_after_first_step": (progress.tokens - first.tokens) / after if first and after else None,
+    }

@@ -30,7 +30,7 @@ from cartilha.model.load import look_at
 from cartilha.model.loss import linear_cross_entropy
 from cartilha.model.packed_or_rows import HowItRuns, use_document_attention
 from cartilha.model.products import cpu_product_dtype, sums_in_float32
-from cartilha.model.recomputation import checkpoint_layers
+from cartilha.model.recomputation import checkpoint_layers, layers_of
 from cartilha.model.rows import ROWS
 from cartilha.model.weight_gradients import weight_gradients_in_place
 from cartilha.training.streams import random_numbers_apart
@@ -60,6 +60,7 @@ class Computation:
     checkpointing: bool = False  # the layers' activations are computed a second time instead of kept
     dropout: bool = False  # the dropout that the configuration asks for is drawn
     adapter: Adapter | None = None  # which alone is trained
+    sharded: bool = False  # layers are gathered in `dtype`, so that no copies of them are cast
 
 
 class _LiveBytes(TorchDispatchMode):
@@ -129,6 +130,13 @@ def count_parameters(config: PretrainedConfig) -> int:
     return int(model_without_contents(config).num_parameters())
 
 
+def parts_of(config: PretrainedConfig) -> tuple[int, int]:
+    """Parameters of the largest layer, and of all that lies outside of layers."""
+    model = model_without_contents(config)
+    layers = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers_of(model)]
+    return max(layers, default=0), int(model.num_parameters()) - sum(layers)
+
+
 def traced_step(config: PretrainedConfig, rows: int, row_length: int, how: Computation) -> StepBytes:
     """Trace a forward and backward pass over `rows` blocks of one document of `row_length` tokens each.
 
@@ -162,6 +170,10 @@ def _traced(config_json: str, num_layers: int, rows: int, row_length: int, how: 
         model.train(how.dropout)
         if how.checkpointing:
             checkpoint_layers(model)
+        for layer in layers_of(model) if how.sharded else ():
+            for parameter in layer.parameters():
+                if parameter.dim() > 1:  # a CPU cannot mix dtypes in a norm
+                    parameter.data = parameter.data.to(how.dtype)
         for parameter in trained_parameters(model).values():
             parameter.grad = torch.zeros_like(parameter)
         resident = [*model.parameters(), *(p.grad for p in model.parameters() if p.grad is not None), *model.buffers()]
@@ -184,7 +196,7 @@ def _pass(model: PreTrainedModel, live: _LiveBytes, rows: int, row_length: int, 
         arguments: dict[str, Any] = {"position_ids": positions, "segments": segments}
     else:
         arguments = {"attention_mask": torch.ones_like(ids)}
-    with weight_gradients_in_place("cpu", 1.0) if how.on_cpu else nullcontext():
+    with weight_gradients_in_place("cpu", 1.0) if how.on_cpu and not how.sharded else nullcontext():
         with nullcontext() if how.dtype == torch.float32 else torch.autocast("cpu", how.dtype):
             output = body_of(model)(input_ids=ids, use_cache=False, **arguments)
         hidden = output.last_hidden_state.flatten(0, 1)

@@ -32,10 +32,12 @@ class UpdateRule:
         make: The optimizer of groups of parameters, with a learning rate that the loop sets anew at each step.
         states: Names and shapes of the float32 tensors that it keeps for a parameter of the given shape, all zero at
             the beginning; a count of the steps is a tensor named `step` without dimensions.
+        shards: Whether it can step parameters that are shared out over processes (DTensor).
     """
 
     make: Callable[[Groups, float], Optimizer]
     states: Callable[[Shape], dict[str, Shape]]
+    shards: bool = True
 
 
 def _adamw(groups: Groups, lr: float) -> Optimizer:
@@ -66,7 +68,7 @@ def _factors(shape: Shape) -> dict[str, Shape]:
 
 ADAMW = UpdateRule(_adamw, lambda shape: {"step": (), "exp_avg": shape, "exp_avg_sq": shape})  # arXiv:1711.05101
 MUON = UpdateRule(_muon, lambda shape: {"momentum_buffer": shape})  # arXiv:2502.16982
-ADAFACTOR = UpdateRule(_adafactor, _factors)  # arXiv:1804.04235
+ADAFACTOR = UpdateRule(_adafactor, _factors, shards=False)  # arXiv:1804.04235
 
 # The rule of the matrices of hidden layers, and that of all other parameters: embeddings, head, norms and biases.
 OPTIMIZERS: dict[str, tuple[UpdateRule, UpdateRule]] = {

@@ -12,6 +12,7 @@ import torch
 
 from cartilha.machine.memory import free_memory_bytes
 from cartilha.machine.processes import is_main_process
+from cartilha.model.sharding import is_sharded
 from cartilha.training.checkpoint import freeze, write_checkpoint
 from cartilha.training.optimizer import StateSize
 from cartilha.training.state import TrainingState
@@ -23,6 +24,8 @@ MAX_SHARE_OF_TIME = 0.03  # checkpoints by the clock wait so long that they cost
 
 class CheckpointWriter:
     """Writes a run's checkpoints and keeps the newest `keep`; training goes on meanwhile if `background` says so.
+
+    All processes of a sharded model write at once, and training waits for them.
 
     One is due after every `every_steps` (None: never), and `every_minutes` (0: never) after the last one.
     """
@@ -53,11 +56,11 @@ class CheckpointWriter:
         If training does not go on, it is written at once and without a copy of the state. An OSError says that this
         one, or the one before it, could not be written.
         """
-        if not is_main_process():
+        if not is_main_process() and not is_sharded(state.model):
             return
         started = time.monotonic()
         self.finish()
-        beside = goes_on and self._background
+        beside = goes_on and self._background and not is_sharded(state.model)
         what = self._run, freeze(state, settings, copy=beside), loss, self._keep
         if beside:
             self._writing = self._thread.submit(write_checkpoint, *what)

@@ -1,0 +1,98 @@
+"""Whether the processes of a run share out the model or hold all of it each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from cartilha.config import TrainConfig
+from cartilha.console import log
+from cartilha.errors import UserError
+from cartilha.machine.processes import gather_objects, world
+from cartilha.model.adapters import Adapter
+from cartilha.model.load import look_at
+from cartilha.model.sharding import shard_model
+from cartilha.runs.step_plan import this_machine
+from cartilha.training.device_facts import GIB
+from cartilha.training.memory import SAFETY, MemoryModel
+from cartilha.training.optimizer import StateSize
+from cartilha.training.update_rules import OPTIMIZERS
+
+
+def is_to_be_sharded(config: TrainConfig, model: PretrainedConfig, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a run's model is to be sharded: as asked for, or because the plan says that a whole one does not fit.
+
+    A UserError says why a model cannot be sharded that is to be. With `auto`, a line says what is chosen.
+    """
+    num_ranks = world()[1]
+    if config.shard == "none" or num_ranks == 1:
+        if config.shard == "full":
+            log.info("There is one process, which holds the whole model: --shard full needs torchrun.")
+        return False
+    reason = _obstacle(config, model)
+    if config.shard == "full":
+        if reason:
+            raise UserError(f"{config.model} cannot be sharded, since {reason}; use --shard none.")
+        log.info("Sharded: each of %d processes holds a part of weights, gradients and states.", num_ranks)
+        return True
+    needed, free = _needed_alone(config, model, device, dtype)
+    if all(gather_objects(needed <= SAFETY * free)):
+        log.info(
+            "Replicated: each of %d processes holds the whole model (%.1f GiB planned, %.1f GiB free).",
+            *(num_ranks, needed / GIB, free / GIB),
+        )
+        return False
+    if reason:
+        log.warning("%s is planned not to fit, and cannot be sharded, since %s.", config.model, reason)
+        return False
+    log.info(
+        "Sharded: the whole model would take %.1f GiB in each of %d processes, and %.1f GiB are free.",
+        *(needed / GIB, num_ranks, free / GIB),
+    )
+    return True
+
+
+def _obstacle(config: TrainConfig, model: PretrainedConfig) -> str | None:
+    """Why the processes cannot share out this model, to complete "since ..."."""
+    seen = look_at(model, config.model)
+    if config.lora is not None:
+        return "an adapter is trained on a base that each process holds"
+    if not seen.how.packed:
+        return "it runs one document per row, so that processes would have different numbers of passes"
+    if not seen.recomputes:
+        return "its layers cannot be told apart"
+    if not all(rule.shards for rule in OPTIMIZERS[config.optimizer]):
+        return f"--optimizer {config.optimizer} works on whole weights"
+    return None
+
+
+def _needed_alone(
+    config: TrainConfig, model: PretrainedConfig, device: torch.device, dtype: torch.dtype
+) -> tuple[float, int]:
+    """Bytes planned for the smallest step of a process that holds the whole model, and those that it may have."""
+    facts = this_machine(device, dtype).for_model(model, dropout=config.dropout)
+    adapter = Adapter.of(config)
+    how = facts.computation(checkpointing=config.gradient_checkpointing, dropout=config.dropout, adapter=adapter)
+    size = StateSize.planned(model, config.optimizer, adapter)
+    try:
+        memory = MemoryModel(model, how, overhead_bytes=facts.overhead_bytes, size=size)
+        needed = float(memory.step(1, config.block_size, accumulates=True).total)
+    except Exception:  # an architecture may do something that tensors without contents cannot follow
+        needed = float(size.training_bytes + facts.overhead_bytes)
+    return needed, facts.memory_bytes
+
+
+def share_out(model: PreTrainedModel, path: Path, device: torch.device, dtype: torch.dtype) -> None:
+    """Shard a model whose run will be written to `path`, which every process must see, or a UserError says so."""
+    if not all(gather_objects(path.is_dir())):
+        raise UserError(
+            f"Not every machine sees {path}: each writes its part of a sharded model's checkpoints there; name an "
+            "--output on a disk that all of them share, with --scratch none."
+        )
+    if device.type == "cpu":
+        log.info("Sharded on a CPU: layers are gathered in float32, and gradients are not added in place.")
+        dtype = torch.float32
+    log.info("A sharded model is not compiled, and training waits while a checkpoint is written.")
+    shard_model(model, device, dtype)
