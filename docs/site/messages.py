@@ -47,8 +47,9 @@ def messages() -> list[Message]:
     constants = {ast.unparse(target): node.value for node in assignments for target in node.targets}
     found: dict[Message, None] = {}  # in order, each once
     for path, tree in trees.items():
-        for call in ast.walk(tree):
-            if isinstance(call, ast.Call) and call.args and ERRORS.fullmatch(ast.unparse(call.func)):
+        calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call) and node.args)
+        for call in calls:
+            if isinstance(call.func, ast.Name) and ERRORS.fullmatch(call.func.id):
                 for text, is_code in _shown(call.args[0], constants):
                     found[Message(path.relative_to(SOURCE).as_posix(), text, is_code)] = None
     return list(found)
