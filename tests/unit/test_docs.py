@@ -61,6 +61,17 @@ def test_both_languages_say_the_same(pages):
     assert not differing
 
 
+def test_portuguese_pages_keep_to_the_glossary(pages):
+    """Words for which the glossary has another one."""
+    others = r"datasets?|batch|warm-?up|stride|held-out|pool|rodar|texto reservado|taxa de aprendizagem|micro-lote"
+    found = []
+    for page in pages.values():
+        if page.language == "pt" and not page.path.endswith("glossario.md"):
+            prose = re.sub(r"`[^`]*`|\]\([^)]*\)|\*[^*\n]+\*", "", page.prose)  # foreign words are in italics
+            found += [(page.path, word) for word in re.findall(rf"\b(?:{others})\b", prose, re.IGNORECASE)]
+    assert not found
+
+
 def _shape(page) -> dict:
     """What both languages must have alike."""
     return {
