@@ -128,7 +128,7 @@ def _cell(text: str) -> str:
     """A text in a table: a sentence of its own, with options as code."""
     parts = re.split(r"(`[^`]*`)", text.strip().rstrip(".").replace("|", "\\|"))
     for number, part in enumerate(parts[::2]):
-        escaped = re.sub(r"\[(?!\w+\]\()", r"\\[", part.replace("<", "&lt;"))
+        escaped = re.sub(r"\[(?![^\]]*\]\()", r"\\[", part.replace("<", "&lt;"))
         parts[2 * number] = re.sub(r"(?<!\w)(--[a-z_.]+)", r"`\1`", escaped)
     shown = "".join(parts)
     return shown[:1].upper() + shown[1:] + ("" if shown[-1:] in "?" else ".")
