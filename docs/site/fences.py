@@ -160,9 +160,11 @@ def main() -> int:
     """Run the pages that were named, or all."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("page", nargs="*", help="README.md, docs/data.md, ...; default all")
-    wanted = parser.parse_args().page
+    wanted = [os.path.relpath(path, ROOT) if os.path.exists(path) else path for path in parser.parse_args().page]
     faults, num_blocks, num_marked = [], 0, 0
     all_pages = {page.path: page for page in pages()}
+    if unknown := set(wanted) - set(all_pages):
+        parser.error(f"there is no page {unknown.pop()}; choose from {', '.join(all_pages)}")
     with tempfile.TemporaryDirectory() as scratch:
         workspace = Path(scratch, "workspace")
         workspace.mkdir()

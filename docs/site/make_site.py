@@ -16,6 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -203,6 +204,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "docs")
     output = parser.parse_args().output.resolve()
+    if find_spec("zensical") is None:
+        parser.error("the extra `docs` is not installed: pip install -e '.[docs]'")
     faults = build(output)
     print(*faults, sep="\n", file=sys.stderr)
     if not faults:
