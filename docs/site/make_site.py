@@ -138,7 +138,8 @@ def configuration(language: str, sections: list[dict[str, list[dict[str, str]]]]
 
 def build(output: Path) -> list[str]:
     """Both sites below `output`; returns what is wrong with them."""
-    shutil.rmtree(output, ignore_errors=True)
+    for made in ("pages", "site"):
+        shutil.rmtree(output / made, ignore_errors=True)
     all_pages = pages()
     for language in LANGUAGES:
         here = site_pages(language, all_pages)
