@@ -115,6 +115,7 @@ def test_every_block_of_commands_is_run_or_says_why_not(pages):
 
     fences = [(page.path, fence) for page in pages.values() if page.path not in RECORDS for fence in page.fences]
     assert [(path, it.mark) for path, it in fences if not re.fullmatch(r"not run: \S.*|varies|", it.mark)] == []
+    assert {it.kind for _, it in fences} <= {"sh", "python", "", "text", "yaml", "toml", "json"}, "commands are `sh`"
     unseen = [path for path, it in fences if not it.kind and re.search(r"^(cartilha|pip|python) ", it.text, re.M)]
     assert not unseen, "commands stand in a block without `sh`, which nobody runs"
 
