@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from cartilha.languages import DEFAULT as DEFAULT_LANGUAGE
 from cartilha.option_groups import AdapterOptions, ComputeOptions, Device, ReadingOptions, ScoringOptions
 from cartilha.settings import Settings, deciding, option, options
 
@@ -67,7 +68,10 @@ class PrepareConfig(ReadingOptions):
     clean: tuple[str, ...] = deciding(
         ("none",), "web: what text from the web needs; fineweb: FineWeb-2's rules; steps by name; none (extra text)"
     )
-    language: str = deciding("pt", "the language that the cleaning step `language` keeps")
+    language: str = deciding(
+        DEFAULT_LANGUAGE,
+        "the language of the text: a code (pt, gl, es ...), or a YAML file that describes one (docs/extending.md)",
+    )
     near_duplicates: bool = deciding(False, "keep near-duplicates on one side of the split (extra text)")
     decontaminate: tuple[str, ...] = deciding(
         (), "leave out documents with 13 words in a row of these: REFs, or tasks of lm-evaluation-harness (extra eval)"
@@ -242,7 +246,10 @@ class EvaluateConfig(ComputeOptions, ScoringOptions, ReadingOptions):
         None, "also continue this many texts: chrF, BLEU, ROUGE-L (extra eval)", minimum=2
     )
     tasks: tuple[str, ...] = option(
-        (), "also run these lm-evaluation-harness tasks: names, YAML files, or pt for those in Portuguese (extra eval)"
+        (), "also run these lm-evaluation-harness tasks: names, YAML files, or pt or gl for a language's (extra eval)"
+    )
+    record: str | None = option(
+        None, "with --tasks: run them with this run's base and its model, and keep the scores for its report and card"
     )
 
 
@@ -261,7 +268,7 @@ class GenerateConfig(Settings):
     """Text written by a model."""
 
     model: str = option(DEFAULT_MODEL, MODEL_HELP)
-    prompt: tuple[str, ...] = option(("Era uma vez na fazenda",), "one or more beginnings")
+    prompt: tuple[str, ...] = option((), "one or more beginnings; default: one in the language of the store's text")
     max_new_tokens: int = option(60, "tokens to write after each prompt", minimum=1)
     do_sample: bool = option(False, "sample; without it the likeliest token is taken each time")
     temperature: float = option(0.8, "with do_sample: below 1 is bolder towards the likely")

@@ -14,6 +14,7 @@ from cartilha.corpus.cleaning import GROUPS, Cleaner, Rejected, named_steps
 from cartilha.corpus.document import Document
 from cartilha.corpus.primer import primer_texts
 from cartilha.errors import UserError
+from cartilha.languages import find_language
 
 pytest.importorskip("ftfy", reason="the extra `text` is not installed")
 pytest.importorskip("py3langid", reason="the extra `text` is not installed")
@@ -127,10 +128,10 @@ def test_other_languages_are_rejected_by_name():
     assert clean(PROSE, "language") == PROSE
     for text, code in ((SPANISH, "es"), (GALICIAN, "gl"), (ENGLISH, "en")):
         assert clean(text, "language") == f"rejected: language:{code}"
-        assert clean(text, "language", language=code) == text
+        assert clean(text, "language", language=find_language(code)) == text
     assert clean("123 456 789", "language") == "123 456 789"  # nothing to tell by
     with pytest.raises(UserError, match="'xx'"):
-        clean(PROSE, "language", language="xx")
+        clean(PROSE, "language", language=find_language("xx"))
 
 
 def test_language_is_told_from_several_places():

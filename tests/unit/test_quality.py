@@ -13,8 +13,9 @@ from cartilha.corpus import quality
 from cartilha.corpus.cleaning import GROUPS, Cleaner, Rejected
 from cartilha.corpus.document import Document
 from cartilha.corpus.primer import primer_texts
-from cartilha.corpus.quality import THRESHOLDS, _repeated_chars, _top_chars, _Words
+from cartilha.corpus.quality import _repeated_chars, _top_chars, _Words, thresholds
 from cartilha.errors import UserError
+from cartilha.languages import find_language
 
 PROSE = next(text.text for text in primer_texts() if 250 < len(text.text.split()) < 400 and text.text.count("\n") < 12)
 
@@ -57,8 +58,8 @@ def test_texts_of_a_batch_are_judged_apart(monkeypatch):
 
 
 def test_no_thresholds_for_another_language():
-    with pytest.raises(UserError, match=r"thresholds for pt only, not for gl"):
-        Cleaner(["words"], language="gl")
+    with pytest.raises(UserError, match=r"thresholds for es, gl, pt only, not for ca"):
+        Cleaner(["words"], language=find_language("ca"))
 
 
 def words_of(text: str) -> list[str]:
@@ -106,7 +107,7 @@ def test_words_and_ngrams_are_counted_as_the_rules_say(texts):
 @given(TEXTS)
 def test_the_quick_look_at_repetition_misses_nothing(texts):
     def faults() -> list[str]:
-        return list(quality.ngram_faults(texts, THRESHOLDS["pt"]))
+        return list(quality.ngram_faults(texts, thresholds(find_language("pt"))))
 
     quick = faults()
     with pytest.MonkeyPatch.context() as patch:

@@ -14,17 +14,18 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from cartilha.corpus.boilerplate import PHRASE_CHARS, PHRASES
 from cartilha.corpus.document import Document
 from cartilha.corpus.language import languages, load_identifier
-from cartilha.corpus.quality import Thresholds, line_fault, ngram_faults, thresholds, word_faults
+from cartilha.corpus.quality import line_fault, ngram_faults, thresholds, word_faults
 from cartilha.corpus.signatures import run_hashes
 from cartilha.errors import UserError, import_extra
+from cartilha.languages import DEFAULT, Language, Thresholds, find_language, language_codes
 
 MIN_CHARS = 200  # of `short`, without white space at the ends
 MAX_REPEATED_LINES, MAX_REPEATED_LINE_CHARS = 0.3, 0.2  # shares of a document's lines and of their characters
 MAX_REPEATED_NGRAMS = 0.15  # share of a document's runs of about five words that occurred in it before
 MAX_BOILERPLATE_CHARS = 250  # longer passages are text, which may mention cookies
+PHRASE_CHARS = 40  # no phrase of `boilerplate` extends further from its anchor
 _SENTENCE_ENDS = (". ", "! ", "? ")
 # Of `language`: a short sample suffices for nearly all text in the wanted language (94 % of Portuguese, no Galician);
 # otherwise a longer one decides, if it has enough letters.
@@ -60,12 +61,13 @@ Step = Callable[[Sequence[str]], Sequence[Found]]
 class Cleaner:
     """Applies steps to documents, in the order of `STEPS`: mending before judging, cheap before expensive.
 
-    `language` (ISO 639-1) is what the step of that name keeps. A UserError says that a step needs an extra that is not
-    installed, or has no thresholds for the language.
+    `language` is what the step of that name keeps. A UserError says that a step needs an extra that is not installed,
+    or has no thresholds for the language.
     """
 
-    def __init__(self, steps: Sequence[str], language: str = "pt") -> None:
-        self._steps = {name: make(language) for name, make in _MAKERS.items() if name in steps}
+    def __init__(self, steps: Sequence[str], language: Language | None = None) -> None:
+        known = find_language(DEFAULT) if language is None else language
+        self._steps = {name: make(known) for name, make in _MAKERS.items() if name in steps}
 
     def __call__(self, documents: Sequence[Document]) -> list[Document | Rejected]:
         """Each document, mended or the same object, or the reason why it is left out."""
@@ -84,12 +86,12 @@ class _Reason(str):
     """A reason with detail; its type tells it from a text."""
 
 
-def _each(judge: Callable[[str], Found]) -> Callable[[str], Step]:
+def _each(judge: Callable[[str], Found]) -> Callable[[Language], Step]:
     """The maker of a step that looks at one text at a time, whatever the language."""
     return lambda language: lambda texts: [judge(text) for text in texts]
 
 
-def _mojibake(language: str) -> Step:
+def _mojibake(language: Language) -> Step:
     """Mends text that was decoded wrongly, such as "vocÃª"; curly quotes and the like are kept."""
     ftfy = import_extra("ftfy", "Cleaning", "text")  # reads about 5 MB/s, the search below 400
     search = _MOJIBAKE_BYTES.search
@@ -109,27 +111,40 @@ def _control(text: str) -> str:
     return _CONTROLS.sub("", _LINE_ENDS.sub("\n", text)) if found else text
 
 
-def _boilerplate(language: str) -> Step:
-    """Removes short lines and sentences in which sites speak of themselves: cookies, rights, sharing, placeholders."""
+def _boilerplate(language: Language) -> Step:
+    """Removes short lines and sentences in which sites speak of themselves: cookies, rights, sharing, placeholders.
+
+    The phrases are those of all built-in languages, whatever the text's: a site's banner is often in another one.
+    """
     import pyarrow as pa
     import pyarrow.compute as pc
 
     # Arrow's expressions (RE2) search for all phrases in one pass, in a tenth of the time that their anchors take.
-    any_phrase = "|".join(f"(?:{phrases.pattern})" for phrases in PHRASES.values())
+    phrases = _all_phrases([*map(find_language, language_codes()), language])
+    any_phrase = "|".join(f"(?:{pattern.pattern})" for pattern in phrases.values())
 
     def step(texts: Sequence[str]) -> list[Found]:
         found = pc.match_substring_regex(pa.array(texts, pa.large_string()), any_phrase, ignore_case=True).to_pylist()
-        return [_without_phrases(text) if has_phrase else text for text, has_phrase in zip(texts, found, strict=True)]
+        return [_without(phrases, text) if has else text for text, has in zip(texts, found, strict=True)]
 
     return step
 
 
-def _without_phrases(text: str) -> Found:
+def _all_phrases(languages: Iterable[Language]) -> dict[str, re.Pattern[str]]:
+    """The phrases of some languages by their anchors, without which a text is passed over at once."""
+    found: dict[str, dict[str, None]] = {}
+    for language in languages:
+        for anchor, phrases in language.boilerplate.items():
+            found.setdefault(anchor, {}).update(dict.fromkeys(phrases))
+    return {anchor: re.compile("|".join(phrases)) for anchor, phrases in found.items()}
+
+
+def _without(phrases: dict[str, re.Pattern[str]], text: str) -> Found:
     lowered = text.lower()
     if len(lowered) != len(text):  # a few capitals become two small letters
         lowered = text
     kept, done = [], 0
-    for begin, end in sorted({_segment(text, place) for place in _phrases(lowered)}):
+    for begin, end in sorted({_segment(text, place) for place in _places(phrases, lowered)}):
         if begin < end:
             kept.append(text[done:begin])
             done = max(done, end)
@@ -137,11 +152,11 @@ def _without_phrases(text: str) -> Found:
     return left if not kept or left.strip() else None
 
 
-def _phrases(lowered: str) -> Iterator[int]:
-    for anchor, phrases in PHRASES.items():
+def _places(phrases: dict[str, re.Pattern[str]], lowered: str) -> Iterator[int]:
+    for anchor, pattern in phrases.items():
         place = lowered.find(anchor)
         while place >= 0:
-            if phrases.search(lowered, max(0, place - PHRASE_CHARS), place + len(anchor) + PHRASE_CHARS):
+            if pattern.search(lowered, max(0, place - PHRASE_CHARS), place + len(anchor) + PHRASE_CHARS):
                 yield place
             place = lowered.find(anchor, place + len(anchor))
 
@@ -178,14 +193,15 @@ def _repeated_ngrams(text: str) -> Found:
     return None if repeated > MAX_REPEATED_NGRAMS * len(hashes) else text
 
 
-def _language(wanted: str) -> Step:
+def _language(language: Language) -> Step:
     """Keeps texts in one language, which py3langid tells from a sample; a text with too few letters is kept."""
     import_extra("py3langid", "Cleaning", "text")
+    wanted = language.identified_as
 
     def step(texts: Sequence[str]) -> list[Found]:
         identifier = load_identifier()  # takes half a second: only processes that clean load it
         if wanted not in identifier.labels:
-            raise UserError(f"There is no language {wanted!r} to keep; give an ISO 639-1 code such as pt, gl or es.")
+            raise UserError(f"py3langid knows no language {wanted!r} to keep; leave `language` out of --clean.")
         glances = languages(identifier, [_sample(text, GLANCE_CHARS, GLANCE_PLACES) for text in texts])
         result: list[Found] = list(texts)
         doubtful = [i for i, (found, share) in enumerate(glances) if not (found == wanted and share > SURE)]
@@ -206,15 +222,15 @@ def _sample(text: str, num_chars: int, num_places: int) -> str:
     return " ".join(text[begin : begin + size] for begin in range((stride - size) // 2, len(text) - size, stride))
 
 
-def _line_step(language: str) -> Step:
+def _line_step(language: Language) -> Step:
     most = thresholds(language)
     return lambda texts: [_unless(line_fault(text, most), "lines", text) for text in texts]
 
 
-def _step_of_all(name: str, faults: Callable[[Sequence[str], Thresholds], Iterator[str]]) -> Callable[[str], Step]:
+def _step_of_all(name: str, faults: Callable[[Sequence[str], Thresholds], Iterator[str]]) -> Callable[[Language], Step]:
     """The maker of a step that looks at all texts at once."""
 
-    def make(language: str) -> Step:
+    def make(language: Language) -> Step:
         most = thresholds(language)
         return lambda texts: [
             _unless(fault, name, text) for fault, text in zip(faults(texts, most), texts, strict=True)
@@ -227,7 +243,7 @@ def _unless(fault: str, step: str, text: str) -> Found:
     return _Reason(f"{step}:{fault}") if fault else text
 
 
-_MAKERS: dict[str, Callable[[str], Step]] = {
+_MAKERS: dict[str, Callable[[Language], Step]] = {
     "mojibake": _mojibake,
     "control": _each(_control),
     "nfc": _each(_nfc),

@@ -1,7 +1,7 @@
 """Signs of poor text, by FineWeb-2's rules (Penedo et al. 2025, arXiv:2506.20920), most of them MassiveText's.
 
-The rules are those of Rae et al. 2021 (arXiv:2112.11446, table A1) and of FineWeb. The thresholds for Portuguese are
-those that FineWeb-2 publishes (configs/por_Latn.yml). Words are runs of letters and digits, in lower case.
+The rules are those of Rae et al. 2021 (arXiv:2112.11446, table A1) and of FineWeb. The thresholds of a language are
+those that FineWeb-2 publishes (`cartilha.languages`). Words are runs of letters and digits, in lower case.
 """
 
 from __future__ import annotations
@@ -13,59 +13,27 @@ import numpy as np
 
 from cartilha.corpus.signatures import blocks, lower_case, mixed, word_hashes
 from cartilha.errors import UserError
+from cartilha.languages import Language, Thresholds, find_language, language_codes
 
 BLOCK_CHARS = 1 << 18  # looked at together; the arrays stay in the processor's cache
 LENGTH_BITS, HASH_BITS = 10, 39  # of an n-gram's number, whose other bits tell its text
 
 
-@dataclass(frozen=True)
-class Thresholds:
-    """What good text of a language does not exceed; shares of characters, lines or words."""
-
-    stop_words: str
-    repeated_lines: float
-    ending_lines: float  # at least, that end with a sign of punctuation
-    lines_per_word: float
-    letter_words: float  # at least, with a letter
-    word_chars: tuple[float, float]
-    top_ngrams: dict[int, float]  # of the most frequent n-gram
-    repeated_ngrams: dict[int, float]
-    # The same for all languages.
-    num_words: tuple[int, int] = (50, 100_000)
-    num_stop_words: int = 2
-    repeated_line_chars: float = 0.1
-    bullet_lines: float = 0.9
-    ellipsis_lines: float = 0.3
-    symbols_per_word: float = 0.1  # number signs, ellipses
-
-
-THRESHOLDS = {
-    "pt": Thresholds(
-        stop_words="de a e o em do da que um no uma com para na é foi",
-        repeated_lines=0.325,
-        ending_lines=0.154,
-        lines_per_word=0.23,
-        letter_words=0.814,
-        word_chars=(3, 13),
-        top_ngrams={2: 0.093, 3: 0.117, 4: 0.139},
-        repeated_ngrams={5: 0.19, 6: 0.172, 7: 0.154, 8: 0.142, 9: 0.131, 10: 0.12},
-    )
-}
 _ENDS = (".", "!", "?", "…", '"', "'", "”", "’", "»")
 _BULLETS = ("•", "-")
 _ELLIPSES = ("...", "…")
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
-def thresholds(language: str) -> Thresholds:
+def thresholds(language: Language) -> Thresholds:
     """Those of a language; a UserError says that there are none."""
-    if language not in THRESHOLDS:
-        known = ", ".join(THRESHOLDS)
+    if language.thresholds is None:
+        known = ", ".join(code for code in language_codes() if find_language(code).thresholds)
         raise UserError(
-            f"The steps lines, words and ngrams have thresholds for {known} only, not for {language}; leave them out of"
-            " --clean."
+            f"The steps lines, words and ngrams have thresholds for {known} only, not for {language.code}; leave them"
+            " out of --clean, or give a language file with FineWeb-2's (docs/extending.md)."
         )
-    return THRESHOLDS[language]
+    return language.thresholds
 
 
 def line_fault(text: str, most: Thresholds) -> str:
@@ -117,7 +85,7 @@ class _Words:
 
 def word_faults(texts: Sequence[str], most: Thresholds) -> Iterator[str]:
     """For each text the first rule about its words that it breaks, empty if none."""
-    stop_words = word_hashes("\n".join(most.stop_words.split()).encode("utf-8"))[2]
+    stop_words = word_hashes("\n".join(most.stop_words).encode("utf-8"))[2]
     for begin, end in blocks(texts, BLOCK_CHARS):
         own = texts[begin:end]
         words = _Words.of(own)

@@ -114,7 +114,7 @@ def no_text(refs: Sequence[str]) -> UserError:
 def read_part(part: SourcePart, settings: ReadSettings, counts: ReadCounts) -> Iterator[Document]:
     """Stream the documents of a part; a UserError says that it cannot be read, or changed since it was found."""
     if isinstance(part.source, PrimerSource):
-        for document in read_primer():
+        for document in read_primer(part.source.language):
             counts.documents += 1
             yield document
         return
@@ -138,7 +138,7 @@ def read_part(part: SourcePart, settings: ReadSettings, counts: ReadCounts) -> I
 def read_raw(source: Source, settings: ReadSettings) -> Iterator[tuple[str, str | Mapping[str, Any]]]:
     """Stream the records of a source with their places as ids; a UserError says what is wrong with one."""
     if isinstance(source, PrimerSource):
-        yield from ((document.id, document.text) for document in read_primer())
+        yield from ((document.id, document.text) for document in read_primer(source.language))
         return
     origin, records = _open(SourcePart(source), settings)
     for number, record in records:

@@ -15,8 +15,9 @@ from unicodedata import normalize
 
 from cartilha.corpus.files import SourceFile, split_name
 from cartilha.corpus.formats import READABLE, is_readable
-from cartilha.corpus.primer import primer_sha256
+from cartilha.corpus.primer import primer_languages, primer_sha256
 from cartilha.errors import UserError, counted
+from cartilha.languages import DEFAULT
 from cartilha.storage import read_json
 
 log = logging.getLogger("cartilha")
@@ -74,6 +75,12 @@ class PrimerSource:
     """The texts that ship with the package; the hash changes where a new version of the package changes them."""
 
     sha256: str
+    language: str = DEFAULT
+
+    @property
+    def name(self) -> str:
+        """How it is asked for."""
+        return "primer" if self.language == DEFAULT else f"primer:{self.language}"
 
 
 Source = SourceFile | HubSource | PrimerSource
@@ -143,8 +150,8 @@ def _resolve(ref: str, left_out: LeftOut) -> list[Source]:
         if ref == "primer" or ref.startswith("hf:"):
             log.warning("%s is read from the path of that name, which exists here.", ref)
         return _folder(ref, left_out) if stat.S_ISDIR(status.st_mode) else [_file(ref)]
-    if ref == "primer":
-        return [PrimerSource(primer_sha256())]
+    if ref == "primer" or ref.startswith("primer:"):
+        return [_primer_source(ref)]
     if ref.startswith("hf:"):
         return [_hub_source(ref)]
     is_glob = glob.has_magic(ref)
@@ -152,6 +159,13 @@ def _resolve(ref: str, left_out: LeftOut) -> list[Source]:
         return list(files)
     what = f"No file matches {ref}" if is_glob else f"There is no file {ref!r}"
     raise UserError(f"{what}; {_remedy(ref)}.")
+
+
+def _primer_source(ref: str) -> PrimerSource:
+    language = ref.removeprefix("primer").removeprefix(":") or DEFAULT
+    if language not in primer_languages():
+        raise UserError(f"There is no {ref}; the primers that ship are in {', '.join(primer_languages())}.")
+    return PrimerSource(primer_sha256(language), language)
 
 
 def _hub_source(ref: str) -> HubSource:

@@ -27,11 +27,13 @@ from cartilha.evaluation.measures import Evaluation, make_evaluation
 from cartilha.evaluation.nll import DocumentScores, TokenRows, score_documents
 from cartilha.evaluation.saved import SavedEvaluation, save_evaluation, token_file
 from cartilha.evaluation.scorer import Scorer, load_scorer
+from cartilha.evaluation.task_scores import TaskScore
 from cartilha.machine.devices import choose_device
 from cartilha.machine.processes import is_main_process, world
 from cartilha.pipeline.held_out import HeldOut, held_out
 from cartilha.pipeline.preflight import preflight
 from cartilha.reporting.notebook import evaluations_html
+from cartilha.runs.tasks import tasks_of_run
 from cartilha.tokens.store import batches
 
 TakeRows = Callable[[TokenRows], None] | None
@@ -43,24 +45,29 @@ CONTINUATION_TOKENS = 120  # enough for the 32 words that are scored, at three t
 
 @dataclass(frozen=True)
 class EvaluatedModel:
-    """One model's figures, and what else was asked for.
+    """One model's figures (none where tasks alone were asked for), and what else was asked for.
 
     `contamination` is the share of the documents whose exact text is in the store's training side, `near_duplicates`
     that of those with a near-duplicate there. `dtype_drift` says how the nll in half precision differs from float32's
     on the first documents, as mean nats per token and as the largest difference of a document's mean.
     """
 
-    evaluation: Evaluation
-    contamination: float | None  # None without a store
-    near_duplicates: float | None
-    dtype_drift: dict[str, float] | None
-    continuations: dict[str, Any] | None  # chrF, BLEU, ROUGE-L and so on
-    tasks: dict[str, Any] | None  # the harness's results by task
+    model: str
+    evaluation: Evaluation | None
+    contamination: float | None = None  # None without a store
+    near_duplicates: float | None = None
+    dtype_drift: dict[str, float] | None = None
+    continuations: dict[str, Any] | None = None  # chrF, BLEU, ROUGE-L and so on
+    tasks: tuple[TaskScore, ...] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The result as plain values."""
-        asked = ("near_duplicates", "dtype_drift", "continuations", "tasks")
+        asked = ("near_duplicates", "dtype_drift", "continuations")
         extra = {name: getattr(self, name) for name in asked if getattr(self, name) is not None}
+        if self.tasks is not None:
+            extra["tasks"] = [score.to_dict() for score in self.tasks]
+        if self.evaluation is None:
+            return {"model": self.model, **extra}
         return {**self.evaluation.to_dict(), "contamination": self.contamination, **extra}
 
 
@@ -75,12 +82,12 @@ class EvaluateResult:
     @property
     def evaluations(self) -> tuple[Evaluation, ...]:
         """The models' figures."""
-        return tuple(model.evaluation for model in self.models)
+        return tuple(model.evaluation for model in self.models if model.evaluation is not None)
 
     def to_dict(self) -> dict[str, Any]:
         """The result as plain values."""
         models = [model.to_dict() for model in self.models]
-        shared = {name: models[0][name] for name in ("corpus_hash", "protocol")}
+        shared = {name: models[0][name] for name in ("corpus_hash", "protocol") if self.evaluations}
         questions = {} if self.task_questions is None else {"task_questions": self.task_questions}
         return {**shared, "wall_seconds": self.wall_seconds, **questions, "models": models}
 
@@ -90,11 +97,28 @@ class EvaluateResult:
 
 
 def evaluate(config: EvaluateConfig) -> EvaluateResult:
-    """Score the documents with each model."""
+    """Score the documents with each model, and run the tasks; without a text, the tasks alone.
+
+    With `--record` the models are a run's own two, whose scores its record and its model card then have.
+    """
     started = time.perf_counter()
     preflight(config)
-    text = held_out(config)
+    if config.record is None:
+        return _evaluate(config, started)
+    with tasks_of_run(config.record) as run:
+        result = _evaluate(replace(config, model=run.models, record=None), started)
+        before, after = (model.tasks or () for model in result.models)
+        run.keep(config.tasks, before, after)
+    return result
+
+
+def _evaluate(config: EvaluateConfig, started: float) -> EvaluateResult:
     check_tasks(config.tasks)
+    if not config.store and not config.input:
+        device = choose_device(config.device)
+        models = tuple(_run_tasks_alone(ref, config, device) for ref in config.model)
+        return EvaluateResult(models, time.perf_counter() - started)
+    text = held_out(config)
     questions = text.questions_in_training(task_questions(config.tasks)) if config.tasks else None
     if text.split == "train":
         log.warning("Scoring the training text: these figures say what was learnt by heart, not how good the model is.")
@@ -108,6 +132,11 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
             models.append(_evaluate_model(scorer, text, compressed, config, take))
             del scorer  # before the next model takes its memory
     return EvaluateResult(tuple(models), time.perf_counter() - started, questions)
+
+
+def _run_tasks_alone(ref: str, config: EvaluateConfig, device: torch.device) -> EvaluatedModel:
+    scorer = load_scorer(ref, None, config, device)
+    return EvaluatedModel(ref, None, tasks=run_tasks(scorer.loaded, scorer.tokenizer, config.tasks))
 
 
 def _evaluate_model(
@@ -128,6 +157,7 @@ def _evaluate_model(
     for note in evaluation.notes:
         log.warning("%s", note)
     result = EvaluatedModel(
+        scorer.loaded.reference,
         evaluation,
         contamination,
         text.share_near_training() if config.near_duplicates and is_main else None,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cartilha.config import GenerateConfig
 from cartilha.evaluation.continuation import Continuation, continue_prompts
+from cartilha.languages import DEFAULT, find_language
 from cartilha.machine.devices import choose_device
 from cartilha.model.load import load_model
 from cartilha.pipeline.preflight import preflight
@@ -24,6 +25,7 @@ class GenerateResult(Result):
 def generate(config: GenerateConfig) -> GenerateResult:
     """Continue each prompt with the model; a UserError names a prompt that does not fit its context."""
     preflight(config)
+    config = config if config.prompt else replace(config, prompt=find_language(DEFAULT).prompts)
     tokenizer = load_tokenizer(config.model)
     loaded = load_model(config.model, choose_device(config.device), tokenizer=tokenizer)
     return GenerateResult(config.model, tuple(continue_prompts(loaded, tokenizer, config)))

@@ -13,6 +13,7 @@ from cartilha.blocks.packing import PackedStream
 from cartilha.blocks.sampler import epoch_order
 from cartilha.config import InspectConfig
 from cartilha.corpus.primer import PrimerCount, primer_table
+from cartilha.corpus.sources import PrimerSource, resolve_inputs
 from cartilha.corpus.splits import SPLITS, Split
 from cartilha.errors import UserError, counted
 from cartilha.model_reference import ADAPTER_CONFIG
@@ -45,10 +46,12 @@ class InspectResult(Result):
 def inspect(config: InspectConfig) -> InspectResult:
     """Look at a store, the primer or a model; a UserError says that there is no such store, document or block."""
     looks_closer = config.document is not None or config.block is not None or config.weights
-    if config.what == "primer" and not Path("primer").is_dir():
+    if re.match("primer(:|$)", config.what) and not Path(config.what).is_dir():
+        (primer,) = resolve_inputs([config.what])
+        assert isinstance(primer, PrimerSource)
         if looks_closer:
             raise UserError("The primer has no documents and blocks to look at before it is prepared; name a store.")
-        return InspectResult(primer=tuple(primer_table()))
+        return InspectResult(primer=tuple(primer_table(primer.language)))
     if _is_model(config.what):
         if looks_closer:
             raise UserError(f"{config.what} is a model, which has no documents and blocks; name a store.")

@@ -204,6 +204,8 @@ def _scored_text(config: configs.EvaluateConfig | configs.CompareConfig) -> None
     if config.stride is not None and config.stride > (config.window or config.stride):
         raise UserError(f"The stride must lie between 1 and the window ({config.window}), not {config.stride}.")
     if not config.store and not config.input:
+        if getattr(config, "tasks", ()):  # they bring their own texts
+            return
         raise UserError("There is no text to score; give --store STORE (its validation side) or --input REF.")
 
 
@@ -214,6 +216,10 @@ def _evaluate(config: configs.EvaluateConfig) -> None:
         raise UserError("--save keeps the evaluation of one model; name one with --model.")
     if config.near_duplicates and not config.store:
         raise UserError("--near_duplicates needs the training text to look in; name its store with --store.")
+    _check_record(config)
+    of_text = [name for name in ("save", "per_token", "continuations") if getattr(config, name)]
+    if of_text and not config.store and not config.input:
+        raise UserError(f"--{of_text[0]} needs a text to score; give --store STORE or --input REF.")
     for task in config.tasks:
         if Path(task).suffix in (".yaml", ".yml") and not Path(task).is_file():
             raise UserError(f"There is no task file {task}; give one of the harness's YAML files, or a task's name.")
@@ -224,6 +230,19 @@ def _evaluate(config: configs.EvaluateConfig) -> None:
     alone = [name for name in ("per_token", "continuations", "tasks") if getattr(config, name)]
     if alone and world()[1] > 1:
         raise UserError(f"--{alone[0]} works in one process only; run it without torchrun.")
+
+
+def _check_record(config: configs.EvaluateConfig) -> None:
+    if config.record is None:
+        return
+    if not config.tasks:
+        raise UserError("--record keeps the scores of tasks; name them with --tasks, such as --tasks pt.")
+    if config.model != configs.EvaluateConfig().model:
+        raise UserError("--record takes the run's own two models, before and after; leave --model out.")
+    run = run_directory(config.record)
+    if read_status(run) != "finished":
+        raise UserError(f"{run} is not a finished run; give the --output directory of a training that has ended.")
+    _check_model_of(run)
 
 
 def _compare(config: configs.CompareConfig) -> None:
@@ -267,7 +286,13 @@ def _push(config: configs.PushConfig) -> None:
                 f"{folder} holds an adapter of {base}, which nobody finds on the hub; push the whole model, which "
                 f"`cartilha merge {config.run}` makes."
             )
-    elif not (folder / "config.json").is_file():
+    else:
+        _check_model_of(run_directory(config.run))
+
+
+def _check_model_of(run: Path) -> None:
+    folder = run / "model"
+    if adapter_base(folder) is None and not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no trained model; `cartilha train --resume auto` finishes a run.")
 
 

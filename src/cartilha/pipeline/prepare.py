@@ -355,6 +355,7 @@ def _write(
             {
                 "inputs": inputs.result(),
                 "settings": config.deciding_values(),
+                "language": asked.language.to_dict(),
                 "dropped": dropped,
                 "files_left_out": asked.left_out,
                 **_read_counts(read),

@@ -32,11 +32,11 @@ from cartilha.runs.english import score_english
 from cartilha.runs.files import RunWriter, check_output, only_process, read_results, values_at, write_config
 from cartilha.runs.live import training_view
 from cartilha.runs.lost import lost_process, naming_lost_processes
-from cartilha.runs.model_card import model_card
+from cartilha.runs.model_card import write_card
 from cartilha.runs.scratch import place_of_run
 from cartilha.runs.setup import Run, assemble, check_space, facts, is_finished_as_asked
 from cartilha.runs.snapshots import compare_with_first, take_snapshot
-from cartilha.storage import DISK_FAULTS, new_directory, system_error, write_atomically, write_json
+from cartilha.storage import DISK_FAULTS, new_directory, system_error, write_json
 from cartilha.training.checkpoint import (
     best_checkpoint,
     drop_optimizer_states,
@@ -320,7 +320,7 @@ class _LogBook:
         with new_directory(run.path / "model", replace=True) as temporary:
             save_model(loaded, temporary, dtype)
             run.scorer.tokenizer.save(temporary)
-            write_atomically(temporary / "README.md", model_card(record.values))
+            write_card(temporary, record.values)
         if ended_by == "steps" and not run.config.keep_optimizer:  # a longer time budget goes on with the states
             drop_optimizer_states(run.path)
         record.update(status="finished")

@@ -16,7 +16,7 @@ from cartilha.corpus.lines import without_surrogates
 from cartilha.corpus.questions import LEAST_WORDS, Question, QuestionRuns, record_texts
 from cartilha.corpus.readers import read_raw
 from cartilha.corpus.records import ReadSettings
-from cartilha.corpus.sources import PrimerSource, Source, resolve_inputs
+from cartilha.corpus.sources import Source, resolve_inputs
 from cartilha.errors import UserError, counted, missing_extra
 from cartilha.preparation.shard_work import LISTED_CONTAMINATED, ShardResult
 
@@ -56,7 +56,7 @@ def file_questions(sources: Iterable[Source], reading: ReadSettings) -> Iterator
     """The questions in files and datasets: a record each, with all its texts (of a table, the text's column)."""
     settings = replace(reading, domain_column=None, on_error="stop")
     for source in sources:
-        name = "primer" if isinstance(source, PrimerSource) else source.name
+        name = source.name
         for place, record in read_raw(source, settings):
             yield Question(name, place, tuple(map(without_surrogates, record_texts(record))))
 

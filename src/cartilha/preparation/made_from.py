@@ -30,7 +30,7 @@ def _roles(asked: PrepareRequest) -> list[dict[str, bool]]:
 def describe_source(source: Source, role: dict[str, bool]) -> dict[str, Any]:
     """A source as store.json records it, with what it is for."""
     if isinstance(source, PrimerSource):
-        return {"name": "primer", "sha256": source.sha256, **role}
+        return {"name": source.name, "sha256": source.sha256, **role}
     if isinstance(source, HubSource):
         commit = source.opened and source.opened.commit
         return {"name": source.ref, **({"commit": commit} if commit else {}), **role}
@@ -74,6 +74,9 @@ def ready_store(config: PrepareConfig, asked: PrepareRequest, tokenizer: TextTok
     found_by = store.info.get("decontamination", {}).get("inputs", [])
     if "decontaminate" not in different and not _same_sources(found_by, asked.questions.sources):
         different.append("text of --decontaminate")
+    own = asked.language.to_dict()
+    if Path(config.language).suffix and store.info.get("language", own) != own:  # a file of the user's has changed
+        different.append("language")
     if not different:
         return store
     if config.overwrite:

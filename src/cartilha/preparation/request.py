@@ -11,9 +11,10 @@ from cartilha.config import PrepareConfig
 from cartilha.corpus.cleaning import Cleaner, named_steps
 from cartilha.corpus.files import SourceFile
 from cartilha.corpus.records import ReadSettings
-from cartilha.corpus.sources import LeftOut, Source, resolve_inputs
+from cartilha.corpus.sources import HubSource, LeftOut, Source, resolve_inputs
 from cartilha.corpus.splits import SplitRule
 from cartilha.errors import UserError
+from cartilha.languages import Language, find_language
 from cartilha.preparation.decontamination import QuestionNames
 from cartilha.preparation.mixture import Mixture
 from cartilha.preparation.quality import Signal, read_signals
@@ -39,7 +40,7 @@ class PrepareRequest:
     rule: SplitRule
     reading: ReadSettings
     steps: tuple[str, ...]
-    language: str
+    language: Language
     questions: QuestionNames
     signals: tuple[Signal, ...]
 
@@ -53,7 +54,8 @@ def read_request(config: PrepareConfig) -> PrepareRequest:
     if config.ray_address and config.executor != "ray":
         raise UserError("--ray_address is for the Ray executor; add --executor ray.")
     steps = named_steps(config.clean)
-    Cleaner(steps, config.language)  # refuses missing extras
+    language = find_language(config.language)
+    Cleaner(steps, language)  # refuses missing extras
     signals = read_signals(config)
     if config.rejects and not (steps or config.decontaminate or signals):
         raise UserError(
@@ -86,7 +88,7 @@ def read_request(config: PrepareConfig) -> PrepareRequest:
         rule=rule,
         reading=reading,
         steps=steps,
-        language=config.language,
+        language=language,
         questions=questions,
         signals=signals,
     )
@@ -124,4 +126,4 @@ def _is_same(first: Source, second: Source) -> bool:
 
 
 def _name(source: Source) -> str:
-    return source.name if isinstance(source, SourceFile) else getattr(source, "label", "primer")
+    return source.label if isinstance(source, HubSource) else source.name

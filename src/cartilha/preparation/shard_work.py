@@ -30,6 +30,7 @@ from cartilha.corpus.records import ReadSettings
 from cartilha.corpus.shards import Shard
 from cartilha.corpus.signatures import save_signatures, signatures
 from cartilha.corpus.splits import split_position
+from cartilha.languages import Language
 from cartilha.tokens.encoder import MAX_PIECE_CHARS, Encoder, cut, load_encoder
 from cartilha.tokens.store import batches
 from cartilha.tokens.store_writer import ROW_SCHEMA
@@ -57,7 +58,7 @@ class ShardSettings:
 
     reading: ReadSettings
     steps: tuple[str, ...]
-    language: str
+    language: Language
     with_signatures: bool
     keep_texts_below: float
     seed: int

@@ -66,6 +66,7 @@ CORPUS = record(
     train_hash=text,
     validation_hash=text,
     tokenizer_fingerprint=text,
+    language=text,
 )
 STEP = record(step=integer, loss=number, lr=number, tokens_per_second=number, memory_bytes=integer)
 PROTOCOL = record(name=text, window=integer, stride=integer, prefix_id=integer, dtype=text, hash=text)
@@ -132,6 +133,19 @@ SELECTION = record(
 SOURCE = record(
     store=text, domain=text, share=number, end_share=number, documents_read=integer, tokens_read=integer, passes=number
 )
+TASK_SCORE = record(
+    task=text,
+    metric=text,
+    num_questions=integer,
+    higher_is_better=lambda value: value is not False,
+    before=number,
+    before_interval=interval,
+    after=number,
+    after_interval=interval,
+    difference=number,
+    difference_interval=interval,
+)
+TASKS = record(lists=by_name(integer), harness=text, scores=many(TASK_SCORE))
 RUN = record(
     name=text,
     status=lambda value: value if value in STATUSES else "unknown",
@@ -144,6 +158,7 @@ RUN = record(
     samples=many(record(step=integer, prompt=text, text=text, mode=text)),
     comparison=lambda value: COMPARISON(value) if isinstance(value, dict) else None,
     sources=many(SOURCE),
+    tasks=TASKS,
     english=lambda value: ENGLISH(value) if isinstance(value, dict) else None,
     ended_by=text,
     model_step=integer,

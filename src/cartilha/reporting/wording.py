@@ -87,6 +87,10 @@ class Wording:
         """Bits per byte or per character, with three decimals."""
         return self.number(value, 3)
 
+    def score(self, value: float | None) -> str:
+        """A task's score, with three decimals."""
+        return self.number(value, 3)
+
     def signed(self, value: float | None) -> str:
         """A difference of bits per byte, with its sign."""
         return ABSENT if value is None else _with_sign(self.bits(value))

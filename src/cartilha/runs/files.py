@@ -66,7 +66,7 @@ def values_at(path: Path, step: int, values: dict[str, Any]) -> dict[str, Any]:
     english = old.get("english")
     if isinstance(english, dict) and isinstance(english.get("after"), dict) and english["after"].get("step", 0) > step:
         old["english"] = {"before": english.get("before")}
-    for name in ("ended_by", "model_step"):  # of a run that was finished before
+    for name in ("ended_by", "model_step", "tasks"):  # of a run that was finished before
         old.pop(name, None)
     if step:
         old["resumed_from_step"] = [*old["resumed_from_step"], step]

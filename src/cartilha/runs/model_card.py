@@ -12,6 +12,7 @@ import yaml
 from cartilha.errors import UserError, counted
 from cartilha.model_reference import adapter_base, resolve_model
 from cartilha.runs.best import evaluation_of_model
+from cartilha.storage import write_atomically
 from cartilha.tokens.declared_tokens import read_tokenizer_json
 
 HUB_ID = r"[\w-][\w.-]*/[\w.-]+"
@@ -87,6 +88,11 @@ def _header(name: str, record: dict[str, Any], evaluation: Mapping[str, Any], li
         "model-index": [{"name": name, "results": [result]}],
     }
     return str(yaml.safe_dump(header, sort_keys=False, allow_unicode=True))
+
+
+def write_card(folder: Path, results: dict[str, Any]) -> None:
+    """Write the card of a run's model into the model's folder."""
+    write_atomically(folder / "README.md", model_card(results))
 
 
 def model_card(results: dict[str, Any]) -> str:

@@ -210,6 +210,8 @@ def assemble(config: TrainConfig, path: Path, prompts: GenerateConfig, resume: b
             refuse_if_dropped(path)
         log.info("Going on from step %d (%s).", state.progress.step, checkpoint)
     share_state(state, config.seed)
+    if not prompts.prompt:
+        prompts = replace(prompts, prompt=tuple(store.language["prompts"]))
     held_out = list(store.read_documents("validation"))
     chosen = validation_subset(held_out, store.documents("validation").num_tokens.tolist(), config.validation_tokens)
     validation = encode_documents(chosen, tokenizer)
@@ -314,6 +316,7 @@ def facts(run: Run) -> dict[str, Any]:
             f"num_{side}_tokens": counts.num_tokens,
             f"{side}_hash": counts.corpus_hash,
         }
+    corpus |= {"language": store.language["code"], "language_names": store.language["names"]}
     corpus["datasets"] = _datasets(config)
     return {
         "settings": {

@@ -15,6 +15,11 @@ MAX_DOMAINS = 20
 def evaluations(result: Values) -> Parts:
     """One column per model and one row per figure; below, what goes with a single model."""
     models = result["models"]
+    if "protocol" not in models[0]:
+        for row in models:
+            yield row["model"]
+            yield from (f"  {line}" for line in _tasks(row))
+        return
     rows = [[title, *map(cell, models)] for title, cell in _FIGURES]
     yield FittingTable(("", *(row["model"] for row in models)), [row for row in rows if any(row[1:])])
     protocols = [protocol_line(row["protocol"]) for row in models]
@@ -57,8 +62,14 @@ def _of_one_model(row: Values) -> Iterator[str]:
         yield f"{name}: {figures} ({counted(domain['num_documents'], 'document')})"
     if shown and row.get("num_domains", 0) > len(shown):
         yield f"... and {counted(row['num_domains'] - len(shown), 'other domain')}, all smaller"
-    for task, metrics in (row.get("tasks") or {}).items():
-        yield f"{task}: {', '.join(f'{k} {v:.4g}' for k, v in metrics.items() if isinstance(v, float))}"
+    yield from _tasks(row)
+
+
+def _tasks(row: Values) -> Iterator[str]:
+    for score in row.get("tasks") or ():
+        interval = "" if score["interval"] is None else ", 95 % interval [{:.3f}, {:.3f}]".format(*score["interval"])
+        questions = "" if score["num_questions"] is None else f" ({counted(score['num_questions'], 'question')})"
+        yield f"{score['task']}: {score['metric']} {score['value']:.3f}{interval}{questions}"
 
 
 def _interval(row: Values) -> str:

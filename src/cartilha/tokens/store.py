@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from cartilha.corpus.document import Document
 from cartilha.corpus.splits import SPLITS, Split
+from cartilha.languages import DEFAULT, find_language
 from cartilha.tokens.packed import PackedDocuments
 from cartilha.tokens.store_checks import LABELS, NUMBERS, map_ids, read_store_info, verify_store
 from cartilha.tokens.tokenizer import TextTokenizer, load_tokenizer
@@ -65,6 +66,12 @@ class TokenStore:
         self.prefix_id: int = self.info["prefix_id"]
         self.end_id: int = self.info["end_id"]
         self.num_ids: int = self.info["num_ids"]
+
+    @property
+    def language(self) -> dict[str, Any]:
+        """The language of the text, as it was given: code, names, prompts; a store that says none is older."""
+        recorded: dict[str, Any] | None = self.info.get("language")
+        return recorded or find_language(DEFAULT).to_dict()
 
     def tokens(self, split: Split) -> np.ndarray:
         """The split's tokens, memory-mapped, shape (num_tokens,)."""

@@ -1,4 +1,7 @@
-"""The primer: original Portuguese texts that ship with the package, so that everything works without a network."""
+"""The primer: original texts that ship with the package, so that everything works without a network.
+
+`primer` is the Portuguese one (texts.jsonl), `primer:gl` a small one in another language (gl.jsonl).
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from dataclasses import dataclass
 from importlib.resources.abc import Traversable
 
 from cartilha.corpus.document import Document
+from cartilha.languages import DEFAULT
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class PrimerText:
 
 @dataclass(frozen=True)
 class PrimerCount:
-    """How much of the primer is of one genre and variety (of Portuguese); words are separated by white space."""
+    """How much of the primer is of one genre and variety; words are separated by white space."""
 
     genre: str
     variety: str
@@ -34,30 +38,37 @@ class PrimerCount:
     num_words: int
 
 
-def primer_texts() -> list[PrimerText]:
-    """All texts of the primer, in the order of its file."""
-    lines = _texts_file().read_bytes().decode("utf-8").split("\n")
+def primer_languages() -> list[str]:
+    """The codes of the languages that have a primer."""
+    names = (item.name for item in importlib.resources.files(__name__).iterdir())
+    others = sorted(name.removesuffix(".jsonl") for name in names if name.endswith(".jsonl"))
+    return [DEFAULT, *(name for name in others if name != "texts")]
+
+
+def primer_texts(language: str = DEFAULT) -> list[PrimerText]:
+    """All texts of a primer, in the order of its file."""
+    lines = _texts_file(language).read_bytes().decode("utf-8").split("\n")
     return [PrimerText(**json.loads(line)) for line in lines if line]
 
 
-def read_primer() -> Iterator[Document]:
-    """The primer's texts as documents."""
-    for text in primer_texts():
+def read_primer(language: str = DEFAULT) -> Iterator[Document]:
+    """A primer's texts as documents."""
+    for text in primer_texts(language):
         yield Document(text=text.text, id=text.id, source="primer", domain=text.genre)
 
 
-def primer_table() -> list[PrimerCount]:
-    """Texts and words of the primer for each genre and variety that occurs, sorted by both."""
+def primer_table(language: str = DEFAULT) -> list[PrimerCount]:
+    """Texts and words of a primer for each genre and variety that occurs, sorted by both."""
     words: dict[tuple[str, str], list[int]] = defaultdict(list)
-    for text in primer_texts():
+    for text in primer_texts(language):
         words[text.genre, text.variety].append(len(text.text.split()))
     return [PrimerCount(*group, len(counts), sum(counts)) for group, counts in sorted(words.items())]
 
 
-def primer_sha256() -> str:
-    """The SHA-256 of the primer's file, in hexadecimal digits, which identifies the edition of the texts."""
-    return hashlib.sha256(_texts_file().read_bytes()).hexdigest()
+def primer_sha256(language: str = DEFAULT) -> str:
+    """The SHA-256 of a primer's file, in hexadecimal digits, which identifies the edition of the texts."""
+    return hashlib.sha256(_texts_file(language).read_bytes()).hexdigest()
 
 
-def _texts_file() -> Traversable:
-    return importlib.resources.files(__name__) / "texts.jsonl"
+def _texts_file(language: str) -> Traversable:
+    return importlib.resources.files(__name__) / ("texts.jsonl" if language == DEFAULT else f"{language}.jsonl")
