@@ -73,6 +73,7 @@ def test_the_figures_of_such_a_run_are_those_of_its_model(impatient, store, tmp_
     assert run.after.step == step and run.after.bits_per_byte == pytest.approx(measured["bits_per_byte"], rel=1e-6)
     card = (impatient.path / "model" / "README.md").read_text(encoding="utf-8")
     assert f"{measured['perplexity']:.2f}" in card and f"the weights those of step {step}" in card
+    assert f"os pesos são os do passo {step}" in card
     page = render_report([impatient.path], tmp_path / "report.html").read_text(encoding="utf-8")
     last = impatient.results["steps"]
     assert f"RUN/model holds the weights of step {step}" in page and f"O último passo foi o {last}." in page
@@ -208,7 +209,10 @@ def test_english_is_measured_before_and_after_as_evaluate_does(cartilha, store, 
     assert "English sample, bits per byte" in page and "Amostra em inglês, 24 textos:" in page
     assert f"{english['after']['bits_per_byte']:.3f}" in page
     card = (path / "model" / "README.md").read_text(encoding="utf-8")
-    assert f"amostra em inglês, bits por byte | {english['before']['bits_per_byte']:.3f} |" in card
+    shown = f"{english['before']['bits_per_byte']:.3f}"
+    assert f"English sample, bits per byte | {shown} [" in card
+    assert f"amostra em inglês, bits por byte | {shown.replace('.', ',')} [" in card
+    assert f"changed by {difference:+.3f}" in card.replace("−", "-")
 
 
 def test_english_may_be_skipped_and_changes_nothing_of_the_training(unbroken, store, tmp_path):

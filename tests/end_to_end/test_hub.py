@@ -146,7 +146,11 @@ class Commits:
 def commits(hub: LocalHub, tmp_path_factory: pytest.TempPathFactory) -> Commits:
     def dataset(version: int) -> str:
         files = {f"data/train-0000{file}-of-00003.jsonl": texts(version, file) for file in range(3)}
-        return hub.add("datasets/org/textos", {"README.md": "# Textos\n", **files}, "v1" if version == 1 else "")
+        return hub.add(
+            "datasets/org/textos",
+            {"README.md": "---\nlicense: cc-by-4.0\n---\n# Textos\n", **files},
+            "v1" if version == 1 else "",
+        )
 
     models = [
         hub.add("models/org/pequeno", model_files(tmp_path_factory.mktemp("model"), seed), "v1" if seed == 1 else "")
@@ -191,6 +195,7 @@ def test_a_whole_job_from_the_hub_and_back(cartilha: Cartilha, hub: LocalHub, co
     assert "base_model: org/pequeno\n" in card and "license: apache-2.0\n" in card and "- org/textos\n" in card
     assert f"`org/pequeno@v1` (commit `{commits.models[0]}`)" in card
     assert f"`hf:org/textos@v1` (commit `{commits.datasets[0]}`)" in card
+    assert "That of the base model: apache-2.0. The texts: `hf:org/textos@v1`: cc-by-4.0." in card
     # Once more with what is the main branch: another model, and the store is ready without a question to the hub.
     other = cartilha("train", "--model", "org/pequeno", "--store", store, "--output", tmp_path / "other", *size)
     assert other.code == 0, other

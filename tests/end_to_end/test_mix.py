@@ -70,7 +70,7 @@ def test_the_record_has_each_source_with_what_was_read_of_it_in_its_share(mixed,
     assert f"{english}::news</td>" in shown and f"50 % {english}::news, in the last 40 % of the steps" in shown
     card = (mixed.path / "model" / "README.md").read_text(encoding="utf-8")
     shown = f"| {rows[2]['documents_read']} | {rows[2]['tokens_read']:,} | {rows[2]['passes']:.2f} |"
-    assert f"| {english.parent.name}/store::news {shown}\n" in card and str(english) not in card
+    assert f"| `{english.parent.name}/store::news` {shown}\n" in card and str(english) not in card
     assert any(f"{english}::news is used up after step" in notice for notice in mixed.results["notices"])
 
 

@@ -64,7 +64,7 @@ def test_a_built_in_language_is_whole(code):
         assert [found for found in kept if isinstance(found, Rejected)] == [] and kept == texts
 
 
-def test_a_language_by_configuration_alone(fictive, tmp_path):
+def test_a_language_by_configuration_alone(fictive, tmp_path, capsys):
     text = tmp_path / "textos.txt"
     poor = "Mika relo 101 102 103 104 105 106 107. " * 8
     lines = [fictive_text(number) for number in range(12)]
@@ -83,6 +83,13 @@ def test_a_language_by_configuration_alone(fictive, tmp_path):
     assert {row["prompt"] for row in done.samples} == {"Wen dal"}
     assert done.trained.results["corpus"]["language"] == "qaa"
     assert "qaa" in Path(done.report).read_text(encoding="utf-8")
+    card = (tmp_path / "job" / "run" / "model" / "README.md").read_text(encoding="utf-8")
+    assert yaml.safe_load(card.split("---\n")[1])["language"] == ["qaa"]
+    assert "text in Farlish" in card and "texto em farlês" in card and "ortugu" not in card.replace("Português", "")
+    (snippet, _) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    exec(snippet.replace("NAME", str(tmp_path / "job" / "run" / "model")), {})
+    assert capsys.readouterr().out.count("Wen dal") == 1
+
     again = replace(config.prepare, model="random:tiny", output=done.prepared.store)
     assert prepare(again).was_ready
     fictive.write_text(yaml.safe_dump({**FICTIVE, "prompts": ["Dal"]}), encoding="utf-8")
@@ -128,8 +135,8 @@ def test_no_module_names_a_language_of_text():
         if folder in ("languages", "reporting", "explorer"):
             continue
         for line in path.read_text(encoding="utf-8").split("\n"):
-            code = line.split("#")[0]
-            if re.search(r"""["'](pt|gl)["']""", code) and not re.search(r"Language = |framework=|return_tensors=", code):
+            others = re.search(r"Language = |framework=|return_tensors=", line)
+            if re.search(r"""["'](pt|gl)["']""", line.split("#")[0]) and not others:
                 faults.append(f"{path.name}: {line.strip()}")
     assert faults == []
     assert DEFAULT in language_codes()

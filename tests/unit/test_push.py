@@ -87,7 +87,7 @@ def test_what_the_hub_refuses_is_one_sentence(monkeypatch, run, tmp_path):
         pushed(monkeypatch, Hub(), str(tmp_path / "elsewhere"), "ana/x")
 
 
-def card(model: str) -> str:
+def card(model: str, model_type: str | None = None, **more: Any) -> str:
     from cartilha.runs.model_card import model_card
 
     evaluation = {
@@ -99,13 +99,53 @@ def card(model: str) -> str:
         "num_tokens": 2,
     }
     settings = {"block_size": 8, "batch_tokens": 8, "num_steps": 1, "lr": 1.0, "seed": 0, "dtype": "float32"}
-    corpus = {"num_train_documents": 1, "num_train_tokens": 1}
+    corpus = {"num_train_documents": 1, "num_train_tokens": 1, **more.pop("corpus", {})}
     values = {"settings": {**settings, "model": model}, "corpus": corpus, "name": "r", "tokens": 1}
-    return model_card({**values, "evaluations": [evaluation] * 2})
+    return model_card({**values, "evaluations": [evaluation] * 2, **more}, model_type)
 
 
 def header(text: str) -> dict[str, Any]:
     return yaml.safe_load(text.split("---\n")[1])
+
+
+TASKS = {
+    "lists": {"pt": 1},
+    "harness": "0.4",
+    "scores": [
+        {"task": "t", "metric": "acc", "num_questions": 50, "higher_is_better": True, "before": 0.25, "after": 0.5}
+        | {"before_interval": [0.2, 0.3], "after_interval": [0.4, 0.6], "difference": 0.25}
+        | {"difference_interval": [0.1, 0.4]}
+    ],
+}
+
+
+def test_a_card_is_one_that_the_hub_reads():
+    base = "facebook/opt-125m"
+    text = card(base, tasks=TASKS, corpus={"language": "pt", "language_names": {"en": "Portuguese", "pt": "português"}})
+    read = huggingface_hub.ModelCard(text).data
+    assert (read.base_model, read.license, read.language) == (base, "other", ["pt"])
+    figures = {(result.dataset_name, result.metric_type): result.metric_value for result in read.eval_results}
+    assert figures == {("held-out text", "perplexity"): 9, ("held-out text", "bits_per_byte"): 1, ("t", "acc"): 0.5}
+
+
+def test_a_card_in_both_languages_says_what_is_known_and_what_is_not():
+    known = {"language": "pt", "language_names": {"en": "Portuguese", "pt": "português"}, "inputs": ["a|b.txt"]}
+    machine = {"device": "cuda", "device_name": "G", "threads": 4}
+    text = card("random:tiny", "llama", tasks=TASKS, corpus=known, machine=machine, seconds=7200)
+    pt, en = text.split("## English")
+    assert "## Português" in pt and pt.count("\n### ") == en.count("\n### ") == 8
+    assert "| t: acc | 50 | 0.250 [0.200, 0.300] | 0.500 [0.400, 0.600] | +0.250 [+0.100, +0.400] |" in en
+    assert "0,500 [0,400; 0,600]" in pt and "lista 1" in pt
+    assert "What is known: 2.000 GPU hours" in en and "A energia não foi medida" in pt
+    assert "It was not measured. A model that learns one language" in en  # no English sample
+    assert "no licence is recorded" in en and "`a¦b.txt`" in en  # a name does not end its cell
+    assert "vllm serve" in en and "convert_hf_to_gguf" in en
+    energy = {"joules": 7.2e6, "seconds": 3600.0}
+    measured = card("random:tiny", "opt", machine=machine, seconds=7200, energy=energy)
+    assert measured.index("## English") < measured.index("## Português")  # of a text whose language is not known
+    assert "Energy: 2.0000 kWh" in measured and "not measured. What is known" not in measured
+    assert "vllm serve" in measured and "convert_hf_to_gguf" not in measured
+    assert "models of the type `xyz` is not known here" in card("random:tiny", "xyz")
 
 
 def test_a_card_links_a_model_of_the_hub_and_tells_no_path():

@@ -89,11 +89,11 @@ def wilson(share: float, number: int) -> tuple[float, float]:
     return max(0.0, center - half), min(1.0, center + half)
 
 
-def paired_interval(first: np.ndarray, second: np.ndarray) -> tuple[float, float] | None:
+def paired_interval(first: np.ndarray | None, second: np.ndarray | None) -> tuple[float, float] | None:
     """The 95 % interval of the mean of second minus first over the same questions; None for fewer than two."""
-    number = len(first)
-    if number < 2:
+    if first is None or second is None or len(first) != len(second) or len(first) < 2:
         return None
+    number = len(first)
     if _is_zero_or_one(first) and _is_zero_or_one(second):
         gained = (float(((first == 0) & (second == 1)).sum()) + 1) / (number + 2)
         lost = (float(((first == 1) & (second == 0)).sum()) + 1) / (number + 2)
@@ -112,7 +112,6 @@ def before_and_after(before: Iterable[TaskScore], after: Iterable[TaskScore]) ->
         first = known.get((score.task, score.metric))
         if first is None:
             continue
-        paired = first.values is not None and score.values is not None and len(first.values) == len(score.values)
         rows.append(
             {
                 "task": score.task,
@@ -124,7 +123,7 @@ def before_and_after(before: Iterable[TaskScore], after: Iterable[TaskScore]) ->
                 "after": score.value,
                 "after_interval": score.interval,
                 "difference": score.value - first.value,
-                "difference_interval": paired_interval(first.values, score.values) if paired else None,
+                "difference_interval": paired_interval(first.values, score.values),
             }
         )
     return rows

@@ -116,8 +116,8 @@ def _evaluate(config: EvaluateConfig, started: float) -> EvaluateResult:
     check_tasks(config.tasks)
     if not config.store and not config.input:
         device = choose_device(config.device)
-        models = tuple(_run_tasks_alone(ref, config, device) for ref in config.model)
-        return EvaluateResult(models, time.perf_counter() - started)
+        alone = tuple(_run_tasks_alone(ref, config, device) for ref in config.model)
+        return EvaluateResult(alone, time.perf_counter() - started)
     text = held_out(config)
     questions = text.questions_in_training(task_questions(config.tasks)) if config.tasks else None
     if text.split == "train":

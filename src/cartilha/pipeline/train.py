@@ -28,6 +28,7 @@ from cartilha.pipeline.preflight import preflight
 from cartilha.reporting.notebook import run_html
 from cartilha.runs.best import comparable, loss_of, since_best
 from cartilha.runs.decay import copy_trunk, decaying
+from cartilha.runs.energy import counting_energy
 from cartilha.runs.english import score_english
 from cartilha.runs.files import RunWriter, check_output, only_process, read_results, values_at, write_config
 from cartilha.runs.live import training_view
@@ -149,7 +150,7 @@ def _train(run: Run, record: RunWriter, stop: StopRequest) -> None:
         background=run.plan.background_checkpoints and can_write_in_background(run.loaded.model.device, run.plan.size),
     )
     log_book = _LogBook(run, record, metrics)
-    with closing(metrics), closing(writer):
+    with closing(metrics), closing(writer), counting_energy(run.loaded.model.device, record):
         if run.step == 0:
             log_book.measure("Validation before training")
             log_book.measure_english(0)

@@ -61,6 +61,21 @@ def ready_store(config: PrepareConfig, asked: PrepareRequest, tokenizer: TextTok
         if config.overwrite:
             return None
         raise
+    different = _differences(store, config, asked, tokenizer)
+    if not different:
+        return store
+    if config.overwrite:
+        return None
+    raise UserError(
+        f"The store {path} was made with another {', '.join(different)}; "
+        "choose another --output, or replace it with --overwrite."
+    )
+
+
+def _differences(
+    store: TokenStore, config: PrepareConfig, asked: PrepareRequest, tokenizer: TextTokenizer
+) -> list[str]:
+    """What a store was made with and is now asked to be otherwise, in words."""
     # A store that does not record an option is older than the option, and was made with its default.
     made_with = {**type(config)().deciding_values(), **store.info["settings"]}
     different = [name for name, value in config.deciding_values().items() if made_with[name] != value]
@@ -77,14 +92,7 @@ def ready_store(config: PrepareConfig, asked: PrepareRequest, tokenizer: TextTok
     own = asked.language.to_dict()
     if Path(config.language).suffix and store.info.get("language", own) != own:  # a file of the user's has changed
         different.append("language")
-    if not different:
-        return store
-    if config.overwrite:
-        return None
-    raise UserError(
-        f"The store {path} was made with another {', '.join(different)}; "
-        "choose another --output, or replace it with --overwrite."
-    )
+    return different
 
 
 def _same_inputs(recorded: list[dict[str, Any]], asked: PrepareRequest) -> bool:

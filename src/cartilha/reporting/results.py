@@ -159,6 +159,7 @@ RUN = record(
     comparison=lambda value: COMPARISON(value) if isinstance(value, dict) else None,
     sources=many(SOURCE),
     tasks=TASKS,
+    energy=record(joules=number, seconds=number),
     english=lambda value: ENGLISH(value) if isinstance(value, dict) else None,
     ended_by=text,
     model_step=integer,

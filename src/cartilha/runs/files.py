@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +35,7 @@ class RunWriter:
         self.path = path
         self.values = values
         self.heard = heard
+        self.before_writing: list[Callable[[], None]] = []
 
     @property
     def notices(self) -> list[str]:
@@ -44,6 +45,8 @@ class RunWriter:
     def update(self, **values: Any) -> None:
         """Set values and write the file (of several processes, the main one writes)."""
         self.values.update(values)
+        for bring_up_to_date in self.before_writing:
+            bring_up_to_date()
         if is_main_process():
             write_json(self.path / "results.json", self.values)
 

@@ -12,7 +12,7 @@ import torch
 
 from cartilha.blocks.mixing import MixtureSampler
 from cartilha.blocks.sampler import BlockSampler
-from cartilha.config import Count, GenerateConfig, TrainConfig
+from cartilha.config import Count, GenerateConfig, PrepareConfig, TrainConfig
 from cartilha.console import log
 from cartilha.errors import UserError, counted
 from cartilha.evaluation.documents import ScoredDocuments, encode_documents, validation_subset
@@ -305,6 +305,17 @@ def _datasets(config: TrainConfig) -> list[dict[str, Any]]:
     return [item for place, item in enumerate(inputs) if item not in inputs[:place]]
 
 
+def _prepared(store: TokenStore) -> dict[str, Any]:
+    """The names of the texts, and how they were cleaned and split, for the card; the places of files are not kept."""
+    settings = {**PrepareConfig().deciding_values(), **store.info.get("settings", {})}
+    names = ("clean", "decontaminate", "near_duplicates", "validation_first", "seed")
+    prepared = {name: settings[name] for name in names}
+    prepared["quality"] = [one["signal"] for one in store.info.get("quality", ())]
+    inputs = store.info.get("inputs", [])
+    prepared["validation_input"] = any(item.get("held_out") for item in inputs)
+    return {"inputs": [item["name"] for item in inputs if not item.get("target")], "prepared": prepared}
+
+
 def facts(run: Run) -> dict[str, Any]:
     """What results.json records of the set-up."""
     config, sampler, store = run.config, run.sampler, run.store
@@ -317,6 +328,7 @@ def facts(run: Run) -> dict[str, Any]:
             f"{side}_hash": counts.corpus_hash,
         }
     corpus |= {"language": store.language["code"], "language_names": store.language["names"]}
+    corpus |= _prepared(store)
     corpus["datasets"] = _datasets(config)
     return {
         "settings": {
