@@ -14,7 +14,9 @@ from cartilha.errors import UserError, counted
 from cartilha.model.embeddings import extend_embeddings, shape_of
 from cartilha.model.load import load_model
 from cartilha.model_reference import resolve_model
-from cartilha.runs.model_card import base_record, licence
+from cartilha.reporting.wording import LANGUAGES
+from cartilha.runs.card_parts import CardWording, base_licence
+from cartilha.runs.model_card import base_record
 from cartilha.storage import new_directory, write_atomically, write_json
 from cartilha.tokens.store_writer import MAX_UINT16_IDS
 from cartilha.tokens.tokenizer import TextTokenizer
@@ -84,5 +86,5 @@ def _card(record: dict[str, Any]) -> str:
 The vocabulary of `{record["model"]}` extended by {record["num_new"]:,} continued byte-pair merges with Cartilha; the
 new rows are means of those of the tokens that they replace, and no weight has been trained since: train it before use.
 
-{licence(kept)}
+{" / ".join(base_licence(kept, CardWording(language)) for language in LANGUAGES)}
 """

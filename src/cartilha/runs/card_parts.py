@@ -16,6 +16,7 @@ from cartilha.runs.best import evaluation_of_model
 
 Values = dict[str, Any]
 MAX_INPUTS = 8
+BOTH = ("before", "after")
 OPT_LICENCE = "opt-175b"
 # Types of models that other programs read, by their documentation of 2026.
 VLLM = {"llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "opt", "gpt2", "gpt_neox"}
@@ -230,22 +231,13 @@ class CardParts:
 
     def licence(self, say: CardWording) -> str:
         """The base model's, and those of the texts."""
-        base = self.licences.get("base", {})
-        if base.get("license_name") == OPT_LICENCE:
-            own = say("licence_opt")
-        elif "license" not in base:
-            own = say("licence_unknown")
-        else:
-            link = f" ({base['license_link']})" if base.get("license_link") else ""
-            own = say("licence_base", licence=f"{base.get('license_name', base['license'])}{link}")
+        own = base_licence(self.licences.get("base", {}), say)
         stated = self.licences.get("data", {})
         listed = "; ".join(f"{code(name)}: {found or say('licence_not_stated')}" for name, found in stated.items())
-        in_files = len(self.corpus.get("inputs", [])) > len(stated)
-        return " ".join([own, *([say("licence_data", listed=listed)] if stated else []),
-                         *([say("licence_files")] if in_files else [])])  # fmt: skip
-
-
-BOTH = ("before", "after")
+        texts = [say("licence_data", listed=listed)] if stated else []
+        if len(self.corpus.get("inputs", [])) > len(stated):
+            texts.append(say("licence_files"))
+        return " ".join([own, *texts])
 
 
 def _paragraphs(*parts: str) -> str:
@@ -255,6 +247,16 @@ def _paragraphs(*parts: str) -> str:
 def _more(say: CardWording, inputs: Sequence[str]) -> list[str]:
     left = len(inputs) - MAX_INPUTS
     return [say("more_inputs", number=say.number(left))] if left > 0 else []
+
+
+def base_licence(record: Values, say: CardWording) -> str:
+    """The licence that a model has from its base, by what the base's card says."""
+    if record.get("license_name") == OPT_LICENCE:
+        return say("licence_opt")
+    if "license" not in record:
+        return say("licence_unknown")
+    link = f" ({record['license_link']})" if record.get("license_link") else ""
+    return say("licence_base", licence=f"{record.get('license_name', record['license'])}{link}")
 
 
 def engines(model_type: str | None) -> list[str]:

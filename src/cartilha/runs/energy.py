@@ -1,4 +1,4 @@
-"""The energy of a run: results.json, `energy`, the joules that its GPUs counted and the seconds in which they did so."""
+"""The energy of a run: results.json, `energy`, the joules that its GPUs counted and in how many seconds."""
 
 from __future__ import annotations
 
