@@ -31,7 +31,7 @@ RUN pip install --constraint constraints.txt --index-url "https://download.pytor
 
 # Nothing needs root: stores, runs and caches are written to the mounted folder.
 RUN useradd --create-home --uid 10001 cartilha && mkdir /work && chown cartilha /work
-USER cartilha
+USER 10001
 ENV HF_HOME=/work/.cache/huggingface CARTILHA_CACHE=/work/.cache/cartilha
 WORKDIR /work
 VOLUME /work

@@ -119,7 +119,7 @@ def _overview() -> str:
     width = max(map(len, COMMANDS))
     lines = "\n".join(f"  {name:<{width}}  {_summary(name)}" for name in COMMANDS)
     return f"""\
-cartilha: teach a pretrained causal language model to read Portuguese, and measure the result.
+cartilha: teach a pretrained causal language model to read Portuguese or another language, and measure it.
 
 usage: cartilha COMMAND [options]     (cartilha COMMAND --help lists the options of a command)
 

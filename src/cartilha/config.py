@@ -31,7 +31,7 @@ MODEL_HELP = (
 )
 REF_HELP = (
     "files, globs or folders (.txt one document per line, .json, .jsonl, .csv, .tsv, .parquet, .arrow; also"
-    " compressed), hf:NAME[@REVISION][:CONFIG[:SPLIT]], or primer"
+    " compressed), hf:NAME[@REVISION][:CONFIG[:SPLIT]], or primer (primer:gl)"
 )
 
 

@@ -41,7 +41,7 @@ def _counter(device: torch.device) -> tuple[Any, ctypes.c_void_p] | None:
     handle = ctypes.c_void_p()
     try:
         library = ctypes.CDLL("nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1")
-        name = f"GPU-{torch.cuda.get_device_properties(device).uuid}".encode()
+        name = b"GPU-" + str(torch.cuda.get_device_properties(device).uuid).removeprefix("GPU-").encode()
         if library.nvmlInit_v2() or library.nvmlDeviceGetHandleByUUID(name, ctypes.byref(handle)):
             return None
     except (OSError, AttributeError):
