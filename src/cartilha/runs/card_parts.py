@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cartilha.languages import find_language, language_codes
 from cartilha.reporting.wording import Wording
 from cartilha.runs.best import evaluation_of_model
 
@@ -270,9 +269,8 @@ def engines(model_type: str | None) -> list[str]:
     return lines
 
 
-def prompt(language: str | None) -> str:
-    """The beginning of a text in the language, as a Python literal."""
-    known = find_language(language).prompts if language in language_codes() else ()
+def prompt(known: Sequence[str]) -> str:
+    """The beginning of a text, as a Python literal."""
     return json.dumps(known[0] if known else "...", ensure_ascii=False)
 
 

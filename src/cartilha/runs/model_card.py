@@ -69,10 +69,10 @@ def _front_matter(card: Path) -> dict[str, Any]:
 
 def data_licences(corpus: dict[str, Any]) -> dict[str, str]:
     """What the cards of the datasets say, as they were read from the hub, and that of the primers; empty if nothing."""
-    from huggingface_hub import try_to_load_from_cache
-
     found: dict[str, str] = {}
     for item in corpus.get("datasets", []):
+        from huggingface_hub import try_to_load_from_cache
+
         card = try_to_load_from_cache(
             dataset_id(item["name"]), "README.md", revision=item["commit"], repo_type="dataset"
         )
@@ -109,7 +109,7 @@ def model_card(results: dict[str, Any], model_type: str | None = None) -> str:
             parts=parts,
             wordings=sorted(map(CardWording, LANGUAGES), key=lambda say: say.language != language),
             prefix_id=evaluation_of_model(results)["protocol"]["prefix_id"],
-            prompt=prompt(language),
+            prompt=prompt(corpus.get("prompts", ())),
             tasks=language if (results.get("tasks") or {}).get("lists") else "TASK",
             model_type=model_type,
             engines=engines(model_type),

@@ -327,7 +327,8 @@ def facts(run: Run) -> dict[str, Any]:
             f"num_{side}_tokens": counts.num_tokens,
             f"{side}_hash": counts.corpus_hash,
         }
-    corpus |= {"language": store.language["code"], "language_names": store.language["names"]}
+    language = store.language
+    corpus |= {"language": language["code"], "language_names": language["names"], "prompts": language["prompts"]}
     corpus |= _prepared(store)
     corpus["datasets"] = _datasets(config)
     return {
