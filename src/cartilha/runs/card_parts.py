@@ -62,14 +62,19 @@ class CardParts:
         """The evaluation of the weights that are in the folder."""
         return dict(evaluation_of_model(self.results))
 
+    @property
+    def is_adapter(self) -> bool:
+        """Whether the folder holds an adapter alone."""
+        return bool(self.results["settings"].get("lora"))
+
     def language(self, say: Wording) -> str:
         """The name of the text's language."""
         known = self.corpus.get("language", "?")
         return str(self.corpus.get("language_names", {}).get(say.language, known))
 
     def intro(self, say: CardWording) -> str:
-        """What it is, in a sentence."""
-        return say(
+        """What it is, in a sentence or two."""
+        said = say(
             "intro",
             base=code(self.base),
             language=self.language(say),
@@ -77,6 +82,17 @@ class CardParts:
             tokens=say.number(self.corpus["num_train_tokens"]),
             targets=say.number(self.results["tokens"]),
         )
+        return _paragraphs(said, self._adapter(say))
+
+    def _adapter(self, say: CardWording) -> str:
+        """That this is an adapter, if it is one, and what it was trained with."""
+        settings = self.results["settings"]
+        if not self.is_adapter:
+            return ""
+        also = say("adapter_embeddings") if settings.get("lora_embeddings") else ""
+        trained, base = say.number(settings["num_trained"] / 1e6, 1), code(self.base)
+        kind = settings["lora_base"]
+        return say("adapter", rank=settings["lora"], also=also, trained=trained, base=base, kind=kind)
 
     def data(self, say: CardWording) -> str:
         """Texts, their cleaning and choice, and what was read of each source."""

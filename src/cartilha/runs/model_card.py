@@ -112,7 +112,7 @@ def model_card(results: dict[str, Any], model_type: str | None = None) -> str:
             prompt=prompt(corpus.get("prompts", ())),
             tasks=language if (results.get("tasks") or {}).get("lists") else "TASK",
             model_type=model_type,
-            engines=engines(model_type),
+            engines=[] if parts.is_adapter else engines(model_type),
         )
     )
 
@@ -137,11 +137,12 @@ def _header(results: dict[str, Any], record: dict[str, Any]) -> str:
         "language": list(dict.fromkeys(filter(None, languages))),
         "datasets": sorted({dataset_id(item["name"]) for item in corpus.get("datasets", [])}),
     }
+    is_adapter = bool(results["settings"].get("lora"))
     header = {
         **record,
         **{name: value for name, value in known.items() if value},
-        **({"base_model_relation": "finetune"} if "base_model" in record else {}),
-        "library_name": "transformers",
+        **({"base_model_relation": "adapter" if is_adapter else "finetune"} if "base_model" in record else {}),
+        "library_name": "peft" if is_adapter else "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["cartilha", "continued-pretraining"],
         "model-index": [{"name": results["name"], "results": scored}],
