@@ -213,10 +213,8 @@ def _make(job: _Job, executor: _ShardExecutor) -> PrepareResult:
 def _shard_settings(job: _Job) -> ShardSettings:
     config, asked, dtype = job.config, job.asked, token_dtype(job.tokenizer.num_ids)
     if dtype.itemsize > 2:
-        log.info(
-            "The tokenizer has %s: the store takes 4 bytes per token instead of 2.",
-            counted(job.tokenizer.num_ids, "id"),
-        )
+        ids = counted(job.tokenizer.num_ids, "id")
+        log.info("The tokenizer has %s: the store takes 4 bytes per token instead of 2.", ids)
     is_counted = config.validation_documents is not None or config.validation_first is not None
     # If a document's own position alone decides its side, no other texts need to be kept.
     given = asked.num_held_out + asked.num_targets

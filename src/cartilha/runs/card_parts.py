@@ -69,7 +69,7 @@ class CardParts:
 
     def language(self, say: Wording) -> str:
         """The name of the text's language."""
-        known = self.corpus.get("language", "?")
+        known = self.corpus.get("language") or say("language_unknown")
         return str(self.corpus.get("language_names", {}).get(say.language, known))
 
     def intro(self, say: CardWording) -> str:
@@ -101,8 +101,8 @@ class CardParts:
     def _inputs(self, say: CardWording) -> str:
         prepared, inputs = self.corpus.get("prepared"), self.corpus.get("inputs", [])
         said = [say("data_inputs", inputs=", ".join([*map(code, inputs[:MAX_INPUTS]), *_more(say, inputs)]))]
-        said += [say("data_language", language=self.language(say))]
         if prepared is not None:
+            said.append(say("data_language", language=self.language(say)))
             steps = [step for step in prepared["clean"] if step != "none"] + prepared.get("quality", [])
             said.append(say("data_cleaned", steps=", ".join(map(code, steps))) if steps else say("data_plain"))
             if questions := prepared["decontaminate"]:
