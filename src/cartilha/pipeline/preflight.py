@@ -241,7 +241,7 @@ def _check_record(config: configs.EvaluateConfig) -> None:
         raise UserError("--record takes the run's own two models, before and after; leave --model out.")
     run = run_directory(config.record)
     if read_status(run) != "finished":
-        raise UserError(f"{run} is not a finished run; give the --output directory of a training that has ended.")
+        raise UserError(f"{run} is not a finished run; name the directory of a training that has ended.")
     _check_model_of(run)
 
 
