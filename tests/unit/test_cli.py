@@ -439,7 +439,7 @@ def every_option() -> set[str]:
 
 
 def test_every_option_that_a_message_names_is_one_of_some_command():
-    of_others = {"--nproc-per-node", "--no-deps", "--upgrade", "--long", "--version", "--outfile"}  # of torchrun, pip ...
+    of_others = {"--nproc-per-node", "--no-deps", "--upgrade", "--long", "--version", "--outfile"}  # of others
     known, unknown = every_option() | of_others, []
     for path in sorted(Path(cli.__file__).parent.rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
