@@ -8,13 +8,22 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from processes import Outcome, run_processes
+from processes import Outcome, in_processes, run_processes
 from runs import Left, start
 
+from cartilha.blocks.sampler import BlockSampler
+from cartilha.machine.processes import world
+from cartilha.model.load import load_model
+from cartilha.model.sharding import shard_model
+from cartilha.tokens.packed import PackedDocuments
 from cartilha.training.checkpoint import drop_optimizer_states, list_checkpoints, newest_sound_checkpoint
 from cartilha.training.checkpoint_shards import check_shards
+from cartilha.training.loop import StepSettings, train_steps
+from cartilha.training.schedule import Schedule
+from cartilha.training.state import TrainingState
 
 SETTINGS = {
     "block_size": 32,
@@ -46,7 +55,8 @@ def alone(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Left:
 @pytest.fixture(scope="module")
 def two(store: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Left, Outcome]:
     path = tmp_path_factory.mktemp("two") / "run"
-    outcome = run_processes(2, path.parent, *flags(store, path, shard="full"), "--keep_optimizer")
+    twice = "--gradient_checkpointing"  # changes no figure
+    outcome = run_processes(2, path.parent, *flags(store, path, shard="full"), "--keep_optimizer", twice)
     return Left(path), outcome
 
 
@@ -129,8 +139,40 @@ def test_the_states_of_a_finished_sharded_run_are_dropped(two, tmp_path):
     assert not list(path.rglob("*model-00002-of-00002*"))
 
 
-def test_what_cannot_be_sharded_is_refused(store, tmp_path):
-    path = tmp_path / "run"
-    found = run_processes(2, tmp_path, *flags(store, path, shard="full", optimizer="adafactor"))
-    assert found.codes == [2, 2] and not path.exists()
-    assert "cannot be sharded, since --optimizer adafactor works on whole weights; use --shard none" in found.errs[0]
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"optimizer": "adafactor"}, "works on whole weights"),
+        ({"lora": 4}, "is trained on a base that each process holds"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused(refused, monkeypatch, store, tmp_path, wrong, said):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert said in refused(*flags(store, tmp_path / "run", shard="full", **wrong))
+
+
+def in_half_precision(rank: int, folder: Path) -> None:
+    """Three steps of a sharded Llama with layers gathered in bfloat16, and the same in one process.
+
+    Gradients are scaled, as in fp16, and multiplied by the perplexity.
+    """
+    torch.set_num_threads(1)
+    generator = np.random.default_rng(0)
+    ids = [generator.integers(0, 256, length) for length in generator.integers(5, 40, 60)]
+    documents = PackedDocuments.from_ids(ids, prefix_id=256, end_id=257)
+    sampler = BlockSampler(documents, block_size=16, blocks_per_step=5, seed=0)
+    schedule = Schedule(3, 1e-3, warmup_fraction=0.0, final_lr_fraction=1.0)
+    model = load_model("random:tiny", torch.device("cpu")).model
+    if world()[1] == 2:
+        shard_model(model, torch.device("cpu"), torch.bfloat16)
+        assert not any(parameter.dtype != torch.float32 for parameter in model.parameters())
+    state = TrainingState.begin(model, torch.float16, lr=1e-3, weight_decay=0.1, optimizer="muon")
+    steps = train_steps(state, sampler, schedule, StepSettings(torch.bfloat16, 2, loss="perplexity"))
+    (folder / f"{rank}.json").write_text(json.dumps([float(step.loss) for step in steps]))
+
+
+def test_layers_are_gathered_in_half_precision_and_muon_steps_whole_matrices(tmp_path):
+    for number in (1, 2):
+        in_processes(number, in_half_precision, tmp_path / str(number))
+    alone, two, other = (json.loads((tmp_path / name).read_text()) for name in ("1/0.json", "2/0.json", "2/1.json"))
+    assert two == other and two == pytest.approx(alone, abs=2e-3)

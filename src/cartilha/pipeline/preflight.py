@@ -27,7 +27,7 @@ from cartilha.runs.files import check_output, read_status, run_directory
 from cartilha.settings import Settings
 from cartilha.training.schedule import check_shape
 from cartilha.training.trackers import check_tracker
-from cartilha.training.update_rules import check_optimizer
+from cartilha.training.update_rules import OPTIMIZERS, check_optimizer
 from cartilha.units import parse_amount, parse_duration, parse_share
 
 
@@ -181,7 +181,20 @@ def _train(config: configs.TrainConfig) -> None:
         check_output(output, resume)
     _check_places(config)
     _check_mix(config)
+    _check_shard(config)
     decaying(config)
+
+
+def _check_shard(config: configs.TrainConfig) -> None:
+    if config.shard != "full" or world()[1] == 1:
+        return
+    if config.lora is not None:
+        raise UserError("An adapter (--lora) is trained on a base that each process holds; leave out --shard full.")
+    if not all(rule.shards for rule in OPTIMIZERS[config.optimizer]):
+        raise UserError(
+            f"--optimizer {config.optimizer} works on whole weights, and no process holds one with --shard full; use "
+            "--optimizer adamw, or --shard none."
+        )
 
 
 def _check_mix(config: configs.TrainConfig) -> None:

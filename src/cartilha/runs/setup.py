@@ -340,6 +340,7 @@ def facts(run: Run) -> dict[str, Any]:
             "blocks_per_step": sampler.blocks_per_step,
             "micro_batch_size": run.plan.micro_batch_size,
             "num_processes": world()[1],
+            "sharded": is_sharded(run.loaded.model),
             "device": machine["device_name"],
             "num_parameters": run.loaded.num_parameters,
             "num_trained": run.plan.size.num_trained,
