@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from cartilha.config import ExploreConfig as ExploreConfig
     from cartilha.config import GenerateConfig as GenerateConfig
     from cartilha.config import InspectConfig as InspectConfig
+    from cartilha.config import MergeConfig as MergeConfig
     from cartilha.config import PlanConfig as PlanConfig
     from cartilha.config import PrepareConfig as PrepareConfig
     from cartilha.config import PushConfig as PushConfig
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from cartilha.pipeline.generate import generate as generate
     from cartilha.pipeline.inspect import inspect as inspect
     from cartilha.pipeline.job import run as run
+    from cartilha.pipeline.merge import merge as merge
     from cartilha.pipeline.plan import plan as plan
     from cartilha.pipeline.prepare import prepare as prepare
     from cartilha.pipeline.push import push as push

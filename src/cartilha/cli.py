@@ -21,7 +21,7 @@ from cartilha.storage import DISK_FAULTS, system_error
 log = logging.getLogger("cartilha")
 
 # These write files, and would write them twice under torchrun.
-_ONE_PROCESS = ("demo", "run", "prepare", "vocab", "push")
+_ONE_PROCESS = ("demo", "run", "prepare", "vocab", "merge", "push")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -198,7 +198,9 @@ class TrainConfig(ComputeOptions, AdapterOptions):
         None, "end when so many validations in a row brought no better value (RUN/model has the best)", minimum=1
     )
     skip_english: bool = option(False, "do not measure the English sample before and after the training")
-    tracker: str = option("none", "mirror metrics.jsonl to tensorboard, trackio (extra trackers), or a plug-in's name")
+    tracker: str = option(
+        "none", "mirror metrics.jsonl to tensorboard, trackio, wandb, mlflow or a plug-in (docs/trackers.md)"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,6 +308,20 @@ class ReportConfig(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MergeConfig(ComputeOptions):
+    """An adapter into its base, or what an instruction-tuned model has more than its base into a trained model."""
+
+    run: str = option("", "the run's directory, or a model's or an adapter's", required=True, positional=True)
+    output: str = option("", "directory for the model; default RUN/merged, with --add RUN/instruct")
+    add: str | None = option(None, f"add this instruction-tuned model minus its base: {MODEL_HELP}")
+    base: str | None = option(None, "with --add: what RUN and that model were made from; default as RUN records it")
+    save_dtype: Literal["float32", "bfloat16"] = option("float32", "type of the weights that are written")
+    store: str | None = option(None, "with --add: measure on this store; default the run's, else the primer")
+    prompt: str = option("Era uma vez na fazenda", "with --add: a beginning that is continued before and after")
+    max_new_tokens: int = option(40, "with --add: tokens to write after it", minimum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class PushConfig(Settings):
     """A run's trained model onto the Hugging Face hub, with its model card."""
 
@@ -358,6 +374,7 @@ COMMANDS: dict[str, type[Settings]] = {
     "vocab": VocabConfig,
     "report": ReportConfig,
     "explore": ExploreConfig,
+    "merge": MergeConfig,
     "push": PushConfig,
 }
 

@@ -116,13 +116,15 @@ def test_a_tracker_that_fails_is_left_out_with_one_line_and_the_file_goes_on(plu
 def test_what_is_not_there_or_cannot_start_is_said_before_training(plug_ins, tmp_path, monkeypatch):
     assert open_tracker("none", run_at(tmp_path)) is None
     check_tracker("none")
-    with pytest.raises(UserError, match="no tracker 'wandb'; choose from none, tensorboard, trackio, recorder"):
-        check_tracker("wandb")
+    known = "none, tensorboard, trackio, wandb, mlflow, recorder"
+    with pytest.raises(UserError, match=f"no tracker 'neptune'; choose from {known}"):
+        check_tracker("neptune")
     with pytest.raises(UserError, match=r"could not be started \(PermissionError: no key\)"):
         open_tracker("cannot", run_at(tmp_path))
-    monkeypatch.setitem(sys.modules, "trackio", None)
-    with pytest.raises(UserError, match=r"pip install .*\[trackers\]"):
-        open_tracker("trackio", run_at(tmp_path))
+    for name, extra in (("trackio", "trackers"), ("wandb", "wandb"), ("mlflow", "mlflow")):
+        monkeypatch.setitem(sys.modules, name, None)
+        with pytest.raises(UserError, match=rf"pip install .*\[{extra}\]"):
+            open_tracker(name, run_at(tmp_path))
 
 
 def test_tensorboard_has_the_figures_and_a_resume_purges_what_it_repeats(tmp_path):
@@ -165,3 +167,47 @@ def test_trackio_has_the_figures_and_leaves_standard_output_alone(tmp_path, monk
         ("run", 1, 4.0),
         ("run", 2, 3.0),
     ]
+
+
+def tracked(name: str, path: Path) -> None:
+    """A run that logs two steps, and its resume, which repeats the second."""
+    for resumed, losses in ((0, {1: 5.0, 2: 4.0}), (1, {2: 4.0, 3: 3.0})):
+        tracker = open_tracker(name, run_at(path, resumed))
+        assert tracker is not None
+        for step, loss in losses.items():
+            tracker.log(step, {"train/loss": loss})
+        tracker.text(3, "samples/1 Era", "Era <uma> vez")
+        tracker.close()
+
+
+def test_wandb_has_the_figures_offline_and_leaves_standard_output_alone(tmp_path, monkeypatch, capfd):
+    pytest.importorskip("wandb", reason="needs wandb (extra wandb)")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for variable in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(variable, str(tmp_path))
+    tracked("wandb", tmp_path)
+    assert capfd.readouterr().out == ""
+    files = sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(files) == 2 and len({file.stem for file in files}) == 1  # both are one run, for `wandb sync`
+    assert all(b"loss" in file.read_bytes() for file in files)  # names and values are packed
+    assert len(list((tmp_path / "wandb").rglob("1 Era*.html"))) == 2
+
+
+def test_mlflow_has_the_figures_and_a_resume_is_the_same_run(tmp_path, monkeypatch, capfd):
+    pytest.importorskip("mlflow", reason="needs mlflow (extra mlflow)")
+    from mlflow import MlflowClient
+
+    run = tmp_path / "projeto" / "run"
+    run.mkdir(parents=True)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    tracked("mlflow", run)
+    assert capfd.readouterr().out == ""
+    client = MlflowClient()
+    experiment = client.get_experiment_by_name("projeto")
+    assert experiment is not None
+    (found,) = client.search_runs([experiment.experiment_id])
+    assert found.info.status == "FINISHED" and found.data.params["model"] == "random:tiny"
+    history = client.get_metric_history(found.info.run_id, "train/loss")
+    assert {(point.step, point.value) for point in history} == {(1, 5.0), (2, 4.0), (3, 3.0)}
+    assert [item.path for item in client.list_artifacts(found.info.run_id, "samples/1 Era")]

@@ -291,6 +291,32 @@ def _explore(config: configs.ExploreConfig) -> None:
     listen(config.port).close()
 
 
+def _merge(config: configs.MergeConfig) -> None:
+    run = run_directory(config.run)
+    source = resolve_model(str(run))
+    if source.path is None or source.kind != "directory":
+        raise UserError(f"{config.run} is no directory with a trained model; name a run's.")
+    if config.add is None:
+        if adapter_base(source.path) is None:
+            raise UserError(
+                f"{config.run} holds a whole model and no adapter, so there is nothing to merge; add an "
+                "instruction-tuned model with --add."
+            )
+        if config.base is not None:
+            raise UserError("--base is what --add takes away; give --add too, or leave --base out.")
+    elif config.base is None and not (run / "results.json").is_file():
+        raise UserError(f"{config.run} does not record what it was trained from; name that model with --base.")
+    for name, reference in (("add", config.add), ("base", config.base)):
+        if reference is not None:
+            other = resolve_model(reference)
+            if other.kind == "random" or (other.path is not None and adapter_base(other.path) is not None):
+                raise UserError(f"--{name} takes a whole model with files, not {reference}; merge an adapter first.")
+    output = Path(config.output or run / ("instruct" if config.add else "merged"))
+    if output.exists():
+        raise UserError(f"{output} is there already; choose another --output for the merged model.")
+    _check_places(configs.EvaluateConfig(model=(), store=config.store))
+
+
 def _push(config: configs.PushConfig) -> None:
     folder = run_directory(config.run) / "model"
     if (base := adapter_base(folder)) is not None:
@@ -320,5 +346,6 @@ _CHECKS: dict[type[Any], tuple[Callable[[Any], None], ...]] = {
     configs.GenerateConfig: (check_decoding, _check_places),
     configs.VocabConfig: (_vocab, _check_places),
     configs.ExploreConfig: (_explore, _check_places),
+    configs.MergeConfig: (_merge,),
     configs.PushConfig: (_push,),
 }

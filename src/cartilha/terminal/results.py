@@ -257,6 +257,14 @@ def _report(result: Values) -> Parts:
         yield f"Figures: {counted(len(result['figures']), 'file')} in {Path(result['figures'][0]).parent}"
 
 
+def _merge(result: Values) -> Parts:
+    if result["before"] and result["after"]:
+        rows = [(when, bits(result[when]["bits_per_byte"], 4), result[when]["text"]) for when in ("before", "after")]
+        title = f"{result['model']} + {result['added']} - {result['base']}"
+        yield FittingTable(("", "bits/byte", "text"), rows, words=(2,), title=title)
+    yield f"Model: {result['output']}"
+
+
 def _push(result: Values) -> Parts:
     yield f"Model: {result['url']} ({'private' if result['private'] else 'public'})"
 
@@ -274,6 +282,7 @@ DISPLAYS: dict[str, Callable[[Values], Iterable[FittingTable | str]]] = {
     "report": _report,
     "explore": lambda result: (),  # the page has shown everything
     "vocab": vocabulary,
+    "merge": _merge,
     "push": _push,
     "run": _run,
     "demo": _run,

@@ -1,4 +1,4 @@
-"""Mirrors of metrics.jsonl: TensorBoard, Trackio, or a plug-in; metrics.jsonl itself stays complete.
+"""Mirrors of metrics.jsonl: TensorBoard, Trackio, W&B, MLflow, or a plug-in; metrics.jsonl itself stays complete.
 
 A tracker is any object with the three methods of `Tracker`. A plug-in is a function that makes one, named in the entry
 points (group `cartilha.trackers`) of its package; docs/trackers.md shows one. A tracker that fails is left out from
@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import sys
+import uuid
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partialmethod
+from html import escape
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Protocol
 
 from cartilha.errors import UserError, install_command
+from cartilha.storage import write_atomically
 
 log = logging.getLogger("cartilha")
 
@@ -78,10 +82,10 @@ class _Trackio:
     def __init__(self, run: TrackedRun) -> None:
         import trackio
 
-        path = run.path.resolve()
-        project, resume = path.parent.name or "cartilha", "allow" if run.resumed_step else "never"
+        project, name, _ = _names(run)
+        resume = "allow" if run.resumed_step else "never"
         with redirect_stdout(sys.stderr):  # it prints to standard output, which belongs to `--json`
-            self._run = trackio.init(project, name=path.name, config=dict(run.settings), resume=resume, embed=False)
+            self._run = trackio.init(project, name=name, config=dict(run.settings), resume=resume, embed=False)
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         self._run.log(dict(figures), step=step)
@@ -94,7 +98,81 @@ class _Trackio:
             self._run.finish()
 
 
-_OURS: dict[str, Callable[[TrackedRun], Tracker]] = {"tensorboard": _TensorBoard, "trackio": _Trackio}
+class _Wandb:
+    """A run of Weights & Biases, whose own variables hold (WANDB_MODE=offline ...); its files are in RUN/wandb."""
+
+    def __init__(self, run: TrackedRun) -> None:
+        import wandb
+
+        project, name, key = _names(run)
+        with redirect_stdout(sys.stderr):
+            self._run = wandb.init(
+                project=project, name=name, id=key, config=dict(run.settings), dir=str(run.path), resume="allow"
+            )
+
+    def log(self, step: int, figures: Mapping[str, float]) -> None:
+        self._run.log(dict(figures), step=step)
+
+    def text(self, step: int, name: str, text: str) -> None:
+        import wandb
+
+        self._run.log({name: wandb.Html(f"<pre>{escape(text)}</pre>")}, step=step)
+
+    def close(self) -> None:
+        with redirect_stdout(sys.stderr):
+            self._run.finish()
+
+
+class _MLflow:
+    """A run of MLflow at MLFLOW_TRACKING_URI (where that is not set: MLflow's own default)."""
+
+    def __init__(self, run: TrackedRun) -> None:
+        from mlflow import MlflowClient
+
+        self._client = MlflowClient()
+        project, name, key = _names(run)
+        found = self._client.get_experiment_by_name(project)
+        experiment = found.experiment_id if found else self._client.create_experiment(project)
+        before = self._client.search_runs([experiment], f"tags.cartilha = '{key}'", max_results=1)
+        if before and run.resumed_step:
+            self._id = before[0].info.run_id
+            self._client.update_run(self._id, "RUNNING")
+            return
+        self._id = self._client.create_run(experiment, run_name=name, tags={"cartilha": key}).info.run_id
+        for setting, value in run.settings.items():
+            self._client.log_param(self._id, setting, value)
+
+    def log(self, step: int, figures: Mapping[str, float]) -> None:
+        for name, value in figures.items():
+            self._client.log_metric(self._id, _plain(name), value, step=step)
+
+    def text(self, step: int, name: str, text: str) -> None:
+        self._client.log_text(self._id, text, f"{_plain(name)}/step-{step:08d}.txt")
+
+    def close(self) -> None:
+        self._client.set_terminated(self._id)
+
+
+def _plain(name: str) -> str:
+    """A name as MLflow takes it."""
+    return re.sub(r"[^\w. /-]", "_", name)
+
+
+def _names(run: TrackedRun) -> tuple[str, str, str]:
+    """A project for the directory that holds the run, the run's name, and a key by which a resume finds it again."""
+    path, kept = run.path.resolve(), run.path / "tracker.id"
+    if not (run.resumed_step and kept.is_file()):
+        write_atomically(kept, uuid.uuid4().hex[:16])
+    return path.parent.name or "cartilha", path.name, kept.read_text(encoding="utf-8")
+
+
+# Each tracker, and the extra that it needs.
+_OURS: dict[str, tuple[Callable[[TrackedRun], Tracker], str]] = {
+    "tensorboard": (_TensorBoard, "trackers"),
+    "trackio": (_Trackio, "trackers"),
+    "wandb": (_Wandb, "wandb"),
+    "mlflow": (_MLflow, "mlflow"),
+}
 
 
 def check_tracker(name: str) -> None:
@@ -110,12 +188,13 @@ def open_tracker(name: str, run: TrackedRun) -> Tracker | None:
     """The tracker of that name, made safe; None for `none`. A UserError says that it is missing or does not start."""
     if name == "none":
         return None
+    make, extra = _OURS.get(name, (None, "trackers"))
     try:
-        make = _OURS.get(name) or _plug_ins()[name].load()
+        make = make or _plug_ins()[name].load()
         return _Careful(name, make(run))
     except ImportError as error:
         raise UserError(
-            f"The tracker {name} is not installed ({error}); install it with: {install_command('trackers')}"
+            f"The tracker {name} is not installed ({error}); install it with: {install_command(extra)}"
         ) from error
     except Exception as error:  # no server, no permission ...: better now than after the training
         raise UserError(
