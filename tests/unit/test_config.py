@@ -62,5 +62,5 @@ def test_options_of_a_group_come_after_a_commands_own():
     for config in COMMANDS.values():
         if issubclass(config, ComputeOptions):
             names = [item.name for item in options(config)]
-            assert names[0] in ("model", "models") and names[-2:] == ["dtype", "device"]
+            assert names[0] in ("model", "models", "run") and names[-2:] == ["dtype", "device"]
             assert list(config().to_dict()) == names
