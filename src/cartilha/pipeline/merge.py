@@ -28,8 +28,10 @@ from cartilha.model_reference import adapter_base, resolve_model
 from cartilha.pipeline.check import sample_documents
 from cartilha.pipeline.preflight import preflight
 from cartilha.pipeline.result import Result
+from cartilha.reporting.wording import LANGUAGES
+from cartilha.runs.card_parts import CardWording, base_licence
 from cartilha.runs.files import read_results, run_directory
-from cartilha.runs.model_card import base_record, licence
+from cartilha.runs.model_card import base_record
 from cartilha.storage import new_directory, read_json, write_atomically, write_json
 from cartilha.tokens.store import TokenStore
 from cartilha.tokens.tokenizer import CHAT_TEMPLATE, TextTokenizer, load_tokenizer
@@ -182,4 +184,5 @@ def _card(name: str, base: str, instruct: str | None, record: dict[str, Any] | N
             f"`{shown}`, mais o que `{other}` tem além de `{shown}`.\n\nBits per byte of held-out text, before and "
             f"after the sum / bits por byte do texto de validação, antes e depois da soma: {bits[0]}, {bits[1]}.\n"
         )
-    return "\n".join([*lines, f"## Licence / licença\n\n{licence(kept)}\n"])
+    licences = " / ".join(base_licence(kept, CardWording(language)) for language in LANGUAGES)
+    return "\n".join([*lines, f"## Licence / licença\n\n{licences}\n"])
