@@ -78,7 +78,7 @@ def test_loss_and_gradients_are_those_of_peft_and_transformers(name, embeddings,
     with weight_gradients_in_place("cpu", 0.5):
         nll = batch_nll(own, batch(), torch.float32)
     (nll * 0.5).backward()
-    settings = peft.LoraConfig(r=3, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM")
+    settings = peft.LoraConfig(r=3, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     theirs = disturbed(peft.get_peft_model(tiny(name), settings))
     if embeddings:
         for layer in (theirs.get_input_embeddings(), theirs.get_output_embeddings()):

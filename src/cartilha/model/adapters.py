@@ -22,7 +22,9 @@ from cartilha.model_reference import ADAPTER_WEIGHTS, resolve_model
 from cartilha.option_groups import AdapterOptions, BaseKind
 from cartilha.storage import refuse_lfs_pointer
 
-SCALE = 2.0  # alpha / rank: what the product of an adapter's matrices is multiplied by (arXiv:2405.09673, section 5)
+# The product of an adapter's matrices is multiplied by alpha / rank, so that one learning rate suits all ranks
+# (arXiv:2106.09685, section 4.1). With alpha = 2 * rank, rank 64 learnt far less than rank 16 (docs/adapters.md).
+ALPHA = 32.0
 ACTIVE = "default"  # how peft calls the one adapter of a model
 PREFIX = "base_model.model."  # of names in an adapter's file
 BASE_WEIGHTS = "base_weights"  # in its metadata: the hash of the weights that it belongs to
@@ -62,9 +64,7 @@ def add_adapter(model: PreTrainedModel, adapter: Adapter) -> None:
     """
     peft = _peft()
     model.requires_grad_(False)
-    settings = peft.LoraConfig(
-        r=adapter.rank, lora_alpha=SCALE * adapter.rank, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
+    settings = peft.LoraConfig(r=adapter.rank, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
     try:
         with warnings.catch_warnings(action="ignore"):  # it corrects its own settings for the layers of GPT-2
             peft.inject_adapter_in_model(settings, model)
