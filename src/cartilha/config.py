@@ -10,7 +10,15 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from cartilha.languages import DEFAULT as DEFAULT_LANGUAGE
-from cartilha.option_groups import AdapterOptions, ComputeOptions, Device, ReadingOptions, ScoringOptions
+from cartilha.option_groups import (
+    WEIGHTS_HELP,
+    AdapterOptions,
+    ComputeOptions,
+    Device,
+    ReadingOptions,
+    ScoringOptions,
+    WeightDtype,
+)
 from cartilha.settings import Settings, deciding, option, options
 
 DEFAULT_MODEL = "facebook/opt-125m"
@@ -127,6 +135,10 @@ class TrainConfig(ComputeOptions, AdapterOptions):
     mix_end: tuple[str, ...] = deciding((), "other shares (as in --mix) for the last part of the steps")
     mix_end_fraction: float = deciding(0.2, "share of the steps that --mix_end is for", above=0, maximum=1)
     block_size: int = deciding(512, "tokens per block (sequence length); at most the model's context", minimum=2)
+    context: int | None = deciding(
+        None, "train a model with rotary positions on texts of up to so many tokens, beyond its context", minimum=2
+    )
+    context_method: Literal["yarn", "theta"] = deciding("yarn", "how: YaRN, or a larger base of the rotations")
     epochs: int = option(1, "passes over the training documents", minimum=1)
     max_steps: int | None = option(None, "stop after this many steps instead (the schedule ends there)", minimum=1)
     time_budget: str | None = deciding(
@@ -159,6 +171,11 @@ class TrainConfig(ComputeOptions, AdapterOptions):
     dropout: bool = deciding(False, "keep the dropout that the model's configuration asks for")
     loss: Literal["nll", "perplexity"] = deciding(
         "nll", "what is minimised; perplexity is an experiment (docs/measures.md says what it does)"
+    )
+    memory: Literal["auto", "full", "lean"] = option(
+        "auto",
+        "full: float32 weights; lean: bfloat16 weights, rounded stochastically, and 8-bit moments; auto: "
+        "the fullest that fits",
     )
     gradient_checkpointing: bool = option(
         False, "compute each layer twice instead of keeping it: less memory, a third slower"
@@ -228,6 +245,9 @@ class PlanConfig(AdapterOptions):
     epochs: int = option(1, "passes over the training documents", minimum=1)
     optimizer: str = option("adamw", "adamw, muon or adafactor: how much memory its states take")
     gpus: int = option(1, "plan for so many cards of a kind, replicated and sharded (train --shard)", minimum=1)
+    memory: Literal["auto", "full", "lean"] = option(
+        "auto", "full: float32 weights; lean: bfloat16 weights and 8-bit moments; auto: the fullest that fits each card"
+    )
     price_per_hour: float | None = option(None, "of the card, in any currency: gives the training's price", minimum=0)
     gradient_checkpointing: bool = option(False, "plan with each layer computed a second time instead of kept")
     skip_probe: bool = option(False, "do not run a few steps here; this machine's speed is then an estimate, too")
@@ -279,6 +299,7 @@ class GenerateConfig(Settings):
     num_beams: int = option(1, "beam search with this many beams", minimum=1)
     repetition_penalty: float = option(1.0, "above 1 makes tokens that already occurred less likely")
     seed: int = option(0, "of the sampling")
+    load_dtype: WeightDtype = option("float32", WEIGHTS_HELP)
     device: Device = option("auto", "where to compute")
 
 

@@ -34,6 +34,10 @@ class ReadingOptions(Settings):
     )
 
 
+WeightDtype = Literal["float32", "bfloat16"]
+WEIGHTS_HELP = "type in which weights are kept; bfloat16 takes half the memory and changes figures a little"
+
+
 @dataclass(frozen=True, kw_only=True)
 class ScoringOptions(Settings):
     """How documents are scored."""
@@ -43,13 +47,14 @@ class ScoringOptions(Settings):
     stride: int | None = option(None, "new tokens scored by each later window; default window / 2", minimum=1)
     prefix_token: str | None = option(None, "the token put before each document as context; default bos, else eos")
     limit_documents: int | None = option(None, "score at most this many documents", minimum=1)
+    load_dtype: WeightDtype = option("float32", WEIGHTS_HELP)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeOptions(Settings):
     """What computes."""
 
-    dtype: Dtype = option("auto", "compute type (training keeps float32 weights)")
+    dtype: Dtype = option("auto", "compute type; that of the weights is another matter")
     device: Device = option("auto", "where to compute")
 
 

@@ -143,9 +143,10 @@ def test_a_model_that_fits_nowhere_is_refused_with_the_arithmetic(refused, tmp_p
 
     LlamaConfig(vocab_size=32_000, hidden_size=4096, num_hidden_layers=32, num_attention_heads=32,
                 intermediate_size=11008).save_pretrained(tmp_path)  # fmt: skip
-    sentence = refused("plan", "--model", tmp_path, "--device", "t4", "l4")
+    sentence = refused("plan", "--model", tmp_path, "--device", "t4", "l4", "--memory", "full")
     assert "6.7 B parameters take 16 bytes each" in sentence and "100.4 GiB" in sentence and "l4" in sentence
     assert "parameters would fit" in sentence
+    assert "4.03 bytes each (bfloat16 weight" in refused("plan", "--model", tmp_path, "--device", "t4", "l4")
 
 
 def test_training_a_model_that_cannot_fit_is_refused_before_anything_is_written(refused, store, tmp_path, monkeypatch):
@@ -233,7 +234,7 @@ def test_the_step_is_traced_once(store, tmp_path, monkeypatch):
     step = MemoryModel.step
     monkeypatch.setattr(MemoryModel, "step", lambda *a, **o: asked.append(o) or step(*a, **o))
     config = TrainConfig(model="random:tiny", store=str(store), output=str(tmp_path / "run"), block_size=32,
-                         batch_tokens=128, max_steps=1, dtype="float32", micro_batch_size=2)  # fmt: skip
+                         batch_tokens=128, max_steps=1, dtype="float32", micro_batch_size=2, memory="full")  # fmt: skip
     train(config, prompts=GenerateConfig(prompt=("a",), max_new_tokens=2))
     assert len(asked) == 1
 

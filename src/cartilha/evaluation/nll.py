@@ -19,7 +19,7 @@ from cartilha.model.loss import TokenScores, Wanted
 from cartilha.model.sharding import is_sharded
 
 TOKENS_PER_FORWARD = {"cpu": 1024, "cuda": 32_768, "mps": 8192}
-POSITION_EDGES = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+POSITION_EDGES = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 
 
 @dataclass(frozen=True)

@@ -86,8 +86,10 @@ def load_scorer(ref: str, store: TokenStore | None, config: ComputeOptions, devi
     tokenizer = tokenizer_for(ref, store)
     if store is not None and tokenizer.fingerprint != store.fingerprint:
         log.warning("%s has another tokenizer than the store: the text is tokenized anew with the model's own.", ref)
-    dtype = choose_dtype(config.dtype, device)
-    loaded = load_model(ref, device, tokenizer=tokenizer)
+    dtype, weights = choose_dtype(config.dtype, device), getattr(torch, scoring.load_dtype)
+    if weights == torch.bfloat16 and dtype == torch.float32:
+        dtype = torch.bfloat16  # which float32 could not make more exact
+    loaded = load_model(ref, device, tokenizer=tokenizer, dtype=weights)
     scorer = make_scorer(loaded, tokenizer, dtype, scoring.protocol, scoring.window, scoring.stride)
     if (prefix := scoring.prefix_token) is None:
         return scorer

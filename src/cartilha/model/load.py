@@ -1,6 +1,7 @@
 """Loading a causal model from the hub, a directory or a GGUF file, or making one with fresh weights.
 
-Weights are always float32: transformers 5 would take the dtype of the file, and training in fp16 loses small updates.
+Weights are float32 unless bfloat16 is asked for: transformers 5 would take the dtype of the file, and training in fp16
+loses small updates.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ from cartilha.machine.devices import seed_everything
 from cartilha.model.adapters import Adapter, add_adapter, merge_adapter, save_adapter
 from cartilha.model.configuration import context_length, model_config, place_of, with_layers
 from cartilha.model.head import HeadShape, find_head_shape, head_of
+from cartilha.model.longer_context import LongerContext
 from cartilha.model.packed_or_rows import PACKED, HowItRuns, how_it_runs, is_known, use_document_attention
 from cartilha.model.recomputation import layers_of
 from cartilha.model.rows import refuse_what_cannot_run
+from cartilha.model.shards import read_model
 from cartilha.model_reference import adapter_base, resolve_model, unreadable
 from cartilha.storage import refuse_lfs_pointer
 from cartilha.tokens.tokenizer import TextTokenizer
@@ -51,7 +54,7 @@ UNREADABLE = (
 class LoadedModel:
     """A model ready for packed documents."""
 
-    model: PreTrainedModel  # float32 weights, attention within documents, evaluation mode (no dropout)
+    model: PreTrainedModel  # float32 (or bfloat16) weights, attention within documents, evaluation mode (no dropout)
     reference: str  # the MODEL argument that it came from
     context_length: int  # most positions that the model takes
     num_parameters: int  # tied weights counted once
@@ -60,30 +63,42 @@ class LoadedModel:
 
 
 def load_model(
-    reference: str, device: torch.device, *, tokenizer: TextTokenizer | None = None, seed: int = 0
+    reference: str,
+    device: torch.device,
+    *,
+    tokenizer: TextTokenizer | None = None,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    context: LongerContext | None = None,
 ) -> LoadedModel:
-    """Load a MODEL argument with float32 weights; `seed` is for fresh ones.
+    """Load a MODEL argument with weights in `dtype` and perhaps a longer context; `seed` is for fresh weights.
 
     The tokenizer's ids must fit the model's rows, and `random:` models take their special ids from it. A UserError says
     that there is no such model, or what is wrong with its files, its architecture or its tokenizer.
     """
     transformers_logging.disable_progress_bar()  # for loading and saving; the console has our own
-    model, commit = _weights_of(reference, tokenizer, seed)
+    model, commit = _weights_of(reference, tokenizer, seed, dtype, context)
     return replace(prepare_model(model, reference, device, tokenizer), commit=commit)
 
 
-def _weights_of(reference: str, tokenizer: TextTokenizer | None, seed: int) -> tuple[PreTrainedModel, str | None]:
+def _weights_of(
+    reference: str, tokenizer: TextTokenizer | None, seed: int, dtype: torch.dtype, context: LongerContext | None
+) -> tuple[PreTrainedModel, str | None]:
     """The model as transformers makes it, an adapter merged into its base, and the commit of a hub model."""
     source, config = resolve_model(reference), model_config(reference, tokenizer)
+    config = config if context is None else context.applied(config, reference)
     if source.kind == "random":
         seed_everything(seed)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32), None
+        return AutoModelForCausalLM.from_config(config, dtype=dtype), None
     place = place_of(source)
     commit = Path(place).name if source.kind == "hub" else None
     if (base := adapter_base(Path(place))) is not None:
-        model, _ = _weights_of(base, tokenizer, seed)
-        return merge_adapter(model, Path(place), reference, weights_hash(model)), commit
-    model = _from_pretrained(reference, place)
+        model, _ = _weights_of(base, tokenizer, seed, torch.float32, context)
+        merged = merge_adapter(model, Path(place), reference, weights_hash(model))
+        for parameter in merged.parameters():
+            parameter.data = parameter.data.to(dtype)
+        return merged, commit
+    model = _from_pretrained(reference, place, config, dtype)
     if source.kind == "hub":
         model.config.name_or_path = source.name  # a saved model names it, and not a directory of this machine
     return model, commit
@@ -134,6 +149,11 @@ def prepare_model(
 
 def _settle(model: PreTrainedModel) -> None:
     """Find out how the model's head and its attention are computed."""
+    if model.dtype != torch.float32:  # whose rounding would hide it
+        found = look_at(model.config, model.config.model_type)
+        model.head_shape = found.head_shape  # type: ignore[assignment]  # torch types attributes as modules and tensors
+        use_document_attention(model, found.how)
+        return
     if not is_known(model.config):
         find_head_shape(model)
     use_document_attention(model)
@@ -221,16 +241,19 @@ def weights_hash(model: PreTrainedModel) -> str:
     return digest.hexdigest()[:16]
 
 
-def _from_pretrained(reference: str, path: str) -> PreTrainedModel:
+def _from_pretrained(reference: str, path: str, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     for weights in sorted(Path(path).glob("model*.safetensors*")) or sorted(Path(path).glob("pytorch_model*.bin*")):
         refuse_lfs_pointer(weights)
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # its report of weights is logged below
     try:
         # A model's own code is never run, and transformers must not ask for consent in the middle of a command.
-        result: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
-        )
+        result: Any = read_model(Path(path), config, dtype)
+        is_mapped = result is None
+        if result is None:
+            result = AutoModelForCausalLM.from_pretrained(
+                path, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=False
+            )
     except UNREADABLE as error:
         raise unreadable(reference, path, error) from error
     finally:
@@ -245,8 +268,8 @@ def _from_pretrained(reference: str, path: str) -> PreTrainedModel:
         raise UserError(f"{reference} lacks {len(missing)} of its model's weights ({names}); fetch its files again.")
     if unused:
         log.warning("%s has weights that %s does not use: %s.", reference, type(model).__name__, names)
-    # The weights are mapped from their file. Without a copy, a change of that file would change the model, and a drive
-    # that goes away or a file that becomes shorter would end the process with SIGBUS.
-    for tensor in {*model.parameters(), *model.buffers()}:
+    # Of weights that are mapped from their file, a change of that file would change the model, and a drive that goes
+    # away or a file that becomes shorter would end the process with SIGBUS.
+    for tensor in {*model.parameters(), *model.buffers()} if is_mapped else ():
         tensor.data = tensor.data.clone()
     return model

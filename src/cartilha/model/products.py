@@ -17,8 +17,10 @@ MIN_FLOAT32_GAIN = 1.2  # a smaller gain over half precision is lost again in th
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor, factor: float = 1.0) -> None:
-    """Add `factor * left @ right` to `total` (float32), if possible without rounding the product to half precision."""
-    if left.dtype == torch.float32:
+    """Add `factor * left @ right` to `total`; if it is float32, if possible without rounding the product before."""
+    if total.dtype != torch.float32:
+        total.add_(left @ right, alpha=factor)
+    elif left.dtype == torch.float32:
         total.addmm_(left, right, alpha=factor)
     elif sums_in_float32(left.device.type, left.dtype):
         torch.addmm(total, left, right, out_dtype=torch.float32, alpha=factor, out=total)

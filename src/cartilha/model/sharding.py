@@ -109,9 +109,9 @@ def whole_model(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     return plain
 
 
-def zeros_beside(parameter: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A float32 state of an optimizer for a parameter, shared out over the processes like that, if its rows are."""
+def zeros_beside(parameter: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    """A state of an optimizer for a parameter, shared out over the processes like that, if its rows are."""
     if not isinstance(parameter, DTensor):
-        return torch.zeros(shape, device=parameter.device)
+        return torch.zeros(shape, dtype=dtype, device=parameter.device)
     placements = [Shard(0) if shape[0] == parameter.shape[0] else Replicate()]
-    return zeros(shape, device_mesh=parameter.device_mesh, placements=placements)
+    return zeros(shape, dtype=dtype, device_mesh=parameter.device_mesh, placements=placements)

@@ -20,37 +20,39 @@ from torch.overrides import TorchFunctionMode
 from cartilha.model.products import add_product, cpu_product_dtype
 
 _factor: ContextVar[float | None] = ContextVar("factor of the nll", default=None)
+_returned: ContextVar[bool] = ContextVar("gradients are returned to autograd", default=False)
 
 
 @contextmanager
-def weight_gradients_in_place(device_type: str, factor: float) -> Iterator[None]:
+def weight_gradients_in_place(device_type: str, factor: float, *, returned: bool = False) -> Iterator[None]:
     """A forward pass in this context, with its backward pass, adds the gradients of weights to `weight.grad` directly.
 
     `torch.autograd.grad` must not ask for these gradients, and every forward pass needs its backward pass, since it has
-    already added the head's gradient. `factor` is what the summed nll is multiplied by before `backward()`. On other
-    devices than CPUs nothing changes.
+    already added the head's gradient. `factor` is what the summed nll is multiplied by before `backward()`. If they are
+    to be `returned`, gradients go to autograd instead, whose hooks then run. Only on CPUs anything changes.
     """
     if device_type != "cpu":
         yield
         return
-    token = _factor.set(factor)
+    tokens = _factor.set(factor), _returned.set(returned)
     try:
         with _OwnLayers():
             yield
     finally:
-        _factor.reset(token)
+        _factor.reset(tokens[0])
+        _returned.reset(tokens[1])
 
 
 def same_again() -> AbstractContextManager[None] | None:
     """The same context for a part of the forward pass that is computed again in the backward pass; None outside."""
     factor = _factor.get()
-    return None if factor is None else weight_gradients_in_place("cpu", factor)
+    return None if factor is None else weight_gradients_in_place("cpu", factor, returned=_returned.get())
 
 
 def factor_in_place(weight: Tensor) -> float | None:
     """The factor of the nll if whoever computes this weight's gradient must add it in place; None if autograd does."""
-    is_ours = weight.requires_grad and weight.is_leaf and weight.device.type == "cpu" and torch.is_grad_enabled()
-    return _factor.get() if is_ours else None
+    in_place = weight.requires_grad and computes_in_place(weight) and not _returned.get()
+    return _factor.get() if in_place else None
 
 
 def computes_in_place(weight: Tensor) -> bool:
@@ -115,6 +117,7 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(states.to(half) if weight.requires_grad else None)
         # Not by save_for_backward, which may return an alias: gradients are added to the weight's own `grad`.
         ctx.weight, ctx.is_transposed, ctx.states_dtype = weight, is_transposed, states.dtype
+        ctx.returned = _returned.get()
         return result
 
     @staticmethod
@@ -124,11 +127,15 @@ class _Linear(torch.autograd.Function):
         matrix = (weight.T if ctx.is_transposed else weight).to(ctx.product_dtype)
         by_states = (gradient @ matrix).to(ctx.states_dtype) if ctx.needs_input_grad[0] else None
         rows = gradient.flatten(0, -2)
+        by_weight = None
         if weight.requires_grad:
             inputs = states.flatten(0, -2).to(ctx.product_dtype)
             left, right = (inputs, rows) if ctx.is_transposed else (rows, inputs)
-            add_product(gradient_of(weight), left.T, right)
-        return by_states, None, rows.sum(dim=0) if ctx.needs_input_grad[2] else None, None
+            if ctx.returned:
+                by_weight = (left.T @ right).to(weight.dtype)
+            else:
+                add_product(gradient_of(weight), left.T, right)
+        return by_states, by_weight, rows.sum(dim=0) if ctx.needs_input_grad[2] else None, None
 
 
 class _Embedding(torch.autograd.Function):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
+
 from cartilha.config import GenerateConfig
 from cartilha.evaluation.continuation import Continuation, continue_prompts
 from cartilha.languages import DEFAULT, find_language
@@ -27,5 +29,6 @@ def generate(config: GenerateConfig) -> GenerateResult:
     preflight(config)
     config = config if config.prompt else replace(config, prompt=find_language(DEFAULT).prompts)
     tokenizer = load_tokenizer(config.model)
-    loaded = load_model(config.model, choose_device(config.device), tokenizer=tokenizer)
+    dtype: torch.dtype = getattr(torch, config.load_dtype)
+    loaded = load_model(config.model, choose_device(config.device), tokenizer=tokenizer, dtype=dtype)
     return GenerateResult(config.model, tuple(continue_prompts(loaded, tokenizer, config)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -16,7 +17,6 @@ from cartilha.console import log
 from cartilha.errors import UserError, counted
 from cartilha.machine.devices import choose_device, choose_dtype, dtype_name
 from cartilha.machine.memory import is_out_of_memory
-from cartilha.model.adapters import Adapter
 from cartilha.model.configuration import context_length, model_config
 from cartilha.model.load import load_model, look_at, with_adapter
 from cartilha.model.recomputation import checkpoint_layers
@@ -30,6 +30,7 @@ from cartilha.training.device_facts import GIB, KNOWN_DEVICES, DeviceFacts, flop
 from cartilha.training.loop import StepSettings, train_steps
 from cartilha.training.memory import SAFETY, MemoryModel, StepMemory, best_step, check_states_fit, show_count
 from cartilha.training.optimizer import StateSize, resolve_batch_tokens
+from cartilha.training.profiles import Fit, Profile, fit, profiles
 from cartilha.training.schedule import Schedule
 from cartilha.training.state import TrainingState
 from cartilha.units import parse_duration
@@ -65,6 +66,7 @@ class _Planned:
     facts: DeviceFacts
     memory: MemoryModel
     tokens: int | None  # of all epochs; None without a store
+    profile: Profile
     flops: float  # operations per second, measured or expected; the speed at each block size follows from it
     measured_at: int | None = None  # block size of the measurement; None where the speed is expected
 
@@ -89,7 +91,7 @@ class _Planned:
         step = self.memory.step(size, block_size, accumulates=size < share)
         fits = step.total <= SAFETY * self.facts.memory_bytes
         # Layers that are computed twice take another forward pass: 8 operations instead of 6.
-        twice = 4 / 3 if config.gradient_checkpointing and self.measured_at is None else 1.0
+        twice = 4 / 3 if self.profile.checkpointing and self.measured_at is None else 1.0
         flops_each = _flops(self.model, self.memory.size, block_size)
         # All wait for the card that has most blocks. What the cards send to each other is not counted.
         rate = self.flops * blocks / share / flops_each / twice if fits else None
@@ -100,6 +102,7 @@ class _Planned:
             "sharded": self.memory.shares > 1,
             "block_size": block_size,
             "micro_batch_size": size,
+            "profile": self.profile.name,
             **self._memory(step),
             "fits": fits,
             "tokens_per_second": rate,
@@ -136,19 +139,25 @@ def plan(config: PlanConfig) -> PlanResult:
     store = TokenStore(config.store) if config.store else None
     model = model_config(config.model, store.tokenizer() if store and config.model.startswith("random:") else None)
     sizes = _block_sizes(config, context_length(model))
-    states = StateSize.planned(model, config.optimizer, Adapter.of(config))
+    seen = look_at(model, config.model)
     counts = store.counts["train"] if store else None
     tokens = config.epochs * (counts.num_tokens + counts.num_documents) if counts else None
     usual = (
         ("auto", *KNOWN_DEVICES) if config.gpus == 1 else [n for n, known in KNOWN_DEVICES.items() if not known.is_host]
     )
-    devices = [
-        _device(config, model, name, tokens, states, shares)
-        for name in dict.fromkeys(config.device or usual)
-        for shares in sorted({1, 1 if config.lora else config.gpus})  # adapters are not sharded
-    ]
-    _refuse_what_fits_nowhere(config.model, devices)
-    seen = look_at(model, config.model)
+    asked = profiles(config, recomputes=seen.recomputes)
+    devices: list[_Planned] = []
+    lines: list[dict[str, Any]] = []
+    for facts in map(_facts, dict.fromkeys(config.device or usual)):
+        facts = facts.for_model(model)
+        fits = _fits(config, model, facts, asked, 512 if 512 in sizes else sizes[0])
+        lines += _profile_lines(facts, fits)
+        chosen = next((found for found in fits if found.micro_batch_size), fits[0])
+        devices.append(_with_profile(config, model, facts, tokens, chosen))
+        if config.gpus > 1 and not config.lora and not asked[0].lean:  # adapters and lean weights are not sharded
+            devices.append(_with_profile(config, model, facts, tokens, fits[0], shares=config.gpus))
+    states = fits[0].size
+    _refuse_what_fits_nowhere(config.model, fits[-1].size, devices)
     if not config.skip_probe:
         devices = [_probed(device, sizes) if device.facts.name == THIS_MACHINE else device for device in devices]
     rows, recommended = [], []
@@ -163,6 +172,7 @@ def plan(config: PlanConfig) -> PlanResult:
             "num_parameters": states.num_parameters,
             "num_trained": states.num_trained,
             "optimizer": states.optimizer,
+            "memory": config.memory,
             "context_length": context_length(model),
             "runs": seen.line,
             "state_bytes": states.training_bytes,
@@ -175,6 +185,7 @@ def plan(config: PlanConfig) -> PlanResult:
             "gpus": config.gpus,
             "devices": [_device_values(device) for device in devices],
             "recommended": recommended,
+            "profiles": lines,
             "rows": rows,
         }
     )
@@ -199,35 +210,84 @@ def _block_sizes(config: PlanConfig, longest: int) -> tuple[int, ...]:
     return (config.block_size,)
 
 
-def _device(
-    config: PlanConfig, model: PretrainedConfig, name: str, tokens: int | None, states: StateSize, shares: int
+def _facts(name: str) -> DeviceFacts:
+    """A known card by its name, or this machine (`auto`)."""
+    if name != "auto":
+        return KNOWN_DEVICES[name]
+    device = choose_device("auto")
+    return replace(this_machine(device, choose_dtype("auto", device)), name=THIS_MACHINE)
+
+
+def _fits(
+    config: PlanConfig, model: PretrainedConfig, facts: DeviceFacts, asked: Sequence[Profile], block_size: int
+) -> list[Fit]:
+    """How each of the profiles fits a device."""
+    blocks = max(1, resolve_batch_tokens(config.batch_tokens, block_size, facts.kind) // block_size)
+    return [fit(profile, model, facts, config.optimizer, (block_size, -(-blocks // config.gpus))) for profile in asked]
+
+
+def _with_profile(
+    config: PlanConfig,
+    model: PretrainedConfig,
+    facts: DeviceFacts,
+    tokens: int | None,
+    chosen: Fit,
+    *,
+    shares: int = 1,
 ) -> _Planned:
-    """A known card by its name, or this machine (`auto`); one of `shares` that share out the model."""
-    if name == "auto":
-        device = choose_device("auto")
-        facts = replace(this_machine(device, choose_dtype("auto", device)), name=THIS_MACHINE)
-    else:
-        facts = KNOWN_DEVICES[name]
-    facts = facts.for_model(model)
-    how = facts.computation(checkpointing=config.gradient_checkpointing, adapter=Adapter.of(config))
-    memory = MemoryModel(model, how, overhead_bytes=facts.overhead_bytes, size=states, shares=shares)
-    return _Planned(config, model, facts, memory, tokens, facts.peak_flops * facts.share)
+    """A device with the profile that was chosen for it; one of `shares` that share out the model."""
+    how = chosen.profile.computation(facts)
+    memory = MemoryModel(model, how, overhead_bytes=facts.overhead_bytes, size=chosen.size, shares=shares)
+    return _Planned(config, model, facts, memory, tokens, chosen.profile, facts.peak_flops * facts.share)
 
 
 def _flops(model: PretrainedConfig, states: StateSize, block_size: int) -> int:
     return flops_per_token(model, states.num_parameters, block_size, states.num_frozen)
 
 
-def _refuse_what_fits_nowhere(model: str, devices: list[_Planned]) -> None:
+def _profile_lines(facts: DeviceFacts, fits: Sequence[Fit]) -> list[dict[str, Any]]:
+    """What each profile takes on a device, and for one that does not fit what would."""
+    that_fits = next((found for found in fits if found.micro_batch_size), None)
+    lines = []
+    for found in fits:
+        remedy = None
+        if not found.micro_batch_size:
+            remedy = f"use {that_fits.profile.options}" if that_fits else _larger_card(found.step.total)
+        lines.append(
+            {
+                "device": facts.name,
+                "profile": found.profile.name,
+                "block_size": found.block_size,
+                "micro_batch_size": found.micro_batch_size,
+                "bytes_per_parameter": found.size.training_bytes / found.size.num_parameters,
+                "memory_bytes": found.step.total,
+                "fits": found.micro_batch_size > 0,
+                "remedy": remedy,
+            }
+        )
+    return lines
+
+
+def _larger_card(needed: int) -> str:
+    """The smallest known card that holds so many bytes, or what else there is."""
+    cards = sorted((card.memory_bytes, card.name) for card in KNOWN_DEVICES.values() if card.kind == "cuda")
+    fitting = [name for size, name in cards if needed <= SAFETY * size]
+    return f"use a larger card ({fitting[0]})" if fitting else "use several cards (--gpus) or --lora"
+
+
+def _refuse_what_fits_nowhere(model: str, leanest: StateSize, devices: list[_Planned]) -> None:
     """Refuse a model whose states are too large for every device; name the devices that are too small."""
 
+    def states_of(device: _Planned) -> StateSize:
+        return leanest if device.memory.shares == 1 else device.memory.size
+
     def states_each(device: _Planned) -> float:
-        return device.memory.size.training_bytes / device.memory.shares
+        return states_of(device).training_bytes / device.memory.shares
 
     too_small = [device for device in devices if states_each(device) > device.facts.memory_bytes]
     if len(too_small) == len(devices):
         most = max(devices, key=lambda device: device.facts.memory_bytes * device.memory.shares)
-        check_states_fit(most.memory.size, most.facts.memory_bytes, model, most.label, shares=most.memory.shares)
+        check_states_fit(states_of(most), most.facts.memory_bytes, model, most.label, shares=most.memory.shares)
     for device in too_small:
         log.info(
             "%s (%s parameters) cannot be trained on %s: %.1f GiB of states, %.1f GiB of memory.",
@@ -265,21 +325,22 @@ def _probe(planned: _Planned, block_size: int) -> _Planned:
     """Take a few real steps on this machine."""
     device = torch.device(planned.facts.kind)
     tokens = PROBE_TOKENS_CUDA if device.type == "cuda" else PROBE_TOKENS
-    loaded = load_model(planned.config.model, device)
-    if (adapter := Adapter.of(planned.config)) is not None:
-        loaded = with_adapter(loaded, adapter, seed=0)
-    if planned.config.gradient_checkpointing:
+    loaded = load_model(planned.config.model, device, dtype=planned.profile.weights)
+    if planned.profile.adapter is not None:
+        loaded = with_adapter(loaded, planned.profile.adapter, seed=0)
+    if planned.profile.checkpointing:
         checkpoint_layers(loaded.model)
     blocks = max(1, tokens // block_size)
     log.info("Probing this machine: %d steps of %s of %d tokens.", PROBE_STEPS, counted(blocks, "block"), block_size)
     ids = np.random.default_rng(0).integers(0, 256, (blocks * PROBE_STEPS + 1, block_size - 1))
+    dtype = planned.memory.dtype
     rates = {"lr": 1e-6, "weight_decay": 0.0}
-    state = TrainingState.begin(loaded.model, planned.facts.dtype, **rates, optimizer=planned.config.optimizer)
+    state = TrainingState.begin(loaded.model, dtype, **rates, optimizer=planned.config.optimizer)
     schedule = Schedule(PROBE_STEPS, 1e-6, warmup_fraction=0.0, final_lr_fraction=1.0)
     documents = PackedDocuments.from_ids(list(ids), prefix_id=0, end_id=0)
     sampler = BlockSampler(documents, block_size=block_size, blocks_per_step=blocks, seed=0)
     began = time.perf_counter()
-    records = list(train_steps(state, sampler, schedule, StepSettings(planned.facts.dtype, blocks)))
+    records = list(train_steps(state, sampler, schedule, StepSettings(dtype, blocks)))
     rate = max(blocks * block_size / record.seconds for record in records[1:])
     log.info("%s tokens/s, in %.0f s.", f"{rate:,.0f}", time.perf_counter() - began)
     flops = rate * _flops(planned.model, planned.memory.size, block_size)

@@ -27,7 +27,7 @@ from cartilha.runs.files import check_output, read_status, run_directory
 from cartilha.settings import Settings
 from cartilha.training.schedule import check_shape
 from cartilha.training.trackers import check_tracker
-from cartilha.training.update_rules import OPTIMIZERS, check_optimizer
+from cartilha.training.update_rules import OPTIMIZERS, check_lean, check_optimizer
 from cartilha.units import parse_amount, parse_duration, parse_share
 
 
@@ -169,6 +169,8 @@ def _job(config: configs.RunConfig) -> None:
     _check_places(config)
     _check_adapter(config.train)
     _check_batch(config.train)
+    _check_context(config.train)
+    _check_memory(config.train)
     _check_mix(replace(config.train, store=prepare.output))
     check_decoding(config.generate)
 
@@ -180,6 +182,8 @@ def _train(config: configs.TrainConfig) -> None:
     if is_main_process():  # the others may come when the first has begun to write there
         check_output(output, resume)
     _check_places(config)
+    _check_context(config)
+    _check_memory(config)
     _check_mix(config)
     _check_shard(config)
     decaying(config)
@@ -195,6 +199,28 @@ def _check_shard(config: configs.TrainConfig) -> None:
             f"--optimizer {config.optimizer} works on whole weights, and no process holds one with --shard full; use "
             "--optimizer adamw, or --shard none."
         )
+
+
+def _check_context(config: configs.TrainConfig) -> None:
+    if config.context is None:
+        return
+    if config.lora is not None:
+        raise UserError("An adapter cannot carry a longer context to its base; leave out --context, or --lora.")
+    if config.block_size > config.context:
+        raise UserError(
+            f"--block_size {config.block_size} is beyond --context {config.context}; use the same for both."
+        )
+
+
+def _check_memory(config: configs.TrainConfig | configs.PlanConfig) -> None:
+    if config.memory == "lean":
+        check_lean(config.optimizer)
+        if config.lora is not None:
+            raise UserError("--memory lean trains all weights; with --lora use --lora_base bfloat16 instead.")
+        if getattr(config, "dtype", "auto") == "float32":
+            raise UserError("--memory lean computes in half precision; use --memory full or another --dtype.")
+        if getattr(config, "shard", "none") == "full":
+            raise UserError("Lean weights are not sharded; use --memory full, or --shard none.")
 
 
 def _check_mix(config: configs.TrainConfig) -> None:
@@ -340,7 +366,7 @@ _CHECKS: dict[type[Any], tuple[Callable[[Any], None], ...]] = {
     configs.RunConfig: (_job,),
     configs.TrainConfig: (_check_adapter, _check_batch, _train),
     configs.CheckConfig: (_check_places,),
-    configs.PlanConfig: (_plan, _check_adapter, _check_batch, _check_places),
+    configs.PlanConfig: (_plan, _check_adapter, _check_batch, _check_memory, _check_places),
     configs.EvaluateConfig: (_evaluate, _scored_text, _check_places),
     configs.CompareConfig: (_compare,),
     configs.GenerateConfig: (check_decoding, _check_places),

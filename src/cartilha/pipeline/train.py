@@ -220,7 +220,9 @@ def _size(run: Run) -> str:
 def _steps(run: Run, record: RunWriter) -> Generator[StepRecord, None, None]:
     """The loop, shown as it goes."""
     config = run.config
-    body = training_body(run.loaded.model, config.compile, run.schedule.num_steps)
+    # The backward pass of a compiled model gives all gradients at its end, when nothing is saved by giving them back.
+    choice = "never" if run.plan.size.is_lean and config.compile == "auto" else config.compile
+    body = training_body(run.loaded.model, choice, run.schedule.num_steps)
     settings = StepSettings(run.scorer.dtype, run.plan.micro_batch_size, config.max_grad_norm, config.loss, body)
     with training_view(record, run.schedule, f"Training {config.model}") as show:
         for step in train_steps(run.state, run.sampler, run.schedule, settings):

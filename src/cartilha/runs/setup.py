@@ -9,21 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PretrainedConfig
 
 from cartilha.blocks.mixing import MixtureSampler
 from cartilha.blocks.sampler import BlockSampler
 from cartilha.config import Count, GenerateConfig, PrepareConfig, TrainConfig
 from cartilha.console import log
-from cartilha.errors import UserError, counted
+from cartilha.errors import UserError, counted, first_line
 from cartilha.evaluation.documents import ScoredDocuments, encode_documents, validation_subset
 from cartilha.evaluation.scorer import Scorer, make_scorer
 from cartilha.machine.devices import choose_device, choose_dtype, describe_machine, dtype_name, seed_everything
 from cartilha.machine.memory import free_memory_bytes
 from cartilha.machine.processes import from_rank_0, gather_objects, is_main_process, world
 from cartilha.machine.versions import versions
-from cartilha.model.adapters import Adapter, adapter_of
+from cartilha.model.adapters import adapter_of
 from cartilha.model.configuration import model_config
-from cartilha.model.load import LoadedModel, load_model, weights_hash, with_adapter
+from cartilha.model.load import LoadedModel, load_model, look_at, weights_hash, with_adapter
+from cartilha.model.longer_context import LongerContext
 from cartilha.model.recomputation import checkpoint_layers
 from cartilha.model.sharding import is_sharded
 from cartilha.model_reference import check_4_bits
@@ -44,9 +46,11 @@ from cartilha.training.checkpoint import (
     refuse_if_dropped,
     space_needed,
 )
+from cartilha.training.device_facts import GIB, DeviceFacts
 from cartilha.training.distributed import share_state
 from cartilha.training.memory import check_states_fit
 from cartilha.training.optimizer import StateSize, resolve_batch_tokens, resolve_lr
+from cartilha.training.profiles import Profile, fullest_fit, profiles
 from cartilha.training.schedule import Schedule
 from cartilha.training.state import TrainingState
 from cartilha.units import parse_amount, parse_duration, parse_share
@@ -114,8 +118,9 @@ def is_finished_as_asked(config: TrainConfig, path: Path) -> bool:
         raise UserError(f"{path}/results.json is damaged ({error!r} in it); train into another --output.") from error
     config = replace(config, batch_tokens=_begun_with(config, recorded))
     current = _asked(config, schedule)
-    if config.dtype != "auto":
-        current["dtype"] = config.dtype
+    for name in ("dtype", "memory"):
+        if getattr(config, name) != "auto":
+            current[name] = getattr(config, name)
     if (Path(config.store) / "store.json").is_file():  # it may have been removed since
         current["store"] = read_store_info(Path(config.store))["splits"]["train"]["corpus_hash"]
     if config.allow_changes and any(recorded.get(name) != value for name, value in current.items()):
@@ -141,7 +146,7 @@ def _schedule(config: TrainConfig, num_parameters: int, steps_per_epoch: int) ->
 
 def _recorded(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings that a run began with; an option that did not exist then had what is now its default."""
-    return {**TrainConfig().deciding_values(), **settings}
+    return {**TrainConfig().deciding_values(), "memory": "full", **settings}
 
 
 def _num_steps(config: TrainConfig, steps_per_epoch: int) -> int:
@@ -183,9 +188,15 @@ def assemble(config: TrainConfig, path: Path, prompts: GenerateConfig, resume: b
     batch_tokens = from_rank_0(resolve_batch_tokens(_begun_with(config, recorded), config.block_size, device.type))
     config = replace(config, batch_tokens=batch_tokens)
     seed_everything(config.seed)
-    sharded = is_to_be_sharded(config, model_config(config.model, tokenizer), device, dtype)
-    loaded = _load(config, tokenizer, device, sharded=sharded)
-    scorer = make_scorer(loaded, tokenizer, dtype)
+    memory: Any = recorded.get("memory", "auto") if config.memory == "auto" else config.memory
+    shape, share = _configuration(config, tokenizer), -(-batch_tokens // config.block_size // world()[1])
+    profile = from_rank_0(_profile(replace(config, memory=memory), shape, this_machine(device, dtype), share))
+    memory = profile.memory
+    config = replace(config, memory=memory, gradient_checkpointing=profile.checkpointing)
+    dtype = torch.bfloat16 if profile.lean and dtype == torch.float32 else dtype
+    sharded = not profile.lean and is_to_be_sharded(config, shape, device, dtype)
+    loaded = _load(config, profile, tokenizer, device, sharded=sharded)
+    scorer = make_scorer(loaded, tokenizer, dtype, window=config.context)  # a longer context is seen as a whole
     mix, sampler = _text(config, store, batch_tokens)
     schedule = _schedule(config, loaded.num_parameters, sampler.steps_per_epoch)
     settings = {
@@ -195,6 +206,7 @@ def assemble(config: TrainConfig, path: Path, prompts: GenerateConfig, resume: b
         "validation": store.info["splits"]["validation"]["corpus_hash"],
         "tokenizer": store.fingerprint,
         "dtype": dtype_name(dtype),
+        "memory": profile.memory,
     }
     if sharded:
         share_out(loaded.model, path, device, dtype)
@@ -232,23 +244,56 @@ def _text(config: TrainConfig, store: TokenStore, batch_tokens: int) -> tuple[Mi
     return mix, MixtureSampler(mix.documents, block_size=size, blocks_per_step=blocks, seed=config.seed)
 
 
-def _load(config: TrainConfig, tokenizer: TextTokenizer, device: torch.device, *, sharded: bool) -> LoadedModel:
+def _configuration(config: TrainConfig, tokenizer: TextTokenizer) -> PretrainedConfig:
+    """The model's, with the context that it is trained for."""
+    found, context = model_config(config.model, tokenizer), LongerContext.of(config)
+    return found if context is None else context.applied(found, config.model)
+
+
+def _profile(config: TrainConfig, shape: PretrainedConfig, machine: DeviceFacts, share: int) -> Profile:
+    """How the weights are kept: what `--memory` says, or the fullest profile that fits this machine.
+
+    `share` is this process's blocks per step. Of several processes, `auto` keeps float32 weights, which are sharded if
+    need be.
+    """
+    candidates = profiles(config, recomputes=look_at(shape, config.model).recomputes)
+    if len(candidates) == 1 or (config.memory == "auto" and world()[1] > 1):
+        return candidates[0]
+    facts = machine.for_model(shape, dropout=config.dropout)
+    try:
+        found = fullest_fit(candidates, shape, facts, config.optimizer, (config.block_size, share))
+    except Exception as error:  # an architecture may do something that tensors without contents cannot follow
+        log.info("Which memory profile fits could not be planned (%s).", first_line(error))
+        return candidates[0]
+    if found.profile != candidates[0]:
+        log.warning(
+            "Training with %s does not fit here: it goes on with %s (%.1f GiB planned, %.1f GiB there).",
+            *(candidates[0].options, found.profile.options),
+            *(found.step.total / GIB, facts.memory_bytes / GIB),
+        )
+    return found.profile
+
+
+def _load(
+    config: TrainConfig, profile: Profile, tokenizer: TextTokenizer, device: torch.device, *, sharded: bool
+) -> LoadedModel:
     """The model as it is trained; one that cannot fit is refused before its weights take memory.
 
     One that is to be sharded is loaded into the host's memory.
     """
-    adapter = Adapter.of(config)
+    adapter = profile.adapter
     if adapter is not None and adapter.base == "4bit":
         check_4_bits(device.type)
-    size = StateSize.planned(model_config(config.model, tokenizer), config.optimizer, adapter)
+    size = profile.size(_configuration(config, tokenizer), config.optimizer)
     place = "this machine" if device.type == "cpu" else f"this machine's {device.type} device"
     check_states_fit(size, free_memory_bytes(device), config.model, place, shares=world()[1] if sharded else 1)
-    loaded = load_model(config.model, torch.device("cpu") if sharded else device, tokenizer=tokenizer, seed=config.seed)
+    how: Any = {"seed": config.seed, "dtype": profile.weights, "context": LongerContext.of(config)}
+    loaded = load_model(config.model, torch.device("cpu") if sharded else device, tokenizer=tokenizer, **how)
     refuse_beyond_context(config.block_size, loaded.context_length, config.model)
     if adapter is not None:
         loaded = with_adapter(loaded, adapter, config.seed)
     loaded.model.train(config.dropout)
-    if config.gradient_checkpointing:
+    if profile.checkpointing:
         checkpoint_layers(loaded.model)
     return loaded
 

@@ -27,6 +27,7 @@ from cartilha.training.device_facts import (
 )
 from cartilha.training.memory import SAFETY, MemoryModel, StepMemory, best_step
 from cartilha.training.optimizer import StateSize
+from cartilha.training.update_rules import LEAN_OPTIMIZERS
 
 CUDA_SHARE, CPU_SHARE = 0.5, 0.65  # of the rate of matrix products alone that training reaches
 
@@ -133,10 +134,19 @@ def refuse_beyond_context(block_size: int, context_length: int, model: str) -> N
         )
 
 
+def _remedy(states: StateSize, shape: StepShape) -> str:
+    """What would take less memory."""
+    options = [] if shape.checkpointing else ["--gradient_checkpointing"]
+    options += ["--memory lean"] if not states.is_lean and states.optimizer in LEAN_OPTIMIZERS else []
+    return " or ".join(["a smaller --block_size", *options])
+
+
 def plan_run(config: PretrainedConfig, facts: DeviceFacts, states: StateSize, shape: StepShape) -> RunPlan:
     """Plan a run of a model on this machine."""
     facts = facts.for_model(config, dropout=shape.dropout)
-    how = facts.computation(checkpointing=shape.checkpointing, dropout=shape.dropout, adapter=shape.adapter)
+    how = facts.computation(
+        checkpointing=shape.checkpointing, dropout=shape.dropout, adapter=shape.adapter, lean=states.is_lean
+    )
     memory, size = None, shape.micro_batch_size or 1
     try:
         model = MemoryModel(config, how, overhead_bytes=facts.overhead_bytes, size=states, shares=shape.shares)
@@ -145,9 +155,9 @@ def plan_run(config: PretrainedConfig, facts: DeviceFacts, states: StateSize, sh
             if size == 0:
                 size = 1
                 log.warning(
-                    "One block of %d tokens is planned to take %.1f GiB, and %.1f GiB are free: it is tried anyway; a "
-                    "smaller --block_size or --gradient_checkpointing takes less.",
-                    *(shape.block_size, memory.total / GIB, facts.memory_bytes / GIB),
+                    "One block of %d tokens is planned to take %.1f GiB, and %.1f GiB are free: it is tried anyway; "
+                    "%s takes less.",
+                    *(shape.block_size, memory.total / GIB, facts.memory_bytes / GIB, _remedy(states, shape)),
                 )
         else:
             memory = model.step(size, shape.block_size, accumulates=size < shape.blocks_per_step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -171,6 +172,7 @@ def _plan(result: Values) -> Parts:
         cells.append(f"{row['memory_bytes'] / GIB:.1f}" if row["fits"] else "-")
     sizes = dict.fromkeys(f"x {row['micro_batch_size']}" for row in result["rows"])
     yield FittingTable(("GiB by micro-batch", "block", *sizes), places.values())
+    yield FittingTable(("memory profile", *_PROFILE_TITLES), map(_profile, result["profiles"]), words=(0, 7))
     titles = ("device", "block", "micro-batch", "tokens/s", "an epoch", "hours", "price")
     tokens = result["batch_tokens"]
     title = f"Tokens per step: {AUTO_BATCH if tokens == 'auto' else f'{tokens:,}'}"
@@ -194,6 +196,15 @@ def _plan(result: Values) -> Parts:
         )
 
 
+_PROFILE_TITLES = ("device", "bytes/parameter", "block", "micro-batch", "GiB", "fits", "otherwise")
+
+
+def _profile(row: Values) -> list[str]:
+    size = str(row["micro_batch_size"]) if row["fits"] else "1"
+    numbers = [f"{row['bytes_per_parameter']:.1f}", str(row["block_size"]), size, f"{row['memory_bytes'] / GIB:.1f}"]
+    return [row["profile"], row["device"], *numbers, "yes" if row["fits"] else "no", row["remedy"] or ""]
+
+
 def _recommended(row: Values) -> list[str]:
     rate = f"{'~' if row['estimated'] else ''}{row['tokens_per_second']:,.0f}" if row["tokens_per_second"] else ""
     epoch = f"{row['seconds_per_epoch'] / 60:,.0f} min" if row["seconds_per_epoch"] else ""
@@ -211,6 +222,8 @@ def _train(result: Values) -> Parts:
     rows = [("before", *columns[0]), ("after", *columns[1]), ("change", *change)]
     title = f"{result['settings']['model']}: {result['status']}"
     yield FittingTable(("", "perplexity", "bits/byte"), rows, title=title)
+    if result["settings"].get("context"):
+        yield FittingTable(("position", "tokens", "nats before", "after"), _by_position(before, after))
     yield f"Protocol: {protocol_line(after['protocol'])}; {counted(after['num_tokens'], 'held-out token')}."
     if result.get("tokens_per_second"):
         rate = f"{result['tokens_per_second']:,.0f} tokens/s"
@@ -222,6 +235,14 @@ def _train(result: Values) -> Parts:
     if result.get("model_step") not in (None, result["steps"]):
         held = f" (the weights of step {result['model_step']} of {result['steps']}, whose validation was the best)"
     yield f"Model: {result['run']}/model{held}"
+
+
+def _by_position(before: Values, after: Values) -> Iterable[list[str]]:
+    """The mean loss of the tokens from each position on, up to the next row's."""
+    later = {row["from"]: row["loss"] for row in after["positions"]}
+    for row in before["positions"]:
+        start = row["from"]
+        yield [f"{start:,}", f"{row['num_tokens']:,}", f"{row['loss']:.3f}", f"{later.get(start, math.nan):.3f}"]
 
 
 def _english(english: Values | None) -> Parts:

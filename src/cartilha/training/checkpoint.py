@@ -1,7 +1,7 @@
 """Checkpoints: all that an exact resume needs, written so that a kill leaves the old one or the new one, whole.
 
 checkpoints/step-00000123/
-    model.safetensors      float32 weights, tied ones once; of an adapter alone, if one is trained
+    model.safetensors      float32 weights, or bfloat16 ones; tied ones once; of an adapter alone, if one is trained
     optimizer.safetensors  the optimizer's states by parameter name; dropped when the run is finished
     state.json             progress, scaler, random state, settings that a resume must find unchanged
     manifest.json          size and SHA-256 of the files above, and of itself; written last
@@ -304,11 +304,12 @@ def check_settings(
     changed = [name for name in current if not name.endswith(IN_WORDS) and recorded.get(name) != current[name]]
     if not changed:
         return
-    if allow_changes and "optimizer" in changed:
-        raise UserError(
-            f"The run {run} cannot go on with another optimizer ({recorded.get('optimizer')} before): its states mean "
-            "nothing to the other; use the old one, or train its model further with another --output."
-        )
+    for name, noun in (("optimizer", "optimizer"), ("memory", "memory profile")):
+        if allow_changes and name in changed:
+            raise UserError(
+                f"The run {run} cannot go on with another {noun} ({recorded.get(name)} before): its states mean "
+                "nothing to the other; use the old one, or train its model further with another --output."
+            )
     differences = "; ".join(f"{name} was {_shown(recorded, name)}, now {_shown(current, name)}" for name in changed)
     if not allow_changes:
         remedy = _remedy_if_dropped(run) or "use the old ones, another --output, or --allow_changes."
@@ -338,11 +339,11 @@ def _read(path: Path, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
 
 def _check(path: Path, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
     """Raise a ValueError unless a file of the checkpoint, or its parts, hold these tensors, as far as headers show."""
-    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     if has_shards(path):
+        shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
         check_shards(path, shapes, of_states=name == OPTIMIZER)
     else:
-        check_tensors(path / name, shapes)
+        check_tensors(path / name, tensors)
 
 
 def load_weights(path: Path, model: torch.nn.Module) -> None:

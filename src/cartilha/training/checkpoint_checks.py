@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 
 from cartilha.training.state import Progress
@@ -33,17 +35,21 @@ def check_scaler(values: Any, enabled: bool) -> None:
             raise ValueError(f"its gradient scaler says {name} = {value!r}")
 
 
-def check_tensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Compare a safetensors file's header with the expected shapes by name, all float32; no tensor is read.
+_TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8"}  # as safetensors names them
+
+
+def check_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Compare a safetensors file's header with the tensors that it must have, by name; no tensor is read.
 
     A ValueError names a tensor that is unknown, missing, or of another shape or type.
     """
     with safe_open(path, framework="pt") as file:
         names = set(file.keys())
-        for name in [*sorted(names - shapes.keys()), *sorted(shapes.keys() - names)]:
+        for name in [*sorted(names - tensors.keys()), *sorted(tensors.keys() - names)]:
             raise ValueError(f"{name} is {'unknown' if name in names else 'missing'} in {path.name}")
         for name in sorted(names):
             tensor = file.get_slice(name)
-            found, expected = f"{tensor.get_dtype()} {tensor.get_shape()}", f"F32 {list(shapes[name])}"
+            found = f"{tensor.get_dtype()} {tensor.get_shape()}"
+            expected = f"{_TYPES[tensors[name].dtype]} {list(tensors[name].shape)}"
             if found != expected:
                 raise ValueError(f"{name} is {found} in {path.name}, not {expected}")

@@ -36,9 +36,15 @@ class DeviceFacts:
         """Whether its memory is the host's, which also holds the copy of a checkpoint that is being written."""
         return self.kind != "cuda"
 
-    def computation(self, *, checkpointing: bool, dropout: bool = False, adapter: Adapter | None = None) -> Computation:
-        """How a training step is computed there."""
-        return Computation(self.dtype, self.kernel, self.kind == "cpu", checkpointing, dropout, adapter)
+    def computation(
+        self, *, checkpointing: bool, dropout: bool = False, adapter: Adapter | None = None, lean: bool = False
+    ) -> Computation:
+        """How a training step is computed there; with bfloat16 weights (`lean`) never in float32."""
+        how = Computation(self.dtype, self.kernel, self.kind == "cpu", checkpointing, dropout, adapter)
+        if not lean:
+            return how
+        dtype = torch.bfloat16 if self.dtype == torch.float32 else self.dtype
+        return replace(how, dtype=dtype, weights=torch.bfloat16)
 
     def for_model(self, config: PretrainedConfig, *, dropout: bool = False) -> DeviceFacts:
         """The device as it computes this model: in rows, or under a mask where its own kernel cannot."""

@@ -22,6 +22,7 @@ from cartilha.model.compiling import CompiledBody
 from cartilha.model.forward import batch_nll
 from cartilha.model.sharding import is_sharded, whole
 from cartilha.model.weight_gradients import weight_gradients_in_place
+from cartilha.training.at_once import StepsInBackward, clip_each, stepping_in_backward
 from cartilha.training.distributed import agree, sum_over_ranks
 from cartilha.training.optimizer import choose_trained, clear_gradients, step_unless
 from cartilha.training.schedule import Schedule
@@ -49,23 +50,31 @@ def train_steps(
 
     The loss of a step is the mean over all of its targets, however they fall into micro-batches and ranks: each
     micro-batch's summed nll is divided by the step's number of targets, known from the packing. A step whose loss or
-    gradient is not finite changes no weight.
+    gradient is not finite changes no weight. A lean optimizer steps in the backward pass of a step of one micro-batch;
+    it then leaves only the parameters as they are whose own gradient is not finite.
     """
     progress = state.progress
     progress.micro_batch_size = settings.micro_batch_size
     device = state.model.device
     launched = None
-    with closing(prepared_steps(sampler, progress.step, even=is_sharded(state.model))) as prepared:
+    at_once: StepsInBackward | None
+    with (
+        closing(prepared_steps(sampler, progress.step, even=is_sharded(state.model))) as prepared,
+        stepping_in_backward(state, settings.max_grad_norm) as at_once,
+    ):
         while not schedule.is_over(progress.step, progress.seconds):
             started = time.perf_counter()
             step = progress.step
             data = next(prepared)
             lr = schedule.lr(step, progress.seconds)
             embeddings_only = schedule.trains_embeddings_only(step, progress.seconds)
-            parameters = choose_trained(state.model, state.optimizer, embeddings_only=embeddings_only)
+            gives_back = at_once is not None and _fits_at_once(data, progress.micro_batch_size, settings)
+            parameters = choose_trained(
+                state.model, state.optimizer, embeddings_only=embeddings_only, allocate=not gives_back
+            )
             for group in state.optimizer.param_groups:
                 group["lr"] = lr
-            loss, grad_norm, skipped = _update(state, data, parameters, settings)
+            loss, grad_norm, skipped = _update(state, data, parameters, settings, at_once)
             ends_epoch = (step + 1) % sampler.steps_per_epoch == 0
             launched = _keep_pace(device, launched, to_the_end=ends_epoch or step + 1 == schedule.num_steps)
             seconds, progress.micro_batch_size = agree(time.perf_counter() - started, progress.micro_batch_size)
@@ -120,17 +129,31 @@ def prepared_steps(sampler: BlockSampler, step: int, *, even: bool = False) -> G
             yield blocks
 
 
+def _fits_at_once(data: StepBlocks, micro_batch_size: int, settings: StepSettings) -> bool:
+    """Whether one backward pass has the step's whole gradient, so that parameters can be stepped in it."""
+    return len(data.blocks) <= micro_batch_size and world()[1] == 1 and settings.loss == "nll"
+
+
 def _update(
-    state: TrainingState, data: StepBlocks, parameters: Sequence[torch.nn.Parameter], settings: StepSettings
+    state: TrainingState,
+    data: StepBlocks,
+    parameters: Sequence[torch.nn.Parameter],
+    settings: StepSettings,
+    at_once: StepsInBackward | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Take one optimizer step; returns its loss, its gradient's norm before clipping, and whether it was left out."""
-    loss = _gradients(state, data, parameters, settings)
+    loss = _gradients(state, data, parameters, settings, at_once)
+    if at_once is not None and at_once.is_active:
+        return loss, *at_once.end(loss)
     sum_over_ranks(parameters, loss, gradients=not is_sharded(state.model))
     state.scaler.unscale_(state.optimizer)
     if settings.loss == "perplexity":  # d exp(loss) = exp(loss) d loss, with the loss of the whole step
         torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], loss.exp())
-    grad_norm = whole(get_total_norm([p.grad for p in parameters if p.grad is not None]))
-    clip_grads_with_norm_(parameters, settings.max_grad_norm, grad_norm)
+    if at_once is not None:  # as in a step of one micro-batch, so that their number changes nothing
+        grad_norm = clip_each(parameters, settings.max_grad_norm, at_once.num_parameters)
+    else:
+        grad_norm = whole(get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        clip_grads_with_norm_(parameters, settings.max_grad_norm, grad_norm)
     skipped = ~torch.isfinite(grad_norm + loss)
     step_unless(skipped, state.optimizer)
     state.scaler.update()
@@ -139,7 +162,11 @@ def _update(
 
 
 def _gradients(
-    state: TrainingState, data: StepBlocks, parameters: Sequence[torch.nn.Parameter], settings: StepSettings
+    state: TrainingState,
+    data: StepBlocks,
+    parameters: Sequence[torch.nn.Parameter],
+    settings: StepSettings,
+    at_once: StepsInBackward | None,
 ) -> torch.Tensor:
     """Add up the gradients of this rank's share of the step's mean nll, and return that share.
 
@@ -153,8 +180,11 @@ def _gradients(
     while True:
         size = min(progress.micro_batch_size, len(data.blocks))
         body = settings.body if size == progress.micro_batch_size else None
+        returned = at_once is not None and _fits_at_once(data, size, settings)
+        if at_once is not None:
+            at_once.begin(is_active=returned)
         try:
-            return _accumulate(state, data, size, settings.dtype, body)
+            return _accumulate(state, data, size, settings.dtype, body, returned=returned)
         except Exception as error:
             out_of_memory = is_out_of_memory(error)
             without_graph = body is not None and body.give_up(error)
@@ -165,6 +195,8 @@ def _gradients(
                     "--resume auto."
                 ) from error
             if not without_graph and (not out_of_memory or size <= 1):
+                raise
+            if at_once is not None and at_once.has_stepped:
                 raise
         # Outside of the handler: the error's traceback held on to the tensors of the pass that failed.
         clear_gradients(parameters)
@@ -182,7 +214,13 @@ def _gradients(
 
 
 def _accumulate(
-    state: TrainingState, data: StepBlocks, micro_batch_size: int, dtype: torch.dtype, body: CompiledBody | None
+    state: TrainingState,
+    data: StepBlocks,
+    micro_batch_size: int,
+    dtype: torch.dtype,
+    body: CompiledBody | None,
+    *,
+    returned: bool,
 ) -> torch.Tensor:
     model, scaler = state.model, state.scaler
     device = model.device
@@ -193,7 +231,8 @@ def _accumulate(
     for begin in range(0, len(data.blocks), max(1, micro_batch_size)):
         batch = stack(data.blocks[begin : begin + micro_batch_size])
         usual = body if len(batch.input_ids) == micro_batch_size else None
-        with weight_gradients_in_place(device.type, factor) if in_place and usual is None else nullcontext():
+        own = weight_gradients_in_place(device.type, factor, returned=returned)
+        with own if in_place and usual is None else nullcontext():
             share = batch_nll(model, batch, dtype, usual) / data.num_targets
         scaler.scale(share).backward()
         loss += share.detach()

@@ -1,8 +1,8 @@
 """How much memory a training step takes, and how many blocks a forward pass may hold.
 
-Weights, gradients and the optimizer's states are float32 (`StateSize`): 16 bytes per parameter with AdamW, whatever the
-batch, and fewer of those that an adapter leaves frozen. What a step keeps besides is traced (`trace.py`). It is a
-straight line in the number of tokens, once they fill a chunk of logits.
+Weights, gradients and the optimizer's states (`StateSize`) take 16 bytes per parameter with AdamW, whatever the batch,
+4 to 6 in the lean profile (`profiles.py`), and fewer of those that an adapter leaves frozen. What a step keeps besides
+is traced (`trace.py`). It is a straight line in the number of tokens, once they fill a chunk of logits.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 from dataclasses import dataclass, replace
 
+import torch
 from transformers import PretrainedConfig
 
 from cartilha.errors import UserError
@@ -19,9 +20,11 @@ from cartilha.model.rows import ROWS
 from cartilha.training.device_facts import DeviceFacts
 from cartilha.training.optimizer import StateSize
 from cartilha.training.trace import Computation, StepBytes, parts_of, traced_step
+from cartilha.training.update_rules import LEAN_OPTIMIZERS, SLICE
 
 HEADROOM = 1.05  # allocators hand out memory in pieces and cannot use all of what lies between them
 SAFETY = 0.95  # of what is free: other programs need memory, too
+SLICE_BYTES = 24 * SLICE  # what a lean optimizer computes with: weights, gradient, moments, codes, random bits
 
 
 @dataclass(frozen=True)
@@ -61,13 +64,21 @@ class MemoryModel:
         self.size = size or StateSize.planned(config, adapter=how.adapter)
         self.shares = shares  # processes that a sharded model is shared out over
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What a step computes in."""
+        return self._how.dtype
+
     def step(self, micro_batch_size: int, block_size: int, *, accumulates: bool) -> StepMemory:
         """Memory of a step; where it has several micro-batches (`accumulates`), gradients lie beside activations."""
         if self.shares > 1:
             return self._sharded_step(micro_batch_size, block_size)
         weights, own = self.size.weight_bytes, self.size.gradient_bytes
-        kept = self._traced(micro_batch_size, block_size)
-        if accumulates or self._how.on_cpu:  # on a CPU gradients stay where they are
+        gives_back = self.size.is_lean and not accumulates
+        kept = self._traced(micro_batch_size, block_size, gives_back)
+        if gives_back:
+            gradients, peak = 0.0, max(kept.body, kept.end) + SLICE_BYTES
+        elif accumulates or self._how.on_cpu:  # on a CPU gradients stay where they are
             gradients, peak = float(own), max(kept.body, kept.end)
         elif kept.body >= own - kept.head + kept.end:
             # At the peak the head's gradient alone is there, and is traced: the others come while activations go.
@@ -79,7 +90,9 @@ class MemoryModel:
         # activations of a step's first micro-batch keep the next one's from fitting. The factors are fitted to
         # measurements (docs/log.md).
         unusable = (HEADROOM - 1) * (gradients + peak)
-        if self._how.on_cpu:
+        if self._how.on_cpu and self.size.is_lean:  # float32 temporaries of the head; gradients that are given back
+            unusable += (1.5 if accumulates else 3.5) * kept.head
+        elif self._how.on_cpu:
             unusable += 2.2 * kept.head + 0.6 * (min(own, kept.activations) if accumulates else 0)
         kept_always = 0 if self._how.on_cpu else weights + self.size.optimizer_bytes
         activations = min(kept.activations, peak)
@@ -94,7 +107,7 @@ class MemoryModel:
 
     def _sharded_step(self, micro_batch_size: int, block_size: int) -> StepMemory:
         """Of a sharded model: a share of all states, and for the moment what is gathered and not yet summed."""
-        kept = self._traced(micro_batch_size, block_size)
+        kept = self._traced(micro_batch_size, block_size, gives_back=False)
         layer, outside = parts_of(self._config)
         half = self._how.dtype.itemsize
         # Two layers, the next one being fetched, each in one piece and as its weights; gradients, as they are and as
@@ -114,18 +127,19 @@ class MemoryModel:
             overhead=round(self._overhead + (HEADROOM - 1) * (2 * weights + states + peak)),
         )
 
-    def _traced(self, rows: int, row_length: int) -> StepBytes:
+    def _traced(self, rows: int, row_length: int, gives_back: bool) -> StepBytes:
         # Beyond the tokens that fill a chunk of logits, on the line through two larger points.
         full = -(-CHUNK_TOKENS // row_length)
         if rows <= full:
-            return self._trace(rows, row_length)
-        return self._trace(full, row_length).toward(self._trace(2 * full, row_length), rows / full - 1)
+            return self._trace(rows, row_length, gives_back)
+        one, two = (self._trace(rows, row_length, gives_back) for rows in (full, 2 * full))
+        return one.toward(two, rows / full - 1)
 
-    def _trace(self, rows: int, row_length: int) -> StepBytes:
+    def _trace(self, rows: int, row_length: int, gives_back: bool) -> StepBytes:
         # Where what is kept depends on the number of tokens alone, one long row stands for all.
         if self._how.kernel != ROWS and KERNELS[self._how.kernel].counts_tokens_only:
             rows, row_length = 1, rows * row_length
-        return traced_step(self._config, rows, row_length, self._how)
+        return traced_step(self._config, rows, row_length, replace(self._how, gives_back=gives_back))
 
 
 def best_step(model: MemoryModel, facts: DeviceFacts, block_size: int, blocks_per_step: int) -> tuple[int, StepMemory]:
@@ -140,10 +154,10 @@ def best_step(model: MemoryModel, facts: DeviceFacts, block_size: int, blocks_pe
     def fits(size: int) -> bool:
         return planned(size).total <= SAFETY * facts.memory_bytes
 
-    if not fits(1):
-        return 0, planned(1)
     most = max(1, min(blocks_per_step, facts.max_tokens // block_size))
     # More blocks never take less memory, except the whole step at once: it has no gradients beside its activations.
+    if not fits(1):
+        return (most, planned(most)) if most == blocks_per_step and fits(most) else (0, planned(1))
     low = bisect.bisect_left(range(2, most + 1), True, key=lambda size: not fits(size)) + 1
     if low < most and fits(most):
         low = most
@@ -160,12 +174,15 @@ def check_states_fit(size: StateSize, available_bytes: int, ref: str, device: st
     available_bytes *= shares
     if size.training_bytes > available_bytes:
         each = size.training_bytes / size.num_parameters
-        what = "frozen weights, the adapter's own with gradients," if size.num_frozen else "float32 weight, gradient"
+        could_be_lean = not size.is_lean and not size.num_frozen and size.optimizer in LEAN_OPTIMIZERS
+        remedy = ", and with --memory lean four times as many" if could_be_lean else ""
+        what = "bfloat16 weight" if size.is_lean else "float32 weight, gradient"
+        what = "frozen weights, the adapter's own with gradients," if size.num_frozen else what
         raise UserError(
             f"Training {ref} cannot fit on {device}: its {show_count(size.num_parameters)} parameters take "
             f"{each:.3g} bytes each ({what} and the states of {size.optimizer}), "
             f"{size.training_bytes / 2**30:.1f} GiB before any text, and there are {available_bytes / 2**30:.1f} GiB; "
-            f"up to {show_count(round(0.8 * available_bytes / each))} parameters would fit."
+            f"up to {show_count(round(0.8 * available_bytes / each))} parameters would fit{remedy}."
         )
 
 

@@ -16,11 +16,14 @@ from cartilha.model.adapters import Adapter, frozen_size, trained_parameters
 from cartilha.model.head import head_of
 from cartilha.model.sharding import zeros_beside
 from cartilha.training.trace import model_without_contents
-from cartilha.training.update_rules import OPTIMIZERS, UpdateRule
+from cartilha.training.update_rules import LEAN_OPTIMIZERS, OPTIMIZERS, UpdateRule, state_itemsize
 
 
 def _by_rule(model: PreTrainedModel, name: str) -> dict[UpdateRule, list[nn.Parameter]]:
-    """The parameters that are trained, tied ones once, by the rule of the optimizer `name` that they follow."""
+    """The parameters that are trained, tied ones once, by the rule of the optimizer `name` that they follow.
+
+    bfloat16 weights follow its lean rule.
+    """
     of_matrices, of_others = OPTIMIZERS[name]
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     tables.add(id(getattr(model.get_output_embeddings(), "weight", None)))
@@ -28,7 +31,9 @@ def _by_rule(model: PreTrainedModel, name: str) -> dict[UpdateRule, list[nn.Para
     for parameter in model.parameters():
         if parameter.requires_grad:
             is_hidden_matrix = parameter.dim() == 2 and id(parameter) not in tables
-            found.setdefault(of_matrices if is_hidden_matrix else of_others, []).append(parameter)
+            rule = of_matrices if is_hidden_matrix else of_others
+            is_lean = parameter.dtype == torch.bfloat16
+            found.setdefault(LEAN_OPTIMIZERS[name] if is_lean else rule, []).append(parameter)
     return found
 
 
@@ -61,20 +66,20 @@ class _Together(torch.optim.Optimizer):
 
 
 def choose_trained(
-    model: PreTrainedModel, optimizer: torch.optim.Optimizer, *, embeddings_only: bool
+    model: PreTrainedModel, optimizer: torch.optim.Optimizer, *, embeddings_only: bool, allocate: bool = True
 ) -> list[torch.nn.Parameter]:
     """Choose what the next step trains: all of the optimizer's parameters, or the token embeddings (and head) alone.
 
     The other parameters then get no gradient, which saves their share of the backward pass, and optimizers skip a
     parameter without one: its weights do not decay, and its states start when it is first trained. On a CPU, gradients
-    are allocated here (see `clear_gradients`).
+    are allocated here (see `clear_gradients`), unless they are given back in the backward pass.
     """
     head = head_of(model)
     embeddings = {id(model.get_input_embeddings().weight), id(head.weight), id(head.bias)}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for parameter in parameters:
         parameter.requires_grad_(not embeddings_only or id(parameter) in embeddings)
-        if not parameter.requires_grad:
+        if not parameter.requires_grad or not allocate:
             parameter.grad = None
         elif parameter.grad is None and parameter.device.type == "cpu":
             parameter.grad = torch.zeros_like(parameter)
@@ -105,7 +110,8 @@ def allocate_states(model: PreTrainedModel, optimizer: torch.optim.Optimizer, na
             # Torch keeps counts of steps in the host's memory, unless a fused kernel reads them.
             of_counts = parameter.device if fused[id(parameter)] else "cpu"
             for key, shape in rule.states(tuple(parameter.shape)).items():
-                zeros = zeros_beside(parameter, shape) if shape else torch.zeros((), device=of_counts)
+                dtype = torch.uint8 if state_itemsize(key) == 1 else torch.float32
+                zeros = zeros_beside(parameter, shape, dtype) if shape else torch.zeros((), device=of_counts)
                 optimizer.state[parameter][key] = zeros
 
 
@@ -113,7 +119,7 @@ def allocate_states(model: PreTrainedModel, optimizer: torch.optim.Optimizer, na
 class StateSize:
     """What a model's training holds in any case: weights, gradients, and an optimizer's states.
 
-    All of it is float32, except what an adapter leaves frozen.
+    All of it is float32, except what an adapter leaves frozen, and the weights and gradients of `--memory lean`.
     """
 
     num_parameters: int
@@ -121,25 +127,36 @@ class StateSize:
     optimizer_bytes: int
     num_frozen: int = 0  # parameters below an adapter, without gradient and states
     frozen_bytes: int = 0
+    itemsize: int = 4  # bytes per trained weight, and per gradient
 
     @classmethod
     def of(cls, model: PreTrainedModel, optimizer: str = "adamw") -> StateSize:
         """The size for this model, whose parameters need no contents; counts of steps are left out."""
         states = [
-            math.prod(shape)
+            rule.state_bytes(tuple(parameter.shape))
             for rule, parameters in _by_rule(model, optimizer).items()
             for parameter in parameters
-            for shape in rule.states(tuple(parameter.shape)).values()
-            if shape
         ]
         num_trained = sum(parameter.numel() for parameter in trained_parameters(model).values())
         num_frozen, frozen_bytes = frozen_size(model)
-        return cls(num_trained + num_frozen, optimizer, 4 * sum(states), num_frozen, frozen_bytes)
+        itemsize = max(parameter.element_size() for parameter in trained_parameters(model).values())
+        return cls(num_trained + num_frozen, optimizer, sum(states), num_frozen, frozen_bytes, itemsize)
 
     @classmethod
-    def planned(cls, config: PretrainedConfig, optimizer: str = "adamw", adapter: Adapter | None = None) -> StateSize:
-        """The size for a model of this configuration; nothing is allocated."""
-        return cls.of(model_without_contents(config, adapter), optimizer)
+    def planned(
+        cls,
+        config: PretrainedConfig,
+        optimizer: str = "adamw",
+        adapter: Adapter | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> StateSize:
+        """The size for a model of this configuration with weights in `dtype`; nothing is allocated."""
+        return cls.of(model_without_contents(config, adapter, dtype), optimizer)
+
+    @property
+    def is_lean(self) -> bool:
+        """Whether the weights that are trained are bfloat16."""
+        return self.itemsize == 2
 
     @property
     def num_trained(self) -> int:
@@ -154,12 +171,12 @@ class StateSize:
     @property
     def gradient_bytes(self) -> int:
         """Of the gradients, and of the weights that have one."""
-        return 4 * self.num_trained
+        return self.itemsize * self.num_trained
 
     @property
     def training_bytes(self) -> int:
-        """Of weights, gradients and states, whatever the batch."""
-        return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
+        """Of weights, gradients and states, whatever the batch; lean gradients need not all be there at once."""
+        return self.weight_bytes + (0 if self.is_lean else self.gradient_bytes) + self.optimizer_bytes
 
     @property
     def checkpoint_bytes(self) -> int:

@@ -43,7 +43,7 @@ class StepBytes:
     activations: float  # what the forward pass keeps for the backward pass, cast copies of the weights included
     body: float  # the most alive, with activations, until the gradient is back at the embeddings; linear in tokens
     end: float  # the most after that: the embeddings' own gradients, in models whose vocabulary is large
-    head: float  # of the gradient of the head's weights; 0 where they are frozen
+    head: float  # of the head's weights in float32; 0 where they are frozen
 
     def toward(self, other: StepBytes, distance: float) -> StepBytes:
         """The point on the line from this one (distance 0) through another one (distance 1)."""
@@ -61,6 +61,8 @@ class Computation:
     dropout: bool = False  # the dropout that the configuration asks for is drawn
     adapter: Adapter | None = None  # which alone is trained
     sharded: bool = False  # layers are gathered in `dtype`, so that no copies of them are cast
+    weights: torch.dtype = torch.float32
+    gives_back: bool = False  # each gradient is freed in the backward pass, as soon as its parameter has been stepped
 
 
 class _LiveBytes(TorchDispatchMode):
@@ -97,11 +99,13 @@ class _LiveBytes(TorchDispatchMode):
         return result
 
 
-def model_without_contents(config: PretrainedConfig, adapter: Adapter | None = None) -> PreTrainedModel:
+def model_without_contents(
+    config: PretrainedConfig, adapter: Adapter | None = None, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
     """A model of this configuration whose parameters have shapes alone; nothing is allocated."""
     if adapter is None:
         with FakeTensorMode():
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
             return model
     with random_numbers_apart(), FakeTensorMode():
         return _adapted(copy.deepcopy(config), adapter)
@@ -140,7 +144,7 @@ def parts_of(config: PretrainedConfig) -> tuple[int, int]:
 def traced_step(config: PretrainedConfig, rows: int, row_length: int, how: Computation) -> StepBytes:
     """Trace a forward and backward pass over `rows` blocks of one document of `row_length` tokens each.
 
-    Gradients are taken to be there already, as in every micro-batch but a step's first.
+    Gradients are taken to be there already, as in every micro-batch but a step's first, unless they are given back.
     """
     num_layers = int(config.num_hidden_layers)
     key = json.dumps(copy.deepcopy(config).to_dict(), sort_keys=True, default=str)
@@ -162,7 +166,7 @@ def _traced(config_json: str, num_layers: int, rows: int, row_length: int, how: 
     # Fresh weights draw random numbers even where they are fake; training's own draws must not change.
     with random_numbers_apart(), FakeTensorMode(allow_non_fake_inputs=True):
         if how.adapter is None:
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_config(config, dtype=how.weights)
         else:
             model = _adapted(config, how.adapter)
         model.head_shape = head_shape
@@ -175,10 +179,17 @@ def _traced(config_json: str, num_layers: int, rows: int, row_length: int, how: 
                 if parameter.dim() > 1:  # a CPU cannot mix dtypes in a norm
                     parameter.data = parameter.data.to(how.dtype)
         for parameter in trained_parameters(model).values():
-            parameter.grad = torch.zeros_like(parameter)
+            if how.gives_back:
+                parameter.register_post_accumulate_grad_hook(_give_back)
+            else:
+                parameter.grad = torch.zeros_like(parameter)
         resident = [*model.parameters(), *(p.grad for p in model.parameters() if p.grad is not None), *model.buffers()]
         with _LiveBytes(resident) as live:
             return _pass(model, live, rows, row_length, how)
+
+
+def _give_back(parameter: torch.Tensor) -> None:
+    parameter.grad = None
 
 
 def _pass(model: PreTrainedModel, live: _LiveBytes, rows: int, row_length: int, how: Computation) -> StepBytes:
@@ -196,7 +207,8 @@ def _pass(model: PreTrainedModel, live: _LiveBytes, rows: int, row_length: int, 
         arguments: dict[str, Any] = {"position_ids": positions, "segments": segments}
     else:
         arguments = {"attention_mask": torch.ones_like(ids)}
-    with weight_gradients_in_place("cpu", 1.0) if how.on_cpu and not how.sharded else nullcontext():
+    own = weight_gradients_in_place("cpu", 1.0, returned=how.gives_back)
+    with own if how.on_cpu and not how.sharded else nullcontext():
         with nullcontext() if how.dtype == torch.float32 else torch.autocast("cpu", how.dtype):
             output = body_of(model)(input_ids=ids, use_cache=False, **arguments)
         hidden = output.last_hidden_state.flatten(0, 1)

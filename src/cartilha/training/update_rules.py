@@ -5,6 +5,7 @@ Torch is imported where an optimizer is made, because a wrong name is refused be
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,11 @@ ADAFACTOR_EPSILONS = (1e-16, 1.0)
 Groups = list[dict[str, Any]]  # as torch.optim takes them: `params` and `weight_decay`
 Shape = tuple[int, ...]
 
+# Of bfloat16 weights, so many are stepped at a time in float32: temporaries of 24 MiB, whatever the matrix.
+SLICE = 2**20
+CODE_BLOCK = 256  # moments of 8 bits that share a scale, as in torchao
+SMALL = 4096  # smaller tensors keep float32 moments, as in torchao
+
 
 @dataclass(frozen=True)
 class UpdateRule:
@@ -30,14 +36,24 @@ class UpdateRule:
 
     Attributes:
         make: The optimizer of groups of parameters, with a learning rate that the loop sets anew at each step.
-        states: Names and shapes of the float32 tensors that it keeps for a parameter of the given shape, all zero at
-            the beginning; a count of the steps is a tensor named `step` without dimensions.
+        states: Names and shapes of the tensors that it keeps for a parameter of the given shape, all zero at the
+            beginning; a count of the steps is a tensor named `step` without dimensions. They are float32, except those
+            whose name ends in `_codes`, which are bytes.
         shards: Whether it can step parameters that are shared out over processes (DTensor).
     """
 
     make: Callable[[Groups, float], Optimizer]
     states: Callable[[Shape], dict[str, Shape]]
     shards: bool = True
+
+    def state_bytes(self, shape: Shape) -> int:
+        """Bytes of the states of a parameter, without counts of steps."""
+        return sum(state_itemsize(key) * math.prod(found) for key, found in self.states(shape).items() if found)
+
+
+def state_itemsize(key: str) -> int:
+    """Bytes per number of the state of this name."""
+    return 1 if key.endswith("_codes") else 4
 
 
 def _adamw(groups: Groups, lr: float) -> Optimizer:
@@ -66,6 +82,33 @@ def _factors(shape: Shape) -> dict[str, Shape]:
     return {"step": (), "row_var": (*shape[:-1], 1), "col_var": (*shape[:-2], 1, shape[-1])}
 
 
+def _adamw_8bit(groups: Groups, lr: float) -> Optimizer:
+    from cartilha.training.lean import AdamW8bit
+
+    return AdamW8bit(groups, lr)
+
+
+def _moments_in_8bit(shape: Shape) -> dict[str, Shape]:
+    size = math.prod(shape)
+    if size < SMALL or size % CODE_BLOCK:
+        return {"step": (), "exp_avg": shape, "exp_avg_sq": shape}
+    moments: dict[str, Shape] = {"step": ()}
+    for name in ("exp_avg", "exp_avg_sq"):
+        moments |= {f"{name}_codes": shape, f"{name}_scale": (size // CODE_BLOCK,)}
+    return moments
+
+
+def _adafactor_in_slabs(groups: Groups, lr: float) -> Optimizer:
+    from cartilha.training.lean import AdafactorInSlabs
+
+    return AdafactorInSlabs(groups, lr)
+
+
+def _factors_of_slabs(shape: Shape) -> dict[str, Shape]:
+    factors = _factors(shape)
+    return {**factors, "col_var": (-(-math.prod(shape) // SLICE), shape[1])} if len(shape) == 2 else factors
+
+
 ADAMW = UpdateRule(_adamw, lambda shape: {"step": (), "exp_avg": shape, "exp_avg_sq": shape})  # arXiv:1711.05101
 MUON = UpdateRule(_muon, lambda shape: {"momentum_buffer": shape})  # arXiv:2502.16982
 ADAFACTOR = UpdateRule(_adafactor, _factors, shards=False)  # arXiv:1804.04235
@@ -77,8 +120,23 @@ OPTIMIZERS: dict[str, tuple[UpdateRule, UpdateRule]] = {
     "adafactor": (ADAFACTOR, ADAFACTOR),
 }
 
+# The rule of all parameters where the weights are bfloat16 (`--memory lean`), for the optimizers that have such a form.
+LEAN_OPTIMIZERS: dict[str, UpdateRule] = {
+    "adamw": UpdateRule(_adamw_8bit, _moments_in_8bit),
+    "adafactor": UpdateRule(_adafactor_in_slabs, _factors_of_slabs),
+}
+
 
 def check_optimizer(name: str) -> None:
     """Refuse, with a UserError, a name that is not in `OPTIMIZERS`."""
     if name not in OPTIMIZERS:
         raise UserError(f"There is no optimizer {name!r}; choose from {', '.join(OPTIMIZERS)}.")
+
+
+def check_lean(name: str) -> None:
+    """Refuse, with a UserError, an optimizer that has no form for bfloat16 weights."""
+    if name not in LEAN_OPTIMIZERS:
+        raise UserError(
+            f"The optimizer {name} has no form for bfloat16 weights; with --memory lean choose --optimizer "
+            f"{' or '.join(LEAN_OPTIMIZERS)}."
+        )

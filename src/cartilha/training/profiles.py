@@ -1,0 +1,108 @@
+"""Memory profiles: what a training keeps, from the fullest to the leanest, and which of them fits a device.
+
+`full` keeps float32 weights, gradients and states: 16 bytes per parameter with AdamW. `lean` keeps bfloat16 weights and
+the optimizer's lean states, and gives gradients back in the backward pass of a step of one micro-batch: 4 bytes with
+AdamW, 2 with Adafactor. Either may compute layers a second time instead of keeping what they computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PretrainedConfig
+
+from cartilha.config import PlanConfig, TrainConfig
+from cartilha.model.adapters import Adapter
+from cartilha.training.device_facts import DeviceFacts
+from cartilha.training.memory import MemoryModel, StepMemory, best_step
+from cartilha.training.optimizer import StateSize
+from cartilha.training.trace import Computation
+from cartilha.training.update_rules import LEAN_OPTIMIZERS
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How a training keeps its weights, and whether it computes layers twice."""
+
+    lean: bool
+    checkpointing: bool
+    adapter: Adapter | None = None
+
+    @property
+    def name(self) -> str:
+        """Its name in tables and messages."""
+        return f"{self.memory}, layers twice" if self.checkpointing else self.memory
+
+    @property
+    def memory(self) -> str:
+        """`full` or `lean`, as `--memory` takes it."""
+        return "lean" if self.lean else "full"
+
+    @property
+    def options(self) -> str:
+        """The options that ask for it."""
+        return f"--memory {self.memory}{' --gradient_checkpointing' if self.checkpointing else ''}"
+
+    @property
+    def weights(self) -> torch.dtype:
+        """The type of the weights."""
+        return torch.bfloat16 if self.lean else torch.float32
+
+    def size(self, config: PretrainedConfig, optimizer: str) -> StateSize:
+        """What the training of a model holds in any case."""
+        return StateSize.planned(config, optimizer, self.adapter, self.weights)
+
+    def computation(self, facts: DeviceFacts, *, dropout: bool = False) -> Computation:
+        """How a step is computed on a device."""
+        how = {"checkpointing": self.checkpointing, "lean": self.lean}
+        return facts.computation(**how, dropout=dropout, adapter=self.adapter)
+
+
+def profiles(config: TrainConfig | PlanConfig, *, recomputes: bool) -> list[Profile]:
+    """The profiles that `--memory` allows, the fullest first.
+
+    `full` is one; `lean` and `auto` add that which computes layers twice, if the model `recomputes` them. An adapter
+    has no lean profile: its base may be bfloat16 by an option of its own.
+    """
+    memory, adapter = config.memory, Adapter.of(config)
+    lean = {"full": [False], "lean": [True], "auto": [False, True]}[memory]
+    if memory == "auto" and (config.optimizer not in LEAN_OPTIMIZERS or adapter is not None):
+        lean = [False]
+    adds_twice = recomputes and memory != "full"
+    twice = [True] if config.gradient_checkpointing else [False, True] if adds_twice else [False]
+    return [Profile(is_lean, again, adapter) for is_lean in lean for again in twice]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A profile on a device, with the largest micro-batch (in blocks) that fits, or 0, and the memory of a step."""
+
+    profile: Profile
+    size: StateSize
+    block_size: int
+    micro_batch_size: int
+    step: StepMemory
+
+
+def fit(profile: Profile, config: PretrainedConfig, facts: DeviceFacts, optimizer: str, shape: tuple[int, int]) -> Fit:
+    """How a profile fits a device; `shape` has the tokens per block and the blocks per step."""
+    size = profile.size(config, optimizer)
+    memory = MemoryModel(config, profile.computation(facts), overhead_bytes=facts.overhead_bytes, size=size)
+    return Fit(profile, size, shape[0], *best_step(memory, facts, *shape))
+
+
+def fullest_fit(
+    candidates: Sequence[Profile],
+    config: PretrainedConfig,
+    facts: DeviceFacts,
+    optimizer: str,
+    shape: tuple[int, int],
+) -> Fit:
+    """The first of the profiles that fits a device (see `fit`), or the last one."""
+    for profile in candidates:
+        found = fit(profile, config, facts, optimizer, shape)
+        if found.micro_batch_size:
+            break
+    return found
