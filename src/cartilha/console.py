@@ -33,8 +33,8 @@ NOTEBOOK_INTERVAL_S = 0.5
 class Advance(Protocol):
     """Reports work done: `advance(amount)`, with an optional note that replaces the last one."""
 
-    def __call__(self, amount: float, note: str = "") -> None:
-        """Add `amount` of work."""
+    def __call__(self, amount: float, note: str = "", of: float | None = None) -> None:
+        """Add `amount` of work; `of` is all of it, where that becomes known on the way."""
 
 
 class OptionNames(logging.Filter):
@@ -138,7 +138,7 @@ def progress(title: str, total: float | None, unit: str) -> Iterator[Advance]:
     `total` is the amount of work, None if it is not known; `unit` the plural name of what it counts.
     """
     if not log.isEnabledFor(logging.INFO) or not log.hasHandlers():
-        yield lambda amount, note="": None
+        yield lambda amount, note="", of=None: None
         return
     is_live = _has_live_bar()
     columns = (BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
@@ -150,9 +150,12 @@ def progress(title: str, total: float | None, unit: str) -> Iterator[Advance]:
     started = last = time.monotonic()
     done = 0.0
 
-    def advance(amount: float, note: str = "") -> None:
-        nonlocal done, last
+    def advance(amount: float, note: str = "", of: float | None = None) -> None:
+        nonlocal done, last, total
         done += amount
+        if of is not None and of != total:
+            total = of
+            bar.update(task, total=of)
         now = time.monotonic()
         rate = done / max(now - started, 1e-9)
         speed = f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.2g} {unit}/s"  # from steps per minute to megabytes
@@ -164,8 +167,9 @@ def progress(title: str, total: float | None, unit: str) -> Iterator[Advance]:
         elif now - last >= PLAIN_INTERVAL_S:
             last = now
             left = f", {(total - done) / rate:,.0f} s left" if total and rate else ""
-            of = f" of {total:,.0f}" if total else ""
-            log.info("%s: %s%s %s, %s%s%s", title, f"{done:,.0f}", of, unit, speed, left, f" ({note})" if note else "")
+            whole = f" of {total:,.0f}" if total else ""
+            told = f" ({note})" if note else ""
+            log.info("%s: %s%s %s, %s%s%s", title, f"{done:,.0f}", whole, unit, speed, left, told)
 
     with bar if is_live else nullcontext():
         yield advance

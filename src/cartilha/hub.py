@@ -90,7 +90,7 @@ def silent_bar(advance: Advance) -> type[Any]:
 
         def update(self, n: float | None = 1) -> bool | None:
             if self._counts:
-                advance(n or 0)
+                advance(n or 0, of=self.total or None)  # the sizes of all files that have begun
             return None
 
     return Bar

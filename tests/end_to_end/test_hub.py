@@ -208,8 +208,11 @@ def test_a_whole_job_from_the_hub_and_back(cartilha: Cartilha, hub: LocalHub, co
     assert hub.private["models/ana/resultado"]
     scored = cartilha("evaluate", "--model", "ana/resultado", "--store", store, "--json", "--device", "cpu")
     assert scored.code == 0, scored
-    before = results["evaluations"][-1]["perplexity"]
-    assert json.loads(scored.out)["models"][0]["perplexity"] == pytest.approx(before, rel=1e-6)
+    before, (found,) = results["evaluations"][-1]["perplexity"], json.loads(scored.out)["models"]
+    assert found["perplexity"] == pytest.approx(before, rel=1e-6)
+    assert found["model_commit"] == json.loads(pushed.out)["commit"]
+    of_hub = ("--input", "hf:org/textos@v1", "--limit_documents", 2, "--json", "--device", "cpu")
+    assert json.loads(cartilha("evaluate", "--model", "random:tiny", *of_hub).out)["datasets"] == [entry]
     # The token went to the hub with every question and nowhere else.
     assert f"Bearer {TOKEN}" in hub.tokens
     said = "".join(outcome.out + outcome.err for outcome in (made, trained, other, pushed, scored))

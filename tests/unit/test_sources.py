@@ -11,6 +11,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors as hub_errors
 
+from cartilha import console
 from cartilha import model_reference as sources
 from cartilha.errors import HubUnreachableError, UserError
 from cartilha.model_reference import (
@@ -261,6 +262,21 @@ def test_what_keeps_a_model_away_is_named_wherever_it_is_in_the_chain(monkeypatc
         with pytest.raises(HubUnreachableError) as caught:
             download(resolve_model("org/nome"), ())
         assert words in str(caught.value)
+
+
+def test_a_download_shows_how_much_there_is_as_soon_as_the_client_knows(monkeypatch, tmp_path, caplog):
+    def snapshot_download(*_, tqdm_class, **__):  # as the client does it: a bar that learns of the files one by one
+        bar = tqdm_class(total=0, unit="B", desc="Reconstructing")
+        bar.total += 500
+        bar.update(200)
+        tqdm_class(total=500, unit="B", desc="Downloading bytes").update(200)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(console, "PLAIN_INTERVAL_S", 0.0)
+    with caplog.at_level("INFO", logger="cartilha"):
+        download(resolve_model("org/nome"), ())
+    assert [line.partition(",")[0] for line in caplog.messages] == ["Downloading org/nome: 200 of 500 bytes"]
 
 
 def test_the_real_client_offline():

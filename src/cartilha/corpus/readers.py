@@ -19,7 +19,7 @@ from cartilha.corpus.domains import domain_keys
 from cartilha.corpus.files import SourceFile, refuse_changed
 from cartilha.corpus.formats import file_part, read_records
 from cartilha.corpus.hints import log_hints
-from cartilha.corpus.hub import read_hub
+from cartilha.corpus.hub import opened, read_hub
 from cartilha.corpus.lines import LEAVE_OUT, Fault, Span, too_long, without_surrogates
 from cartilha.corpus.primer import read_primer
 from cartilha.corpus.records import JoinedLines, Numbered, ReadSettings, missing_column
@@ -98,7 +98,9 @@ def first_documents(documents: Iterable[Document], max_chars: int) -> Iterator[D
 
 def input_documents(config: VocabConfig) -> Iterator[Document]:
     """Stream the documents of `--input`, up to `--limit_documents`; a UserError says that there is none."""
-    documents = islice(read_documents(config.input, ReadSettings.of(config)), config.limit_documents)
+    sources, settings = opened(resolve_inputs(config.input)), ReadSettings.of(config)
+    log_hints(sources, settings)
+    documents = islice(read_documents(sources, settings), config.limit_documents)
     first = next(documents, None)
     if first is None:
         raise no_text(config.input)

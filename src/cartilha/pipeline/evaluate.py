@@ -59,10 +59,11 @@ class EvaluatedModel:
     dtype_drift: dict[str, float] | None = None
     continuations: dict[str, Any] | None = None  # chrF, BLEU, ROUGE-L and so on
     tasks: tuple[TaskScore, ...] | None = None
+    model_commit: str | None = None  # of a hub model: the one that was read
 
     def to_dict(self) -> dict[str, Any]:
         """The result as plain values."""
-        asked = ("near_duplicates", "dtype_drift", "continuations")
+        asked = ("near_duplicates", "dtype_drift", "continuations", "model_commit")
         extra = {name: getattr(self, name) for name in asked if getattr(self, name) is not None}
         if self.tasks is not None:
             extra["tasks"] = [score.to_dict() for score in self.tasks]
@@ -78,6 +79,7 @@ class EvaluateResult:
     models: tuple[EvaluatedModel, ...]
     wall_seconds: float
     task_questions: dict[str, Any] | None = None  # how many of the tasks' questions are in the store's training side
+    datasets: tuple[dict[str, Any], ...] = ()  # of the hub, each with the commit that was read
 
     @property
     def evaluations(self) -> tuple[Evaluation, ...]:
@@ -89,7 +91,8 @@ class EvaluateResult:
         models = [model.to_dict() for model in self.models]
         shared = {name: models[0][name] for name in ("corpus_hash", "protocol") if self.evaluations}
         questions = {} if self.task_questions is None else {"task_questions": self.task_questions}
-        return {**shared, "wall_seconds": self.wall_seconds, **questions, "models": models}
+        datasets = {"datasets": list(self.datasets)} if self.datasets else {}
+        return {**shared, **datasets, "wall_seconds": self.wall_seconds, **questions, "models": models}
 
     def _repr_html_(self) -> str:
         """Notebooks show a row for each model."""
@@ -131,12 +134,13 @@ def _evaluate(config: EvaluateConfig, started: float) -> EvaluateResult:
             take = None if add_tokens is None else partial(add_tokens, ref)
             models.append(_evaluate_model(scorer, text, compressed, config, take))
             del scorer  # before the next model takes its memory
-    return EvaluateResult(tuple(models), time.perf_counter() - started, questions)
+    return EvaluateResult(tuple(models), time.perf_counter() - started, questions, tuple(text.datasets()))
 
 
 def _run_tasks_alone(ref: str, config: EvaluateConfig, device: torch.device) -> EvaluatedModel:
     scorer = load_scorer(ref, None, config, device)
-    return EvaluatedModel(ref, None, tasks=run_tasks(scorer.loaded, scorer.tokenizer, config.tasks))
+    tasks = run_tasks(scorer.loaded, scorer.tokenizer, config.tasks)
+    return EvaluatedModel(ref, None, tasks=tasks, model_commit=scorer.loaded.commit)
 
 
 def _evaluate_model(
@@ -164,6 +168,7 @@ def _evaluate_model(
         _dtype_drift(scorer, text, int(documents.num_tokens.sum())),
         _continuations(scorer, text, config),
         run_tasks(scorer.loaded, scorer.tokenizer, config.tasks),
+        scorer.loaded.commit,
     )
     if config.save and is_main:
         save_evaluation(Path(config.save), SavedEvaluation.of(result.to_dict(), documents, scores.nll))

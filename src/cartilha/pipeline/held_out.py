@@ -19,10 +19,11 @@ from cartilha.corpus.near_duplicates import has_near_duplicate
 from cartilha.corpus.questions import Contaminated, Question, QuestionFinder, QuestionRuns
 from cartilha.corpus.readers import first_documents, read_documents
 from cartilha.corpus.records import ReadSettings
-from cartilha.corpus.sources import Source, resolve_inputs
+from cartilha.corpus.sources import HubSource, Source, resolve_inputs
 from cartilha.evaluation.baselines import UnigramCollector
 from cartilha.evaluation.compressed import MAX_PRIME_BYTES, CompressedText
 from cartilha.evaluation.scorer import Scorer
+from cartilha.preparation.made_from import describe_source
 from cartilha.tokens.store import TokenStore, batches
 from cartilha.tokens.tokenizer import TextTokenizer
 
@@ -52,6 +53,10 @@ class HeldOut:
             assert self.store is not None
             documents = self.store.read_documents(self.split)
         return islice(documents, self.config.limit_documents)
+
+    def datasets(self) -> list[dict[str, Any]]:
+        """The datasets of the hub among the sources, each with the commit that was read."""
+        return [describe_source(source, {}) for source in self.sources if isinstance(source, HubSource)]
 
     @cached_property
     def beginning(self) -> tuple[list[Document], bool]:

@@ -16,13 +16,13 @@ from cartilha.config import CompareConfig, EvaluateConfig, PrepareConfig, Rate, 
 from cartilha.console import log
 from cartilha.corpus.english import english_sample
 from cartilha.corpus.readers import first_documents, input_documents
-from cartilha.corpus.records import ReadSettings
 from cartilha.errors import UserError, counted
 from cartilha.pipeline.compare import compare
 from cartilha.pipeline.evaluate import evaluate
 from cartilha.pipeline.prepare import prepare
 from cartilha.pipeline.train import train
 from cartilha.pipeline.vocab_extension import write_extension
+from cartilha.storage import to_json
 from cartilha.tokens.store import TokenStore
 from cartilha.tokens.tokenizer import load_tokenizer
 from cartilha.tokens.vocabulary import check_extendable, count_words, extend, learn_merges
@@ -59,9 +59,8 @@ def advise(config: VocabConfig) -> dict[str, Any]:
     temporary = TemporaryDirectory(prefix="cartilha-vocab-", ignore_cleanup_errors=True)
     with nullcontext(config.output) if config.output else temporary as place:  # the runs stay in an --output
         work = Path(place)
-        num_documents = _sample_size(config)
-        keep = work / "keep"
-        store = _prepare(config, config.model, keep, num_documents)
+        sample, keep = _sample(config, work), work / "keep"
+        store = _prepare(config, config.model, keep, sample)
         num_held_out = store.counts["validation"].num_documents
         if num_held_out < LEAST_HELD_OUT:  # refused before the time is spent
             raise UserError(
@@ -81,29 +80,32 @@ def advise(config: VocabConfig) -> dict[str, Any]:
             plus = work / f"plus-{size}"
             origin = {"input": list(config.input)}
             write_extension(config.model, tokenizer, extend(learnt, size), plus / "model", origin)
-            _prepare(config, str(plus / "model"), plus, num_documents)
+            _prepare(config, str(plus / "model"), plus, sample)
             tried.append(_try(config, seconds, texts, plus, size, tried[0].trained["settings"]["lr"]))
         return _advice(tried, seconds)
 
 
-def _sample_size(config: VocabConfig) -> int:
-    """Documents of the sample: the first ones, up to `SAMPLE_CHARS`."""
-    documents = input_documents(config)
-    num_documents = sum(1 for _ in first_documents(documents, SAMPLE_CHARS))
+def _sample(config: VocabConfig, work: Path) -> Path:
+    """A file with the first documents, up to `SAMPLE_CHARS`, so that the input is read once."""
+    documents, path = input_documents(config), work / "sample.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    num_documents = 0
+    with path.open("w", encoding="utf-8") as file:
+        for document in first_documents(documents, SAMPLE_CHARS):
+            file.write(to_json({"text": document.text, "domain": document.domain}) + "\n")
+            num_documents += 1
     if next(documents, None) is not None:
         log.info("The sample is the first %s.", counted(num_documents, "document"))
-    return num_documents
+    return path
 
 
-def _prepare(config: VocabConfig, model: str, place: Path, num_documents: int) -> TokenStore:
+def _prepare(config: VocabConfig, model: str, place: Path, sample: Path) -> TokenStore:
     settings = PrepareConfig(
-        input=config.input,
+        input=(str(sample),),
         model=model,
         output=str(place / "store"),
         validation_fraction=HELD_OUT,
         seed=config.seed,
-        limit_documents=num_documents,
-        **vars(ReadSettings.of(config)),
     )
     return TokenStore(prepare(settings).store)
 
