@@ -1,6 +1,7 @@
 # make demo    the whole job on what ships        make test    the tests
 # make check   lint, types, import directions     make bench   speed and memory figures (minutes)
 # make docs    the site, in both languages         make docs-test   every command of the documentation (minutes)
+# make notebooks         the notebooks, from their text
 # make test-models    a tiny model of every type of transformers (minutes)
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 endif
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test test-models check bench docs docs-test clean
+.PHONY: install demo test test-models check bench docs docs-test notebooks clean
 
 install: $(STAMP)
 
@@ -48,6 +49,9 @@ docs: install
 
 docs-test: install
 	$(BIN)/python docs/site/fences.py
+
+notebooks: install
+	$(BIN)/python notebooks/make_notebooks.py
 
 clean:
 	rm -rf demo runs dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

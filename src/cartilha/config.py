@@ -359,6 +359,9 @@ class ExploreConfig(ComputeOptions):
     store: str | None = option(None, "also walk through this store's documents and blocks")
     port: int = option(7860, "of this machine (127.0.0.1); 0 takes any that is free")
     no_browser: bool = option(False, "do not open the page in a browser")
+    proxy: str | None = option(
+        None, "address by which browsers reach the page through a proxy, such as Colab's: https://..."
+    )
     language: Language = option(
         "auto", "language for browsers that ask for neither English nor Portuguese; auto follows the locale"
     )

@@ -37,6 +37,10 @@ def test_other_commands_do_not_import_gradio() -> None:
         (ExploreConfig(models=("random:tiny",), port=70_000), "from 0 to 65535"),
         (ExploreConfig(models=("/no/such/model",), port=0), "/no/such/model"),
         (ExploreConfig(store="/no/such/store", port=0), "does not exist"),
+        (
+            ExploreConfig(models=("random:tiny",), proxy="host.example"),
+            "host.example is no address of a proxy; .*--proxy",
+        ),
     ],
 )
 def test_mistakes_are_one_sentence(config: ExploreConfig, message: str) -> None:
@@ -94,6 +98,20 @@ def test_the_server_answers_this_machine_alone_and_sends_its_policy(monkeypatch:
         assert client.post("/pt/gradio_api/upload", files={"files": b"a"}).status_code == 403
         assert client.get("/openapi.json").status_code == 404
     assert set(asked) <= {"127.0.0.1", "localhost", None}  # nothing was looked up elsewhere
+
+
+def test_behind_a_proxy_the_page_is_that_of_the_proxys_address() -> None:
+    pytest.importorskip("gradio")
+    from starlette.testclient import TestClient
+
+    from cartilha.explorer.app import create_app
+
+    proxy = "https://7860-abc.colab.example"
+    app = create_app(open_explorer(ExploreConfig(models=("random:tiny",), device="cpu", dtype="float32")), "pt", proxy)
+    with TestClient(app, base_url="http://127.0.0.1", follow_redirects=False) as client:
+        for host in ("127.0.0.1", "7860-abc.colab.example"):  # whether the proxy names itself or this machine
+            assert client.get("/pt/config", headers={"host": host}).json()["root"] == f"{proxy}/pt"
+        assert client.get("/pt/", headers={"host": "other.colab.example"}).status_code == 400
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")

@@ -10,6 +10,7 @@ import webbrowser
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 # Before gradio is imported: it would report its use, look for new versions, and count each event in a table.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -42,10 +43,17 @@ FILE_ROUTES = re.compile(r"(^|/)(file|file=.*|proxy=.*|upload|upload_progress|st
 
 
 class _Guard:
-    """Refuses gradio's file routes, and sends the page with a policy that lets it load from nowhere else."""
+    """Refuses gradio's file routes, and sends the page with a policy that lets it load from nowhere else.
 
-    def __init__(self, app: ASGIApp) -> None:
+    gradio's page calls its server by the address that it was asked for. Not every proxy passes that on, so with a
+    `proxy` every request is said to come through it.
+    """
+
+    def __init__(self, app: ASGIApp, proxy: str | None = None) -> None:
         self.app = app
+        address = urlsplit(proxy or "")
+        named = {b"x-forwarded-host": address.netloc, b"x-forwarded-proto": address.scheme} if proxy else {}
+        self.forwarded = {name: value.encode("ascii") for name, value in named.items()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -54,6 +62,8 @@ class _Guard:
         if FILE_ROUTES.search(scope["path"]):
             await PlainTextResponse("The explorer serves no files.", 403)(scope, receive, send)
             return
+        sent = [header for header in scope["headers"] if header[0] not in self.forwarded]
+        scope = {**scope, "headers": [*sent, *self.forwarded.items()]}
 
         async def with_policy(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -64,12 +74,16 @@ class _Guard:
         await self.app(scope, receive, with_policy)
 
 
-def create_app(explorer: Explorer, default: Language) -> FastAPI:
-    """The page at /en and /pt; / leads to the one that the browser asks for, or to `default` if it asks for neither."""
+def create_app(explorer: Explorer, default: Language, proxy: str | None = None) -> FastAPI:
+    """The page at /en and /pt; / leads to the one that the browser asks for, or to `default` if it asks for neither.
+
+    Requests must be for this machine, or for the `proxy`: the address by which browsers reach the page through one.
+    """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     # A name that points at this machine must not open it to other sites (DNS rebinding).
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
-    app.add_middleware(_Guard)
+    hosts = [HOST, "localhost", urlsplit(proxy or "").hostname or HOST]
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)
+    app.add_middleware(_Guard, proxy=proxy)
 
     @app.get("/")
     def choose(request: Request) -> RedirectResponse:
@@ -120,7 +134,9 @@ def make_server(app: Any, ready: Callable[[], None] = lambda: None) -> uvicorn.S
     return _Server(config, ready)
 
 
-def serve(explorer: Explorer, socket: sockets.socket, *, default: Language, open_browser: bool) -> str:
+def serve(
+    explorer: Explorer, socket: sockets.socket, *, default: Language, open_browser: bool, proxy: str | None = None
+) -> str:
     """Serve the page until Ctrl-C; returns the address where it was."""
     address = f"http://{HOST}:{socket.getsockname()[1]}/"
 
@@ -130,6 +146,6 @@ def serve(explorer: Explorer, socket: sockets.socket, *, default: Language, open
             log.warning("No browser could be opened; open %s yourself.", address)
 
     with suppress(KeyboardInterrupt):  # uvicorn closes first and raises it then, as a rule; else it just returns
-        make_server(create_app(explorer, default), ready).run(sockets=[socket])
+        make_server(create_app(explorer, default, proxy), ready).run(sockets=[socket])
     log.info("The explorer is closed.")
     return address

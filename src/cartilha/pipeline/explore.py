@@ -33,7 +33,8 @@ def explore(config: ExploreConfig) -> ExploreResult:
 
     with listen(config.port) as socket:
         explorer = open_explorer(config)
-        address = serve(explorer, socket, default=choose_language(config.language), open_browser=not config.no_browser)
+        language, opens = choose_language(config.language), not config.no_browser
+        address = serve(explorer, socket, default=language, open_browser=opens, proxy=config.proxy)
     return ExploreResult(address, config.models, config.store)
 
 

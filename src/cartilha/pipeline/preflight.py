@@ -6,6 +6,7 @@ The command line asks before it imports the command's module; the command asks a
 from __future__ import annotations
 
 import math
+import re
 import typing
 from collections.abc import Callable
 from dataclasses import Field, fields, replace
@@ -313,6 +314,8 @@ def _explore(config: configs.ExploreConfig) -> None:
         raise UserError("There is nothing to explore; name one or two models with --model, or a store with --store.")
     if len(config.models) > 2:
         raise UserError(f"The page compares 2 models at most, not {len(config.models)}; leave some out.")
+    if config.proxy and not re.fullmatch(r"https?://[\w.-]+(:\d+)?/?", config.proxy):
+        raise UserError(f"{config.proxy} is no address of a proxy; give --proxy one such as https://host.example.")
     _check_extra("gradio", "The explorer", "explorer")
     listen(config.port).close()
 
