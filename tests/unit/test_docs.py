@@ -257,3 +257,28 @@ def test_nineteen_answers_are_two_clicks_from_the_readme(pages, start, exercise,
 
 def _linked(pages, page) -> list[str]:
     return [path for path in (page.resolve(target) for target in page.links) if path in pages]
+
+
+@pytest.mark.parametrize("path", ["docs/doubts.md", "docs/pt/duvidas.md"])
+def test_each_doubt_has_a_command_a_figure_and_the_long_answer(pages, path):
+    sections = re.split(r"^## (?=\d)", pages[path].text, flags=re.M)[1:]
+    assert len(sections) == 12
+    for section in sections:
+        title, _, answer = section.partition("\n")
+        more = [pages[path].resolve(target) for target in re.findall(r"\]\(([^)#]+)", answer.strip().splitlines()[-1])]
+        assert re.search(r"`cartilha \w+", answer), title
+        assert re.search(r"\d[.,]?\d", answer), title
+        assert more and set(more) <= set(pages), title
+
+
+def test_the_seven_labs_are_listed_with_a_picture_a_question_and_a_surprise(pages):
+    for index, folder, headings in (
+        ("docs/labs.md", "docs/labs/", ("Think", "What surprised us")),
+        ("docs/pt/laboratorios.md", "docs/pt/laboratorios/", ("Pense", "O que nos surpreendeu")),
+    ):
+        labs = [path for path in _linked(pages, pages[index]) if path.startswith(folder)]
+        assert len(labs) >= 7 and sorted(labs) == sorted(path for path in pages if path.startswith(folder))
+        for path in labs:
+            assert set(headings) <= {heading for _, heading in pages[path].headings}, path
+            assert any(target.endswith((".svg", ".png")) for target in pages[path].links), path
+            assert [fence for fence in pages[path].fences if fence.kind == "text" and fence.text.strip()], path
