@@ -10,8 +10,9 @@ import torch
 from cartilha.config import EvaluateConfig
 from cartilha.corpus.document import Document
 from cartilha.errors import UserError
+from cartilha.evaluation import downstream
 from cartilha.evaluation.documents import encode_documents
-from cartilha.evaluation.downstream import check_tasks, datasets_of, expand, run_tasks
+from cartilha.evaluation.downstream import check_tasks, datasets_of, expand, run_tasks, task_questions
 from cartilha.evaluation.nll import score_documents
 from cartilha.evaluation.scorer import Scorer
 from cartilha.evaluation.windows import Protocol
@@ -93,3 +94,9 @@ def test_a_language_stands_for_tasks_that_the_harness_has():
     assert expand(["es"]) == ["es"]  # no list of tasks yet: the harness is asked, and has no such task
     assert datasets_of(["xwinograd_pt", "global_mmlu_pt"]) == ["Muennighoff/xwinograd", "CohereForAI/Global-MMLU-Lite"]
     check_tasks(list(filter(lambda code: find_language(code).tasks, language_codes())))
+
+
+def test_the_questions_of_a_language_are_those_of_its_tasks(monkeypatch):
+    asked = []
+    monkeypatch.setattr(downstream, "_load_tasks", lambda tasks: asked.extend(tasks) or {})
+    assert list(task_questions(["gl"])) == [] and asked == list(find_language("gl").tasks)
