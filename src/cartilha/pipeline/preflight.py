@@ -136,12 +136,12 @@ def _check_adapter(config: configs.TrainConfig | configs.PlanConfig) -> None:
         for name, value in (("lora_embeddings", config.lora_embeddings), ("lora_base", config.lora_base != "float32")):
             if value:
                 raise UserError(f"--{name} is about an adapter; give its rank with --lora, or leave --{name} out.")
-    if config.lora_base == "4bit":
-        _check_extra("bitsandbytes", "A base of 4 bits (--lora_base 4bit)", "quantization")
     if isinstance(config, configs.PlanConfig):
         return
-    if config.lora_base == "4bit" and config.device != "auto":
-        check_4_bits(config.device)
+    if config.lora_base == "4bit":
+        if config.device != "auto":
+            check_4_bits(config.device)
+        _check_extra("bitsandbytes", "A base of 4 bits (--lora_base 4bit)", "quantization")
     if config.lora_base != "float32" and config.dtype == "float32":
         raise UserError(
             f"A base in {config.lora_base} is not computed with in float32; leave out --dtype float32, or --lora_base."
