@@ -25,11 +25,11 @@ from cartilha.corpus.formats import expansion
 from cartilha.corpus.hints import log_hints
 from cartilha.corpus.hub import opened
 from cartilha.corpus.questions import QuestionRuns
-from cartilha.corpus.readers import ReadCounts, first_documents, no_text, read_documents
+from cartilha.corpus.readers import ReadCounts, first_documents, read_documents
 from cartilha.corpus.shards import Shard, shards, shuffled
 from cartilha.corpus.sources import HubSource
 from cartilha.corpus.splits import SPLITS, Split
-from cartilha.errors import UserError, counted
+from cartilha.errors import counted
 from cartilha.machine.devices import usable_cores
 from cartilha.machine.versions import TEXT_PACKAGES, versions
 from cartilha.pipeline.preflight import preflight
@@ -39,7 +39,7 @@ from cartilha.preparation.decontamination import file_questions, found_questions
 from cartilha.preparation.executors import Executor, in_processes, on_ray
 from cartilha.preparation.index import DocumentIndex, load_index
 from cartilha.preparation.made_from import describe, describe_questions, ready_store
-from cartilha.preparation.notices import tell_counts, tell_mixture, tell_rest, tell_selection
+from cartilha.preparation.notices import nothing_left, tell_counts, tell_mixture, tell_rest, tell_selection
 from cartilha.preparation.quality import Judge, Scorer
 from cartilha.preparation.request import PrepareRequest, read_request
 from cartilha.preparation.selection import Amount
@@ -294,15 +294,6 @@ def _run(executor: _ShardExecutor, tasks: list[ShardTask], advance: Advance) -> 
     return [results[task.shard.number] for task in tasks]
 
 
-def _nothing_left(config: PrepareConfig, rejected: dict[str, int]) -> UserError:
-    if not rejected:
-        return no_text(config.input)
-    reasons = ", ".join(f"{number:,} {reason}" for reason, number in rejected.items())
-    documents = f"all {counted(sum(rejected.values()), 'document')} ({reasons})"
-    questions = ", or others with --decontaminate" if config.decontaminate else ""
-    return UserError(f"Cleaning left out {documents}; name fewer steps with --clean, or another --language{questions}.")
-
-
 def _write(
     job: _Job,
     executor: _ShardExecutor,
@@ -312,15 +303,10 @@ def _write(
 ) -> PrepareResult:
     """Decide what stays and where, and write the store."""
     config, asked = job.config, job.asked
-    read, all_rejected = ReadCounts(), Counter[str]()
-    tasks = [task for task, _ in done]
-    for _, result in done:
-        read.add(ReadCounts(**result.read))
-        all_rejected.update(result.rejected)
-    rejected = dict(all_rejected.most_common())
+    tasks, (read, rejected) = [task for task, _ in done], _sums(done)
     index = load_index(tasks, asked.sources)
     if not len(index.hashes):
-        raise _nothing_left(config, rejected)
+        raise nothing_left(config, rejected)
     judge = Judge.of(index, asked.signals, job.scorers)
     sides = decide(index, asked, executor, judge, near_duplicates=config.near_duplicates)
     quality = None if judge is None else judge.facts(job.tokenizer)
@@ -367,6 +353,15 @@ def _write(
         counts = writer.counts()
     tell_rest(read, sides, leaks)
     return PrepareResult(str(job.path), counts, dropped, False, **found)
+
+
+def _sums(done: list[tuple[ShardTask, ShardResult]]) -> tuple[ReadCounts, dict[str, int]]:
+    """What all shards read, and what cleaning left out, by reason."""
+    read, rejected = ReadCounts(), Counter[str]()
+    for _, result in done:
+        read.add(ReadCounts(**result.read))
+        rejected.update(result.rejected)
+    return read, dict(rejected.most_common())
 
 
 def _require_space(job: _Job, index: DocumentIndex, sides: Sides) -> None:

@@ -6,9 +6,9 @@ import logging
 from typing import Any
 
 from cartilha.config import PrepareConfig
-from cartilha.corpus.readers import ReadCounts
+from cartilha.corpus.readers import ReadCounts, no_text
 from cartilha.corpus.splits import Split
-from cartilha.errors import counted
+from cartilha.errors import UserError, counted
 from cartilha.preparation.assembly import Sides
 from cartilha.preparation.selection import FEW_DOCUMENTS
 from cartilha.tokens.store import SplitCounts
@@ -16,6 +16,16 @@ from cartilha.tokens.store import SplitCounts
 LITTLE = 0.2  # a lower correlation of the weights by two halves of a target is said
 
 log = logging.getLogger("cartilha")
+
+
+def nothing_left(config: PrepareConfig, rejected: dict[str, int]) -> UserError:
+    """The error that says why no document is left."""
+    if not rejected:
+        return no_text(config.input)
+    reasons = ", ".join(f"{number:,} {reason}" for reason, number in rejected.items())
+    documents = f"all {counted(sum(rejected.values()), 'document')} ({reasons})"
+    questions = ", or others with --decontaminate" if config.decontaminate else ""
+    return UserError(f"Cleaning left out {documents}; name fewer steps with --clean, or another --language{questions}.")
 
 
 def tell_mixture(config: PrepareConfig, sides: Sides) -> None:
