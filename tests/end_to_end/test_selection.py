@@ -13,12 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from cartilha.config import InspectConfig, PrepareConfig
+from cartilha.corpus import pieces
 from cartilha.corpus.primer import primer_texts
 from cartilha.errors import UnfinishedError, UserError
 from cartilha.pipeline import prepare as module
 from cartilha.pipeline.inspect import inspect
 from cartilha.pipeline.prepare import prepare
-from cartilha.preparation import selection
+from cartilha.preparation import index, selection
 from cartilha.preparation.selection_report import WEIGHTS_FILE
 from cartilha.terminal.results import DISPLAYS
 from cartilha.tokens.store import TokenStore
@@ -81,6 +82,23 @@ def test_the_same_documents_whatever_the_shards_and_pieces(config, tmp_path, mon
     first, second = (TokenStore(store).info for store in (config.output, again.output))
     assert first["files"]["train.tokens"] == second["files"]["train.tokens"]
     assert first["selection"] == second["selection"]
+
+
+def test_the_same_documents_where_arrays_are_files_and_read_in_pieces(config, tmp_path, monkeypatch):
+    with Path(config.input[0]).open("a", encoding="utf-8") as file:
+        file.write("\n" + "\n".join(report_line(number) for number in range(0, 900, 7)))  # known texts
+    prepare(config)
+    monkeypatch.setattr(index, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(index, "SORTED_DOCUMENTS", 100)
+    monkeypatch.setattr(pieces, "PIECE", 90)
+    again = replace(config, output=str(tmp_path / "again"))
+    prepare(again)
+    first, second = (TokenStore(store).info for store in (config.output, again.output))
+    for name in ("train.tokens", "train.documents.parquet", "validation.tokens", "validation.documents.parquet"):
+        assert first["files"][name] == second["files"][name]
+    assert first["dropped"] == second["dropped"] and first["dropped"]["exact_duplicates"] > 100
+    assert second["selection"]["reliability"] == pytest.approx(first["selection"]["reliability"], rel=1e-9)
+    assert not list(tmp_path.glob(".again*"))
 
 
 @pytest.mark.parametrize("executor", ["local", "ray"])

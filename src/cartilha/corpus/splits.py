@@ -13,6 +13,7 @@ from typing import Literal
 
 import numpy as np
 
+from cartilha.corpus.pieces import extremes, nth_true
 from cartilha.errors import UserError, counted
 
 Split = Literal["train", "validation"]
@@ -94,8 +95,7 @@ def split_documents(
     if given is not None:
         return _fixed(groups, given)
     if rule.documents is not None and rule.documents >= num_documents:
-        there = counted(num_documents, "document")
-        raise UserError(f"{rule.documents:,} of {there} cannot be held out; leave some to train on.")
+        raise _too_many(rule.documents, num_documents)
     if own is None:
         own = np.array([split_position(str(text_hash), rule.seed) for text_hash in text_hashes])
     notes: list[str] = []
@@ -117,6 +117,46 @@ def split_documents(
     return SplitResult(validation, np.zeros_like(validation), fraction, tuple(notes), *rates)
 
 
+def split_singly(positions: np.ndarray, stays: np.ndarray, rule: SplitRule, given: np.ndarray | None) -> SplitResult:
+    """What `split_documents` decides where no document has a near-duplicate, piece by piece over many documents.
+
+    Arrays have the shape (num_documents,): the documents' positions, whether each is to be split at all (at least two
+    are), and whether it is held out whatever the rule says.
+    """
+    num_documents, nothing = int(np.count_nonzero(stays)), np.zeros(len(stays), bool)
+    if given is None and rule.first is not None:
+        given, others = stays.copy(), nth_true(stays, np.array([rule.first]))
+        given[others[0] if len(others) else len(stays) :] = False
+    if given is not None:
+        validation = given & stays
+        if not validation.any() or int(np.count_nonzero(validation)) == num_documents:
+            raise _nothing_left(validation)
+        return SplitResult(validation, nothing, None, (), 0.0, 0.0)
+    if rule.documents is not None:
+        if rule.documents >= num_documents:
+            raise _too_many(rule.documents, num_documents)
+        bound, fraction = float(np.nextafter(extremes(positions, stays, rule.documents)[0][-1], 1)), None
+    else:
+        ends = positions[stays] if num_documents < 4 else np.concatenate(extremes(positions, stays, 2))
+        bound = fraction = _nearest(ends, rule.fraction)
+    notes = () if fraction in (None, rule.fraction) else (_other_fraction(rule.fraction, bound),)
+    return SplitResult(stays & (positions < bound), nothing, fraction, notes, 0.0, 0.0)
+
+
+def _too_many(wanted: int, num_documents: int) -> UserError:
+    there = counted(num_documents, "document")
+    return UserError(f"{wanted:,} of {there} cannot be held out; leave some to train on.")
+
+
+def _nothing_left(given: np.ndarray) -> UserError:
+    side = "train on" if given.any() else "hold out"
+    return UserError(f"No document is left to {side}; change what is held out, or give more text.")
+
+
+def _other_fraction(asked: float, used: float) -> str:
+    return f"A fraction of {asked:g} holds out none or all documents: {used:.3g} is used instead."
+
+
 def _cluster_positions(text_hashes: Sequence[str] | np.ndarray, groups: np.ndarray, own: np.ndarray) -> np.ndarray:
     """The position of each cluster: that of its document with the smallest hash."""
     order = np.lexsort((np.asarray(text_hashes), groups))
@@ -133,8 +173,7 @@ def _fixed(groups: np.ndarray, given: np.ndarray) -> SplitResult:
     """Hold out exactly the given documents; their near-duplicates are left out of training."""
     left_out = np.isin(groups, groups[given]) & ~given
     if not given.any() or (given | left_out).all():
-        side = "train on" if given.any() else "hold out"
-        raise UserError(f"No document is left to {side}; change what is held out, or give more text.")
+        raise _nothing_left(given)
     return SplitResult(given, left_out, None, (), 0.0, leak_rate(groups, given))
 
 
@@ -156,7 +195,7 @@ def _below(positions: np.ndarray, sizes: np.ndarray, fraction: float, notes: lis
     elif not (eligible & (positions < fraction)).any():
         used = float(np.nextafter(positions[eligible].min(), 1))
     if used != fraction:
-        notes.append(f"A fraction of {fraction:g} holds out none or all documents: {used:.3g} is used instead.")
+        notes.append(_other_fraction(fraction, used))
     return eligible & (positions < used), used
 
 

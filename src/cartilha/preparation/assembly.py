@@ -17,7 +17,8 @@ import numpy as np
 import pyarrow as pa
 
 from cartilha.corpus.near_duplicates import cluster
-from cartilha.corpus.splits import SPLITS, Split, SplitResult, split_documents
+from cartilha.corpus.pieces import pieces
+from cartilha.corpus.splits import SPLITS, Split, SplitResult, split_documents, split_singly
 from cartilha.errors import UserError
 from cartilha.preparation.executors import Executor
 from cartilha.preparation.index import DocumentIndex, chosen_ids, first_of_each, read_documents
@@ -39,17 +40,20 @@ class Sides:
     """What becomes of each document.
 
     Attributes:
-        validation: Whether it is held out, bool, shape (num_documents,).
-        train: How many times it is on the training side, int64; a document that is left out is on neither side.
-        clusters: The number, among the documents kept, of the first one in its cluster of near-duplicates, int64.
+        kept: Whether each document is the first of its text and in the mixture, bool, shape (num_documents,).
+        validation: Whether it is held out, bool.
+        train: How many times it is on the training side; a document that is left out is on neither side.
+        clusters: The number, among the documents kept, of the first one in its cluster of near-duplicates, int64; None
+            where they were not looked for, so that each is a cluster of its own.
         dropped: Documents left out, by reason.
         mixture: The figures of each input, if there are weights.
         chosen: What --select_tokens chose.
     """
 
+    kept: np.ndarray
     validation: np.ndarray
     train: np.ndarray
-    clusters: np.ndarray
+    clusters: np.ndarray | None
     dropped: dict[str, int]
     split: SplitResult
     mixture: tuple[dict[str, Any], ...]
@@ -68,59 +72,62 @@ def decide(
 
     The judge looks at those that would be trained on. A UserError says that there is nothing to split.
     """
-    num_documents = len(index.hashes)
     stays = first_of_each(index.hashes)
-    dropped = {"exact_duplicates": int((~stays).sum())}
+    dropped = {"exact_duplicates": int(np.count_nonzero(~stays))}
     all_clusters = None
     if near_duplicates:
         files = [task.directory / "signatures.npy" for task in index.tasks]
-        all_clusters = cluster(files, memory_bytes=CLUSTER_MEMORY_BYTES, scratch=index.tasks[0].work)
-    times, mixed = np.ones(num_documents, np.int64), tuple[dict[str, Any], ...]()
+        all_clusters = cluster(files, memory_bytes=CLUSTER_MEMORY_BYTES, scratch=index.work)
+    times, mixed = None, tuple[dict[str, Any], ...]()
     if asked.mixture is not None:
         times, mixed = _mix(index, stays, asked.mixture)
         dropped["weights"] = int((stays & (times == 0)).sum())
         stays &= times > 0
-    kept = np.flatnonzero(stays)
-    if len(kept) == 1:
+    if np.count_nonzero(stays) == 1:
         raise UserError("A single document cannot be split into training and validation; add more.")
-    own_clusters = None if all_clusters is None else all_clusters[kept]
-    result = _split(index, asked, kept, own_clusters)
+    result = _split(index, asked, stays, all_clusters)
     if result.left_out.any():
         dropped["near_duplicates_of_validation"] = int(result.left_out.sum())
-    validation, train = np.zeros(num_documents, bool), np.zeros(num_documents, bool)
-    validation[kept] = result.validation
-    train[kept] = ~result.validation & ~result.left_out
-    numbers = np.arange(len(kept))
-    groups = numbers if own_clusters is None else own_clusters
-    firsts, clusters = np.full(num_documents, num_documents), np.arange(num_documents)
-    np.minimum.at(firsts, groups, numbers)
-    clusters[kept] = firsts[groups]
+    train = stays & ~result.validation & ~result.left_out
     chosen = None
     if asked.amount is not None:
         of_inputs = index.sources < asked.num_held_out + asked.num_targets
         target, pool = of_inputs & train, train & ~of_inputs
-        if near_duplicates:
-            _take_once(pool, of_inputs & stays, clusters)
+        if all_clusters is not None:
+            _take_once(pool, of_inputs & stays, all_clusters)
         chosen = _choose(index, asked, executor, judge, (pool, target))
-        poor = 0 if judge is None else judge.verdicts > 0
+        poor = np.zeros(1, bool) if judge is None else judge.verdicts > 0
         dropped["target"] = int(target.sum())
-        dropped["not_chosen"] = int((train & ~target & ~chosen.mask & (poor == 0)).sum())
+        dropped["not_chosen"] = int((train & ~target & ~chosen.mask & ~poor).sum())
         train = chosen.mask
     elif judge is not None:
         judge.begin(train)
-        numbers = np.flatnonzero(train)
-        train[numbers] = judge.passes(numbers)
+        for piece in pieces(len(train)):
+            numbers = piece.start + np.flatnonzero(train[piece])
+            train[numbers] = judge.passes(numbers)
         if not train.any():
             raise UserError("No document is good enough to train on; give wider limits to their perplexity and score.")
     dropped |= {} if judge is None else judge.left_out
-    return Sides(validation, np.where(train, times, 0), clusters, dropped, result, mixed, chosen)
+    trained = train.astype(np.int8) if times is None else np.where(train, times, 0)
+    clusters = None if all_clusters is None else _among_kept(all_clusters, stays)
+    return Sides(stays, result.validation, trained, clusters, dropped, result, mixed, chosen)
+
+
+def _among_kept(clusters: np.ndarray, stays: np.ndarray) -> np.ndarray:
+    """The number, among the documents kept, of the first one in the cluster of each."""
+    kept = np.flatnonzero(stays)
+    numbers, firsts, result = np.arange(len(kept)), np.full(len(stays), len(stays)), np.arange(len(stays))
+    np.minimum.at(firsts, clusters[kept], numbers)
+    result[kept] = firsts[clusters[kept]]
+    return result
 
 
 def _take_once(pool: np.ndarray, of_target: np.ndarray, clusters: np.ndarray) -> None:
     """Leave one document at most in the pool of each cluster that the target, or what is held out, has documents of."""
-    numbers = np.flatnonzero(pool)
-    again = numbers[~first_of_each(np.stack([clusters, clusters], axis=1)[numbers])]
-    pool[again] &= ~np.isin(clusters[again], clusters[of_target])
+    numbers = np.flatnonzero(pool & np.isin(clusters, clusters[of_target]))
+    again = np.ones(len(numbers), bool)
+    again[np.unique(clusters[numbers], return_index=True)[1]] = False
+    pool[numbers[again]] = False
 
 
 def _choose(
@@ -146,37 +153,50 @@ def _choose(
     return choose(index, pool, target, how_much, executor, None if judge is None else judge.passes)
 
 
-def _split(index: DocumentIndex, asked: PrepareRequest, kept: np.ndarray, clusters: np.ndarray | None) -> SplitResult:
-    """Which of the kept documents are held out: given ones, else by the rule, among the target's if there is one."""
-    hashes, positions, sources = index.hex_hashes(kept), index.positions[kept], index.sources[kept]
+def _split(index: DocumentIndex, asked: PrepareRequest, stays: np.ndarray, clusters: np.ndarray | None) -> SplitResult:
+    """Which documents are held out: given ones, else by the rule, among the target's if there is one."""
+
+    def split(documents: np.ndarray, given: np.ndarray | None = None) -> SplitResult:
+        if clusters is None:
+            return split_singly(index.positions, documents, asked.rule, given)
+        own = np.flatnonzero(documents)
+        hashes, positions = index.hex_hashes(own), index.positions[own]
+        found = split_documents(hashes, asked.rule, clusters[own], None if given is None else given[own], positions)
+        validation, left_out = np.zeros((2, len(documents)), bool)
+        validation[own], left_out[own] = found.validation, found.left_out
+        return replace(found, validation=validation, left_out=left_out)
+
     if asked.num_held_out or not asked.num_targets:
-        given = sources < asked.num_held_out if asked.num_held_out else None
-        return split_documents(hashes, asked.rule, clusters, given, positions)
-    own = sources < asked.num_targets
-    if own.sum() < 2:
+        return split(stays, index.sources < asked.num_held_out if asked.num_held_out else None)
+    own = stays & (index.sources < asked.num_targets)
+    if np.count_nonzero(own) < 2:
         raise UserError(
             "The texts of --like are fewer than two documents, one to hold out and one to aim at; give more."
         )
-    inner = split_documents(hashes[own], asked.rule, None if clusters is None else clusters[own], None, positions[own])
-    given = np.zeros(len(kept), bool)
-    given[own] = inner.validation
-    outer = split_documents(hashes, asked.rule, clusters, given, positions)
-    return replace(outer, fraction_used=inner.fraction_used, notes=inner.notes)
+    inner = split(own)
+    return replace(split(stays, inner.validation), fraction_used=inner.fraction_used, notes=inner.notes)
 
 
 def _mix(index: DocumentIndex, stays: np.ndarray, mixture: Mixture) -> tuple[np.ndarray, tuple[dict[str, Any], ...]]:
-    """How many times each document is taken, and the figures of each input."""
-    of_document = mixture.inputs[index.sources]
-    num_inputs = len(mixture.shares)
-    tokens = np.bincount(of_document[stays], index.num_tokens[stays], num_inputs)
-    rates = mixture.rates(tokens)
-    times = copies(rates[of_document], index.hashes)
+    """How many times each document is taken, int32, and the figures of each input."""
+    num_inputs, num_documents = len(mixture.shares), len(stays)
+    sums = np.zeros((3, num_inputs))  # documents, tokens, documents left out
+    for piece in pieces(num_documents):
+        own = mixture.inputs[index.sources[piece]][stays[piece]]
+        sums[0] += np.bincount(own, minlength=num_inputs)
+        sums[1] += np.bincount(own, index.num_tokens[piece][stays[piece]], num_inputs)
+    rates, times = mixture.rates(sums[1]), np.zeros(num_documents, np.int32)
+    for piece in pieces(num_documents):
+        of_document = mixture.inputs[index.sources[piece]]
+        times[piece] = copies(rates[of_document], index.hashes[piece])
+        sums[2] += np.bincount(of_document[stays[piece] & (times[piece] == 0)], minlength=num_inputs)
+    documents, tokens, left_out = sums.astype(np.int64)
     columns = {
         "share": mixture.shares,
-        "num_documents": np.bincount(of_document[stays], minlength=num_inputs),
-        "num_tokens": tokens.astype(np.int64),
+        "num_documents": documents,
+        "num_tokens": tokens,
         "times": rates,
-        "num_left_out": np.bincount(of_document[stays & (times == 0)], minlength=num_inputs),
+        "num_left_out": left_out,
     }
     return times, tuple(pa.table(columns).to_pylist())
 
@@ -194,14 +214,17 @@ def write_sides(writer: StoreWriter, index: DocumentIndex, sides: Sides) -> None
 
 
 def _write_side(writer: SplitWriter, index: DocumentIndex, sides: Sides, mask: np.ndarray) -> None:
+    num_kept = 0
     for task, (begin, end) in zip(index.tasks, pairwise(index.starts), strict=True):
-        own = mask[begin:end]
+        own, first = mask[begin:end], num_kept
+        num_kept += int(np.count_nonzero(sides.kept[begin:end]))
         if not own.any():
             continue
+        clusters = first + np.cumsum(sides.kept[begin:end]) - 1 if sides.clusters is None else sides.clusters[begin:end]
         table = read_documents(task).filter(pa.array(own))
         hashes = index.hex_hashes(begin + np.flatnonzero(own)).astype("U32").tolist()
         columns = [table[name] for name in ROW_SCHEMA.names[:-2]]
-        columns += [pa.array(hashes, pa.string()), pa.array(sides.clusters[begin:end][own], pa.int64())]
+        columns += [pa.array(hashes, pa.string()), pa.array(clusters[own], pa.int64())]
         writer.add_rows(pa.Table.from_arrays(columns, schema=ROW_SCHEMA))
         for ids in chosen_ids(task, index.num_tokens[begin:end], own):
             writer.add_tokens(ids)

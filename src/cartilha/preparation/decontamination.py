@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -18,7 +19,7 @@ from cartilha.corpus.readers import read_raw
 from cartilha.corpus.records import ReadSettings
 from cartilha.corpus.sources import Source, resolve_inputs
 from cartilha.errors import UserError, counted, missing_extra
-from cartilha.preparation.shard_work import LISTED_CONTAMINATED, ShardResult
+from cartilha.preparation.shard_work import CONTAMINATED_FILE, LISTED_CONTAMINATED, ShardResult, ShardTask
 
 log = logging.getLogger("cartilha")
 
@@ -76,10 +77,10 @@ def question_runs(questions: Iterable[Question]) -> QuestionRuns:
     return runs
 
 
-def found_questions(runs: QuestionRuns, done: Sequence[tuple[Any, ShardResult]]) -> dict[str, Any]:
+def found_questions(runs: QuestionRuns, done: Sequence[tuple[ShardTask, ShardResult]]) -> dict[str, Any]:
     """Which questions the shards held, as store.json records it: figures of benchmarks, and the first documents."""
     numbers = {number for _, result in done for number in result.questions}
-    documents = (row for _, result in done for row in result.contaminated)
+    documents = (row for task, _ in done for row in json.loads((task.directory / CONTAMINATED_FILE).read_bytes()))
     return {
         "benchmarks": runs.found(numbers),
         "documents": list(islice(documents, LISTED_CONTAMINATED)),

@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -30,7 +30,7 @@ PRELOAD = ["cartilha.preparation.shard_work", "gigatoken", "awkward", "pandas"]
 START_S = 60.0  # after which work begins with the processes that have started
 
 # Runs a function on tasks: results come unordered, and after an exception no further task begins.
-Executor = Callable[[Callable[[Task], Result], Sequence[Task]], Iterator[Result]]
+Executor = Callable[[Callable[[Task], Result], Iterable[Task]], Iterator[Result]]
 
 
 @contextmanager
@@ -57,7 +57,7 @@ def in_processes(num_workers: int, imports: Sequence[str] = ()) -> Iterator[Exec
     start = threading.Thread(target=start_workers)
     start.start()
 
-    def run(function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
+    def run(function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
         start.join()
         left = iter(tasks)
         running: set[Future[Result]] = set()
@@ -103,7 +103,7 @@ def on_ray(address: str | None, num_workers: int | None) -> Iterator[Executor[An
         ) from None
     at_once = 2 * (num_workers or max(1, int(ray.cluster_resources().get("CPU", 1))))
 
-    def run(function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
+    def run(function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
         remote = ray.remote(num_cpus=1, max_retries=2)(function)
         left = iter(tasks)
         running: list[Any] = []

@@ -1,24 +1,35 @@
-"""All documents of finished shards: their numbers in memory, their ids and columns on the disk."""
+"""All documents of finished shards: what is known of each is in files, and looked at piece by piece.
+
+A hundred gigabytes of text have some thirty million documents. Arrays over all of them are files of the work directory
+where they are large: the system keeps their pages in memory as long as there is room, and drops them when there is not.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import DTypeLike
 
+from cartilha.corpus.pieces import pieces
 from cartilha.corpus.sources import Source
 from cartilha.preparation.shard_work import DOCUMENTS_SCHEMA, ShardTask
 from cartilha.tokens.store_checks import map_ids
 
+IN_MEMORY_BYTES = 16 << 20  # larger arrays are files
+SORTED_DOCUMENTS = 1 << 20  # compared with one another at a time
 COPY_TOKENS = 4 << 20  # tokens copied at a time
 MASKED_TOKENS = 100  # documents shorter than this are picked by a mask
 
 
 @dataclass(frozen=True)
 class DocumentIndex:
-    """The numbers of all documents of all finished shards, in the order of the input.
+    """The numbers of all documents of all finished shards, in the order of the input; arrays may be mapped files.
 
     Attributes:
         starts: Index of each shard's first document, and the number of documents at the end, int64.
@@ -33,6 +44,11 @@ class DocumentIndex:
     positions: np.ndarray
     num_tokens: np.ndarray
     sources: np.ndarray
+
+    @property
+    def work(self) -> Path:
+        """The work directory."""
+        return self.tasks[0].work
 
     def shard_of(self, number: int) -> int:
         """The number of the shard that a document is in."""
@@ -49,30 +65,53 @@ class DocumentIndex:
         return np.frombuffer(digits, "S32")
 
 
+def large_array(work: Path, name: str, shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
+    """An array of zeros: in memory if it is small, else a file of the work directory, mapped."""
+    if np.dtype(dtype).itemsize * math.prod(shape) <= IN_MEMORY_BYTES:
+        return np.zeros(shape, dtype)
+    return np.lib.format.open_memmap(work / f"{name}.npy", "w+", dtype, shape).view(np.ndarray)
+
+
 def load_index(tasks: Sequence[ShardTask], sources: Sequence[Source]) -> DocumentIndex:
     """Read the numbers of all documents of finished shards, given in order."""
     source_numbers = {source: number for number, source in enumerate(sources)}
-    no_hash = np.zeros((0, 2), np.uint64)
-    columns = [(no_hash, np.zeros(0), np.zeros(0, np.int64), np.zeros(0, np.int32))]  # of each shard
-    for task in tasks:
+    starts = np.cumsum([0, *(len(read_documents(task)) for task in tasks)])
+    shapes = {"hashes": np.uint64, "positions": np.float64, "num_tokens": np.int64, "sources": np.int32}
+    arrays = {}
+    for name, dtype in shapes.items() if tasks else ():
+        shape = (int(starts[-1]), 2) if name == "hashes" else (int(starts[-1]),)
+        arrays[name] = large_array(tasks[0].work, f"index-{name}", shape, dtype)
+    for task, (begin, end) in zip(tasks, pairwise(starts.tolist()), strict=True):
         table = read_documents(task)
         of_pieces = np.array([source_numbers[part.source] for part in task.shard.parts], np.int32)
-        hashes = [no_hash]
+        first = begin
         for chunk in table["text_hash"].chunks:
             found = np.frombuffer(chunk.buffers()[1], ">u8", 2 * len(chunk), 16 * chunk.offset)
-            hashes.append(found.reshape(-1, 2).astype(np.uint64))
+            arrays["hashes"][first : first + len(chunk)] = found.reshape(-1, 2)
+            first += len(chunk)
         position, num_tokens, piece = (table[name].to_numpy() for name in ("position", "num_tokens", "piece"))
-        columns.append((np.concatenate(hashes), position, num_tokens, of_pieces[piece]))
-    starts = np.cumsum([len(positions) for _, positions, *_ in columns])
-    return DocumentIndex(tasks, starts, *map(np.concatenate, zip(*columns, strict=True)))
+        arrays["positions"][begin:end], arrays["num_tokens"][begin:end] = position, num_tokens
+        arrays["sources"][begin:end] = of_pieces[piece]
+    if not tasks:
+        arrays = {name: np.zeros((0, 2) if name == "hashes" else 0, dtype) for name, dtype in shapes.items()}
+    return DocumentIndex(tasks, starts, **arrays)
 
 
 def first_of_each(hashes: np.ndarray) -> np.ndarray:
     """Whether each document is the first with its hash: bool, shape (num_documents,)."""
-    order = np.lexsort((hashes[:, 1], hashes[:, 0]))  # stable
-    ordered = hashes[order]
     result = np.ones(len(hashes), bool)
-    result[order[1:]] = (ordered[1:] != ordered[:-1]).any(axis=1)
+    num_parts = 1 + len(hashes) // SORTED_DOCUMENTS
+    for part in range(num_parts):  # equal hashes are in the same part
+        rows = []
+        for piece in pieces(len(hashes)):
+            of_part = ((hashes[piece, 0] >> np.uint64(32)) * np.uint64(num_parts)) >> np.uint64(32) == part
+            rows.append(piece.start + np.flatnonzero(of_part))
+        numbers = np.concatenate([np.zeros(0, np.int64), *rows])
+        own = hashes[numbers]
+        order = np.lexsort((own[:, 1], own[:, 0]))  # stable
+        ordered = own[order]
+        again = (ordered[1:] == ordered[:-1]).all(axis=1)
+        result[numbers[order[1:][again]]] = False
     return result
 
 

@@ -22,6 +22,7 @@ import pyarrow as pa
 
 from cartilha.config import PrepareConfig
 from cartilha.console import progress
+from cartilha.corpus.pieces import PIECE, at_the_ends, evenly
 from cartilha.errors import UserError
 from cartilha.preparation.index import DocumentIndex, chosen_ids, first_ids, read_documents
 from cartilha.tokens.tokenizer import TextTokenizer
@@ -122,9 +123,7 @@ class Judge:
 
     def begin(self, pool: np.ndarray) -> None:
         """Settle the limits that are shares, by a sample of the documents that may be taken (bool)."""
-        numbers = np.flatnonzero(pool)
-        hashes = self._index.hashes[numbers, 0]
-        sample = np.sort(numbers[np.argsort(hashes, kind="stable")[:SAMPLE_DOCUMENTS]])
+        sample = evenly(pool, SAMPLE_DOCUMENTS)
         for number, (signal, _) in enumerate(self._signals):
             limits = [-math.inf, math.inf]
             for side, limit in enumerate((signal.low, signal.high)):
@@ -170,18 +169,19 @@ class Judge:
         """What the store's record says of each signal: limits, quantiles of the scores, the extreme documents."""
         rows = []
         for (signal, _), kept, limits in zip(self._signals, self._scores, self._limits, strict=True):
-            numbers = np.flatnonzero(self._seen & ~np.isnan(kept))
-            ordered = numbers[np.argsort(kept[numbers], kind="stable")]
-            values = np.quantile(kept[numbers], QUANTILES).tolist() if len(numbers) else []
+            seen = self._seen & ~np.isnan(kept)
+            sample = kept[evenly(seen, PIECE)]
+            values = np.quantile(sample, QUANTILES).tolist() if len(sample) else []
+            lowest, highest = at_the_ends(kept, seen, NUM_SHOWN)
             rows.append(
                 {
                     "signal": signal.name,
                     "model": signal.reference,
                     "kept": [limit if math.isfinite(limit) else None for limit in limits],
-                    "num_scored": len(numbers),
+                    "num_scored": int(np.count_nonzero(seen)),
                     "quantiles": dict(zip(map(str, QUANTILES), values, strict=False)),
-                    "lowest": [self._shown(kept, tokenizer, place) for place in ordered[:NUM_SHOWN].tolist()],
-                    "highest": [self._shown(kept, tokenizer, place) for place in ordered[::-1][:NUM_SHOWN].tolist()],
+                    "lowest": [self._shown(kept, tokenizer, place) for place in lowest.tolist()],
+                    "highest": [self._shown(kept, tokenizer, place) for place in highest.tolist()],
                 }
             )
         return rows

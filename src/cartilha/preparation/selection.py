@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from cartilha.corpus.pieces import PIECE, descending, evenly, extremes, pieces
 from cartilha.errors import UnfinishedError, counted
 from cartilha.preparation.executors import Executor
-from cartilha.preparation.index import DocumentIndex, shard_ids
+from cartilha.preparation.index import DocumentIndex, large_array, shard_ids
 from cartilha.preparation.shard_work import ShardTask
 from cartilha.tokens import ngrams
 
@@ -66,7 +67,8 @@ class Chosen:
     Attributes:
         mask: Whether each document is trained on, bool.
         pool: Whether it could be chosen, bool.
-        weights: The log weight of each document of the pool, in nats of a document of average length, float64.
+        weights: The log weight of each document of the pool, in nats of a document of average length, float64; empty
+            without a target.
         ratios: The log ratio of each n-gram bucket (`ngrams.log_ratios`), of both halves on average; or None.
         facts: What the store's record says of it.
     """
@@ -111,46 +113,64 @@ def choose(
         passes: Which of some documents, given by number, are good enough; the others are passed over.
     """
     amount, seed = asked
-    num_tokens = amount.tokens(int(index.num_tokens[pool].sum()))
-    weights, strength, ratios, facts = np.zeros(len(pool)), 0.0, None, dict[str, Any]()
+    num_tokens = amount.tokens(_sum(index.num_tokens, pool))
+    weights, strength, ratios, facts = np.zeros(0), 0.0, None, dict[str, Any]()
     if target.any():
-        groups = np.where(pool, 2, -1)
+        groups = np.where(pool, np.int8(2), np.int8(-1))
         by_hash = np.flatnonzero(target)[np.argsort(index.hashes[target, 0], kind="stable")]
         groups[by_hash] = np.arange(len(by_hash)) % 2  # whatever the order of the input, and neither half empty
         counts = _counts(index, groups, executor)
         both = np.stack([ngrams.log_ratios(half, counts[2]) for half in counts[:2]])
         of_halves = _weights(index, pool, both, executor)
-        ratios, weights = both.mean(axis=0), of_halves.mean(axis=0)
-        reliability = _reliability(of_halves[:, pool])
-        strength = STRENGTH * reliability / (1 - reliability) / max(float(weights[pool].std()), 1e-9)
+        reliability, deviation = _agreement(of_halves, pool)
+        ratios, weights = both.mean(axis=0), large_array(index.work, "weights", pool.shape, np.float64)
+        for piece in pieces(len(pool)):
+            weights[piece] = of_halves[:, piece].mean(axis=0)
+        strength = STRENGTH * reliability / (1 - reliability) / max(deviation, 1e-9)
         facts = {
             "target_documents": int(target.sum()),
-            "target_tokens": int(index.num_tokens[target].sum()),
+            "target_tokens": _sum(index.num_tokens, target),
             "reliability": reliability,
         }
-    draw = _gumbel(index.hashes, seed)
-    mask = _highest(strength * weights + draw, pool, index.num_tokens, num_tokens, passes)
-    amount.refuse_too_few(int(index.num_tokens[mask].sum()))
+    mask = _highest(_keys(index, weights, strength, seed), pool, index.num_tokens, num_tokens, passes)
+    amount.refuse_too_few(_sum(index.num_tokens, mask))
     facts |= {
-        "num_documents": int(mask.sum()),
-        "num_tokens": int(index.num_tokens[mask].sum()),
-        "pool_documents": int(pool.sum()),
-        "pool_tokens": int(index.num_tokens[pool].sum()),
+        "num_documents": int(np.count_nonzero(mask)),
+        "num_tokens": _sum(index.num_tokens, mask),
+        "pool_documents": int(np.count_nonzero(pool)),
+        "pool_tokens": _sum(index.num_tokens, pool),
         "seed": seed,
     }
     if ratios is not None:
         # Beside as much text drawn at random, since the divergence from a small text is larger by chance.
-        texts = {"random": _highest(draw, pool, index.num_tokens, num_tokens), "chosen": mask}
-        facts["divergence"] = _divergences(index, counts[0] + counts[1], texts, executor)
-        facts["histogram"] = _histogram(weights[pool], weights[mask])
+        at_random = _highest(_keys(index, weights, 0.0, seed), pool, index.num_tokens, num_tokens)
+        facts["divergence"] = _divergences(
+            index, counts[0] + counts[1], {"random": at_random, "chosen": mask}, executor
+        )
+        facts["histogram"] = _histogram(weights, pool, mask)
     return Chosen(mask, pool, weights, ratios, facts)
+
+
+def _sum(values: np.ndarray, mask: np.ndarray) -> int:
+    """The sum of the values under a mask."""
+    return sum(int(values[piece] @ mask[piece]) for piece in pieces(len(values)))
+
+
+def _keys(index: DocumentIndex, weights: np.ndarray, strength: float, seed: int) -> np.ndarray:
+    """What documents are ordered by: the weight, as much as it counts, and a Gumbel variable."""
+    keys = large_array(index.work, "keys", index.positions.shape, np.float64)
+    for piece in pieces(len(keys)):
+        keys[piece] = _gumbel(index.hashes[piece], seed)
+        if strength:
+            keys[piece] += strength * weights[piece]
+    return keys
 
 
 def _divergences(
     index: DocumentIndex, of_target: np.ndarray, texts: dict[str, np.ndarray], executor: Executor[Any, Any]
 ) -> dict[str, float]:
     """The divergence of each of these texts (a mask of documents) from the target, given by its counts."""
-    found = {name: _counts(index, np.where(text, 0, -1), executor)[0] for name, text in texts.items()}
+    found = {name: _counts(index, _of_mask(text), executor)[0] for name, text in texts.items()}
     return {name: ngrams.divergence(of_target, counts) for name, counts in found.items()}
 
 
@@ -158,33 +178,52 @@ def _highest(
     keys: np.ndarray, pool: np.ndarray, num_tokens: np.ndarray, wanted: int, passes: Passes | None = None
 ) -> np.ndarray:
     """The documents of the pool with the highest keys that pass, as many as have the tokens that are wanted: bool."""
-    order = np.argsort(-np.where(pool, keys, -np.inf), kind="stable")[: int(pool.sum())]
     mask = np.zeros(len(pool), bool)
-    while wanted > 0 and len(order):
-        num_enough = 1 + int(np.searchsorted(np.cumsum(num_tokens[order]), wanted))
-        own, order = np.split(order, [num_enough])
-        taken = own if passes is None else own[passes(own)]
-        mask[taken] = True
-        wanted -= int(num_tokens[taken].sum())
+    for order in descending(keys, pool):
+        while wanted > 0 and len(order):
+            num_enough = 1 + int(np.searchsorted(np.cumsum(num_tokens[order]), wanted))
+            own, order = np.split(order, [num_enough])
+            taken = own if passes is None else own[passes(own)]
+            mask[taken] = True
+            wanted -= int(num_tokens[taken].sum())
+        if wanted <= 0:
+            break
     return mask
 
 
-def _reliability(weights: np.ndarray) -> float:
-    """The correlation of the weights by both halves of the target (shape (2, num_documents)), between 0 and 0.99."""
-    if weights.shape[1] < 2 or not weights.std(axis=1).all():
-        return 0.0
-    return float(np.clip(np.corrcoef(weights)[0, 1], 0, 0.99))
+def _agreement(weights: np.ndarray, pool: np.ndarray) -> tuple[float, float]:
+    """How far both halves of the target agree on the pool: the correlation of their weights, and the deviation.
+
+    The weights have the shape (2, num_documents). The correlation is between 0 and 0.99, the standard deviation that of
+    the mean of both.
+    """
+    number = max(1, int(np.count_nonzero(pool)))
+    parts = [(weights[:, piece], pool[piece]) for piece in pieces(len(pool))]
+    means = sum((own[:, mask].sum(axis=1) for own, mask in parts), np.zeros(2))[:, None] / number
+    moments = np.zeros(3)
+    for own, mask in parts:
+        first, second = own[:, mask] - means
+        moments += [(first * first).sum(), (second * second).sum(), (first * second).sum()]
+    deviation = float(np.sqrt(max(0.0, moments[0] + moments[1] + 2 * moments[2]) / number)) / 2
+    if number < 2 or not moments[:2].all():
+        return 0.0, deviation
+    return float(np.clip(moments[2] / np.sqrt(moments[0] * moments[1]), 0, 0.99)), deviation
 
 
-def _shards(index: DocumentIndex, groups: np.ndarray, ratios: np.ndarray | None = None) -> list[_Weighing]:
-    bounds = zip(index.tasks, pairwise(index.starts), strict=True)
-    found = [_Weighing(task, index.num_tokens[a:b], groups[a:b].astype(np.int8), ratios) for task, (a, b) in bounds]
-    return [shard for shard in found if (shard.groups >= 0).any()]
+def _shards(index: DocumentIndex, groups: np.ndarray, ratios: np.ndarray | None = None) -> Iterator[_Weighing]:
+    for task, (begin, end) in zip(index.tasks, pairwise(index.starts), strict=True):
+        if (groups[begin:end] >= 0).any():
+            yield _Weighing(task, np.array(index.num_tokens[begin:end]), groups[begin:end], ratios)
 
 
 def _counts(index: DocumentIndex, groups: np.ndarray, executor: Executor[Any, Any]) -> np.ndarray:
-    """The n-grams of the documents of each group: int64, shape (NUM_GROUPS, NUM_BUCKETS)."""
+    """The n-grams of the documents of each group (int8): int64, shape (NUM_GROUPS, NUM_BUCKETS)."""
     return np.asarray(sum(executor(count_shard, _shards(index, groups)), _no_counts()))
+
+
+def _of_mask(mask: np.ndarray) -> np.ndarray:
+    """Group 0 for the documents under a mask, none for the others."""
+    return np.where(mask, np.int8(0), np.int8(-1))
 
 
 def _no_counts() -> np.ndarray:
@@ -193,20 +232,24 @@ def _no_counts() -> np.ndarray:
 
 def _weights(index: DocumentIndex, pool: np.ndarray, ratios: np.ndarray, executor: Executor[Any, Any]) -> np.ndarray:
     """The log weights of each document by each model (`log_weights`), shape (num_models, num_documents)."""
-    sums = np.zeros((len(ratios), len(pool)), np.int64)
-    firsts = {task.shard.number: start for task, start in zip(index.tasks, index.starts, strict=False)}
-    for number, found in executor(weigh_shard, _shards(index, np.where(pool, 0, -1), ratios)):
-        sums[:, firsts[number] : firsts[number] + found.shape[1]] = found
-    return log_weights(sums, index.num_tokens, index.num_tokens[pool])
+    num_ngrams = sum(
+        int(np.maximum(1, 2 * index.num_tokens[piece][pool[piece]] - 1).sum()) for piece in pieces(len(pool))
+    )
+    average = num_ngrams / max(1, int(np.count_nonzero(pool)))
+    result = large_array(index.work, "half-weights", (len(ratios), len(pool)), np.float64)
+    places = {task.shard.number: place for task, place in zip(index.tasks, pairwise(index.starts), strict=True)}
+    for number, found in executor(weigh_shard, _shards(index, _of_mask(pool), ratios)):
+        begin, end = places[number]
+        result[:, begin:end] = log_weights(found, index.num_tokens[begin:end], average)
+    return result
 
 
-def log_weights(sums: np.ndarray, num_tokens: ArrayLike, pool_tokens: np.ndarray) -> np.ndarray:
-    """Log weights, in nats of a document as long as the pool's average, from the documents' log likelihood ratios.
+def log_weights(sums: np.ndarray, num_tokens: ArrayLike, average: float) -> np.ndarray:
+    """Log weights, in nats of a document with the pool's average number of n-grams, from log likelihood ratios.
 
     The sum of a document's log ratios grows with its length and would rank by it; their mean varies most in short
     documents, which chance would put first. The sum over the root of the number of n-grams does neither.
     """
-    average = np.maximum(1, 2 * pool_tokens - 1).mean()
     return np.asarray(sums / ngrams.FIXED_POINT * np.sqrt(average / np.maximum(1, 2 * np.asarray(num_tokens) - 1)))
 
 
@@ -257,10 +300,13 @@ def _gumbel(hashes: np.ndarray, seed: int) -> np.ndarray:
     return np.asarray(-np.log(-np.log(uniform)))
 
 
-def _histogram(pool: np.ndarray, chosen: np.ndarray) -> dict[str, list[float]]:
+def _histogram(weights: np.ndarray, pool: np.ndarray, chosen: np.ndarray) -> dict[str, list[float]]:
     """Documents by weight; the outermost bins hold the few that are far from the others."""
-    lowest, highest = np.quantile(pool, [0.001, 0.999]).tolist()
+    lowest, highest = np.quantile(weights[evenly(pool, PIECE)], [0.001, 0.999]).tolist()
     edges = np.round(np.linspace(lowest, highest, HISTOGRAM_BINS + 1), 1) + 0.0  # no minus zero
-    edges[0], edges[-1] = min(edges[0], pool.min()), max(edges[-1], pool.max())
-    of_pool, of_chosen = (np.histogram(values, edges)[0] for values in (pool, chosen))
-    return {"edges": edges.tolist(), "pool": of_pool.tolist(), "chosen": of_chosen.tolist()}
+    low, high = extremes(weights, pool, 1)
+    edges[0], edges[-1] = min(edges[0], low[0]), max(edges[-1], high[0])
+    counts = np.zeros((2, HISTOGRAM_BINS), np.int64)
+    for piece in pieces(len(pool)):
+        counts += [np.histogram(weights[piece][mask[piece]], edges)[0] for mask in (pool, chosen)]
+    return {"edges": edges.tolist(), "pool": counts[0].tolist(), "chosen": counts[1].tolist()}

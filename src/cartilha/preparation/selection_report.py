@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from cartilha.corpus.pieces import at_the_ends, evenly
 from cartilha.errors import UserError
 from cartilha.preparation.index import DocumentIndex, first_ids, read_documents
 from cartilha.preparation.selection import Chosen, log_weights
@@ -45,9 +46,7 @@ def report(index: DocumentIndex, chosen: Chosen, tokenizer: TextTokenizer) -> di
     facts = {**chosen.facts, "shares": _shares(index, chosen)}
     if chosen.ratios is None:
         return facts
-    places = np.flatnonzero(chosen.pool)
-    ordered = places[np.argsort(-chosen.weights[places], kind="stable")]
-    highest, lowest = ordered[:NUM_SHOWN], ordered[::-1][:NUM_SHOWN]
+    lowest, highest = at_the_ends(chosen.weights, chosen.pool, NUM_SHOWN)
     return {
         **facts,
         "highest": list(_documents(index, chosen, tokenizer, highest)),
@@ -110,8 +109,7 @@ def _words(index: DocumentIndex, chosen: Chosen, tokenizer: TextTokenizer) -> di
     """The words that add most to the divergence of both texts, in the beginnings of evenly spaced documents."""
     counts = []
     for mask in (chosen.pool, chosen.mask):
-        places = np.flatnonzero(mask)
-        sample = places[np.linspace(0, len(places) - 1, min(SAMPLED_DOCUMENTS, len(places))).astype(np.int64)]
+        sample = evenly(mask, SAMPLED_DOCUMENTS)
         texts = tokenizer.decode_batch([first_ids(index, number, SAMPLED_TOKENS) for number in sample.tolist()])
         counts.append(Counter(word for text in texts for word in WORD.findall(text.lower())))
     words = sorted(counts[0] | counts[1])
@@ -133,7 +131,8 @@ def explain(store: TokenStore, text_hash: str, ids: np.ndarray) -> dict[str, Any
     table = _weights_of_pool(store, ("weight", "num_tokens"))
     ratios = np.load(store.path / RATIOS_FILE, allow_pickle=False)
     sums = ngrams.log_likelihood_ratios(ids, np.array([len(ids)]), ratios[None])[0]
-    weight = float(log_weights(sums, [len(ids)], table["num_tokens"].to_numpy())[0])
+    average = float(np.maximum(1, 2 * table["num_tokens"].to_numpy() - 1).mean())
+    weight = float(log_weights(sums, [len(ids)], average)[0])
     found = _weights_of_pool(store, ("chosen",), filters=pc.field("text_hash") == text_hash)
     shown = store.tokenizer().decode_each(ids)
     names = [*shown, *map("|".join, pairwise(shown))]

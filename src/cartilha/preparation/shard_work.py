@@ -38,6 +38,7 @@ from cartilha.tokens.store_writer import ROW_SCHEMA
 BATCH_CHARS = 1 << 20  # arrays over a batch should fit into the cache of a core
 BATCH_DOCUMENTS = 20_000
 LISTED_CONTAMINATED = 100  # documents of each shard, and of the store, that are listed with what they hold
+CONTAMINATED_FILE = "contaminated.json"  # of a shard: the first documents that hold questions
 QUESTIONS_FILE = "questions.npz"  # in the work directory: the runs of words that documents must not have
 
 # What a store knows of a document, and the number of the shard's piece that it was read from.
@@ -91,7 +92,7 @@ class ShardTask:
 class ShardResult:
     """What the work on a shard counted: its size on the disk, `vars` of `ReadCounts`, and rejections by reason.
 
-    `questions` has the numbers of the questions that were found, `contaminated` the first documents that hold some.
+    `questions` has the numbers of the questions that were found; `CONTAMINATED_FILE` lists documents that hold some.
     """
 
     number: int
@@ -99,7 +100,6 @@ class ShardResult:
     read: dict[str, Any]
     rejected: dict[str, int]
     questions: list[int]
-    contaminated: list[dict[str, Any]]
 
 
 def done_result(task: ShardTask) -> ShardResult | None:
@@ -292,5 +292,9 @@ class _Writer:
             none = signatures([])
             save_signatures(self._directory / "signatures.npy", np.concatenate([none, *self._signatures]))
         self._stack.close()
-        found = sorted(self._questions), self._contaminated
-        return ShardResult(self.task.shard.number, self.task.shard.num_bytes, vars(read), self._rejected, *found)
+        if self.task.settings.questions:
+            listed = json.dumps(self._contaminated).encode("ascii")
+            (self._directory / CONTAMINATED_FILE).write_bytes(listed)
+        return ShardResult(
+            self.task.shard.number, self.task.shard.num_bytes, vars(read), self._rejected, sorted(self._questions)
+        )

@@ -1,0 +1,86 @@
+"""Arrays over all documents, looked at piece by piece: the cuts do not depend on how the work was shared out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+PIECE = 1 << 20  # documents
+NUM_BINS = 4096
+
+
+def pieces(num_documents: int) -> Iterator[slice]:
+    """Consecutive slices that make up so many documents."""
+    return (slice(begin, min(begin + PIECE, num_documents)) for begin in range(0, num_documents, PIECE))
+
+
+def nth_true(mask: np.ndarray, ranks: np.ndarray) -> np.ndarray:
+    """The places of the true values with these numbers (from 0, ascending) in a mask: int64."""
+    found, before = [np.zeros(0, np.int64)], 0
+    for piece in pieces(len(mask)):
+        num_true = int(np.count_nonzero(mask[piece]))
+        own = ranks[(ranks >= before) & (ranks < before + num_true)]
+        if len(own):
+            found.append(piece.start + np.flatnonzero(mask[piece])[own - before])
+        before += num_true
+    return np.concatenate(found)
+
+
+def extremes(values: np.ndarray, mask: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """The lowest and the highest of the values under a mask, at most so many of each, ascending."""
+    low = high = values[:0]
+    for piece in pieces(len(values)):
+        own = values[piece][mask[piece]]
+        low = np.sort(_lowest(np.concatenate([low, own]), number))
+        high = -np.sort(_lowest(-np.concatenate([high, own]), number))[::-1]
+    return low, high
+
+
+def _lowest(values: np.ndarray, number: int) -> np.ndarray:
+    return np.asarray(np.partition(values, number - 1)[:number] if len(values) > number else values)
+
+
+def evenly(mask: np.ndarray, number: int) -> np.ndarray:
+    """The places of about so many of the true values in a mask, at even distances: int64, ascending."""
+    num_true = int(np.count_nonzero(mask))
+    return nth_true(mask, np.unique(np.linspace(0, num_true - 1, min(number, num_true)).astype(np.int64)))
+
+
+def at_the_ends(values: np.ndarray, mask: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """The places of the lowest values under a mask, from the lowest, and of the highest, from the highest: int64."""
+    low, high = extremes(values, mask, number)
+    found: list[np.ndarray] = []
+    for sign, bound in ((1, low[-1:]), (-1, high[:1])):
+        parts = [np.zeros(0, np.int64)]
+        for piece in pieces(len(values)) if len(bound) else ():
+            parts.append(piece.start + np.flatnonzero(mask[piece] & (sign * values[piece] <= sign * bound)))
+        places = np.concatenate(parts)
+        found.append(places[np.argsort(sign * values[places], kind="stable")][:number])
+    return found[0], found[1]
+
+
+def descending(values: np.ndarray, mask: np.ndarray) -> Iterator[np.ndarray]:
+    """The places of the values under a mask from the highest on, some at a time; of equal values in order: int64."""
+    low, high = extremes(values, mask, 1)
+    if not len(low):
+        return
+    edges = np.linspace(low[0], high[0], NUM_BINS + 1)[1:-1]  # bin b holds what is from edges[b - 1] to below edges[b]
+    counts = np.zeros(NUM_BINS, np.int64)
+    for piece in pieces(len(values)):
+        bins = np.searchsorted(edges, values[piece][mask[piece]], side="right")
+        counts += np.bincount(bins, minlength=NUM_BINS)
+    past = NUM_BINS
+    while past > 0:
+        first = past - 1
+        while first > 0 and counts[first - 1 : past].sum() <= PIECE:
+            first -= 1
+        lower = edges[first - 1] if first else -np.inf
+        upper = edges[past - 1] if past < NUM_BINS else np.inf
+        parts = [np.zeros(0, np.int64)]
+        for piece in pieces(len(values)):
+            own = values[piece]
+            parts.append(piece.start + np.flatnonzero(mask[piece] & (own >= lower) & (own < upper)))
+        places = np.concatenate(parts)
+        yield places[np.argsort(-values[places], kind="stable")]
+        past = first
