@@ -116,6 +116,7 @@ class InspectConfig(Settings):
     what: str = option("", "a store's directory, primer, or a MODEL", required=True, positional=True)
     document: str | None = option(None, "show this document: its id, or its number (from 1) on the side of --split")
     block: int | None = option(None, "show this block (from 1) of the first epoch, with the documents in it")
+    mix: tuple[str, ...] = option((), "with --block: as `train --mix` reads the store with others")
     split: Literal["train", "validation"] = option("train", "side that --document and --block look at")
     weights: bool = option(False, "with --document: which n-grams raised and lowered its weight in the selection")
     block_size: int = option(512, "tokens per block, for --block")
@@ -239,6 +240,7 @@ class PlanConfig(AdapterOptions):
 
     model: str = option(DEFAULT_MODEL, MODEL_HELP)
     store: str | None = option(None, "the store that would be trained on: its tokens make the time of an epoch")
+    mix: tuple[str, ...] = option((), "with --store: other stores that are read too, as `train --mix` takes them")
     device: tuple[str, ...] = option((), f"auto (this machine), {', '.join(PLANNED_DEVICES)} (a laptop); default all")
     block_size: int | None = option(None, "tokens per block; default 256, 512, 1024 and 2048", minimum=2)
     batch_tokens: Count = option("auto", BATCH_HELP, minimum=1)

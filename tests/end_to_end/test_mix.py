@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from runs import FLAGS, Left, assert_same_run, start, terminate
 
-from cartilha.config import PrepareConfig, ReportConfig
-from cartilha.errors import InterruptedRunError, UserError
+from cartilha.blocks.mixing import MixtureSampler
+from cartilha.config import InspectConfig, PrepareConfig, ReportConfig, TrainConfig
+from cartilha.errors import CheckFailedError, InterruptedRunError, UserError
+from cartilha.pipeline.inspect import inspect
 from cartilha.pipeline.prepare import prepare
 from cartilha.pipeline.report import report
+from cartilha.runs.sources import Mix, sources_of
 from cartilha.tokens.store import TokenStore
 
 
@@ -126,6 +130,47 @@ def test_what_the_first_store_holds_out_is_not_read_from_another(store, corpus, 
     assert result["sources"][1]["num_left_out"] == len(known)
     assert result["sources"][1]["num_documents"] == TokenStore(other).counts["train"].num_documents - len(known)
     assert any("held out by --store for validation, and therefore not read" in one for one in result["notices"])
+
+
+def test_near_duplicates_of_the_held_out_text_in_another_store_are_said(store, tmp_path):
+    pytest.importorskip("rensa", reason="needs the extra text")
+    held_out = list(TokenStore(store).texts("validation"))
+    others = [f"Outro assunto, o {number}." for number in range(3)]
+    (tmp_path / "near.txt").write_text("\n".join([*(f"{text} Fim." for text in held_out), *others]), encoding="utf-8")
+    other = tmp_path / "near"
+    prepare(PrepareConfig(input=(str(tmp_path / "near.txt"),), model="random:tiny", output=str(other)))
+    with pytest.raises(CheckFailedError, match=r"near-duplicate among \d+ training documents of 2 stores"):
+        start(store, tmp_path / "run", mix=(f"{other}=0.3",), max_steps=1)
+
+
+def test_a_plan_says_how_often_each_source_is_read(cartilha, refused, store, english):
+    plan = ["plan", "--model", "random:tiny", "--device", "t4", "--epochs", 2, "--skip_probe"]
+    found = json.loads(cartilha(*plan, "--store", store, "--mix", f"{english}::news=25%", "--json").out)
+    first, second = found["sources"]
+    assert (first["source"], second["source"]) == (str(store), f"{english}::news")
+    assert first["passes"] == pytest.approx(2, rel=0.01) and second["passes"] > 2
+    assert second["tokens_read"] == pytest.approx(found["train_tokens"] / 4, abs=1)
+    assert found["train_tokens"] == pytest.approx(first["tokens_read"] / 0.75, abs=2)
+    outcome = cartilha(*plan, "--store", store, "--mix", f"{english}::news=25%")
+    assert outcome.code == 0 and f"{second['passes']:.2f}" in outcome.out
+    assert "--mix needs the store that gets the rest" in refused(*plan, "--mix", f"{english}=0.1")
+
+
+def test_a_block_of_a_mixture_is_the_one_that_training_reads(refused, mixed, store, english, settings):
+    mix = settings["mix"]
+    asked = InspectConfig(what=str(store), block=5, block_size=32, mix=mix)
+    block = inspect(asked).block
+    sources = sources_of(TrainConfig(store=str(store), mix=mix))
+    documents = Mix.open(sources, TokenStore(store)).documents
+    sampler = MixtureSampler(documents, block_size=32, blocks_per_step=4, seed=0)
+    tokenizer = TokenStore(store).tokenizer()
+    text = "".join(segment["text"] for segment in block["segments"])
+    assert text == tokenizer.decode(sampler.blocks(1)[0].input_ids)  # the first of the second step
+    names = {segment["doc_id"].rpartition(": ")[0] for page in range(1, 9) for segment in
+             inspect(replace(asked, block=page)).block["segments"]}  # fmt: skip
+    assert names == {str(store), str(english)}
+    assert "say which one with --block" in refused("inspect", store, "--mix", *mix)
+    assert "nowhere does not exist" in refused("inspect", store, "--block", 1, "--mix", "nowhere=0.5")
 
 
 def test_a_run_of_one_store_records_no_sources(unbroken):

@@ -12,6 +12,8 @@ import pytest
 from processes import run_processes
 
 from cartilha.cli import main
+from cartilha.config import PrepareConfig
+from cartilha.pipeline.prepare import prepare
 
 SETTINGS = ["--model", "random:tiny-opt", "--block_size", 32, "--batch_tokens", 160, "--lr", 3e-3, "--dtype", "float32"]
 
@@ -75,11 +77,15 @@ def test_two_processes_train_as_one_and_one_of_them_writes(run_two, store, alone
     assert again.returncode == 0 and again.stderr.count("nothing to do") == 1
 
 
-def test_a_run_goes_on_with_another_number_of_processes(run_two, cartilha, store, alone, tmp_path):
-    """Two processes begin, one goes on: the same blocks in the same order, and so the same losses."""
-    path = tmp_path / "run"
-    settings = [*SETTINGS, "--store", store, "--output", path, "--checkpoint_steps", 3, "--max_steps", 6,
-                "--keep_optimizer"]  # fmt: skip
+def test_a_run_goes_on_with_another_number_of_processes(run_two, cartilha, store, corpus, tmp_path):
+    """Two processes begin, one goes on: the same blocks of two stores in the same order, and so the same losses."""
+    path, alone, other = tmp_path / "run", tmp_path / "alone", tmp_path / "other"
+    texts = corpus.read_text(encoding="utf-8").splitlines()
+    (tmp_path / "other.txt").write_text("".join(f"{line} {line[::-1]}\n" for line in texts), encoding="utf-8")
+    prepare(PrepareConfig(input=(str(tmp_path / "other.txt"),), model="random:tiny", output=str(other)))
+    mixed = [*SETTINGS, "--store", store, "--mix", f"{other}=0.4", "--max_steps", 6, "--skip_checks"]
+    settings = [*mixed, "--output", path, "--checkpoint_steps", 3, "--keep_optimizer"]
+    assert cartilha("train", *mixed, "--output", alone).code == 0
     assert run_two("train", *settings).returncode == 0
     # As if it had been killed in the fifth step.
     results = json.loads((path / "results.json").read_text("utf-8"))
@@ -92,6 +98,8 @@ def test_a_run_goes_on_with_another_number_of_processes(run_two, cartilha, store
     found = cartilha("train", *settings, "--resume", "auto")
     assert found.code == 0 and "Going on from step 3" in found.err
     assert losses(path) == pytest.approx(losses(alone), abs=1e-5)
+    read = [json.loads((place / "results.json").read_text("utf-8"))["sources"] for place in (path, alone)]
+    assert read[0] == read[1] and read[0][1]["documents_read"] > 5
 
 
 def test_a_users_mistake_in_several_processes_ends_all_of_them(run_two, store, tmp_path):

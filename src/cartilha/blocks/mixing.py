@@ -135,6 +135,11 @@ class MixtureSampler(BlockSampler):
         """Scored targets of the first epoch; the others have other documents."""
         return self.stream(0).targets_in(0, self.blocks_per_epoch)
 
+    @property
+    def order(self) -> np.ndarray:
+        """The numbers of the documents that have been put into the stream so far, int64."""
+        return np.array(self._placed, np.int64)
+
     def _stream_of(self, step: int) -> PackedStream:
         needed = (step + 1) * self.tokens_per_step
         with self._lock:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -49,6 +49,7 @@ class Subject(Scorer):
     output: Path  # where the run would write
     quick: bool  # whether to check with less of everything
     is_random: bool  # whether the model has fresh weights (`random:`)
+    mixed: Sequence[Iterator[str]] = ()  # what the run reads of each other store
     # Nats of the held-out sample by compute dtype, kept by the checks that share them.
     scored: dict[torch.dtype, np.ndarray] = field(default_factory=dict, init=False)
 

@@ -7,6 +7,7 @@ import time
 import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import chain, zip_longest
 
 import numpy as np
 
@@ -168,15 +169,18 @@ def leak(subject: Subject) -> CheckResult:
 
     def training() -> Iterator[str]:
         nonlocal seen
-        for document in store.read_documents("train"):
-            yield document.text
-            seen += 1
+        texts = chain.from_iterable(zip_longest(store.texts("train"), *subject.mixed))
+        for text in texts:  # of all stores in turn
+            if text is not None:
+                yield text
+                seen += 1
             if time.monotonic() > deadline:
                 return
 
     try:
         near = float(np.mean(has_near_duplicate(scored, training())))
-        measured += f"; {near:.1%} of {len(scored)} have a near-duplicate among {seen:,} training documents"
+        of_stores = f" of {1 + len(subject.mixed)} stores" if subject.mixed else ""
+        measured += f"; {near:.1%} of {len(scored)} have a near-duplicate among {seen:,} training documents{of_stores}"
     except UserError as error:  # the extra is missing, and its sentence names it
         measured += f"; near-duplicates not looked for ({error})"
     passed = exact == 0 and (near or 0.0) <= MAX_NEAR_SHARE

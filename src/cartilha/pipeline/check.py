@@ -103,7 +103,9 @@ def refuse_if_failed(run: Run) -> None:
     began = time.monotonic()
     run.loaded.model.train(False)  # dropout would change every logit
     subject = _subject(run.config, run.scorer, run.store, sample_documents(run.store, quick=True), run.plan)
-    results = run_checks(replace(subject, disk_bytes=run.disk_space[0], output=run.path), CHEAP_CHECKS)
+    mixed = () if run.mix is None else run.mix.texts()
+    subject = replace(subject, disk_bytes=run.disk_space[0], output=run.path, mixed=mixed)
+    results = run_checks(subject, CHEAP_CHECKS)
     run.loaded.model.train(run.config.dropout)
     for result in results:
         if result.outcome == "failed":

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 from unicodedata import normalize
 
+import numpy as np
+
+from cartilha.blocks.mixing import MixtureSampler
 from cartilha.blocks.packing import PackedStream
 from cartilha.blocks.sampler import epoch_order
-from cartilha.config import InspectConfig
+from cartilha.config import InspectConfig, TrainConfig
 from cartilha.corpus.primer import PrimerCount, primer_table
 from cartilha.corpus.sources import PrimerSource, resolve_inputs
 from cartilha.corpus.splits import SPLITS, Split
 from cartilha.errors import UserError, counted
 from cartilha.model_reference import ADAPTER_CONFIG
+from cartilha.pipeline.preflight import preflight
 from cartilha.pipeline.result import Result
 from cartilha.preparation.selection_report import explain, not_chosen
+from cartilha.runs.sources import Mix, sources_of
 from cartilha.tokens.store import TokenStore
 from cartilha.tokens.summary import summarize
 
@@ -45,6 +51,7 @@ class InspectResult(Result):
 
 def inspect(config: InspectConfig) -> InspectResult:
     """Look at a store, the primer or a model; a UserError says that there is no such store, document or block."""
+    preflight(config)
     looks_closer = config.document is not None or config.block is not None or config.weights
     if re.match("primer(:|$)", config.what) and not Path(config.what).is_dir():
         (primer,) = resolve_inputs([config.what])
@@ -148,14 +155,13 @@ def _block(store: TokenStore, config: InspectConfig) -> dict[str, Any]:
     """A block of the first epoch, as training with this seed and block size packs it."""
     if config.block_size < 1:
         raise UserError(f"--block_size is {config.block_size}; give 1 or more.")
-    documents, labels, tokenizer = store.packed(config.split), store.labels(config.split), store.tokenizer()
-    order = epoch_order(len(documents), config.seed, 0)
-    stream = PackedStream(documents, config.block_size, order)
+    tokenizer = store.tokenizer()
+    stream, num_blocks, order, label = _mixed(store, config) if config.mix else _of_store(store, config)
     assert config.block is not None
-    if not 1 <= config.block <= len(stream):
+    if not 1 <= config.block <= num_blocks:
         raise UserError(
-            f"{store.path} has {counted(len(stream), 'block')} of {config.block_size} in an epoch;"
-            f" --block {config.block} is not from 1 to {len(stream)}."
+            f"{store.path} has {counted(num_blocks, 'block')} of {config.block_size} in an epoch;"
+            f" --block {config.block} is not from 1 to {num_blocks}."
         )
     index = config.block - 1
     block = stream.block(index)
@@ -168,7 +174,7 @@ def _block(store: TokenStore, config: InspectConfig) -> dict[str, Any]:
         segments.append(
             {
                 "document": document + 1,
-                "doc_id": labels["doc_id"][document],
+                "doc_id": label(document),
                 "num_inputs": piece.end - piece.begin,
                 "from_the_beginning": piece.begins,
                 "to_the_end": piece.ends,
@@ -176,4 +182,20 @@ def _block(store: TokenStore, config: InspectConfig) -> dict[str, Any]:
             }
         )
     asked = {"block_size": config.block_size, "split": config.split, "seed": config.seed}
-    return {"block": config.block, "num_blocks": len(stream), **asked, "segments": segments}
+    return {"block": config.block, "num_blocks": num_blocks, **asked, "segments": segments}
+
+
+_Stream = tuple[PackedStream, int, np.ndarray, Callable[[int], str]]  # with its blocks, documents and their names
+
+
+def _of_store(store: TokenStore, config: InspectConfig) -> _Stream:
+    documents, ids = store.packed(config.split), store.labels(config.split)["doc_id"]
+    order = epoch_order(len(documents), config.seed, 0)
+    stream = PackedStream(documents, config.block_size, order)
+    return stream, len(stream), order, ids.__getitem__
+
+
+def _mixed(store: TokenStore, config: InspectConfig) -> _Stream:
+    mix = Mix.open(sources_of(TrainConfig(store=str(store.path), mix=config.mix)), store)
+    sampler = MixtureSampler(mix.documents, block_size=config.block_size, blocks_per_step=1, seed=config.seed)
+    return sampler.stream(0), sampler.blocks_per_epoch, sampler.order, mix.label

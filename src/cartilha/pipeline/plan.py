@@ -12,7 +12,7 @@ import torch
 from transformers import PretrainedConfig
 
 from cartilha.blocks.sampler import BlockSampler
-from cartilha.config import PlanConfig
+from cartilha.config import PlanConfig, TrainConfig
 from cartilha.console import log
 from cartilha.errors import UserError, counted
 from cartilha.machine.devices import choose_device, choose_dtype, dtype_name
@@ -22,6 +22,7 @@ from cartilha.model.load import load_model, look_at, with_adapter
 from cartilha.model.recomputation import checkpoint_layers
 from cartilha.pipeline.preflight import preflight
 from cartilha.reporting.notebook import plan_html
+from cartilha.runs.sources import Mix, sources_of
 from cartilha.runs.step_plan import refuse_beyond_context, this_machine, with_copy
 from cartilha.tokens.packed import PackedDocuments
 from cartilha.tokens.store import TokenStore
@@ -141,7 +142,13 @@ def plan(config: PlanConfig) -> PlanResult:
     sizes = _block_sizes(config, context_length(model))
     seen = look_at(model, config.model)
     counts = store.counts["train"] if store else None
+    mix = (
+        Mix.open(sources_of(TrainConfig(store=str(store.path), mix=config.mix)), store)
+        if store and config.mix
+        else None
+    )
     tokens = config.epochs * (counts.num_tokens + counts.num_documents) if counts else None
+    tokens = config.epochs * mix.documents.epoch_size if mix else tokens
     usual = (
         ("auto", *KNOWN_DEVICES) if config.gpus == 1 else [n for n, known in KNOWN_DEVICES.items() if not known.is_host]
     )
@@ -180,6 +187,7 @@ def plan(config: PlanConfig) -> PlanResult:
             "batch_tokens": config.batch_tokens,
             "epochs": config.epochs,
             "train_tokens": tokens,
+            "sources": mix.planned(tokens) if mix and tokens else [],
             "checkpoint_bytes": states.checkpoint_bytes,
             "disk_bytes": space_needed(states)[0],
             "gpus": config.gpus,

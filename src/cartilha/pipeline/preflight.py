@@ -224,6 +224,13 @@ def _check_memory(config: configs.TrainConfig | configs.PlanConfig) -> None:
             raise UserError("Lean weights are not sharded; use --memory full, or --shard none.")
 
 
+def _check_mix_of(config: configs.PlanConfig | configs.InspectConfig, store: str | None) -> None:
+    """The mixture of a command that does not train."""
+    if config.mix and not store:
+        raise UserError("--mix needs the store that gets the rest of the tokens; name it with --store.")
+    _check_mix(configs.TrainConfig(store=store or "", mix=config.mix))
+
+
 def _check_mix(config: configs.TrainConfig) -> None:
     if not config.mix_end and config.mix_end_fraction != configs.TrainConfig.mix_end_fraction:
         raise UserError("--mix_end_fraction is for the shares of --mix_end, which are missing; give both, or neither.")
@@ -238,6 +245,7 @@ def _plan(config: configs.PlanConfig) -> None:
     for name in config.device:
         if name not in known:
             raise UserError(f"There is no device {name!r} to plan for; choose from {', '.join(known)}.")
+    _check_mix_of(config, config.store)
 
 
 def _scored_text(config: configs.EvaluateConfig | configs.CompareConfig) -> None:
@@ -309,6 +317,12 @@ def _vocab(config: configs.VocabConfig) -> None:
             raise UserError(f"{config.output} holds something already; choose another --output for the extended model.")
 
 
+def _inspect(config: configs.InspectConfig) -> None:
+    if config.mix and config.block is None:
+        raise UserError("--mix is for the blocks of a mixture; say which one with --block.")
+    _check_mix_of(config, config.what)
+
+
 def _explore(config: configs.ExploreConfig) -> None:
     if not config.models and not config.store:
         raise UserError("There is nothing to explore; name one or two models with --model, or a store with --store.")
@@ -370,6 +384,7 @@ _CHECKS: dict[type[Any], tuple[Callable[[Any], None], ...]] = {
     configs.TrainConfig: (_check_adapter, _check_batch, _train),
     configs.CheckConfig: (_check_places,),
     configs.PlanConfig: (_plan, _check_adapter, _check_batch, _check_memory, _check_places),
+    configs.InspectConfig: (_inspect,),
     configs.EvaluateConfig: (_evaluate, _scored_text, _check_places),
     configs.CompareConfig: (_compare,),
     configs.GenerateConfig: (check_decoding, _check_places),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -21,6 +22,7 @@ from cartilha.tokens.store import TokenStore
 from cartilha.tokens.store_checks import read_store_info
 
 SHOWN_DOMAINS = 8
+DECODED_DOCUMENTS = 256
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,8 @@ class Mix:
     sources: tuple[Source, ...]
     documents: MixedDocuments
     left_out: tuple[int, ...]  # documents of each source that the first store holds out
+    stores: tuple[TokenStore, ...]  # each once, that of `--store` first
+    begins: tuple[int, ...]  # the number of each store's first document among all
 
     @classmethod
     def open(cls, sources: Sequence[Source], store: TokenStore) -> Mix:
@@ -173,11 +177,11 @@ class Mix:
 
         What that store holds out for validation is not read from others. A UserError names a source without documents.
         """
-        stores: dict[str, TokenStore] = {}
+        stores: dict[str, TokenStore] = {os.path.realpath(store.path): store}
         for source in sources:
             path = os.path.realpath(source.store)
             if path not in stores:
-                stores[path] = store if _is_of(source, str(store.path)) else TokenStore(source.store)
+                stores[path] = TokenStore(source.store)
         parts = {path: one.packed("train") for path, one in stores.items()}
         begins = dict(zip(parts, np.cumsum([0, *map(len, parts.values())]), strict=False))
         held_out = store.labels("validation", ("text_hash",))["text_hash"]
@@ -193,7 +197,45 @@ class Mix:
         rates = tuple(Rate(source.share, source.end_share) for source in sources)
         num_counted = sum(_is_of(source, str(store.path)) for source in sources)
         mixed = MixedDocuments(PackedDocuments.joined(list(parts.values())), tuple(members), rates, num_counted)
-        return cls(tuple(sources), mixed, tuple(left_out))
+        opened = tuple(stores.values()), tuple(int(begins[path]) for path in stores)
+        return cls(tuple(sources), mixed, tuple(left_out), *opened)
+
+    def label(self, document: int) -> str:
+        """The name of a document among all, with its store."""
+        number = bisect.bisect_right(self.begins, document) - 1
+        store, row = self.stores[number], document - self.begins[number]
+        return f"{store.path}: {store.labels('train', ('doc_id',), row)['doc_id'][0]}"
+
+    def texts(self) -> list[Iterator[str]]:
+        """What is read of each store but that of `--store`."""
+        bounds = [*self.begins, len(self.documents.documents)]
+        return [self._texts(number, bounds[number], bounds[number + 1]) for number in range(1, len(self.stores))]
+
+    def _texts(self, number: int, begin: int, past: int) -> Iterator[str]:
+        tokenizer, documents = self.stores[number].tokenizer(), self.documents.documents
+        members = np.sort(np.concatenate(self.documents.members))
+        members = members[(members >= begin) & (members < past)]
+        for first in range(0, len(members), DECODED_DOCUMENTS):
+            own = members[first : first + DECODED_DOCUMENTS]
+            spans = zip(documents.start[own].tolist(), documents.num_tokens[own].tolist(), strict=True)
+            yield from tokenizer.decode_batch([documents.tokens[a : a + length] for a, length in spans])
+
+    def planned(self, num_tokens: int) -> list[dict[str, Any]]:
+        """Each source with what so many tokens of the stream take of it."""
+        rows = []
+        for i, (source, rate) in enumerate(zip(self.sources, self.documents.rates, strict=True)):
+            due, size = float(rate.due(num_tokens)), self.documents.sizes[i]
+            rows.append(
+                {
+                    "source": source.name,
+                    "share": float(source.share),
+                    "num_documents": len(self.documents.members[i]),
+                    "num_tokens": size,
+                    "tokens_read": round(due),
+                    "passes": due / size,
+                }
+            )
+        return rows
 
     def ending(self, num_steps: int, fraction: float, tokens_per_step: int) -> Mix:
         """With the last part of the steps, at least one, mixed by the shares that are meant for it."""

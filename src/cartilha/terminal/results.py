@@ -187,6 +187,13 @@ def _plan(result: Values) -> Parts:
             continue
         rows.append([_MEMORY.get(part, part), *(f"{row['memory'][part] / GIB:.2f}" for row in shown.values())])
     yield FittingTable(("GiB of it", *shown), rows)
+    if result.get("sources"):
+        columns = ("source", "share", "documents", "tokens", "read of it", "passes")
+        names = ("source", "share", "num_documents", "num_tokens", "tokens_read", "passes")
+        sources = [
+            {**one, "share": f"{one['share']:.1%}", "passes": f"{one['passes']:.2f}"} for one in result["sources"]
+        ]
+        yield FittingTable(columns, [[one[name] for name in names] for one in sources], words=(0,))
     yield "~: an estimate, from the device's peak and the share of it that is expected. -: does not fit."
     if (gpus := result["gpus"]) > 1:
         yield (
