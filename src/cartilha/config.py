@@ -227,6 +227,9 @@ class CheckConfig(ComputeOptions):
 
     model: str = option(DEFAULT_MODEL, MODEL_HELP)
     store: str | None = option(None, "check with this store's text; without one, with the primer's")
+    questions: tuple[str, ...] = option(
+        (), "with --store: these benchmarks' questions (REFs, or tasks; extra eval) should not be in its training text"
+    )
     quick: bool = option(False, "less text and fewer steps: under two minutes for the embedded model on two cores")
     block_size: int = option(512, "tokens per block of the training to come", minimum=2)
     batch_tokens: Count = option("auto", BATCH_HELP, minimum=1)

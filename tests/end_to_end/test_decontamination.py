@@ -13,7 +13,7 @@ from cartilha.config import EvaluateConfig, PrepareConfig
 from cartilha.corpus.primer import primer_texts
 from cartilha.corpus.questions import Question
 from cartilha.errors import UserError, install_command
-from cartilha.pipeline import held_out as held_out_text
+from cartilha.evaluation import questions as questions_module
 from cartilha.pipeline import prepare as module
 from cartilha.pipeline.held_out import held_out
 from cartilha.pipeline.prepare import prepare
@@ -125,7 +125,7 @@ def test_mistakes_are_named(config, refused, monkeypatch):
     assert "There is no file 'prova.json'" in refused(*options, "--decontaminate", "prova.json")
     assert "no task file nada.yaml" in refused(*options, "--decontaminate", "nada.yaml")
     Path("curto.txt").write_text("Quem?\nQuando?\n", encoding="utf-8")
-    assert "no text of 8 words" in refused(*options, "--decontaminate", "curto.txt")
+    assert "--decontaminate names no text of 8 words" in refused(*options, "--decontaminate", "curto.txt")
     Path("quebrado.jsonl").write_text('{"pergunta": "Quem', encoding="utf-8")
     assert "quebrado.jsonl, line 1: not valid JSON" in refused(*options, "--decontaminate", "quebrado.jsonl")
     monkeypatch.setitem(sys.modules, "lm_eval", None)
@@ -183,8 +183,8 @@ def test_evaluation_says_how_many_questions_are_in_the_training_text(config, mon
     }
     shown = [*_task_questions(found)]
     assert shown == ["prova: 3 of 4 questions (75.0%) are in the store's training side"]
-    monkeypatch.setattr(held_out_text, "QUESTION_SECONDS", 0)
-    monkeypatch.setattr(held_out_text, "SEARCHED_CHARS", 1)
+    monkeypatch.setattr(questions_module, "SEARCH_SECONDS", 0)
+    monkeypatch.setattr(questions_module, "SEARCHED_CHARS", 1)
     cut = text.questions_in_training(questions)
     assert cut is not None and cut["num_searched"] < len(PRIMER) - 1
     assert "(in its first " in next(_task_questions(cut))

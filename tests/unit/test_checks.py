@@ -21,6 +21,7 @@ from cartilha.checks import machine, model, text, training
 from cartilha.checks.outcome import CheckResult, Subject
 from cartilha.corpus.document import Document
 from cartilha.corpus.primer import read_primer
+from cartilha.corpus.questions import Question, QuestionRuns
 from cartilha.evaluation import nll as nll_module
 from cartilha.evaluation.nll import DocumentScores
 from cartilha.evaluation.scorer import make_scorer
@@ -124,7 +125,7 @@ def test_no_false_alarm(name, opt_tokenizer, tmp_path, monkeypatch):
     results = run_checks(subject_of(loaded, tokenizer, tmp_path), CHECKS)
     assert failed(results) == []
     outcomes = {result.name: result.outcome for result in results}
-    assert {n for n, outcome in outcomes.items() if outcome == "not applicable"} == {"precision", "leak"}
+    assert {n for n, outcome in outcomes.items() if outcome == "not applicable"} == {"precision", "leak", "benchmark"}
     for key, value in loaded.model.state_dict().items():
         assert torch.equal(value, before[key]), "the checks put the weights back"
     assert not list(tmp_path.iterdir()), "and leave no file"
@@ -344,6 +345,17 @@ def test_a_leak(fresh, tmp_path):
     store = TokenStore(made_store(tmp_path / "leaky", list(read_primer())[:30], leaked=1))
     (result,) = run_checks(on_store(fresh, store), (text.leak,))
     assert result.outcome == "failed" and "1 of 10" in result.measured
+
+
+def test_questions_of_a_benchmark_in_the_training_text(fresh, tmp_path):
+    documents = list(read_primer())[:30]
+    subject = on_store(fresh, TokenStore(made_store(tmp_path / "known", documents, leaked=0)))
+    texts = [next(subject.store.texts("train"))[:200], " ".join("abcdefghijklmn"), " ".join("opqrstuvwxyzab")]
+    asked = [Question("prova", str(number), (words,)) for number, words in enumerate(texts)]
+    results = [run_checks(replace(subject, questions=QuestionRuns.of(own)), (text.benchmark,))[0]
+               for own in (asked, asked[1:])]  # fmt: skip
+    assert [result.outcome for result in results] == ["failed", "passed"]
+    assert results[0].measured == "prova: 1 of 3 (33.3%)" and "--decontaminate" in results[0].remedy
 
 
 def test_near_duplicates(fresh, tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from cartilha.blocks.packing import PackedStream
 from cartilha.corpus.document import Document
+from cartilha.corpus.questions import QuestionRuns
 from cartilha.evaluation.scorer import Scorer
 from cartilha.tokens.packed import PackedDocuments
 from cartilha.tokens.store import TokenStore
@@ -49,6 +50,7 @@ class Subject(Scorer):
     output: Path  # where the run would write
     quick: bool  # whether to check with less of everything
     is_random: bool  # whether the model has fresh weights (`random:`)
+    questions: QuestionRuns | None = None  # of benchmarks that the training text should not hold
     mixed: Sequence[Iterator[str]] = ()  # what the run reads of each other store
     # Nats of the held-out sample by compute dtype, kept by the checks that share them.
     scored: dict[torch.dtype, np.ndarray] = field(default_factory=dict, init=False)

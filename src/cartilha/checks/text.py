@@ -15,6 +15,7 @@ from cartilha.checks.outcome import CheckResult, Judgement, Subject
 from cartilha.corpus.english import english_sample
 from cartilha.corpus.near_duplicates import has_near_duplicate
 from cartilha.errors import UserError, counted
+from cartilha.evaluation.questions import questions_in
 from cartilha.evaluation.scorer import unused_ids
 from cartilha.model.embeddings import input_rows
 from cartilha.model.head import head_of
@@ -24,6 +25,7 @@ from cartilha.tokens.tokenizer import TextTokenizer
 MAX_LOST_SHARE = 0.01  # of the bytes: beyond it the byte figures are refused (docs/measures.md)
 MAX_UNKNOWN_SHARE = 0.001
 MAX_NEAR_SHARE = 0.05
+MAX_KNOWN_SHARE = 0.01
 IDS_A_READ = 1 << 22
 NEAR_SAMPLE = 200  # held-out documents whose near-duplicates are looked for
 NEAR_SECONDS, NEAR_SECONDS_QUICK = 60.0, 5.0  # how long the training side is searched for them
@@ -185,3 +187,25 @@ def leak(subject: Subject) -> CheckResult:
         measured += f"; near-duplicates not looked for ({error})"
     passed = exact == 0 and (near or 0.0) <= MAX_NEAR_SHARE
     return words.judge(passed, measured, num_exact=exact, near_duplicate_share=near)
+
+
+def benchmark(subject: Subject) -> CheckResult:
+    """Hardly a question of the benchmarks that are named is in the training text.
+
+    Catches a crawl that holds the pages of a benchmark: its figures would say what the model remembers.
+    """
+    words = Judgement(
+        f"at most {MAX_KNOWN_SHARE:.0%} of a benchmark's questions in the training text",
+        "The benchmark would measure what the model remembers of it.",
+        "Prepare the store anew with --decontaminate and the names of the benchmarks.",
+    )
+    if subject.store is None or subject.questions is None:
+        return words.skip("no benchmark is named (--questions), or no store")
+    found = questions_in(subject.store, subject.questions)
+    shares = [row["num_found"] / row["num_questions"] for row in found["benchmarks"]]
+    rows = zip(found["benchmarks"], shares, strict=True)
+    parts = [f"{row['name']}: {row['num_found']:,} of {row['num_questions']:,} ({share:.1%})" for row, share in rows]
+    measured = "; ".join(parts)
+    if found["num_searched"] < found["num_documents"]:
+        measured += f"; in its first {found['num_searched']:,} of {found['num_documents']:,} training documents"
+    return words.judge(max(shares) <= MAX_KNOWN_SHARE, measured, **found)

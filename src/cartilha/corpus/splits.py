@@ -143,9 +143,9 @@ def split_singly(positions: np.ndarray, stays: np.ndarray, rule: SplitRule, give
     return SplitResult(stays & (positions < bound), nothing, fraction, notes, 0.0, 0.0)
 
 
-def _too_many(wanted: int, num_documents: int) -> UserError:
+def _too_many(documents: int, num_documents: int) -> UserError:
     there = counted(num_documents, "document")
-    return UserError(f"{wanted:,} of {there} cannot be held out; leave some to train on.")
+    return UserError(f"{documents:,} of {there} cannot be held out; leave some to train on.")
 
 
 def _nothing_left(given: np.ndarray) -> UserError:

@@ -49,7 +49,7 @@ def task_questions(tasks: Sequence[str]) -> Iterator[Question]:
     try:
         check_tasks(tasks)
     except UserError as error:
-        raise UserError(f"--decontaminate names neither a file that is there nor a task: {error}") from None
+        raise UserError(f"{tasks[0]} is neither a file that is there nor a task: {error}") from None
     try:
         for name, task in _load_tasks(_as_harness(expand(tasks))).items():
             for number, record in enumerate(task.eval_docs, 1):

@@ -15,11 +15,14 @@ from cartilha.config import CheckConfig, TrainConfig
 from cartilha.console import log, progress
 from cartilha.corpus.document import Document
 from cartilha.corpus.primer import read_primer
+from cartilha.corpus.records import ReadSettings
 from cartilha.errors import CheckFailedError, UserError, first_line
 from cartilha.evaluation.scorer import Scorer, load_scorer
 from cartilha.machine.devices import choose_device
 from cartilha.pipeline.preflight import preflight
+from cartilha.pipeline.questions import named_questions
 from cartilha.pipeline.result import Result
+from cartilha.preparation.decontamination import QuestionNames
 from cartilha.runs.setup import Run
 from cartilha.runs.step_plan import RunPlan, StepShape, plan_run, refuse_beyond_context, this_machine
 from cartilha.tokens.store import TokenStore
@@ -43,6 +46,7 @@ CHECKS: tuple[Check, ...] = (
     training.gradients,
     model.precision,
     text.leak,
+    text.benchmark,
     memory_and_disk,
     training.resume,
     model.truth,
@@ -130,7 +134,10 @@ def _subject_of_command(config: CheckConfig) -> Subject:
     batch_tokens = resolve_batch_tokens(config.batch_tokens, config.block_size, device.type)
     shape = StepShape(config.block_size, max(1, batch_tokens // config.block_size))
     plan = plan_run(loaded.model.config, this_machine(device, scorer.dtype), StateSize.of(loaded.model), shape)
-    return _subject(config, scorer, store, samples, plan)
+    subject = _subject(config, scorer, store, samples, plan)
+    return replace(
+        subject, questions=named_questions(QuestionNames.of(config.questions, "--questions"), ReadSettings())
+    )
 
 
 def _subject(

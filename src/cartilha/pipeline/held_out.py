@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,21 +15,20 @@ from cartilha.corpus.document import Document
 from cartilha.corpus.hints import log_hints
 from cartilha.corpus.hub import opened
 from cartilha.corpus.near_duplicates import has_near_duplicate
-from cartilha.corpus.questions import Contaminated, Question, QuestionFinder, QuestionRuns
+from cartilha.corpus.questions import Question, QuestionRuns
 from cartilha.corpus.readers import first_documents, read_documents
 from cartilha.corpus.records import ReadSettings
 from cartilha.corpus.sources import HubSource, Source, resolve_inputs
 from cartilha.evaluation.baselines import UnigramCollector
 from cartilha.evaluation.compressed import MAX_PRIME_BYTES, CompressedText
+from cartilha.evaluation.questions import questions_in
 from cartilha.evaluation.scorer import Scorer
 from cartilha.preparation.made_from import describe_source
-from cartilha.tokens.store import TokenStore, batches
+from cartilha.tokens.store import TokenStore
 from cartilha.tokens.tokenizer import TextTokenizer
 
 # Compressors read at about 1 MB/s, twice each: with more text, the baseline would take longer than the model.
 MAX_COMPRESSED_BYTES = 4 << 20
-QUESTION_SECONDS = 60.0  # how long the training side is searched for the questions of tasks
-SEARCHED_CHARS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -110,21 +108,11 @@ class HeldOut:
     def questions_in_training(self, questions: Iterable[Question]) -> dict[str, Any] | None:
         """How many of each benchmark's questions the store's training side holds; None without a store.
 
-        The search ends after `QUESTION_SECONDS`; `num_searched` says how many documents it has seen.
+        The search ends after a minute; `num_searched` says how many documents it has seen.
         """
         if self.store is None:
             return None
-        runs = QuestionRuns.of(questions)
-        find, numbers, num_searched = QuestionFinder(runs), set[int](), 0
-        deadline = time.monotonic() + QUESTION_SECONDS
-        for batch in batches(self.store.read_documents("train"), SEARCHED_CHARS):
-            for document in find(batch):
-                numbers.update(document.questions if isinstance(document, Contaminated) else ())
-            num_searched += len(batch)
-            if time.monotonic() > deadline:
-                break
-        num_documents = self.store.counts["train"].num_documents
-        return {"benchmarks": runs.found(numbers), "num_searched": num_searched, "num_documents": num_documents}
+        return questions_in(self.store, QuestionRuns.of(questions))
 
 
 def held_out(config: EvaluateConfig | CompareConfig) -> HeldOut:

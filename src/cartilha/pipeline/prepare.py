@@ -12,7 +12,7 @@ from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,10 @@ from cartilha.errors import counted
 from cartilha.machine.devices import usable_cores
 from cartilha.machine.versions import TEXT_PACKAGES, versions
 from cartilha.pipeline.preflight import preflight
+from cartilha.pipeline.questions import named_questions
 from cartilha.pipeline.result import Result
 from cartilha.preparation.assembly import Sides, decide, side_counts, write_rejects, write_sides
-from cartilha.preparation.decontamination import file_questions, found_questions, question_runs
+from cartilha.preparation.decontamination import found_questions
 from cartilha.preparation.executors import Executor, in_processes, on_ray
 from cartilha.preparation.index import DocumentIndex, load_index
 from cartilha.preparation.made_from import describe, describe_questions, ready_store
@@ -140,23 +141,19 @@ def prepare(config: PrepareConfig) -> PrepareResult:
 
             asked = replace(asked, amount=Amount(tokens_in(config.model, config.select_for), at_most=True))
         executor = executor or stack.enter_context(_executor(config, asked))
-        job = _Job(path, config, asked, tokenizer, identity, _question_runs(asked), _scorers(asked, tokenizer))
+        job = _Job(
+            path,
+            config,
+            asked,
+            tokenizer,
+            identity,
+            named_questions(asked.questions, asked.reading),
+            _scorers(asked, tokenizer),
+        )
         result = _make(job, executor)
     for split in SPLITS:
         tell_counts(split, result.splits[split])
     return result
-
-
-def _question_runs(asked: PrepareRequest) -> QuestionRuns | None:
-    names = asked.questions
-    if not (names.sources or names.tasks):
-        return None
-    questions = file_questions(names.sources, asked.reading)
-    if names.tasks:
-        from cartilha.evaluation.downstream import task_questions  # torch takes seconds
-
-        questions = chain(questions, task_questions(names.tasks))
-    return question_runs(questions)
 
 
 def _scorers(asked: PrepareRequest, tokenizer: TextTokenizer) -> tuple[Scorer, ...]:

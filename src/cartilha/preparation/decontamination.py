@@ -32,9 +32,10 @@ class QuestionNames:
 
     sources: tuple[Source, ...] = ()
     tasks: tuple[str, ...] = ()
+    option: str = "--decontaminate"
 
     @classmethod
-    def of(cls, names: Sequence[str]) -> QuestionNames:
+    def of(cls, names: Sequence[str], option: str = "--decontaminate") -> QuestionNames:
         """Tell tasks from REFs; a UserError says that a name is neither."""
         tasks = tuple(name for name in names if _is_task(name))
         for task in tasks:
@@ -42,7 +43,7 @@ class QuestionNames:
                 raise UserError(f"There is no task file {task}; give a YAML file, a task's name, or a text.")
         if tasks and find_spec("lm_eval") is None:
             raise missing_extra(f"There is no file {tasks[0]!r}, and a task of lm-evaluation-harness", "eval")
-        return cls(tuple(resolve_inputs([name for name in names if name not in tasks])), tasks)
+        return cls(tuple(resolve_inputs([name for name in names if name not in tasks])), tasks, option)
 
 
 def _is_task(name: str) -> bool:
@@ -62,7 +63,7 @@ def file_questions(sources: Iterable[Source], reading: ReadSettings) -> Iterator
             yield Question(name, place, tuple(map(without_surrogates, record_texts(record))))
 
 
-def question_runs(questions: Iterable[Question]) -> QuestionRuns:
+def question_runs(questions: Iterable[Question], option: str) -> QuestionRuns:
     """The runs of words of questions, with notices of what is not looked for; a UserError says that there are none."""
     runs = QuestionRuns.of(questions)
     for benchmark in runs.benchmarks:
@@ -73,7 +74,7 @@ def question_runs(questions: Iterable[Question]) -> QuestionRuns:
             short = counted(benchmark.num_too_short, "question", "has", "have")
             log.warning("%s: %s no text of %d words of its own; not looked for.", benchmark.name, short, LEAST_WORDS)
     if not len(runs.keys):
-        raise UserError(f"--decontaminate names no text of {LEAST_WORDS} words or more; name a benchmark's questions.")
+        raise UserError(f"{option} names no text of {LEAST_WORDS} words or more; name a benchmark's questions.")
     return runs
 
 

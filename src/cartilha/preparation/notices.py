@@ -45,12 +45,14 @@ def tell_mixture(config: PrepareConfig, sides: Sides) -> None:
 
 def tell_selection(config: PrepareConfig, selection: dict[str, Any]) -> None:
     """Log how much was chosen, and how much nearer to the target it is than the pool."""
+    how = "chosen by --like" if "divergence" in selection else "drawn at random, since no --like says what to aim at"
     log.info(
-        "%s of %s (%s of %s) were chosen.",
+        "%s of %s (%s of %s) were %s.",
         f"{selection['num_documents']:,}",
         counted(selection["pool_documents"], "document"),
         f"{selection['num_tokens']:,}",
         counted(selection["pool_tokens"], "token"),
+        how,
     )
     if config.select_for and selection["num_documents"] == selection["pool_documents"]:
         log.warning("All of the input is taken: there is less of it than can be read in %s.", config.select_for)
