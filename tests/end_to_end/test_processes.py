@@ -99,7 +99,7 @@ def test_a_run_goes_on_with_another_number_of_processes(run_two, cartilha, store
     assert found.code == 0 and "Going on from step 3" in found.err
     assert losses(path) == pytest.approx(losses(alone), abs=1e-5)
     read = [json.loads((place / "results.json").read_text("utf-8"))["sources"] for place in (path, alone)]
-    assert read[0] == read[1] and read[0][1]["documents_read"] > 5
+    assert read[0] == read[1] and read[0][1]["documents_read"] > 1
 
 
 def test_a_users_mistake_in_several_processes_ends_all_of_them(run_two, store, tmp_path):
