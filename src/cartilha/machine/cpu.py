@@ -92,8 +92,21 @@ def keep_freed_memory() -> bool:
     By default each large tensor on a CPU is mapped afresh, and the kernel clears its pages again at every layer, which
     costs about a tenth of a forward pass (docs/log.md). In training the peak grows by a few per cent.
     """
+    return _keep_up_to(2**31 - 1)
+
+
+def give_back_freed_memory() -> bool:
+    """Have glibc give large tensors back as soon as they are freed, as it does by default; returns whether it can.
+
+    A sharded model frees and takes its layers all the time, which left twice its memory in holes.
+    """
+    return _keep_up_to(2**20)
+
+
+def _keep_up_to(size: int) -> bool:
+    """Have glibc keep freed memory up to this many bytes."""
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    m_trim_threshold, m_mmap_threshold, largest = -1, -3, 2**31 - 1  # malloc.h
-    return all(mallopt(parameter, largest) == 1 for parameter in (m_trim_threshold, m_mmap_threshold))
+    m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
+    return all(mallopt(parameter, size) == 1 for parameter in (m_trim_threshold, m_mmap_threshold))

@@ -10,6 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from cartilha.config import TrainConfig
 from cartilha.console import log
 from cartilha.errors import UserError
+from cartilha.machine.cpu import give_back_freed_memory
 from cartilha.machine.processes import gather_objects, world
 from cartilha.model.adapters import Adapter
 from cartilha.model.load import look_at
@@ -94,5 +95,6 @@ def share_out(model: PreTrainedModel, path: Path, device: torch.device, dtype: t
     if device.type == "cpu":
         log.info("Sharded on a CPU: layers are gathered in float32, and gradients are not added in place.")
         dtype = torch.float32
+    give_back_freed_memory()  # also of the host, where a card's weights were read
     log.info("A sharded model is not compiled, and training waits while a checkpoint is written.")
     shard_model(model, device, dtype)
