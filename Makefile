@@ -33,7 +33,7 @@ test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
 test-models: install
-	$(BIN)/python -m pytest tests/peer/test_every_type.py --all-types
+	$(BIN)/python -m pytest tests/peer/test_every_type.py tests/peer/test_every_whole.py --all-types
 
 check: install
 	$(BIN)/ruff check .

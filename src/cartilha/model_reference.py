@@ -29,7 +29,14 @@ TOKENIZER_FILES = (
     *("vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja"),
 )
 ADAPTER_CONFIG = "adapter_config.json"
-MODEL_FILES = ("config.json", "generation_config.json", ADAPTER_CONFIG, "README.md", *TOKENIZER_FILES)
+# How images and sounds are read, beside models that read more than text.
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json",
+                   "chat_template.json", "chat_template.jinja")  # fmt: skip
+MODEL_FILES = (
+    *("config.json", "generation_config.json", ADAPTER_CONFIG, "README.md"),
+    *TOKENIZER_FILES,
+    *PROCESSOR_FILES,
+)
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # whole, or in shards that an index lists; the first is taken
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 

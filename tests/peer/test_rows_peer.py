@@ -122,8 +122,8 @@ def test_packed_documents_score_as_each_does_alone(name, caplog, monkeypatch):
     assert expected.std() > 0.3, "weights that predict nothing would prove nothing"
     torch.testing.assert_close(scored_tokens(model, batch, torch.float32).nll, expected, rtol=1e-5, atol=2e-5)
 
-    def blocks_as_rows(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-        return model.base_model(input_ids=torch.from_numpy(batch.input_ids)).last_hidden_state
+    def blocks_as_rows(model: PreTrainedModel, batch: Batch, **asked: bool) -> tuple[torch.Tensor, tuple[()]]:
+        return model.base_model(input_ids=torch.from_numpy(batch.input_ids)).last_hidden_state, ()
 
     monkeypatch.setattr(forward, "states_in_rows", blocks_as_rows)
     if runs_packed(model):

@@ -19,7 +19,7 @@ from cartilha.training import memory as memory_module
 from cartilha.training.device_facts import KNOWN_DEVICES, flops_per_token
 from cartilha.training.memory import MemoryModel, best_step, check_states_fit
 from cartilha.training.optimizer import StateSize
-from cartilha.training.trace import Computation, StepBytes, count_parameters, traced_step
+from cartilha.training.trace import Computation, StepBytes, traced_step
 
 CPU = KNOWN_DEVICES["cpu"]
 
@@ -46,7 +46,7 @@ def planned(found: MemoryModel, free_bytes: float, block_size: int = 64, blocks_
 @pytest.mark.parametrize("ref", ["random:tiny", "random:tiny-opt", "random:opt-125m"])
 def test_parameters_are_counted_without_making_them(ref):
     expected = sum(p.numel() for p in load_model(ref, torch.device("cpu")).model.parameters())
-    assert count_parameters(model_config(ref)) == expected
+    assert StateSize.planned(model_config(ref)).num_parameters == expected
 
 
 @pytest.mark.parametrize("ref", ["random:tiny", "random:tiny-opt"])
@@ -117,7 +117,7 @@ def test_tracing_leaves_configuration_generator_and_other_models_alone():
     config = model_config("random:tiny-opt")
     before, state = copy.deepcopy(config.to_dict()), torch.get_rng_state()
     traced_step(config, 1, 77, how())
-    count_parameters(config)
+    StateSize.planned(config)
     assert config.to_dict() == before
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -129,6 +129,19 @@ def test_lists_with_an_entry_a_layer_are_cut_with_the_layers():
     )  # fmt: skip
     assert len(config.layer_types) == 5
     assert traced_step(config, 1, 64, how()).body > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_mixture_of_experts_is_planned_with_all_experts_and_timed_by_those_that_compute_a_token(dtype):
+    sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "head_dim": 8}
+    config = AutoConfig.for_model("mixtral", num_hidden_layers=3, num_local_experts=8, **sizes, pad_token_id=0)
+    size = StateSize.planned(config)
+    whole = AutoModelForCausalLM.from_config(config)
+    assert size.num_parameters == sum(parameter.numel() for parameter in whole.parameters())
+    experts = 3 * 3 * 32 * 48  # of one expert in each of three layers
+    assert size.num_active_parameters == size.num_parameters - 6 * experts  # two of eight
+    dense = AutoConfig.for_model("llama", num_hidden_layers=3, **sizes, pad_token_id=0)
+    assert traced_step(config, 1, 64, how(dtype)).activations > traced_step(dense, 1, 64, how(dtype)).activations
 
 
 def test_activations_checkpointed_and_in_half_precision_are_fewer():

@@ -22,6 +22,7 @@ from cartilha.machine.memory import is_out_of_memory
 from cartilha.model.head import body_of
 from cartilha.model.packed_or_rows import runs_packed
 from cartilha.model.recomputation import layers_of
+from cartilha.model.router import router_loss_of
 from cartilha.model.sharding import is_sharded
 from cartilha.model_reference import cache_directory
 
@@ -95,10 +96,11 @@ def training_body(model: PreTrainedModel, choice: str, num_steps: int) -> Compil
     """The model's compiled body, or None where it is not to be compiled.
 
     Of the choices `never`, `always` and `auto`, the last compiles where it pays: on CUDA, with a compiler, for long
-    runs. `num_steps` is that of the whole run, so that a resumed run computes as before.
+    runs. `num_steps` is that of the whole run, so that a resumed run computes as before. Rows of many lengths would
+    need many graphs, and that a graph gives the routers' logits is not proven.
     """
-    # Rows of many lengths would need many graphs, and a sharded model's layers exchange their weights between graphs.
-    if choice == "never" or not runs_packed(model) or is_sharded(model):
+    # A sharded model's layers exchange their weights between graphs.
+    if choice == "never" or not runs_packed(model) or is_sharded(model) or router_loss_of(model) is not None:
         return None
     if choice == "auto" and (num_steps < MIN_STEPS_TO_COMPILE or not compile_pays(model.device.type)):
         return None

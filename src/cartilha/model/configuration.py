@@ -9,6 +9,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from cartilha.errors import UserError
 from cartilha.model.gguf import converted_gguf
+from cartilha.model.parts import text_config
 from cartilha.model_reference import (
     MODEL_FILES,
     RANDOM_SHAPES,
@@ -26,13 +27,18 @@ NO_LIMIT = 1 << 20  # positions of models that count distances instead, or carry
 
 
 def model_config(reference: str, tokenizer: TextTokenizer | None = None) -> PretrainedConfig:
+    """The configuration of a MODEL's decoder of text; see `whole_config`, and `parts` for models that have others."""
+    return text_config(whole_config(reference, tokenizer))
+
+
+def whole_config(reference: str, tokenizer: TextTokenizer | None = None) -> PretrainedConfig:
     """The configuration of a MODEL, with the tokenizer's rows and ids for `random:`; quantised ones are refused."""
     source = resolve_model(reference)
     if source.kind == "random":
         return _random_config(source.name, tokenizer)
     place = place_of(source, with_weights=False)
     if (base := adapter_base(Path(place))) is not None:
-        return model_config(base, tokenizer)
+        return whole_config(base, tokenizer)
     refuse_lfs_pointer(Path(place) / "config.json")
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(place, trust_remote_code=False)

@@ -13,6 +13,7 @@ from cartilha.errors import HubUnreachableError, UserError
 from cartilha.model.configuration import context_length, place_of
 from cartilha.model.head import head_of
 from cartilha.model.load import LoadedModel, load_model
+from cartilha.model.parts import resize, text_config
 from cartilha.model_reference import adapter_base, resolve_model
 from cartilha.tokens.tokenizer import TextTokenizer
 
@@ -49,7 +50,7 @@ def model_shape(reference: str, tokenizer: TextTokenizer) -> ModelShape | None:
     if source.kind in ("random", "gguf") or is_adapter:
         return shape_of(load_model(reference, torch.device("cpu"), tokenizer=tokenizer).model)
     try:
-        config = AutoConfig.from_pretrained(place_of(source, with_weights=False), trust_remote_code=False)
+        config = text_config(AutoConfig.from_pretrained(place_of(source, with_weights=False), trust_remote_code=False))
         with torch.device("meta"):
             return shape_of(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
     except (OSError, ValueError, KeyError, HubUnreachableError):
@@ -87,7 +88,7 @@ def extend_embeddings(loaded: LoadedModel, pieces: Sequence[Sequence[int]], firs
     num_needed = first_id + len(pieces)
     if num_needed > old_rows:
         num_needed = -(-num_needed // ROWS_MULTIPLE) * ROWS_MULTIPLE
-        model.resize_token_embeddings(num_needed, mean_resizing=False)
+        resize(model, loaded.other_parts, num_needed)
     inputs, head = input_rows(model), head_of(model)
     sides = [(inputs, 1.0)] if inputs is head.weight else [(inputs, 1 / LEANING), (head.weight, LEANING)]
     if head.bias is not None:

@@ -6,17 +6,19 @@ import functools
 import logging
 from contextlib import nullcontext
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cartilha.blocks.packing import Batch
+from cartilha.blocks.packing import IGNORE_INDEX, Batch
 from cartilha.machine.devices import to_device
 from cartilha.model.attention import FALLBACK, KERNELS, Kernel, choose_kernel
 from cartilha.model.compiling import CompiledBody
-from cartilha.model.head import body_of, head_of
+from cartilha.model.head import body_of, head_inputs, head_of
 from cartilha.model.loss import NLL_ONLY, TokenScores, Wanted, linear_cross_entropy, token_scores
 from cartilha.model.packed_or_rows import how_it_runs, runs_packed
+from cartilha.model.router import router_loss_of
 from cartilha.model.rows import states_in_rows
 from cartilha.model.sharding import gathering
 
@@ -41,31 +43,65 @@ def _segments(model: PreTrainedModel, batch: Batch, dtype: torch.dtype, body: Co
 
 
 def hidden_states(model: PreTrainedModel, batch: Batch, dtype: torch.dtype, body: CompiledBody | None = None) -> Tensor:
-    """The last hidden states as the head reads them (scaled, if so), shape (num_rows, row_length, hidden_size).
+    """The last hidden states as the head reads them (`head_inputs`), shape (num_rows, row_length, hidden_size).
 
     The weights are float32; the body runs in `dtype` under autocast, and compiled where `body` is given.
     """
+    return _states_and_routers(model, batch, dtype, body)[0]
+
+
+def _states_and_routers(
+    model: PreTrainedModel, batch: Batch, dtype: torch.dtype, body: CompiledBody | None, *, with_routers: bool = False
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Hidden states, and the logits of each layer's router, (num_rows * row_length, num_experts), if asked for."""
     device = model.device
+    router_logits: tuple[Tensor, ...] = ()
     with nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype):
         if not runs_packed(model):
-            return states_in_rows(model, batch) * head_of(model).shape.input_scale
-        output = (body or body_of(model))(
-            input_ids=to_device(batch.input_ids, device),
-            position_ids=to_device(batch.position_ids, device),
-            use_cache=False,
-            segments=_segments(model, batch, dtype, body),
-        )
-    states: Tensor = output.last_hidden_state
-    scale = head_of(model).shape.input_scale
-    return states if scale == 1.0 else states * scale
+            states, router_logits = states_in_rows(model, batch, with_routers=with_routers)
+        else:
+            output = (body or body_of(model))(
+                input_ids=to_device(batch.input_ids, device),
+                position_ids=to_device(batch.position_ids, device),
+                use_cache=False,
+                segments=_segments(model, batch, dtype, body),
+                **({"output_router_logits": True} if with_routers else {}),
+            )
+            states = output.last_hidden_state
+            if with_routers:
+                router_logits = tuple(logits.flatten(0, -2) for logits in output.router_logits)
+        return head_inputs(model, states), router_logits
 
 
 @gathering
 def batch_nll(model: PreTrainedModel, batch: Batch, dtype: torch.dtype, body: CompiledBody | None = None) -> Tensor:
-    """Summed nll of a batch's targets, differentiable: scalar float32, in nats; see `hidden_states`."""
-    states = hidden_states(model, batch, dtype, body)
+    """Summed nll of a batch's targets, differentiable: scalar float32, in nats; see `hidden_states`.
+
+    Its gradient is also that of the routers' loss, where the model asks for one, times the number of targets.
+    """
+    nll, of_routers = batch_losses(model, batch, dtype, body)
+    return nll if of_routers is None else nll + (of_routers - of_routers.detach())
+
+
+def batch_losses(
+    model: PreTrainedModel, batch: Batch, dtype: torch.dtype, body: CompiledBody | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Summed nll of a batch's targets, and the routers' loss on its documents times the number of targets, if any."""
+    loss = router_loss_of(model)
+    states, router_logits = _states_and_routers(model, batch, dtype, body, with_routers=loss is not None)
     targets = to_device(batch.targets, states.device)
-    return linear_cross_entropy(states.flatten(0, 1), head_of(model), targets.flatten(), dtype)
+    nll = linear_cross_entropy(states.flatten(0, 1), head_of(model), targets.flatten(), dtype)
+    if loss is None:
+        return nll, None
+    kept = to_device(np.flatnonzero(_in_documents(batch)), states.device)
+    return nll, batch.num_targets * loss(tuple(logits[kept] for logits in router_logits))
+
+
+def _in_documents(batch: Batch) -> np.ndarray:
+    """Which positions lie in a segment that has targets, and so not in padding; shape (num_rows * row_length,)."""
+    starts = np.cumsum(batch.segment_lengths) - batch.segment_lengths
+    num_targets = np.add.reduceat(batch.targets.reshape(-1) != IGNORE_INDEX, starts)
+    return np.repeat(num_targets > 0, batch.segment_lengths)
 
 
 @torch.no_grad()

@@ -75,12 +75,21 @@ class Head:
     shape: HeadShape = HeadShape()
 
     def logits(self, states: Tensor, dtype: torch.dtype) -> Tensor:
-        """Float32 logits of hidden states that `forward.hidden_states` has scaled; the product is in `dtype`."""
+        """Float32 logits of hidden states as `forward.hidden_states` gives them; the product is in `dtype`."""
         return self.finish((states.to(dtype) @ self.weight.to(dtype).T).float())
 
     def finish(self, product: Tensor) -> Tensor:
         """The logits from states @ weight.T, whose memory is reused."""
         return self.shape.finish(product if self.bias is None else product.add_(self.bias))
+
+
+def head_inputs(model: PreTrainedModel, states: Tensor) -> Tensor:
+    """What the head reads: the last hidden states, through the model's own layers before it, and scaled, if so."""
+    before: Any = getattr(model, "before_head", ())
+    scale = head_of(model).shape.input_scale
+    for layers in before:
+        states = layers(states)
+    return states if scale == 1.0 else states * scale
 
 
 def head_of(model: PreTrainedModel) -> Head:
@@ -127,6 +136,9 @@ def find_head_shape(model: PreTrainedModel) -> HeadShape:
     if len(inputs) != 1 or inputs[0].shape != states.shape or logits.shape != planted.shape:
         raise unsupported(model, "their logits are not those of the last hidden states")
     input_scale = _input_scale(states, inputs[0])
+    if input_scale is None and (before := _layers_before_the_head(model, states, inputs[0])) is not None:
+        # A module of its own would be saved twice. torch types attributes as modules and tensors.
+        model.before_head, input_scale = (before,), 1.0  # type: ignore[assignment]
     if input_scale is None:
         raise unsupported(model, "they change the hidden states before the head by more than a scale")
     shape = _fitted(input_scale, planted, logits)
@@ -139,6 +151,19 @@ def find_head_shape(model: PreTrainedModel) -> HeadShape:
 def _input_scale(states: Tensor, inputs: Tensor) -> float | None:
     ratio = float((inputs.double() * states.double()).sum() / states.double().square().sum())
     return next((scale for scale in _candidates(ratio) if _same(inputs, states * scale)), None)
+
+
+def _layers_before_the_head(model: PreTrainedModel, states: Tensor, inputs: Tensor) -> torch.nn.Module | None:
+    """The part of the model, beside its body and its head, that makes the head's inputs (ModernBERT's decoder)."""
+    others = [part for part in model.children() if part not in (body_of(model), model.get_output_embeddings())]
+    for part in others:
+        try:
+            if _same(part(states), inputs):
+                return part
+        except Exception as error:  # parts for something else take other inputs
+            if is_out_of_memory(error):
+                raise
+    return None
 
 
 def _fitted(input_scale: float, planted: Tensor, logits: Tensor) -> HeadShape | None:

@@ -25,11 +25,13 @@ from cartilha.errors import UserError, first_line
 from cartilha.machine.cpu import keep_freed_memory, settle_cpu_functions
 from cartilha.machine.devices import seed_everything
 from cartilha.model.adapters import Adapter, add_adapter, merge_adapter, save_adapter
-from cartilha.model.configuration import context_length, model_config, place_of, with_layers
+from cartilha.model.configuration import context_length, place_of, whole_config, with_layers
 from cartilha.model.head import HeadShape, find_head_shape, head_of
 from cartilha.model.longer_context import LongerContext
 from cartilha.model.packed_or_rows import PACKED, HowItRuns, how_it_runs, is_known, use_document_attention
+from cartilha.model.parts import OtherParts, auto_class, has_other_parts, split, text_config
 from cartilha.model.recomputation import layers_of
+from cartilha.model.router import find_router_loss, router_loss_of
 from cartilha.model.rows import refuse_what_cannot_run
 from cartilha.model.shards import read_model
 from cartilha.model_reference import adapter_base, resolve_model, unreadable
@@ -60,6 +62,19 @@ class LoadedModel:
     num_parameters: int  # tied weights counted once
     commit: str | None = None  # of a hub model: the one that was read
     base_hash: str | None = None  # of the weights that an adapter leaves as they are
+    other_parts: OtherParts | None = None  # of a model that reads more than text
+
+    @property
+    def others(self) -> dict[str, Any] | None:
+        """What the parts that are not trained are called, their number of parameters and of bytes."""
+        return self.other_parts.record() if self.other_parts else None
+
+    def save(self, directory: Path) -> None:
+        """Write the model as transformers loads it, with its other parts."""
+        if self.other_parts is None:
+            self.model.save_pretrained(directory)
+        else:
+            self.other_parts.save(directory, self.model)
 
 
 def load_model(
@@ -77,31 +92,45 @@ def load_model(
     that there is no such model, or what is wrong with its files, its architecture or its tokenizer.
     """
     transformers_logging.disable_progress_bar()  # for loading and saving; the console has our own
-    model, commit = _weights_of(reference, tokenizer, seed, dtype, context)
-    return replace(prepare_model(model, reference, device, tokenizer), commit=commit)
+    model, parts, commit = _weights_of(reference, tokenizer, seed, dtype, context)
+    return replace(prepare_model(model, reference, device, tokenizer), commit=commit, other_parts=parts)
 
 
 def _weights_of(
     reference: str, tokenizer: TextTokenizer | None, seed: int, dtype: torch.dtype, context: LongerContext | None
-) -> tuple[PreTrainedModel, str | None]:
-    """The model as transformers makes it, an adapter merged into its base, and the commit of a hub model."""
-    source, config = resolve_model(reference), model_config(reference, tokenizer)
-    config = config if context is None else context.applied(config, reference)
+) -> tuple[PreTrainedModel, OtherParts | None, str | None]:
+    """The model of text, an adapter merged into its base; the parts beside it; and the commit of a hub model."""
+    source, config = resolve_model(reference), whole_config(reference, tokenizer)
+    if context is not None and not has_other_parts(config):
+        config = context.applied(config, reference)
+    elif context is not None:
+        config.text_config = context.applied(text_config(config), reference)
     if source.kind == "random":
         seed_everything(seed)
-        return AutoModelForCausalLM.from_config(config, dtype=dtype), None
-    place = place_of(source)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype), None, None
+    place, parts = place_of(source), None
     commit = Path(place).name if source.kind == "hub" else None
     if (base := adapter_base(Path(place))) is not None:
-        model, _ = _weights_of(base, tokenizer, seed, torch.float32, context)
+        model, parts, _ = _weights_of(base, tokenizer, seed, torch.float32, context)
         merged = merge_adapter(model, Path(place), reference, weights_hash(model))
         for parameter in merged.parameters():
             parameter.data = parameter.data.to(dtype)
-        return merged, commit
-    model = _from_pretrained(reference, place, config, dtype)
+        return merged, parts, commit
+    model = _from_pretrained(reference, place, config, torch.float32 if has_other_parts(config) else dtype)
     if source.kind == "hub":
         model.config.name_or_path = source.name  # a saved model names it, and not a directory of this machine
-    return model, commit
+    if has_other_parts(config):
+        model, parts = split(model, place)
+        parts.keep_as_stored()
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        rest = parts.record()
+        log.info(
+            "%s reads more than text: its part for text is used alone, and the others (%s; %.1f M parameters) stay as "
+            "they are.",
+            *(reference, ", ".join(rest["names"]), rest["num_parameters"] / 1e6),
+        )
+    return model, parts, commit
 
 
 def with_adapter(loaded: LoadedModel, adapter: Adapter, seed: int) -> LoadedModel:
@@ -144,6 +173,8 @@ def prepare_model(
             "figures are the same.",
             *(model.config.model_type, reason),
         )
+    if loss := router_loss_of(model):
+        log.info("Training adds the routers' own loss, times %g, as the configuration asks for it.", loss.factor)
     return LoadedModel(model, reference, context_length(model.config), model.num_parameters())
 
 
@@ -156,10 +187,13 @@ def _settle(model: PreTrainedModel) -> None:
         return
     if not is_known(model.config):
         find_head_shape(model)
+        find_router_loss(model)
     use_document_attention(model)
 
 
 PROBE_IDS = 1024  # rows of a model that is looked at without its weights
+PROBE_WIDTH = 32  # of its feed-forward layers and of each of its experts, of which there may be hundreds
+WIDTHS = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size")
 MAX_PROBE_LAYERS = 8
 
 
@@ -209,10 +243,12 @@ def _look_at(config_json: str, reference: str) -> Configured:
 
 
 def _reduced(settings: dict[str, Any]) -> PretrainedConfig:
-    """The first layers, one of each kind that there is, and the first token ids."""
+    """The first layers, one of each kind that there is, with narrow feed-forward layers, and the first token ids."""
     kinds = settings.get("layer_types") or [None]
     num_layers = 1 + max(kinds.index(kind) for kind in set(kinds))
     settings = with_layers(settings, min(num_layers, MAX_PROBE_LAYERS))
+    widths = {name: settings[name] for name in WIDTHS if isinstance(settings.get(name), int)}
+    settings |= {name: min(width, PROBE_WIDTH) for name, width in widths.items()}
     num_ids = min(settings["vocab_size"], PROBE_IDS)
     for name, value in settings.items():
         if name.endswith("_token_id") and isinstance(value, int) and value >= num_ids:
@@ -229,7 +265,7 @@ def save_model(loaded: LoadedModel, folder: Path, dtype: torch.dtype) -> None:
         save_adapter(loaded.model, loaded.reference, loaded.base_hash, folder, dtype)
         return
     torch.nn.Module.to(loaded.model, dtype)
-    loaded.model.save_pretrained(folder)
+    loaded.save(folder)
 
 
 def weights_hash(model: PreTrainedModel) -> str:
@@ -248,10 +284,10 @@ def _from_pretrained(reference: str, path: str, config: PretrainedConfig, dtype:
     transformers_logging.set_verbosity_error()  # its report of weights is logged below
     try:
         # A model's own code is never run, and transformers must not ask for consent in the middle of a command.
-        result: Any = read_model(Path(path), config, dtype)
+        result: Any = None if has_other_parts(config) else read_model(Path(path), config, dtype)
         is_mapped = result is None
         if result is None:
-            result = AutoModelForCausalLM.from_pretrained(
+            result = auto_class(config).from_pretrained(
                 path, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=False
             )
     except UNREADABLE as error:

@@ -35,8 +35,8 @@ PROVABLE_TYPES = (
     "granite", "granite_swa", "granitemoe", "granitemoe_swa", "granitemoeshared", "helium", "hrm_text",
     "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "hyperclovax", "internlm3", "iquestcoder", "jais2", "jetmoe",
     "kolibri1", "laguna", "longcat_flash", "mellum", "mimo_v2_flash", "minicpm3", "minimax_m2", "ministral",
-    "ministral3", "mixtral", "moshi", "nanochat", "olmo", "olmo3", "olmoe", "persimmon", "phi", "qwen2_moe",
-    "qwen3_moe", "seed_oss", "solar_open", "starcoder2", "vaultgemma", "whisper", "youtu",
+    "ministral3", "mixtral", "modernbert-decoder", "moshi", "nanochat", "olmo", "olmo3", "olmoe", "persimmon",
+    "phi", "qwen2_moe", "qwen3_moe", "seed_oss", "solar_open", "starcoder2", "vaultgemma", "whisper", "youtu",
 )  # fmt: skip
 
 PROOF_LENGTHS = (45, 19)  # of the two documents

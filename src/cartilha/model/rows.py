@@ -40,21 +40,32 @@ def row_groups(segment_lengths: np.ndarray, boundary: int | None = None) -> Iter
         yield np.where(real, begin + offset, begin), real
 
 
-def states_in_rows(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Last hidden states of packed documents by a model with its own attention: (num_rows, row_length, hidden_size)."""
+def states_in_rows(
+    model: PreTrainedModel, batch: Batch, *, with_routers: bool = False
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Last hidden states of packed documents by a model with its own attention: (num_rows, row_length, hidden_size).
+
+    And, if they are asked for, the logits of each layer's router: (num_rows * row_length, num_experts).
+    """
     ids = batch.input_ids.reshape(-1)
     found, places = [], []
+    routed: list[tuple[Tensor, ...]] = []
+    asked = {"output_router_logits": True} if with_routers else {}
     for source, real in row_groups(batch.segment_lengths, original_context(model.config)):
         output = body_of(model)(
             input_ids=to_device(ids[source], model.device),
             attention_mask=to_device(real.astype(np.int64), model.device),
             use_cache=False,
+            **asked,
         )
         kept = to_device(np.flatnonzero(real), model.device)
         found.append(output.last_hidden_state.flatten(0, 1)[kept])
         places.append(source[real])
+        if with_routers:
+            routed.append(tuple(logits.flatten(0, -2)[kept] for logits in output.router_logits))
     back = to_device(np.argsort(np.concatenate(places)), model.device)
-    return torch.cat(found)[back].view(*batch.input_ids.shape, -1)
+    router_logits = tuple(torch.cat(layer)[back] for layer in zip(*routed, strict=True))
+    return torch.cat(found)[back].view(*batch.input_ids.shape, -1), router_logits
 
 
 def refuse_what_cannot_run(model: PreTrainedModel) -> None:

@@ -86,15 +86,19 @@ def _is_model(what: str) -> bool:
 
 
 def _model(reference: str) -> dict[str, Any]:
-    from cartilha.model.configuration import context_length, model_config
+    from cartilha.model.configuration import context_length, whole_config
     from cartilha.model.load import look_at
-    from cartilha.training.trace import count_parameters
+    from cartilha.model.parts import count_other_parameters, text_config
+    from cartilha.training.optimizer import StateSize
 
-    config = model_config(reference)
+    whole = whole_config(reference)
+    config, size = text_config(whole), StateSize.planned(whole)
     return {
         "model": reference,
-        "type": config.model_type,
-        "num_parameters": count_parameters(config),
+        "type": whole.model_type,
+        "num_parameters": size.num_parameters,
+        "num_active_parameters": size.num_active_parameters,
+        "num_other_parameters": count_other_parameters(whole),
         "context_length": context_length(config),
         "runs": look_at(config, reference).line,
     }

@@ -17,8 +17,9 @@ from cartilha.console import log
 from cartilha.errors import UserError, counted
 from cartilha.machine.devices import choose_device, choose_dtype, dtype_name
 from cartilha.machine.memory import is_out_of_memory
-from cartilha.model.configuration import context_length, model_config
+from cartilha.model.configuration import context_length, whole_config
 from cartilha.model.load import load_model, look_at, with_adapter
+from cartilha.model.parts import count_other_parameters, text_config
 from cartilha.model.recomputation import checkpoint_layers
 from cartilha.pipeline.preflight import preflight
 from cartilha.reporting.notebook import plan_html
@@ -138,7 +139,8 @@ def plan(config: PlanConfig) -> PlanResult:
     """Plan the training of a model; a UserError refuses too long a block, or a model that fits nowhere."""
     preflight(config)
     store = TokenStore(config.store) if config.store else None
-    model = model_config(config.model, store.tokenizer() if store and config.model.startswith("random:") else None)
+    whole = whole_config(config.model, store.tokenizer() if store and config.model.startswith("random:") else None)
+    model = text_config(whole)
     sizes = _block_sizes(config, context_length(model))
     seen = look_at(model, config.model)
     counts = store.counts["train"] if store else None
@@ -157,7 +159,7 @@ def plan(config: PlanConfig) -> PlanResult:
     lines: list[dict[str, Any]] = []
     for facts in map(_facts, dict.fromkeys(config.device or usual)):
         facts = facts.for_model(model)
-        fits = _fits(config, model, facts, asked, 512 if 512 in sizes else sizes[0])
+        fits = _fits(config, whole, facts, asked, 512 if 512 in sizes else sizes[0])
         lines += _profile_lines(facts, fits)
         chosen = next((found for found in fits if found.micro_batch_size), fits[0])
         devices.append(_with_profile(config, model, facts, tokens, chosen))
@@ -178,6 +180,8 @@ def plan(config: PlanConfig) -> PlanResult:
             "model": config.model,
             "num_parameters": states.num_parameters,
             "num_trained": states.num_trained,
+            "num_active_parameters": states.num_active_parameters,
+            "num_other_parameters": count_other_parameters(whole),
             "optimizer": states.optimizer,
             "memory": config.memory,
             "context_length": context_length(model),
@@ -250,7 +254,7 @@ def _with_profile(
 
 
 def _flops(model: PretrainedConfig, states: StateSize, block_size: int) -> int:
-    return flops_per_token(model, states.num_parameters, block_size, states.num_frozen)
+    return flops_per_token(model, states.num_active_parameters, block_size, states.num_frozen_active)
 
 
 def _profile_lines(facts: DeviceFacts, fits: Sequence[Fit]) -> list[dict[str, Any]]:

@@ -63,7 +63,7 @@ def write_extension(
             after = shape_of(loaded.model)
             for name in ("num_rows", "num_parameters"):
                 record |= {f"{name}_before": getattr(before, name), name: getattr(after, name)}
-            loaded.model.save_pretrained(temporary)
+            loaded.save(temporary)
             write_atomically(temporary / "README.md", _card(record))
         else:
             log.warning("%s holds no weights: only the tokenizer is extended.", ref)

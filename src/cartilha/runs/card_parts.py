@@ -82,7 +82,15 @@ class CardParts:
             tokens=say.number(self.corpus["num_train_tokens"]),
             targets=say.number(self.results["tokens"]),
         )
-        return _paragraphs(said, self._adapter(say))
+        return _paragraphs(said, self._adapter(say), self._other_parts(say))
+
+    def _other_parts(self, say: CardWording) -> str:
+        """What was not trained of a model that reads more than text, if it does."""
+        parts = self.results.get("other_parts")
+        if not parts or self.is_adapter:
+            return ""
+        listed, number = ", ".join(map(code, parts["names"])), say.number(parts["num_parameters"] / 1e6, 1)
+        return say("other_parts", names=listed, parameters=number)
 
     def _adapter(self, say: CardWording) -> str:
         """That this is an adapter, if it is one, and what it was trained with."""

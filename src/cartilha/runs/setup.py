@@ -329,7 +329,8 @@ def _plan(config: TrainConfig, scorer: Scorer, sampler: BlockSampler, schedule: 
         *(config.block_size, share, asked, config.gradient_checkpointing, config.dropout, adapter),
         shares=num_ranks if sharded else 1,
     )
-    plan = plan_run(loaded.model.config, machine, StateSize.of(loaded.model, config.optimizer), shape)
+    size = StateSize.of(loaded.model, config.optimizer, loaded.others["bytes"] if loaded.others else 0)
+    plan = plan_run(loaded.model.config, machine, size, shape)
     if sharded:  # all processes run the same passes
         return replace(plan, micro_batch_size=min(gather_objects(plan.micro_batch_size)))
     if not machine.is_host or not is_main_process():  # a card's copy is in the host; the first process writes
@@ -392,6 +393,7 @@ def facts(run: Run) -> dict[str, Any]:
             "model_commit": run.loaded.commit,
         },
         "corpus": corpus,
+        **({"other_parts": run.loaded.others} if run.loaded.others else {}),
         **({"selection": store.info["selection"]} if "selection" in store.info else {}),
         **run.sources,
         "packing": {

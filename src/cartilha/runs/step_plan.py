@@ -98,6 +98,7 @@ class RunPlan:
             "block_size": self.block_size,
             "micro_batch_size": self.micro_batch_size,
             "num_parameters": self.size.num_parameters,
+            "num_active_parameters": self.size.num_active_parameters,
             "flops_per_token": self.flops_per_token,
             "memory_bytes": self.memory_bytes,
             "memory": asdict(self.memory) if self.memory else None,
@@ -167,5 +168,5 @@ def plan_run(config: PretrainedConfig, facts: DeviceFacts, states: StateSize, sh
             "--micro_batch_size.",
             *(first_line(error), counted(size, "block")),
         )
-    flops = flops_per_token(config, states.num_parameters, shape.block_size, states.num_frozen)
+    flops = flops_per_token(config, states.num_active_parameters, shape.block_size, states.num_frozen_active)
     return RunPlan(facts, states, shape.block_size, size, flops, memory)

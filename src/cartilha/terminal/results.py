@@ -59,6 +59,16 @@ def _tokens_per_word(counts: Values) -> str:
     return f"{counts['num_tokens'] / max(1, counts['num_words']):.2f}"
 
 
+def _parameters(model: Values) -> str:
+    total, active = (model[name] / 1e6 for name in ("num_parameters", "num_active_parameters"))
+    return f"{total:,.1f} M parameters" + (f" ({active:,.1f} M of them compute a token)" if active < total else "")
+
+
+def _other_parts(model: Values) -> Parts:
+    if number := model["num_other_parameters"]:
+        yield f"Other parts than that for text: {number / 1e6:,.1f} M parameters more, which stay as they are"
+
+
 def _inspect(result: Values) -> Parts:
     if "primer" in result:
         rows = [[row["genre"], row["variety"], row["num_texts"], row["num_words"]] for row in result["primer"]]
@@ -66,9 +76,10 @@ def _inspect(result: Values) -> Parts:
         yield FittingTable(("genre", "variety", "texts", "words"), [*rows, [], ["all", "", *totals]], words=(0, 1))
     elif "model" in result:
         model = result["model"]
-        size = f"{model['num_parameters'] / 1e6:,.1f} M parameters, {model['context_length']:,} positions"
+        size = f"{_parameters(model)}, {model['context_length']:,} positions"
         yield f"{model['model']} ({model['type']}): {size}"
         yield f"Runs: {model['runs']}"
+        yield from _other_parts(model)
     elif "document" in result or "block" in result:
         yield from _document(result["document"]) if "document" in result else ()
         yield from _block(result["block"]) if "block" in result else ()
@@ -160,12 +171,13 @@ _MEMORY = {"optimizer_states": "optimizer", "logits_chunk": "logits", "checkpoin
 
 def _plan(result: Values) -> Parts:
     yield (
-        f"{result['model']}: {result['num_parameters'] / 1e6:,.1f} M parameters; weights, gradients and the states of "
+        f"{result['model']}: {_parameters(result)}; weights, gradients and the states of "
         f"{result['optimizer']} {result['state_bytes'] / GIB:.2f} GiB; checkpoints up to "
         f"{result['disk_bytes'] / GIB:.1f} GiB of disk, and while one is written "
         f"{result['checkpoint_bytes'] / GIB:.2f} GiB of the host's memory"
     )
     yield f"Runs: {result['runs']}"
+    yield from _other_parts(result)
     places: dict[tuple[str, int], list[str]] = {}
     for row in result["rows"]:
         cells = places.setdefault((row["device"], row["block_size"]), [row["device"], str(row["block_size"])])

@@ -179,7 +179,7 @@ def space_needed(
     """
     checkpoint = size.checkpoint_bytes + SMALL_FILES_BYTES
     there = sum(file.stat().st_size for path in list_checkpoints(run) for file in path.iterdir()) if run else 0
-    model = weight_bytes * size.num_trained + SMALL_FILES_BYTES
+    model = weight_bytes * size.num_trained + size.other_bytes + SMALL_FILES_BYTES
     return max(checkpoint, (keep + 2) * checkpoint - there) + model, checkpoint
 
 

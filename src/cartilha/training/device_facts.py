@@ -87,7 +87,8 @@ def max_tokens_on_this_cpu(dtype: torch.dtype) -> int:
 def flops_per_token(config: PretrainedConfig, num_parameters: int, block_size: int, num_frozen: int = 0) -> int:
     """Operations per token of training: 6 per parameter (2 forward, 4 backward; arXiv:2001.08361), and attention's.
 
-    Those that are frozen below an adapter take 4, since they have no gradient of their own.
+    The parameters are those that compute a token, without idle experts. Those that are frozen below an adapter take 4,
+    since they have no gradient of their own.
 
     Its scores and weighted sums take 12 L d T (arXiv:2204.02311, appendix B), ignoring causality. Models that have no
     attention (Mamba) take only the former.

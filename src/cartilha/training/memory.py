@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 from cartilha.errors import UserError
 from cartilha.model.attention import KERNELS
 from cartilha.model.loss import CHUNK_TOKENS
+from cartilha.model.parts import text_config
 from cartilha.model.rows import ROWS
 from cartilha.training.device_facts import DeviceFacts
 from cartilha.training.optimizer import StateSize
@@ -39,6 +40,7 @@ class StepMemory:
     overhead: int  # the program, the device's context, and what the allocator cannot use
     gathered: int = 0  # of a sharded model: weights in use and gradients on their way, with the chunk of logits
     checkpoint_copy: int = 0  # of the state, written while training goes on; a GPU's is in the host's memory
+    other_parts: int = 0  # of the model that are not trained; a GPU's are in the host's memory
 
     @property
     def total(self) -> int:
@@ -58,7 +60,7 @@ class MemoryModel:
         size: StateSize | None = None,
         shares: int = 1,
     ) -> None:
-        self._config = config
+        self._config = text_config(config)
         self._how = replace(how, sharded=shares > 1)
         self._overhead = overhead_bytes
         self.size = size or StateSize.planned(config, adapter=how.adapter)
@@ -103,6 +105,7 @@ class MemoryModel:
             activations=round(activations),
             logits_chunk=round(peak - activations),
             overhead=round(self._overhead + unusable + (HEADROOM - 1) * kept_always),
+            other_parts=self.size.other_bytes if self._how.on_cpu else 0,
         )
 
     def _sharded_step(self, micro_batch_size: int, block_size: int) -> StepMemory:

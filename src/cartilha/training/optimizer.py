@@ -14,8 +14,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from cartilha.config import AUTO_BATCH_TOKENS, Count
 from cartilha.model.adapters import Adapter, frozen_size, trained_parameters
 from cartilha.model.head import head_of
+from cartilha.model.parts import count_other_parameters, text_config
 from cartilha.model.sharding import zeros_beside
-from cartilha.training.trace import model_without_contents
+from cartilha.training.trace import idle_parameters, model_without_contents
 from cartilha.training.update_rules import LEAN_OPTIMIZERS, OPTIMIZERS, UpdateRule, state_itemsize
 
 
@@ -128,9 +129,11 @@ class StateSize:
     num_frozen: int = 0  # parameters below an adapter, without gradient and states
     frozen_bytes: int = 0
     itemsize: int = 4  # bytes per trained weight, and per gradient
+    other_bytes: int = 0  # of parts that are not trained; they are in the host's memory
+    num_idle: int = 0  # parameters of experts that do not compute the average token
 
     @classmethod
-    def of(cls, model: PreTrainedModel, optimizer: str = "adamw") -> StateSize:
+    def of(cls, model: PreTrainedModel, optimizer: str = "adamw", other_bytes: int = 0) -> StateSize:
         """The size for this model, whose parameters need no contents; counts of steps are left out."""
         states = [
             rule.state_bytes(tuple(parameter.shape))
@@ -140,7 +143,8 @@ class StateSize:
         num_trained = sum(parameter.numel() for parameter in trained_parameters(model).values())
         num_frozen, frozen_bytes = frozen_size(model)
         itemsize = max(parameter.element_size() for parameter in trained_parameters(model).values())
-        return cls(num_trained + num_frozen, optimizer, sum(states), num_frozen, frozen_bytes, itemsize)
+        sizes = num_frozen, frozen_bytes, itemsize, other_bytes, idle_parameters(model)
+        return cls(num_trained + num_frozen, optimizer, sum(states), *sizes)
 
     @classmethod
     def planned(
@@ -150,8 +154,13 @@ class StateSize:
         adapter: Adapter | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> StateSize:
-        """The size for a model of this configuration with weights in `dtype`; nothing is allocated."""
-        return cls.of(model_without_contents(config, adapter, dtype), optimizer)
+        """The size for a model of this configuration (of the whole, if it has other parts) with weights in `dtype`.
+
+        Nothing is allocated. Other parts are taken to be stored in the dtype that the configuration names.
+        """
+        stored = 4 if config.dtype in (None, torch.float32) else 2
+        other_bytes = stored * count_other_parameters(config)
+        return cls.of(model_without_contents(text_config(config), adapter, dtype), optimizer, other_bytes)
 
     @property
     def is_lean(self) -> bool:
@@ -162,6 +171,16 @@ class StateSize:
     def num_trained(self) -> int:
         """Parameters that are trained."""
         return self.num_parameters - self.num_frozen
+
+    @property
+    def num_active_parameters(self) -> int:
+        """Those that compute the average token: all of them, but for a mixture of experts."""
+        return self.num_parameters - self.num_idle
+
+    @property
+    def num_frozen_active(self) -> int:
+        """Those of them that are frozen; idle experts are, where anything is."""
+        return max(0, self.num_frozen - self.num_idle)
 
     @property
     def weight_bytes(self) -> int:

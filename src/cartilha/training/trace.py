@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -25,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from cartilha.model.adapters import Adapter, add_adapter, trained_parameters
 from cartilha.model.attention import ATTENTION_DROPOUT, KERNELS
 from cartilha.model.configuration import with_layers
-from cartilha.model.head import body_of, head_of
+from cartilha.model.head import body_of, head_inputs, head_of
 from cartilha.model.load import look_at
 from cartilha.model.loss import linear_cross_entropy
 from cartilha.model.packed_or_rows import HowItRuns, use_document_attention
@@ -99,6 +100,18 @@ class _LiveBytes(TorchDispatchMode):
         return result
 
 
+class _ProductsOfExperts(TorchFunctionMode):
+    """Products with grouped experts as transformers computes them where torch cannot, with what is kept the same.
+
+    For tensors without contents, torch has its own in bfloat16 alone.
+    """
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch._grouped_mm:
+            return torch.ops.transformers.grouped_mm_fallback(*args[:2], offs=kwargs["offs"])
+        return function(*args, **(kwargs or {}))
+
+
 def model_without_contents(
     config: PretrainedConfig, adapter: Adapter | None = None, dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:
@@ -129,9 +142,21 @@ def _adapted(config: PretrainedConfig, adapter: Adapter) -> PreTrainedModel:
     return model
 
 
-def count_parameters(config: PretrainedConfig) -> int:
-    """Parameters of a model of this configuration, tied ones once."""
-    return int(model_without_contents(config).num_parameters())
+EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")  # as configurations call it
+
+
+def idle_parameters(model: PreTrainedModel) -> int:
+    """Parameters of experts that do not compute the average token; 0 in a model without experts.
+
+    transformers keeps a layer's experts in one parameter of the shape (num_experts, ..., ...).
+    """
+    counts = [getattr(model.config, name, None) for name in EXPERTS_PER_TOKEN]
+    each = next((count for count in counts if isinstance(count, int)), None)
+    if each is None:
+        return 0
+    own = [module._parameters for module in model.modules() if not isinstance(module, torch.nn.Conv1d)]
+    experts = [weight for weights in own for weight in weights.values() if weight is not None and weight.dim() == 3]
+    return sum(weight.numel() // len(weight) * max(0, len(weight) - each) for weight in experts)
 
 
 def parts_of(config: PretrainedConfig) -> tuple[int, int]:
@@ -159,6 +184,8 @@ def _traced(config_json: str, num_layers: int, rows: int, row_length: int, how: 
     if how.on_cpu:
         cpu_product_dtype(how.dtype)
     settings = with_layers(json.loads(config_json), num_layers)
+    if settings.get("first_k_dense_replace"):
+        settings["first_k_dense_replace"] = 0  # the first layers would stand for those that have experts
     if not how.on_cpu:  # CUDA's kernel draws attention's dropout again in the backward pass; a CPU's keeps all weights
         settings |= {name: 0.0 for name in ATTENTION_DROPOUT if name in settings}
     config = AutoConfig.for_model(**settings)
@@ -208,10 +235,10 @@ def _pass(model: PreTrainedModel, live: _LiveBytes, rows: int, row_length: int, 
     else:
         arguments = {"attention_mask": torch.ones_like(ids)}
     own = weight_gradients_in_place("cpu", 1.0, returned=how.gives_back)
-    with own if how.on_cpu and not how.sharded else nullcontext():
+    with _ProductsOfExperts(), own if how.on_cpu and not how.sharded else nullcontext():
         with nullcontext() if how.dtype == torch.float32 else torch.autocast("cpu", how.dtype):
             output = body_of(model)(input_ids=ids, use_cache=False, **arguments)
-        hidden = output.last_hidden_state.flatten(0, 1)
+            hidden = head_inputs(model, output.last_hidden_state).flatten(0, 1)
         del output
         kept = float(live.now)
         loss = linear_cross_entropy(hidden, head_of(model), targets.flatten(), how.dtype)
