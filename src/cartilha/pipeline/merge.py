@@ -94,10 +94,10 @@ def base_of(run: Path) -> str:
 
 def _write_merged(reference: str, output: Path, dtype: torch.dtype, base: str) -> None:
     tokenizer = load_tokenizer(reference)
-    loaded = load_model(reference, torch.device("cpu"), tokenizer=tokenizer)
+    loaded = load_model(reference, torch.device("cpu"), tokenizer=tokenizer, whole=True)
     with new_directory(output) as temporary:
         torch.nn.Module.to(loaded.model, dtype)
-        loaded.model.save_pretrained(temporary)
+        loaded.save(temporary)
         tokenizer.save(temporary)
         write_atomically(temporary / "README.md", _card(output.resolve().parent.name, base, None, None))
 
