@@ -482,7 +482,7 @@ def test_too_little_memory_or_disk(fresh, monkeypatch):
 
 
 def test_a_check_that_breaks_has_failed(fresh, monkeypatch):
-    monkeypatch.setattr(model, "hidden_states", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(model, "token_logits", lambda *arguments: 1 / 0)
     results = run_checks(fresh, CHEAP_CHECKS)
     assert failed(results) == ["causality", "isolation"]
     assert "ZeroDivisionError" in next(r.measured for r in results if r.name == "causality")
