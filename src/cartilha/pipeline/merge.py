@@ -94,7 +94,7 @@ def base_of(run: Path) -> str:
 
 def _write_merged(reference: str, output: Path, dtype: torch.dtype, base: str) -> None:
     tokenizer = load_tokenizer(reference)
-    loaded = load_model(reference, torch.device("cpu"), tokenizer=tokenizer, whole=True)
+    loaded = load_model(reference, torch.device("cpu"), tokenizer=tokenizer)
     with new_directory(output) as temporary:
         torch.nn.Module.to(loaded.model, dtype)
         loaded.save(temporary)
