@@ -133,14 +133,15 @@ def test_lists_with_an_entry_a_layer_are_cut_with_the_layers():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_mixture_of_experts_is_planned_with_all_experts_and_timed_by_those_that_compute_a_token(dtype):
-    sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "head_dim": 8}
-    config = AutoConfig.for_model("mixtral", num_hidden_layers=3, num_local_experts=8, **sizes, pad_token_id=0)
+    sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4,
+             "num_key_value_heads": 4, "head_dim": 8, "pad_token_id": 0}  # fmt: skip
+    config = AutoConfig.for_model("mixtral", num_hidden_layers=3, num_local_experts=8, **sizes)
     size = StateSize.planned(config)
     whole = AutoModelForCausalLM.from_config(config)
     assert size.num_parameters == sum(parameter.numel() for parameter in whole.parameters())
     experts = 3 * 3 * 32 * 48  # of one expert in each of three layers
     assert size.num_active_parameters == size.num_parameters - 6 * experts  # two of eight
-    dense = AutoConfig.for_model("llama", num_hidden_layers=3, **sizes, pad_token_id=0)
+    dense = AutoConfig.for_model("llama", num_hidden_layers=3, **sizes)
     assert traced_step(config, 1, 64, how(dtype)).activations > traced_step(dense, 1, 64, how(dtype)).activations
 
 
