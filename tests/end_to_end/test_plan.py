@@ -51,6 +51,7 @@ def test_a_plan_has_a_row_for_each_device_block_size_and_micro_batch(cartilha, s
             "gathered",
             "overhead",
             "checkpoint_copy",
+            "other_parts",
         }
         assert row["memory"].keys() == parts and sum(row["memory"].values()) == row["memory_bytes"]
         on_host = row["device"] in ("cpu", "this machine")  # a card's copy is in the host's memory
