@@ -15,6 +15,7 @@ from cartilha.option_groups import (
     AdapterOptions,
     ComputeOptions,
     Device,
+    QualityOptions,
     ReadingOptions,
     ScoringOptions,
     WeightDtype,
@@ -44,7 +45,7 @@ REF_HELP = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrepareConfig(ReadingOptions):
+class PrepareConfig(ReadingOptions, QualityOptions):
     """Text to a token store: read, deduplicate exactly, split by document, tokenize."""
 
     input: tuple[str, ...] = option((), REF_HELP, required=True)
@@ -81,20 +82,7 @@ class PrepareConfig(ReadingOptions):
         "the language of the text: a code (pt, gl, es ...), or a YAML file that describes one (docs/extending.md)",
     )
     near_duplicates: bool = deciding(False, "keep near-duplicates on one side of the split (extra text)")
-    decontaminate: tuple[str, ...] = deciding(
-        (), "leave out documents with 13 words in a row of these: REFs, or tasks of lm-evaluation-harness (extra eval)"
-    )
-    max_perplexity: str | None = deciding(
-        None, "do not train on documents that --model finds more perplexing than this (200), or the top share (10%)"
-    )
-    min_perplexity: str | None = deciding(None, "nor on less perplexing ones (5), or the bottom share (2%)")
-    classifier: str | None = deciding(
-        None, "a text classifier (hub id or directory), such as one of educational value, for --min_score"
-    )
-    min_score: str | None = deciding(
-        None, "do not train on documents that it scores lower than this (3), or on the bottom share (50%)"
-    )
-    rejects: str | None = option(None, "write what these leave out to this .jsonl file, with the reasons")
+    rejects: str | None = option(None, "write what is left out to this .jsonl file, with the reasons")
     dry_run: bool = option(False, "write no store: say what would be left out; what was read is kept for the real run")
     limit_documents: int | None = deciding(None, "read at most this many documents", minimum=1)
     shuffle: bool = deciding(

@@ -34,6 +34,25 @@ class ReadingOptions(Settings):
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class QualityOptions(Settings):
+    """Which documents are not worth training on, or must not be trained on."""
+
+    decontaminate: tuple[str, ...] = deciding(
+        (), "leave out documents with 13 words in a row of these: REFs, or tasks of lm-evaluation-harness (extra eval)"
+    )
+    max_perplexity: str | None = deciding(
+        None, "do not train on documents that --model finds more perplexing than this (200), or the top share (10%)"
+    )
+    min_perplexity: str | None = deciding(None, "nor on less perplexing ones (5), or the bottom share (2%)")
+    classifier: str | None = deciding(
+        None, "a text classifier (hub id or directory), such as one of educational value, for --min_score"
+    )
+    min_score: str | None = deciding(
+        None, "do not train on documents that it scores lower than this (3), or on the bottom share (50%)"
+    )
+
+
 WeightDtype = Literal["float32", "bfloat16"]
 WEIGHTS_HELP = "type in which weights are kept; bfloat16 takes half the memory and changes figures a little"
 

@@ -135,6 +135,26 @@ class _Planned:
         return {"memory_bytes": step.total, "memory": asdict(step)}
 
 
+def _to_read(config: PlanConfig, store: TokenStore | None) -> tuple[int | None, list[dict[str, Any]]]:
+    """The tokens of all epochs, None without a store, and what they are of each source of a mixture."""
+    if store is None:
+        return None, []
+    if config.mix:
+        mix = Mix.open(sources_of(TrainConfig(store=str(store.path), mix=config.mix)), store)
+        tokens = config.epochs * mix.documents.epoch_size
+        return tokens, mix.planned(tokens)
+    counts = store.counts["train"]
+    return config.epochs * (counts.num_tokens + counts.num_documents), []
+
+
+def _devices(config: PlanConfig) -> list[str]:
+    """The devices that were asked for, else all; several cards are planned for cards alone."""
+    usual = ["auto", *KNOWN_DEVICES]
+    if config.gpus > 1:
+        usual = [name for name, known in KNOWN_DEVICES.items() if not known.is_host]
+    return list(dict.fromkeys(config.device or usual))
+
+
 def plan(config: PlanConfig) -> PlanResult:
     """Plan the training of a model; a UserError refuses too long a block, or a model that fits nowhere."""
     preflight(config)
@@ -143,21 +163,11 @@ def plan(config: PlanConfig) -> PlanResult:
     model = text_config(whole)
     sizes = _block_sizes(config, context_length(model))
     seen = look_at(model, config.model)
-    counts = store.counts["train"] if store else None
-    mix = (
-        Mix.open(sources_of(TrainConfig(store=str(store.path), mix=config.mix)), store)
-        if store and config.mix
-        else None
-    )
-    tokens = config.epochs * (counts.num_tokens + counts.num_documents) if counts else None
-    tokens = config.epochs * mix.documents.epoch_size if mix else tokens
-    usual = (
-        ("auto", *KNOWN_DEVICES) if config.gpus == 1 else [n for n, known in KNOWN_DEVICES.items() if not known.is_host]
-    )
+    tokens, sources = _to_read(config, store)
     asked = profiles(config, recomputes=seen.recomputes)
     devices: list[_Planned] = []
     lines: list[dict[str, Any]] = []
-    for facts in map(_facts, dict.fromkeys(config.device or usual)):
+    for facts in map(_facts, _devices(config)):
         facts = facts.for_model(model)
         fits = _fits(config, whole, facts, asked, 512 if 512 in sizes else sizes[0])
         lines += _profile_lines(facts, fits)
@@ -191,7 +201,7 @@ def plan(config: PlanConfig) -> PlanResult:
             "batch_tokens": config.batch_tokens,
             "epochs": config.epochs,
             "train_tokens": tokens,
-            "sources": mix.planned(tokens) if mix and tokens else [],
+            "sources": sources,
             "checkpoint_bytes": states.checkpoint_bytes,
             "disk_bytes": space_needed(states)[0],
             "gpus": config.gpus,

@@ -30,12 +30,13 @@ from cartilha.runs.best import comparable, loss_of, since_best
 from cartilha.runs.decay import copy_trunk, decaying
 from cartilha.runs.energy import counting_energy
 from cartilha.runs.english import score_english
+from cartilha.runs.facts import facts
 from cartilha.runs.files import RunWriter, check_output, only_process, read_results, values_at, write_config
 from cartilha.runs.live import training_view
 from cartilha.runs.lost import lost_process, naming_lost_processes
 from cartilha.runs.model_card import write_card
 from cartilha.runs.scratch import place_of_run
-from cartilha.runs.setup import Run, assemble, check_space, facts, is_finished_as_asked
+from cartilha.runs.setup import Run, assemble, check_space, is_finished_as_asked
 from cartilha.runs.snapshots import compare_with_first, take_snapshot
 from cartilha.storage import DISK_FAULTS, new_directory, system_error, write_json
 from cartilha.training.checkpoint import (

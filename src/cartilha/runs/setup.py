@@ -13,15 +13,14 @@ from transformers import PretrainedConfig
 
 from cartilha.blocks.mixing import MixtureSampler
 from cartilha.blocks.sampler import BlockSampler
-from cartilha.config import Count, GenerateConfig, PrepareConfig, TrainConfig
+from cartilha.config import Count, GenerateConfig, TrainConfig
 from cartilha.console import log
 from cartilha.errors import UserError, counted, first_line
 from cartilha.evaluation.documents import ScoredDocuments, encode_documents, validation_subset
 from cartilha.evaluation.scorer import Scorer, make_scorer
-from cartilha.machine.devices import choose_device, choose_dtype, describe_machine, dtype_name, seed_everything
+from cartilha.machine.devices import choose_device, choose_dtype, dtype_name, seed_everything
 from cartilha.machine.memory import free_memory_bytes
 from cartilha.machine.processes import from_rank_0, gather_objects, is_main_process, world
-from cartilha.machine.versions import versions
 from cartilha.model.adapters import adapter_of
 from cartilha.model.configuration import model_config
 from cartilha.model.load import LoadedModel, load_model, look_at, weights_hash, with_adapter
@@ -342,65 +341,3 @@ def _plan(config: TrainConfig, scorer: Scorer, sampler: BlockSampler, schedule: 
     )
     intervals = [by_validation, config.checkpoint_steps, by_clock]
     return plan.with_checkpoints() if any(n and n < schedule.num_steps for n in intervals) else plan
-
-
-def _datasets(config: TrainConfig) -> list[dict[str, Any]]:
-    """The datasets of the hub that the stores were made of, each with the commit that was read."""
-    stores = [config.store, *(source.store for source in sources_of(config))]
-    inputs = [item for path in stores for item in read_store_info(Path(path)).get("inputs", []) if "commit" in item]
-    return [item for place, item in enumerate(inputs) if item not in inputs[:place]]
-
-
-def _prepared(store: TokenStore) -> dict[str, Any]:
-    """The names of the texts, and how they were cleaned and split, for the card; the places of files are not kept."""
-    settings = {**PrepareConfig().deciding_values(), **store.info.get("settings", {})}
-    names = ("clean", "decontaminate", "near_duplicates", "validation_first", "seed")
-    prepared = {name: settings[name] for name in names}
-    prepared["quality"] = [one["signal"] for one in store.info.get("quality", ())]
-    inputs = store.info.get("inputs", [])
-    prepared["validation_input"] = any(item.get("held_out") for item in inputs)
-    return {"inputs": [item["name"] for item in inputs if not item.get("target")], "prepared": prepared}
-
-
-def facts(run: Run) -> dict[str, Any]:
-    """What results.json records of the set-up."""
-    config, sampler, store = run.config, run.sampler, run.store
-    machine = describe_machine(run.loaded.model.device)
-    corpus: dict[str, Any] = {"tokenizer_fingerprint": store.fingerprint}
-    for side, counts in store.counts.items():
-        corpus |= {
-            f"num_{side}_documents": counts.num_documents,
-            f"num_{side}_tokens": counts.num_tokens,
-            f"{side}_hash": counts.corpus_hash,
-        }
-    language = store.language
-    corpus |= {"language": language["code"], "language_names": language["names"], "prompts": language["prompts"]}
-    corpus |= _prepared(store)
-    corpus["datasets"] = _datasets(config)
-    return {
-        "settings": {
-            **run.settings,
-            "store": str(store.path),
-            "epochs": config.epochs,
-            "max_steps": config.max_steps,
-            "blocks_per_step": sampler.blocks_per_step,
-            "micro_batch_size": run.plan.micro_batch_size,
-            "num_processes": world()[1],
-            "sharded": is_sharded(run.loaded.model),
-            "device": machine["device_name"],
-            "num_parameters": run.loaded.num_parameters,
-            "num_trained": run.plan.size.num_trained,
-            "model_commit": run.loaded.commit,
-        },
-        "corpus": corpus,
-        **({"other_parts": run.loaded.others} if run.loaded.others else {}),
-        **({"selection": store.info["selection"]} if "selection" in store.info else {}),
-        **run.sources,
-        "packing": {
-            "num_blocks": sampler.blocks_per_epoch,
-            "steps_per_epoch": sampler.steps_per_epoch,
-            "padding_share": sampler.padding_share,
-        },
-        "machine": machine,
-        "versions": versions(),
-    }
