@@ -510,7 +510,7 @@ def small_primer(tmp_path, monkeypatch) -> Path:
         {"id": "p2", "title": "B", "genre": "carta", "variety": "PT", "text": "Cara Ana"},
         {"id": "p3", "title": "C", "genre": "conto", "variety": "BR", "text": "Outra"},
     )
-    monkeypatch.setattr(primer, "_texts_file", lambda: path)
+    monkeypatch.setattr(primer, "_texts_file", lambda *language: path)
     return path
 
 
