@@ -23,6 +23,7 @@ TINY = {"vocab_size": 259, "hidden_size": 16, "num_hidden_layers": 2, "num_atten
         "intermediate_size": 16, "max_position_embeddings": 128}  # fmt: skip
 BART = BartConfig(d_model=16, max_position_embeddings=128)
 SAID = "run with one document per row"
+SHORT_PLAN = ("--memory", "full", "--block_size", 32)  # a step of Mamba is traced position by position
 
 
 MODELS = {
@@ -69,8 +70,7 @@ def test_check_agrees_and_plan_plans(cartilha, store, unknown):
     # Fresh weights that come from a folder are taken for pretrained ones, which they are not.
     assert [name for name, outcome in found.items() if outcome == "failed"] == ["start"]
     assert {found[name] for name in ("truth", "causality", "resume")} == {"passed"}, found
-    flags = ("--memory", "full", "--block_size", 32)  # a step of Mamba is traced position by position
-    outcome = cartilha("plan", "--model", unknown, "--device", "cpu", "t4", *flags, "--json")
+    outcome = cartilha("plan", "--model", unknown, "--device", "cpu", "t4", *SHORT_PLAN, "--json")
     assert outcome.code == 0, outcome.err
     assert all(row["memory_bytes"] > 0 for row in json.loads(outcome.out)["rows"])
 
@@ -85,7 +85,7 @@ def test_inspect_and_plan_say_how_a_model_runs(cartilha, unknown):
     line = "documents packed side by side" if unknown.name == "gemma2" else "one document per row, since "
     outcome = cartilha("inspect", unknown)
     assert outcome.code == 0 and f"Runs: {line}" in outcome.out, outcome.err
-    plan = cartilha("plan", "--model", unknown, "--device", "t4", "--block_size", 128)
+    plan = cartilha("plan", "--model", unknown, "--device", "t4", *SHORT_PLAN)
     assert plan.code == 0 and f"Runs: {line}" in plan.out, plan.err
 
 
