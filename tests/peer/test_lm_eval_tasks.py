@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 
@@ -21,6 +19,7 @@ from cartilha.model.attention import ATTENTION_NAME
 from cartilha.model.load import load_model
 from cartilha.pipeline.preflight import preflight
 from cartilha.tokens.tokenizer import load_tokenizer
+from pairs_task import write_pairs_task
 
 pytest.importorskip("lm_eval", reason="needs lm-eval (extra `eval`)")
 
@@ -37,24 +36,7 @@ PAIRS = [
 
 @pytest.fixture()
 def task(tmp_path):
-    rows = tmp_path / "pairs.jsonl"
-    rows.write_text("".join(json.dumps({"good": a, "bad": b}) + "\n" for a, b in PAIRS), encoding="utf-8")
-    path = tmp_path / "concordancia.yaml"
-    path.write_text(
-        f"""task: concordancia
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: "{rows}"}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: ""
-doc_to_target: 0
-doc_to_choice: "{{{{[good, bad]}}}}"
-target_delimiter: ""
-metric_list: [{{metric: acc}}]
-""",
-        encoding="utf-8",
-    )
-    return path
+    return write_pairs_task(tmp_path, "concordancia", PAIRS)
 
 
 def test_accuracy_is_that_of_our_own_scores(task, monkeypatch, tmp_path, capfd):

@@ -337,10 +337,11 @@ def _explore(config: configs.ExploreConfig) -> None:
 def _merge(config: configs.MergeConfig) -> None:
     run = run_directory(config.run)
     source = resolve_model(str(run))
-    if source.path is None or source.kind != "directory":
+    folder = source.path if source.kind == "directory" else None
+    if folder is None or not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise UserError(f"{config.run} is no directory with a trained model; name a run's.")
     if config.add is None:
-        if adapter_base(source.path) is None:
+        if adapter_base(folder) is None:
             raise UserError(
                 f"{config.run} holds a whole model and no adapter, so there is nothing to merge; add an "
                 "instruction-tuned model with --add."

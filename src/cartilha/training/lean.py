@@ -8,6 +8,7 @@ AdamW's moments are kept in 8 bits, with the map of numbers that bitsandbytes an
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,7 +33,7 @@ def round_stochastically(values: Tensor, out: Tensor, generator: torch.Generator
     out.copy_(values)
 
 
-class SteppedInSlices(torch.optim.Optimizer):
+class SteppedInSlices(torch.optim.Optimizer, ABC):
     """An optimizer whose parameters can be stepped one by one, with temporaries of a slice's size.
 
     The random numbers of the rounding follow from the number of the step and the place of the parameter, so that a
@@ -69,17 +70,17 @@ class SteppedInSlices(torch.optim.Optimizer):
             if weights.dtype == torch.bfloat16:
                 round_stochastically(master, weights, generator)
 
+    @abstractmethod
     def _slices(
         self, parameter: Tensor, gradient: Tensor, state: dict[str, Tensor]
     ) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
         """Views of weights and gradient, with the parts of the state that belong to them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _step_slice(
         self, weights: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any], step: int
     ) -> None:
         """Take the step number `step` (from 1) with a slice of float32 weights, in place."""
-        raise NotImplementedError
 
 
 class AdamW8bit(SteppedInSlices):
