@@ -65,9 +65,9 @@ def stage(language: str, here: dict[str, Page], into: Path) -> None:
     for page in here.values():
         target = into / f"{page.slug}.md"
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(_rewritten(page, here, into), encoding="utf-8")
+        target.write_text(_plain_pipes(_rewritten(page, here, into)), encoding="utf-8")
     for name, made in GENERATED.items():
-        (into / f"{name}.md").write_text(made.text(language), encoding="utf-8")
+        (into / f"{name}.md").write_text(_plain_pipes(made.text(language)), encoding="utf-8")
     (into / "javascripts").mkdir(exist_ok=True)
     shutil.copy(HERE / "iframe-worker.js", into / "javascripts")
     (into / "stylesheets").mkdir(exist_ok=True)
@@ -99,6 +99,11 @@ def _rewritten(page: Page, here: dict[str, Page], into: Path) -> str:
     return LINK.sub(link, page.without_switch())
 
 
+def _plain_pipes(text: str) -> str:
+    r"""Code without the `\|` that GitHub wants in tables; Python-Markdown would show the backslash."""
+    return re.sub(r"`[^`\n]*`", lambda code: code[0].replace(r"\|", "|"), text)
+
+
 def configuration(language: str, sections: list[dict[str, list[dict[str, str]]]]) -> dict[str, object]:
     """The settings of zensical."""
     other = next(name for name in LANGUAGES if name != language)
@@ -128,7 +133,11 @@ def configuration(language: str, sections: list[dict[str, list[dict[str, str]]]]
             "attr_list": {},
             "footnotes": {},
             "tables": {},
-            "toc": {"permalink": True, "slugify": {"kwds": {"case": "lower"}}},
+            "toc": {
+                "permalink": True,
+                "permalink_title": TEXTS[language]["permalink"],
+                "slugify": {"kwds": {"case": "lower"}},
+            },
             "pymdownx.highlight": {"pygments_lang_class": True},
             "pymdownx.inlinehilite": {},
             "pymdownx.superfences": {},
@@ -152,9 +161,11 @@ def build(output: Path) -> list[str]:
             return [f"zensical could not build the site in {TEXTS[language]['name']}."]
     site = output / "site"
     shutil.copy(HERE / "index.html", site)
+    faults = []
     for language in LANGUAGES:
         _join(site, language, all_pages)
-    return check(site)
+        faults += translate_search(site / language, TEXTS[language]["search"])
+    return faults + check(site)
 
 
 def _join(site: Path, language: str, all_pages: list[Page]) -> None:
@@ -173,7 +184,21 @@ def _join(site: Path, language: str, all_pages: list[Page]) -> None:
         text = text.replace(f'"{up or "./"}../{other}/index.html"', f'"{up}../{other}/{twins.get(slug, slug)}.html"')
         text = text.replace(f'"../{other}/index.html"', f'"{up}../{other}/{twins.get(slug, slug)}.html"')
         text = text.replace("https://unpkg.com/iframe-worker/shim", f"{up}javascripts/iframe-worker.js")
+        text = text.replace("Could not copy to clipboard", TEXTS[language]["copy_failed"])
         file.write_text(text, encoding="utf-8")
+
+
+def translate_search(site: Path, words: dict[str, str]) -> list[str]:
+    """Replace the English words of zensical's script, which has no setting for them; returns those that are missing."""
+    (script,) = site.glob("assets/javascripts/bundle.*.js")
+    text = script.read_text(encoding="utf-8")
+    missing = [
+        f"{script.name} has no {english}: mend `search` in texts.yaml." for english in words if english not in text
+    ]
+    for english, ours in words.items():
+        text = text.replace(english, ours)
+    script.write_text(text, encoding="utf-8")
+    return missing
 
 
 def check(site: Path) -> list[str]:

@@ -282,3 +282,13 @@ def test_the_seven_labs_are_listed_with_a_picture_a_question_and_a_surprise(page
             assert set(headings) <= {heading for _, heading in pages[path].headings}, path
             assert any(target.endswith((".svg", ".png")) for target in pages[path].links), path
             assert [fence for fence in pages[path].fences if fence.kind == "text" and fence.text.strip()], path
+
+
+def test_the_words_of_the_search_are_replaced_and_missing_ones_named(tmp_path):
+    from make_site import translate_search
+
+    script = tmp_path / "assets" / "javascripts" / "bundle.0.min.js"
+    script.parent.mkdir(parents=True)
+    script.write_text('a("No results")', encoding="utf-8")
+    assert len(translate_search(tmp_path, {'"No results"': '"Nenhum resultado"', '"Gone"': '"Sumiu"'})) == 1
+    assert script.read_text(encoding="utf-8") == 'a("Nenhum resultado")'
