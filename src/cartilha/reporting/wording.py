@@ -11,6 +11,7 @@ from typing import Literal
 
 import yaml
 
+from cartilha.reporting.notices import in_portuguese
 from cartilha.reporting.pages import PACKAGE, template_file
 
 Language = Literal["en", "pt"]
@@ -125,6 +126,10 @@ class Wording:
             if found := pattern.fullmatch(mode):
                 return self(key, **{name: value.replace(".", point) for name, value in found.groupdict().items()})
         return mode
+
+    def notice(self, notice: str) -> str:
+        """What a run warned of."""
+        return notice if self.language == "en" else in_portuguese(notice)
 
     def size(self, num_bytes: float | None) -> str:
         """A number of bytes in a decimal unit."""
