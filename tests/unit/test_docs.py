@@ -246,13 +246,14 @@ def test_the_site_is_refused_with_a_broken_link_or_something_from_the_network(tm
     ],
 )
 def test_nineteen_answers_are_two_clicks_from_the_readme(pages, start, exercise, doubts):
-    """Seven questions of the exercise and twelve doubts of the class, each under a heading with its number."""
-    first = _linked(pages, pages[start])
-    second = {path for path in first for path in _linked(pages, pages[path])}
-    assert {exercise, doubts} <= {*first, *second}
+    """Seven questions of the exercise, twelve doubts of the class: one click to their page, one to the answer."""
+    from pages import anchor
+
+    assert {exercise, doubts} <= set(_linked(pages, pages[start]))
     for page, number in ((exercise, 7), (doubts, 12)):
-        answered = [int(heading.split(".")[0]) for _, heading in pages[page].headings[1:] if heading[0].isdigit()]
-        assert answered == list(range(1, number + 1))
+        headings = [heading for _, heading in pages[page].headings[1:] if heading[0].isdigit()]
+        assert [int(heading.split(".")[0]) for heading in headings] == list(range(1, number + 1))
+        assert {f"#{anchor(heading)}" for heading in headings} <= set(pages[page].links)
 
 
 def _linked(pages, page) -> list[str]:
