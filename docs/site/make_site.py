@@ -184,7 +184,8 @@ def _join(site: Path, language: str, all_pages: list[Page]) -> None:
         text = text.replace(f'"{up or "./"}../{other}/index.html"', f'"{up}../{other}/{twins.get(slug, slug)}.html"')
         text = text.replace(f'"../{other}/index.html"', f'"{up}../{other}/{twins.get(slug, slug)}.html"')
         text = text.replace("https://unpkg.com/iframe-worker/shim", f"{up}javascripts/iframe-worker.js")
-        text = text.replace("Could not copy to clipboard", TEXTS[language]["copy_failed"])
+        for english, ours in TEXTS[language]["of_pages"].items():
+            text = text.replace(english, ours)
         file.write_text(text, encoding="utf-8")
 
 
