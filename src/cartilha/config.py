@@ -244,6 +244,11 @@ class PlanConfig(AdapterOptions):
     price_per_hour: float | None = option(None, "of the card, in any currency: gives the training's price", minimum=0)
     gradient_checkpointing: bool = option(False, "plan with each layer computed a second time instead of kept")
     skip_probe: bool = option(False, "do not run a few steps here; this machine's speed is then an estimate, too")
+    expect: bool = option(
+        False,
+        "with --store: train a few steps here (minutes on a CPU) and say what bits per byte to expect after ten"
+        " minutes, an hour and a day",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

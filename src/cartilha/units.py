@@ -22,6 +22,13 @@ def parse_duration(text: str | None) -> float | None:
     return seconds
 
 
+def show_duration(seconds: float) -> str:
+    """A time in the two units that matter, such as `3 min 05 s`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+
+
 def parse_share(text: str, name: str) -> float:
     """A share between 0 and 1 from `5%` or `0.05`; a UserError that begins with `name` if it is neither."""
     number = text.strip()

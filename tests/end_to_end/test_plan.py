@@ -11,12 +11,15 @@ import torch
 from transformers import AutoConfig
 
 import cartilha.pipeline.train as train_module
-from cartilha.config import PLANNED_DEVICES, GenerateConfig, TrainConfig
+from cartilha.config import PLANNED_DEVICES, GenerateConfig, PlanConfig, TrainConfig
+from cartilha.errors import UserError
 from cartilha.model.attention import KERNELS
+from cartilha.pipeline.expectation import expect
 from cartilha.pipeline.plan import PlanResult
 from cartilha.pipeline.train import train
 from cartilha.runs.setup import assemble
 from cartilha.runs.step_plan import StepShape, plan_run
+from cartilha.terminal.results import show
 from cartilha.training.checkpoint import space_needed
 from cartilha.training.device_facts import KNOWN_DEVICES
 from cartilha.training.memory import SAFETY, MemoryModel
@@ -114,6 +117,41 @@ def test_a_probe_that_does_not_fit_leaves_an_estimate(cartilha, monkeypatch):
     assert all(row["estimated"] and row["tokens_per_second"] > 0 for row in rows)
 
 
+def test_what_to_expect_is_foreseen_from_trainings_that_are_those_of_train(
+    cartilha, store, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.setattr("cartilha.pipeline.expectation.FRESH", 2.0)
+    monkeypatch.setattr("cartilha.pipeline.expectation.HELD_OUT_TOKENS", 500)
+    shared = {"model": "random:tiny", "store": str(store), "block_size": 32, "batch_tokens": 64}
+    arguments = [word for name, value in shared.items() for word in (f"--{name}", value)]
+    result = planned(cartilha, *arguments, "--device", "auto", "--skip_probe", "--expect")
+    expected = result["expected"]
+    config = TrainConfig(**shared, output=str(tmp_path / "run"), max_steps=16, validation_tokens=500)
+    run = train(replace(config, skip_checks=True, skip_english=True)).results
+    first, last = (run["evaluations"][i]["bits_per_byte"] for i in (0, -1))
+    assert [row["steps"] for row in expected["trained"]] == [4, 8, 16]
+    assert (expected["before"], expected["trained"][-1]["bits_per_byte"]) == (first, last)
+    (whole,) = expected["rows"]  # ten minutes would read more than the text
+    assert whole["tokens"] == expected["tokens_per_epoch"]
+    low, high = whole["interval"]
+    assert low < whole["bits_per_byte"] < high < first
+    capfd.readouterr()
+    show("plan", result)
+    out = capfd.readouterr().out
+    for shown in ("16 steps", f"{last:.3f}", f"{low:.2f} to {high:.2f}", "The last row is the whole training text"):
+        assert shown in out
+
+
+def test_nothing_is_foreseen_without_enough_text_or_a_model_that_gets_better(store, caplog, monkeypatch):
+    monkeypatch.setattr("cartilha.pipeline.expectation.HELD_OUT_TOKENS", 500)
+    asked = PlanConfig(model="random:tiny", store=str(store), block_size=32, batch_tokens=64)
+    assert expect(asked)["rows"] == [] and "The weights of random:tiny are fresh." in caplog.text
+    monkeypatch.setattr("cartilha.runs.setup.resolve_lr", lambda *arguments, **settings: 30.0)
+    assert expect(asked)["rows"] == [] and "left the model better than before" in caplog.text
+    with pytest.raises(UserError, match="give more text or a smaller --batch_tokens"):
+        expect(replace(asked, batch_tokens=2048))
+
+
 def test_the_devices_that_can_be_named_are_those_with_figures():
     assert tuple(KNOWN_DEVICES) == PLANNED_DEVICES
 
@@ -133,6 +171,7 @@ def test_the_devices_that_can_be_named_are_those_with_figures():
         (["--price_per_hour", -1], "price_per_hour must be 0 or more"),
         (["--model", "random:huge"], "There is no architecture random:huge"),
         (["--store", "nowhere"], "nowhere"),
+        (["--expect"], "--expect trains on a store for a few steps; name one with --store STORE."),
     ],
 )
 def test_what_cannot_be_planned_is_one_sentence(refused, arguments, sentence):

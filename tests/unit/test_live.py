@@ -17,6 +17,7 @@ from cartilha.runs.files import RunWriter
 from cartilha.runs.live import TrainingStatus, training_view
 from cartilha.training.schedule import Schedule
 from cartilha.training.state import StepRecord
+from cartilha.units import show_duration
 
 
 def step(number: int, loss: float = 4.0, **changes: Any) -> StepRecord:
@@ -115,4 +116,4 @@ def test_nobody_listening_is_shown_nothing(tmp_path, capfd, monkeypatch):
 
 @pytest.mark.parametrize(("seconds", "text"), [(3.4, "3 s"), (61, "1 min 01 s"), (7384, "2 h 03 min")])
 def test_times(seconds, text):
-    assert live._clock(seconds) == text
+    assert show_duration(seconds) == text

@@ -40,7 +40,8 @@ OVERFIT_WEIGHT_DECAY = 0.0  # decay works against learning by heart
 
 
 @contextmanager
-def _weights_kept(model: torch.nn.Module) -> Iterator[None]:
+def weights_kept(model: torch.nn.Module) -> Iterator[None]:
+    """A context at whose end the model has the weights of its beginning, and no gradients."""
     kept = {name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items()}
     try:
         yield
@@ -81,7 +82,7 @@ def overfit(subject: Subject) -> CheckResult:
     sampler = _sampler(stream, blocks_per_step=min(8, len(stream)))
     num_steps = OVERFIT_PASSES * sampler.steps_per_epoch
     losses: list[float] = []
-    with _weights_kept(subject.model):
+    with weights_kept(subject.model):
         state = _state(subject, subject.lr, OVERFIT_WEIGHT_DECAY)
         nll = 0.0
         # The rate is constant after a short rise: the passes end when the texts are known.
@@ -177,7 +178,7 @@ def accumulation(subject: Subject) -> CheckResult:
     stream, schedule = _partly_padded(subject), Schedule(1, 1e-9, 0, 1)
     found = []
     for micro_batch_size in (1, len(stream)):
-        with _weights_kept(subject.model):
+        with weights_kept(subject.model):
             sampler = _sampler(stream, len(stream))
             (step,) = _steps(subject, _state(subject, 1e-9), sampler, schedule, micro_batch_size)
             found.append((float(step.loss), float(step.grad_norm)))
@@ -236,9 +237,9 @@ def resume(subject: Subject) -> CheckResult:
     )
     sampler = _sampler(_partly_padded(subject), blocks_per_step=1)
     schedule = Schedule(3, subject.lr, 0.3, 0.1)
-    with _weights_kept(subject.model):
+    with weights_kept(subject.model):
         unbroken = [float(step.loss) for step in _steps(subject, _state(subject, subject.lr), sampler, schedule, 1)]
-    with _weights_kept(subject.model), tempfile.TemporaryDirectory(prefix=".check-", dir=subject.disk) as directory:
+    with weights_kept(subject.model), tempfile.TemporaryDirectory(prefix=".check-", dir=subject.disk) as directory:
         state = _state(subject, subject.lr)
         losses = [float(next(_steps(subject, state, sampler, schedule, 1)).loss)]
         checkpoint = write_checkpoint(Path(directory), freeze(state, {}))

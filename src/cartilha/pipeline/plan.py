@@ -21,6 +21,7 @@ from cartilha.model.configuration import context_length, whole_config
 from cartilha.model.load import load_model, look_at, with_adapter
 from cartilha.model.parts import count_other_parameters, text_config
 from cartilha.model.recomputation import checkpoint_layers
+from cartilha.pipeline.expectation import expect
 from cartilha.pipeline.preflight import preflight
 from cartilha.reporting.notebook import plan_html
 from cartilha.runs.sources import Mix, sources_of
@@ -177,6 +178,7 @@ def plan(config: PlanConfig) -> PlanResult:
             devices.append(_with_profile(config, model, facts, tokens, fits[0], shares=config.gpus))
     states = fits[0].size
     _refuse_what_fits_nowhere(config.model, fits[-1].size, devices)
+    expected = expect(config) if config.expect else None
     if not config.skip_probe:
         devices = [_probed(device, sizes) if device.facts.name == THIS_MACHINE else device for device in devices]
     rows, recommended = [], []
@@ -209,6 +211,7 @@ def plan(config: PlanConfig) -> PlanResult:
             "recommended": recommended,
             "profiles": lines,
             "rows": rows,
+            "expected": expected,
         }
     )
 

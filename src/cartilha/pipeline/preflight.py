@@ -246,6 +246,8 @@ def _plan(config: configs.PlanConfig) -> None:
         if name not in known:
             raise UserError(f"There is no device {name!r} to plan for; choose from {', '.join(known)}.")
     _check_mix_of(config, config.store)
+    if config.expect and not config.store:
+        raise UserError("--expect trains on a store for a few steps; name one with --store STORE.")
 
 
 def _scored_text(config: configs.EvaluateConfig | configs.CompareConfig) -> None:

@@ -23,6 +23,7 @@ from cartilha.evaluation.sums import perplexity
 from cartilha.runs.files import RunWriter, read_samples
 from cartilha.training.schedule import Schedule
 from cartilha.training.state import StepRecord
+from cartilha.units import show_duration
 
 SAMPLE_CHARS = 240
 RECENT = 0.1  # weight of the newest step in the means
@@ -91,7 +92,7 @@ class TrainingStatus:
         if self.memory_bytes is not None:
             found["memory"] = f"{self.memory_bytes / 1e9:.2f} GB"
         if self.seconds_left is not None:
-            found["time left"] = _clock(self.seconds_left)
+            found["time left"] = show_duration(self.seconds_left)
         return found
 
     def line(self) -> str:
@@ -137,9 +138,3 @@ def training_view(record: RunWriter, schedule: Schedule, title: str) -> Iterator
 
 def _mean(old: float | None, new: float) -> float:
     return new if old is None else old + RECENT * (new - old)
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

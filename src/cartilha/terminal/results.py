@@ -17,6 +17,7 @@ from cartilha.terminal.measures import MAX_DOMAINS, bits, comparison, evaluation
 from cartilha.terminal.selection import quality, selection
 from cartilha.terminal.tables import FittingTable, Parts, Values, markdown_table
 from cartilha.terminal.vocabulary import vocabulary
+from cartilha.units import show_duration
 
 GIB = 2**30
 
@@ -213,6 +214,24 @@ def _plan(result: Values) -> Parts:
             f"card. A name that ends in /{gpus}: sharded (--shard full), each card holds a part; else replicated, each "
             "holds all."
         )
+    if result["expected"] is not None:
+        yield from _expected(result["expected"])
+
+
+def _expected(result: Values) -> Parts:
+    rows: list[list[str | int]] = [["none", 0, f"{result['before']:.3f}", "measured"]]
+    rows += [
+        [f"{one['steps']} steps", one["tokens"], f"{one['bits_per_byte']:.3f}", "measured"] for one in result["trained"]
+    ]
+    for row in result["rows"]:
+        low, high = row["interval"]
+        cells = [show_duration(row["seconds"]), row["tokens"], f"{row['bits_per_byte']:.2f}"]
+        rows.append([*cells, f"{low:.2f} to {high:.2f}"])
+    title = f"What to expect on this machine, {counted(result['num_documents'], 'held-out document')}"
+    yield FittingTable(("training", "tokens", "bits/byte", "95 % interval"), rows, words=(0, 3), title=title)
+    epoch = counted(result["tokens_per_epoch"], "token")
+    if result["rows"] and result["rows"][-1]["tokens"] == result["tokens_per_epoch"]:
+        yield f"The last row is the whole training text ({epoch}); what reading it again brings is not foreseen."
 
 
 _PROFILE_TITLES = ("device", "bytes/parameter", "block", "micro-batch", "GiB", "fits", "otherwise")
