@@ -25,8 +25,9 @@ settings.load_profile("any machine")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`make test-models` tries all types of models, and may write the tables in docs that follow."""
+    """What `make test` leaves out: all types of models (`make test-models`), and all numbers of processes."""
     parser.addoption("--all-types", action="store_true", help="all causal types of transformers, not a sample")
+    parser.addoption("--all-processes", action="store_true", help="two and four processes, killed and resumed")
     parser.addoption("--write-table", action="store_true", help="write what was found into docs/models.md")
 
 

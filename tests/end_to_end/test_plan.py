@@ -318,3 +318,21 @@ def test_several_cards_are_planned_replicated_and_sharded(cartilha):
     assert rates[1] == rates[2] == pytest.approx(8 * rates[0])
     shown = cartilha("plan", *TINY, "--device", "h100", "--gpus", 8)
     assert shown.code == 0 and "A name that ends in /8: sharded" in shown.out
+
+
+def test_eight_billion_parameters_are_told_what_fits_which_card_and_what_would(cartilha, tmp_path):
+    """Of eight cards of a kind each profile is planned, replicated and sharded; what does not fit names what does."""
+    shape = {"vocab_size": 128_256, "hidden_size": 8192, "intermediate_size": 24_576, "num_hidden_layers": 8,
+             "num_attention_heads": 64, "num_key_value_heads": 8}  # fmt: skip
+    AutoConfig.for_model("llama", **shape).save_pretrained(tmp_path)
+    sizes = ["--block_size", 512, "--batch_tokens", 4096, "--device", "l4", "a100-80gb", "--gpus", 8]
+    result = planned(cartilha, "--model", tmp_path, *sizes)
+    assert 8e9 < result["num_parameters"] < 8.5e9
+    found = {(line["device"], line["profile"]): line for line in result["profiles"]}
+    assert found["a100-80gb", "full"]["remedy"] == "use --memory full --shard full"
+    assert found["a100-80gb/8", "full"]["fits"] and found["a100-80gb", "lean"]["fits"]
+    assert found["a100-80gb/8", "full"]["bytes_per_parameter"] == pytest.approx(2.0)
+    assert found["l4", "full"]["remedy"] == "use more cards (--gpus) or --lora with --lora_base"
+    for place in (("l4", "lean"), ("l4/8", "full, layers twice")):
+        assert found[place]["remedy"].startswith("use a larger card (a100")
+    assert all(line["fits"] == (line["remedy"] is None) for line in result["profiles"])

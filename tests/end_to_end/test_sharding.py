@@ -6,22 +6,28 @@ import json
 import shutil
 import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
 from processes import Outcome, in_processes, run_processes
 from runs import Left, start
+from safetensors.torch import load_file
 
 from cartilha.blocks.sampler import BlockSampler
+from cartilha.config import TrainConfig
+from cartilha.errors import UserError
 from cartilha.machine.processes import world
+from cartilha.model.configuration import model_config
 from cartilha.model.load import load_model
 from cartilha.model.sharding import shard_model
+from cartilha.runs.sharing import is_to_be_sharded
 from cartilha.tokens.packed import PackedDocuments
 from cartilha.training.checkpoint import drop_optimizer_states, list_checkpoints, newest_sound_checkpoint
 from cartilha.training.checkpoint_shards import check_shards
 from cartilha.training.loop import StepSettings, train_steps
+from cartilha.training.profiles import Profile
 from cartilha.training.schedule import Schedule
 from cartilha.training.state import TrainingState
 
@@ -119,6 +125,40 @@ def test_a_lost_process_ends_the_others_in_a_sentence_and_the_run_goes_on(cartil
     assert Left(path).losses == pytest.approx(alone.losses, abs=1e-5)
 
 
+def test_an_adapter_is_shared_out_with_its_base(cartilha, store, tmp_path):
+    pytest.importorskip("peft", reason="needs peft (extra adapters)")
+    adapter = {"lora": 4, "max_steps": 4, "seed": 0}
+    assert cartilha(*flags(store, tmp_path / "alone", **adapter), *QUICK).code == 0
+    asked = [*flags(store, tmp_path / "two", shard="full", **adapter), "--keep_optimizer", *QUICK]
+    found = run_processes(2, tmp_path, *asked)
+    assert found.codes == [0, 0] and "Sharded: each of 2 processes" in found.errs[0], found.errs
+    run, alone = Left(tmp_path / "two"), Left(tmp_path / "alone")
+    assert run.losses == pytest.approx(alone.losses, abs=1e-5)
+    weights, expected = (load_file(left.path / "model" / "adapter_model.safetensors") for left in (run, alone))
+    assert weights.keys() == expected.keys()
+    assert all(torch.allclose(weights[name], expected[name], atol=1e-4) for name in weights)
+    assert cartilha("evaluate", "--model", run.path, "--store", store).code == 0  # its base is known by its weights
+
+    path = copied(run, tmp_path / "killed", keep=2)
+    assert cartilha(*flags(store, path, **adapter), "--resume", "auto", *QUICK).code == 0
+    assert Left(path).losses == pytest.approx(alone.losses, abs=1e-5)
+
+
+def test_lean_weights_are_never_silently_whole_in_each_process(caplog, monkeypatch):
+    """A resumed run keeps its profile, which the options need not name."""
+    monkeypatch.setattr("cartilha.runs.sharing.world", lambda: (0, 2))
+    lean, shape = Profile(lean=True, checkpointing=False), model_config("random:tiny")
+
+    def is_sharded(shard: Literal["auto", "full"]) -> bool:
+        config = TrainConfig(model="random:tiny", block_size=32, shard=shard)
+        return is_to_be_sharded(config, lean, shape, torch.device("cpu"), torch.bfloat16)
+
+    with pytest.raises(UserError, match="since it is trained with --memory lean, which works on whole weights"):
+        is_sharded("full")
+    caplog.set_level("INFO", "cartilha")
+    assert not is_sharded("auto") and "Replicated: each of 2 processes holds the whole model" in caplog.text
+
+
 def test_a_part_of_a_checkpoint_that_is_lost_or_damaged_is_noticed(two, tmp_path, caplog):
     path = copied(two[0], tmp_path / "run", keep=4)
     newest, older = (path / "checkpoints" / name for name in ("step-00000004", "step-00000002"))
@@ -143,11 +183,12 @@ def test_the_states_of_a_finished_sharded_run_are_dropped(two, tmp_path):
     ("wrong", "said"),
     [
         ({"optimizer": "adafactor"}, "works on whole weights"),
-        ({"lora": 4}, "is trained on a base that each process holds"),
+        ({"lora": 4, "lora_base": "4bit", "dtype": "bfloat16"}, "A base of 4 bits is held whole by each process"),
     ],
 )
 def test_what_cannot_be_sharded_is_refused(refused, monkeypatch, store, tmp_path, wrong, said):
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("cartilha.pipeline.preflight.find_spec", lambda module: True)
     assert said in refused(*flags(store, tmp_path / "run", shard="full", **wrong))
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from cartilha.errors import UserError, first_line, import_extra
 from cartilha.model.head import head_of
-from cartilha.model_reference import ADAPTER_WEIGHTS, resolve_model
+from cartilha.model_reference import ADAPTER_WEIGHTS, adapter_base, resolve_model
 from cartilha.option_groups import AdapterOptions, BaseKind
 from cartilha.storage import refuse_lfs_pointer
 
@@ -176,7 +176,7 @@ def merge_adapter(model: PreTrainedModel, folder: Path, reference: str, base_has
             plain: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
     except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, OSError, SafetensorError) as error:
         raise UserError(
-            f"The adapter {reference} does not belong to {model.name_or_path or 'its base'} "
+            f"The adapter {reference} does not belong to {adapter_base(folder)} "
             f"({first_line(error)[:200]}); name its own base in adapter_config.json (base_model_name_or_path)."
         ) from error
     return plain

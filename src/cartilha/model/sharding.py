@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, zeros
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cartilha.machine.processes import is_main_process, join_processes, world
+from cartilha.model.adapters import adapter_of, add_adapter, trained_parameters
 from cartilha.model.recomputation import layers_of
 
 P = ParamSpec("P")
@@ -88,13 +89,15 @@ def whole(tensor: Tensor) -> Tensor:
 def whole_model(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """A model with all weights of a sharded one in `dtype`, in the host's memory; one that is not sharded is as it is.
 
-    Every process must ask for it. The main one gets the weights, one after another; others get a model without any.
+    Every process must ask for it. The main one gets the weights, one after another; others get a model without any. Of
+    a model with an adapter, the weights below it stay where they are: the adapter alone is to be saved.
     """
     if not is_sharded(model):
         return model
+    adapter = adapter_of(model)
     found: dict[int, Tensor] = {}  # tied weights once
     state: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
+    for name, tensor in (model.state_dict(keep_vars=True) if adapter is None else trained_parameters(model)).items():
         if id(tensor) not in found:
             complete = whole(tensor.detach())
             kept = complete.to("cpu", dtype if complete.is_floating_point() else None)
@@ -102,8 +105,10 @@ def whole_model(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
         state[name] = found[id(tensor)]
     with torch.device("meta"):
         plain: PreTrainedModel = AutoModelForCausalLM.from_config(model.config, dtype=dtype)
+        if adapter is not None:
+            add_adapter(plain, adapter)
     if is_main_process():
-        plain.load_state_dict(state, assign=True)
+        plain.load_state_dict(state, assign=True, strict=adapter is None)
         plain.tie_weights()
         plain.generation_config = model.generation_config
     return plain

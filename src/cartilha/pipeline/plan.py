@@ -24,6 +24,7 @@ from cartilha.model.recomputation import checkpoint_layers
 from cartilha.pipeline.expectation import expect
 from cartilha.pipeline.preflight import preflight
 from cartilha.reporting.notebook import plan_html
+from cartilha.runs.sharing import why_whole
 from cartilha.runs.sources import Mix, sources_of
 from cartilha.runs.step_plan import refuse_beyond_context, this_machine, with_copy
 from cartilha.tokens.packed import PackedDocuments
@@ -165,17 +166,17 @@ def plan(config: PlanConfig) -> PlanResult:
     sizes = _block_sizes(config, context_length(model))
     seen = look_at(model, config.model)
     tokens, sources = _to_read(config, store)
-    asked = profiles(config, recomputes=seen.recomputes)
+    ways = _ways(config, model, profiles(config, recomputes=seen.recomputes))
     devices: list[_Planned] = []
     lines: list[dict[str, Any]] = []
     for facts in map(_facts, _devices(config)):
         facts = facts.for_model(model)
-        fits = _fits(config, whole, facts, asked, 512 if 512 in sizes else sizes[0])
-        lines += _profile_lines(facts, fits)
-        chosen = next((found for found in fits if found.micro_batch_size), fits[0])
-        devices.append(_with_profile(config, model, facts, tokens, chosen))
-        if config.gpus > 1 and not config.lora and not asked[0].lean:  # adapters and lean weights are not sharded
-            devices.append(_with_profile(config, model, facts, tokens, fits[0], shares=config.gpus))
+        fits = _fits(config, whole, facts, ways, 512 if 512 in sizes else sizes[0])
+        lines += _profile_lines(config, facts, fits)
+        for shares in sorted({shares for _, shares in ways}):
+            alike = [found for found in fits if found.shares == shares]
+            chosen = next((found for found in alike if found.micro_batch_size), alike[0])
+            devices.append(_with_profile(config, model, facts, tokens, chosen))
     states = fits[0].size
     _refuse_what_fits_nowhere(config.model, fits[-1].size, devices)
     expected = expect(config) if config.expect else None
@@ -243,26 +244,33 @@ def _facts(name: str) -> DeviceFacts:
     return replace(this_machine(device, choose_dtype("auto", device)), name=THIS_MACHINE)
 
 
+def _ways(config: PlanConfig, model: PretrainedConfig, asked: Sequence[Profile]) -> list[tuple[Profile, int]]:
+    """The profiles, and how many cards share out the model with each of them; the fullest first."""
+    ways = [(profile, 1) for profile in asked]
+    if config.gpus > 1:
+        ways += [(profile, config.gpus) for profile in asked if why_whole(config, profile, model) is None]
+    return sorted(ways, key=lambda way: way[0].lean)
+
+
 def _fits(
-    config: PlanConfig, model: PretrainedConfig, facts: DeviceFacts, asked: Sequence[Profile], block_size: int
-) -> list[Fit]:
-    """How each of the profiles fits a device."""
-    blocks = max(1, resolve_batch_tokens(config.batch_tokens, block_size, facts.kind) // block_size)
-    return [fit(profile, model, facts, config.optimizer, (block_size, -(-blocks // config.gpus))) for profile in asked]
-
-
-def _with_profile(
     config: PlanConfig,
     model: PretrainedConfig,
     facts: DeviceFacts,
-    tokens: int | None,
-    chosen: Fit,
-    *,
-    shares: int = 1,
+    ways: Sequence[tuple[Profile, int]],
+    block_size: int,
+) -> list[Fit]:
+    """How each of the profiles fits a device."""
+    blocks = max(1, resolve_batch_tokens(config.batch_tokens, block_size, facts.kind) // block_size)
+    shape = block_size, -(-blocks // config.gpus)
+    return [fit(profile, model, facts, config.optimizer, shape, shares) for profile, shares in ways]
+
+
+def _with_profile(
+    config: PlanConfig, model: PretrainedConfig, facts: DeviceFacts, tokens: int | None, chosen: Fit
 ) -> _Planned:
-    """A device with the profile that was chosen for it; one of `shares` that share out the model."""
+    """A device with the profile that was chosen for it."""
     how = chosen.profile.computation(facts)
-    memory = MemoryModel(model, how, overhead_bytes=facts.overhead_bytes, size=chosen.size, shares=shares)
+    memory = MemoryModel(model, how, overhead_bytes=facts.overhead_bytes, size=chosen.size, shares=chosen.shares)
     return _Planned(config, model, facts, memory, tokens, chosen.profile, facts.peak_flops * facts.share)
 
 
@@ -270,21 +278,21 @@ def _flops(model: PretrainedConfig, states: StateSize, block_size: int) -> int:
     return flops_per_token(model, states.num_active_parameters, block_size, states.num_frozen_active)
 
 
-def _profile_lines(facts: DeviceFacts, fits: Sequence[Fit]) -> list[dict[str, Any]]:
+def _profile_lines(config: PlanConfig, facts: DeviceFacts, fits: Sequence[Fit]) -> list[dict[str, Any]]:
     """What each profile takes on a device, and for one that does not fit what would."""
     that_fits = next((found for found in fits if found.micro_batch_size), None)
     lines = []
     for found in fits:
         remedy = None
         if not found.micro_batch_size:
-            remedy = f"use {that_fits.profile.options}" if that_fits else _larger_card(found.step.total)
+            remedy = f"use {that_fits.options}" if that_fits else _elsewhere(config, found.step.total)
         lines.append(
             {
-                "device": facts.name,
+                "device": f"{facts.name}/{found.shares}" if found.shares > 1 else facts.name,
                 "profile": found.profile.name,
                 "block_size": found.block_size,
                 "micro_batch_size": found.micro_batch_size,
-                "bytes_per_parameter": found.size.training_bytes / found.size.num_parameters,
+                "bytes_per_parameter": found.size.training_bytes / found.size.num_parameters / found.shares,
                 "memory_bytes": found.step.total,
                 "fits": found.micro_batch_size > 0,
                 "remedy": remedy,
@@ -293,11 +301,14 @@ def _profile_lines(facts: DeviceFacts, fits: Sequence[Fit]) -> list[dict[str, An
     return lines
 
 
-def _larger_card(needed: int) -> str:
-    """The smallest known card that holds so many bytes, or what else there is."""
-    cards = sorted((card.memory_bytes, card.name) for card in KNOWN_DEVICES.values() if card.kind == "cuda")
-    fitting = [name for size, name in cards if needed <= SAFETY * size]
-    return f"use a larger card ({fitting[0]})" if fitting else "use several cards (--gpus) or --lora"
+def _elsewhere(config: PlanConfig, needed: int) -> str:
+    """The smallest known card that holds so many bytes, or what else there is where no way fits a device."""
+    cards = [card for card in KNOWN_DEVICES.values() if card.kind == "cuda" and needed <= SAFETY * card.memory_bytes]
+    fitting = sorted((round(card.memory_bytes / GIB), card.name) for card in cards)
+    if fitting:
+        return f"use a larger card ({fitting[0][1]})"
+    adapter = " or --lora with --lora_base" if config.lora is None else ""
+    return f"use {'several' if config.gpus == 1 else 'more'} cards (--gpus){adapter}"
 
 
 def _refuse_what_fits_nowhere(model: str, leanest: StateSize, devices: list[_Planned]) -> None:

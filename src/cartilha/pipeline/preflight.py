@@ -193,8 +193,10 @@ def _train(config: configs.TrainConfig) -> None:
 def _check_shard(config: configs.TrainConfig) -> None:
     if config.shard != "full" or world()[1] == 1:
         return
-    if config.lora is not None:
-        raise UserError("An adapter (--lora) is trained on a base that each process holds; leave out --shard full.")
+    if config.lora_base == "4bit":
+        raise UserError(
+            "A base of 4 bits is held whole by each process; leave out --shard full, or use --lora_base bfloat16."
+        )
     if not all(rule.shards for rule in OPTIMIZERS[config.optimizer]):
         raise UserError(
             f"--optimizer {config.optimizer} works on whole weights, and no process holds one with --shard full; use "

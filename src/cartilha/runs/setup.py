@@ -193,7 +193,7 @@ def assemble(config: TrainConfig, path: Path, prompts: GenerateConfig, resume: b
     memory = profile.memory
     config = replace(config, memory=memory, gradient_checkpointing=profile.checkpointing)
     dtype = torch.bfloat16 if profile.lean and dtype == torch.float32 else dtype
-    sharded = not profile.lean and is_to_be_sharded(config, shape, device, dtype)
+    sharded = is_to_be_sharded(config, profile, shape, device, dtype)
     loaded = _load(config, profile, tokenizer, device, sharded=sharded)
     scorer = make_scorer(loaded, tokenizer, dtype, window=config.context)  # a longer context is seen as a whole
     mix, sampler = _text(config, store, batch_tokens)

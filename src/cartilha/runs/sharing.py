@@ -7,22 +7,23 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from cartilha.config import TrainConfig
+from cartilha.config import PlanConfig, TrainConfig
 from cartilha.console import log
 from cartilha.errors import UserError
 from cartilha.machine.cpu import give_back_freed_memory
 from cartilha.machine.processes import gather_objects, world
-from cartilha.model.adapters import Adapter
 from cartilha.model.load import look_at
 from cartilha.model.sharding import shard_model
 from cartilha.runs.step_plan import this_machine
-from cartilha.training.device_facts import GIB
+from cartilha.training.device_facts import GIB, DeviceFacts
 from cartilha.training.memory import SAFETY, MemoryModel
-from cartilha.training.optimizer import StateSize
+from cartilha.training.profiles import Profile
 from cartilha.training.update_rules import OPTIMIZERS
 
 
-def is_to_be_sharded(config: TrainConfig, model: PretrainedConfig, device: torch.device, dtype: torch.dtype) -> bool:
+def is_to_be_sharded(
+    config: TrainConfig, profile: Profile, model: PretrainedConfig, device: torch.device, dtype: torch.dtype
+) -> bool:
     """Whether a run's model is to be sharded: as asked for, or because the plan says that a whole one does not fit.
 
     A UserError says why a model cannot be sharded that is to be. With `auto`, a line says what is chosen.
@@ -32,13 +33,13 @@ def is_to_be_sharded(config: TrainConfig, model: PretrainedConfig, device: torch
         if config.shard == "full":
             log.info("There is one process, which holds the whole model: --shard full needs torchrun.")
         return False
-    reason = _obstacle(config, model)
+    reason = why_whole(config, profile, model)
     if config.shard == "full":
         if reason:
             raise UserError(f"{config.model} cannot be sharded, since {reason}; use --shard none.")
         log.info("Sharded: each of %d processes holds a part of weights, gradients and states.", num_ranks)
         return True
-    needed, free = _needed_alone(config, model, device, dtype)
+    needed, free = _needed_alone(config, profile, model, this_machine(device, dtype))
     if all(gather_objects(needed <= SAFETY * free)):
         log.info(
             "Replicated: each of %d processes holds the whole model (%.1f GiB planned, %.1f GiB free).",
@@ -55,11 +56,13 @@ def is_to_be_sharded(config: TrainConfig, model: PretrainedConfig, device: torch
     return True
 
 
-def _obstacle(config: TrainConfig, model: PretrainedConfig) -> str | None:
-    """Why the processes cannot share out this model, to complete "since ..."."""
+def why_whole(config: TrainConfig | PlanConfig, profile: Profile, model: PretrainedConfig) -> str | None:
+    """Why the processes cannot share out this model, to complete "since ..."; None if they can."""
     seen = look_at(model, config.model)
-    if config.lora is not None:
-        return "an adapter is trained on a base that each process holds"
+    if profile.lean:
+        return "it is trained with --memory lean, which works on whole weights"
+    if profile.adapter is not None and profile.adapter.base == "4bit":
+        return "each process holds a base of 4 bits whole"
     if not seen.how.packed:
         return "it runs one document per row, so that processes would have different numbers of passes"
     if not seen.recomputes:
@@ -70,13 +73,11 @@ def _obstacle(config: TrainConfig, model: PretrainedConfig) -> str | None:
 
 
 def _needed_alone(
-    config: TrainConfig, model: PretrainedConfig, device: torch.device, dtype: torch.dtype
+    config: TrainConfig, profile: Profile, model: PretrainedConfig, machine: DeviceFacts
 ) -> tuple[float, int]:
     """Bytes planned for the smallest step of a process that holds the whole model, and those that it may have."""
-    facts = this_machine(device, dtype).for_model(model, dropout=config.dropout)
-    adapter = Adapter.of(config)
-    how = facts.computation(checkpointing=config.gradient_checkpointing, dropout=config.dropout, adapter=adapter)
-    size = StateSize.planned(model, config.optimizer, adapter)
+    facts, size = machine.for_model(model, dropout=config.dropout), profile.size(model, config.optimizer)
+    how = profile.computation(facts, dropout=config.dropout)
     try:
         memory = MemoryModel(model, how, overhead_bytes=facts.overhead_bytes, size=size)
         needed = float(memory.step(1, config.block_size, accumulates=True).total)

@@ -185,18 +185,19 @@ def _plan(result: Values) -> Parts:
         cells.append(f"{row['memory_bytes'] / GIB:.1f}" if row["fits"] else "-")
     sizes = dict.fromkeys(f"x {row['micro_batch_size']}" for row in result["rows"])
     yield FittingTable(("GiB by micro-batch", "block", *sizes), places.values())
-    yield FittingTable(("memory profile", *_PROFILE_TITLES), map(_profile, result["profiles"]), words=(0, 7))
+    yield FittingTable(_PROFILE_TITLES, map(_profile, result["profiles"]), words=(0, 6))
     titles = ("device", "block", "micro-batch", "tokens/s", "an epoch", "hours", "price")
     tokens = result["batch_tokens"]
     title = f"Tokens per step: {AUTO_BATCH if tokens == 'auto' else f'{tokens:,}'}"
     yield FittingTable(titles, map(_recommended, result["recommended"]), title=title)
     shown: dict[str, Values] = {}
+    some_shard = any(row["sharded"] for row in result["recommended"])
     for row in result["recommended"]:
-        if row["block_size"] <= 512 and row["sharded"] == (result["gpus"] > 1):
+        if row["block_size"] <= 512 and row["sharded"] == some_shard:
             shown.setdefault(row["device"], row)
     rows: list[list[str]] = [["block", *(str(row["block_size"]) for row in shown.values())], []]
     for part in result["recommended"][0]["memory"]:
-        if part == "gathered" and result["gpus"] == 1:
+        if part == "gathered" and not some_shard:
             continue
         rows.append([_MEMORY.get(part, part), *(f"{row['memory'][part] / GIB:.2f}" for row in shown.values())])
     yield FittingTable(("GiB of it", *shown), rows)
@@ -234,13 +235,13 @@ def _expected(result: Values) -> Parts:
         yield f"The last row is the whole training text ({epoch}); what reading it again brings is not foreseen."
 
 
-_PROFILE_TITLES = ("device", "bytes/parameter", "block", "micro-batch", "GiB", "fits", "otherwise")
+_PROFILE_TITLES = ("memory profile", "bytes/parameter", "block", "micro-batch", "GiB", "fits", "otherwise")
 
 
 def _profile(row: Values) -> list[str]:
     size = str(row["micro_batch_size"]) if row["fits"] else "1"
     numbers = [f"{row['bytes_per_parameter']:.1f}", str(row["block_size"]), size, f"{row['memory_bytes'] / GIB:.1f}"]
-    return [row["profile"], row["device"], *numbers, "yes" if row["fits"] else "no", row["remedy"] or ""]
+    return [f"{row['device']}: {row['profile']}", *numbers, "yes" if row["fits"] else "no", row["remedy"] or ""]
 
 
 def _recommended(row: Values) -> list[str]:

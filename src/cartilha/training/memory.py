@@ -8,6 +8,7 @@ is traced (`trace.py`). It is a straight line in the number of tokens, once they
 from __future__ import annotations
 
 import bisect
+import functools
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,7 +21,7 @@ from cartilha.model.parts import text_config
 from cartilha.model.rows import ROWS
 from cartilha.training.device_facts import DeviceFacts
 from cartilha.training.optimizer import StateSize
-from cartilha.training.trace import Computation, StepBytes, parts_of, traced_step
+from cartilha.training.trace import Computation, Parts, StepBytes, parts_of, traced_step
 from cartilha.training.update_rules import LEAN_OPTIMIZERS, SLICE
 
 HEADROOM = 1.05  # allocators hand out memory in pieces and cannot use all of what lies between them
@@ -108,26 +109,30 @@ class MemoryModel:
             other_parts=self.size.other_bytes if self._how.on_cpu else 0,
         )
 
+    @functools.cached_property
+    def _parts(self) -> Parts:
+        return parts_of(self._config, self._how.adapter)
+
     def _sharded_step(self, micro_batch_size: int, block_size: int) -> StepMemory:
         """Of a sharded model: a share of all states, and for the moment what is gathered and not yet summed."""
         kept = self._traced(micro_batch_size, block_size, gives_back=False)
-        layer, outside = parts_of(self._config)
-        half = self._how.dtype.itemsize
+        parts, half = self._parts, self._how.dtype.itemsize
         # Two layers, the next one being fetched, each in one piece and as its weights; gradients, as they are and as
         # they are sent, in float32.
-        in_layers = kept.body + (2 * half + 2 * half) * layer + (half + 4) * layer
-        at_the_end = kept.end + 4 * outside  # sent together
-        peak = max(in_layers, at_the_end) + 4 * outside
+        in_layers = kept.body + (2 * half + 2 * half) * parts.layer + (half + 4) * parts.trained_layer
+        at_the_end = kept.end + 4 * parts.trained_outside  # sent together
+        peak = max(in_layers, at_the_end) + 4 * parts.outside
         activations = min(kept.activations, peak)
-        weights, states = (-(-part // self.shares) for part in (self.size.weight_bytes, self.size.optimizer_bytes))
+        resident = (self.size.weight_bytes, self.size.gradient_bytes, self.size.optimizer_bytes)
+        weights, gradients, states = (-(-part // self.shares) for part in resident)
         return StepMemory(
             weights=weights,
-            gradients=weights,
+            gradients=gradients,
             optimizer_states=states,
             activations=round(activations),
             logits_chunk=0,
             gathered=round(peak - activations),
-            overhead=round(self._overhead + (HEADROOM - 1) * (2 * weights + states + peak)),
+            overhead=round(self._overhead + (HEADROOM - 1) * (weights + gradients + states + peak)),
         )
 
     def _traced(self, rows: int, row_length: int, gives_back: bool) -> StepBytes:
@@ -177,8 +182,9 @@ def check_states_fit(size: StateSize, available_bytes: int, ref: str, device: st
     available_bytes *= shares
     if size.training_bytes > available_bytes:
         each = size.training_bytes / size.num_parameters
-        could_be_lean = not size.is_lean and not size.num_frozen and size.optimizer in LEAN_OPTIMIZERS
-        remedy = ", and with --memory lean four times as many" if could_be_lean else ""
+        could_be_lean = not size.is_lean and shares == 1 and size.optimizer in LEAN_OPTIMIZERS  # which is not sharded
+        remedy = ", and with --memory lean four times as many" if could_be_lean else ", and with --lora larger models"
+        remedy = "" if size.num_frozen else remedy
         what = "bfloat16 weight" if size.is_lean else "float32 weight, gradient"
         what = "frozen weights, the adapter's own with gradients," if size.num_frozen else what
         raise UserError(

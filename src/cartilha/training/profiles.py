@@ -84,13 +84,26 @@ class Fit:
     block_size: int
     micro_batch_size: int
     step: StepMemory
+    shares: int = 1  # cards that share out the model
+
+    @property
+    def options(self) -> str:
+        """The options that ask for it."""
+        return f"{self.profile.options}{' --shard full' if self.shares > 1 else ''}"
 
 
-def fit(profile: Profile, config: PretrainedConfig, facts: DeviceFacts, optimizer: str, shape: tuple[int, int]) -> Fit:
+def fit(
+    profile: Profile,
+    config: PretrainedConfig,
+    facts: DeviceFacts,
+    optimizer: str,
+    shape: tuple[int, int],
+    shares: int = 1,
+) -> Fit:
     """How a profile fits a device; `shape` has the tokens per block and the blocks per step."""
-    size = profile.size(config, optimizer)
-    memory = MemoryModel(config, profile.computation(facts), overhead_bytes=facts.overhead_bytes, size=size)
-    return Fit(profile, size, shape[0], *best_step(memory, facts, *shape))
+    size, how = profile.size(config, optimizer), profile.computation(facts)
+    memory = MemoryModel(config, how, overhead_bytes=facts.overhead_bytes, size=size, shares=shares)
+    return Fit(profile, size, shape[0], *best_step(memory, facts, *shape), shares)
 
 
 def fullest_fit(

@@ -159,11 +159,28 @@ def idle_parameters(model: PreTrainedModel) -> int:
     return sum(weight.numel() // len(weight) * max(0, len(weight) - each) for weight in experts)
 
 
-def parts_of(config: PretrainedConfig) -> tuple[int, int]:
-    """Parameters of the largest layer, and of all that lies outside of layers."""
-    model = model_without_contents(config)
+@dataclass(frozen=True)
+class Parts:
+    """Numbers of parameters of the largest layer, and of all that lies outside of layers; and how many are trained."""
+
+    layer: int
+    outside: int
+    trained_layer: int
+    trained_outside: int
+
+
+def parts_of(config: PretrainedConfig, adapter: Adapter | None = None) -> Parts:
+    """What is gathered of a sharded model at a time."""
+    model = model_without_contents(config, adapter)
     layers = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers_of(model)]
-    return max(layers, default=0), int(model.num_parameters()) - sum(layers)
+    trained = [sum(p.numel() for p in layer.parameters() if p.requires_grad) for layer in layers_of(model)]
+    all_trained = sum(parameter.numel() for parameter in trained_parameters(model).values())
+    return Parts(
+        layer=max(layers, default=0),
+        outside=int(model.num_parameters()) - sum(layers),
+        trained_layer=max(trained, default=0),
+        trained_outside=all_trained - sum(trained),
+    )
 
 
 def traced_step(config: PretrainedConfig, rows: int, row_length: int, how: Computation) -> StepBytes:
