@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from runs import Left, start, terminate
 
 from cartilha.errors import InterruptedRunError, UserError
+from cartilha.training.checkpoint import drop_optimizer_states
 
 TRUNK: dict[str, Any] = {
     "max_steps": 40,
@@ -74,3 +76,12 @@ def test_what_cannot_be_decayed_from_is_refused(trunk, store, tmp_path, changes,
     asked = {"decay_from": str(trunk.path / "checkpoints" / "step-00000016"), **changes}
     with pytest.raises(UserError, match=message):
         start(store, tmp_path / "run", **asked)
+
+
+def test_a_finished_run_without_its_optimizer_states_is_named_and_nothing_is_begun(trunk, store, tmp_path):
+    shutil.copytree(trunk.path, tmp_path / "run")
+    drop_optimizer_states(tmp_path / "run")
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000016"
+    with pytest.raises(UserError, match="step-00000016 has no optimizer states"):
+        start(store, tmp_path / "decayed", decay_from=str(checkpoint))
+    assert not (tmp_path / "decayed" / "checkpoints").exists()

@@ -11,6 +11,7 @@ from cartilha.config import TrainConfig
 from cartilha.errors import UserError
 from cartilha.runs.files import read_results
 from cartilha.storage import new_directory, write_json
+from cartilha.training.checkpoint import has_states
 from cartilha.training.schedule import DECAY_FRACTION, Schedule
 
 SET_BY_DECAY = ("decay_from", "num_steps", "schedule", "time_budget_s")  # settings that the checkpoint's run had not
@@ -58,6 +59,11 @@ def _schedule_of(run: Path) -> Schedule:
 def copy_trunk(checkpoint: str, output: Path) -> None:
     """Begin the run in `output` with one checkpoint of another run, and with that run's history."""
     run = Path(checkpoint).parent.parent
+    if not has_states(Path(checkpoint)):
+        raise UserError(
+            f"{checkpoint} has no optimizer states, which a run drops when it is finished; take a run that goes on, or"
+            " one that was trained with --keep_optimizer."
+        )
     with new_directory(output / "checkpoints" / Path(checkpoint).name) as temporary:
         shutil.copytree(checkpoint, temporary, dirs_exist_ok=True)
     for name in ("metrics.jsonl", "samples.jsonl"):

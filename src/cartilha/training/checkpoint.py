@@ -190,15 +190,16 @@ def drop_optimizer_states(run: Path) -> None:
     removes, and no checkpoint that seems damaged. An OSError says that the disk cannot be written to.
     """
     for path in list_checkpoints(run):
-        if _has_states(path) and (manifest := _manifest(path)):
+        if has_states(path) and (manifest := _manifest(path)):
             manifest["files"] = {name: known for name, known in manifest["files"].items() if not _is_of_states(name)}
             write_sealed_json(path / "manifest.json", manifest)
-        if not _has_states(path):
+        if not has_states(path):
             for file in filter(lambda file: _is_of_states(file.name), list(path.iterdir())):
                 file.unlink(missing_ok=True)
 
 
-def _has_states(path: Path) -> bool:
+def has_states(path: Path) -> bool:
+    """Whether a checkpoint has its optimizer states still."""
     files = _manifest(path).get("files")
     return not isinstance(files, dict) or any(map(_is_of_states, files))
 
@@ -214,7 +215,7 @@ def refuse_if_dropped(run: Path) -> None:
 
 
 def _remedy_if_dropped(run: Path) -> str:
-    if all(_has_states(path) for path in list_checkpoints(run)[-1:]):
+    if all(has_states(path) for path in list_checkpoints(run)[-1:]):
         return ""
     return (
         f"its optimizer states were dropped when it was finished; train its model further with --model {run / 'model'} "
@@ -271,7 +272,7 @@ def _verify(path: Path) -> None:
         raise _OtherVersionError(f"format {version}, this version reads {FORMAT_VERSION}")
     shards = {file.name for file in path.glob("shard-*")} | {n for n in manifest["files"] if n.startswith("shard-")}
     for name in sorted({"state.json", *shards} if shards else FILES):
-        if _is_of_states(name) and not _has_states(path):
+        if _is_of_states(name) and not has_states(path):
             continue
         recorded = manifest["files"][name]
         if (path / name).stat().st_size != recorded["size"]:
@@ -367,7 +368,7 @@ def load_checkpoint(path: Path, state: TrainingState) -> None:
         saved = _read_state(path)
         progress = check_progress(saved["progress"])
         _check(path, WEIGHTS, parameters)
-        states = _named_states(state) if _has_states(path) else {}
+        states = _named_states(state) if has_states(path) else {}
         if states:
             _check(path, OPTIMIZER, states)
         check_scaler(saved["scaler"], state.scaler.is_enabled())
