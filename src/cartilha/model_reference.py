@@ -92,6 +92,8 @@ def resolve_model(ref: str) -> ModelSource:
     if path.is_file():
         raise UserError(f"{ref} is a file, not a model; give a .gguf file or a directory in Hugging Face format.")
     name, _, revision = ref.partition("@")
+    if revision and Path(os.path.expanduser(name)).is_dir():
+        raise UserError(f"{name} is a directory, which has no revisions; leave out @{revision}.")
     if not name or name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1 or "\\" in name:
         raise UserError(
             f"There is no directory {ref!r}; give the directory of a model in Hugging Face format or a hub id."
@@ -117,6 +119,7 @@ def _model_in(ref: str, directory: Path) -> Path:
             raise UserError(f"The run {ref} has no model yet; finish it with `cartilha train --resume auto`.")
         _announce_run(ref, Path(ref, "model"))
         directory /= "model"
+    _refuse_without_model(ref, directory)
     if (base := adapter_base(directory)) is not None:
         if Path(base).resolve() == directory.resolve():
             raise UserError(f"The adapter {ref} names itself as its base; mend base_model_name_or_path in its config.")
@@ -124,6 +127,23 @@ def _model_in(ref: str, directory: Path) -> Path:
         if find_spec("peft") is None:
             raise missing_extra(f"The adapter {ref}", "adapters")
     return directory
+
+
+def _refuse_without_model(ref: str, directory: Path) -> None:
+    """Refuse a directory that has no file of a model or of a tokenizer: transformers would ask the hub about it."""
+    known = ("config.json", ADAPTER_CONFIG, *TOKENIZER_FILES, "tokenizer*", "vocab*", "*.model")
+    if any(file.is_file() for pattern in known for file in directory.glob(pattern)):
+        return
+    for run in directory.absolute().parents[:2]:
+        if (run / "results.json").is_file() and (run / "checkpoints").is_dir():
+            raise UserError(f"{ref} belongs to the run {run} and is no model; give the run itself.")
+    if (directory / "store.json").is_file():
+        raise UserError(
+            f"{ref} is a store, and no model; give the model that it was prepared for, and {ref} as --store."
+        )
+    raise UserError(
+        f"{ref} holds no model, since it has no config.json; give a directory in Hugging Face format or a hub id."
+    )
 
 
 def check_4_bits(device: str) -> None:

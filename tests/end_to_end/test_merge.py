@@ -100,7 +100,7 @@ def test_an_adapter_is_merged_into_its_base(base, instruct, store, tmp_path, car
 def test_what_cannot_be_merged_is_said_in_a_sentence(trained, base, instruct, store, tmp_path, refused):
     out = ("--output", tmp_path / "out")
     assert "no adapter, so there is nothing to merge" in refused("merge", trained, *out)
-    assert "is no directory with a trained model" in refused("merge", store, *out)
+    assert "is a store, and no model" in refused("merge", store, *out)
     assert "does not record what it was trained from" in refused("merge", base, "--add", instruct, *out)
     assert "takes a whole model with files" in refused("merge", trained, "--add", "random:tiny", *out)
     opt = tmp_path / "opt"

@@ -23,6 +23,7 @@ from cartilha.evaluation.compare import (
 )
 from cartilha.evaluation.saved import SavedEvaluation
 from cartilha.storage import to_json
+from cartilha.terminal.measures import comparison
 
 LN2 = math.log(2)
 
@@ -161,9 +162,9 @@ def test_one_document_that_differs_gives_a_finite_interval_around_zero():
 
 
 def test_one_document_says_nothing_about_its_spread():
-    assert bootstrap_interval(np.array([5.0]), np.array([3])) == (-math.inf, math.inf)
+    assert bootstrap_interval(np.array([5.0]), np.array([3])) is None
     # A second document without bytes does not help; two with bytes do.
-    assert bootstrap_interval(np.array([5.0, 0.1]), np.array([3, 0])) == (-math.inf, math.inf)
+    assert bootstrap_interval(np.array([5.0, 0.1]), np.array([3, 0])) is None
     assert all(map(math.isfinite, bootstrap_interval(np.array([5.0, 4.0]), np.array([3, 3]))))
 
 
@@ -347,6 +348,14 @@ def test_only_domains_of_enough_documents_have_an_interval():
     assert domains["b"].bits_per_byte_difference_interval == pytest.approx(alone)
 
 
+def test_a_comparison_of_one_document_has_no_interval_and_says_so():
+    values = asdict(compare([700.0], [600.0], [300]))
+    assert values["bits_per_byte_difference_interval"] is None
+    protocol = {"name": "full", "window": 8, "stride": 4, "dtype": "float32", "hash": "ab"}
+    shown = list(comparison({**values, "models": ["a", "b"], "protocols": [protocol] * 2}))
+    assert "bits per byte, no interval with one document, p = 1;" in shown[1]
+
+
 def test_the_record_of_a_comparison():
     nll = np.random.default_rng(14).normal(500, 50, (2, 60))
     comparison = compare(*nll, np.full(60, 700), domains=["x"] * 60, num_listed=2)
@@ -363,7 +372,7 @@ def test_the_record_of_a_comparison():
     assert record["domains"]["x"]["bits_per_byte_difference"] == pytest.approx(record["bits_per_byte_difference"])
     assert record["domains"]["x"]["bits_per_byte_difference_interval"] == record["bits_per_byte_difference_interval"]
     one = json.loads(to_json(asdict(compare([1.0], [2.0], [3]))))
-    assert one["bits_per_byte_difference_interval"] == [None, None]
+    assert one["bits_per_byte_difference_interval"] is None
 
 
 def test_other_documents_are_refused():

@@ -118,6 +118,14 @@ def test_the_record_holds_the_counts_and_is_json():
     assert record["baselines"]["uniform"] == pytest.approx({"perplexity": 259, "bits_per_byte": math.log2(259)})
 
 
+def test_one_document_has_no_interval_and_it_says_why():
+    found = evaluate(encode_documents(documents("São José"), BYTES), [1.0]).to_dict()
+    assert found["bits_per_byte_interval"] is None
+    assert [note for note in found["notes"] if "interval" in note] == [
+        "There is no interval: it takes at least two documents with bytes that are scored."
+    ]
+
+
 # What is counted
 
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import copy
 import itertools
-from dataclasses import replace
+import json
+from dataclasses import astuple, replace
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Mamba2Config, MambaConfig, RwkvConfig
 
 from cartilha.errors import UserError
 from cartilha.model.attention import head_size
 from cartilha.model.configuration import model_config
 from cartilha.model.load import load_model
 from cartilha.model.recomputation import checkpoint_layers
+from cartilha.model.rows import ROWS
 from cartilha.training import memory as memory_module
+from cartilha.training import trace
 from cartilha.training.device_facts import KNOWN_DEVICES, flops_per_token
 from cartilha.training.memory import MemoryModel, best_step, check_states_fit
 from cartilha.training.optimizer import StateSize
@@ -237,6 +240,22 @@ def test_beyond_a_number_of_tokens_larger_micro_batches_bring_nothing():
 
 def with_adamw(num_parameters: int) -> StateSize:
     return StateSize(num_parameters, "adamw", 8 * num_parameters)
+
+
+def test_a_model_that_goes_token_by_token_is_traced_in_short_rows_with_the_same_bytes(monkeypatch):
+    sizes = {"hidden_size": 16, "vocab_size": 259, "num_hidden_layers": 2}
+    config = MambaConfig(state_size=4, **sizes)
+    key = json.dumps(copy.deepcopy(config).to_dict(), sort_keys=True, default=str)
+    how = Computation(torch.float32, ROWS, on_cpu=False)
+    monkeypatch.setattr(trace, "PROBED_ROWS", trace.SHORT_ROWS)
+    assert trace._goes_token_by_token(key)
+    found, expected = (find(key, 2, *shape, how) for find, shape in (
+        (trace._from_short_rows, (96, 32)), (trace._of_layers, (3, 32))
+    ))  # fmt: skip
+    assert astuple(found)[:4] == pytest.approx(astuple(expected)[:4], rel=0.01)
+    # Two layers of it have as many entries as a pair of limits, and RWKV's weights cannot be begun with one layer.
+    assert traced_step(Mamba2Config(num_heads=8, head_dim=4, n_groups=2, state_size=4, **sizes), 1, 8, how).body > 0
+    assert traced_step(RwkvConfig(context_length=64, **sizes), 1, 8, how).body > 0
 
 
 def test_a_model_whose_states_cannot_fit_is_refused_with_the_arithmetic():

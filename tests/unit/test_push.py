@@ -138,6 +138,7 @@ def test_a_card_in_both_languages_says_what_is_known_and_what_is_not():
     assert "0,500 [0,400; 0,600]" in pt and "lista 1" in pt
     assert "What is known: 2.000 GPU hours" in en and "A energia não foi medida" in pt
     assert "It was not measured. A model that learns one language" in en  # no English sample
+    assert "With one document there is no interval." in en and "um só documento" in pt
     assert "no licence is recorded" in en and "`a¦b.txt`" in en  # a name does not end its cell
     assert "vllm serve" in en and "convert_hf_to_gguf" in en
     energy = {"joules": 7.2e6, "seconds": 3600.0}
@@ -175,6 +176,7 @@ def test_opts_licence_stays_with_what_is_made_from_it(tmp_path):
         assert header(text)["base_model"] == "facebook/opt-125m"
         base = tmp_path / str(generation)
         base.mkdir()
+        (base / "config.json").write_text("{}")
         (base / "README.md").write_text(text, encoding="utf-8")
         text = card(str(base))
     (tmp_path / "config.json").write_text('{"_name_or_path": "facebook/opt-350m"}')
@@ -196,6 +198,7 @@ def test_opts_licence_stays_with_what_is_made_from_it(tmp_path):
     ],
 )
 def test_a_card_keeps_what_the_base_models_own_says(tmp_path, front, kept):
+    (tmp_path / "config.json").write_text("{}")
     (tmp_path / "README.md").write_text(f"---\n{front}---\n# Base\n", encoding="utf-8")
     found = header(card(str(tmp_path)))
     assert found.items() >= kept.items()

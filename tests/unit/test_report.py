@@ -580,6 +580,10 @@ def test_the_figures_of_the_result_stand_with_their_intervals(tmp_path: Path) ->
     assert "Naquele tempo" in text and "None lost." in text and "intervals are rough" not in text
     stale = make_run(tmp_path / "stale", evaluations=[evaluation(0), last], comparison={**comparison, "steps": [0, 5]})
     assert "documents improved" not in page_of(stale)  # it is of another step than the figures beside it
+    alone = {"num_documents": 1, "bits_per_byte_interval": None}
+    one = make_run(tmp_path / "one", evaluations=[evaluation(0, **alone), evaluation(10, 32.5, 1.79, **alone)])
+    shown = Elements(page_of(one)).text
+    assert "With one document there is no interval." in shown and "95% interval" not in shown
 
 
 def test_domains_positions_plan_and_epochs_are_shown(tmp_path: Path) -> None:

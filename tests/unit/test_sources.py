@@ -43,6 +43,7 @@ def test_a_hub_id(ref, tmp_path, monkeypatch):
     assert resolve_model(ref) == ModelSource(ref, "hub", None, ref)
     # A directory of that name goes first.
     Path(ref).mkdir(parents=True)
+    (Path(ref) / "config.json").touch()
     assert resolve_model(ref) == ModelSource(ref, "directory", Path(ref))
 
 
@@ -51,6 +52,7 @@ def test_a_directory(tmp_path, monkeypatch):
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     folder = tmp_path / "modelo.gguf"  # whatever its name
     folder.mkdir()
+    (folder / "config.json").touch()
     assert resolve_model(str(folder)) == ModelSource(str(folder), "directory", folder)
     assert resolve_model("~/modelo.gguf") == ModelSource("~/modelo.gguf", "directory", folder)
 
@@ -102,6 +104,20 @@ def test_a_run_stands_for_its_model(tmp_path, caplog):
     ]
 
 
+def test_a_directory_that_is_no_model_is_named_before_anything_asks_the_hub(tmp_path, monkeypatch):
+    run = tmp_path / "corrida"
+    for folder in ("corrida/checkpoints/step-00000001", "armazem/tokenizer", "vazia"):
+        (tmp_path / folder).mkdir(parents=True)
+    (run / "results.json").write_text("{}")
+    (tmp_path / "armazem" / "store.json").write_text("{}")
+    for part in (run / "checkpoints", run / "checkpoints" / "step-00000001"):
+        assert complaint(str(part)) == f"{part} belongs to the run {run} and is no model; give the run itself."
+    monkeypatch.chdir(tmp_path)
+    assert "armazem is a store, and no model" in complaint("armazem")
+    assert "vazia holds no model, since it has no config.json" in complaint("vazia")
+    assert "vazia is a directory, which has no revisions" in complaint("vazia@main")
+
+
 @pytest.mark.parametrize("settings", ['{"base_model_name_or_path": "facebook/opt-125m"}', "{", "[]", "{}"])
 def test_an_adapter_names_its_base(tmp_path, settings, monkeypatch):
     (tmp_path / "adapter_config.json").write_text(settings)
@@ -127,6 +143,7 @@ def test_a_name_is_found_however_its_accents_are_written(tmp_path, asked, there,
         path.touch()
     else:
         path.mkdir()
+        (path / "config.json").touch()
     found = resolve_model(str(tmp_path / unicodedata.normalize(asked, name))).path
     assert found is not None and found.samefile(path)
 

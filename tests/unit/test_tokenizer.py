@@ -320,7 +320,6 @@ def test_broken_vocabulary_or_merges(tmp_path, name, broken):
 @pytest.mark.parametrize(
     "files",
     [
-        {},
         {"config.json": '{"model_type": "llama"}'},
         {"config.json": '{"model_type": "opt"}'},
         {"config.json": '{"model_type": "opt"}', "tokenizer_config.json": '{"bos_token": "</s>"}'},

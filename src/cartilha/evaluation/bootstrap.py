@@ -22,7 +22,7 @@ LEAST_SPREAD = 0.25
 
 
 class Interval(NamedTuple):
-    """A confidence interval over documents; unbounded where there are too few documents to say anything."""
+    """A confidence interval over documents."""
 
     low: float
     high: float
@@ -30,8 +30,8 @@ class Interval(NamedTuple):
 
 def bootstrap_interval(
     numerator: np.ndarray, denominator: np.ndarray, *, level: float = LEVEL, num_resamples: int = 2000, seed: int = 0
-) -> Interval:
-    """The interval of sum(numerator) / sum(denominator) over documents, resampled as pairs.
+) -> Interval | None:
+    """The interval of sum(numerator) / sum(denominator) over documents, resampled as pairs; None for fewer than two.
 
     For bits per byte the numerator is `nll / ln 2` and the denominator `num_bytes`. For the paired difference of two
     models the numerator is `(nll_b - nll_a) / ln 2`: both models are resampled together (Koehn 2004, "Statistical
@@ -56,7 +56,7 @@ def bootstrap_interval(
     _check(x, y, level)
     num_documents = len(x)
     if np.count_nonzero(y) < 2:
-        return Interval(-math.inf, math.inf)
+        return None
     total = float(y.sum())
     ratio = float(x.sum()) / total
     # In units in which a document has a denominator of 1 on average, residuals sum to zero.

@@ -60,7 +60,7 @@ class Comparison:
         share_improved: Documents that need fewer bits under the second model; ties count half.
         gained_most: Documents whose bits per byte fell most, the largest fall first; in `lost_most` they rose.
         domains: The largest ones, in the order of their names.
-        bits_per_byte_difference_interval: Low and high, from the paired bootstrap.
+        bits_per_byte_difference_interval: Low and high, from the paired bootstrap; None for fewer than two documents.
     """
 
     bits_per_byte_first: float
@@ -72,7 +72,7 @@ class Comparison:
     gained_most: list[DocumentChange]
     lost_most: list[DocumentChange]
     domains: dict[str, DomainChange]
-    bits_per_byte_difference_interval: list[float]
+    bits_per_byte_difference_interval: list[float] | None
     interval_level: float = LEVEL
 
 
@@ -96,8 +96,9 @@ class _Pairs:
     def bits_per_byte(self, bits: np.ndarray) -> float:
         return math.fsum(bits) / int(self.num_bytes.sum())
 
-    def interval(self) -> list[float]:
-        return list(bootstrap_interval(self.difference, self.num_bytes))
+    def interval(self) -> list[float] | None:
+        found = bootstrap_interval(self.difference, self.num_bytes)
+        return None if found is None else list(found)
 
 
 def shared_documents(first: SavedEvaluation, second: SavedEvaluation) -> np.ndarray:

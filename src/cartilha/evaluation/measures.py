@@ -39,7 +39,7 @@ class Evaluation:
     Attributes:
         byte_total: Over the documents that survive decode(encode(text)); byte, character and word figures use these.
         macro: Means over documents, each counting alike: what the typical document costs, short ones included.
-        interval: 95 % bootstrap interval of the bits per byte.
+        interval: 95 % bootstrap interval of the bits per byte; None for fewer than two documents.
         domains: Sums over the documents of each domain, largest first; `MAX_DOMAINS` of `num_domains` at most.
         positions: Mean loss by the token's position in its document.
         unused_rows_mass: Mean probability that rows which no token uses get together; None if it was not measured.
@@ -54,7 +54,7 @@ class Evaluation:
     total: Sums
     byte_total: Sums
     macro: Figures
-    interval: Interval
+    interval: Interval | None
     domains: Mapping[str, Sums]
     num_domains: int
     positions: tuple[dict[str, float], ...]
@@ -89,7 +89,7 @@ class Evaluation:
             "corpus_hash": self.corpus_hash,
             "loss": self.total.loss,
             **{measure.key: self._measured(measure) for measure in MEASURES},
-            "bits_per_byte_interval": list(self.interval) if self.bytes_are_meant else None,
+            "bits_per_byte_interval": list(self.interval) if self.interval and self.bytes_are_meant else None,
             **{name: number for name, number in asdict(self.total).items() if name != "nll"},
             "num_documents_lost": len(self.lost),
             "documents_lost": list(self.lost[:20]),
@@ -161,8 +161,8 @@ def _macro(documents: ScoredDocuments, nll: np.ndarray, kept: np.ndarray) -> Fig
     return {"loss": loss, "perplexity": perplexity(loss), "bits_per_byte": bits_per_byte}
 
 
-def _interval(bits: np.ndarray, num_bytes: np.ndarray) -> Interval:
-    return bootstrap_interval(bits, num_bytes) if len(bits) else Interval(-math.inf, math.inf)
+def _interval(bits: np.ndarray, num_bytes: np.ndarray) -> Interval | None:
+    return bootstrap_interval(bits, num_bytes) if len(bits) else None
 
 
 def _positions(scores: DocumentScores) -> tuple[dict[str, float], ...]:
@@ -184,7 +184,9 @@ def _notes(evaluation: Evaluation, vocabulary_size: int) -> list[str]:
             f"{counted(num_lost, 'document')} ({share:.2%} of the bytes) {'does' if num_lost == 1 else 'do'} not "
             f"survive this tokenizer's decode(encode(text)): {outcome} ({names})."
         )
-    if num_documents < FEW_DOCUMENTS:
+    if evaluation.interval is None and evaluation.bytes_are_meant:
+        notes.append("There is no interval: it takes at least two documents with bytes that are scored.")
+    elif num_documents < FEW_DOCUMENTS:
         documents = counted(num_documents, "document")
         notes.append(f"The interval rests on {documents}; below {FEW_DOCUMENTS} it is rough.")
     if evaluation.perplexity > 2 * vocabulary_size:

@@ -81,11 +81,16 @@ def context_length(config: PretrainedConfig) -> int:
 
 
 def with_layers(settings: dict[str, Any], num_layers: int) -> dict[str, Any]:
-    """A configuration's settings with fewer layers; lists with an entry per layer are cut, too."""
+    """A configuration's settings with fewer layers; lists with an entry per layer are cut, too.
+
+    A pair of limits (Mamba 2's `time_step_limit`) is no such list, although a model of two layers has as many.
+    """
     names = [name for name in ("num_hidden_layers", "n_layer", "num_layers") if isinstance(settings.get(name), int)]
     before = settings[names[0]] if names else None
     cut = {
-        name: value[:num_layers] if isinstance(value, list) and len(value) == before else value
+        name: value[:num_layers]
+        if isinstance(value, list) and len(value) == before and not name.endswith("_limit")
+        else value
         for name, value in settings.items()
     }
     return {**cut, **dict.fromkeys(names, num_layers)}

@@ -182,7 +182,7 @@ def recommend(rows: list[dict[str, Any]], seconds: float) -> tuple[int, list[str
     lie below zero. Each has been trained for `seconds`; a row is one of the advice's `tried`.
     """
     best = min(rows, key=lambda row: float(row["difference"]))
-    low, high = best["interval"]
+    low, high = best["interval"] or (None, None)
     interval = "no interval" if low is None or high is None else f"95 % interval {low:+.3f} to {high:+.3f}"
     time = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
     measured = (

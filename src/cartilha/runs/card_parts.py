@@ -173,7 +173,8 @@ class CardParts:
         if english.get("before") and english.get("after"):
             rows.append([say("english_bits"), *(self._bits(say, english[when]) for when in ("before", "after"))])
         table = "\n".join([say("results_head"), "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)])
-        return _paragraphs(table, f"{say('intervals')} {self._paired(say)}".strip(), self._tasks(say))
+        brackets = say("one_document" if after.get("num_documents") == 1 else "intervals")
+        return _paragraphs(table, f"{brackets} {self._paired(say)}".strip(), self._tasks(say))
 
     @staticmethod
     def _bits(say: CardWording, evaluation: Values) -> str:

@@ -128,10 +128,11 @@ def comparison(result: Values) -> Parts:
     figures = (f"{result[name]:.4f}" for name in ("bits_per_byte_first", "bits_per_byte_second"))
     rows = list(zip(result["models"], figures, map(protocol_line, result["protocols"]), strict=True))
     yield FittingTable(("model", "bits per byte", "protocol"), rows, words=(0, 2))
-    low, high = result["bits_per_byte_difference_interval"]
-    interval = "" if low is None or high is None else f", 95 % interval [{low:+.4f}, {high:+.4f}]"
+    low, high = result["bits_per_byte_difference_interval"] or (None, None)
+    has_none = low is None or high is None
+    interval = "no interval with one document" if has_none else f"95 % interval [{low:+.4f}, {high:+.4f}]"
     yield (
-        f"Second minus first: {result['bits_per_byte_difference']:+.4f} bits per byte{interval}, "
+        f"Second minus first: {result['bits_per_byte_difference']:+.4f} bits per byte, {interval}, "
         f"p = {result['p_value']:.4g}; {result['share_improved']:.0%} of "
         f"{counted(result['num_documents'], 'document')} improved."
     )

@@ -13,7 +13,7 @@ import json
 import weakref
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import torch
@@ -22,13 +22,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from cartilha.model.adapters import Adapter, add_adapter, trained_parameters
 from cartilha.model.attention import ATTENTION_DROPOUT, KERNELS
 from cartilha.model.configuration import with_layers
 from cartilha.model.head import body_of, head_inputs, head_of
 from cartilha.model.load import look_at
-from cartilha.model.loss import linear_cross_entropy
+from cartilha.model.loss import CHUNK_TOKENS, linear_cross_entropy
 from cartilha.model.packed_or_rows import HowItRuns, use_document_attention
 from cartilha.model.products import cpu_product_dtype, sums_in_float32
 from cartilha.model.recomputation import checkpoint_layers, layers_of
@@ -45,6 +46,7 @@ class StepBytes:
     body: float  # the most alive, with activations, until the gradient is back at the embeddings; linear in tokens
     end: float  # the most after that: the embeddings' own gradients, in models whose vocabulary is large
     head: float  # of the head's weights in float32; 0 where they are frozen
+    num_operations: float = 0.0  # of torch, which are small or large
 
     def toward(self, other: StepBytes, distance: float) -> StepBytes:
         """The point on the line from this one (distance 0) through another one (distance 1)."""
@@ -71,7 +73,7 @@ class _LiveBytes(TorchDispatchMode):
 
     def __init__(self, others: Iterable[torch.Tensor]) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.num_operations = 0
         self._known = {tensor.untyped_storage()._cdata for tensor in others}
 
     def add(self, tensor: torch.Tensor) -> None:
@@ -94,6 +96,7 @@ class _LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
+        self.num_operations += 1
         for value in tree_leaves(result):
             if isinstance(value, torch.Tensor):
                 self.add(value)
@@ -183,13 +186,50 @@ def parts_of(config: PretrainedConfig, adapter: Adapter | None = None) -> Parts:
     )
 
 
+SHORT_ROWS = (8, 16)  # in which models that go token by token are traced
+PROBED_ROWS = (64, 128)  # whether they do is seen in these: other models go through them in one piece, or in two
+
+
 def traced_step(config: PretrainedConfig, rows: int, row_length: int, how: Computation) -> StepBytes:
     """Trace a forward and backward pass over `rows` blocks of one document of `row_length` tokens each.
 
     Gradients are taken to be there already, as in every micro-batch but a step's first, unless they are given back.
     """
-    num_layers = int(config.num_hidden_layers)
     key = json.dumps(copy.deepcopy(config).to_dict(), sort_keys=True, default=str)
+    num_layers = int(config.num_hidden_layers)
+    if how.kernel == ROWS and row_length > PROBED_ROWS[-1] and _goes_token_by_token(key):
+        return _from_short_rows(key, num_layers, rows * row_length, row_length, how)
+    return _of_layers(key, num_layers, rows, row_length, how)
+
+
+def _goes_token_by_token(config_json: str) -> bool:
+    """Whether rows that are twice as long take many more operations in the first layer, and not only larger ones."""
+    how = Computation(torch.float32, ROWS, on_cpu=False)
+    short, longer = (_traced(config_json, 1, 1, length, how).num_operations for length in PROBED_ROWS)
+    return longer > 1.5 * short
+
+
+def _from_short_rows(
+    config_json: str, num_layers: int, num_tokens: int, row_length: int, how: Computation
+) -> StepBytes:
+    """What a model keeps that goes token by token, whose trace takes a time in proportion to the row's length.
+
+    That is so much per token and so much per row, which three traces tell. What attention keeps for pairs of tokens, in
+    models that have both, is left out: it is little beside a state for each token.
+    """
+    if how.dtype == torch.float16:
+        how = replace(how, dtype=torch.bfloat16)  # which takes as many bytes
+    first, second = SHORT_ROWS
+    shapes = ((CHUNK_TOKENS // first, first), (2 * CHUNK_TOKENS // first, first), (CHUNK_TOKENS // second, second))
+    traces = (astuple(_of_layers(config_json, num_layers, *shape, how)) for shape in shapes)
+    chunks = num_tokens / CHUNK_TOKENS
+    of_rows = chunks * (1 / first - 1 / row_length) / (1 / first - 1 / second)
+    return StepBytes(
+        *(one + (chunks - 1) * (two - one) + of_rows * (longer - one) for one, two, longer in zip(*traces, strict=True))
+    )
+
+
+def _of_layers(key: str, num_layers: int, rows: int, row_length: int, how: Computation) -> StepBytes:
     one = _traced(key, 1, rows, row_length, how)
     return one if num_layers == 1 else one.toward(_traced(key, 2, rows, row_length, how), num_layers - 1)
 
@@ -210,7 +250,8 @@ def _traced(config_json: str, num_layers: int, rows: int, row_length: int, how: 
     # Fresh weights draw random numbers even where they are fake; training's own draws must not change.
     with random_numbers_apart(), FakeTensorMode(allow_non_fake_inputs=True):
         if how.adapter is None:
-            model = AutoModelForCausalLM.from_config(config, dtype=how.weights)
+            with no_init_weights():  # some cannot be begun with one layer (RWKV)
+                model = AutoModelForCausalLM.from_config(config, dtype=how.weights)
         else:
             model = _adapted(config, how.adapter)
         model.head_shape = head_shape
@@ -265,4 +306,5 @@ def _pass(model: PreTrainedModel, live: _LiveBytes, rows: int, row_length: int, 
         body.append(live.restart())
     assert len(body) == 1, "the gradient comes back to the embeddings once"
     head = head_of(model).weight
-    return StepBytes(kept, body[0], live.peak, 4.0 * head.numel() if head.requires_grad else 0.0)
+    of_head = 4.0 * head.numel() if head.requires_grad else 0.0
+    return StepBytes(kept, body[0], live.peak, of_head, live.num_operations)
