@@ -109,6 +109,20 @@ def test_a_resume_needs_the_same_texts_in_the_same_shares_wherever_they_lie(mixe
     start(store, tmp_path / "run", **{**settings, **changed}, resume="auto")  # as after any other removed store
 
 
+def test_the_mixture_of_the_end_of_a_copy_that_decays_begins_at_its_checkpoint(store, english, tmp_path):
+    common = {"mix": (f"{english}=0.1",), "warmup_fraction": 0.5}
+    start(store, tmp_path / "trunk", **common, max_steps=20, schedule="wsd", checkpoint_steps=16, keep_optimizer=True)
+    checkpoint = str(tmp_path / "trunk" / "checkpoints" / "step-00000016")
+    ends = {"mix_end": (f"{english}=0.9",), "decay_from": checkpoint}
+    with pytest.raises(UserError, match="leave out --mix_end_fraction"):
+        start(store, tmp_path / "run", **common, **ends, mix_end_fraction=0.4)
+    start(store, tmp_path / "run", **common, **ends)
+    trunk, run = Left(tmp_path / "trunk"), Left(tmp_path / "run")
+    assert run.losses[:16] == trunk.losses[:16] and run.results["steps"] == 18
+    longest = TokenStore(english).documents("train").num_tokens.max() + 2
+    assert abs(run.results["sources"][1]["tokens_read"] - 128 * (16 * 0.1 + 2 * 0.9)) <= longest
+
+
 def test_domains_of_one_store_alone_are_mixed(english, tmp_path):
     halves = (f"{english}::news=0.5", f"{english}::wiki=0.5")
     result = start(english, tmp_path / "run", mix=halves, epochs=2, skip_checks=True)  # the texts are near-duplicates

@@ -407,7 +407,6 @@ def test_a_small_input_is_repeated_rather_than_others_cut(config, tmp_path, capl
 
 def test_near_duplicates_stay_on_one_side(config, tmp_path, caplog):
     pytest.importorskip("rensa", reason="needs the extra text")
-    pytest.importorskip("duckdb", reason="needs the extra text")
     copies = tmp_path / "copies.txt"
     changed = [text.replace(" que ", " qual ", 1) for text in PRIMER if " que " in text and len(text) > 600]
     copies.write_text("\n".join([*PRIMER, *changed]), encoding="utf-8")

@@ -8,7 +8,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cartilha.corpus.document import Document
-from cartilha.corpus.splits import SplitRule, choose_split, split_documents, split_position
+from cartilha.corpus.splits import SplitRule, choose_split, split_position
+from splitting import split
 
 TEXTS = st.lists(st.text(min_size=1, max_size=8), min_size=2, max_size=12, unique=True)
 FRACTIONS = st.floats(0, 1, exclude_min=True, exclude_max=True)
@@ -50,7 +51,7 @@ def test_a_larger_fraction_only_adds(texts, one, other, seed):
 def test_the_fraction_used_leaves_neither_side_empty_and_changes_no_good_split(texts, wanted, seed):
     corpus = documents(texts)
     by_wanted = held_out(corpus, wanted, seed)
-    result = split_documents([d.text_hash for d in corpus], SplitRule(wanted, seed=seed))
+    result = split([d.text_hash for d in corpus], SplitRule(wanted, seed=seed))
     by_nearest = held_out(corpus, result.fraction_used, seed)
     assert by_nearest == {d.text for d, chosen in zip(corpus, result.validation, strict=True) if chosen}
     if not by_wanted:

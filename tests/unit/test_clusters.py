@@ -5,20 +5,23 @@ from __future__ import annotations
 import random
 import re
 import sys
+import tempfile
 import unicodedata
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cartilha.corpus import near_duplicates as module
+from cartilha.corpus import pieces
 from cartilha.corpus.near_duplicates import cluster
 from cartilha.corpus.primer import primer_texts
 from cartilha.corpus.signatures import NUM_VALUES, save_signatures, signatures
 from cartilha.errors import UserError
 
 pytest.importorskip("rensa", reason="the extra `text` is not installed")
-pytest.importorskip("duckdb", reason="the extra `text` is not installed")
 TEXTS = [text.text for text in primer_texts()]
 WORDS = [word for text in TEXTS for word in text.split()]
 
@@ -37,12 +40,12 @@ def with_changes(text: str, share: float, generator: random.Random) -> str:
     return " ".join(words)
 
 
-def clusters_of(texts: list[str], folder: Path, parts: int = 1, **options) -> np.ndarray:
+def clusters_of(texts: list[str], folder: Path, parts: int = 1) -> np.ndarray:
     files = []
     for number, rows in enumerate(np.array_split(np.arange(len(texts)), parts)):
         files.append(folder / f"{number}.npy")
         save_signatures(files[-1], signatures([texts[row] for row in rows]))
-    return cluster(files, **options)
+    return cluster(files)
 
 
 def test_agreement_estimates_the_jaccard_similarity():
@@ -112,13 +115,37 @@ def test_clusters_are_joined_through_their_members(tmp_path):
     assert not len(shingles(chain[0]) & shingles(chain[-1])) / len(shingles(chain[0]) | shingles(chain[-1])) > 0.3
 
 
-def test_little_memory_and_small_chunks_give_the_same(tmp_path, monkeypatch):
-    generator = random.Random(4)
-    texts = [with_changes(text, 0.1, generator) for text in TEXTS for _ in range(20)]
-    expected = clusters_of(texts, tmp_path)
-    assert len(set(expected.tolist())) == len(TEXTS)
-    monkeypatch.setattr(module, "PAIRS_AT_ONCE", 2048)
-    assert (clusters_of(texts, tmp_path, 7, memory_bytes=64 << 20, scratch=tmp_path) == expected).all()
+def plain_clusters(values: np.ndarray) -> list[int]:
+    """As `cluster` finds them, all at once: for each band, each document is compared with the first of its key."""
+    numbers = list(range(len(values)))
+    for band in range(module.NUM_BANDS):
+        firsts: dict[bytes, int] = {}
+        for document, own in enumerate(values[:, band * module.BAND_VALUES : (band + 1) * module.BAND_VALUES]):
+            first = firsts.setdefault(own.tobytes(), document)
+            if own.any() and (values[first] == values[document]).mean() >= module.MIN_SIMILARITY:
+                old, new = sorted([numbers[first], numbers[document]], reverse=True)
+                numbers = [new if number == old else number for number in numbers]
+    return numbers
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 2**32), st.integers(0, 60), st.integers(1, 4), st.integers(1, 12))
+def test_arrays_in_files_and_small_chunks_give_the_same(seed, num_documents, parts, at_once):
+    generator = np.random.default_rng(seed)
+    values = generator.integers(0, 3, (1 + num_documents // 8, NUM_VALUES)).astype(np.uint16)
+    values = values[generator.integers(0, len(values), num_documents)]
+    changed = generator.random(values.shape) < generator.random((num_documents, 1))
+    values[changed] = generator.integers(0, 9, changed.sum())
+    values[: num_documents // 9] = 0  # without words
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / f"{part}.npy" for part in range(parts)]
+        for file, own in zip(files, np.array_split(values, parts), strict=True):
+            save_signatures(file, own)
+        patch.setattr(pieces, "PIECE", 7)
+        patch.setattr(pieces, "IN_MEMORY_BYTES", 0)
+        patch.setattr(module, "KEYS_AT_ONCE", at_once)
+        patch.setattr(module, "PAIRS_AT_ONCE", 2 * at_once)
+        assert cluster(files, scratch=Path(folder)).tolist() == plain_clusters(values)
 
 
 def test_no_documents(tmp_path):
@@ -126,11 +153,10 @@ def test_no_documents(tmp_path):
     assert clusters_of(["a"], tmp_path, 3).tolist() == [0]
 
 
-def test_a_missing_extra_is_named(monkeypatch, tmp_path):
-    for name, work in (("rensa", lambda: signatures(["a"])), ("duckdb", lambda: cluster([]))):
-        monkeypatch.setitem(sys.modules, name, None)
-        with pytest.raises(UserError, match="extra `text`"):
-            work()
+def test_a_missing_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rensa", None)
+    with pytest.raises(UserError, match="extra `text`"):
+        signatures(["a"])
 
 
 def test_documents_that_share_a_part_are_proposed_and_not_taken(tmp_path, monkeypatch):

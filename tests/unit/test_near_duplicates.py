@@ -43,7 +43,6 @@ def test_equal_texts_count_and_half_changed_ones_do_not():
 
 def test_one_definition_for_clusters_and_contamination(tmp_path):
     """What is found near, is found near everywhere, however much was changed and however accents are written."""
-    pytest.importorskip("duckdb", reason="the extra `text` is not installed")
     generator = random.Random(2)
     shares = [0.1 + 0.2 * i / len(TEXTS) for i in range(len(TEXTS))]  # from clearly near to clearly not
     changed = [with_changes(text, share, generator) for text, share in zip(TEXTS, shares, strict=True)]

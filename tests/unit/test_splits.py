@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from cartilha.corpus.document import Document
-from cartilha.corpus.splits import SplitRule, choose_split, split_documents, split_position
+from cartilha.corpus.splits import SplitRule, choose_split, split_position
+from splitting import split
 
 
 def text_hash(text: str) -> str:
@@ -16,7 +17,7 @@ HASHES = [text_hash(f"Texto número {i}.") for i in range(1000)]
 
 
 def fraction_used(hashes: list[str], fraction: float, seed: int = 0) -> float:
-    return split_documents(hashes, SplitRule(fraction, seed=seed)).fraction_used
+    return split(hashes, SplitRule(fraction, seed=seed)).fraction_used
 
 
 def held_out(hashes: list[str], fraction: float, seed: int) -> set[str]:

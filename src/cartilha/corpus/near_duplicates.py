@@ -6,22 +6,21 @@ documents whose values agree in a whole band are compared (Broder 1997; Leskovec
 
 from __future__ import annotations
 
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from cartilha.corpus.signatures import NUM_VALUES, signatures
-from cartilha.errors import import_extra
+from cartilha.corpus.pieces import large_array, pieces
+from cartilha.corpus.signatures import NUM_VALUES, mixed, signatures
 
 MIN_SIMILARITY = 0.3  # changing 15 % of a text's words leaves about 0.44, which is 0.85^3 / (2 - 0.85^3)
 BAND_VALUES = 3
 NUM_BANDS = NUM_VALUES // BAND_VALUES
 DOCUMENTS_AT_ONCE = 256
+KEYS_AT_ONCE = 1 << 22  # sorted at a time
 PAIRS_AT_ONCE = 1 << 19  # their signatures take up to a quarter of a gigabyte
 
 
@@ -52,54 +51,91 @@ def has_near_duplicate(texts: Sequence[str], known: Iterable[str]) -> np.ndarray
     return result
 
 
-def cluster(files: Sequence[Path], *, memory_bytes: int = 1 << 30, scratch: Path | None = None) -> np.ndarray:
+def cluster(files: Sequence[Path], *, scratch: Path | None = None) -> np.ndarray:
     """The cluster of each document, as the number of the cluster's first document: int64, shape (num_documents,).
 
-    Documents are numbered consecutively, file by file, as `save_signatures` wrote them. Memory holds eight bytes per
-    document and the `memory_bytes` that DuckDB may use; the rest goes to the directory `scratch` (by default the
-    system's). A UserError says that the extra `text` is missing.
+    Documents are numbered consecutively, file by file, as `save_signatures` wrote them. Large arrays over all documents
+    are files in the directory `scratch`, if one is given.
     """
-    duckdb = import_extra("duckdb", "The search for near-duplicates", "text")
     # Files are opened only while they are read: there may be more than a process may hold open.
     starts = np.cumsum([0, *(np.load(file, mmap_mode="r").shape[1] for file in files)])
-    parents = np.arange(starts[-1])
-    with tempfile.TemporaryDirectory(dir=scratch) as spill, duckdb.connect() as database:
-        database.execute("SET memory_limit = ?", [f"{memory_bytes}B"])
-        database.execute("SET temp_directory = ?", [spill])
-        database.execute("SET preserve_insertion_order = false")
-        for pairs in _candidates(database, files, starts):
-            alike = _similarity(files, starts, pairs) >= MIN_SIMILARITY
-            for pair in pairs[alike].tolist():
-                first, second = sorted(_root(parents, document) for document in pair)
-                parents[second] = first
-    # Follow parents until each document has its root.
-    while not np.array_equal(parents, parents[parents]):
-        parents = parents[parents]
+    parents = large_array(scratch, "clusters", (int(starts[-1]),), np.int64)
+    for piece in pieces(len(parents)):
+        parents[piece] = np.arange(piece.start, piece.stop)
+    for pairs in _apart(_candidates(files, starts, scratch), parents):
+        alike = _similarity(files, starts, pairs) >= MIN_SIMILARITY
+        for pair in pairs[alike].tolist():
+            first, second = sorted(_root(parents, document) for document in pair)
+            parents[second] = first
+    for piece in pieces(len(parents)):
+        parents[piece] = _roots(parents, parents[piece])
     return parents
 
 
-def _candidates(database: Any, files: Sequence[Path], starts: np.ndarray) -> Iterator[np.ndarray]:
-    """Pairs that share a band's key, each once: int64, shape (at most PAIRS_AT_ONCE, 2)."""
-    import pyarrow as pa
+def _apart(found: Iterable[tuple[np.ndarray, np.ndarray]], parents: np.ndarray) -> Iterator[np.ndarray]:
+    """The pairs that are in different clusters so far, most of them once: int64, shape (at most PAIRS_AT_ONCE, 2)."""
+    held = np.zeros(0, np.int64)  # first document times the number of documents, plus the other one
+    for first, other in chain(found, [(held, held)]):
+        apart = _roots(parents, first) != _roots(parents, other)
+        held = np.concatenate([held, first[apart] * len(parents) + other[apart]])
+        if len(held) >= PAIRS_AT_ONCE or not len(first):
+            held = np.unique(held)
+            for begin in range(0, len(held), PAIRS_AT_ONCE):
+                yield np.stack(np.divmod(held[begin : begin + PAIRS_AT_ONCE], len(parents)), axis=1)
+            held = held[:0]
 
-    schema = pa.schema([("key", pa.uint64()), ("document", pa.int64())])
-    database.execute("CREATE TEMP TABLE pairs (first BIGINT, second BIGINT)")
+
+def _candidates(
+    files: Sequence[Path], starts: np.ndarray, scratch: Path | None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Pairs that share a band's key: the first document that has the key, and each other one, int64 both.
+
+    A group of n gives n - 1 pairs, not n squared.
+    """
+    keys = large_array(scratch, "band-keys", (int(starts[-1]),), np.uint64)
+    num_parts = 1 + len(keys) // KEYS_AT_ONCE
     for band in range(NUM_BANDS):
-        batches = (
-            pa.record_batch([_band_keys(np.load(file, mmap_mode="r"), band), np.arange(start, end)], schema=schema)
-            for file, start, end in zip(files, starts, starts[1:], strict=False)
-        )
-        keys = pa.RecordBatchReader.from_batches(schema, batches)  # noqa: F841 DuckDB finds it by its name
-        database.execute("CREATE OR REPLACE TEMP TABLE band AS SELECT * FROM keys WHERE key <> 0")
-        # A group of n gives n - 1 pairs, not n squared: each document with the group's first.
-        database.execute(
-            "INSERT INTO pairs SELECT first, document FROM band JOIN"
-            " (SELECT key, min(document) AS first FROM band GROUP BY key HAVING count(*) > 1) USING (key)"
-            " WHERE document <> first"
-        )
-    result = database.execute("SELECT DISTINCT first, second FROM pairs ORDER BY first, second")
-    while rows := result.fetchmany(PAIRS_AT_ONCE):
-        yield np.array(rows)
+        for file, start, end in zip(files, starts, starts[1:], strict=False):
+            keys[start:end] = _band_keys(np.load(file, mmap_mode="r"), band)
+        for part in range(num_parts):
+            yield from _same_keys(_part_of(keys, part, num_parts))
+
+
+def _part_of(keys: np.ndarray, part: int, num_parts: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The documents whose keys are in this part of all keys, ascending, and the keys; mostly all of them at once."""
+    documents, own = [np.zeros(0, np.int64)], [np.zeros(0, np.uint64)]
+    for piece in pieces(len(keys)):
+        of_piece = keys[piece]
+        wanted = of_piece != 0
+        if num_parts > 1:
+            wanted &= (mixed(of_piece) >> np.uint64(32)) * np.uint64(num_parts) >> np.uint64(32) == part
+        documents.append(piece.start + np.flatnonzero(wanted))
+        own.append(of_piece[wanted])
+        if sum(map(len, own)) > 2 * KEYS_AT_ONCE or piece.stop == len(keys):  # many have the same key
+            yield np.concatenate(documents), np.concatenate(own)
+            documents, own = documents[:1], own[:1]
+
+
+def _same_keys(chunks: Iterable[tuple[np.ndarray, np.ndarray]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The first document of each key with every other one that has it; documents ascend from chunk to chunk."""
+    known, firsts = np.zeros(0, np.uint64), np.zeros(0, np.int64)
+    own, first = known, firsts
+    for documents, keys in chunks:
+        if len(own):  # of the chunk before
+            known, firsts = np.concatenate([known, own]), np.concatenate([firsts, first])
+            order = np.argsort(known, kind="stable")
+            known, firsts = known[order], firsts[order]
+        order = np.argsort(keys)
+        documents, keys = documents[order], keys[order]
+        begins = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]])[: len(keys)])
+        own, first = keys[begins], np.minimum.reduceat(documents, begins) if len(begins) else documents
+        if len(known):
+            places = np.minimum(np.searchsorted(known, own), len(known) - 1)
+            first = np.where(known[places] == own, firsts[places], first)
+        of_each = np.repeat(first, np.diff(begins, append=len(keys)))
+        again = of_each != documents
+        if again.any():
+            yield of_each[again], documents[again]
 
 
 def _similarity(files: Sequence[Path], starts: np.ndarray, pairs: np.ndarray) -> np.ndarray:
@@ -116,6 +152,14 @@ def _similarity(files: Sequence[Path], starts: np.ndarray, pairs: np.ndarray) ->
     for value in values:
         agree += value[first] == value[second]
     return agree / NUM_VALUES
+
+
+def _roots(parents: np.ndarray, documents: np.ndarray) -> np.ndarray:
+    """The first document of the cluster of each document, so far."""
+    roots = parents[documents]
+    while not np.array_equal(roots, above := parents[roots]):
+        roots = above
+    return roots
 
 
 def _root(parents: np.ndarray, document: int) -> int:

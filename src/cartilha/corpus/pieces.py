@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 PIECE = 1 << 20  # documents
 NUM_BINS = 4096
+IN_MEMORY_BYTES = 16 << 20  # larger arrays are files
+
+
+def large_array(folder: Path | None, name: str, shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
+    """An array of zeros: in memory if it is small, or if there is no folder; else a file of the folder, mapped."""
+    if folder is None or np.dtype(dtype).itemsize * math.prod(shape) <= IN_MEMORY_BYTES:
+        return np.zeros(shape, dtype)
+    return np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, shape).view(np.ndarray)
 
 
 def pieces(num_documents: int) -> Iterator[slice]:
@@ -62,6 +73,15 @@ def at_the_ends(values: np.ndarray, mask: np.ndarray, number: int) -> tuple[np.n
 
 def descending(values: np.ndarray, mask: np.ndarray) -> Iterator[np.ndarray]:
     """The places of the values under a mask from the highest on, some at a time; of equal values in order: int64."""
+    return _in_order(values, mask, -1)
+
+
+def ascending(values: np.ndarray, mask: np.ndarray) -> Iterator[np.ndarray]:
+    """As `descending`, from the lowest on."""
+    return _in_order(values, mask, 1)
+
+
+def _in_order(values: np.ndarray, mask: np.ndarray, sign: int) -> Iterator[np.ndarray]:
     low, high = extremes(values, mask, 1)
     if not len(low):
         return
@@ -70,11 +90,12 @@ def descending(values: np.ndarray, mask: np.ndarray) -> Iterator[np.ndarray]:
     for piece in pieces(len(values)):
         bins = np.searchsorted(edges, values[piece][mask[piece]], side="right")
         counts += np.bincount(bins, minlength=NUM_BINS)
-    past = NUM_BINS
-    while past > 0:
-        first = past - 1
-        while first > 0 and counts[first - 1 : past].sum() <= PIECE:
-            first -= 1
+    in_turn, begin = counts[::sign], 0
+    while begin < NUM_BINS:
+        end = begin + 1
+        while end < NUM_BINS and in_turn[begin : end + 1].sum() <= PIECE:
+            end += 1
+        first, past = (begin, end) if sign > 0 else (NUM_BINS - end, NUM_BINS - begin)
         lower = edges[first - 1] if first else -np.inf
         upper = edges[past - 1] if past < NUM_BINS else np.inf
         parts = [np.zeros(0, np.int64)]
@@ -82,5 +103,5 @@ def descending(values: np.ndarray, mask: np.ndarray) -> Iterator[np.ndarray]:
             own = values[piece]
             parts.append(piece.start + np.flatnonzero(mask[piece] & (own >= lower) & (own < upper)))
         places = np.concatenate(parts)
-        yield places[np.argsort(-values[places], kind="stable")]
-        past = first
+        yield places[np.argsort(sign * values[places], kind="stable")]
+        begin = end

@@ -7,13 +7,14 @@ smallest hash, so that a whole cluster is on one side.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from numpy.typing import DTypeLike
 
-from cartilha.corpus.pieces import extremes, nth_true
+from cartilha.corpus.pieces import ascending, extremes, large_array, nth_true, pieces
 from cartilha.errors import UserError, counted
 
 Split = Literal["train", "validation"]
@@ -69,78 +70,118 @@ class SplitResult:
     plain_leak_rate: float
 
 
-def leak_rate(clusters: np.ndarray, validation: np.ndarray) -> float:
+@dataclass(frozen=True)
+class Clusters:
+    """Near-duplicates, which go to one side together; arrays have a row for each document, and may be mapped files.
+
+    Attributes:
+        firsts: The number of the first document of each one's cluster, int64.
+        hashes: The first 16 bytes of the SHA-256 of each text as two numbers, uint64, shape (num_documents, 2).
+        scratch: Where large arrays over all documents are kept; in memory without it.
+    """
+
+    firsts: np.ndarray
+    hashes: np.ndarray
+    scratch: Path | None = None
+
+    def array(self, name: str, dtype: DTypeLike) -> np.ndarray:
+        """Zeros for what is known of each cluster, in the row of its first document."""
+        return large_array(self.scratch, f"cluster-{name}", self.firsts.shape, dtype)
+
+    def of(self, documents: np.ndarray) -> np.ndarray:
+        """Which clusters have one of these documents: bool."""
+        result = np.zeros(len(documents), bool)
+        for piece in pieces(len(documents)):
+            result[self.firsts[piece][documents[piece]]] = True
+        return result
+
+    def members(self, clusters: np.ndarray, documents: np.ndarray) -> np.ndarray:
+        """Which of these documents are in those clusters: bool."""
+        result = np.zeros(len(documents), bool)
+        for piece in pieces(len(documents)):
+            result[piece] = documents[piece] & clusters[self.firsts[piece]]
+        return result
+
+    def sizes(self, documents: np.ndarray) -> np.ndarray:
+        """How many of these documents each cluster has: int32."""
+        result = self.array("sizes", np.int32)
+        for piece in pieces(len(documents)):
+            np.add.at(result, self.firsts[piece][documents[piece]], 1)
+        return result
+
+    def positions(self, own: np.ndarray, documents: np.ndarray) -> np.ndarray:
+        """The position of each cluster: that of the one of these documents that has the smallest hash; float64."""
+        smallest = self.array("smallest", np.int64)  # a document's number and 1
+        result = self.array("positions", np.float64)
+        for piece in pieces(len(documents)):
+            numbers = piece.start + np.flatnonzero(documents[piece])
+            firsts, hashes = self.firsts[numbers], self.hashes[numbers]
+            order = np.lexsort((hashes[:, 1], hashes[:, 0], firsts))
+            order = order[np.flatnonzero(np.diff(firsts[order], prepend=-1))]  # the smallest of each cluster
+            numbers, firsts, hashes = numbers[order], firsts[order], hashes[order]
+            before = smallest[firsts]
+            known = self.hashes[before - 1]
+            is_smaller = (hashes[:, 0] < known[:, 0]) | ((hashes[:, 0] == known[:, 0]) & (hashes[:, 1] < known[:, 1]))
+            better = (before == 0) | is_smaller
+            smallest[firsts[better]] = numbers[better] + 1
+            result[firsts[better]] = own[numbers[better]]
+        return result
+
+
+def leak_rate(clusters: Clusters, validation: np.ndarray, others: np.ndarray) -> float:
     """Share of the held-out documents that have a near-duplicate, which has the same cluster, among the others."""
-    return float(np.isin(clusters[validation], clusters[~validation]).mean()) if validation.any() else 0.0
+    held_out = int(np.count_nonzero(validation))
+    return int(np.count_nonzero(clusters.members(clusters.of(others), validation))) / held_out if held_out else 0.0
 
 
 def split_documents(
-    text_hashes: Sequence[str] | np.ndarray,
+    positions: np.ndarray,
+    stays: np.ndarray,
     rule: SplitRule,
-    clusters: np.ndarray | None = None,
     given: np.ndarray | None = None,
-    own: np.ndarray | None = None,
+    clusters: Clusters | None = None,
 ) -> SplitResult:
     """Decide which documents are held out; a UserError if none is left on one of the sides.
 
-    There are at least two hashes, in the order of the input and without exact duplicates. Arrays have the shape
-    (num_documents,): the number that near-duplicates share (int64), whether a document is held out whatever the rule
-    says (bool), and its `own` position, if that is known (float64).
+    Arrays have the shape (num_documents,) and are in the order of the input: the documents' positions (float64),
+    whether each is to be split at all (at least two are, without exact duplicates), and whether it is held out whatever
+    the rule says.
     """
-    num_documents = len(text_hashes)
+    num_documents = int(np.count_nonzero(stays))
     assert num_documents >= 2, "one document cannot be split"
-    groups = np.arange(num_documents) if clusters is None else np.unique(clusters, return_inverse=True)[1]
-    if given is None and rule.first is not None:
-        given = np.arange(num_documents) < rule.first
-    if given is not None:
-        return _fixed(groups, given)
-    if rule.documents is not None and rule.documents >= num_documents:
-        raise _too_many(rule.documents, num_documents)
-    if own is None:
-        own = np.array([split_position(str(text_hash), rule.seed) for text_hash in text_hashes])
-    notes: list[str] = []
-    ids = groups
-    if not groups.any():
-        notes.append(f"All {num_documents} documents are near-duplicates of one another: they are split one by one.")
-        groups = np.arange(num_documents)
-    positions = own if clusters is None else _cluster_positions(text_hashes, groups, own)
-    sizes = np.bincount(groups)
-    fraction = None
-    if rule.documents is None:
-        chosen, fraction = _below(positions, sizes, rule.fraction, notes)
-        plain = own < _nearest(own, rule.fraction)
-    else:
-        chosen = _so_many(positions, sizes, rule.documents, notes)
-        plain = np.isin(np.arange(num_documents), np.argsort(own)[: rule.documents])
-    validation = chosen[groups]
-    rates = leak_rate(ids, validation), leak_rate(ids, plain)
-    return SplitResult(validation, np.zeros_like(validation), fraction, tuple(notes), *rates)
-
-
-def split_singly(positions: np.ndarray, stays: np.ndarray, rule: SplitRule, given: np.ndarray | None) -> SplitResult:
-    """What `split_documents` decides where no document has a near-duplicate, piece by piece over many documents.
-
-    Arrays have the shape (num_documents,): the documents' positions, whether each is to be split at all (at least two
-    are), and whether it is held out whatever the rule says.
-    """
-    num_documents, nothing = int(np.count_nonzero(stays)), np.zeros(len(stays), bool)
     if given is None and rule.first is not None:
         given, others = stays.copy(), nth_true(stays, np.array([rule.first]))
         given[others[0] if len(others) else len(stays) :] = False
     if given is not None:
-        validation = given & stays
-        if not validation.any() or int(np.count_nonzero(validation)) == num_documents:
-            raise _nothing_left(validation)
-        return SplitResult(validation, nothing, None, (), 0.0, 0.0)
-    if rule.documents is not None:
-        if rule.documents >= num_documents:
-            raise _too_many(rule.documents, num_documents)
-        bound, fraction = float(np.nextafter(extremes(positions, stays, rule.documents)[0][-1], 1)), None
+        return _fixed(given & stays, stays, clusters)
+    if rule.documents is not None and rule.documents >= num_documents:
+        raise _too_many(rule.documents, num_documents)
+    plain, fraction, notes = _singly(positions, stays, rule)
+    nothing = np.zeros_like(stays)
+    if clusters is None:
+        return SplitResult(plain, nothing, fraction, tuple(notes), 0.0, 0.0)
+    plain_rate = leak_rate(clusters, plain, stays & ~plain)
+    sizes = clusters.sizes(stays)
+    if np.count_nonzero(sizes) == 1:
+        alike = f"All {num_documents} documents are near-duplicates of one another: they are split one by one."
+        return SplitResult(plain, nothing, fraction, (alike, *notes), plain_rate, plain_rate)
+    of_clusters, notes = clusters.positions(positions, stays), []
+    if rule.documents is None:
+        chosen, fraction = _below(of_clusters, sizes, rule.fraction, notes)
     else:
-        ends = positions[stays] if num_documents < 4 else np.concatenate(extremes(positions, stays, 2))
-        bound = fraction = _nearest(ends, rule.fraction)
-    notes = () if fraction in (None, rule.fraction) else (_other_fraction(rule.fraction, bound),)
-    return SplitResult(stays & (positions < bound), nothing, fraction, notes, 0.0, 0.0)
+        chosen = _so_many(of_clusters, sizes, rule.documents, notes)
+    validation = clusters.members(chosen, stays)
+    rate = leak_rate(clusters, validation, stays & ~validation)
+    return SplitResult(validation, nothing, fraction, tuple(notes), rate, plain_rate)
+
+
+def _singly(positions: np.ndarray, stays: np.ndarray, rule: SplitRule) -> tuple[np.ndarray, float | None, list[str]]:
+    """Which documents are held out if each is looked at alone, the fraction used, and notes."""
+    if rule.documents is not None:
+        bound = float(np.nextafter(extremes(positions, stays, rule.documents)[0][-1], 1))
+        return stays & (positions < bound), None, []
+    used = _nearest(positions, stays, rule.fraction)
+    return stays & (positions < used), used, [] if used == rule.fraction else [_other_fraction(rule.fraction, used)]
 
 
 def _too_many(documents: int, num_documents: int) -> UserError:
@@ -157,60 +198,69 @@ def _other_fraction(asked: float, used: float) -> str:
     return f"A fraction of {asked:g} holds out none or all documents: {used:.3g} is used instead."
 
 
-def _cluster_positions(text_hashes: Sequence[str] | np.ndarray, groups: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """The position of each cluster: that of its document with the smallest hash."""
-    order = np.lexsort((np.asarray(text_hashes), groups))
-    return np.asarray(own[order[np.searchsorted(groups[order], np.arange(groups.max() + 1))]])
-
-
-def _nearest(positions: np.ndarray, fraction: float) -> float:
-    """The nearest fraction that leaves neither side empty."""
-    ordered = np.sort(positions)
+def _nearest(positions: np.ndarray, mask: np.ndarray, fraction: float) -> float:
+    """The nearest fraction that leaves neither side empty of what is under the mask."""
+    few = int(np.count_nonzero(mask)) < 4
+    ordered = np.sort(positions[mask] if few else np.concatenate(extremes(positions, mask, 2)))
     return float(min(max(fraction, (ordered[0] + ordered[1]) / 2), (ordered[-2] + ordered[-1]) / 2))
 
 
-def _fixed(groups: np.ndarray, given: np.ndarray) -> SplitResult:
+def _fixed(given: np.ndarray, stays: np.ndarray, clusters: Clusters | None) -> SplitResult:
     """Hold out exactly the given documents; their near-duplicates are left out of training."""
-    left_out = np.isin(groups, groups[given]) & ~given
-    if not given.any() or (given | left_out).all():
+    left_out, rate = np.zeros_like(stays), 0.0
+    if clusters is not None:
+        left_out = clusters.members(clusters.of(given), stays & ~given)
+        rate = leak_rate(clusters, given, stays & ~given)
+    if not given.any() or not (stays & ~given & ~left_out).any():
         raise _nothing_left(given)
-    return SplitResult(given, left_out, None, (), 0.0, leak_rate(groups, given))
+    return SplitResult(given, left_out, None, (), 0.0, rate)
 
 
 def _below(positions: np.ndarray, sizes: np.ndarray, fraction: float, notes: list[str]) -> tuple[np.ndarray, float]:
     """Clusters below the fraction, except those larger than the side held out; and the fraction used."""
-    wanted = fraction * sizes.sum()
-    eligible = (sizes == 1) | (sizes <= wanted)
-    if not eligible.all():
+    there = sizes > 0
+    wanted = fraction * int(sizes.sum())
+    eligible = there & ((sizes == 1) | (sizes <= wanted))
+    too_large = int(np.count_nonzero(there)) - int(np.count_nonzero(eligible))
+    if too_large:
         notes.append(
-            f"{counted((~eligible).sum(), 'cluster')} of near-duplicates (the largest of {sizes.max():,} documents)"
+            f"{counted(too_large, 'cluster')} of near-duplicates (the largest of {sizes.max():,} documents)"
             f" cannot be held out, for a cluster may have {counted(round(wanted), 'document')} at most."
         )
     if not eligible.any():
         notes.append("Every cluster is larger than that: the smallest is held out anyway.")
-        return np.arange(len(sizes)) == np.lexsort((positions, sizes))[0], fraction
+        return _smallest(positions, sizes), fraction
     used = fraction
-    if eligible.all():
-        used = _nearest(positions, fraction)
+    if not too_large:
+        used = _nearest(positions, there, fraction)
     elif not (eligible & (positions < fraction)).any():
-        used = float(np.nextafter(positions[eligible].min(), 1))
+        used = float(np.nextafter(extremes(positions, eligible, 1)[0][0], 1))
     if used != fraction:
         notes.append(_other_fraction(fraction, used))
     return eligible & (positions < used), used
+
+
+def _smallest(positions: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """The cluster of the fewest documents, and of several the one with the lowest position: bool."""
+    mask = sizes == extremes(sizes, sizes > 0, 1)[0][0]
+    return np.asarray(mask & (positions == extremes(positions, mask, 1)[0][0]))
 
 
 def _so_many(positions: np.ndarray, sizes: np.ndarray, wanted: int, notes: list[str]) -> np.ndarray:
     """Clusters in the order of their positions, each that still fits into the number wanted."""
     chosen = np.zeros(len(sizes), bool)
     left = wanted
-    for number in np.argsort(positions).tolist():
+    for order in ascending(positions, sizes > 0):
+        for number, size in zip(order.tolist(), sizes[order].tolist(), strict=True):
+            if size <= left:
+                chosen[number] = True
+                left -= size
+                if left == 0:
+                    break
         if left == 0:
             break
-        if sizes[number] <= left:
-            chosen[number] = True
-            left -= int(sizes[number])
     if not chosen.any():
-        chosen[np.lexsort((positions, sizes))[0]] = True
+        chosen = _smallest(positions, sizes)
     held_out = int(sizes[chosen].sum())
     if held_out != wanted:
         held = counted(held_out, "document", "is", "are")

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from cartilha.corpus.near_duplicates import cluster
 from cartilha.corpus.pieces import pieces
-from cartilha.corpus.splits import SPLITS, Split, SplitResult, split_documents, split_singly
+from cartilha.corpus.splits import SPLITS, Clusters, Split, SplitResult, split_documents
 from cartilha.errors import UserError
 from cartilha.preparation.executors import Executor
 from cartilha.preparation.index import DocumentIndex, chosen_ids, first_of_each, read_documents
@@ -31,8 +31,6 @@ from cartilha.storage import new_file
 from cartilha.tokens.store import SplitCounts
 from cartilha.tokens.store_checks import COUNTS
 from cartilha.tokens.store_writer import ROW_SCHEMA, SplitWriter, StoreWriter
-
-CLUSTER_MEMORY_BYTES = 512 << 20
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,7 @@ def decide(
     all_clusters = None
     if near_duplicates:
         files = [task.directory / "signatures.npy" for task in index.tasks]
-        all_clusters = cluster(files, memory_bytes=CLUSTER_MEMORY_BYTES, scratch=index.work)
+        all_clusters = Clusters(cluster(files, scratch=index.work), index.hashes, index.work)
     times, mixed = None, tuple[dict[str, Any], ...]()
     if asked.mixture is not None:
         times, mixed = _mix(index, stays, asked.mixture)
@@ -113,21 +111,30 @@ def decide(
     return Sides(stays, result.validation, trained, clusters, dropped, result, mixed, chosen)
 
 
-def _among_kept(clusters: np.ndarray, stays: np.ndarray) -> np.ndarray:
+def _among_kept(clusters: Clusters, stays: np.ndarray) -> np.ndarray:
     """The number, among the documents kept, of the first one in the cluster of each."""
-    kept = np.flatnonzero(stays)
-    numbers, firsts, result = np.arange(len(kept)), np.full(len(stays), len(stays)), np.arange(len(stays))
-    np.minimum.at(firsts, clusters[kept], numbers)
-    result[kept] = firsts[clusters[kept]]
+    numbers = clusters.array("first-kept", np.int64)  # and 1
+    result, num_kept = clusters.array("numbers", np.int64), 0
+    for piece in pieces(len(stays)):
+        kept = piece.start + np.flatnonzero(stays[piece])
+        firsts, places = np.unique(clusters.firsts[kept], return_index=True)
+        new = numbers[firsts] == 0
+        numbers[firsts[new]] = num_kept + places[new] + 1
+        result[piece] = numbers[clusters.firsts[piece]] - 1
+        num_kept += len(kept)
     return result
 
 
-def _take_once(pool: np.ndarray, of_target: np.ndarray, clusters: np.ndarray) -> None:
+def _take_once(pool: np.ndarray, of_target: np.ndarray, clusters: Clusters) -> None:
     """Leave one document at most in the pool of each cluster that the target, or what is held out, has documents of."""
-    numbers = np.flatnonzero(pool & np.isin(clusters, clusters[of_target]))
-    again = np.ones(len(numbers), bool)
-    again[np.unique(clusters[numbers], return_index=True)[1]] = False
-    pool[numbers[again]] = False
+    alike = clusters.members(clusters.of(of_target), pool)
+    taken = np.zeros(len(pool), bool)
+    for piece in pieces(len(pool)):
+        numbers = piece.start + np.flatnonzero(alike[piece])
+        firsts, places = np.unique(clusters.firsts[numbers], return_index=True)
+        pool[numbers] = False
+        pool[numbers[places[~taken[firsts]]]] = True
+        taken[firsts] = True
 
 
 def _choose(
@@ -153,18 +160,11 @@ def _choose(
     return choose(index, pool, target, how_much, executor, None if judge is None else judge.passes)
 
 
-def _split(index: DocumentIndex, asked: PrepareRequest, stays: np.ndarray, clusters: np.ndarray | None) -> SplitResult:
+def _split(index: DocumentIndex, asked: PrepareRequest, stays: np.ndarray, clusters: Clusters | None) -> SplitResult:
     """Which documents are held out: given ones, else by the rule, among the target's if there is one."""
 
     def split(documents: np.ndarray, given: np.ndarray | None = None) -> SplitResult:
-        if clusters is None:
-            return split_singly(index.positions, documents, asked.rule, given)
-        own = np.flatnonzero(documents)
-        hashes, positions = index.hex_hashes(own), index.positions[own]
-        found = split_documents(hashes, asked.rule, clusters[own], None if given is None else given[own], positions)
-        validation, left_out = np.zeros((2, len(documents)), bool)
-        validation[own], left_out[own] = found.validation, found.left_out
-        return replace(found, validation=validation, left_out=left_out)
+        return split_documents(index.positions, documents, asked.rule, given, clusters)
 
     if asked.num_held_out or not asked.num_targets:
         return split(stays, index.sources < asked.num_held_out if asked.num_held_out else None)

@@ -6,7 +6,6 @@ where they are large: the system keeps their pages in memory as long as there is
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,14 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import DTypeLike
 
-from cartilha.corpus.pieces import pieces
+from cartilha.corpus.pieces import large_array, pieces
 from cartilha.corpus.sources import Source
 from cartilha.preparation.shard_work import DOCUMENTS_SCHEMA, ShardTask
 from cartilha.tokens.store_checks import map_ids
 
-IN_MEMORY_BYTES = 16 << 20  # larger arrays are files
 SORTED_DOCUMENTS = 1 << 20  # compared with one another at a time
 COPY_TOKENS = 4 << 20  # tokens copied at a time
 MASKED_TOKENS = 100  # documents shorter than this are picked by a mask
@@ -63,13 +60,6 @@ class DocumentIndex:
         """The hashes of some documents in hexadecimal, as arrays of 32 bytes."""
         digits = self.hashes[which].astype(">u8").tobytes().hex().encode("ascii")
         return np.frombuffer(digits, "S32")
-
-
-def large_array(work: Path, name: str, shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
-    """An array of zeros: in memory if it is small, else a file of the work directory, mapped."""
-    if np.dtype(dtype).itemsize * math.prod(shape) <= IN_MEMORY_BYTES:
-        return np.zeros(shape, dtype)
-    return np.lib.format.open_memmap(work / f"{name}.npy", "w+", dtype, shape).view(np.ndarray)
 
 
 def load_index(tasks: Sequence[ShardTask], sources: Sequence[Source]) -> DocumentIndex:

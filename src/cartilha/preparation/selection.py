@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from cartilha.corpus.pieces import PIECE, descending, evenly, extremes, pieces
+from cartilha.corpus.pieces import PIECE, descending, evenly, extremes, large_array, pieces
 from cartilha.errors import UnfinishedError, counted
 from cartilha.preparation.executors import Executor
-from cartilha.preparation.index import DocumentIndex, large_array, shard_ids
+from cartilha.preparation.index import DocumentIndex, shard_ids
 from cartilha.preparation.shard_work import ShardTask
 from cartilha.tokens import ngrams
 

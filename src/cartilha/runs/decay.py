@@ -14,19 +14,23 @@ from cartilha.storage import new_directory, write_json
 from cartilha.training.checkpoint import has_states
 from cartilha.training.schedule import DECAY_FRACTION, Schedule
 
-SET_BY_DECAY = ("decay_from", "num_steps", "schedule", "time_budget_s")  # settings that the checkpoint's run had not
+# Settings that the checkpoint's run had not.
+SET_BY_DECAY = ("decay_from", "num_steps", "schedule", "time_budget_s", "mix_end", "mix_end_fraction")
 
 
 def decaying(config: TrainConfig) -> TrainConfig:
     """The settings of a run that goes on from `config.decay_from` and decays: as many steps as WSD has for that.
 
-    A UserError names what is not a checkpoint of a run, or one whose rate has begun to fall already.
+    A mixture for the end begins at the checkpoint. A UserError names what is not a checkpoint of a run, or one whose
+    rate has begun to fall already.
     """
     if config.decay_from is None:
         return config
     for name in ("max_steps", "time_budget"):
         if getattr(config, name) is not None:
             raise UserError(f"--decay_from takes a fifth of all steps for the decay; leave out --{name}.")
+    if config.mix_end_fraction != TrainConfig.mix_end_fraction:
+        raise UserError("--decay_from begins --mix_end at the checkpoint; leave out --mix_end_fraction.")
     checkpoint = Path(config.decay_from)
     run, name = checkpoint.parent.parent, checkpoint.name.removeprefix("step-")
     if checkpoint.parent.name != "checkpoints" or not name.isdecimal() or not (checkpoint / "manifest.json").is_file():
@@ -39,7 +43,8 @@ def decaying(config: TrainConfig) -> TrainConfig:
         )
     # The last fifth of the steps after the warm-up is the decay, and it begins after `step`.
     num_steps = math.ceil(step / (1 - DECAY_FRACTION * (1 - config.warmup_fraction)))
-    return replace(config, max_steps=num_steps, schedule="wsd", resume="auto")
+    mix_end_fraction = (num_steps - step) / num_steps if config.mix_end else config.mix_end_fraction
+    return replace(config, max_steps=num_steps, schedule="wsd", resume="auto", mix_end_fraction=mix_end_fraction)
 
 
 def _schedule_of(run: Path) -> Schedule:

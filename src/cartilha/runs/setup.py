@@ -213,7 +213,7 @@ def assemble(config: TrainConfig, path: Path, prompts: GenerateConfig, resume: b
     state = TrainingState.begin(loaded.model, dtype, **rates, optimizer=config.optimizer)
     if checkpoint is not None:
         if recorded["decay_from"] is None:  # the checkpoint of the run that this one decays from
-            recorded |= {name: settings[name] for name in SET_BY_DECAY if config.decay_from}
+            recorded |= {name: settings[name] for name in SET_BY_DECAY if config.decay_from and name in settings}
         check_settings(recorded, settings, path, allow_changes=config.allow_changes)
         if sharded or is_main_process():
             load_checkpoint(checkpoint, state)
