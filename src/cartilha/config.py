@@ -68,6 +68,10 @@ class PrepareConfig(ReadingOptions, QualityOptions):
     like: tuple[str, ...] = option(
         (), "with either of them: draw documents that read like these texts, of which some are held out instead"
     )
+    stream_best: str | None = deciding(
+        None,
+        "with --select_tokens: stop reading once the best share (5%) of the text, by a first sample, holds them",
+    )
     keep_pool: bool = option(
         False,
         "keep what was read beside the store, so that --overwrite with another --select_tokens reads nothing anew",

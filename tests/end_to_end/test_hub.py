@@ -330,6 +330,26 @@ def test_a_connection_that_stays_broken_is_named_with_its_row_and_the_same_comma
     assert entry["commit"] != begun  # that of the first attempt
 
 
+def test_a_stream_is_read_until_enough_is_held_also_after_a_broken_connection(
+    cartilha: Cartilha, hub: LocalHub, commits: Commits, tmp_path
+):
+    hub.add("datasets/org/corrente", {f"train-{file}.jsonl": texts(5, file) for file in range(4)})
+    enough = ["--workers", 1, "--select_tokens", 300, "--stream_best", "50%", "--like", "primer"]
+    whole = cartilha(*prepare("hf:org/corrente", tmp_path / "whole", *enough))
+    assert whole.code == 0 and "Reading ended after" in whole.err, whole
+    assert [hub.fetched(f"train-{file}.jsonl") for file in (0, 3)] == [
+        3,
+        1,
+    ]  # to prove the tokenizer, too; no second time
+    hub.cuts[:] = [("train-2.jsonl", 0)] * 100_000
+    command = prepare("hf:org/corrente", tmp_path / "cut", *enough)
+    assert "same command" in cartilha(*command).sentence
+    hub.cuts.clear()
+    hub.requests.clear()
+    done = cartilha(*command)
+    assert done.code == 0 and contents(tmp_path / "cut") == contents(tmp_path / "whole"), done
+
+
 def test_a_certificate_that_is_not_trusted_is_named(hub: LocalHub, tmp_path):
     import ssl
     import subprocess

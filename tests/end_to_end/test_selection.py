@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from cartilha.errors import UnfinishedError, UserError
 from cartilha.pipeline import prepare as module
 from cartilha.pipeline.inspect import inspect
 from cartilha.pipeline.prepare import prepare
-from cartilha.preparation import index, selection
+from cartilha.preparation import enough, index, selection, shard_work
 from cartilha.preparation.selection_report import WEIGHTS_FILE
 from cartilha.terminal.results import DISPLAYS
 from cartilha.tokens.store import TokenStore
@@ -87,8 +88,9 @@ def test_the_same_documents_whatever_the_shards_and_pieces(config, tmp_path, mon
 def test_the_same_documents_where_arrays_are_files_and_read_in_pieces(config, tmp_path, monkeypatch):
     with Path(config.input[0]).open("a", encoding="utf-8") as file:
         file.write("\n" + "\n".join(report_line(number) for number in range(0, 900, 7)))  # known texts
+    config = replace(config, near_duplicates=find_spec("rensa") is not None)
     prepare(config)
-    monkeypatch.setattr(index, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(pieces, "IN_MEMORY_BYTES", 0)
     monkeypatch.setattr(index, "SORTED_DOCUMENTS", 100)
     monkeypatch.setattr(pieces, "PIECE", 90)
     again = replace(config, output=str(tmp_path / "again"))
@@ -99,6 +101,34 @@ def test_the_same_documents_where_arrays_are_files_and_read_in_pieces(config, tm
     assert first["dropped"] == second["dropped"] and first["dropped"]["exact_duplicates"] > 100
     assert second["selection"]["reliability"] == pytest.approx(first["selection"]["reliability"], rel=1e-9)
     assert not list(tmp_path.glob(".again*"))
+
+
+def test_reading_ends_when_the_best_of_a_sample_hold_enough(config, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(enough, "SAMPLE_DOCUMENTS", 300)
+    monkeypatch.setattr(shard_work, "BATCH_DOCUMENTS", 20)
+    caplog.set_level("INFO", "cartilha")
+    config = replace(config, stream_best="30%", select_tokens="6000")
+    prepare(config)
+    info = TokenStore(config.output).info
+    assert 0 < info["num_documents_read"] - 60 < 700 and set(texts(config.output)) <= set(PROSE[:90])
+    assert info["selection"]["pool_documents"] == info["num_documents_read"] - 60
+    assert re.search(
+        r"Reading ended after \d+ documents, when the best 30 % of them, as the first 300 have", caplog.text
+    )
+    again = replace(config, output=str(tmp_path / "again"), workers=3)  # so many shards at once
+    prepare(again)
+    assert info["files"] == TokenStore(again.output).info["files"]
+    prepare(replace(config, output=str(tmp_path / "random"), like=()))
+    assert TokenStore(tmp_path / "random").info["num_documents_read"] < 700
+    prepare(replace(config, output=str(tmp_path / "all"), stream_best="1%", select_tokens="40000"))
+    assert "The whole input was read (990 documents): the best 1 % of it hold" in caplog.text
+    for wrong, sentence in (
+        ({"stream_best": "5"}, "--stream_best is a share of the text, such as 5%"),
+        ({"select_tokens": "20%"}, "say how much by --select_tokens, such as 50m"),
+        ({"limit_documents": 9}, "--limit_documents does not go with it"),
+    ):
+        with refused(sentence):
+            prepare(replace(config, output=str(tmp_path / "wrong"), **wrong))
 
 
 @pytest.mark.parametrize("executor", ["local", "ray"])

@@ -159,7 +159,7 @@ def _roots(parents: np.ndarray, documents: np.ndarray) -> np.ndarray:
     roots = parents[documents]
     while not np.array_equal(roots, above := parents[roots]):
         roots = above
-    return roots
+    return np.asarray(roots)
 
 
 def _root(parents: np.ndarray, document: int) -> int:

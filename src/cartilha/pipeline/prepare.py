@@ -37,6 +37,7 @@ from cartilha.pipeline.questions import named_questions
 from cartilha.pipeline.result import Result
 from cartilha.preparation.assembly import Sides, decide, side_counts, write_rejects, write_sides
 from cartilha.preparation.decontamination import found_questions
+from cartilha.preparation.enough import Done, read_enough, read_first
 from cartilha.preparation.executors import Executor, in_processes, on_ray
 from cartilha.preparation.index import DocumentIndex, load_index
 from cartilha.preparation.made_from import describe, describe_questions, ready_store
@@ -201,8 +202,9 @@ def _make(job: _Job, executor: _ShardExecutor) -> PrepareResult:
         parts = [replace(shard, number=number) for number, shard in enumerate([*given, *rest])]
         settings = _shard_settings(job)
         tasks = [ShardTask(part, settings, work) for part in parts]
-        _check_space(work, tasks, sample, encoder)
-        done = _do_shards(config, executor, tasks, len(given))
+        if config.stream_best is None:  # else nobody knows how much will be read
+            _check_space(work, tasks, sample, encoder)
+        done = _do_shards(job, executor, tasks, len(given))
         inputs = aside.submit(describe, asked)  # hashes the files
         return _write(job, executor, done, encoder.proof, inputs)
 
@@ -255,31 +257,24 @@ def _cut(asked: PrepareRequest, shard_bytes: int) -> tuple[list[Shard], list[Sha
     return shards(given, asked.reading, shard_bytes), shards(rest, asked.reading, shard_bytes)
 
 
-def _do_shards(
-    config: PrepareConfig, executor: _ShardExecutor, tasks: list[ShardTask], num_whole: int
-) -> list[tuple[ShardTask, ShardResult]]:
+def _do_shards(job: _Job, executor: _ShardExecutor, tasks: list[ShardTask], num_whole: int) -> Done:
     """Do the work on all shards, or find it done; the tasks that were needed, with their results.
 
     A limit does not count the documents of the first `num_whole` shards.
     """
+    config, at_once = job.config, job.config.workers or usable_cores()
     with progress("Preparing", sum(task.shard.num_bytes for task in tasks) or None, "bytes") as advance:
-        if config.limit_documents is None:
+
+        def run(some: list[ShardTask]) -> list[ShardResult]:
+            return _run(executor if len(some) > 1 else map, some, advance)
+
+        if config.limit_documents is None and config.stream_best is None:
             return list(zip(tasks, _run(executor, tasks, advance), strict=True))
-        whole, tasks = tasks[:num_whole], tasks[num_whole:]
-        chosen = list(zip(whole, _run(executor, whole, advance), strict=True))
-        left, at_once = config.limit_documents, config.workers or usable_cores()
-        # Several shards are done at a time, each up to the limit; the one that goes beyond it is done again.
-        for begin in range(0, len(tasks), at_once):
-            wave = [replace(task, limit=left) for task in tasks[begin : begin + at_once]]
-            for task, result in zip(wave, _run(executor, wave, advance), strict=True):
-                if result.read["documents"] > left:
-                    task = replace(task, limit=left)
-                    result = _run(map, [task], advance)[0]
-                chosen.append((task, result))
-                left -= result.read["documents"]
-                if left == 0:
-                    return chosen
-        return chosen
+        whole, rest = tasks[:num_whole], tasks[num_whole:]
+        done = list(zip(whole, _run(executor, whole, advance), strict=True))
+        if config.limit_documents is not None:
+            return [*done, *read_first(rest, config.limit_documents, run, at_once)]
+        return read_enough(rest, job.asked, done, run, at_once, executor)
 
 
 def _run(executor: _ShardExecutor, tasks: list[ShardTask], advance: Advance) -> list[ShardResult]:

@@ -43,6 +43,7 @@ class PrepareRequest:
     language: Language
     questions: QuestionNames
     signals: tuple[Signal, ...]
+    stream_best: float | None
 
 
 def read_request(config: PrepareConfig) -> PrepareRequest:
@@ -91,6 +92,7 @@ def read_request(config: PrepareConfig) -> PrepareRequest:
         language=language,
         questions=questions,
         signals=signals,
+        stream_best=_stream_best(config, amount),
     )
 
 
@@ -109,6 +111,24 @@ def _amount(config: PrepareConfig) -> Amount | None:
         parse_duration(config.select_for)
         return Amount(1.0)
     return Amount(parse_amount(str(config.select_tokens), "--select_tokens"))
+
+
+def _stream_best(config: PrepareConfig, amount: Amount | None) -> float | None:
+    if config.stream_best is None:
+        return None
+    share = parse_amount(config.stream_best, "--stream_best")
+    if not isinstance(share, float) or share == 1:
+        raise UserError(f"--stream_best is a share of the text, such as 5%, not {config.stream_best!r}.")
+    if amount is None or (config.select_for is None and isinstance(amount.value, float)):
+        raise UserError(
+            "--stream_best reads until so much good text is held; say how much by --select_tokens, such as 50m."
+        )
+    for name in ("limit_documents", "max_perplexity", "min_perplexity", "classifier"):
+        if getattr(config, name) is not None:
+            raise UserError(
+                f"--stream_best ends the reading by itself, and --{name} does not go with it; leave one out."
+            )
+    return share
 
 
 def _refuse_shared(found: Sequence[Source], option: str, read: Mapping[str, Sequence[Source]], remedy: str) -> None:

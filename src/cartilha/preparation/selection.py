@@ -14,13 +14,13 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from cartilha.corpus.pieces import PIECE, descending, evenly, extremes, large_array, pieces
 from cartilha.errors import UnfinishedError, counted
 from cartilha.preparation.executors import Executor
 from cartilha.preparation.index import DocumentIndex, shard_ids
 from cartilha.preparation.shard_work import ShardTask
+from cartilha.preparation.threshold import Threshold, gumbel, log_weights
 from cartilha.tokens import ngrams
 
 FEW_DOCUMENTS = 50  # a target of so few tells little of what it is like
@@ -70,6 +70,7 @@ class Chosen:
         weights: The log weight of each document of the pool, in nats of a document of average length, float64; empty
             without a target.
         ratios: The log ratio of each n-gram bucket (`ngrams.log_ratios`), of both halves on average; or None.
+        strength: How much the weights count against the draw.
         facts: What the store's record says of it.
     """
 
@@ -77,6 +78,7 @@ class Chosen:
     pool: np.ndarray
     weights: np.ndarray
     ratios: np.ndarray | None
+    strength: float
     facts: dict[str, Any]
 
 
@@ -148,7 +150,25 @@ def choose(
             index, counts[0] + counts[1], {"random": at_random, "chosen": mask}, executor
         )
         facts["histogram"] = _histogram(weights, pool, mask)
-    return Chosen(mask, pool, weights, ratios, facts)
+    return Chosen(mask, pool, weights, ratios, strength, facts)
+
+
+def threshold(index: DocumentIndex, chosen: Chosen) -> Threshold:
+    """What a document of the pool must reach to be chosen, for documents that are not in the index."""
+    seed = chosen.facts["seed"]
+    keys = _keys(index, chosen.weights, chosen.strength, seed)
+    ratios = np.zeros(ngrams.NUM_BUCKETS) if chosen.ratios is None else chosen.ratios
+    lowest = float(extremes(keys, chosen.mask, 1)[0][0])
+    average = _average_ngrams(index, chosen.pool)
+    return Threshold(np.rint(ratios).astype(np.int32), average, chosen.strength, seed, lowest)
+
+
+def _average_ngrams(index: DocumentIndex, pool: np.ndarray) -> float:
+    """N-grams in a document of the pool, on average."""
+    num_ngrams = sum(
+        int(np.maximum(1, 2 * index.num_tokens[piece][pool[piece]] - 1).sum()) for piece in pieces(len(pool))
+    )
+    return num_ngrams / max(1, int(np.count_nonzero(pool)))
 
 
 def _sum(values: np.ndarray, mask: np.ndarray) -> int:
@@ -160,7 +180,7 @@ def _keys(index: DocumentIndex, weights: np.ndarray, strength: float, seed: int)
     """What documents are ordered by: the weight, as much as it counts, and a Gumbel variable."""
     keys = large_array(index.work, "keys", index.positions.shape, np.float64)
     for piece in pieces(len(keys)):
-        keys[piece] = _gumbel(index.hashes[piece], seed)
+        keys[piece] = gumbel(index.hashes[piece], seed)
         if strength:
             keys[piece] += strength * weights[piece]
     return keys
@@ -232,25 +252,13 @@ def _no_counts() -> np.ndarray:
 
 def _weights(index: DocumentIndex, pool: np.ndarray, ratios: np.ndarray, executor: Executor[Any, Any]) -> np.ndarray:
     """The log weights of each document by each model (`log_weights`), shape (num_models, num_documents)."""
-    num_ngrams = sum(
-        int(np.maximum(1, 2 * index.num_tokens[piece][pool[piece]] - 1).sum()) for piece in pieces(len(pool))
-    )
-    average = num_ngrams / max(1, int(np.count_nonzero(pool)))
+    average = _average_ngrams(index, pool)
     result = large_array(index.work, "half-weights", (len(ratios), len(pool)), np.float64)
     places = {task.shard.number: place for task, place in zip(index.tasks, pairwise(index.starts), strict=True)}
     for number, found in executor(weigh_shard, _shards(index, _of_mask(pool), ratios)):
         begin, end = places[number]
         result[:, begin:end] = log_weights(found, index.num_tokens[begin:end], average)
     return result
-
-
-def log_weights(sums: np.ndarray, num_tokens: ArrayLike, average: float) -> np.ndarray:
-    """Log weights, in nats of a document with the pool's average number of n-grams, from log likelihood ratios.
-
-    The sum of a document's log ratios grows with its length and would rank by it; their mean varies most in short
-    documents, which chance would put first. The sum over the root of the number of n-grams does neither.
-    """
-    return np.asarray(sums / ngrams.FIXED_POINT * np.sqrt(average / np.maximum(1, 2 * np.asarray(num_tokens) - 1)))
 
 
 def count_shard(shard: _Weighing) -> np.ndarray:
@@ -289,15 +297,6 @@ def _pieces(shard: _Weighing) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarr
         last = max(first + 1, int(np.searchsorted(ends, begin + PIECE_TOKENS, side="right")))
         yield documents[first:last], lengths[first:last], ids[begin : ends[last - 1]]
         first = last
-
-
-def _gumbel(hashes: np.ndarray, seed: int) -> np.ndarray:
-    """A standard Gumbel variable for each document, which follows from its hash and the seed: float64."""
-    mixed = hashes[:, 1] ^ np.uint64(seed * 0x9E3779B97F4A7C15 % 2**64)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # SplitMix64
-        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
-    uniform = (((mixed ^ (mixed >> np.uint64(31))) >> np.uint64(11)) + 0.5) / 2.0**53
-    return np.asarray(-np.log(-np.log(uniform)))
 
 
 def _histogram(weights: np.ndarray, pool: np.ndarray, chosen: np.ndarray) -> dict[str, list[float]]:

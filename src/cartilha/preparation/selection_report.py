@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 from cartilha.corpus.pieces import at_the_ends, evenly
 from cartilha.errors import UserError
 from cartilha.preparation.index import DocumentIndex, first_ids, read_documents
-from cartilha.preparation.selection import Chosen, log_weights
+from cartilha.preparation.selection import Chosen
+from cartilha.preparation.threshold import log_weights
 from cartilha.tokens import ngrams
 from cartilha.tokens.store import TokenStore
 from cartilha.tokens.tokenizer import TextTokenizer

@@ -31,6 +31,7 @@ from cartilha.corpus.shards import Shard
 from cartilha.corpus.signatures import save_signatures, signatures
 from cartilha.corpus.splits import split_position
 from cartilha.languages import Language
+from cartilha.preparation.threshold import Threshold
 from cartilha.tokens.encoder import MAX_PIECE_CHARS, Encoder, cut, load_encoder
 from cartilha.tokens.store import batches
 from cartilha.tokens.store_writer import ROW_SCHEMA
@@ -40,6 +41,8 @@ BATCH_DOCUMENTS = 20_000
 LISTED_CONTAMINATED = 100  # documents of each shard, and of the store, that are listed with what they hold
 CONTAMINATED_FILE = "contaminated.json"  # of a shard: the first documents that hold questions
 QUESTIONS_FILE = "questions.npz"  # in the work directory: the runs of words that documents must not have
+
+THRESHOLD_FILE = "threshold.npz"  # likewise: from which weight on documents count as good
 
 # What a store knows of a document, and the number of the shard's piece that it was read from.
 _NEW_FIELDS = [("text_hash", pa.binary(16)), ("position", pa.float64()), ("piece", pa.int32())]
@@ -69,6 +72,14 @@ class ShardSettings:
 
 
 @dataclass(frozen=True)
+class Until:
+    """Reading ends when documents above the threshold of the work directory, which it names, hold so many tokens."""
+
+    num_tokens: int
+    threshold: str
+
+
+@dataclass(frozen=True)
 class ShardTask:
     """The work on at most `limit` documents of a shard, as it is sent to a worker; `work` has the encoder's file."""
 
@@ -76,6 +87,7 @@ class ShardTask:
     settings: ShardSettings
     work: Path
     limit: int | None = None
+    until: Until | None = None
 
     @property
     def directory(self) -> Path:
@@ -85,7 +97,7 @@ class ShardTask:
     @property
     def identity(self) -> str:
         """A hash of all that decides the contents of the files."""
-        return hashlib.sha256(repr((self.shard, self.settings, self.limit)).encode("utf-8")).hexdigest()
+        return hashlib.sha256(repr((self.shard, self.settings, self.limit, self.until)).encode("utf-8")).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -93,6 +105,7 @@ class ShardResult:
     """What the work on a shard counted: its size on the disk, `vars` of `ReadCounts`, and rejections by reason.
 
     `questions` has the numbers of the questions that were found; `CONTAMINATED_FILE` lists documents that hold some.
+    `good_tokens` are those of documents above the threshold, if there is one.
     """
 
     number: int
@@ -100,6 +113,7 @@ class ShardResult:
     read: dict[str, Any]
     rejected: dict[str, int]
     questions: list[int]
+    good_tokens: int = 0
 
 
 def done_result(task: ShardTask) -> ShardResult | None:
@@ -126,6 +140,8 @@ def process_shard(task: ShardTask) -> ShardResult:
                 cleaned = zip(_judged(batch, judges), pieces[: len(batch)], strict=True)
                 del pieces[: len(batch)]
                 writer.add_or_reject(list(cleaned))
+                if task.until is not None and writer.good_tokens >= task.until.num_tokens:
+                    break
             result = writer.finish(read)
         sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
         mark = {"identity": task.identity, "sizes": sizes, "result": vars(result)}
@@ -175,6 +191,14 @@ def _finder(work: Path, fingerprint: str) -> QuestionFinder:
 
 
 @functools.lru_cache(maxsize=1)
+def _threshold(work: Path, fingerprint: str) -> Threshold:
+    """The threshold of the work directory, kept by the process."""
+    found = Threshold.load(work / THRESHOLD_FILE)
+    assert found.fingerprint == fingerprint
+    return found
+
+
+@functools.lru_cache(maxsize=1)
 def _encoder(work: Path, made: int) -> Encoder:
     """The encoder of the work directory, kept by the process: loading it takes a fifth of a second."""
     return load_encoder(work)
@@ -188,6 +212,7 @@ class _Writer:
         self._directory = directory
         self._encoder = _encoder(task.work, (task.work / "encoder.json").stat().st_mtime_ns)
         self._num_documents = 0
+        self.good_tokens = 0
         self._rejected: Counter[str] = Counter()
         self._questions = set[int]()
         self._contaminated: list[dict[str, Any]] = []
@@ -243,6 +268,7 @@ class _Writer:
             ids, num_tokens, counts = self._encoder.encode(texts)
             self._write_ids(ids)
             numbers = np.stack([num_tokens, counts.num_bytes, counts.num_chars, counts.num_words])
+            self._count_good(ids, num_tokens, hashes)
         columns = [
             *(pa.array([getattr(document, name) for document in documents]) for name in ("id", "source", "domain")),
             *(pa.array(row, pa.int64()) for row in numbers),
@@ -255,6 +281,12 @@ class _Writer:
         if settings.with_signatures:
             self._signatures.append(signatures([document.text for document in documents]))
         self._num_documents += len(documents)
+
+    def _count_good(self, ids: np.ndarray, num_tokens: np.ndarray, hashes: list[bytes]) -> None:
+        if self.task.until is not None:
+            threshold = _threshold(self.task.work, self.task.until.threshold)
+            pairs = np.frombuffer(b"".join(hashes), ">u8").reshape(-1, 2).astype(np.uint64)
+            self.good_tokens += threshold.tokens_above(ids, num_tokens, pairs)
 
     def _add_long(self, text: str) -> np.ndarray:
         """Encode a text that is too long to be encoded at once; the sums over its pieces, shape (4, 1)."""
@@ -296,5 +328,10 @@ class _Writer:
             listed = json.dumps(self._contaminated).encode("ascii")
             (self._directory / CONTAMINATED_FILE).write_bytes(listed)
         return ShardResult(
-            self.task.shard.number, self.task.shard.num_bytes, vars(read), self._rejected, sorted(self._questions)
+            self.task.shard.number,
+            self.task.shard.num_bytes,
+            vars(read),
+            self._rejected,
+            sorted(self._questions),
+            self.good_tokens,
         )

@@ -1,0 +1,110 @@
+"""Which shards are read, and how far, where not all of the input is: up to a number of documents, or of good tokens."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from cartilha.errors import counted
+from cartilha.preparation.assembly import decide
+from cartilha.preparation.executors import Executor
+from cartilha.preparation.index import load_index
+from cartilha.preparation.request import PrepareRequest
+from cartilha.preparation.selection import Amount, threshold
+from cartilha.preparation.shard_work import THRESHOLD_FILE, ShardResult, ShardTask, Until
+from cartilha.preparation.threshold import Threshold
+
+log = logging.getLogger("cartilha")
+
+SAMPLE_DOCUMENTS = 20_000
+
+Done = list[tuple[ShardTask, ShardResult]]
+_Run = Callable[[list[ShardTask]], list[ShardResult]]  # in the order of the tasks
+
+
+def read_first(tasks: Sequence[ShardTask], limit: int, run: _Run, at_once: int) -> Done:
+    """Do the work on the first documents, so many of them.
+
+    Several shards are done at a time, each up to the limit; the one that goes beyond it is done again.
+    """
+    return list(_so_far(tasks, limit, run, at_once, lambda task, left: replace(task, limit=left), _documents))
+
+
+def _documents(result: ShardResult) -> int:
+    return int(result.read["documents"])
+
+
+def _good_tokens(result: ShardResult) -> int:
+    return result.good_tokens
+
+
+def _so_far(
+    tasks: Sequence[ShardTask],
+    left: int,
+    run: _Run,
+    at_once: int,
+    up_to: Callable[[ShardTask, int], ShardTask],
+    amount: Callable[[ShardResult], int],
+) -> Iterator[tuple[ShardTask, ShardResult]]:
+    """Tasks that hold so much in all, the last one perhaps in a part of it: the same ones whatever is done at once."""
+    for begin in range(0, len(tasks), at_once):
+        asked = left
+        wave = [up_to(task, asked) for task in tasks[begin : begin + at_once]]
+        for task, result in zip(wave, run(wave), strict=True):
+            if left != asked and amount(result) >= left:
+                task = up_to(task, left)
+                (result,) = run([task])
+            yield task, result
+            left -= amount(result)
+            if left <= 0:
+                return
+
+
+def read_enough(
+    tasks: Sequence[ShardTask],
+    asked: PrepareRequest,
+    done: Done,
+    run: _Run,
+    at_once: int,
+    executor: Executor[Any, Any],
+) -> Done:
+    """Do the work on shards until the best share of the documents, as a first sample has them, holds enough tokens.
+
+    `done` are the texts that are held out or aimed at. What is read does not depend on `at_once`.
+    """
+    assert asked.amount is not None and asked.stream_best is not None and isinstance(asked.amount.value, int)
+    wanted, best = asked.amount.value, f"best {100 * asked.stream_best:.4g} %"
+    if not tasks:
+        return done
+    path = tasks[0].work / THRESHOLD_FILE
+    if not path.is_file():
+        sample = read_first(tasks, SAMPLE_DOCUMENTS, run, at_once)
+        index = load_index([task for task, _ in (*done, *sample)], asked.sources)
+        sides = decide(index, replace(asked, amount=Amount(asked.stream_best)), executor, near_duplicates=False)
+        assert sides.chosen is not None
+        threshold(index, sides.chosen).save(path)
+    found = Threshold.load(path)
+    read = list(
+        _so_far(
+            tasks,
+            wanted,
+            run,
+            at_once,
+            lambda task, left: replace(task, until=Until(left, found.fingerprint)),
+            _good_tokens,
+        )
+    )
+    documents, good = (sum(map(amount, (result for _, result in read))) for amount in (_documents, _good_tokens))
+    if good >= wanted:
+        log.info(
+            "Reading ended after %s, when the %s of them, as the first %s have them, held the %s tokens.",
+            *(counted(documents, "document"), best, f"{SAMPLE_DOCUMENTS:,}", f"{wanted:,}"),
+        )
+    else:
+        log.warning(
+            "The whole input was read (%s): the %s of it hold %s tokens, so the rest is chosen from worse ones.",
+            *(counted(documents, "document"), best, f"{good:,}"),
+        )
+    return [*done, *read]
