@@ -359,6 +359,7 @@ class ExploreConfig(ComputeOptions):
 
     models: tuple[str, ...] = option((), f"one model or two, side by side: {MODEL_HELP}")
     store: str | None = option(None, "also walk through this store's documents and blocks")
+    mix: tuple[str, ...] = option((), "with --store: show the blocks that `train --mix` makes of it and other stores")
     port: int = option(7860, "of this machine (127.0.0.1); 0 takes any that is free")
     no_browser: bool = option(False, "do not open the page in a browser")
     proxy: str | None = option(

@@ -12,8 +12,11 @@ import pytest
 from runs import FLAGS, Left, assert_same_run, start, terminate
 
 from cartilha.blocks.mixing import MixtureSampler
-from cartilha.config import InspectConfig, PrepareConfig, ReportConfig, TrainConfig
+from cartilha.config import ExploreConfig, InspectConfig, PrepareConfig, ReportConfig, TrainConfig
 from cartilha.errors import CheckFailedError, InterruptedRunError, UserError
+from cartilha.explorer.session import Answers
+from cartilha.explorer.wording import PageWording
+from cartilha.pipeline.explore import explore, open_explorer
 from cartilha.pipeline.inspect import inspect
 from cartilha.pipeline.prepare import prepare
 from cartilha.pipeline.report import report
@@ -185,6 +188,24 @@ def test_a_block_of_a_mixture_is_the_one_that_training_reads(refused, mixed, sto
     assert names == {str(store), str(english)}
     assert "say which one with --block" in refused("inspect", store, "--mix", *mix)
     assert "nowhere does not exist" in refused("inspect", store, "--block", 1, "--mix", "nowhere=0.5")
+
+
+def test_the_explorer_shows_the_blocks_of_a_mixture(store, english):
+    mix = (f"{english}=0.25",)
+    explorer = open_explorer(ExploreConfig(store=str(store), mix=mix))
+    names = set[str]()
+    for number in range(1, 9):
+        block = explorer.walk.block(number - 1, 64, seed=3)
+        asked = inspect(InspectConfig(what=str(store), block=number, mix=mix, block_size=64, seed=3)).block
+        assert block.num_blocks == asked["num_blocks"]
+        assert [segment.name for segment in block.segments] == [row["doc_id"] for row in asked["segments"]]
+        names.update(segment.name.split(": ")[0] for segment in block.segments)
+    assert names == {str(store), str(english)}
+    last, next_one = explorer.walk.block(10**6, 64, seed=3), explorer.walk.block(0, 64, seed=3, epoch=1)
+    assert last.segments[-1].ends or last.segments[-1].name == next_one.segments[0].name  # the stream goes on
+    assert f"{store}: " in Answers(explorer, PageWording("en")).block(1, 64, 3, 1).shown
+    with pytest.raises(UserError, match="name it with --store"):
+        explore(ExploreConfig(mix=mix))
 
 
 def test_a_run_of_one_store_records_no_sources(unbroken):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
+from cartilha.blocks.mixing import MixedDocuments, MixtureSampler
 from cartilha.blocks.packing import IGNORE_INDEX, PackedSegment, PackedStream
 from cartilha.blocks.sampler import epoch_order
 from cartilha.corpus.splits import Split
@@ -16,6 +18,7 @@ from cartilha.tokens.store import TokenStore
 
 MAX_SHOWN_TOKENS = 2000
 MAX_BLOCK_SIZE = 8192
+MAX_MIXED_EPOCHS = 100  # the order of a mixture is made from its beginning
 MAX_CHARACTER_BYTES = 4  # of UTF-8: so many tokens may share a character
 
 Kind = Literal["prefix", "text", "end", "padding"]
@@ -52,11 +55,20 @@ class Segment:
     tokens: tuple[StoreToken, ...]
     begins: bool
     ends: bool
+    name: str = ""  # of the document, in a mixture of several stores
 
     @property
     def is_padding(self) -> bool:
         """Whether it holds no document."""
         return self.tokens[0].kind == "padding"
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What the blocks are made of, where they are of several stores, and how each document is called."""
+
+    documents: MixedDocuments
+    label: Callable[[int], str]
 
 
 @dataclass(frozen=True)
@@ -75,13 +87,15 @@ class StoredBlock:
 
 
 class StoreWalk:
-    """An open store to be walked through, of which only the tokens looked at are read.
+    """An open store to be walked through, of which only the tokens looked at are read; its blocks may be of a mixture.
 
     A UserError says that the directory is no store, or a damaged one.
     """
 
-    def __init__(self, path: str) -> None:
-        self.store = TokenStore(path)
+    def __init__(self, path: str | TokenStore, mixture: Mixture | None = None) -> None:
+        self.store = path if isinstance(path, TokenStore) else TokenStore(path)
+        self.mixture = mixture
+        self._last: MixtureSampler | None = None  # a mixture's order is made document by document
         self.tokenizer = self.store.tokenizer()
 
     def document(self, split: Split, number: int) -> StoredDocument:
@@ -109,20 +123,37 @@ class StoreWalk:
         documents = self.store.packed("train")
         if not len(documents):
             raise Refusal("no_documents")
-        stream = PackedStream(documents, block_size, epoch_order(len(documents), seed, epoch))
-        number = min(max(number, 0), len(stream) - 1)
-        block = stream.block(number)
-        segments = [self._segment(block.input_ids[part.begin : part.end], part) for part in stream.segments(number)]
-        return StoredBlock(number, len(stream), tuple(segments), int((block.targets != IGNORE_INDEX).sum()))
+        if self.mixture is None:
+            stream, first = PackedStream(documents, block_size, epoch_order(len(documents), seed, epoch)), 0
+            num_blocks, names = len(stream), None
+        else:
+            sampler = self._sampler(self.mixture.documents, block_size, seed)
+            num_blocks, epoch = sampler.blocks_per_epoch, min(epoch, MAX_MIXED_EPOCHS)
+            stream, first, names = sampler.stream(epoch), epoch * num_blocks, sampler.order
+        number = min(max(number, 0), num_blocks - 1)
+        block = stream.block(first + number)
+        segments = [
+            self._segment(block.input_ids[part.begin : part.end], part, names)
+            for part in stream.segments(first + number)
+        ]
+        return StoredBlock(number, num_blocks, tuple(segments), int((block.targets != IGNORE_INDEX).sum()))
 
-    def _segment(self, ids: np.ndarray, part: PackedSegment) -> Segment:
+    def _sampler(self, documents: MixedDocuments, block_size: int, seed: int) -> MixtureSampler:
+        last = self._last
+        if last is None or (last.block_size, last.seed) != (block_size, seed):
+            last = MixtureSampler(documents, block_size=block_size, blocks_per_step=1, seed=seed)
+        self._last = last
+        return last
+
+    def _segment(self, ids: np.ndarray, part: PackedSegment, order: np.ndarray | None = None) -> Segment:
         if part.document is None:
             return Segment((StoreToken(self.store.end_id, "", "padding"),) * len(ids), False, False)
         # Where the two ids are one (OPT's </s>), only the place says which is meant.
         text = ids[int(part.begins) : len(ids) - int(part.has_end_token)]
         head = (self._mark(int(ids[0]), "prefix"),) if part.begins else ()
         tail = (self._mark(int(ids[-1]), "end"),) if part.has_end_token else ()
-        return Segment((*head, *self._text_tokens(text), *tail), part.begins, part.ends)
+        name = "" if order is None or self.mixture is None else self.mixture.label(int(order[part.document]))
+        return Segment((*head, *self._text_tokens(text), *tail), part.begins, part.ends, name)
 
     def _mark(self, token_id: int, kind: Kind) -> StoreToken:
         return StoreToken(token_id, token_label(self.tokenizer, token_id), kind)

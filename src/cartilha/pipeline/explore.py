@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cartilha.config import ExploreConfig
+from cartilha.config import ExploreConfig, TrainConfig
 from cartilha.evaluation.scorer import load_scorer
 from cartilha.explorer.port import listen
 from cartilha.explorer.reading import Reader
 from cartilha.explorer.session import Explorer
-from cartilha.explorer.walking import StoreWalk
+from cartilha.explorer.walking import Mixture, StoreWalk
 from cartilha.machine.devices import choose_device
 from cartilha.pipeline.preflight import preflight
 from cartilha.pipeline.result import Result
 from cartilha.reporting.wording import choose_language
+from cartilha.runs.sources import Mix, sources_of
 from cartilha.tokens.store import TokenStore
 
 
@@ -48,4 +49,10 @@ def open_explorer(config: ExploreConfig) -> Explorer:
             # The text to read is typed and comes from no store; only a random: model may need the store's tokenizer.
             scorer = load_scorer(ref, store if ref.startswith("random:") else None, config, device)
             readers[letter] = Reader(scorer.loaded, scorer.tokenizer, scorer.protocol, letter)
-    return Explorer(readers, StoreWalk(config.store) if config.store else None)
+    if store is None:
+        return Explorer(readers)
+    mixture = None
+    if config.mix:
+        mix = Mix.open(sources_of(TrainConfig(store=str(store.path), mix=config.mix)), store)
+        mixture = Mixture(mix.documents, mix.label)
+    return Explorer(readers, StoreWalk(store, mixture))

@@ -226,7 +226,9 @@ def _check_memory(config: configs.TrainConfig | configs.PlanConfig) -> None:
             raise UserError("Lean weights are not sharded; use --memory full, or --shard none.")
 
 
-def _check_mix_of(config: configs.PlanConfig | configs.InspectConfig, store: str | None) -> None:
+def _check_mix_of(
+    config: configs.PlanConfig | configs.InspectConfig | configs.ExploreConfig, store: str | None
+) -> None:
     """The mixture of a command that does not train."""
     if config.mix and not store:
         raise UserError("--mix needs the store that gets the rest of the tokens; name it with --store.")
@@ -328,6 +330,7 @@ def _inspect(config: configs.InspectConfig) -> None:
 
 
 def _explore(config: configs.ExploreConfig) -> None:
+    _check_mix_of(config, config.store)
     if not config.models and not config.store:
         raise UserError("There is nothing to explore; name one or two models with --model, or a store with --store.")
     if len(config.models) > 2:
