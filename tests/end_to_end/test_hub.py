@@ -337,10 +337,7 @@ def test_a_stream_is_read_until_enough_is_held_also_after_a_broken_connection(
     enough = ["--workers", 1, "--select_tokens", 300, "--stream_best", "50%", "--like", "primer"]
     whole = cartilha(*prepare("hf:org/corrente", tmp_path / "whole", *enough))
     assert whole.code == 0 and "Reading ended after" in whole.err, whole
-    assert [hub.fetched(f"train-{file}.jsonl") for file in (0, 3)] == [
-        3,
-        1,
-    ]  # to prove the tokenizer, too; no second time
+    assert hub.fetched("train-0.jsonl") > hub.fetched("train-3.jsonl")  # which is read for the sample alone
     hub.cuts[:] = [("train-2.jsonl", 0)] * 100_000
     command = prepare("hf:org/corrente", tmp_path / "cut", *enough)
     assert "same command" in cartilha(*command).sentence
