@@ -14,7 +14,7 @@ import numpy as np
 EXPONENTS = np.geomspace(0.05, 1.0, 25)
 FLOORS = np.linspace(0.0, 0.9, 19)  # as shares of the lowest loss that was measured
 SCALES = np.geomspace(0.01, 100.0, 61)  # as multiples of the longest training
-TOLERANCE = 0.02  # of the fall so far: by how much trainings miss such a law (docs/log.md)
+TOLERANCE = 0.05  # of the fall so far: by how much trainings miss such a law (docs/log.md)
 INTERVAL = (0.025, 0.5, 0.975)
 
 
