@@ -75,7 +75,7 @@ def read_enough(
     `done` are the texts that are held out or aimed at. What is read does not depend on `at_once`.
     """
     assert asked.amount is not None and asked.stream_best is not None and isinstance(asked.amount.value, int)
-    wanted, best = asked.amount.value, f"best {100 * asked.stream_best:.4g} %"
+    wanted, best = asked.amount.value, f"the best {100 * asked.stream_best:.4g} % of a first sample"
     if not tasks:
         return done
     path = tasks[0].work / THRESHOLD_FILE
@@ -99,12 +99,12 @@ def read_enough(
     documents, good = (sum(map(amount, (result for _, result in read))) for amount in (_documents, _good_tokens))
     if good >= wanted:
         log.info(
-            "Reading ended after %s, when the %s of them, as the first %s have them, held the %s tokens.",
-            *(counted(documents, "document"), best, f"{SAMPLE_DOCUMENTS:,}", f"{wanted:,}"),
+            "Reading ended after %s, when those as good as %s held %s.",
+            *(counted(documents, "document"), best, counted(wanted, "token")),
         )
     else:
         log.warning(
-            "The whole input was read (%s): the %s of it hold %s tokens, so the rest is chosen from worse ones.",
-            *(counted(documents, "document"), best, f"{good:,}"),
+            "The whole input was read (%s): those as good as %s hold %s, so the rest is chosen from worse ones.",
+            *(counted(documents, "document"), best, counted(good, "token")),
         )
     return [*done, *read]
