@@ -273,7 +273,7 @@ def train(model: PreTrainedModel, body: CompiledBody | None, micro_batch_size: i
     state = TrainingState.begin(model, torch.float32, lr=1e-2, weight_decay=0.1)
     settings = StepSettings(torch.float32, micro_batch_size, body=body)
     records = train_steps(state, sampler, Schedule(5, 1e-2, 0.1, 0.1), settings)
-    return [record.loss.item() for record in records]
+    return [float(record.loss) for record in records]
 
 
 def test_training_compiles_the_usual_micro_batch_alone():

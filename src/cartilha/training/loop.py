@@ -24,6 +24,7 @@ from cartilha.model.sharding import is_sharded, whole
 from cartilha.model.weight_gradients import weight_gradients_in_place
 from cartilha.training.at_once import StepsInBackward, clip_each, stepping_in_backward
 from cartilha.training.distributed import agree, sum_over_ranks
+from cartilha.training.late import HostCopy, read_late
 from cartilha.training.optimizer import choose_trained, clear_gradients, step_unless
 from cartilha.training.schedule import Schedule
 from cartilha.training.state import StepRecord, TrainingState
@@ -56,7 +57,7 @@ def train_steps(
     progress = state.progress
     progress.micro_batch_size = settings.micro_batch_size
     device = state.model.device
-    launched = None
+    before: HostCopy | None = None
     at_once: StepsInBackward | None
     with (
         closing(prepared_steps(sampler, progress.step, even=is_sharded(state.model))) as prepared,
@@ -74,9 +75,13 @@ def train_steps(
             )
             for group in state.optimizer.param_groups:
                 group["lr"] = lr
-            loss, grad_norm, skipped = _update(state, data, parameters, settings, at_once)
+            launched, (loss, grad_norm, skipped) = read_late(*_update(state, data, parameters, settings, at_once))
             ends_epoch = (step + 1) % sampler.steps_per_epoch == 0
-            launched = _keep_pace(device, launched, to_the_end=ends_epoch or step + 1 == schedule.num_steps)
+            # Launches return at once. Waiting for the step before keeps the clock honest (in a steady run a step's
+            # time is then the device's) without leaving the device idle, and keeps the host from running away.
+            if waited := launched if ends_epoch or step + 1 == schedule.num_steps else before:
+                waited.wait()
+            before = launched
             seconds, progress.micro_batch_size = agree(time.perf_counter() - started, progress.micro_batch_size)
             progress.step += 1
             progress.tokens += data.num_targets
@@ -237,18 +242,3 @@ def _accumulate(
         scaler.scale(share).backward()
         loss += share.detach()
     return loss
-
-
-def _keep_pace(device: torch.device, before: torch.cuda.Event | None, *, to_the_end: bool) -> torch.cuda.Event | None:
-    """Wait for the CUDA step before the one just launched or, `to_the_end`, for that one too; returns its event.
-
-    Launches return at once. Waiting for the step before keeps the clock honest (in a steady run a step's time is then
-    the device's) without ever leaving the device idle, and keeps the host from running away.
-    """
-    if device.type != "cuda":
-        return None
-    launched = torch.cuda.Event()
-    launched.record(torch.cuda.current_stream(device))
-    if event := launched if to_the_end else before:
-        event.synchronize()
-    return launched

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import SupportsFloat
 
 import torch
 from transformers import PreTrainedModel
@@ -59,17 +60,17 @@ class TrainingState:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One optimizer step. `loss`, `grad_norm` and `skipped` stay on the device until they are read."""
+    """One optimizer step. `loss`, `grad_norm` and `skipped` come late from the device: reading them waits for it."""
 
     step: int  # counted from 1
     epoch: int  # counted from 1
     ends_epoch: bool  # whether this was the epoch's last step
     num_targets: int  # of this step
     tokens: int  # targets so far
-    loss: torch.Tensor  # mean nll of the step's targets, nats per token
+    loss: SupportsFloat  # mean nll of the step's targets, nats per token
     lr: float
-    grad_norm: torch.Tensor  # before clipping
-    skipped: torch.Tensor  # whether the update was left out because the loss or the gradient was not finite
+    grad_norm: SupportsFloat  # before clipping
+    skipped: object  # true if the update was left out because the loss or the gradient was not finite
     seconds: float  # of this step
     total_seconds: float  # training time so far
     memory_bytes: int  # peak memory so far
