@@ -8,12 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from cartilha.blocks.packing import Batch
 from cartilha.model.attention import KERNELS, Kernel, choose_kernel, register
 from cartilha.model.configuration import model_config
 from cartilha.model.forward import batch_nll, hidden_states
 from cartilha.model.load import LoadedModel, load_model
+from cartilha.model.segment_attention import Scoring
 from cartilha.runs.step_plan import this_machine
 from cartilha.training.trace import Computation, traced_step
 
@@ -95,3 +97,30 @@ def test_the_plan_names_and_traces_it(registered):
     own = traced_step(model_config("random:tiny"), 1, 64, how).activations
     usual = traced_step(model_config("random:tiny"), 1, 64, Computation(torch.float32, "segments", True)).activations
     assert own > usual > 0  # it keeps its weights for the backward pass
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_mask_that_is_added_gives_the_bits_of_one_that_chooses(dtype, dropout, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    heads = [torch.randn(2, 2, 8, 16, generator=generator) for _ in range(3)]
+    attention, masks, found = F.scaled_dot_product_attention, [], []
+
+    def noted(*inputs, attn_mask, **settings):
+        masks.append(attn_mask)
+        return attention(*inputs, attn_mask=attn_mask, **settings)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        kernel = KERNELS["mask"].of(LENGTHS, 8, torch.device("cpu"))
+        for compute in (
+            lambda *given: kernel.attend(*given, Scoring(dropout=dropout)),
+            lambda *given: attention(*given, attn_mask=kernel.mask, dropout_p=dropout).transpose(1, 2),
+        ):
+            torch.manual_seed(1)
+            given = [tensor.clone().requires_grad_() for tensor in heads]
+            output = compute(*given)
+            output.float().square().sum().backward()
+            found.append([output, *(tensor.grad for tensor in given)])
+    assert masks[0].dtype == dtype  # no layer makes it anew
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

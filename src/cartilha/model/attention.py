@@ -112,12 +112,19 @@ class _Mask(Kernel):
     computes = frozenset({CAPPED, SINKS})
 
     mask: Tensor  # True where a query may look, shape (num_rows, 1, row_length, row_length)
+    added: Tensor  # the same, as what torch's kernels add to scores; made once, not in each layer anew
 
     @classmethod
     def of(cls, lengths: Sequence[int], row_length: int, device: torch.device, capacity: int = 0) -> Self:
         numbers = np.repeat(np.arange(len(lengths)), lengths)
         segment = to_device(numbers, device).view(-1, 1, row_length, 1)
-        return cls(row_length, (segment == segment.transpose(2, 3)) & causal_mask(row_length, None, device))
+        return cls._of_mask((segment == segment.transpose(2, 3)) & causal_mask(row_length, None, device))
+
+    @classmethod
+    def _of_mask(cls, mask: Tensor) -> Self:
+        kind = mask.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+        return cls(mask.shape[3], mask, torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf))
 
     @classmethod
     def is_for(cls, device_type: str, capability: tuple[int, int] | None, dtype: torch.dtype) -> bool:
@@ -125,14 +132,17 @@ class _Mask(Kernel):
 
     @classmethod
     def traced(cls, num_rows: int, row_length: int) -> Kernel:
-        return cls(row_length, torch.ones(num_rows, 1, row_length, row_length, dtype=torch.bool))
+        return cls._of_mask(torch.ones(num_rows, 1, row_length, row_length, dtype=torch.bool))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
-        mask = self.mask
-        if scoring.sliding_window is not None and scoring.sliding_window < self.row_length:
+        mask, kind = self.mask, query.device.type
+        windowed = scoring.sliding_window is not None and scoring.sliding_window < self.row_length
+        if windowed:
             mask = mask & causal_mask(self.row_length, scoring.sliding_window, mask.device)
         if not scoring.is_plain:
             return weighed(query, key, value, mask, scoring)
+        if not windowed:  # autocast gives all the same dtype
+            mask = self.added if torch.is_autocast_enabled(kind) else self.added.to(query.dtype)
         repeats = query.shape[1] // key.shape[1]
         if repeats > 1:  # each query head is given its key-value head
             key, value = (heads.repeat_interleave(repeats, dim=1) for heads in (key, value))
