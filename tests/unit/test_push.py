@@ -144,6 +144,9 @@ def test_a_card_in_both_languages_says_what_is_known_and_what_is_not():
     energy = {"joules": 7.2e6, "seconds": 3600.0}
     measured = card("random:tiny", "opt", machine=machine, seconds=7200, energy=energy)
     assert measured.index("## English") < measured.index("## Português")  # of a text whose language is not known
+    assert "counted by the GPU itself" in measured
+    processors = card("random:tiny", "opt", machine=machine, seconds=7200, energy={**energy, "source": "RAPL"})
+    assert "2.0000 kWh" in processors and "(RAPL)" in processors and "NVML" not in processors
     assert "Energy: 2.0000 kWh" in measured and "not measured. What is known" not in measured
     assert "vllm serve" in measured and "convert_hf_to_gguf" not in measured
     assert "models of the type `xyz` is not known here" in card("random:tiny", "xyz")

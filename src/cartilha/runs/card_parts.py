@@ -246,8 +246,10 @@ class CardParts:
         where = say("machine", time=say.duration(seconds), processes=processes, device=device, threads=threads)
         if energy := self.results.get("energy"):
             kilowatt_hours, time = say.number(energy["joules"] / 3.6e6, 4), say.duration(energy["seconds"])
-            one = [say("energy_of_one", processes=processes)] if processes > 1 else []
-            return " ".join([where, say("energy_measured", energy=kilowatt_hours, time=time), *one])
+            of_gpu = energy.get("source") != "RAPL"
+            counted = say("energy_measured" if of_gpu else "energy_of_processors", energy=kilowatt_hours, time=time)
+            one = [say("energy_of_one", processes=processes)] if of_gpu and processes > 1 else []
+            return " ".join([where, counted, *one])
         on_gpu = machine.get("device") != "cpu"
         hours = seconds / 3600 * processes * (1 if on_gpu else threads)
         unit = say("gpu_hours" if on_gpu else "processor_hours")
