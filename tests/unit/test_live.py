@@ -91,6 +91,15 @@ def test_the_loss_is_read_a_step_late_and_time_left_follows_the_budget():
     assert TrainingStatus("x", Schedule(10, 1e-3, 0.0, 0.1)).line() == "Step 0 of 10: epoch 1"
 
 
+def test_the_first_step_which_may_compile_is_no_part_of_the_speed():
+    status = TrainingStatus("x", Schedule(12, 1e-3, 0.0, 0.1))
+    status.update(step(1, seconds=40.0))
+    assert status.seconds_left == 440.0
+    for number in (2, 3):
+        status.update(step(number, seconds=2.0))
+    assert status.tokens_per_second == 500 and status.seconds_left == 18.0
+
+
 def test_without_a_terminal_there_are_plain_lines(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(live, "PLAIN_INTERVAL_S", 0.0)
     logger = logging.getLogger("cartilha")

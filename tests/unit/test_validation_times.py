@@ -95,3 +95,17 @@ def test_the_models_evaluation_is_that_of_its_step_and_else_the_last():
     rows = [row(0, 3.0), row(5, 2.0), row(9, 2.5)]
     assert evaluation_of_model({"evaluations": rows, "model_step": 5})["loss"] == 2.0
     assert evaluation_of_model({"evaluations": rows})["loss"] == 2.5
+
+
+@pytest.mark.parametrize(
+    ("asked", "num_epochs", "found"),
+    [
+        (None, 1.0, None),
+        ("40", 1.0, None),
+        ("80", 3.0, "an epoch has 100 tokens"),  # nearer to the epoch's end than half of it
+        ("5m", 1.0, "an epoch has 100 tokens"),
+        ("50", 0.3, "this training has 30 tokens"),
+    ],
+)
+def test_a_rhythm_that_no_training_reaches_is_said(asked, num_epochs, found):
+    assert ValidationTimes.of(asked, 100).too_short(num_epochs) == found

@@ -55,6 +55,7 @@ def cpu_matmul_rate(dtype_name: str) -> float:
     return 2 * size**3 / min(seconds) / 1e9
 
 
+@functools.cache  # said once, however many models are loaded
 def fastest_cpu_dtype(real: tuple[str, ...]) -> str:
     """The faster one of these dtypes, measured: Intel cores without AMX compute bf16 at half the rate of float32."""
     if "bfloat16" not in real:

@@ -49,6 +49,7 @@ class TrainingStatus:
     validation_perplexity: float | None = None
     sample: str = ""
     _previous: StepRecord | None = None
+    _num_steps: int = 0
 
     def update(self, step: StepRecord) -> None:
         """Take a step's record."""
@@ -58,8 +59,11 @@ class TrainingStatus:
         self._previous = step
         self.step, self.epoch, self.memory_bytes = step.step, step.epoch, step.memory_bytes
         self.seconds = step.total_seconds
-        self.seconds_per_step = _mean(self.seconds_per_step, step.seconds)
-        self.tokens_per_second = _mean(self.tokens_per_second, step.tokens_per_second)
+        self._num_steps += 1
+        # The first step of a process may compile: it is shown until there is another one, and then forgotten.
+        seconds, rate = (None, None) if self._num_steps == 2 else (self.seconds_per_step, self.tokens_per_second)
+        self.seconds_per_step = _mean(seconds, step.seconds)
+        self.tokens_per_second = _mean(rate, step.tokens_per_second)
 
     def read(self, record: RunWriter) -> None:
         """Take the last evaluation and the last text that the run has recorded."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cartilha.errors import counted
 from cartilha.training.state import StepRecord
 from cartilha.units import parse_amount
 
@@ -38,3 +39,12 @@ class ValidationTimes:
     def per_epoch(self) -> int:
         """Validations in an epoch, at most: steps may have more tokens than `every`."""
         return 1 + (max(0, int(self.tokens_per_epoch / self.every - 0.5)) if self.every else 0)
+
+    def too_short(self, num_epochs: float) -> str | None:
+        """What has too few tokens for a validation between epochs' ends; None where there is one, or none was asked."""
+        if self.every is None:
+            return None
+        if self.per_epoch == 1:
+            return f"an epoch has {counted(self.tokens_per_epoch, 'token')}"
+        tokens = int(num_epochs * self.tokens_per_epoch)
+        return f"this training has {counted(tokens, 'token')}" if tokens < self.every else None
