@@ -8,13 +8,6 @@ from typing import Any
 
 import torch
 
-# Dense half-precision operations a second by the makers' sheets: the first name found in the device's own.
-PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12, "T4": 65e12}
-
-
-def known_peak(device_name: str) -> float | None:
-    return next((peak for name, peak in PEAKS.items() if name in device_name), None)
-
 
 def matrices(config: Any) -> list[tuple[int, int, int]]:
     """(inputs, outputs, how many) of every weight that is multiplied; tables that are only looked up are none."""

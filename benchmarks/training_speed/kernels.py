@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 
-from training_speed.flops import best_seconds, gemm_flops, known_peak
+from cartilha.machine.peaks import data_sheet_flops
+from training_speed.flops import best_seconds, gemm_flops
 from training_speed.setup import Shape, make_sampler, model_config
 
 
 def gemm(shape: Shape, dtype: str) -> dict[str, Any]:
     """Operations a second of the model's own matrix products, and the maker's figure where it is known."""
     rate = gemm_flops(model_config(shape), shape.tokens_per_step, getattr(torch, dtype), shape.device)
-    return {"gemm_flops": rate, "known_peak": known_peak(_device_name(shape)) if dtype != "float32" else None}
+    return {"gemm_flops": rate, "known_peak": data_sheet_flops(_device_name(shape), dtype)}
 
 
 def loss(shape: Shape, dtype: str, chunks: list[int], repeats: int = 5) -> dict[str, Any]:
@@ -31,16 +33,13 @@ def loss(shape: Shape, dtype: str, chunks: list[int], repeats: int = 5) -> dict[
     weight = (0.02 * torch.randn(ids, hidden, device=shape.device)).requires_grad_()
     targets = torch.randint(0, ids, (tokens,), device=shape.device)
     peak, bandwidth = _limits(shape, dtype)
-    rows, usual = [], fused.CHUNK_TOKENS
+    rows = []
     for chunk in chunks:
-        fused.CHUNK_TOKENS = chunk
-        seconds = best_seconds(
-            lambda: fused.linear_cross_entropy(states, Head(weight), targets, compute).backward(), shape.device, repeats
-        )
+        step = functools.partial(fused.linear_cross_entropy, states, Head(weight), targets, compute, chunk)
+        seconds = best_seconds(lambda step=step: step().backward(), shape.device, repeats)
         moved = compute.itemsize * 5 * tokens * ids + -(-tokens // chunk) * ids * hidden * (2 * compute.itemsize + 8)
         floor = {"operations_s": 6.0 * tokens * hidden * ids / peak, "bytes_s": moved / bandwidth}
         rows.append({"chunk_tokens": chunk, "seconds": seconds, **floor, "share": sum(floor.values()) / seconds})
-    fused.CHUNK_TOKENS = usual
     return {"rows": rows, "peak_flops": peak, "bandwidth": bandwidth}
 
 
@@ -84,8 +83,7 @@ def _limits(shape: Shape, dtype: str) -> tuple[float, float]:
     source = torch.zeros(2**28 if shape.device == "cuda" else 2**24, dtype=torch.uint8, device=shape.device)
     target = torch.empty_like(source)
     bandwidth = 2 * source.numel() / best_seconds(lambda: target.copy_(source), shape.device, 3)
-    known = known_peak(_device_name(shape)) if dtype != "float32" else None
-    return known or measured, bandwidth
+    return data_sheet_flops(_device_name(shape), dtype) or measured, bandwidth
 
 
 def _device_name(shape: Shape) -> str:

@@ -35,7 +35,7 @@ def measure(
     try:
         for record in train_ours(shape, dtype, compiled, kernel):
             micro_batch = record.micro_batch_size
-            loss = record.loss.item()
+            loss = float(record.loss)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -53,7 +53,9 @@ def planned(shape: Shape, dtype: str, kernel: str) -> int:
     from cartilha.training.memory import MemoryModel
     from cartilha.training.trace import Computation
 
-    overhead = PROGRAM_BYTES if shape.device == "cpu" else 64 * 2**20
-    how = Computation(getattr(torch, dtype), kernel, shape.device == "cpu")
+    on_gpu = shape.device == "cuda"
+    overhead = 64 * 2**20 if on_gpu else PROGRAM_BYTES
+    total = torch.cuda.get_device_properties(0).total_memory if on_gpu else 0
+    how = Computation(getattr(torch, dtype), kernel, on_cpu=not on_gpu, gpu_bytes=total)
     model = MemoryModel(model_config(shape), how, overhead_bytes=overhead)
     return model.step(shape.micro_batch, shape.block_size, accumulates=False).total

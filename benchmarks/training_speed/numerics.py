@@ -143,6 +143,6 @@ def _was_compiled(name: str, function: Any) -> dict[str, Any]:
 
 def noise(shape: Shape, dtype: str, compiled: bool) -> dict[str, Any]:
     """The same training twice: the largest difference of a step's loss, and how many losses are equal to the bit."""
-    runs = [[record.loss.item() for record in train_ours(shape, dtype, compiled)] for _ in range(2)]
+    runs = [[float(record.loss) for record in train_ours(shape, dtype, compiled)] for _ in range(2)]
     differences = [abs(a - b) for a, b in zip(*runs, strict=True)]
     return {"largest_difference": max(differences), "equal_steps": differences.count(0.0), "steps": len(differences)}

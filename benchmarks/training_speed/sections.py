@@ -19,13 +19,14 @@ WORKER = Path(__file__).with_name("worker.py")
 
 def compute(name: str, settings: dict[str, Any]) -> dict[str, Any]:
     """One section, in this process."""
-    from training_speed import kernels, machine, memory, numerics, variants
+    from training_speed import kernels, machine, memory, numerics, scoring, variants
     from training_speed.setup import Shape
 
     functions = {
         "machine": machine.describe,
         "numerics": numerics.check,
         "train": variants.measure,
+        "score": scoring.measure,
         "memory": memory.measure,
         "noise": numerics.noise,
         "loss_kernel": kernels.loss,

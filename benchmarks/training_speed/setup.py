@@ -21,7 +21,8 @@ class Shape:
         model: `opt-125m` or `tiny-opt`, with fresh weights.
         device: `cpu` or `cuda`.
         block_size: Tokens a row.
-        micro_batch: Rows a step, all in one forward pass.
+        micro_batch: Rows a step.
+        at_once: Of these, what the Trainer takes in a forward pass, since it makes all logits; 0 takes all.
         windows: How many times are taken.
         window: Steps a time is taken over.
         warmup: Steps before the first; compilation falls into them.
@@ -34,6 +35,7 @@ class Shape:
     device: str = "cpu"
     block_size: int = 512
     micro_batch: int = 4
+    at_once: int = 0
     windows: int = 3
     window: int = 1
     warmup: int = 1
@@ -119,15 +121,27 @@ class Clock:
         self._shape = shape
         self._times: list[float] = []
         self._steps = 0
+        self._begun = time.perf_counter()
+        self.first_step_s: float | None = None  # with all that is compiled in it
+
+    def begin(self) -> None:
+        """The first step begins."""
+        self._begun = time.perf_counter()
 
     def step(self) -> None:
         """A step has ended (or, on CUDA, has been launched)."""
         self._steps += 1
+        if self._steps == 1:
+            self._synchronize()
+            self.first_step_s = time.perf_counter() - self._begun
         counted = self._steps - self._shape.warmup
         if counted >= 0 and counted % self._shape.window == 0:
-            if self._shape.device == "cuda":
-                torch.cuda.synchronize()
+            self._synchronize()
             self._times.append(time.perf_counter())
+
+    def _synchronize(self) -> None:
+        if self._shape.device == "cuda":
+            torch.cuda.synchronize()
 
     def positions_per_second(self) -> list[float]:
         """Of each window, padding counted."""

@@ -25,9 +25,10 @@ def measure(shape: Shape, variant: str, dtype: str, compiled: bool = True) -> di
 
     Returns:
         `tokens_per_second`: of each window, tokens of text (padding does not count); `text_share` of the positions;
-        `losses` of the first and last step where the variant gives them; peak memory in bytes. Of one of the Trainer's
-        for which memory does not suffice, `out_of_memory` says so instead; ours halves its micro-batch. The tuned one
-        is timed plainly where it cannot be compiled, and `compile_error` says why.
+        `first_step_s`, with what is compiled in it; `losses` of the first and last step where the variant gives them;
+        peak memory in bytes. Of one of the Trainer's for which memory does not suffice, `out_of_memory` says so
+        instead; ours halves its micro-batch. The tuned one is timed plainly where it cannot be compiled, and
+        `compile_error` says why.
     """
     if shape.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -88,7 +89,9 @@ def _ours(shape: Shape, dtype: str, compiled: bool) -> dict[str, Any]:
     # As the product chooses them: on a CPU small ones.
     tokens = max_tokens_on_this_cpu(getattr(torch, dtype)) if shape.device == "cpu" else shape.tokens_per_step
     rows = max(1, tokens // shape.block_size)
-    for record in train_ours(shape, dtype, compiled, micro_batch=min(rows, shape.micro_batch)):
+    records = train_ours(shape, dtype, compiled, micro_batch=min(rows, shape.micro_batch))
+    clock.begin()
+    for record in records:
         clock.step()
         losses.append(record.loss)
         in_force = record.micro_batch_size
@@ -97,8 +100,9 @@ def _ours(shape: Shape, dtype: str, compiled: bool) -> dict[str, Any]:
         "positions_per_second": clock.positions_per_second(),
         "text_share": 1 - sampler.padding_share,
         "micro_batch": min(rows, shape.micro_batch),
-        "losses": [losses[0].item(), losses[-1].item()],
+        "losses": [float(losses[0]), float(losses[-1])],
         "micro_batch_in_force": in_force,
+        "first_step_s": clock.first_step_s,
     }
 
 
@@ -110,6 +114,9 @@ def _trainer(shape: Shape, variant: str, dtype: str, compiled: bool) -> dict[str
     clock, losses = Clock(shape), []
 
     class Listener(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            clock.begin()
+
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             clock.step()
 
@@ -123,16 +130,18 @@ def _trainer(shape: Shape, variant: str, dtype: str, compiled: bool) -> dict[str
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
     rows, share = padded_rows(shape) if variant == "hf_users" else (packed_rows(shape), 1.0)
     rows = (rows * (-(-shape.micro_batch * (shape.num_steps + 1) // len(rows))))[: shape.micro_batch * 1000]
+    at_once = min(shape.at_once or shape.micro_batch, shape.micro_batch)
     compiling = tuned and compiled and has_cxx_compiler()
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainingArguments(
-            folder, per_device_train_batch_size=shape.micro_batch, max_steps=shape.num_steps, report_to=[],
+            folder, per_device_train_batch_size=at_once, max_steps=shape.num_steps, report_to=[],
             use_cpu=shape.device == "cpu", bf16=dtype == "bfloat16", fp16=dtype == "float16", save_strategy="no",
-            disable_tqdm=True, logging_strategy="no", torch_compile=compiling,
+            gradient_accumulation_steps=shape.micro_batch // at_once, disable_tqdm=True, logging_strategy="no",
+            torch_compile=compiling,
             **({"optim": "adamw_torch_fused"} if tuned else {}),
         )  # fmt: skip
         Trainer(model=model, args=settings, train_dataset=rows, callbacks=[Listener()]).train()
     return {
         "positions_per_second": clock.positions_per_second(), "text_share": share, "compiled": compiling,
-        "losses": losses,
+        "losses": losses, "first_step_s": clock.first_step_s, "micro_batch_in_force": at_once,
     }  # fmt: skip
