@@ -20,6 +20,7 @@ SETTINGS = {"model": "random:tiny", "block_size": 32, "batch_tokens": 128, "epoc
 FLAGS = [part for name, value in SETTINGS.items() for part in (f"--{name}", value)] + ["--skip_english"]
 PROMPTS = GenerateConfig(prompt=("Era uma vez ", "a\u2028b"), max_new_tokens=8)
 TIMES = {"seconds", "tokens_per_second", "tokens_per_second_after_first_step", "memory_bytes"}
+TIMES |= {"utilization", "energy"}
 
 
 def start(store: Path, output: Path, **changes: Any) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def test_a_whole_recipe_in_seconds_and_again_does_nothing(cartilha, refused, cor
     assert result.keys() == {"prepared", "trained", "report", "table", "samples"}
     run = Left(tmp_path / "job" / "run")
     assert result["trained"]["status"] == run.results["status"] == "finished"
-    assert run.results["tokens_per_second_after_first_step"] > 0
+    assert run.results["tokens_per_second_after_first_step"] > 0 and run.results["utilization"]["mfu"] > 0
     assert result["trained"]["was_finished"] is False and run.results["settings"]["num_steps"] == 3
     page = (tmp_path / "job" / "report.html").read_text(encoding="utf-8")
     assert Path(result["report"]) == tmp_path / "job" / "report.html" and "<html" in page

@@ -47,7 +47,7 @@ class SlowDevice(late.HostCopy):
 def train(path: Path) -> list[dict[str, Any]]:
     """Nine steps of which the first overflows its scale, recorded as `train` does; the lines without times."""
     generator = np.random.default_rng(0)
-    ids = [generator.integers(0, 256, 15) for _ in range(2 * STEPS_PER_EPOCH)]
+    ids = [generator.integers(0, 256, 14) for _ in range(2 * STEPS_PER_EPOCH)]  # a block each
     documents = PackedDocuments.from_ids(ids, prefix_id=256, end_id=257)
     sampler = BlockSampler(documents, block_size=16, blocks_per_step=2, seed=0)
     assert sampler.steps_per_epoch == STEPS_PER_EPOCH

@@ -57,6 +57,34 @@ def with_gradients(
     return value.detach(), hidden.grad, weight.grad
 
 
+@pytest.mark.parametrize(
+    ("num_ids", "dtype", "gib", "expected"),
+    [
+        (50_272, torch.bfloat16, 0, 1024),  # a CPU
+        (50_272, torch.float16, 14.75, 2048),  # T4
+        (50_272, torch.bfloat16, 22.5, 4096),  # L4
+        (50_272, torch.bfloat16, 79.1, 8192),  # H100
+        (262_144, torch.float16, 14.75, 1024),
+        (262_144, torch.float32, 139.0, 2048),
+    ],
+)
+def test_a_chunk_takes_a_twentieth_of_a_gpu_at_most(num_ids, dtype, gib, expected, monkeypatch):
+    monkeypatch.setattr(loss_module, "CHUNK_TOKENS", 1024)
+    chunk = loss_module.chunk_tokens(num_ids, dtype, int(gib * 2**30))
+    assert chunk == expected
+    assert chunk == 1024 or 2 * chunk * num_ids * dtype.itemsize <= 0.05 * gib * 2**30
+
+
+def test_the_size_of_a_chunk_changes_nothing():
+    hidden, weight, targets = problem(100)
+    found = [
+        with_gradients(lambda h, w, n=n: linear_cross_entropy(h, Head(w), targets, torch.float32, n), hidden, weight)
+        for n in (None, 3, 64, 4096)
+    ]
+    for one in found[1:]:
+        torch.testing.assert_close(one, found[0], rtol=1e-5, atol=1e-5)
+
+
 def torch_nll(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(hidden @ weight.T, targets, ignore_index=IGNORE_INDEX, reduction="sum")
 

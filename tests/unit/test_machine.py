@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cartilha.errors import UserError, install_command
 from cartilha.machine import cpu, memory
 from cartilha.machine import devices as machine_devices
-from cartilha.machine.cpu import cpu_has_bfloat16
+from cartilha.machine.cpu import cpu_has_bfloat16, fastest_cpu_dtype
 from cartilha.machine.devices import (
     choose_device,
     choose_dtype,
@@ -28,8 +28,10 @@ from cartilha.machine.devices import (
     seed_everything,
 )
 from cartilha.machine.memory import peak_memory_bytes
+from cartilha.machine.peaks import data_sheet_flops
 from cartilha.machine.versions import TEXT_PACKAGES, versions
 from cartilha.model import products
+from cartilha.training.device_facts import KNOWN_DEVICES
 
 
 @pytest.mark.parametrize(
@@ -308,3 +310,48 @@ def test_a_clones_own_command_is_short_inside_it(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv" / "bin" / "python"))
     monkeypatch.chdir(tmp_path)
     assert install_command("text") == f'{Path(".venv", "bin", "pip")} install -e ".[text]"'
+
+
+@pytest.mark.parametrize(
+    ("name", "teraflops"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),  # a part of a card
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H200", 989),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA A10", 125),
+        ("NVIDIA A10G", None),  # another card, of half the rate
+        ("Tesla T4", 65),
+        ("Tesla V100-SXM2-16GB", 125),
+        ("Tesla V100-PCIE-16GB", 112),
+        ("NVIDIA GeForce RTX 3090", 71),
+        ("NVIDIA GeForce RTX 3090 Ti", None),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("a card of tomorrow", None),
+    ],
+)
+def test_what_a_card_computes_by_its_data_sheet(name, teraflops):
+    found = data_sheet_flops(name, "float16")
+    assert found == (None if teraflops is None else teraflops * 1e12)
+    assert data_sheet_flops(name, "float32") is None
+
+
+def test_what_is_planned_and_what_is_on_the_data_sheet_agree():
+    known = {"t4": "Tesla T4", "l4": "NVIDIA L4", "a100-40gb": "NVIDIA A100-SXM4-40GB", "h100": "NVIDIA H100 80GB HBM3"}
+    for name, card in known.items():
+        assert KNOWN_DEVICES[name].peak_flops == data_sheet_flops(card, "float16")
+
+
+def test_how_fast_this_cpu_multiplies_is_said_once(monkeypatch, caplog):
+    monkeypatch.setattr(cpu, "cpu_matmul_rate", {"bfloat16": 50.0, "float32": 100.0}.get)
+    fastest_cpu_dtype.cache_clear()
+    caplog.set_level("INFO")
+    assert [fastest_cpu_dtype(("bfloat16", "float32")) for _ in range(2)] == ["float32"] * 2
+    assert caplog.text.count("This CPU multiplies 50 GFLOP/s in bfloat16 and 100 in float32") == 1
+    fastest_cpu_dtype.cache_clear()

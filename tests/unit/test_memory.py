@@ -19,7 +19,7 @@ from cartilha.model.recomputation import checkpoint_layers
 from cartilha.model.rows import ROWS
 from cartilha.training import memory as memory_module
 from cartilha.training import trace
-from cartilha.training.device_facts import KNOWN_DEVICES, flops_per_token
+from cartilha.training.device_facts import KNOWN_DEVICES, flops_per_token, parameter_flops, utilization
 from cartilha.training.memory import MemoryModel, best_step, check_states_fit
 from cartilha.training.optimizer import StateSize
 from cartilha.training.trace import Computation, StepBytes, traced_step
@@ -190,8 +190,8 @@ def test_the_line_through_two_traces_meets_a_third():
 def test_the_mask_of_long_blocks_is_counted():
     with_mask, without = model(kernel="mask", dtype=torch.float16), model(kernel="varlen", dtype=torch.float16)
     difference = with_mask.step(2, 1024, accumulates=True).total - without.step(2, 1024, accumulates=True).total
-    # Once as booleans, and in each of two layers as what is added to the scores there, kept for the backward pass.
-    assert difference == pytest.approx(1.05 * 2 * 1024**2 * (1 + 2 * 2), rel=0.15)
+    # Once as booleans, and once as what is added to the scores of all layers.
+    assert difference == pytest.approx(1.05 * 2 * 1024**2 * (1 + 2), rel=0.15)
 
 
 def test_a_cpu_under_a_mask_is_planned_as_a_cpu():
@@ -209,6 +209,19 @@ def test_a_cpu_under_a_mask_is_planned_as_a_cpu():
 def few_traces(monkeypatch):
     """For what looks at the search alone: a smaller chunk begins the straight line at two blocks."""
     monkeypatch.setattr(memory_module, "CHUNK_TOKENS", 128)
+    monkeypatch.setattr(memory_module, "chunk_tokens", lambda num_ids, dtype, gpu_bytes: 128)
+
+
+def test_a_gpus_plan_counts_the_chunk_of_logits_that_it_computes():
+    small, large = (model(gpu_bytes=size * 2**30).step(4, 512, accumulates=True) for size in (0, 80))
+    # From 1,024 to 2,048 tokens of logits in float32, with their gradient, at the peak of a step.
+    ids = int(model_config("random:tiny").vocab_size)
+    assert large.total - small.total >= 1024 * ids * 4
+    sizes = [model(gpu_bytes=80 * 2**30).step(size, 512, accumulates=True).total for size in (2, 8, 16, 20, 32)]
+    assert sizes == sorted(sizes)
+    whole = traced_step(model_config("random:tiny"), 1, 8 * 512, how(chunk=8 * 512))  # between two traces
+    line = model(gpu_bytes=80 * 2**30)._traced(8, 512, gives_back=False)
+    assert [line.body, line.end] == pytest.approx([whole.body, whole.end], rel=0.02)
 
 
 @pytest.mark.parametrize("blocks_per_step", [1, 2, 12, 13, 22, 64])
@@ -289,6 +302,20 @@ def test_operations_a_token_are_six_a_parameter_and_attentions():
     assert flops_per_token(config, 0, 512) == 12 * 12 * 768 * 512
     assert flops_per_token(config, 125_239_296, 512) == 6 * 125_239_296 + 12 * 12 * 768 * 512
     assert flops_per_token(model_config("random:smollm2-135m"), 0, 1024) == 12 * 30 * 576 * 1024
+
+
+def test_the_share_of_the_peak_is_that_of_the_data_sheet_where_it_is_known():
+    h100 = KNOWN_DEVICES["h100"]
+    measured = replace(h100, peak_flops=800e12, sheet_flops=989e12)
+    # 484,000 tokens per second of OPT-125M in blocks of 1,024, counted by hand.
+    flops = flops_per_token(model_config("random:opt-125m"), 125_239_296, 1024)
+    of_parameters = parameter_flops(125_239_296)
+    used = utilization(measured, 484_000, flops, of_parameters)
+    assert used == utilization(h100, 484_000, flops, of_parameters) | {"peak": "data sheet"}
+    assert used["mfu_without_attention"] == pytest.approx(484_000 * 6 * 125_239_296 / 989e12)  # 0.368
+    assert used["mfu"] == pytest.approx(0.423, abs=0.001)
+    lora = parameter_flops(num_parameters=1000, num_frozen=900)
+    assert lora == 4 * 900 + 6 * 100
 
 
 # Gradient checkpointing

@@ -590,7 +590,16 @@ def test_domains_positions_plan_and_epochs_are_shown(tmp_path: Path) -> None:
     more = {"domains": {"conto": {"perplexity": 40.0, "bits_per_byte": 2.5, "num_documents": 3, "num_bytes": 999}}}
     more |= {"positions": [{"from": 0, "loss": 6.0, "num_tokens": 3}, {"from": 1, "loss": 4.0, "num_tokens": 3}]}
     after = {**more, "domains": {"conto": {**more["domains"]["conto"], "bits_per_byte": 2.0}}}
-    path = make_run(tmp_path / "run", evaluations=[evaluation(0, **more), evaluation(10, 32.5, **after)])
+    used = {"mfu": 0.421, "mfu_without_attention": 0.367, "peak_flops": 989e12, "peak": "data sheet"}
+    path = make_run(
+        tmp_path / "run",
+        evaluations=[evaluation(0, **more), evaluation(10, 32.5, **after)],
+        tokens_per_second_after_first_step=317.2,
+        utilization=used,
+        energy={"joules": 7.2e6, "seconds": 10.0, "source": "RAPL"},
+    )
+    plan = json.loads((path / "plan.json").read_text(encoding="utf-8"))
+    (path / "plan.json").write_text(json.dumps({**plan, "utilization": {**used, "mfu": 0.5}}), encoding="utf-8")
     page = page_of(path)
     text = Elements(page).text
     for part in (
@@ -601,6 +610,12 @@ def test_domains_positions_plan_and_epochs_are_shown(tmp_path: Path) -> None:
         "4.2 GB",
         "310",
         "planned",
+        "317",
+        "50.0%",
+        "42.1%",
+        "36.7%",
+        "989.0",
+        "The processors and their memory counted 2.0000 kWh",
         "Loss by position",
         "Loss by epoch",
         "1 or more tokens before it: 4.000",

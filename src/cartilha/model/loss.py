@@ -22,22 +22,34 @@ from cartilha.model.head import Head, HeadShape
 from cartilha.model.products import add_product, cpu_product_dtype
 from cartilha.model.weight_gradients import computes_in_place, factor_in_place, gradient_of
 
-CHUNK_TOKENS = 1024
-_Manner = tuple[HeadShape, torch.dtype, float | None]
+CHUNK_TOKENS, MAX_CHUNK_TOKENS = 1024, 8192
+LOGITS_SHARE = 0.05  # of a GPU's memory, which a chunk of logits may take with its gradient
+_Manner = tuple[HeadShape, torch.dtype, float | None, int]
+
+
+def chunk_tokens(num_ids: int, dtype: torch.dtype, gpu_bytes: int = 0) -> int:
+    """Tokens per chunk: 1,024, and on a GPU with so much memory twice as many as often as `LOGITS_SHARE` allows.
+
+    The head's gradient is read and written once per chunk, so that a GPU is faster with few of them. A CPU is not.
+    """
+    chunk = CHUNK_TOKENS
+    while 2 * chunk <= MAX_CHUNK_TOKENS and 2 * chunk * 2 * num_ids * dtype.itemsize <= LOGITS_SHARE * gpu_bytes:
+        chunk *= 2
+    return chunk
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """Sum over scored tokens of -ln softmax(hidden @ weight.T)[target]; the forward pass computes the gradients, too.
 
-    `manner` has the head's shape, the dtype of the products, and the factor that the nll will be multiplied by, if it
-    is known. Then the weight's gradient is added to `weight.grad`.
+    `manner` has the head's shape, the dtype of the products, the factor that the nll will be multiplied by, if it is
+    known, and the tokens per chunk. With a factor, the weight's gradient is added to `weight.grad`.
     """
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, manner: _Manner
     ) -> Tensor:
-        shape, dtype, known_factor = manner
+        shape, dtype, known_factor, chunk = manner
         in_place = known_factor is not None
         head, whole = weight.detach().to(dtype), Head(weight, bias, shape)
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
@@ -47,9 +59,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_weight = gradient_of(weight) if in_place else torch.zeros_like(weight, dtype=torch.float32)
         nll = torch.zeros((), dtype=torch.float32, device=hidden.device)
         # All chunks share one buffer: fresh memory costs more than the arithmetic (docs/log.md).
-        buffer = hidden.new_empty((min(CHUNK_TOKENS, len(targets)), len(weight)), dtype=dtype)
-        for begin in range(0, len(targets), CHUNK_TOKENS):
-            rows = slice(begin, begin + CHUNK_TOKENS)
+        buffer = hidden.new_empty((min(chunk, len(targets)), len(weight)), dtype=dtype)
+        for begin in range(0, len(targets), chunk):
+            rows = slice(begin, begin + chunk)
             states = hidden[rows].to(dtype)
             scored = (targets[rows] != IGNORE_INDEX)[:, None]
             index = targets[rows, None].where(scored, 0)
@@ -117,15 +129,22 @@ def fused_nll_and_gradient(logits: Tensor, index: Tensor, scored: Tensor) -> tup
     return nll, (weights * (scored / total) - is_target * scored).to(logits.dtype)
 
 
-def linear_cross_entropy(hidden: Tensor, head: Head, targets: Tensor, dtype: torch.dtype) -> Tensor:
+def linear_cross_entropy(
+    hidden: Tensor, head: Head, targets: Tensor, dtype: torch.dtype, chunk: int | None = None
+) -> Tensor:
     """Summed nll of the targets in nats, a float32 scalar, differentiable once in `hidden` and the head.
 
     `hidden` are last hidden states (num_tokens, hidden_size), `targets` shifted token ids (num_tokens,) with
-    `IGNORE_INDEX` where nothing is scored. Matrix products run in `dtype`.
+    `IGNORE_INDEX` where nothing is scored. Matrix products run in `dtype`; `chunk` is a number of tokens, by default
+    what suits the device.
     """
+    if chunk is None:
+        on_gpu = hidden.device.type == "cuda"
+        gpu_bytes = torch.cuda.get_device_properties(hidden.device).total_memory if on_gpu else 0
+        chunk = chunk_tokens(len(head.weight), dtype, gpu_bytes)
     if computes_in_place(head.weight):  # on a CPU, in training
         dtype = cpu_product_dtype(dtype)
-    manner = (head.shape, dtype, factor_in_place(head.weight))
+    manner = (head.shape, dtype, factor_in_place(head.weight), chunk)
     nll: Tensor = _LinearCrossEntropy.apply(hidden, head.weight, head.bias, targets, manner)
     return nll
 

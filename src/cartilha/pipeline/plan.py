@@ -17,6 +17,7 @@ from cartilha.console import log
 from cartilha.errors import UserError, counted
 from cartilha.machine.devices import choose_device, choose_dtype, dtype_name
 from cartilha.machine.memory import is_out_of_memory
+from cartilha.model.compiling import MIN_STEPS_TO_COMPILE, training_body
 from cartilha.model.configuration import context_length, whole_config
 from cartilha.model.load import load_model, look_at, with_adapter
 from cartilha.model.parts import count_other_parameters, text_config
@@ -30,7 +31,14 @@ from cartilha.runs.step_plan import refuse_beyond_context, this_machine, with_co
 from cartilha.tokens.packed import PackedDocuments
 from cartilha.tokens.store import TokenStore
 from cartilha.training.checkpoint import space_needed
-from cartilha.training.device_facts import GIB, KNOWN_DEVICES, DeviceFacts, flops_per_token
+from cartilha.training.device_facts import (
+    GIB,
+    KNOWN_DEVICES,
+    DeviceFacts,
+    flops_per_token,
+    parameter_flops,
+    utilization,
+)
 from cartilha.training.loop import StepSettings, train_steps
 from cartilha.training.memory import SAFETY, MemoryModel, StepMemory, best_step, check_states_fit, show_count
 from cartilha.training.optimizer import StateSize, resolve_batch_tokens
@@ -99,6 +107,8 @@ class _Planned:
         flops_each = _flops(self.model, self.memory.size, block_size)
         # All wait for the card that has most blocks. What the cards send to each other is not counted.
         rate = self.flops * blocks / share / flops_each / twice if fits else None
+        of_parameters = parameter_flops(self.memory.size.num_active_parameters, self.memory.size.num_frozen_active)
+        used = utilization(self.facts, (rate or 0.0) / config.gpus, flops_each, of_parameters)
         hours = self.tokens / rate / 3600 if self.tokens and rate else None
         return {
             "device": self.label,
@@ -111,6 +121,7 @@ class _Planned:
             "fits": fits,
             "tokens_per_second": rate,
             "estimated": self.measured_at != block_size,
+            **{name: used[name] if rate else None for name in ("mfu", "mfu_without_attention")},
             "seconds_per_epoch": 3600 * hours / config.epochs if hours else None,
             "hours": hours,
             "price": hours * config.gpus * config.price_per_hour
@@ -340,6 +351,7 @@ def _device_values(device: _Planned) -> dict[str, Any]:
         "dtype": dtype_name(facts.dtype),
         "attention": facts.kernel,
         "peak_flops": facts.peak_flops,
+        "sheet_flops": facts.sheet_flops,
         "expected_share_of_peak": facts.share,
     }
 
@@ -376,7 +388,10 @@ def _probe(planned: _Planned, block_size: int) -> _Planned:
     documents = PackedDocuments.from_ids(list(ids), prefix_id=0, end_id=0)
     sampler = BlockSampler(documents, block_size=block_size, blocks_per_step=blocks, seed=0)
     began = time.perf_counter()
-    records = list(train_steps(state, sampler, schedule, StepSettings(dtype, blocks)))
+    body = (
+        None if planned.profile.lean else training_body(loaded.model, "auto", MIN_STEPS_TO_COMPILE)
+    )  # as `train` does
+    records = list(train_steps(state, sampler, schedule, StepSettings(dtype, blocks, body=body)))
     rate = max(blocks * block_size / record.seconds for record in records[1:])
     log.info("%s tokens/s, in %.0f s.", f"{rate:,.0f}", time.perf_counter() - began)
     flops = rate * _flops(planned.model, planned.memory.size, block_size)

@@ -30,7 +30,7 @@ from cartilha.runs.best import comparable, loss_of, since_best
 from cartilha.runs.decay import copy_trunk, decaying
 from cartilha.runs.energy import counting_energy
 from cartilha.runs.english import score_english
-from cartilha.runs.facts import facts
+from cartilha.runs.facts import facts, speed
 from cartilha.runs.files import RunWriter, check_output, only_process, read_results, values_at, write_config
 from cartilha.runs.live import training_view
 from cartilha.runs.lost import lost_process, naming_lost_processes
@@ -48,7 +48,7 @@ from cartilha.training.checkpoint import (
 )
 from cartilha.training.loop import StepSettings, train_steps
 from cartilha.training.metrics_file import MetricsFile
-from cartilha.training.state import StepRecord, rates
+from cartilha.training.state import StepRecord
 from cartilha.training.stopping import StopRequest, listening_for_stop
 from cartilha.training.streams import random_numbers_apart
 from cartilha.training.trackers import TrackedRun, open_tracker
@@ -151,7 +151,7 @@ def _train(run: Run, record: RunWriter, stop: StopRequest) -> None:
         background=run.plan.background_checkpoints and can_write_in_background(run.loaded.model.device, run.plan.size),
     )
     log_book = _LogBook(run, record, metrics)
-    with closing(metrics), closing(writer), counting_energy(run.loaded.model.device, record):
+    with closing(metrics), closing(writer), counting_energy(run.loaded.model.device, record) as count:
         if run.step == 0:
             log_book.measure("Validation before training")
             log_book.measure_english(0)
@@ -163,6 +163,7 @@ def _train(run: Run, record: RunWriter, stop: StopRequest) -> None:
         for step in steps:
             first = first or step
             metrics.step(step)
+            count()
             if watch.has_diverged:
                 raise watch.diverged(newest_name(run.path))
             validation_loss = log_book.validate(step)
@@ -180,7 +181,7 @@ def _train(run: Run, record: RunWriter, stop: StopRequest) -> None:
             if last:
                 steps.close()
         writer.finish()
-        record.update(checkpoint_seconds=writer.stall_s, **rates(run.state.progress, first))
+        record.update(checkpoint_seconds=writer.stall_s, **speed(run, first))
         log_book.finish()
 
 
@@ -202,6 +203,8 @@ def _announce(run: Run) -> None:
             *(counted(getattr(sampler, f"{noun}s_per_epoch"), noun) for noun in ("step", "block", "target")),
             100 * sampler.padding_share,
         )
+    if short := run.validation_times.too_short(schedule.num_steps / sampler.steps_per_epoch):
+        log.info("--validate_every %s adds no validation: %s.", run.config.validate_every, short)
     patience, epochs = run.config.patience, (schedule.num_steps - 1) / sampler.steps_per_epoch
     num_validations = int(epochs * run.validation_times.per_epoch)
     if patience is not None and num_validations < patience:

@@ -118,13 +118,22 @@ def domain_rows(run: RecordedRun) -> list[tuple[str, Record, Record]]:
 
 def plan_rows(run: RecordedRun, say: Wording) -> list[tuple[str, str, str]]:
     """What, planned, measured; empty where nothing was planned."""
+    planned, found = run.plan.utilization, run.utilization
+    speed = run.tokens_per_second_after_first_step or run.tokens_per_second
+
+    def _tera(flops: float | None) -> str:
+        return say.number(None if flops is None else flops / 1e12, 1)
+
     rows = (
         ("plan_memory", say.size, run.plan.memory_bytes, run.memory_bytes),
-        ("plan_speed", say.number, run.plan.tokens_per_second, run.tokens_per_second),
+        ("plan_speed", say.number, run.plan.tokens_per_second, speed),
+        ("plan_mfu", say.percent, planned.mfu, found.mfu),
+        ("plan_mfu_6n", say.percent, planned.mfu_without_attention, found.mfu_without_attention),
+        ("plan_peak", _tera, planned.peak_flops, None),
         ("plan_micro_batch", say.number, run.plan.micro_batch_size, run.settings.micro_batch_size),
         ("plan_available", say.size, run.plan.available_bytes, None),
     )
-    return [(say(key), write(planned), write(found)) for key, write, planned, found in rows if planned is not None]
+    return [(say(key), write(plan), write(measured)) for key, write, plan, measured in rows if plan is not None]
 
 
 def provenance(run: RecordedRun, say: Wording) -> list[tuple[str, list[tuple[str, str]]]]:

@@ -146,6 +146,7 @@ TASK_SCORE = record(
     difference_interval=interval,
 )
 TASKS = record(lists=by_name(integer), harness=text, scores=many(TASK_SCORE))
+UTILIZATION = record(mfu=number, mfu_without_attention=number, peak_flops=number, peak=text)
 RUN = record(
     name=text,
     status=lambda value: value if value in STATUSES else "unknown",
@@ -159,13 +160,21 @@ RUN = record(
     comparison=lambda value: COMPARISON(value) if isinstance(value, dict) else None,
     sources=many(SOURCE),
     tasks=TASKS,
-    energy=record(joules=number, seconds=number),
+    energy=record(joules=number, seconds=number, source=text),
     english=lambda value: ENGLISH(value) if isinstance(value, dict) else None,
     ended_by=text,
     model_step=integer,
     selection=lambda value: SELECTION(value) if isinstance(value, dict) else None,
-    plan=record(micro_batch_size=integer, memory_bytes=integer, available_bytes=integer, tokens_per_second=number),
+    plan=record(
+        micro_batch_size=integer,
+        memory_bytes=integer,
+        available_bytes=integer,
+        tokens_per_second=number,
+        utilization=UTILIZATION,
+    ),
     tokens_per_second=number,
+    tokens_per_second_after_first_step=number,
+    utilization=UTILIZATION,
     memory_bytes=integer,
     seconds=number,
     notices=many(text),

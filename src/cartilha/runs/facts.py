@@ -14,6 +14,7 @@ from cartilha.runs.setup import Run
 from cartilha.runs.sources import sources_of
 from cartilha.tokens.store import TokenStore
 from cartilha.tokens.store_checks import read_store_info
+from cartilha.training.state import StepRecord, rates
 
 
 def _datasets(config: TrainConfig) -> list[dict[str, Any]]:
@@ -76,3 +77,10 @@ def facts(run: Run) -> dict[str, Any]:
         "machine": machine,
         "versions": versions(),
     }
+
+
+def speed(run: Run, first: StepRecord | None) -> dict[str, Any]:
+    """What results.json records of the training's speed; `first` is this command's first step, which may compile."""
+    found = rates(run.state.progress, first)
+    rate = found["tokens_per_second_after_first_step"] or found["tokens_per_second"]
+    return {**found, "utilization": run.plan.utilization(rate / world()[1]) if rate else None}

@@ -14,6 +14,7 @@ from cartilha.errors import UserError, counted, first_line
 from cartilha.machine.cpu import cpu_matmul_rate
 from cartilha.machine.devices import dtype_name
 from cartilha.machine.memory import available_memory_bytes
+from cartilha.machine.peaks import data_sheet_flops
 from cartilha.model.adapters import Adapter
 from cartilha.model.attention import choose_kernel
 from cartilha.model.products import cpu_product_dtype
@@ -24,6 +25,8 @@ from cartilha.training.device_facts import (
     DeviceFacts,
     flops_per_token,
     max_tokens_on_this_cpu,
+    parameter_flops,
+    utilization,
 )
 from cartilha.training.memory import SAFETY, MemoryModel, StepMemory, best_step
 from cartilha.training.optimizer import StateSize
@@ -42,7 +45,9 @@ def this_machine(device: torch.device, dtype: torch.dtype) -> DeviceFacts:
     if on_cuda:
         name, flops = torch.cuda.get_device_name(device), _cuda_matmul_flops(device, dtype)
         workspaces = 64 * 2**20  # the context is there already and is not free any more
-        return DeviceFacts(name, memory, dtype, kernel, flops, CUDA_SHARE, workspaces, MAX_TOKENS_GPU)
+        total = torch.cuda.get_device_properties(device).total_memory
+        facts = DeviceFacts(name, memory, dtype, kernel, flops, CUDA_SHARE, workspaces, MAX_TOKENS_GPU)
+        return replace(facts, total_bytes=total, sheet_flops=data_sheet_flops(name, dtype_name(dtype)))
     flops, most = 1e9 * cpu_matmul_rate(dtype_name(cpu_product_dtype(dtype))), max_tokens_on_this_cpu(dtype)
     return DeviceFacts("this machine", memory, dtype, kernel, flops, CPU_SHARE, PROGRAM_BYTES, most, kind=device.type)
 
@@ -89,6 +94,11 @@ class RunPlan:
         """Of all parts together."""
         return self.memory.total if self.memory else None
 
+    def utilization(self, tokens_per_second: float) -> dict[str, Any]:
+        """The share of the device's peak that one process uses at this speed."""
+        of_parameters = parameter_flops(self.size.num_active_parameters, self.size.num_frozen_active)
+        return utilization(self.device, tokens_per_second, self.flops_per_token, of_parameters)
+
     @property
     def values(self) -> dict[str, Any]:
         """The contents of plan.json."""
@@ -103,6 +113,7 @@ class RunPlan:
             "memory_bytes": self.memory_bytes,
             "memory": asdict(self.memory) if self.memory else None,
             "tokens_per_second": self.tokens_per_second,
+            "utilization": self.utilization(self.tokens_per_second),
             "estimated": True,
         }
 

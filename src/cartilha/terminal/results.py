@@ -186,10 +186,7 @@ def _plan(result: Values) -> Parts:
     sizes = dict.fromkeys(f"x {row['micro_batch_size']}" for row in result["rows"])
     yield FittingTable(("GiB by micro-batch", "block", *sizes), places.values())
     yield FittingTable(_PROFILE_TITLES, map(_profile, result["profiles"]), words=(0, 6))
-    titles = ("device", "block", "micro-batch", "tokens/s", "an epoch", "hours", "price")
-    tokens = result["batch_tokens"]
-    title = f"Tokens per step: {AUTO_BATCH if tokens == 'auto' else f'{tokens:,}'}"
-    yield FittingTable(titles, map(_recommended, result["recommended"]), title=title)
+    yield _speeds(result)
     shown: dict[str, Values] = {}
     some_shard = any(row["sharded"] for row in result["recommended"])
     for row in result["recommended"]:
@@ -208,7 +205,10 @@ def _plan(result: Values) -> Parts:
             {**one, "share": f"{one['share']:.1%}", "passes": f"{one['passes']:.2f}"} for one in result["sources"]
         ]
         yield FittingTable(columns, [[one[name] for name in names] for one in sources], words=(0,))
-    yield "~: an estimate, from the device's peak and the share of it that is expected. -: does not fit."
+    yield (
+        "~: an estimate, from the device's peak and the share of it that is expected. -: does not fit. MFU: the share "
+        "of the device's peak that training uses, attention included."
+    )
     if (gpus := result["gpus"]) > 1:
         yield (
             f"Of {gpus} cards together, without the time in which they exchange gradients and weights; GiB are of each "
@@ -244,12 +244,26 @@ def _profile(row: Values) -> list[str]:
     return [f"{row['device']}: {row['profile']}", *numbers, "yes" if row["fits"] else "no", row["remedy"] or ""]
 
 
+def _speeds(result: Values) -> FittingTable:
+    """Speed, time and price with the largest micro-batch that fits; columns without a figure are left out."""
+    titles = ("device", "block", "micro-batch", "tokens/s", "MFU", "an epoch", "hours", "price")
+    tokens = result["batch_tokens"]
+    title = f"Tokens per step: {AUTO_BATCH if tokens == 'auto' else f'{tokens:,}'}"
+    recommended = list(map(_recommended, result["recommended"]))
+    filled = [place for place in range(len(titles)) if any(row[place] for row in recommended)]
+    cells = [[row[place] for place in filled] for row in recommended]
+    return FittingTable([titles[place] for place in filled], cells, title=title)
+
+
 def _recommended(row: Values) -> list[str]:
-    rate = f"{'~' if row['estimated'] else ''}{row['tokens_per_second']:,.0f}" if row["tokens_per_second"] else ""
+    rate = used = ""
+    if row["tokens_per_second"]:
+        sign = "~" if row["estimated"] else ""
+        rate, used = f"{sign}{row['tokens_per_second']:,.0f}", f"{sign}{row['mfu']:.0%}"
     epoch = f"{row['seconds_per_epoch'] / 60:,.0f} min" if row["seconds_per_epoch"] else ""
     costs = [f"{row[name]:,.2f}" if row[name] is not None else "" for name in ("hours", "price")]
     size = str(row["micro_batch_size"]) if row["fits"] else "-"
-    return [row["device"], str(row["block_size"]), size, rate, epoch, *costs]
+    return [row["device"], str(row["block_size"]), size, rate, used, epoch, *costs]
 
 
 def _train(result: Values) -> Parts:
@@ -264,11 +278,16 @@ def _train(result: Values) -> Parts:
     if result["settings"].get("context"):
         yield FittingTable(("position", "tokens", "nats before", "after"), _by_position(before, after))
     yield f"Protocol: {protocol_line(after['protocol'])}; {counted(after['num_tokens'], 'held-out token')}."
-    if result.get("tokens_per_second"):
-        rate = f"{result['tokens_per_second']:,.0f} tokens/s"
-        if result.get("tokens_per_second_after_first_step"):
-            rate += f"; {result['tokens_per_second_after_first_step']:,.0f} after the first step"
-        yield f"Trained {counted(result['tokens'], 'token')} in {result['seconds']:.0f} s ({rate})."
+    if rate := result.get("tokens_per_second"):
+        speed = f"{rate:,.0f} tokens/s"
+        if later := result.get("tokens_per_second_after_first_step"):  # which may compile
+            speed = f"{later:,.0f} tokens/s, {rate:,.0f} with the first step"
+        yield f"Trained {counted(result['tokens'], 'token')} in {result['seconds']:.0f} s ({speed})."
+    if used := result.get("utilization"):
+        yield (
+            f"That is {used['mfu']:.0%} of the device's {used['peak_flops'] / 1e12:,.3g} TFLOP/s ({used['peak']}; MFU),"
+            f" {used['mfu_without_attention']:.0%} by 6N alone."
+        )
     yield from _english(result.get("english"))
     held = ""
     if result.get("model_step") not in (None, result["steps"]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig
@@ -30,17 +31,26 @@ class DeviceFacts:
     overhead_bytes: int  # the program and the device's context
     max_tokens: int  # tokens per forward pass beyond which a larger micro-batch brings nothing
     kind: str = "cuda"  # or `mps`, `cpu`
+    total_bytes: int | None = None  # of a GPU, where `memory_bytes` is what is free of it
+    sheet_flops: float | None = None  # the maker's figure, where `peak_flops` was measured
 
     @property
     def is_host(self) -> bool:
         """Whether its memory is the host's, which also holds the copy of a checkpoint that is being written."""
         return self.kind != "cuda"
 
+    @property
+    def ideal_flops(self) -> float:
+        """Operations per second that its use is a share of: the maker's figure if it is known, else the measured."""
+        return self.sheet_flops or self.peak_flops
+
     def computation(
         self, *, checkpointing: bool, dropout: bool = False, adapter: Adapter | None = None, lean: bool = False
     ) -> Computation:
         """How a training step is computed there; with bfloat16 weights (`lean`) never in float32."""
         how = Computation(self.dtype, self.kernel, self.kind == "cpu", checkpointing, dropout, adapter)
+        if self.kind == "cuda":
+            how = replace(how, gpu_bytes=self.total_bytes or self.memory_bytes)
         if not lean:
             return how
         dtype = torch.bfloat16 if self.dtype == torch.float32 else self.dtype
@@ -61,7 +71,7 @@ PROGRAM_BYTES = GIB // 2  # Python, torch, transformers, pyarrow, pandas: reside
 # products in bf16, where every micro-batch casts the weights, 10 % (docs/log.md).
 FLOAT32_TOKENS_PER_THREAD, HALF_TOKENS_PER_THREAD, MAX_TOKENS_CPU = 256, 1024, 4096
 TOKENS_LAPTOP = 8 * FLOAT32_TOKENS_PER_THREAD
-MAX_TOKENS_GPU = 32_768
+MAX_TOKENS_GPU = 131_072  # and no more than fit
 
 # Memory is what nvidia-smi shows as total. The shares are cautious: for an A100 the exercise's own rule (40 %), for an
 # H100 what llm.c publishes for this size (468 k tokens/s, 35 % by 6N), for a T4 less, since it has no flash attention.
@@ -84,15 +94,35 @@ def max_tokens_on_this_cpu(dtype: torch.dtype) -> int:
     return min(MAX_TOKENS_CPU, per_thread * torch.get_num_threads())
 
 
-def flops_per_token(config: PretrainedConfig, num_parameters: int, block_size: int, num_frozen: int = 0) -> int:
-    """Operations per token of training: 6 per parameter (2 forward, 4 backward; arXiv:2001.08361), and attention's.
+def parameter_flops(num_parameters: int, num_frozen: int = 0) -> int:
+    """Operations per token that training takes for parameters: 6 for each (2 forward, 4 backward; arXiv:2001.08361).
 
     The parameters are those that compute a token, without idle experts. Those that are frozen below an adapter take 4,
     since they have no gradient of their own.
+    """
+    return 6 * num_parameters - 2 * num_frozen
+
+
+def flops_per_token(config: PretrainedConfig, num_parameters: int, block_size: int, num_frozen: int = 0) -> int:
+    """Operations per token of training: those of parameters (`parameter_flops`), and attention's.
 
     Its scores and weighted sums take 12 L d T (arXiv:2204.02311, appendix B), ignoring causality. Models that have no
     attention (Mamba) take only the former.
     """
     num_heads = getattr(config, "num_attention_heads", None)
     width = int(num_heads) * head_size(config) if num_heads else 0
-    return 6 * num_parameters - 2 * num_frozen + 12 * int(config.num_hidden_layers) * width * block_size
+    attention = 12 * int(config.num_hidden_layers) * width * block_size
+    return parameter_flops(num_parameters, num_frozen) + attention
+
+
+def utilization(facts: DeviceFacts, tokens_per_second: float, flops: int, flops_of_parameters: int) -> dict[str, Any]:
+    """The share of a device's peak that training uses (MFU, arXiv:2204.02311), with and without attention's operations.
+
+    Layers that are computed a second time count once.
+    """
+    return {
+        "mfu": tokens_per_second * flops / facts.ideal_flops,
+        "mfu_without_attention": tokens_per_second * flops_of_parameters / facts.ideal_flops,
+        "peak_flops": facts.ideal_flops,
+        "peak": "data sheet" if facts.sheet_flops else "measured",
+    }

@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 
 from cartilha.errors import UserError
 from cartilha.model.attention import KERNELS
-from cartilha.model.loss import CHUNK_TOKENS
+from cartilha.model.loss import CHUNK_TOKENS, chunk_tokens
 from cartilha.model.parts import text_config
 from cartilha.model.rows import ROWS
 from cartilha.training.device_facts import DeviceFacts
@@ -62,7 +62,8 @@ class MemoryModel:
         shares: int = 1,
     ) -> None:
         self._config = text_config(config)
-        self._how = replace(how, sharded=shares > 1)
+        self._how = replace(how, sharded=shares > 1, gpu_bytes=0)
+        self._chunk = chunk_tokens(int(self._config.vocab_size), how.dtype, how.gpu_bytes)
         self._overhead = overhead_bytes
         self.size = size or StateSize.planned(config, adapter=how.adapter)
         self.shares = shares  # processes that a sharded model is shared out over
@@ -136,18 +137,21 @@ class MemoryModel:
         )
 
     def _traced(self, rows: int, row_length: int, gives_back: bool) -> StepBytes:
-        # Beyond the tokens that fill a chunk of logits, on the line through two larger points.
-        full = -(-CHUNK_TOKENS // row_length)
-        if rows <= full:
+        # Beyond the tokens that fill a chunk of logits, on the line through two larger points; a GPU's larger chunk is
+        # filled along another line.
+        few, full = (-(-tokens // row_length) for tokens in (CHUNK_TOKENS, self._chunk))
+        if rows <= few:
             return self._trace(rows, row_length, gives_back)
-        one, two = (self._trace(rows, row_length, gives_back) for rows in (full, 2 * full))
-        return one.toward(two, rows / full - 1)
+        begin, end = (few, full) if rows <= full else (full, 2 * full)
+        one, two = (self._trace(rows, row_length, gives_back) for rows in (begin, end))
+        return one.toward(two, (rows - begin) / (end - begin))
 
     def _trace(self, rows: int, row_length: int, gives_back: bool) -> StepBytes:
         # Where what is kept depends on the number of tokens alone, one long row stands for all.
         if self._how.kernel != ROWS and KERNELS[self._how.kernel].counts_tokens_only:
             rows, row_length = 1, rows * row_length
-        return traced_step(self._config, rows, row_length, replace(self._how, gives_back=gives_back))
+        how = replace(self._how, gives_back=gives_back, chunk=min(self._chunk, rows * row_length))
+        return traced_step(self._config, rows, row_length, how)
 
 
 def best_step(model: MemoryModel, facts: DeviceFacts, block_size: int, blocks_per_step: int) -> tuple[int, StepMemory]:

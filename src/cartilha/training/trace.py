@@ -65,6 +65,8 @@ class Computation:
     adapter: Adapter | None = None  # which alone is trained
     sharded: bool = False  # layers are gathered in `dtype`, so that no copies of them are cast
     weights: torch.dtype = torch.float32
+    gpu_bytes: int = 0  # all of a GPU's memory, which decides `chunk`
+    chunk: int = CHUNK_TOKENS  # tokens whose logits are there at a time
     gives_back: bool = False  # each gradient is freed in the backward pass, as soon as its parameter has been stepped
 
 
@@ -219,6 +221,11 @@ def _from_short_rows(
     """
     if how.dtype == torch.float16:
         how = replace(how, dtype=torch.bfloat16)  # which takes as many bytes
+    how, usual = (replace(how, chunk=chunk) for chunk in (max(how.chunk, CHUNK_TOKENS), CHUNK_TOKENS))
+    if num_tokens > how.chunk > CHUNK_TOKENS:  # logits grow until they fill the chunk
+        sizes = ((how.chunk, how), (num_tokens, usual), (how.chunk, usual))
+        parts = (astuple(_from_short_rows(config_json, num_layers, size, row_length, one)) for size, one in sizes)
+        return StepBytes(*(full + more - same for full, more, same in zip(*parts, strict=True)))
     first, second = SHORT_ROWS
     shapes = ((CHUNK_TOKENS // first, first), (2 * CHUNK_TOKENS // first, first), (CHUNK_TOKENS // second, second))
     traces = (astuple(_of_layers(config_json, num_layers, *shape, how)) for shape in shapes)
@@ -288,7 +295,8 @@ def _pass(model: PreTrainedModel, live: _LiveBytes, rows: int, row_length: int, 
     ids = torch.zeros(rows, row_length, dtype=torch.long)
     positions, targets = torch.zeros_like(ids), torch.zeros_like(ids)
     if how.kernel != ROWS:
-        segments = KERNELS[how.kernel].traced(rows, row_length)
+        with nullcontext() if how.dtype == torch.float32 else torch.autocast("cpu", how.dtype):
+            segments = KERNELS[how.kernel].traced(rows, row_length)
         arguments: dict[str, Any] = {"position_ids": positions, "segments": segments}
     else:
         arguments = {"attention_mask": torch.ones_like(ids)}
@@ -299,7 +307,7 @@ def _pass(model: PreTrainedModel, live: _LiveBytes, rows: int, row_length: int, 
             hidden = head_inputs(model, output.last_hidden_state).flatten(0, 1)
         del output
         kept = float(live.now)
-        loss = linear_cross_entropy(hidden, head_of(model), targets.flatten(), how.dtype)
+        loss = linear_cross_entropy(hidden, head_of(model), targets.flatten(), how.dtype, how.chunk)
     del hidden
     loss.backward()
     if not model.get_input_embeddings().weight.requires_grad:  # below an adapter the way back ends in the first layer
