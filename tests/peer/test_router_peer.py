@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from test_every_type import gradients
 from test_loss_peer import pack, segments_of
-from tiny_types import tiny_model
+from tiny_types import tiny_config, tiny_model
 from transformers import PreTrainedModel
 
 from cartilha.blocks.packing import IGNORE_INDEX, Batch
+from cartilha.errors import UserError
 from cartilha.model.forward import batch_losses, batch_nll
-from cartilha.model.load import prepare_model
+from cartilha.model.load import look_at, prepare_model
 from cartilha.model.packed_or_rows import runs_packed
 from cartilha.model.recomputation import checkpoint_layers
 from cartilha.model.router import router_loss_of
@@ -68,6 +69,25 @@ def test_total_loss_and_gradients_are_those_of_transformers(model_type):
     for name, weight in model.named_parameters():
         if weight.grad is not None:
             assert (weight.grad - theirs[name]).norm() <= 2e-5 * max(float(theirs[name].norm()), 1e-3 * largest), name
+
+
+def test_weights_in_half_precision_have_it_too():
+    model = prepare_model(built("mixtral").bfloat16(), "mixtral", CPU).model
+    found = router_loss_of(model)
+    assert found is not None and found.factor == pytest.approx(FACTOR, rel=1e-5)
+
+
+def test_a_mixture_whose_first_layers_have_no_experts_is_looked_at():
+    config = tiny_config("flint")  # two layers without experts, with which transformers cannot compute the loss
+    config.output_router_logits = True
+    assert look_at(config, "flint").how.packed
+
+
+def test_a_model_whose_router_mixes_tokens_is_refused():
+    config = tiny_config("doge")
+    config.is_moe, config.num_experts, config.num_experts_per_tok = True, 16, 2
+    with pytest.raises(UserError, match="a position sees what comes after it"):
+        look_at(config, "doge")
 
 
 def test_without_being_asked_for_it_is_left_out():

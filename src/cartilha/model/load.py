@@ -183,6 +183,7 @@ def _settle(model: PreTrainedModel) -> None:
     if model.dtype != torch.float32:  # whose rounding would hide it
         found = look_at(model.config, model.config.model_type)
         model.head_shape = found.head_shape  # type: ignore[assignment]  # torch types attributes as modules and tensors
+        find_router_loss(model)
         use_document_attention(model, found.how)
         return
     if not is_known(model.config):
@@ -249,6 +250,8 @@ def _reduced(settings: dict[str, Any]) -> PretrainedConfig:
     settings = with_layers(settings, min(num_layers, MAX_PROBE_LAYERS))
     widths = {name: settings[name] for name in WIDTHS if isinstance(settings.get(name), int)}
     settings |= {name: min(width, PROBE_WIDTH) for name, width in widths.items()}
+    if "output_router_logits" in settings:  # the first layers may have no experts
+        settings["output_router_logits"] = False
     num_ids = min(settings["vocab_size"], PROBE_IDS)
     for name, value in settings.items():
         if name.endswith("_token_id") and isinstance(value, int) and value >= num_ids:
