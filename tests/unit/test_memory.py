@@ -260,7 +260,7 @@ def test_a_model_that_goes_token_by_token_is_traced_in_short_rows_with_the_same_
     config = MambaConfig(state_size=4, **sizes)
     key = json.dumps(copy.deepcopy(config).to_dict(), sort_keys=True, default=str)
     how = Computation(torch.float32, ROWS, on_cpu=False)
-    monkeypatch.setattr(trace, "PROBED_ROWS", trace.SHORT_ROWS)
+    monkeypatch.setattr(trace, "PROBED_ROWS", (8, 16))
     assert trace._goes_token_by_token(key)
     found, expected = (find(key, 1, *shape, how) for find, shape in (
         (trace._from_short_rows, (96, 32)), (trace._of_layers, (3, 32))

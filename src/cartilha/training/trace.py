@@ -188,7 +188,7 @@ def parts_of(config: PretrainedConfig, adapter: Adapter | None = None) -> Parts:
     )
 
 
-SHORT_ROWS = (8, 16)  # in which models that go token by token are traced
+SHORT_ROWS = (4, 8)  # in which models that go token by token are traced
 PROBED_ROWS = (64, 128)  # whether they do is seen in these: other models go through them in one piece, or in two
 
 
