@@ -11,7 +11,6 @@ from cartilha.config import TrainConfig
 from cartilha.errors import UserError
 from cartilha.runs.files import read_results
 from cartilha.storage import new_directory, write_json
-from cartilha.training.checkpoint import has_states
 from cartilha.training.schedule import DECAY_FRACTION, Schedule
 
 # Settings that the checkpoint's run had not.
@@ -63,6 +62,8 @@ def _schedule_of(run: Path) -> Schedule:
 
 def copy_trunk(checkpoint: str, output: Path) -> None:
     """Begin the run in `output` with one checkpoint of another run, and with that run's history."""
+    from cartilha.training.checkpoint import has_states  # which loads torch, and no other command needs it
+
     run = Path(checkpoint).parent.parent
     if not has_states(Path(checkpoint)):
         raise UserError(
