@@ -122,8 +122,9 @@ def model_without_contents(
 ) -> PreTrainedModel:
     """A model of this configuration whose parameters have shapes alone; nothing is allocated."""
     if adapter is None:
-        with FakeTensorMode():
+        with FakeTensorMode(), no_init_weights():  # some look at their fresh weights (ModernBERT's decoder)
             model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+            model.tie_weights()
             return model
     with random_numbers_apart(), FakeTensorMode():
         return _adapted(copy.deepcopy(config), adapter)
@@ -259,6 +260,7 @@ def _traced(config_json: str, num_layers: int, rows: int, row_length: int, how: 
         if how.adapter is None:
             with no_init_weights():  # some cannot be begun with one layer (RWKV)
                 model = AutoModelForCausalLM.from_config(config, dtype=how.weights)
+            model.tie_weights()
         else:
             model = _adapted(config, how.adapter)
         model.head_shape = head_shape
