@@ -30,6 +30,7 @@ TIMES = {
     "seconds",
     "tokens_per_second",
     "tokens_per_second_after_first_step",
+    "utilization",
     "memory_bytes",
     "modified_ns",
     "checkpoint_seconds",

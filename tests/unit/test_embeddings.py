@@ -125,4 +125,5 @@ def test_the_shape_of_a_folder_is_read_from_its_config_alone(tmp_path: Path):
         weights.unlink()
     assert model_shape(str(tmp_path), byte_tokenizer()) == whole
     (tmp_path / "config.json").unlink()
+    byte_tokenizer().save(tmp_path)
     assert model_shape(str(tmp_path), byte_tokenizer()) is None
