@@ -25,7 +25,7 @@ from cartilha.training.state import TrainingState
 
 log = logging.getLogger("cartilha")
 
-SENT_BYTES = 32 * 2**20  # gradients that are copied together and summed in one exchange
+SENT_ALONE_BYTES = 2**16  # smaller gradients are copied together and summed in one exchange
 
 
 def sum_over_ranks(parameters: Sequence[nn.Parameter], loss: torch.Tensor, *, gradients: bool = True) -> None:
@@ -41,28 +41,17 @@ def sum_over_ranks(parameters: Sequence[nn.Parameter], loss: torch.Tensor, *, gr
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         tensors.append(parameter.grad)
-    for sent in _together(tensors):
-        flat = sent[0] if len(sent) == 1 else torch.cat([tensor.flatten() for tensor in sent])
-        dist.all_reduce(flat)
-        if len(sent) > 1:
-            sums = flat.split([tensor.numel() for tensor in sent])
-            torch._foreach_copy_(sent, [part.view_as(tensor) for part, tensor in zip(sums, sent, strict=True)])
-
-
-def _together(tensors: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
-    """The tensors in the order given, as many of one dtype together as `SENT_BYTES` hold; larger ones go alone.
-
-    A sum over the ranks takes as long for ten numbers as for ten thousand, and most of a model's tensors are small.
-    """
-    found: list[list[torch.Tensor]] = []
-    size = 0
-    for tensor in tensors:
-        size += tensor.nbytes
-        if not found or size > SENT_BYTES or tensor.dtype != found[-1][0].dtype:
-            found.append([])
-            size = tensor.nbytes
-        found[-1].append(tensor)
-    return found
+    # Gloo sums large tensors at the same time; together they would take 2.6 times as long. Of small ones, the exchanges
+    # themselves are what takes the time.
+    small = [tensor for tensor in tensors if tensor.nbytes < SENT_ALONE_BYTES and tensor.dtype == loss.dtype]
+    alone = {id(tensor) for tensor in tensors} - {id(tensor) for tensor in small}
+    flat = torch.cat([tensor.flatten() for tensor in small])
+    sent = [flat, *(tensor for tensor in tensors if id(tensor) in alone)]
+    for work in [dist.all_reduce(tensor, async_op=True) for tensor in sent]:
+        assert work is not None
+        work.wait()
+    sums = flat.split([tensor.numel() for tensor in small])
+    torch._foreach_copy_(small, [part.view_as(tensor) for part, tensor in zip(sums, small, strict=True)])
 
 
 def agree(seconds: float, micro_batch_size: int) -> tuple[float, int]:
