@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +169,11 @@ def test_a_run_on_scratch_is_copied_whole(store, tmp_path, undisturbed, patient,
 def vanish(drive: Path) -> None:
     """The drive disconnects: where it was mounted is something else now."""
     drive.rename(drive.with_name("away"))
-    drive.write_text("not connected")
+    while not drive.is_file():
+        with suppress(IsADirectoryError):
+            drive.write_text("not connected")
+        if drive.is_dir():  # made meanwhile by the copy
+            shutil.rmtree(drive, ignore_errors=True)
 
 
 def come_back(drive: Path) -> None:

@@ -165,6 +165,21 @@ def test_killed_and_resumed_equals_unbroken(unbroken, store, tmp_path, during_st
     assert_same_run(run, unbroken)
 
 
+def test_killed_after_the_last_checkpoint_and_before_older_ones_are_removed(store, tmp_path, monkeypatch):
+    def killed(path: Path, keep: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cartilha.training.checkpoint.remove_older", killed)
+    monkeypatch.setattr("cartilha.pipeline.train.can_write_in_background", lambda device, size: False)
+    path = tmp_path / "run"
+    while not list(path.glob("checkpoints/*3")):  # each start comes one step further
+        with pytest.raises(KeyboardInterrupt):
+            start(store, path, resume="auto", checkpoint_steps=1, max_steps=3, keep_last=1)
+    monkeypatch.undo()
+    start(store, path, resume="auto", checkpoint_steps=1, max_steps=3, keep_last=1)
+    assert [folder.name for folder in (path / "checkpoints").iterdir()] == ["step-00000003"]
+
+
 def test_killed_before_the_first_checkpoint_begins_anew(unbroken, store, tmp_path, during_step):
     during_step({2: lambda: shutil.copytree(tmp_path / "run", tmp_path / "killed")})
     start(store, tmp_path / "run")

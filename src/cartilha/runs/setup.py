@@ -43,6 +43,7 @@ from cartilha.training.checkpoint import (
     newest_sound_checkpoint,
     read_settings,
     refuse_if_dropped,
+    remove_older,
     space_needed,
 )
 from cartilha.training.device_facts import GIB, DeviceFacts
@@ -219,6 +220,8 @@ def assemble(config: TrainConfig, path: Path, prompts: GenerateConfig, resume: b
             load_checkpoint(checkpoint, state)
         if is_main_process() and state.progress.step < schedule.num_steps:
             refuse_if_dropped(path)
+        if is_main_process() and checkpoint.parents[1] == path:  # a kill can come between writing and removing
+            remove_older(checkpoint, config.keep_last)
         log.info("Going on from step %d (%s).", state.progress.step, checkpoint)
     share_state(state, config.seed)
     if not prompts.prompt:

@@ -132,12 +132,18 @@ def write_checkpoint(run: Path, frozen: FrozenState, validation_loss: float | No
             files[name] = {"size": file.stat().st_size, "sha256": file_sha256(file)}
         manifest = {"format_version": FORMAT_VERSION, "validation_loss": validation_loss, "files": files}
         write_sealed_json(temporary / "manifest.json", manifest)
-    earlier = [other for other in list_checkpoints(run) if other <= path]
-    kept = {*earlier[-keep:], best_checkpoint(earlier)}
+    remove_older(path, keep)
     for other in list_checkpoints(run):
-        if other not in kept:
+        if other > path:
             shutil.rmtree(other, ignore_errors=True)
     return path
+
+
+def remove_older(path: Path, keep: int) -> None:
+    """Remove the checkpoints before `path`, which is whole, except the newest `keep` (with it) and the best."""
+    earlier = [other for other in list_checkpoints(path.parents[1]) if other <= path]
+    for other in {*earlier} - {*earlier[-keep:], best_checkpoint(earlier)}:
+        shutil.rmtree(other, ignore_errors=True)
 
 
 def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
