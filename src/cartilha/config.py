@@ -18,6 +18,7 @@ from cartilha.option_groups import (
     QualityOptions,
     ReadingOptions,
     ScoringOptions,
+    SelectionOptions,
     WeightDtype,
 )
 from cartilha.settings import Settings, deciding, option, options
@@ -45,7 +46,7 @@ REF_HELP = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrepareConfig(ReadingOptions, QualityOptions):
+class PrepareConfig(ReadingOptions, QualityOptions, SelectionOptions):
     """Text to a token store: read, deduplicate exactly, split by document, tokenize."""
 
     input: tuple[str, ...] = option((), REF_HELP, required=True)
@@ -58,26 +59,6 @@ class PrepareConfig(ReadingOptions, QualityOptions):
     validation_first: int | None = deciding(None, "hold out the first so many documents instead")
     validation_input: tuple[str, ...] = option((), f"hold out these texts instead: {REF_HELP}")
     seed: int = deciding(0, "chooses which documents are held out")
-    select_tokens: str | None = deciding(
-        None, "train on so many tokens of the input, or such a share of them (5m, 20%), drawn at random or by --like"
-    )
-    select_for: str | None = deciding(
-        None,
-        "instead: as many tokens as --model trains on in this time (50m, 1h30m), measured on this machine",
-    )
-    like: tuple[str, ...] = option(
-        (), "with either of them: draw documents that read like these texts, of which some are held out instead"
-    )
-    stream_best: str | None = deciding(
-        None,
-        "with --select_tokens: stop reading once the best share (5%) of the text, by a first sample, holds them",
-    )
-    keep_pool: bool = option(
-        False,
-        "keep what was read beside the store, so that --overwrite with another --select_tokens reads nothing anew",
-    )
-    weights: tuple[str, ...] = deciding((), "for each --input, its share of the tokens (0.95 0.05)")
-    max_repeats: int = deciding(4, "with --weights: repeat an input this often at most, before others are cut")
     clean: tuple[str, ...] = deciding(
         ("none",), "web: what text from the web needs; fineweb: FineWeb-2's rules; steps by name; none (extra text)"
     )

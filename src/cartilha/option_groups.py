@@ -53,6 +53,32 @@ class QualityOptions(Settings):
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class SelectionOptions(Settings):
+    """Which of the text is trained on, and how much of it."""
+
+    select_tokens: str | None = deciding(
+        None, "train on so many tokens of the input, or such a share of them (5m, 20%), drawn at random or by --like"
+    )
+    select_for: str | None = deciding(
+        None,
+        "instead: as many tokens as --model trains on in this time (50m, 1h30m), measured on this machine",
+    )
+    like: tuple[str, ...] = option(
+        (), "with either of them: draw documents that read like these texts, of which some are held out instead"
+    )
+    stream_best: str | None = deciding(
+        None,
+        "with --select_tokens: stop reading once the best share (5%) of the text, by a first sample, holds them",
+    )
+    keep_pool: bool = option(
+        False,
+        "keep what was read beside the store, so that --overwrite with another --select_tokens reads nothing anew",
+    )
+    weights: tuple[str, ...] = deciding((), "for each --input, its share of the tokens (0.95 0.05)")
+    max_repeats: int = deciding(4, "with --weights: repeat an input this often at most, before others are cut")
+
+
 WeightDtype = Literal["float32", "bfloat16"]
 WEIGHTS_HELP = "type in which weights are kept; bfloat16 takes half the memory and changes figures a little"
 

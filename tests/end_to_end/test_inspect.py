@@ -68,7 +68,7 @@ def test_a_document_by_its_number_and_by_its_id(cartilha, store, split):
 def test_every_block_shows_the_documents_in_it(cartilha, store, block_size):
     texts = {document.id: document.text for document in store.read_documents("train")}
     pieces: dict[str, str] = dict.fromkeys(texts, "")
-    walk = StoreWalk(str(store.path))
+    walk = StoreWalk(store)
     num_blocks = looked(cartilha, store.path, "--block", 1, "--block_size", block_size)["block"]["num_blocks"]
     numbers = {document.id: number for number, document in enumerate(store.read_documents("train"), 1)}
     for number in range(1, num_blocks + 1):

@@ -31,6 +31,7 @@ from cartilha.pipeline.evaluate import evaluate
 from cartilha.pipeline.explore import open_explorer
 from cartilha.pipeline.prepare import prepare
 from cartilha.reporting.wording import _strings
+from cartilha.tokens.store import TokenStore
 
 TEXT = "O sertão é do tamanho do mundo. 😀 Não?"
 EN, PT = PageWording("en"), PageWording("pt")
@@ -167,7 +168,7 @@ def test_text_from_outside_is_escaped_everywhere(explorer: Explorer, store: Path
     shaping = Shaping()
     view = Answers(explorer, say).reading(attack)
     begun = Answers(explorer, say).new_draft("A", attack, shaping)
-    walk = dataclasses.replace(explorer, walk=StoreWalk(str(store)))
+    walk = dataclasses.replace(explorer, walk=StoreWalk(TokenStore(store)))
     answers = [
         view.notices,
         *view.readings.values(),
@@ -281,7 +282,7 @@ def test_the_three_ways_are_those_of_generate(explorer: Explorer) -> None:
 
 
 def test_a_store_is_walked_document_by_document(store: Path) -> None:
-    walk = StoreWalk(str(store))
+    walk = StoreWalk(TokenStore(store))
     total = walk.store.counts["train"].num_documents
     texts = [document.text for document in walk.store.read_documents("train")]
     for number in range(total):
@@ -294,7 +295,7 @@ def test_a_store_is_walked_document_by_document(store: Path) -> None:
 
 
 def test_blocks_hold_every_training_token_once_with_their_boundaries(store: Path) -> None:
-    walk = StoreWalk(str(store))
+    walk = StoreWalk(TokenStore(store))
     counts = walk.store.counts["train"]
     first = walk.block(0, 32, seed=3, epoch=1)
     kinds: dict[str, int] = {}
@@ -317,12 +318,15 @@ def test_blocks_hold_every_training_token_once_with_their_boundaries(store: Path
 def test_a_store_that_went_away_is_a_sentence(store: Path, tmp_path: Path) -> None:
     copy = tmp_path / "store"
     shutil.copytree(store, copy)
-    walk = Explorer({}, StoreWalk(str(copy)))
+    walk = Explorer({}, StoreWalk(TokenStore(copy)))
     shutil.rmtree(copy)
     gone = Answers(walk, EN)
     for view in (gone.document("train", 1), gone.document("validation", 1), gone.block(1, 64, 0, 1)):
         assert "This did not work" in view.shown
-    assert "tamanho do bloco" in Answers(Explorer({}, StoreWalk(str(store))), PT).block(1, 0, 0, 1).shown
+    answers = Answers(Explorer({}, StoreWalk(TokenStore(store))), PT)
+    assert "tamanho do bloco" in answers.block(1, 0, 0, 1).shown
+    assert "época" in answers.block(1, 64, 0, 0).shown and "época" in answers.block(1, 64, 0, 10**9).shown
+    assert "época" not in answers.block(1, 64, 0, 1).shown
 
 
 # Words

@@ -22,7 +22,6 @@ from cartilha.explorer.wording import PageWording, Refusal
 from cartilha.explorer.writing import Draft, begin, continuations, draw, has_ended, next_logits, written
 
 MAX_NEW_TOKENS = 200
-MAX_EPOCHS = 1_000_000
 FAULTS = (UserError, OSError)  # what becomes a sentence
 
 
@@ -175,8 +174,9 @@ class Answers:
 
     def block(self, number: int, block_size: int, seed: int, epoch: int) -> WalkView:
         """Likewise a block of an epoch, which counts from 1, too."""
-        epoch = min(max(0, epoch - 1), MAX_EPOCHS)
-        return self._stored(number, lambda walk: walk.block(number - 1, block_size, seed, epoch), parts.stored_block)
+        return self._stored(
+            number, lambda walk: walk.block(number - 1, block_size, seed, epoch - 1), parts.stored_block
+        )
 
     def _stored(self, number: int, find: Callable[[StoreWalk], Any], show: Callable[..., str]) -> WalkView:
         assert self.explorer.walk is not None

@@ -18,6 +18,7 @@ from cartilha.tokens.store import TokenStore
 
 MAX_SHOWN_TOKENS = 2000
 MAX_BLOCK_SIZE = 8192
+MAX_EPOCHS = 1_000_000
 MAX_MIXED_EPOCHS = 100  # the order of a mixture is made from its beginning
 MAX_CHARACTER_BYTES = 4  # of UTF-8: so many tokens may share a character
 
@@ -87,13 +88,10 @@ class StoredBlock:
 
 
 class StoreWalk:
-    """An open store to be walked through, of which only the tokens looked at are read; its blocks may be of a mixture.
+    """A store to be walked through, of which only the tokens looked at are read; its blocks may be of a mixture."""
 
-    A UserError says that the directory is no store, or a damaged one.
-    """
-
-    def __init__(self, path: str | TokenStore, mixture: Mixture | None = None) -> None:
-        self.store = path if isinstance(path, TokenStore) else TokenStore(path)
+    def __init__(self, store: TokenStore, mixture: Mixture | None = None) -> None:
+        self.store = store
         self.mixture = mixture
         self._last: MixtureSampler | None = None  # a mixture's order is made document by document
         self.tokenizer = self.store.tokenizer()
@@ -116,10 +114,13 @@ class StoreWalk:
     def block(self, number: int, block_size: int, seed: int = 0, epoch: int = 0) -> StoredBlock:
         """A block of the training side, packed as `cartilha train` packs it for this seed and epoch.
 
-        A block size that does not exist, and a side without documents, are a Refusal.
+        A block size or an epoch that does not exist, and a side without documents, are a Refusal.
         """
+        num_epochs = MAX_EPOCHS if self.mixture is None else MAX_MIXED_EPOCHS
         if not 1 <= block_size <= MAX_BLOCK_SIZE:
             raise Refusal("bad_block_size", limit=MAX_BLOCK_SIZE, block_size=block_size)
+        if not 0 <= epoch < num_epochs:
+            raise Refusal("bad_epoch", limit=num_epochs, epoch=epoch + 1)
         documents = self.store.packed("train")
         if not len(documents):
             raise Refusal("no_documents")
@@ -128,7 +129,7 @@ class StoreWalk:
             num_blocks, names = len(stream), None
         else:
             sampler = self._sampler(self.mixture.documents, block_size, seed)
-            num_blocks, epoch = sampler.blocks_per_epoch, min(epoch, MAX_MIXED_EPOCHS)
+            num_blocks = sampler.blocks_per_epoch
             stream, first, names = sampler.stream(epoch), epoch * num_blocks, sampler.order
         number = min(max(number, 0), num_blocks - 1)
         block = stream.block(first + number)

@@ -146,11 +146,8 @@ def _check_adapter(config: configs.TrainConfig | configs.PlanConfig) -> None:
         raise UserError(
             f"A base in {config.lora_base} is not computed with in float32; leave out --dtype float32, or --lora_base."
         )
-    if (
-        config.lora is not None
-        and not config.lora_embeddings
-        and parse_share(config.embeddings_first, "embeddings_first")
-    ):
+    frozen = config.lora is not None and not config.lora_embeddings
+    if frozen and parse_share(config.embeddings_first, "embeddings_first"):
         raise UserError("--embeddings_first trains the embeddings, which --lora freezes; add --lora_embeddings.")
 
 
@@ -226,13 +223,11 @@ def _check_memory(config: configs.TrainConfig | configs.PlanConfig) -> None:
             raise UserError("Lean weights are not sharded; use --memory full, or --shard none.")
 
 
-def _check_mix_of(
-    config: configs.PlanConfig | configs.InspectConfig | configs.ExploreConfig, store: str | None
-) -> None:
+def _check_mix_of(mix: tuple[str, ...], store: str | None) -> None:
     """The mixture of a command that does not train."""
-    if config.mix and not store:
+    if mix and not store:
         raise UserError("--mix needs the store that gets the rest of the tokens; name it with --store.")
-    _check_mix(configs.TrainConfig(store=store or "", mix=config.mix))
+    _check_mix(configs.TrainConfig(store=store or "", mix=mix))
 
 
 def _check_mix(config: configs.TrainConfig) -> None:
@@ -249,7 +244,7 @@ def _plan(config: configs.PlanConfig) -> None:
     for name in config.device:
         if name not in known:
             raise UserError(f"There is no device {name!r} to plan for; choose from {', '.join(known)}.")
-    _check_mix_of(config, config.store)
+    _check_mix_of(config.mix, config.store)
     if config.expect and not config.store:
         raise UserError("--expect trains on a store for a few steps; name one with --store STORE.")
 
@@ -326,11 +321,11 @@ def _vocab(config: configs.VocabConfig) -> None:
 def _inspect(config: configs.InspectConfig) -> None:
     if config.mix and config.block is None:
         raise UserError("--mix is for the blocks of a mixture; say which one with --block.")
-    _check_mix_of(config, config.what)
+    _check_mix_of(config.mix, config.what)
 
 
 def _explore(config: configs.ExploreConfig) -> None:
-    _check_mix_of(config, config.store)
+    _check_mix_of(config.mix, config.store)
     if not config.models and not config.store:
         raise UserError("There is nothing to explore; name one or two models with --model, or a store with --store.")
     if len(config.models) > 2:

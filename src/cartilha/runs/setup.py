@@ -191,8 +191,7 @@ def assemble(config: TrainConfig, path: Path, prompts: GenerateConfig, resume: b
     memory: Any = recorded.get("memory", "auto") if config.memory == "auto" else config.memory
     shape, share = _configuration(config, tokenizer), -(-batch_tokens // config.block_size // world()[1])
     profile = from_rank_0(_profile(replace(config, memory=memory), shape, this_machine(device, dtype), share))
-    memory = profile.memory
-    config = replace(config, memory=memory, gradient_checkpointing=profile.checkpointing)
+    config = replace(config, memory=profile.memory, gradient_checkpointing=profile.checkpointing)
     dtype = torch.bfloat16 if profile.lean and dtype == torch.float32 else dtype
     sharded = is_to_be_sharded(config, profile, shape, device, dtype)
     loaded = _load(config, profile, tokenizer, device, sharded=sharded)
@@ -218,10 +217,10 @@ def assemble(config: TrainConfig, path: Path, prompts: GenerateConfig, resume: b
         check_settings(recorded, settings, path, allow_changes=config.allow_changes)
         if sharded or is_main_process():
             load_checkpoint(checkpoint, state)
-        if is_main_process() and state.progress.step < schedule.num_steps:
-            refuse_if_dropped(path)
-        if is_main_process() and checkpoint.parents[1] == path:  # a kill can come between writing and removing
-            remove_older(checkpoint, config.keep_last)
+        if is_main_process():
+            if state.progress.step < schedule.num_steps:
+                refuse_if_dropped(path)
+            remove_older(checkpoint, config.keep_last)  # a kill can come between writing and removing
         log.info("Going on from step %d (%s).", state.progress.step, checkpoint)
     share_state(state, config.seed)
     if not prompts.prompt:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from transformers import PretrainedConfig
@@ -36,7 +37,7 @@ class Profile:
         return f"{self.memory}, layers twice" if self.checkpointing else self.memory
 
     @property
-    def memory(self) -> str:
+    def memory(self) -> Literal["full", "lean"]:
         """`full` or `lean`, as `--memory` takes it."""
         return "lean" if self.lean else "full"
 
