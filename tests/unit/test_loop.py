@@ -63,6 +63,11 @@ def losses(records: list[StepRecord]) -> list[float]:
     return [float(record.loss) for record in records]
 
 
+def test_the_rate_of_the_first_step_of_a_time_budget_follows_its_expected_time():
+    schedule = Schedule(STEPS, 1e-3, warmup_fraction=0.4, final_lr_fraction=0.1, time_budget_s=1e6)
+    assert [steps(schedule=schedule, first_seconds=s)[0].lr for s in (0.0, 4e5)] == [5e-4, 1e-3]
+
+
 def test_two_threads_train_as_one():
     expected = losses(steps())
     torch.set_num_threads(2)

@@ -19,7 +19,7 @@ from cartilha.evaluation.corpus import score_in_shares
 from cartilha.evaluation.measures import Evaluation, make_evaluation
 from cartilha.machine.devices import seed_everything
 from cartilha.machine.memory import is_out_of_memory, peak_memory_bytes
-from cartilha.machine.processes import from_rank_0, gather_objects, is_lost_process, is_main_process
+from cartilha.machine.processes import from_rank_0, gather_objects, is_lost_process, is_main_process, world
 from cartilha.model.compiling import training_body
 from cartilha.model.load import save_model
 from cartilha.model.sharding import is_sharded, whole_model
@@ -126,8 +126,7 @@ def _run(config: TrainConfig, path: Path, prompts: GenerateConfig, notices: list
         check_space(run)
         values = values_at(path, run.step, values)
     record = RunWriter(path, from_rank_0(values), notices)
-    stop_file = Path(config.stop_file) if config.stop_file else None
-    with _recording_failures(record), listening_for_stop(stop_file) as stop:
+    with _recording_failures(record), listening_for_stop(Path(config.stop_file) if config.stop_file else None) as stop:
         record.update()  # the first file: from now on the directory is a run, which can be resumed
         if is_main_process():
             write_config(path, config)
@@ -227,7 +226,8 @@ def _steps(run: Run, record: RunWriter) -> Generator[StepRecord, None, None]:
     # The backward pass of a compiled model gives all gradients at its end, when nothing is saved by giving them back.
     choice = "never" if run.plan.size.is_lean and config.compile == "auto" else config.compile
     body = training_body(run.loaded.model, choice, run.schedule.num_steps)
-    settings = StepSettings(run.scorer.dtype, run.plan.micro_batch_size, config.max_grad_norm, config.loss, body)
+    first = from_rank_0(run.sampler.tokens_per_step / run.plan.tokens_per_second / world()[1])
+    settings = StepSettings(run.scorer.dtype, run.plan.micro_batch_size, config.max_grad_norm, config.loss, body, first)
     with training_view(record, run.schedule, f"Training {config.model}") as show:
         for step in train_steps(run.state, run.sampler, run.schedule, settings):
             show(step)

@@ -42,6 +42,7 @@ class StepSettings:
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
     loss: Literal["nll", "perplexity"] = "nll"  # perplexity: exp(mean nll) of the whole step (docs/measures.md)
     body: CompiledBody | None = None  # the model's, compiled; micro-batches of the usual size go through it
+    first_seconds: float = 0.0  # that step 1 is expected to take, the same on all ranks; a time budget's rate needs it
 
 
 def train_steps(
@@ -67,7 +68,8 @@ def train_steps(
             started = time.perf_counter()
             step = progress.step
             data = next(prepared)
-            lr = schedule.lr(step, progress.seconds)
+            expected_seconds = progress.seconds / step if step else settings.first_seconds
+            lr = schedule.lr(step, progress.seconds, expected_seconds)
             embeddings_only = schedule.trains_embeddings_only(step, progress.seconds)
             gives_back = at_once is not None and _fits_at_once(data, progress.micro_batch_size, settings)
             parameters = choose_trained(

@@ -65,7 +65,7 @@ class Schedule:
     shape: str = "cosine"  # how the rate runs after the warm-up: a name in `SHAPES`
 
     def _position(self, step: int, seconds: float) -> float:
-        # Steps taken or, where that is more, the share of the time budget used up, in steps.
+        # Steps or, where that is more, the share of the time budget that is used up by then, in steps.
         return max(step, seconds / self.time_budget_s * self.num_steps if self.time_budget_s else 0.0)
 
     @property
@@ -76,20 +76,21 @@ class Schedule:
         """Whether step `step` (from 0) belongs to the first phase, which has at least one step where there is one."""
         return self._position(step, seconds) < self._num_embedding_steps
 
-    def lr(self, step: int, seconds: float = 0.0) -> float:
-        """The learning rate of step `step` (from 0), which begins after `seconds` of training.
+    def lr(self, step: int, seconds: float = 0.0, step_seconds: float = 0.0) -> float:
+        """The learning rate of step `step` (from 0), which begins after `seconds` and takes about `step_seconds`.
 
-        The first step of a phase already has a rate above 0, and its last step is the first to reach the shape's end.
+        It is the rate at the step's end. So the first step of a phase already has a rate above 0, and the last step
+        reaches the shape's end.
         """
-        position, first = self._position(step, seconds), self._num_embedding_steps
-        if position < first:
+        end, first = self._position(step + 1, seconds + step_seconds), self._num_embedding_steps
+        if self.trains_embeddings_only(step, seconds):
             num_steps, peak = first, self.embeddings_lr
         else:
-            position, num_steps, peak = position - first, self.num_steps - first, self.peak_lr
+            end, num_steps, peak = end - first, self.num_steps - first, self.peak_lr
         warmup = min(max(1, round(self.warmup_fraction * num_steps)), num_steps)
-        if position < warmup:
-            return peak * (position + 1) / warmup
-        done = (position + 1 - warmup) / max(1, num_steps - warmup)
+        if end <= warmup:
+            return peak * end / warmup
+        done = (end - warmup) / max(1, num_steps - warmup)
         return peak * SHAPES[self.shape](min(1.0, done), self.final_lr_fraction)
 
     def is_over(self, step: int, seconds: float) -> bool:
