@@ -16,6 +16,7 @@ from cartilha.model.load import load_model, weights_hash
 from cartilha.pipeline import train as train_module
 from cartilha.pipeline.plan import plan
 from cartilha.pipeline.preflight import preflight
+from cartilha.runs import setup
 
 pytest.importorskip("peft", reason="needs peft (extra adapters)")
 
@@ -82,6 +83,15 @@ def test_a_resumed_adapter_is_the_unbroken_one(adapted, store, tmp_path, during_
     assert_same_run(LeftAdapter(tmp_path / "run"), adapted)
     (checkpoint, *_) = (tmp_path / "run" / "checkpoints").iterdir()
     assert (checkpoint / "model.safetensors").stat().st_size < 100_000, "the base is in the checkpoint"
+
+
+def test_a_base_in_bfloat16_is_trained_where_the_machine_prefers_float32(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(setup, "choose_dtype", lambda name, device: torch.float32)
+    results = start(store, tmp_path / "run", max_steps=2, lora=4, lora_base="bfloat16", dtype="auto")
+    assert results["settings"]["dtype"] == "bfloat16"
+    assert {row["step"] for row in LeftAdapter(tmp_path / "run").lines("samples.jsonl")} == {0, 2}
+    before, after = results["evaluations"]
+    assert after["loss"] < before["loss"]
 
 
 def test_training_goes_on_from_an_adapter(adapted, store, tmp_path):

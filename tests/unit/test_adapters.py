@@ -13,11 +13,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from cartilha.blocks.packing import Batch, PackedStream, stack
 from cartilha.errors import UserError
-from cartilha.model import weight_gradients
+from cartilha.model import load, weight_gradients
 from cartilha.model.adapters import Adapter, add_adapter, frozen_size, save_adapter, trained_parameters
 from cartilha.model.configuration import model_config
 from cartilha.model.forward import batch_nll
-from cartilha.model.load import LoadedModel, load_model, weights_hash, with_adapter
+from cartilha.model.load import LoadedModel, load_model, load_with_adapter, weights_hash, with_adapter
 from cartilha.model.recomputation import checkpoint_layers
 from cartilha.model.weight_gradients import weight_gradients_in_place
 from cartilha.tokens.packed import PackedDocuments
@@ -122,6 +122,20 @@ def test_a_saved_adapter_is_read_by_us_and_by_peft_to_the_same_figures(embedding
         torch.testing.assert_close(theirs(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-5)
         other = base if embeddings else load_plainly(load_model("random:tiny", torch.device("cpu")).model)
         assert (other(input_ids=ids).logits - expected).abs().max() > 0.05 or embeddings, "an adapter that does nothing"
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+def test_a_base_in_half_precision_is_read_without_a_float32_copy_where_its_files_have_none(
+    stored, tmp_path, monkeypatch
+):
+    AutoModelForCausalLM.from_config(model_config("random:tiny"), dtype=stored).save_pretrained(tmp_path)
+    read, asked = load.read_model, []
+    monkeypatch.setattr(load, "read_model", lambda *how: (asked.append(how[-1]), read(*how))[1])
+    adapted = load_with_adapter(str(tmp_path), torch.device("cpu"), Adapter(4, base="bfloat16"))
+    assert asked == [stored]
+    for name, parameter in adapted.model.named_parameters():
+        assert parameter.dtype == (torch.bfloat16 if "base_layer.weight" in name else torch.float32), name
+    assert adapted.base_hash == weights_hash(load_model(str(tmp_path), torch.device("cpu")).model)
 
 
 def load_plainly(model: PreTrainedModel) -> PreTrainedModel:

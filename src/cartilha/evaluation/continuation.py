@@ -20,7 +20,7 @@ from cartilha.machine.memory import is_out_of_memory
 from cartilha.model.head import head_of
 from cartilha.model.load import LoadedModel
 from cartilha.model.packed_or_rows import transformers_attention
-from cartilha.model.sharding import in_gathered_dtype
+from cartilha.model.sharding import in_dtype_of_layers
 from cartilha.tokens.tokenizer import TextTokenizer
 
 log = logging.getLogger("cartilha")
@@ -43,7 +43,7 @@ def continue_prompts(loaded: LoadedModel, tokenizer: TextTokenizer, config: Gene
     """
     check_decoding(config)
     seed_everything(config.seed)
-    with transformers_attention(loaded.model), in_gathered_dtype(loaded.model):
+    with transformers_attention(loaded.model), in_dtype_of_layers(loaded.model):
         return [_continue(loaded, tokenizer, prompt, config) for prompt in config.prompt]
 
 

@@ -80,6 +80,14 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return from_rank_0(dtype)
 
 
+def half_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of half precision that a device computes in where it must: bfloat16, or a card's own float16."""
+    import torch
+
+    has_none = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+    return torch.float16 if has_none else torch.bfloat16
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """`bfloat16`, `float16` or `float32`."""
     return str(dtype).removeprefix("torch.")

@@ -47,6 +47,11 @@ class Adapter:
         return None if config.lora is None else cls(config.lora, config.lora_embeddings, config.lora_base)
 
     @property
+    def in_half(self) -> bool:
+        """Whether frozen weights are kept in fewer than 32 bits, which a step in float32 cannot multiply with."""
+        return self.base != "float32"
+
+    @property
     def traced(self) -> Adapter:
         """The adapter whose step is traced for a plan: products with 4 bits are computed in bfloat16."""
         return replace(self, base="bfloat16") if self.base == "4bit" else self
@@ -75,6 +80,9 @@ def add_adapter(model: PreTrainedModel, adapter: Adapter) -> None:
         ) from error
     for layer in _adapted_layers(model):
         _keep_as(layer, adapter.base)
+    kept = {id(layer.base_layer.weight) for layer in _adapted_layers(model)}
+    for parameter in model.parameters():  # where the base was read in half precision
+        parameter.data = parameter.data if id(parameter) in kept else parameter.data.float()
     if adapter.embeddings:
         head = head_of(model)
         for weight in (model.get_input_embeddings().weight, head.weight, head.bias):

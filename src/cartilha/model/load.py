@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.utils import logging as transformers_logging
 
 from cartilha.errors import UserError, first_line
-from cartilha.machine.cpu import keep_freed_memory, settle_cpu_functions
+from cartilha.machine.cpu import give_back_freed_memory, keep_freed_memory, settle_cpu_functions
 from cartilha.machine.devices import seed_everything
 from cartilha.model.adapters import Adapter, add_adapter, merge_adapter, save_adapter
 from cartilha.model.configuration import context_length, place_of, whole_config, with_layers
@@ -33,7 +33,7 @@ from cartilha.model.parts import OtherParts, auto_class, has_other_parts, split,
 from cartilha.model.recomputation import layers_of
 from cartilha.model.router import find_router_loss, router_loss_of
 from cartilha.model.rows import refuse_what_cannot_run
-from cartilha.model.shards import read_model
+from cartilha.model.shards import is_stored_in_bfloat16, read_model
 from cartilha.model_reference import adapter_base, resolve_model, unreadable
 from cartilha.storage import refuse_lfs_pointer
 from cartilha.tokens.tokenizer import TextTokenizer
@@ -133,9 +133,35 @@ def _weights_of(
     return model, parts, commit
 
 
+def load_with_adapter(
+    reference: str,
+    device: torch.device,
+    adapter: Adapter,
+    *,
+    tokenizer: TextTokenizer | None = None,
+    seed: int = 0,
+) -> LoadedModel:
+    """Load a model (see `load_model`) and freeze it below a new adapter, whose first weights follow from the seed.
+
+    A base that is kept in fewer bits is made so in the host's memory. If its files have bfloat16, no float32 copy of it
+    is made.
+    """
+    place, dtype = device, torch.float32
+    if adapter.in_half:
+        place = torch.device("cpu")
+        source = resolve_model(reference)
+        if source.kind in ("hub", "directory") and is_stored_in_bfloat16(Path(place_of(source))):
+            dtype = torch.bfloat16
+    loaded = load_model(reference, place, tokenizer=tokenizer, seed=seed, dtype=dtype)
+    give_back_freed_memory()
+    loaded = with_adapter(loaded, adapter, seed)
+    torch.nn.Module.to(loaded.model, device)  # transformers' own is wrapped in a way that type checkers misread
+    return loaded
+
+
 def with_adapter(loaded: LoadedModel, adapter: Adapter, seed: int) -> LoadedModel:
     """The model, frozen in place, with a new adapter whose first weights follow from the seed."""
-    base_hash = weights_hash(loaded.model)
+    base_hash = weights_hash(loaded.model, torch.float32)
     seed_everything(seed)
     add_adapter(loaded.model, adapter)
     number = loaded.num_parameters + sum(p.numel() for name, p in loaded.model.named_parameters() if ".lora_" in name)
@@ -271,12 +297,16 @@ def save_model(loaded: LoadedModel, folder: Path, dtype: torch.dtype) -> None:
     loaded.save(folder)
 
 
-def weights_hash(model: PreTrainedModel) -> str:
-    """A hash of all weights with their names and shapes, to see whether two runs begin with the same model."""
+def weights_hash(model: PreTrainedModel, dtype: torch.dtype | None = None) -> str:
+    """A hash of all weights with their names and shapes, to see whether two runs begin with the same model.
+
+    It is that of the weights as they are, or as they would be in another `dtype`.
+    """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
-        digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        weights = parameter.detach().to("cpu", dtype)
+        digest.update(f"{name} {list(weights.shape)} {weights.dtype}".encode())
+        digest.update(weights.contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 

@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, zeros
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from cartilha.machine.devices import half_dtype
 from cartilha.machine.processes import is_main_process, join_processes, world
 from cartilha.model.adapters import adapter_of, add_adapter, trained_parameters
 from cartilha.model.recomputation import layers_of
@@ -53,9 +54,12 @@ def shard_model(model: PreTrainedModel, device: torch.device, dtype: torch.dtype
 
 
 @contextmanager
-def in_gathered_dtype(model: PreTrainedModel) -> Iterator[None]:
-    """A context in which a sharded model's forward pass computes in the dtype in which its layers are gathered."""
+def in_dtype_of_layers(model: PreTrainedModel) -> Iterator[None]:
+    """A context in which a model computes whose layers are gathered, or frozen below an adapter, in half precision."""
     dtype: Any = getattr(model, "gathered_dtype", torch.float32)
+    adapter = adapter_of(model)
+    if dtype == torch.float32 and adapter is not None and adapter.in_half:
+        dtype = half_dtype(model.device)
     with nullcontext() if dtype == torch.float32 else torch.autocast(model.device.type, dtype):
         yield
 

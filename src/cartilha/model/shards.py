@@ -27,6 +27,20 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(set(places.values()))]
 
 
+def _slices(files: list[Path]) -> dict[str, Any]:
+    """The tensors of these files by name, none of them read yet."""
+    found: dict[str, Any] = {}
+    for path in files:
+        file = safe_open(path, framework="pt", backend="pread")
+        found |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
+    return found
+
+
+def is_stored_in_bfloat16(folder: Path) -> bool:
+    """Whether a model's weights are in safetensors files, all of them as bfloat16."""
+    return {tensor.get_dtype() for tensor in _slices(weight_files(folder)).values()} == {"BF16"}
+
+
 def read_model(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> tuple[Any, dict[str, Any]] | None:
     """The model with weights in `dtype`, and transformers' report of missing and unused ones.
 
@@ -37,10 +51,7 @@ def read_model(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> tu
     kind = kinds.get(type(config), None)
     if not files or not hasattr(kind, "from_pretrained"):  # some types have several classes
         return None
-    slices: dict[str, Any] = {}
-    for path in files:
-        file = safe_open(path, framework="pt", backend="pread")
-        slices |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
+    slices = _slices(files)
     model, report = kind.from_pretrained(None, config=config, state_dict=slices, dtype=dtype, output_loading_info=True)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)

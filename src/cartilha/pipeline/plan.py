@@ -19,7 +19,7 @@ from cartilha.machine.devices import choose_device, choose_dtype, dtype_name
 from cartilha.machine.memory import is_out_of_memory
 from cartilha.model.compiling import MIN_STEPS_TO_COMPILE, training_body
 from cartilha.model.configuration import context_length, whole_config
-from cartilha.model.load import load_model, look_at, with_adapter
+from cartilha.model.load import load_model, load_with_adapter, look_at
 from cartilha.model.parts import count_other_parameters, text_config
 from cartilha.model.recomputation import checkpoint_layers
 from cartilha.pipeline.expectation import expect
@@ -373,9 +373,11 @@ def _probe(planned: _Planned, block_size: int) -> _Planned:
     """Take a few real steps on this machine."""
     device = torch.device(planned.facts.kind)
     tokens = PROBE_TOKENS_CUDA if device.type == "cuda" else PROBE_TOKENS
-    loaded = load_model(planned.config.model, device, dtype=planned.profile.weights)
-    if planned.profile.adapter is not None:
-        loaded = with_adapter(loaded, planned.profile.adapter, seed=0)
+    ref, adapter = planned.config.model, planned.profile.adapter
+    if adapter is None:
+        loaded = load_model(ref, device, dtype=planned.profile.weights)
+    else:
+        loaded = load_with_adapter(ref, device, adapter)
     if planned.profile.checkpointing:
         checkpoint_layers(loaded.model)
     blocks = max(1, tokens // block_size)

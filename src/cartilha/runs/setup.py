@@ -18,12 +18,13 @@ from cartilha.console import log
 from cartilha.errors import UserError, counted, first_line
 from cartilha.evaluation.documents import ScoredDocuments, encode_documents, validation_subset
 from cartilha.evaluation.scorer import Scorer, make_scorer
+from cartilha.machine.cpu import give_back_freed_memory
 from cartilha.machine.devices import choose_device, choose_dtype, dtype_name, seed_everything
 from cartilha.machine.memory import free_memory_bytes
 from cartilha.machine.processes import from_rank_0, gather_objects, is_main_process, world
 from cartilha.model.adapters import adapter_of
 from cartilha.model.configuration import model_config
-from cartilha.model.load import LoadedModel, load_model, look_at, weights_hash, with_adapter
+from cartilha.model.load import LoadedModel, load_model, load_with_adapter, look_at, weights_hash
 from cartilha.model.longer_context import LongerContext
 from cartilha.model.recomputation import checkpoint_layers
 from cartilha.model.sharding import is_sharded
@@ -192,7 +193,7 @@ def assemble(config: TrainConfig, path: Path, prompts: GenerateConfig, resume: b
     shape, share = _configuration(config, tokenizer), -(-batch_tokens // config.block_size // world()[1])
     profile = from_rank_0(_profile(replace(config, memory=memory), shape, this_machine(device, dtype), share))
     config = replace(config, memory=profile.memory, gradient_checkpointing=profile.checkpointing)
-    dtype = torch.bfloat16 if profile.lean and dtype == torch.float32 else dtype
+    dtype = torch.bfloat16 if profile.in_half and dtype == torch.float32 else dtype
     sharded = is_to_be_sharded(config, profile, shape, device, dtype)
     loaded = _load(config, profile, tokenizer, device, sharded=sharded)
     scorer = make_scorer(loaded, tokenizer, dtype, window=config.context)  # a longer context is seen as a whole
@@ -288,11 +289,15 @@ def _load(
     size = profile.size(_configuration(config, tokenizer), config.optimizer)
     place = "this machine" if device.type == "cpu" else f"this machine's {device.type} device"
     check_states_fit(size, free_memory_bytes(device), config.model, place, shares=world()[1] if sharded else 1)
-    how: Any = {"seed": config.seed, "dtype": profile.weights, "context": LongerContext.of(config)}
-    loaded = load_model(config.model, torch.device("cpu") if sharded else device, tokenizer=tokenizer, **how)
-    refuse_beyond_context(config.block_size, loaded.context_length, config.model)
+    where, how = torch.device("cpu") if sharded else device, dict[str, Any](tokenizer=tokenizer, seed=config.seed)
     if adapter is not None:
-        loaded = with_adapter(loaded, adapter, config.seed)
+        loaded = load_with_adapter(config.model, where, adapter, **how)
+    else:
+        how |= {"dtype": profile.weights, "context": LongerContext.of(config)}
+        loaded = load_model(config.model, where, **how)
+    if profile.lean:
+        give_back_freed_memory()
+    refuse_beyond_context(config.block_size, loaded.context_length, config.model)
     loaded.model.train(config.dropout)
     if profile.checkpointing:
         checkpoint_layers(loaded.model)

@@ -47,14 +47,13 @@ class DeviceFacts:
     def computation(
         self, *, checkpointing: bool, dropout: bool = False, adapter: Adapter | None = None, lean: bool = False
     ) -> Computation:
-        """How a training step is computed there; with bfloat16 weights (`lean`) never in float32."""
+        """How a training step is computed there; with weights in half precision never in float32."""
         how = Computation(self.dtype, self.kernel, self.kind == "cpu", checkpointing, dropout, adapter)
         if self.kind == "cuda":
             how = replace(how, gpu_bytes=self.total_bytes or self.memory_bytes)
-        if not lean:
-            return how
-        dtype = torch.bfloat16 if self.dtype == torch.float32 else self.dtype
-        return replace(how, dtype=dtype, weights=torch.bfloat16)
+        if self.dtype == torch.float32 and (lean or (adapter is not None and adapter.in_half)):
+            how = replace(how, dtype=torch.bfloat16)
+        return replace(how, weights=torch.bfloat16) if lean else how
 
     def for_model(self, config: PretrainedConfig, *, dropout: bool = False) -> DeviceFacts:
         """The device as it computes this model: in rows, or under a mask where its own kernel cannot."""
@@ -66,7 +65,8 @@ class DeviceFacts:
 
 
 CONTEXT_BYTES = int(0.6 * GIB)  # CUDA's context with its kernels, and the workspaces of the matrix products
-PROGRAM_BYTES = GIB // 2  # Python, torch, transformers, pyarrow, pandas: resident when step 1 begins (docs/log.md)
+# Python, torch, transformers, pyarrow, pandas, resident when step 1 begins: 370 MiB of their own, the rest of files.
+PROGRAM_BYTES = int(0.535 * GIB)
 # Tokens per forward pass on a CPU. With products in float32, larger ones brought two cores 4 to 8 % for 950 MB; with
 # products in bf16, where every micro-batch casts the weights, 10 % (docs/log.md).
 FLOAT32_TOKENS_PER_THREAD, HALF_TOKENS_PER_THREAD, MAX_TOKENS_CPU = 256, 1024, 4096

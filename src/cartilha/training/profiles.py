@@ -47,6 +47,11 @@ class Profile:
         return f"--memory {self.memory}{' --gradient_checkpointing' if self.checkpointing else ''}"
 
     @property
+    def in_half(self) -> bool:
+        """Whether some weights are kept in half precision, so that a step is not computed in float32."""
+        return self.lean or (self.adapter is not None and self.adapter.in_half)
+
+    @property
     def weights(self) -> torch.dtype:
         """The type of the weights."""
         return torch.bfloat16 if self.lean else torch.float32
