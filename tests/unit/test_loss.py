@@ -351,6 +351,18 @@ def test_products_are_added_in_float32_where_the_hardware_can(monkeypatch):
     assert not torch.equal(found, rounded)
 
 
+def test_products_that_are_rounded_are_added_in_pieces(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(*shape, generator=generator).bfloat16() for shape in ((23, 5), (5, 7)))
+    sizes, add = [], torch.Tensor.add_
+    monkeypatch.setattr(products, "PIECE", 4 * 7)
+    monkeypatch.setattr(torch.Tensor, "add_", lambda t, *a, **k: (sizes.append(t.numel()), add(t, *a, **k))[1])
+    total = torch.ones(23, 7)
+    products.add_product(total, left, right, factor=0.5)
+    assert sizes == [28] * 5 + [21]
+    torch.testing.assert_close(total, 1 + 0.5 * (left @ right).float(), rtol=0, atol=0.02)
+
+
 @sizes
 @pytest.mark.parametrize(
     "shape", [HeadShape(), HeadShape(scale=0.25), HeadShape(cap=3.0), HeadShape(scale=1.5, cap=2.0)], ids=str

@@ -209,6 +209,17 @@ def test_a_cpu_under_a_mask_is_planned_as_a_cpu():
     assert card.step(16, 64, accumulates=False).gradients < states
 
 
+def test_a_cpu_that_gives_freed_memory_back_wastes_as_little_as_a_card():
+    config = model_config("random:smollm2-135m")
+    full, lean = (StateSize.planned(config, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert lean.saves_memory and replace(full, num_frozen=1).saves_memory and not full.saves_memory
+    computed = how(torch.bfloat16, weights=torch.bfloat16)
+    for size, at_least, at_most in ((lean, 0.0, 0.05), (replace(full, num_frozen=1), 0.0, 0.05), (full, 0.06, 1.0)):
+        step = MemoryModel(config, computed, overhead_bytes=0, size=size).step(1, 128, accumulates=True)
+        wasted = step.overhead / (step.gradients + step.activations + step.logits_chunk)
+        assert at_least <= wasted <= at_most + 1e-6
+
+
 # The micro-batch
 
 

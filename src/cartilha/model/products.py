@@ -13,6 +13,7 @@ from cartilha.machine.devices import dtype_name
 
 log = logging.getLogger("cartilha")
 
+PIECE = 1 << 22  # numbers of a product at a time that is rounded before it is added
 MIN_FLOAT32_GAIN = 1.2  # a smaller gain over half precision is lost again in the casts
 
 
@@ -24,8 +25,11 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, factor: float = 1.0)
         total.addmm_(left, right, alpha=factor)
     elif sums_in_float32(left.device.type, left.dtype):
         torch.addmm(total, left, right, out_dtype=torch.float32, alpha=factor, out=total)
-    else:
-        total.add_(left @ right, alpha=factor)
+    else:  # in pieces: a product in another dtype than the sum takes a copy of itself in that of the sum
+        size = max(1, PIECE // total[0].numel())
+        for begin in range(0, len(total), size):
+            rows = slice(begin, begin + size)
+            total[rows].add_(left[rows] @ right, alpha=factor)
 
 
 @functools.cache

@@ -17,6 +17,7 @@ from cartilha.console import collecting_notices, log, progress
 from cartilha.errors import InterruptedRunError, OutOfMemoryError, UserError, counted
 from cartilha.evaluation.corpus import score_in_shares
 from cartilha.evaluation.measures import Evaluation, make_evaluation
+from cartilha.machine.cpu import give_back_holes
 from cartilha.machine.devices import seed_everything
 from cartilha.machine.memory import is_out_of_memory, peak_memory_bytes
 from cartilha.machine.processes import from_rank_0, gather_objects, is_lost_process, is_main_process, world
@@ -226,6 +227,7 @@ def _steps(run: Run, record: RunWriter) -> Generator[StepRecord, None, None]:
     # The backward pass of a compiled model gives all gradients at its end, when nothing is saved by giving them back.
     choice = "never" if run.plan.size.is_lean and config.compile == "auto" else config.compile
     body = training_body(run.loaded.model, choice, run.schedule.num_steps)
+    give_back_holes()
     first = from_rank_0(run.sampler.tokens_per_step / run.plan.tokens_per_second / world()[1])
     settings = StepSettings(run.scorer.dtype, run.plan.micro_batch_size, config.max_grad_norm, config.loss, body, first)
     with training_view(record, run.schedule, f"Training {config.model}") as show:

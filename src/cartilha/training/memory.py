@@ -89,15 +89,13 @@ class MemoryModel:
             gradients, peak = 0.0, kept.body
         else:
             gradients, peak = own - kept.head, kept.end
-        # CUDA's caching allocator wastes little in such regular steps. glibc's heap, told to keep what is freed
-        # (`cpu.keep_freed_memory`), has holes of the size of the head's gradient. Gradients that lie between the
-        # activations of a step's first micro-batch keep the next one's from fitting. The factors are fitted to
-        # measurements (docs/log.md).
+        # CUDA's caching allocator wastes little in such regular steps, as does glibc's heap where large tensors
+        # are given back at once (`cpu.give_back_freed_memory`). Where it keeps what is freed, it has holes between the
+        # activations, and gradients that lie between those of a step's first micro-batch keep the next one's from
+        # fitting. The factors are fitted to measurements (docs/log.md).
         unusable = (HEADROOM - 1) * (gradients + peak)
-        if self._how.on_cpu and self.size.is_lean:  # float32 temporaries of the head; gradients that are given back
-            unusable += (1.5 if accumulates else 3.5) * kept.head
-        elif self._how.on_cpu:
-            unusable += 2.2 * kept.head + 0.6 * (min(own, kept.activations) if accumulates else 0)
+        if self._how.on_cpu and not self.size.saves_memory:
+            unusable += 0.2 * kept.activations + (0.6 * min(own, kept.activations) if accumulates else 0)
         kept_always = 0 if self._how.on_cpu else weights + self.size.optimizer_bytes
         activations = min(kept.activations, peak)
         return StepMemory(

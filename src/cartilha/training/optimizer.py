@@ -168,6 +168,11 @@ class StateSize:
         return self.itemsize == 2
 
     @property
+    def saves_memory(self) -> bool:
+        """Whether a CPU gives freed tensors back at once: with lean weights, and with an adapter."""
+        return self.is_lean or self.num_frozen > 0
+
+    @property
     def num_trained(self) -> int:
         """Parameters that are trained."""
         return self.num_parameters - self.num_frozen
