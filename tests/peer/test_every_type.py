@@ -12,6 +12,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import state_kernels
 import torch
 import torch.nn.functional as F
 from test_loss_peer import nll_alone, pack, segments_of
@@ -22,13 +23,14 @@ from cartilha.blocks.packing import Batch
 from cartilha.errors import UserError
 from cartilha.model import forward
 from cartilha.model.attention import FALLBACK
+from cartilha.model.boundaries import TOLD_TYPES
 from cartilha.model.forward import batch_nll, scored_tokens
 from cartilha.model.head import head_of
 from cartilha.model.load import prepare_model
 from cartilha.model.packed_or_rows import PROVABLE_TYPES, how_it_runs, prove, runs_packed
 
-SAMPLE = ("bloom", "cohere", "deepseek_v3", "gemma2", "gpt_neo", "gpt_oss", "lfm2", "mamba", "mixtral", "olmo3",
-          "qwen3_next")  # fmt: skip
+SAMPLE = ("bloom", "cohere", "deepseek_v3", "gemma2", "gpt_neo", "gpt_oss", "lfm2", "mamba", "mamba2", "mixtral",
+          "olmo3", "qwen3_next")  # fmt: skip
 LENGTHS = [7, 1, 60, 20, 2, 90, 12, 5, 40]
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 RULE = "|---|---|---|\n"
@@ -119,6 +121,12 @@ def test_it_runs_as_the_table_says_with_the_figures_of_transformers(model_type, 
         if runs_packed(model):
             monkeypatch.setattr(forward, "choose_kernel", lambda *hardware: FALLBACK)
             assert_same(model, peer, batch)
+        elif model_type in TOLD_TYPES:
+            state_kernels.install(monkeypatch, peer)
+            told = prepare_model(copy.deepcopy(peer), model_type, torch.device("cpu")).model
+            assert runs_packed(told)
+            assert_same(told, peer, batch)
+            how = "rows, or packed"
         elif model_type not in PROVABLE_TYPES:
             assert not prove(built(model_type)).packed, "its proof holds: it belongs into PROVABLE_TYPES"
     row = f"| {model_type} | {how} | {remark} |\n"

@@ -20,7 +20,7 @@ from cartilha.errors import first_line
 from cartilha.machine.devices import compile_pays
 from cartilha.machine.memory import is_out_of_memory
 from cartilha.model.head import body_of
-from cartilha.model.packed_or_rows import runs_packed
+from cartilha.model.packed_or_rows import how_it_runs
 from cartilha.model.recomputation import layers_of
 from cartilha.model.router import router_loss_of
 from cartilha.model.sharding import is_sharded
@@ -97,10 +97,11 @@ def training_body(model: PreTrainedModel, choice: str, num_steps: int) -> Compil
 
     Of the choices `never`, `always` and `auto`, the last compiles where it pays: on CUDA, with a compiler, for long
     runs. `num_steps` is that of the whole run, so that a resumed run computes as before. Rows of many lengths would
-    need many graphs, and that a graph gives the routers' logits is not proven.
+    need many graphs, and that a graph gives the routers' logits, or holds kernels of states, is not proven.
     """
+    how = how_it_runs(model)
     # A sharded model's layers exchange their weights between graphs.
-    if choice == "never" or not runs_packed(model) or is_sharded(model) or router_loss_of(model) is not None:
+    if choice == "never" or not how.packed or how.boundaries or is_sharded(model) or router_loss_of(model) is not None:
         return None
     if choice == "auto" and (num_steps < MIN_STEPS_TO_COMPILE or not compile_pays(model.device.type)):
         return None

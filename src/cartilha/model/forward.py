@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 
 from cartilha.blocks.packing import IGNORE_INDEX, Batch
 from cartilha.machine.devices import to_device
+from cartilha.model import boundaries
 from cartilha.model.attention import FALLBACK, KERNELS, Kernel, choose_kernel
 from cartilha.model.compiling import CompiledBody
 from cartilha.model.head import body_of, head_inputs, head_of
@@ -39,7 +41,20 @@ def _segments(model: PreTrainedModel, batch: Batch, dtype: torch.dtype, body: Co
     if body is not None and body.is_compiled:
         capacity = body.capacity(len(lengths))
         kernel = kernel if kernel.one_graph else KERNELS[FALLBACK]
-    return kernel.of(lengths, batch.input_ids.shape[1], device, capacity)
+    row_length = batch.input_ids.size if how_it_runs(model).boundaries else batch.input_ids.shape[1]
+    return kernel.of(lengths, row_length, device, capacity)
+
+
+def _packed_arguments(
+    model: PreTrainedModel, batch: Batch, dtype: torch.dtype, body: CompiledBody | None
+) -> dict[str, Any]:
+    """What a model's body is given; all in one row where kernels are told where documents begin."""
+    arrays = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
+    arguments = {"use_cache": False, "segments": _segments(model, batch, dtype, body)}
+    if name := how_it_runs(model).boundaries:
+        arrays = {key: array.reshape(1, -1) for key, array in arrays.items()}
+        arguments |= boundaries.told(batch.segment_lengths, name, model.device)
+    return arguments | {key: to_device(array, model.device) for key, array in arrays.items()}
 
 
 def hidden_states(model: PreTrainedModel, batch: Batch, dtype: torch.dtype, body: CompiledBody | None = None) -> Tensor:
@@ -61,13 +76,10 @@ def _states_and_routers(
             states, router_logits = states_in_rows(model, batch, with_routers=with_routers)
         else:
             output = (body or body_of(model))(
-                input_ids=to_device(batch.input_ids, device),
-                position_ids=to_device(batch.position_ids, device),
-                use_cache=False,
-                segments=_segments(model, batch, dtype, body),
+                **_packed_arguments(model, batch, dtype, body),
                 **({"output_router_logits": True} if with_routers else {}),
             )
-            states = output.last_hidden_state
+            states = output.last_hidden_state.view(*batch.input_ids.shape, -1)
             if with_routers:
                 router_logits = tuple(logits.flatten(0, -2) for logits in output.router_logits)
         return head_inputs(model, states), router_logits

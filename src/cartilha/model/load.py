@@ -25,6 +25,7 @@ from cartilha.errors import UserError, first_line
 from cartilha.machine.cpu import give_back_freed_memory, keep_freed_memory, settle_cpu_functions
 from cartilha.machine.devices import seed_everything
 from cartilha.model.adapters import Adapter, add_adapter, merge_adapter, save_adapter
+from cartilha.model.boundaries import plain_torch
 from cartilha.model.configuration import context_length, place_of, whole_config, with_layers
 from cartilha.model.head import HeadShape, find_head_shape, head_of
 from cartilha.model.longer_context import LongerContext
@@ -199,6 +200,8 @@ def prepare_model(
             "figures are the same.",
             *(model.config.model_type, reason),
         )
+    if how_it_runs(model).boundaries:
+        log.info("Documents are packed side by side: the kernels of the model's state were shown to keep them apart.")
     if loss := router_loss_of(model):
         log.info("Training adds the routers' own loss, times %g, as the configuration asks for it.", loss.factor)
     return LoadedModel(model, reference, context_length(model.config), model.num_parameters())
@@ -213,8 +216,9 @@ def _settle(model: PreTrainedModel) -> None:
         use_document_attention(model, found.how)
         return
     if not is_known(model.config):
-        find_head_shape(model)
-        find_router_loss(model)
+        with plain_torch(model):
+            find_head_shape(model)
+            find_router_loss(model)
     use_document_attention(model)
 
 

@@ -3,7 +3,7 @@
 Types are proven by the tests, and each model again with a few tokens when it is loaded. Two documents side by side,
 under our attention, must give what each gives alone under transformers' own. A window may be longer than these tokens,
 so it is not left to figures: the masks that transformers asks for are recorded, and each layer must pass the same
-window to the attention function.
+window to the attention function. `boundaries` has the proof for models with a state.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 
 from cartilha.errors import first_line
+from cartilha.model import boundaries
 from cartilha.model.attention import ATTENTION_NAME, CAPPED, FALLBACK, KERNELS, SINKS, Kernel, document_attention
 from cartilha.model.head import body_of, head_of
 from cartilha.model.long_rope import choose_by_document
@@ -46,7 +48,8 @@ _PROOF_NAME = "cartilha_proof"
 # What a layer may pass to an attention function beside what `document_attention` honours: none of it changes a figure.
 _HARMLESS = {"dropout", "scaling", "sliding_window", "softcap", "s_aux", "segments", "position_ids", "use_cache",
              "position_embeddings", "cache_position", "output_attentions", "output_hidden_states", "return_dict",
-             "output_router_logits", "deterministic", "training", "is_causal"}  # fmt: skip
+             "output_router_logits", "deterministic", "training", "is_causal", "seq_idx",
+             *boundaries.CUMULATIVE_LENGTHS}  # fmt: skip
 
 
 class NotPacked(Exception):
@@ -61,6 +64,7 @@ class HowItRuns:
     reason: str | None = None
     needs: frozenset[str] = frozenset()
     own_attention: str | None = None  # transformers' implementation, for generation
+    boundaries: str | None = None  # which of `boundaries.CUMULATIVE_LENGTHS` its kernels are given, if any
 
 
 PACKED = HowItRuns(packed=True)
@@ -99,8 +103,13 @@ def _found(model: PreTrainedModel) -> HowItRuns:
         return PACKED
     if model.config.model_type in PROVABLE_TYPES:
         return prove(model)
+    found = prove_told(model) if model.config.model_type in boundaries.TOLD_TYPES else None
+    if found is not None and found.packed:
+        return found
     has_state = getattr(model, "_is_stateful", False)
     reason = "they carry a state from token to token" if has_state else "no test shows that packed documents stay apart"
+    if found is not None and model.device.type == "cuda":  # where something could be installed
+        reason = f"{reason} ({found.reason})"
     return HowItRuns(packed=False, reason=reason)
 
 
@@ -119,13 +128,16 @@ def transformers_attention(model: PreTrainedModel) -> Iterator[None]:
 
 
 @torch.no_grad()
-def prove(model: PreTrainedModel) -> HowItRuns:
-    """Find out whether a model, in evaluation mode, gives packed documents the states that each has alone."""
+def prove(model: PreTrainedModel, told: str | None = None) -> HowItRuns:
+    """Find out whether a model gives packed documents the states that each has alone.
+
+    With `told`, the name under which its kernels get boundaries, also in training, and the gradients.
+    """
     own, was_training = model.config._attn_implementation, model.training
     model.eval()
     try:
-        needs = _asked_of_the_kernel(model)
-        _compare(model, own)
+        needs = _asked_of_the_kernel(model, told)
+        _compare(model, own) if told is None else _compare_told(model, own, told)
     except Exception as error:  # models of other people may do anything here
         reason = str(error) if isinstance(error, NotPacked) else f"packed documents end in {first_line(error)[:120]}"
         return HowItRuns(packed=False, reason=reason)
@@ -135,20 +147,31 @@ def prove(model: PreTrainedModel) -> HowItRuns:
     return HowItRuns(packed=True, needs=needs)
 
 
-def _probe_ids(model: PreTrainedModel) -> Tensor:
+def prove_told(model: PreTrainedModel) -> HowItRuns:
+    """Find out whether the model's fast kernels, told where documents begin, keep them apart."""
+    found = HowItRuns(packed=False)
+    for name in boundaries.CUMULATIVE_LENGTHS:
+        found = replace(prove(model, name), boundaries=name)
+        if found.packed:
+            break
+    return found
+
+
+def _probe_ids(model: PreTrainedModel, lengths: tuple[int, ...]) -> Tensor:
     num_ids = len(head_of(model).weight)
-    return (torch.arange(sum(PROOF_LENGTHS), device=model.device) * 7919 + 1)[None] % num_ids
+    return (torch.arange(sum(lengths), device=model.device) * 7919 + 1)[None] % num_ids
 
 
-def _packed_arguments(model: PreTrainedModel, lengths: tuple[int, ...]) -> dict[str, Any]:
+def _packed_arguments(model: PreTrainedModel, lengths: tuple[int, ...], told: str | None = None) -> dict[str, Any]:
     positions = torch.cat([torch.arange(length, device=model.device) for length in lengths])[None]
     segments = KERNELS[FALLBACK].of(lengths, sum(lengths), model.device)
-    return {"position_ids": positions, "use_cache": False, "segments": segments}
+    more = boundaries.told(np.array(lengths), told, model.device) if told else {}
+    return {"position_ids": positions, "use_cache": False, "segments": segments, **more}
 
 
 def _compare(model: PreTrainedModel, own: str) -> None:
     """Raise where a document beside another one has other states than alone under the model's own attention."""
-    ids = _probe_ids(model)
+    ids = _probe_ids(model, PROOF_LENGTHS)
     model.set_attn_implementation(own)
     alone = [
         body_of(model)(input_ids=piece, attention_mask=torch.ones_like(piece), use_cache=False).last_hidden_state
@@ -161,21 +184,35 @@ def _compare(model: PreTrainedModel, own: str) -> None:
         raise NotPacked("documents side by side would see each other")
 
 
+def _compare_told(model: PreTrainedModel, own: str, told: str) -> None:
+    lengths = boundaries.PROOF_LENGTHS
+
+    def ours() -> dict[str, Any]:
+        _switch(model, ATTENTION_NAME)
+        return _packed_arguments(model, lengths, told)
+
+    try:
+        boundaries.compare(model, _probe_ids(model, lengths), lambda: model.set_attn_implementation(own), ours)
+    except boundaries.Differs as error:
+        raise NotPacked("documents side by side would see each other") from error
+
+
 def _switch(model: PreTrainedModel, name: str) -> None:
     model.set_attn_implementation(name)
     if model.config._attn_implementation != name:
         raise NotPacked("their attention cannot be replaced")
 
 
-def _asked_of_the_kernel(model: PreTrainedModel) -> frozenset[str]:
+def _asked_of_the_kernel(model: PreTrainedModel, told: str | None) -> frozenset[str]:
     """What the layers pass to the attention function, or an error where that is not all that transformers would do."""
     record = _Record()
     AttentionInterface.register(_PROOF_NAME, record.attend)
     AttentionMaskInterface.register(_PROOF_NAME, record.mask)
     _switch(model, _PROOF_NAME)
-    ids = _probe_ids(model)
-    body_of(model)(input_ids=ids, **_packed_arguments(model, (ids.shape[1],)))
-    if not record.num_calls:
+    ids = _probe_ids(model, PROOF_LENGTHS)
+    with boundaries.plain_torch(model):
+        body_of(model)(input_ids=ids, **_packed_arguments(model, (ids.shape[1],)))
+    if not record.num_calls and not told:
         raise NotPacked("their layers do not attend through transformers' interface")
     return frozenset(record.needs)
 

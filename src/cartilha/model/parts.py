@@ -35,6 +35,7 @@ from transformers.models.auto.modeling_auto import (
 
 from cartilha.errors import UserError, first_line
 from cartilha.machine.memory import is_out_of_memory
+from cartilha.model.boundaries import plain_torch
 from cartilha.model.head import body_of, find_head_shape, head_of
 from cartilha.model_reference import PROCESSOR_FILES
 from cartilha.storage import read_json, write_json
@@ -215,7 +216,8 @@ def _plain_ids(whole: PreTrainedModel) -> Tensor:
 @torch.no_grad()
 def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     try:
-        logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+        with plain_torch(model):
+            logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     except Exception as error:  # models of other people may do anything here
         if is_out_of_memory(error):
             raise

@@ -26,6 +26,7 @@ from transformers.initialization import no_init_weights
 
 from cartilha.model.adapters import Adapter, add_adapter, trained_parameters
 from cartilha.model.attention import ATTENTION_DROPOUT, KERNELS
+from cartilha.model.boundaries import plain_torch
 from cartilha.model.configuration import with_layers
 from cartilha.model.head import body_of, head_inputs, head_of
 from cartilha.model.load import look_at
@@ -278,7 +279,7 @@ def _traced(config_json: str, num_layers: int, rows: int, row_length: int, how: 
             else:
                 parameter.grad = torch.zeros_like(parameter)
         resident = [*model.parameters(), *(p.grad for p in model.parameters() if p.grad is not None), *model.buffers()]
-        with _LiveBytes(resident) as live:
+        with plain_torch(model), _LiveBytes(resident) as live:
             return _pass(model, live, rows, row_length, how)
 
 
