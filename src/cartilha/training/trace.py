@@ -239,6 +239,7 @@ def _from_short_rows(
 
 
 def _of_layers(key: str, num_layers: int, rows: int, row_length: int, how: Computation) -> StepBytes:
+    how = replace(how, chunk=min(how.chunk, rows * row_length))  # a larger one needs no trace of its own
     one = _traced(key, 1, rows, row_length, how)
     return one if num_layers == 1 else one.toward(_traced(key, 2, rows, row_length, how), num_layers - 1)
 
