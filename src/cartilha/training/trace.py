@@ -191,7 +191,8 @@ def parts_of(config: PretrainedConfig, adapter: Adapter | None = None) -> Parts:
 
 
 SHORT_ROWS = (4, 8)  # in which models that go token by token are traced
-PROBED_ROWS = (64, 128)  # whether they do is seen in these: other models go through them in one piece, or in two
+PROBED_ROWS = (16, 32)  # whether they do is seen in these: other models go through them in one piece
+LONG_ROWS = 128  # shorter ones are traced as they are
 
 
 def traced_step(config: PretrainedConfig, rows: int, row_length: int, how: Computation) -> StepBytes:
@@ -201,16 +202,16 @@ def traced_step(config: PretrainedConfig, rows: int, row_length: int, how: Compu
     """
     key = json.dumps(copy.deepcopy(config).to_dict(), sort_keys=True, default=str)
     num_layers = int(config.num_hidden_layers)
-    if how.kernel == ROWS and row_length > PROBED_ROWS[-1] and _goes_token_by_token(key):
+    if how.kernel == ROWS and row_length > LONG_ROWS and _goes_token_by_token(key):
         return _from_short_rows(key, num_layers, rows * row_length, row_length, how)
     return _of_layers(key, num_layers, rows, row_length, how)
 
 
 def _goes_token_by_token(config_json: str) -> bool:
-    """Whether rows that are twice as long take many more operations in the first layer, and not only larger ones."""
+    """Whether longer rows take more operations in the first layer, one per token at least, and not only larger ones."""
     how = Computation(torch.float32, ROWS, on_cpu=False)
     short, longer = (_traced(config_json, 1, 1, length, how).num_operations for length in PROBED_ROWS)
-    return longer > 1.5 * short
+    return longer - short >= PROBED_ROWS[1] - PROBED_ROWS[0]
 
 
 def _from_short_rows(
