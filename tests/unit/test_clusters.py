@@ -145,7 +145,8 @@ def test_arrays_in_files_and_small_chunks_give_the_same(seed, num_documents, par
         patch.setattr(pieces, "IN_MEMORY_BYTES", 0)
         patch.setattr(module, "KEYS_AT_ONCE", at_once)
         patch.setattr(module, "PAIRS_AT_ONCE", 2 * at_once)
-        assert cluster(files, scratch=Path(folder)).tolist() == plain_clusters(values)
+        with pieces.large_arrays_in(Path(folder)):
+            assert cluster(files).tolist() == plain_clusters(values)
 
 
 def test_no_documents(tmp_path):

@@ -20,8 +20,8 @@ MIN_SIMILARITY = 0.3  # changing 15 % of a text's words leaves about 0.44, which
 BAND_VALUES = 3
 NUM_BANDS = NUM_VALUES // BAND_VALUES
 DOCUMENTS_AT_ONCE = 256
-KEYS_AT_ONCE = 1 << 22  # sorted at a time
-PAIRS_AT_ONCE = 1 << 19  # their signatures take up to a quarter of a gigabyte
+KEYS_AT_ONCE = 1 << 21  # sorted at a time: some 150 MB
+PAIRS_AT_ONCE = 1 << 17  # their signatures take up to 67 MB
 
 
 def _band_keys(values: np.ndarray, band: int) -> np.ndarray:
@@ -51,18 +51,17 @@ def has_near_duplicate(texts: Sequence[str], known: Iterable[str]) -> np.ndarray
     return result
 
 
-def cluster(files: Sequence[Path], *, scratch: Path | None = None) -> np.ndarray:
+def cluster(files: Sequence[Path]) -> np.ndarray:
     """The cluster of each document, as the number of the cluster's first document: int64, shape (num_documents,).
 
-    Documents are numbered consecutively, file by file, as `save_signatures` wrote them. Large arrays over all documents
-    are files in the directory `scratch`, if one is given.
+    Documents are numbered consecutively, file by file, as `save_signatures` wrote them.
     """
     # Files are opened only while they are read: there may be more than a process may hold open.
     starts = np.cumsum([0, *(np.load(file, mmap_mode="r").shape[1] for file in files)])
-    parents = large_array(scratch, "clusters", (int(starts[-1]),), np.int64)
+    parents = large_array((int(starts[-1]),), np.int64)
     for piece in pieces(len(parents)):
         parents[piece] = np.arange(piece.start, piece.stop)
-    for pairs in _apart(_candidates(files, starts, scratch), parents):
+    for pairs in _apart(_candidates(files, starts), parents):
         alike = _similarity(files, starts, pairs) >= MIN_SIMILARITY
         for pair in pairs[alike].tolist():
             first, second = sorted(_root(parents, document) for document in pair)
@@ -85,14 +84,12 @@ def _apart(found: Iterable[tuple[np.ndarray, np.ndarray]], parents: np.ndarray) 
             held = held[:0]
 
 
-def _candidates(
-    files: Sequence[Path], starts: np.ndarray, scratch: Path | None
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _candidates(files: Sequence[Path], starts: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Pairs that share a band's key: the first document that has the key, and each other one, int64 both.
 
     A group of n gives n - 1 pairs, not n squared.
     """
-    keys = large_array(scratch, "band-keys", (int(starts[-1]),), np.uint64)
+    keys = large_array((int(starts[-1]),), np.uint64)
     num_parts = 1 + len(keys) // KEYS_AT_ONCE
     for band in range(NUM_BANDS):
         for file, start, end in zip(files, starts, starts[1:], strict=False):

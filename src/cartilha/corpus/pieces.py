@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -11,19 +13,54 @@ from numpy.typing import DTypeLike
 
 PIECE = 1 << 20  # documents
 NUM_BINS = 4096
-IN_MEMORY_BYTES = 16 << 20  # larger arrays are files
+IN_MEMORY_BYTES = 1 << 20  # larger arrays are files
 
 
-def large_array(folder: Path | None, name: str, shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
-    """An array of zeros: in memory if it is small, or if there is no folder; else a file of the folder, mapped."""
-    if folder is None or np.dtype(dtype).itemsize * math.prod(shape) <= IN_MEMORY_BYTES:
+_folder: Path | None = None  # where large arrays are files
+
+
+@contextmanager
+def large_arrays_in(folder: Path) -> Iterator[None]:
+    """Have `large_array` make files in a folder: the system can drop their pages when memory is short."""
+    global _folder
+    before, _folder = _folder, folder
+    try:
+        yield
+    finally:
+        _folder = before
+
+
+def large_array(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
+    """An array of zeros: in memory if it is small, or without `large_arrays_in`; else a mapped file without a name."""
+    num_bytes = np.dtype(dtype).itemsize * math.prod(shape)
+    if _folder is None or num_bytes <= IN_MEMORY_BYTES:
         return np.zeros(shape, dtype)
-    return np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, shape).view(np.ndarray)
+    with tempfile.TemporaryFile(dir=_folder) as file:  # gone with the last reference to the array
+        file.truncate(num_bytes)
+        return np.memmap(file, dtype, "r+", shape=shape).view(np.ndarray)
 
 
 def pieces(num_documents: int) -> Iterator[slice]:
     """Consecutive slices that make up so many documents."""
     return (slice(begin, min(begin + PIECE, num_documents)) for begin in range(0, num_documents, PIECE))
+
+
+def each(function: Callable[..., np.ndarray], *arrays: np.ndarray, dtype: DTypeLike = bool) -> np.ndarray:
+    """What an elementwise function gives of arrays over all documents, computed piece by piece."""
+    result = large_array((len(arrays[0]),), dtype)
+    for piece in pieces(len(result)):
+        result[piece] = function(*(array[piece] for array in arrays))
+    return result
+
+
+def without(mask: np.ndarray, *others: np.ndarray) -> np.ndarray:
+    """The documents of a mask that are in none of the other masks: bool."""
+    return each(lambda own, *left_out: own & ~np.logical_or.reduce(left_out), mask, *others)
+
+
+def total(values: np.ndarray, mask: np.ndarray) -> int:
+    """The sum of the values under a mask, or of the products with other whole numbers."""
+    return sum(int(values[piece].astype(np.int64) @ mask[piece]) for piece in pieces(len(values)))
 
 
 def nth_true(mask: np.ndarray, ranks: np.ndarray) -> np.ndarray:

@@ -17,6 +17,7 @@ from cartilha.errors import import_extra
 SHINGLE_WORDS = 3
 NUM_VALUES = 128
 SEED = 0
+VALUES_AT_ONCE = 8  # written
 BLOCK_BYTES = 1 << 16  # hashed at once; the arrays stay in the processor's cache
 
 WORD_BYTES = 24  # a longer word counts as its length and its first bytes
@@ -65,11 +66,15 @@ def lower_case(texts: Sequence[str]) -> list[bytes]:
 
 
 def save_signatures(path: Path, values: np.ndarray) -> None:
-    """Write signatures to a `.npy` file as `cluster` reads them: uint16, shape (NUM_VALUES, num_documents)."""
+    """Write signatures to a `.npy` file as `cluster` reads them: uint16, shape (NUM_VALUES, num_documents).
+
+    They may be mapped: a few values of all documents are in memory at a time.
+    """
     with path.open("wb") as file:
         # Unlike np.save, this reports why a disk took less than it was given.
         np.lib.format.write_array_header_1_0(file, {"descr": "<u2", "fortran_order": False, "shape": values.T.shape})
-        file.write(np.ascontiguousarray(values.T, "<u2").data)
+        for begin in range(0, NUM_VALUES, VALUES_AT_ONCE):
+            file.write(np.ascontiguousarray(values.T[begin : begin + VALUES_AT_ONCE], "<u2").data)
 
 
 def run_hashes(text: bytes) -> np.ndarray:

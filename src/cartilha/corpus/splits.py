@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from numpy.typing import DTypeLike
 
-from cartilha.corpus.pieces import ascending, extremes, large_array, nth_true, pieces
+from cartilha.corpus.pieces import ascending, each, extremes, large_array, nth_true, pieces, total, without
 from cartilha.errors import UserError, counted
 
 Split = Literal["train", "validation"]
@@ -77,42 +76,37 @@ class Clusters:
     Attributes:
         firsts: The number of the first document of each one's cluster, int64.
         hashes: The first 16 bytes of the SHA-256 of each text as two numbers, uint64, shape (num_documents, 2).
-        scratch: Where large arrays over all documents are kept; in memory without it.
     """
 
     firsts: np.ndarray
     hashes: np.ndarray
-    scratch: Path | None = None
 
-    def array(self, name: str, dtype: DTypeLike) -> np.ndarray:
+    def array(self, dtype: DTypeLike) -> np.ndarray:
         """Zeros for what is known of each cluster, in the row of its first document."""
-        return large_array(self.scratch, f"cluster-{name}", self.firsts.shape, dtype)
+        return large_array(self.firsts.shape, dtype)
 
     def of(self, documents: np.ndarray) -> np.ndarray:
         """Which clusters have one of these documents: bool."""
-        result = np.zeros(len(documents), bool)
+        result = self.array(bool)
         for piece in pieces(len(documents)):
             result[self.firsts[piece][documents[piece]]] = True
         return result
 
     def members(self, clusters: np.ndarray, documents: np.ndarray) -> np.ndarray:
         """Which of these documents are in those clusters: bool."""
-        result = np.zeros(len(documents), bool)
-        for piece in pieces(len(documents)):
-            result[piece] = documents[piece] & clusters[self.firsts[piece]]
-        return result
+        return each(lambda own, firsts: own & clusters[firsts], documents, self.firsts)
 
     def sizes(self, documents: np.ndarray) -> np.ndarray:
         """How many of these documents each cluster has: int32."""
-        result = self.array("sizes", np.int32)
+        result = self.array(np.int32)
         for piece in pieces(len(documents)):
             np.add.at(result, self.firsts[piece][documents[piece]], 1)
         return result
 
     def positions(self, own: np.ndarray, documents: np.ndarray) -> np.ndarray:
         """The position of each cluster: that of the one of these documents that has the smallest hash; float64."""
-        smallest = self.array("smallest", np.int64)  # a document's number and 1
-        result = self.array("positions", np.float64)
+        smallest = self.array(np.int64)  # one more than a document's number; 0 while none is known
+        result = self.array(np.float64)
         for piece in pieces(len(documents)):
             numbers = piece.start + np.flatnonzero(documents[piece])
             firsts, hashes = self.firsts[numbers], self.hashes[numbers]
@@ -150,17 +144,17 @@ def split_documents(
     num_documents = int(np.count_nonzero(stays))
     assert num_documents >= 2, "one document cannot be split"
     if given is None and rule.first is not None:
-        given, others = stays.copy(), nth_true(stays, np.array([rule.first]))
+        given, others = each(np.copy, stays), nth_true(stays, np.array([rule.first]))
         given[others[0] if len(others) else len(stays) :] = False
     if given is not None:
-        return _fixed(given & stays, stays, clusters)
+        return _fixed(each(np.logical_and, given, stays), stays, clusters)
     if rule.documents is not None and rule.documents >= num_documents:
         raise _too_many(rule.documents, num_documents)
     plain, fraction, notes = _singly(positions, stays, rule)
-    nothing = np.zeros_like(stays)
+    nothing = large_array(stays.shape, bool)
     if clusters is None:
         return SplitResult(plain, nothing, fraction, tuple(notes), 0.0, 0.0)
-    plain_rate = leak_rate(clusters, plain, stays & ~plain)
+    plain_rate = leak_rate(clusters, plain, without(stays, plain))
     sizes = clusters.sizes(stays)
     if np.count_nonzero(sizes) == 1:
         alike = f"All {num_documents} documents are near-duplicates of one another: they are split one by one."
@@ -171,7 +165,7 @@ def split_documents(
     else:
         chosen = _so_many(of_clusters, sizes, rule.documents, notes)
     validation = clusters.members(chosen, stays)
-    rate = leak_rate(clusters, validation, stays & ~validation)
+    rate = leak_rate(clusters, validation, without(stays, validation))
     return SplitResult(validation, nothing, fraction, tuple(notes), rate, plain_rate)
 
 
@@ -179,9 +173,15 @@ def _singly(positions: np.ndarray, stays: np.ndarray, rule: SplitRule) -> tuple[
     """Which documents are held out if each is looked at alone, the fraction used, and notes."""
     if rule.documents is not None:
         bound = float(np.nextafter(extremes(positions, stays, rule.documents)[0][-1], 1))
-        return stays & (positions < bound), None, []
+        return _up_to(stays, positions, bound), None, []
     used = _nearest(positions, stays, rule.fraction)
-    return stays & (positions < used), used, [] if used == rule.fraction else [_other_fraction(rule.fraction, used)]
+    notes = [] if used == rule.fraction else [_other_fraction(rule.fraction, used)]
+    return _up_to(stays, positions, used), used, notes
+
+
+def _up_to(mask: np.ndarray, positions: np.ndarray, bound: float) -> np.ndarray:
+    """What is under the mask and below the bound: bool."""
+    return each(lambda own, position: own & (position < bound), mask, positions)
 
 
 def _too_many(documents: int, num_documents: int) -> UserError:
@@ -207,20 +207,20 @@ def _nearest(positions: np.ndarray, mask: np.ndarray, fraction: float) -> float:
 
 def _fixed(given: np.ndarray, stays: np.ndarray, clusters: Clusters | None) -> SplitResult:
     """Hold out exactly the given documents; their near-duplicates are left out of training."""
-    left_out, rate = np.zeros_like(stays), 0.0
+    left_out, rate, others = large_array(stays.shape, bool), 0.0, without(stays, given)
     if clusters is not None:
-        left_out = clusters.members(clusters.of(given), stays & ~given)
-        rate = leak_rate(clusters, given, stays & ~given)
-    if not given.any() or not (stays & ~given & ~left_out).any():
+        left_out = clusters.members(clusters.of(given), others)
+        rate = leak_rate(clusters, given, others)
+    if not given.any() or not without(others, left_out).any():
         raise _nothing_left(given)
     return SplitResult(given, left_out, None, (), 0.0, rate)
 
 
 def _below(positions: np.ndarray, sizes: np.ndarray, fraction: float, notes: list[str]) -> tuple[np.ndarray, float]:
     """Clusters below the fraction, except those larger than the side held out; and the fraction used."""
-    there = sizes > 0
+    there = each(lambda size: size > 0, sizes)
     wanted = fraction * int(sizes.sum())
-    eligible = there & ((sizes == 1) | (sizes <= wanted))
+    eligible = each(lambda size: (size == 1) | ((size > 0) & (size <= wanted)), sizes)
     too_large = int(np.count_nonzero(there)) - int(np.count_nonzero(eligible))
     if too_large:
         notes.append(
@@ -233,24 +233,26 @@ def _below(positions: np.ndarray, sizes: np.ndarray, fraction: float, notes: lis
     used = fraction
     if not too_large:
         used = _nearest(positions, there, fraction)
-    elif not (eligible & (positions < fraction)).any():
+    elif not _up_to(eligible, positions, fraction).any():
         used = float(np.nextafter(extremes(positions, eligible, 1)[0][0], 1))
     if used != fraction:
         notes.append(_other_fraction(fraction, used))
-    return eligible & (positions < used), used
+    return _up_to(eligible, positions, used), used
 
 
 def _smallest(positions: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """The cluster of the fewest documents, and of several the one with the lowest position: bool."""
-    mask = sizes == extremes(sizes, sizes > 0, 1)[0][0]
-    return np.asarray(mask & (positions == extremes(positions, mask, 1)[0][0]))
+    smallest = extremes(sizes, each(lambda size: size > 0, sizes), 1)[0][0]
+    mask = each(lambda size: size == smallest, sizes)
+    lowest = extremes(positions, mask, 1)[0][0]
+    return each(lambda own, position: own & (position == lowest), mask, positions)
 
 
 def _so_many(positions: np.ndarray, sizes: np.ndarray, wanted: int, notes: list[str]) -> np.ndarray:
     """Clusters in the order of their positions, each that still fits into the number wanted."""
-    chosen = np.zeros(len(sizes), bool)
+    chosen = large_array(sizes.shape, bool)
     left = wanted
-    for order in ascending(positions, sizes > 0):
+    for order in ascending(positions, each(lambda size: size > 0, sizes)):
         for number, size in zip(order.tolist(), sizes[order].tolist(), strict=True):
             if size <= left:
                 chosen[number] = True
@@ -261,7 +263,7 @@ def _so_many(positions: np.ndarray, sizes: np.ndarray, wanted: int, notes: list[
             break
     if not chosen.any():
         chosen = _smallest(positions, sizes)
-    held_out = int(sizes[chosen].sum())
+    held_out = total(sizes, chosen)
     if held_out != wanted:
         held = counted(held_out, "document", "is", "are")
         notes.append(f"{held} held out instead of {wanted:,}: clusters of near-duplicates are not cut.")

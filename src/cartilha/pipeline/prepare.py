@@ -8,6 +8,7 @@ The store appears by the rename at the end and at no earlier moment.
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -24,12 +25,14 @@ from cartilha.corpus.files import SourceFile
 from cartilha.corpus.formats import expansion
 from cartilha.corpus.hints import log_hints
 from cartilha.corpus.hub import opened
+from cartilha.corpus.pieces import large_arrays_in, total
 from cartilha.corpus.questions import QuestionRuns
 from cartilha.corpus.readers import ReadCounts, first_documents, read_documents
 from cartilha.corpus.shards import Shard, shards, shuffled
 from cartilha.corpus.sources import HubSource
 from cartilha.corpus.splits import SPLITS, Split
 from cartilha.errors import counted
+from cartilha.machine.cpu import give_back_freed_memory
 from cartilha.machine.devices import usable_cores
 from cartilha.machine.versions import TEXT_PACKAGES, versions
 from cartilha.pipeline.preflight import preflight
@@ -38,7 +41,7 @@ from cartilha.pipeline.result import Result
 from cartilha.preparation.assembly import Sides, decide, side_counts, write_rejects, write_sides
 from cartilha.preparation.decontamination import found_questions
 from cartilha.preparation.enough import Done, read_enough, read_first
-from cartilha.preparation.executors import Executor, in_processes, on_ray
+from cartilha.preparation.executors import LARGE_ARRAY, Executor, in_processes, on_ray
 from cartilha.preparation.index import DocumentIndex, load_index
 from cartilha.preparation.made_from import describe, describe_questions, ready_store
 from cartilha.preparation.notices import nothing_left, tell_counts, tell_mixture, tell_rest, tell_selection
@@ -111,6 +114,8 @@ class _Job:
 def prepare(config: PrepareConfig) -> PrepareResult:
     """Make a store of the input, or find what the same command made; a UserError says what is wrong with either."""
     preflight(config)
+    if "torch" not in sys.modules:  # a process that has a model keeps what it frees, for the next one
+        give_back_freed_memory(LARGE_ARRAY)
     asked, path = read_request(config), Path(config.output)
     with ExitStack() as stack:
         # Worker processes start here and import while the tokenizer is loaded; a finished store may need none.
@@ -181,6 +186,7 @@ def _make(job: _Job, executor: _ShardExecutor) -> PrepareResult:
     config = job.config
     with (
         work_directory(job.path, job.identity, keep=config.keep_pool or config.dry_run) as work,
+        large_arrays_in(work),
         ThreadPoolExecutor(2) as aside,
     ):
         asked = replace(job.asked, sources=opened(job.asked.sources, work / "commits.json"))
@@ -204,9 +210,11 @@ def _make(job: _Job, executor: _ShardExecutor) -> PrepareResult:
         tasks = [ShardTask(part, settings, work) for part in parts]
         if config.stream_best is None:  # else nobody knows how much will be read
             _check_space(work, tasks, sample, encoder)
+        proof = encoder.proof
+        del encoder  # tens of megabytes; those who do the work have their own
         done = _do_shards(job, executor, tasks, len(given))
         inputs = aside.submit(describe, asked)  # hashes the files
-        return _write(job, executor, done, encoder.proof, inputs)
+        return _write(job, executor, done, proof, inputs)
 
 
 def _shard_settings(job: _Job) -> ShardSettings:
@@ -359,7 +367,7 @@ def _sums(done: list[tuple[ShardTask, ShardResult]]) -> tuple[ReadCounts, dict[s
 def _require_space(job: _Job, index: DocumentIndex, sides: Sides) -> None:
     """A store that holds documents several times may be larger than what was read."""
     if sides.train.max(initial=0) > 1:
-        num_tokens = int(sides.train @ index.num_tokens)
+        num_tokens = total(index.num_tokens, sides.train)
         require_space(job.path.parent, num_tokens * token_dtype(job.tokenizer.num_ids).itemsize)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from cartilha.corpus.near_duplicates import cluster
-from cartilha.corpus.pieces import pieces
+from cartilha.corpus.pieces import each, large_array, pieces, without
 from cartilha.corpus.splits import SPLITS, Clusters, Split, SplitResult, split_documents
 from cartilha.errors import UserError
 from cartilha.preparation.executors import Executor
@@ -75,28 +75,31 @@ def decide(
     all_clusters = None
     if near_duplicates:
         files = [task.directory / "signatures.npy" for task in index.tasks]
-        all_clusters = Clusters(cluster(files, scratch=index.work), index.hashes, index.work)
+        all_clusters = Clusters(cluster(files), index.hashes)
     times, mixed = None, tuple[dict[str, Any], ...]()
     if asked.mixture is not None:
         times, mixed = _mix(index, stays, asked.mixture)
-        dropped["weights"] = int((stays & (times == 0)).sum())
-        stays &= times > 0
+        in_mixture = each(lambda own, number: own & (number > 0), stays, times)
+        dropped["weights"] = int(np.count_nonzero(without(stays, in_mixture)))
+        stays = in_mixture
     if np.count_nonzero(stays) == 1:
         raise UserError("A single document cannot be split into training and validation; add more.")
     result = _split(index, asked, stays, all_clusters)
     if result.left_out.any():
         dropped["near_duplicates_of_validation"] = int(result.left_out.sum())
-    train = stays & ~result.validation & ~result.left_out
+    train = without(stays, result.validation, result.left_out)
     chosen = None
     if asked.amount is not None:
-        of_inputs = index.sources < asked.num_held_out + asked.num_targets
-        target, pool = of_inputs & train, train & ~of_inputs
+        num_given = asked.num_held_out + asked.num_targets
+        pool = each(lambda own, source: own & (source >= num_given), train, index.sources)
+        target = without(train, pool)
         if all_clusters is not None:
-            _take_once(pool, of_inputs & stays, all_clusters)
+            given = each(lambda own, source: own & (source < num_given), stays, index.sources)
+            _take_once(pool, given, all_clusters)
         chosen = _choose(index, asked, executor, judge, (pool, target))
-        poor = np.zeros(1, bool) if judge is None else judge.verdicts > 0
-        dropped["target"] = int(target.sum())
-        dropped["not_chosen"] = int((train & ~target & ~chosen.mask & ~poor).sum())
+        poor = () if judge is None else (each(np.sign, judge.verdicts),)
+        dropped["target"] = int(np.count_nonzero(target))
+        dropped["not_chosen"] = int(np.count_nonzero(without(train, target, chosen.mask, *poor)))
         train = chosen.mask
     elif judge is not None:
         judge.begin(train)
@@ -106,15 +109,15 @@ def decide(
         if not train.any():
             raise UserError("No document is good enough to train on; give wider limits to their perplexity and score.")
     dropped |= {} if judge is None else judge.left_out
-    trained = train.astype(np.int8) if times is None else np.where(train, times, 0)
+    trained = each(np.multiply, train, train if times is None else times, dtype=np.int32)
     clusters = None if all_clusters is None else _among_kept(all_clusters, stays)
     return Sides(stays, result.validation, trained, clusters, dropped, result, mixed, chosen)
 
 
 def _among_kept(clusters: Clusters, stays: np.ndarray) -> np.ndarray:
     """The number, among the documents kept, of the first one in the cluster of each."""
-    numbers = clusters.array("first-kept", np.int64)  # and 1
-    result, num_kept = clusters.array("numbers", np.int64), 0
+    numbers = clusters.array(np.int64)  # one more than the number of each cluster's first document; 0 while it has none
+    result, num_kept = clusters.array(np.int64), 0
     for piece in pieces(len(stays)):
         kept = piece.start + np.flatnonzero(stays[piece])
         firsts, places = np.unique(clusters.firsts[kept], return_index=True)
@@ -128,7 +131,7 @@ def _among_kept(clusters: Clusters, stays: np.ndarray) -> np.ndarray:
 def _take_once(pool: np.ndarray, of_target: np.ndarray, clusters: Clusters) -> None:
     """Leave one document at most in the pool of each cluster that the target, or what is held out, has documents of."""
     alike = clusters.members(clusters.of(of_target), pool)
-    taken = np.zeros(len(pool), bool)
+    taken = clusters.array(bool)
     for piece in pieces(len(pool)):
         numbers = piece.start + np.flatnonzero(alike[piece])
         firsts, places = np.unique(clusters.firsts[numbers], return_index=True)
@@ -167,14 +170,19 @@ def _split(index: DocumentIndex, asked: PrepareRequest, stays: np.ndarray, clust
         return split_documents(index.positions, documents, asked.rule, given, clusters)
 
     if asked.num_held_out or not asked.num_targets:
-        return split(stays, index.sources < asked.num_held_out if asked.num_held_out else None)
-    own = stays & (index.sources < asked.num_targets)
+        return split(stays, _from_first(index, asked.num_held_out) if asked.num_held_out else None)
+    own = each(np.logical_and, stays, _from_first(index, asked.num_targets))
     if np.count_nonzero(own) < 2:
         raise UserError(
             "The texts of --like are fewer than two documents, one to hold out and one to aim at; give more."
         )
     inner = split(own)
     return replace(split(stays, inner.validation), fraction_used=inner.fraction_used, notes=inner.notes)
+
+
+def _from_first(index: DocumentIndex, num_sources: int) -> np.ndarray:
+    """Which documents are from the first sources: bool."""
+    return each(lambda source: source < num_sources, index.sources)
 
 
 def _mix(index: DocumentIndex, stays: np.ndarray, mixture: Mixture) -> tuple[np.ndarray, tuple[dict[str, Any], ...]]:
@@ -185,7 +193,7 @@ def _mix(index: DocumentIndex, stays: np.ndarray, mixture: Mixture) -> tuple[np.
         own = mixture.inputs[index.sources[piece]][stays[piece]]
         sums[0] += np.bincount(own, minlength=num_inputs)
         sums[1] += np.bincount(own, index.num_tokens[piece][stays[piece]], num_inputs)
-    rates, times = mixture.rates(sums[1]), np.zeros(num_documents, np.int32)
+    rates, times = mixture.rates(sums[1]), large_array((num_documents,), np.int32)
     for piece in pieces(num_documents):
         of_document = mixture.inputs[index.sources[piece]]
         times[piece] = copies(rates[of_document], index.hashes[piece])
@@ -203,7 +211,7 @@ def _mix(index: DocumentIndex, stays: np.ndarray, mixture: Mixture) -> tuple[np.
 
 def write_sides(writer: StoreWriter, index: DocumentIndex, sides: Sides) -> None:
     """Write both sides, each in its own thread; documents taken several times come again after all others."""
-    passes = [sides.train > times for times in range(int(sides.train.max(initial=1)))]
+    passes = [each(lambda own: own > times, sides.train) for times in range(int(sides.train.max(initial=1)))]  # noqa: B023
 
     def write(split: Split, masks: list[np.ndarray]) -> None:
         for mask in masks:
@@ -258,10 +266,10 @@ def write_rejects(path: Path, tasks: Sequence[ShardTask], others: Iterable[dict[
 def side_counts(index: DocumentIndex, sides: Sides) -> dict[Split, SplitCounts]:
     """What each side would hold, without a hash."""
     counts: dict[Split, SplitCounts] = {}
-    for split, times in zip(SPLITS, (sides.train, sides.validation.astype(np.int64)), strict=True):
+    for split, times in zip(SPLITS, (sides.train, sides.validation), strict=True):
         sums = dict.fromkeys(COUNTS, 0)
         for task, (begin, end) in zip(index.tasks, pairwise(index.starts), strict=True):
-            table, own = read_documents(task), times[begin:end]
+            table, own = read_documents(task), times[begin:end].astype(np.int64)
             sums["num_documents"] += int(own.sum())
             for name in COUNTS[1:]:
                 sums[name] += int(table[name].to_numpy() @ own)

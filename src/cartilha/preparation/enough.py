@@ -48,7 +48,11 @@ def _so_far(
     up_to: Callable[[ShardTask, int], ShardTask],
     amount: Callable[[ShardResult], int],
 ) -> Iterator[tuple[ShardTask, ShardResult]]:
-    """Tasks that hold so much in all, the last one perhaps in a part of it: the same ones whatever is done at once."""
+    """The first tasks whose results come to the amount that is `left`, each with its result.
+
+    So many tasks as `at_once` are done together, each cut (by `up_to`) at what is left before them. The one that
+    reaches the amount is then done again, cut at what is left before itself: the documents do not depend on `at_once`.
+    """
     for begin in range(0, len(tasks), at_once):
         asked = left
         wave = [up_to(task, asked) for task in tasks[begin : begin + at_once]]

@@ -20,6 +20,7 @@ from multiprocessing.synchronize import Barrier
 from typing import Any, TypeVar
 
 from cartilha.errors import UnfinishedError, UserError, first_line, import_extra
+from cartilha.machine.cpu import give_back_freed_memory
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -27,6 +28,7 @@ Result = TypeVar("Result")
 # What workers import before their first task; on Linux, one process imports it for all. Arrow imports pandas, if it is
 # installed, to see whether a list is one of its types; that takes a third of a second.
 PRELOAD = ["cartilha.preparation.shard_work", "gigatoken", "awkward", "pandas"]
+LARGE_ARRAY = 1 << 20  # bytes; smaller ones are made and freed all the time, and mapping them would take longer
 START_S = 60.0  # after which work begins with the processes that have started
 
 # Runs a function on tasks: results come unordered, and after an exception no further task begins.
@@ -135,6 +137,7 @@ def _begin(all_begun: Barrier) -> None:
     """Begin a worker: it leaves Ctrl-C to the parent, ends when the parent is gone, and uses one core."""
     global _all_begun
     _all_begun = all_begun
+    give_back_freed_memory(LARGE_ARRAY)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
-from cartilha.corpus.pieces import large_array, pieces
+from cartilha.corpus.pieces import each, large_array, pieces
 from cartilha.corpus.sources import Source
 from cartilha.preparation.shard_work import DOCUMENTS_SCHEMA, ShardTask
 from cartilha.tokens.store_checks import map_ids
@@ -42,11 +41,6 @@ class DocumentIndex:
     num_tokens: np.ndarray
     sources: np.ndarray
 
-    @property
-    def work(self) -> Path:
-        """The work directory."""
-        return self.tasks[0].work
-
     def shard_of(self, number: int) -> int:
         """The number of the shard that a document is in."""
         return int(np.searchsorted(self.starts, number, side="right")) - 1
@@ -70,7 +64,7 @@ def load_index(tasks: Sequence[ShardTask], sources: Sequence[Source]) -> Documen
     arrays = {}
     for name, dtype in shapes.items() if tasks else ():
         shape = (int(starts[-1]), 2) if name == "hashes" else (int(starts[-1]),)
-        arrays[name] = large_array(tasks[0].work, f"index-{name}", shape, dtype)
+        arrays[name] = large_array(shape, dtype)
     for task, (begin, end) in zip(tasks, pairwise(starts.tolist()), strict=True):
         table = read_documents(task)
         of_pieces = np.array([source_numbers[part.source] for part in task.shard.parts], np.int32)
@@ -89,7 +83,7 @@ def load_index(tasks: Sequence[ShardTask], sources: Sequence[Source]) -> Documen
 
 def first_of_each(hashes: np.ndarray) -> np.ndarray:
     """Whether each document is the first with its hash: bool, shape (num_documents,)."""
-    result = np.ones(len(hashes), bool)
+    again = large_array((len(hashes),), bool)
     num_parts = 1 + len(hashes) // SORTED_DOCUMENTS
     for part in range(num_parts):  # equal hashes are in the same part
         rows = []
@@ -100,9 +94,8 @@ def first_of_each(hashes: np.ndarray) -> np.ndarray:
         own = hashes[numbers]
         order = np.lexsort((own[:, 1], own[:, 0]))  # stable
         ordered = own[order]
-        again = (ordered[1:] == ordered[:-1]).all(axis=1)
-        result[numbers[order[1:][again]]] = False
-    return result
+        again[numbers[order[1:][(ordered[1:] == ordered[:-1]).all(axis=1)]]] = True
+    return each(np.logical_not, again)
 
 
 def chosen_ids(task: ShardTask, num_tokens: np.ndarray, own: np.ndarray) -> Iterator[np.ndarray]:

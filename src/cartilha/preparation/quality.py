@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from cartilha.config import PrepareConfig
 from cartilha.console import progress
-from cartilha.corpus.pieces import PIECE, at_the_ends, evenly
+from cartilha.corpus.pieces import PIECE, at_the_ends, each, evenly, large_array, pieces
 from cartilha.errors import UserError
 from cartilha.preparation.index import DocumentIndex, chosen_ids, first_ids, read_documents
 from cartilha.tokens.tokenizer import TextTokenizer
@@ -112,8 +112,8 @@ class Judge:
         self._signals = list(signals)
         self._scores = [_kept_scores(index, signal) for signal, _ in self._signals]
         self._limits: list[tuple[float, float]] = []
-        self._seen = np.zeros(len(index.positions), bool)
-        self.verdicts = np.zeros(len(index.positions), np.int8)
+        self._seen = large_array(index.positions.shape, bool)
+        self.verdicts = large_array(index.positions.shape, np.int8)
         self.reasons = [f"{signal.name}:{side}" for signal, _ in self._signals for side in ("low", "high")]
 
     @classmethod
@@ -162,14 +162,16 @@ class Judge:
     @property
     def left_out(self) -> dict[str, int]:
         """How many documents are left out, by reason."""
-        counts = np.bincount(self.verdicts, minlength=len(self.reasons) + 1)[1:]
-        return {reason: int(count) for reason, count in zip(self.reasons, counts, strict=True) if count}
+        counts = np.zeros(len(self.reasons) + 1, np.int64)
+        for piece in pieces(len(self.verdicts)):
+            counts += np.bincount(self.verdicts[piece], minlength=len(counts))
+        return {reason: int(count) for reason, count in zip(self.reasons, counts[1:], strict=True) if count}
 
     def facts(self, tokenizer: TextTokenizer) -> list[dict[str, Any]]:
         """What the store's record says of each signal: limits, quantiles of the scores, the extreme documents."""
         rows = []
         for (signal, _), kept, limits in zip(self._signals, self._scores, self._limits, strict=True):
-            seen = self._seen & ~np.isnan(kept)
+            seen = each(lambda own, score: own & ~np.isnan(score), self._seen, kept)
             sample = kept[evenly(seen, PIECE)]
             values = np.quantile(sample, QUANTILES).tolist() if len(sample) else []
             lowest, highest = at_the_ends(kept, seen, NUM_SHOWN)

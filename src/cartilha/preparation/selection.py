@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from cartilha.corpus.pieces import PIECE, descending, evenly, extremes, large_array, pieces
+from cartilha.corpus.pieces import PIECE, descending, each, evenly, extremes, large_array, pieces, total
 from cartilha.errors import UnfinishedError, counted
 from cartilha.preparation.executors import Executor
 from cartilha.preparation.index import DocumentIndex, shard_ids
@@ -115,32 +115,32 @@ def choose(
         passes: Which of some documents, given by number, are good enough; the others are passed over.
     """
     amount, seed = asked
-    num_tokens = amount.tokens(_sum(index.num_tokens, pool))
+    num_tokens = amount.tokens(total(index.num_tokens, pool))
     weights, strength, ratios, facts = np.zeros(0), 0.0, None, dict[str, Any]()
     if target.any():
-        groups = np.where(pool, np.int8(2), np.int8(-1))
+        groups = each(lambda own: np.where(own, 2, -1), pool, dtype=np.int8)
         by_hash = np.flatnonzero(target)[np.argsort(index.hashes[target, 0], kind="stable")]
         groups[by_hash] = np.arange(len(by_hash)) % 2  # whatever the order of the input, and neither half empty
         counts = _counts(index, groups, executor)
         both = np.stack([ngrams.log_ratios(half, counts[2]) for half in counts[:2]])
         of_halves = _weights(index, pool, both, executor)
         reliability, deviation = _agreement(of_halves, pool)
-        ratios, weights = both.mean(axis=0), large_array(index.work, "weights", pool.shape, np.float64)
+        ratios, weights = both.mean(axis=0), large_array(pool.shape, np.float64)
         for piece in pieces(len(pool)):
             weights[piece] = of_halves[:, piece].mean(axis=0)
         strength = STRENGTH * reliability / (1 - reliability) / max(deviation, 1e-9)
         facts = {
-            "target_documents": int(target.sum()),
-            "target_tokens": _sum(index.num_tokens, target),
+            "target_documents": int(np.count_nonzero(target)),
+            "target_tokens": total(index.num_tokens, target),
             "reliability": reliability,
         }
     mask = _highest(_keys(index, weights, strength, seed), pool, index.num_tokens, num_tokens, passes)
-    amount.refuse_too_few(_sum(index.num_tokens, mask))
+    amount.refuse_too_few(total(index.num_tokens, mask))
     facts |= {
         "num_documents": int(np.count_nonzero(mask)),
-        "num_tokens": _sum(index.num_tokens, mask),
+        "num_tokens": total(index.num_tokens, mask),
         "pool_documents": int(np.count_nonzero(pool)),
-        "pool_tokens": _sum(index.num_tokens, pool),
+        "pool_tokens": total(index.num_tokens, pool),
         "seed": seed,
     }
     if ratios is not None:
@@ -171,14 +171,9 @@ def _average_ngrams(index: DocumentIndex, pool: np.ndarray) -> float:
     return num_ngrams / max(1, int(np.count_nonzero(pool)))
 
 
-def _sum(values: np.ndarray, mask: np.ndarray) -> int:
-    """The sum of the values under a mask."""
-    return sum(int(values[piece] @ mask[piece]) for piece in pieces(len(values)))
-
-
 def _keys(index: DocumentIndex, weights: np.ndarray, strength: float, seed: int) -> np.ndarray:
     """What documents are ordered by: the weight, as much as it counts, and a Gumbel variable."""
-    keys = large_array(index.work, "keys", index.positions.shape, np.float64)
+    keys = large_array(index.positions.shape, np.float64)
     for piece in pieces(len(keys)):
         keys[piece] = gumbel(index.hashes[piece], seed)
         if strength:
@@ -198,7 +193,7 @@ def _highest(
     keys: np.ndarray, pool: np.ndarray, num_tokens: np.ndarray, wanted: int, passes: Passes | None = None
 ) -> np.ndarray:
     """The documents of the pool with the highest keys that pass, as many as have the tokens that are wanted: bool."""
-    mask = np.zeros(len(pool), bool)
+    mask = large_array(pool.shape, bool)
     for order in descending(keys, pool):
         while wanted > 0 and len(order):
             num_enough = 1 + int(np.searchsorted(np.cumsum(num_tokens[order]), wanted))
@@ -243,7 +238,7 @@ def _counts(index: DocumentIndex, groups: np.ndarray, executor: Executor[Any, An
 
 def _of_mask(mask: np.ndarray) -> np.ndarray:
     """Group 0 for the documents under a mask, none for the others."""
-    return np.where(mask, np.int8(0), np.int8(-1))
+    return each(lambda own: np.where(own, 0, -1), mask, dtype=np.int8)
 
 
 def _no_counts() -> np.ndarray:
@@ -253,7 +248,7 @@ def _no_counts() -> np.ndarray:
 def _weights(index: DocumentIndex, pool: np.ndarray, ratios: np.ndarray, executor: Executor[Any, Any]) -> np.ndarray:
     """The log weights of each document by each model (`log_weights`), shape (num_models, num_documents)."""
     average = _average_ngrams(index, pool)
-    result = large_array(index.work, "half-weights", (len(ratios), len(pool)), np.float64)
+    result = large_array((len(ratios), len(pool)), np.float64)
     places = {task.shard.number: place for task, place in zip(index.tasks, pairwise(index.starts), strict=True)}
     for number, found in executor(weigh_shard, _shards(index, _of_mask(pool), ratios)):
         begin, end = places[number]

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
@@ -28,7 +29,7 @@ from cartilha.corpus.questions import Contaminated, QuestionFinder, load_runs
 from cartilha.corpus.readers import ReadCounts, read_part
 from cartilha.corpus.records import ReadSettings
 from cartilha.corpus.shards import Shard
-from cartilha.corpus.signatures import save_signatures, signatures
+from cartilha.corpus.signatures import NUM_VALUES, save_signatures, signatures
 from cartilha.corpus.splits import split_position
 from cartilha.languages import Language
 from cartilha.preparation.threshold import Threshold
@@ -216,10 +217,11 @@ class _Writer:
         self._rejected: Counter[str] = Counter()
         self._questions = set[int]()
         self._contaminated: list[dict[str, Any]] = []
-        self._signatures: list[np.ndarray] = []
         self._lowest: tuple[float, int, bytes] | None = None  # position, row and text, unless it is kept anyway
         self._stack = stack
         self._tokens = self._open("tokens.bin")
+        # A shard of tiny documents has so many that their signatures would fill the memory.
+        self._signatures = stack.enter_context(tempfile.TemporaryFile(dir=directory))  # noqa: SIM115
         self._rejects = self._open("rejects.jsonl") if task.settings.with_rejects else None
         self._documents = self._open_arrow("documents.arrow", DOCUMENTS_SCHEMA, None)
         self._texts = self._open_arrow("texts.arrow", TEXTS_SCHEMA, "lz4")
@@ -279,7 +281,7 @@ class _Writer:
         self._documents.write_batch(pa.record_batch(columns, schema=DOCUMENTS_SCHEMA))
         self._keep_texts(texts, positions)
         if settings.with_signatures:
-            self._signatures.append(signatures([document.text for document in documents]))
+            self._signatures.write(signatures([document.text for document in documents]).data)
         self._num_documents += len(documents)
 
     def _count_good(self, ids: np.ndarray, num_tokens: np.ndarray, hashes: list[bytes]) -> None:
@@ -321,8 +323,10 @@ class _Writer:
         if self._lowest is not None:
             self._write_texts(np.array([self._lowest[1]]), [self._lowest[2]])
         if self.task.settings.with_signatures:
-            none = signatures([])
-            save_signatures(self._directory / "signatures.npy", np.concatenate([none, *self._signatures]))
+            self._signatures.flush()
+            shape, is_empty = (self._num_documents, NUM_VALUES), not self._num_documents
+            values = np.zeros(shape, np.uint16) if is_empty else np.memmap(self._signatures, "<u2", "r", shape=shape)
+            save_signatures(self._directory / "signatures.npy", values)
         self._stack.close()
         if self.task.settings.questions:
             listed = json.dumps(self._contaminated).encode("ascii")

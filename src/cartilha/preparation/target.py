@@ -35,6 +35,7 @@ def check_target(asked: PrepareRequest) -> None:
     language = languages(identifier, [text])[0][0]
     texts = [found.text for found in islice(pool, POOL_DOCUMENTS) if len(found.text) >= LEAST_CHARS]
     own = [found for found, _ in languages(identifier, texts)].count(language)
+    load_identifier.cache_clear()  # a hundred megabytes; a process that cleans reads them again
     if own < LEAST_SHARE * len(texts):
         raise UserError(
             f"The texts of --like are in another language ({language}) than the input: {own} of its first"
