@@ -41,13 +41,12 @@ def sum_over_ranks(parameters: Sequence[nn.Parameter], loss: torch.Tensor, *, gr
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         tensors.append(parameter.grad)
-    # Gloo sums large tensors at the same time; together they would take 2.6 times as long. Of small ones, the exchanges
-    # themselves are what takes the time.
+    # Gloo sums several large tensors at the same time, and one that holds them all takes longer. Of small ones, the
+    # exchanges themselves are what takes the time (docs/log.md, section 54).
     small = [tensor for tensor in tensors if tensor.nbytes < SENT_ALONE_BYTES and tensor.dtype == loss.dtype]
-    alone = {id(tensor) for tensor in tensors} - {id(tensor) for tensor in small}
+    large = [tensor for tensor in tensors if tensor.nbytes >= SENT_ALONE_BYTES or tensor.dtype != loss.dtype]
     flat = torch.cat([tensor.flatten() for tensor in small])
-    sent = [flat, *(tensor for tensor in tensors if id(tensor) in alone)]
-    for work in [dist.all_reduce(tensor, async_op=True) for tensor in sent]:
+    for work in [dist.all_reduce(tensor, async_op=True) for tensor in [flat, *large]]:
         assert work is not None
         work.wait()
     sums = flat.split([tensor.numel() for tensor in small])
