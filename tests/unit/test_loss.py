@@ -256,6 +256,16 @@ def test_never_more_than_a_chunk_of_logits(dtype):
     assert scored == CHUNK
 
 
+def test_tokens_are_scored_in_chunks_of_the_device(monkeypatch):
+    hidden, weight, targets = problem(20 * CHUNK, ignored=0.0, hidden_size=CHUNK // 2)
+    expected = token_scores(hidden, Head(weight), targets, torch.float32).nll
+    monkeypatch.setattr(loss_module, "_chunk_on", lambda device, head, dtype: 4 * CHUNK)  # as on a GPU
+    with LargestLogits() as recorded:
+        found = token_scores(hidden, Head(weight), targets, torch.float32).nll
+    assert recorded.num_rows == 4 * CHUNK
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_logits_are_kept_for_the_backward_pass(dtype):
     hidden, weight, targets = problem(20 * CHUNK)

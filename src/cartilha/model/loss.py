@@ -28,14 +28,22 @@ _Manner = tuple[HeadShape, torch.dtype, float | None, int]
 
 
 def chunk_tokens(num_ids: int, dtype: torch.dtype, gpu_bytes: int = 0) -> int:
-    """Tokens per chunk: 1,024, and on a GPU with so much memory twice as many as often as `LOGITS_SHARE` allows.
+    """Tokens per chunk: 1,024 on a CPU (`gpu_bytes` 0), and up to 8,192 on a GPU with so much memory.
 
-    The head's gradient is read and written once per chunk, so that a GPU is faster with few of them. A CPU is not.
+    Of 1,024, 2,048, 4,096 and 8,192 it is the largest whose logits and their gradient, in `dtype`, take at most
+    `LOGITS_SHARE` of that memory. The head's gradient is read and written once per chunk, so that a GPU is faster with
+    few of them. A CPU is not.
     """
     chunk = CHUNK_TOKENS
     while 2 * chunk <= MAX_CHUNK_TOKENS and 2 * chunk * 2 * num_ids * dtype.itemsize <= LOGITS_SHARE * gpu_bytes:
         chunk *= 2
     return chunk
+
+
+def _chunk_on(device: torch.device, head: Head, dtype: torch.dtype) -> int:
+    """Tokens per chunk of logits in `dtype` on this device."""
+    gpu_bytes = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+    return chunk_tokens(len(head.weight), dtype, gpu_bytes)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -139,9 +147,7 @@ def linear_cross_entropy(
     what suits the device.
     """
     if chunk is None:
-        on_gpu = hidden.device.type == "cuda"
-        gpu_bytes = torch.cuda.get_device_properties(hidden.device).total_memory if on_gpu else 0
-        chunk = chunk_tokens(len(head.weight), dtype, gpu_bytes)
+        chunk = _chunk_on(hidden.device, head, dtype)
     if computes_in_place(head.weight):  # on a CPU, in training
         dtype = cpu_product_dtype(dtype)
     manner = (head.shape, dtype, factor_in_place(head.weight), chunk)
@@ -182,11 +188,11 @@ def token_scores(
     `hidden` has the shape (num_tokens, hidden_size), `targets` (num_tokens,). The matrix product runs in `dtype`, the
     softmax in float32.
     """
-    weight = head.weight.to(dtype)
-    buffer = hidden.new_empty((min(CHUNK_TOKENS, len(targets)), len(weight)), dtype=torch.float32)
+    weight, chunk = head.weight.to(dtype), _chunk_on(hidden.device, head, torch.float32)
+    buffer = hidden.new_empty((min(chunk, len(targets)), len(weight)), dtype=torch.float32)
     chunks = []
-    for begin in range(0, max(1, len(targets)), CHUNK_TOKENS):  # no targets are one empty chunk
-        rows = slice(begin, begin + CHUNK_TOKENS)
+    for begin in range(0, max(1, len(targets)), chunk):  # no targets are one empty chunk
+        rows = slice(begin, begin + chunk)
         states = hidden[rows].to(dtype)
         product = buffer[: len(states)]
         if dtype == torch.float32:
