@@ -5,6 +5,7 @@ torch is imported inside the functions that need it, so that `--help` and `prepa
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import platform
@@ -32,7 +33,7 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
         if name == "cpu":
-            log.info("No GPU was found: computing on the CPU.")
+            _announce_cpu()
     elif not available[name]:
         usable = ", ".join(kind for kind, there in available.items() if there)
         raise UserError(f"The device {name} is not available on this machine; use --device auto or one of: {usable}.")
@@ -46,6 +47,11 @@ def choose_device(name: str) -> torch.device:
         )
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
+
+
+@functools.cache  # once per process
+def _announce_cpu() -> None:
+    log.info("No GPU was found: computing on the CPU.")
 
 
 def hardware_dtypes(device_type: str, capability: tuple[int, int] | None, bf16_cpu: bool) -> tuple[str, ...]:
