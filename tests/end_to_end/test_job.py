@@ -98,7 +98,8 @@ def test_results_json_says_what_the_design_promises(unbroken, store):
     assert all(row.keys() == {"epoch", "train_loss", "validation_loss", "seconds"} for row in results["epochs"])
     assert all(row.keys() >= EVALUATION_KEYS for row in results["evaluations"])
     assert results["packing"]["padding_share"] < 0.05
-    assert results["machine"]["device"] == "cpu" and {"torch", "python", "cartilha"} <= results["versions"].keys()
+    assert results["machine"]["device"] == "cpu" and results["machine"]["matmul_gflops"]["float32"] > 0
+    assert {"torch", "python", "cartilha"} <= results["versions"].keys()
     assert results["corpus"]["train_hash"] == TokenStore(store).counts["train"].corpus_hash
     assert results["tokens"] == 2 * (results["corpus"]["num_train_tokens"] + results["corpus"]["num_train_documents"])
     config = yaml.safe_load((unbroken.path / "config.yaml").read_text(encoding="utf-8"))["train"]

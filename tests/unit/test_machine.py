@@ -82,7 +82,10 @@ sys.argv = ["cartilha", "evaluate", "--model", "random:tiny", "--input", "primer
 # Device and dtype
 
 
-def test_the_rate_of_float32_is_measured_in_float32_under_autocast_too():
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+def test_the_rate_of_each_dtype_is_measured_in_turn_and_in_that_dtype_under_autocast_too(has_bfloat16, monkeypatch):
+    monkeypatch.setattr(cpu, "cpu_has_bfloat16", lambda: has_bfloat16)
+    monkeypatch.setattr(cpu, "PRODUCT_SIZE", 32)
     dtypes = []
 
     class Note(TorchDispatchMode):
@@ -91,14 +94,30 @@ def test_the_rate_of_float32_is_measured_in_float32_under_autocast_too():
                 dtypes.append(args[0].dtype)
             return func(*args, **(kwargs or {}))
 
-    with torch.autocast("cpu", torch.bfloat16), Note():  # not through the cache, which must not keep this figure
-        assert cpu.cpu_matmul_rate.__wrapped__("float32") > 0
-    assert len(dtypes) > 1 and set(dtypes) == {torch.float32}
+    with torch.autocast("cpu", torch.bfloat16), Note():  # not through the cache, which must not keep these figures
+        rates = cpu.cpu_matmul_rates.__wrapped__()
+    real = [torch.float32, torch.bfloat16] if has_bfloat16 else [torch.float32]
+    assert list(rates) == [dtype_name(dtype) for dtype in real] and min(rates.values()) > 0
+    assert cpu.MIN_ROUNDS <= len(dtypes) // len(real) <= cpu.MAX_ROUNDS and dtypes == real * (len(dtypes) // len(real))
 
 
-@pytest.mark.parametrize(("half", "full", "expected"), [(100, 119, torch.bfloat16), (100, 120, torch.float32)])
+def test_the_fastest_product_counts_and_only_the_time_of_this_process(monkeypatch):
+    ticks = iter([0, 5, 5, 9, 9, 11, 11, 20, 20, 23, 23, 40])  # float32 takes 5, 2 and 3; bfloat16 4, 9 and 17
+    monkeypatch.setattr(cpu, "cpu_has_bfloat16", lambda: True)
+    monkeypatch.setattr(cpu, "PRODUCT_SIZE", 32)
+    monkeypatch.setattr(cpu, "ENOUGH_S", 0.0)
+    monkeypatch.setattr(cpu.time, "process_time", lambda: next(ticks))
+    rates = cpu.cpu_matmul_rates.__wrapped__()
+    unit = torch.get_num_threads() * 2 * 32**3 / 1e9
+    assert rates == pytest.approx({"float32": unit / 2, "bfloat16": unit / 4})
+
+
+@pytest.mark.parametrize(
+    ("half", "full", "expected"), [(100, 119, torch.bfloat16), (100, 120, torch.float32), (None, 1, torch.float32)]
+)
 def test_products_are_computed_in_float32_where_that_is_faster(half, full, expected, monkeypatch):
-    monkeypatch.setattr(products, "cpu_matmul_rate", {"bfloat16": half, "float32": full}.get)
+    rates = {"float32": full} | ({"bfloat16": half} if half else {})
+    monkeypatch.setattr(products, "cpu_matmul_rates", lambda: rates)
     products.cpu_product_dtype.cache_clear()
     try:
         assert products.cpu_product_dtype(torch.bfloat16) == expected
@@ -160,7 +179,9 @@ def test_auto_takes_the_best_device_and_says_when_it_is_the_cpu(devices, caplog)
         assert choose_device("cpu").type == "cpu"
     assert caplog.text == ""
     devices()
-    assert choose_device("auto").type == "cpu" and "No GPU was found" in caplog.text
+    machine_devices._announce_cpu.cache_clear()
+    assert [choose_device("auto").type for _ in range(2)] == ["cpu"] * 2
+    assert caplog.text.count("No GPU was found") == 1  # commands ask more than once
 
 
 def test_a_device_that_is_not_there_is_refused_with_those_that_are(devices):
@@ -348,10 +369,14 @@ def test_what_is_planned_and_what_is_on_the_data_sheet_agree():
         assert KNOWN_DEVICES[name].peak_flops == data_sheet_flops(card, "float16")
 
 
-def test_how_fast_this_cpu_multiplies_is_said_once(monkeypatch, caplog):
-    monkeypatch.setattr(cpu, "cpu_matmul_rate", {"bfloat16": 50.0, "float32": 100.0}.get)
+@pytest.mark.parametrize(("half", "expected"), [(50.0, "float32"), (129.0, "float32"), (130.0, "bfloat16")])
+def test_how_fast_this_cpu_multiplies_decides_and_is_said_once(half, expected, monkeypatch, caplog):
+    monkeypatch.setattr(cpu, "cpu_matmul_rates", lambda: {"float32": 100.0, "bfloat16": half})
     fastest_cpu_dtype.cache_clear()
     caplog.set_level("INFO")
-    assert [fastest_cpu_dtype(("bfloat16", "float32")) for _ in range(2)] == ["float32"] * 2
-    assert caplog.text.count("This CPU multiplies 50 GFLOP/s in bfloat16 and 100 in float32") == 1
+    assert [fastest_cpu_dtype(("bfloat16", "float32")) for _ in range(2)] == [expected] * 2
+    said = (
+        f"{half:.0f} GFLOP/s in bfloat16 and 100 in float32: computing in {expected} (bfloat16 is taken from 1.3 times"
+    )
+    assert caplog.text.count(said) == 1
     fastest_cpu_dtype.cache_clear()

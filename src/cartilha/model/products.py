@@ -8,7 +8,7 @@ import logging
 import torch
 from torch import Tensor
 
-from cartilha.machine.cpu import cpu_matmul_rate
+from cartilha.machine.cpu import cpu_matmul_rates
 from cartilha.machine.devices import dtype_name
 
 log = logging.getLogger("cartilha")
@@ -53,8 +53,8 @@ def cpu_product_dtype(dtype: torch.dtype) -> torch.dtype:
     """
     if dtype == torch.float32:
         return dtype
-    name = dtype_name(dtype)
-    half, full = cpu_matmul_rate(name), cpu_matmul_rate("float32")
+    name, rates = dtype_name(dtype), cpu_matmul_rates()
+    half, full = rates.get(name, 0.0), rates["float32"]  # emulated, where it has no rate
     if full < MIN_FLOAT32_GAIN * half:
         return dtype
     words = "This CPU multiplies %.0f GFLOP/s in %s and %.0f in float32: training multiplies in float32."

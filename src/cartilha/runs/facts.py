@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cartilha.config import PrepareConfig, TrainConfig
+from cartilha.machine.cpu import cpu_matmul_rates
 from cartilha.machine.devices import describe_machine
 from cartilha.machine.processes import world
 from cartilha.machine.versions import versions
@@ -74,7 +75,7 @@ def facts(run: Run) -> dict[str, Any]:
             "steps_per_epoch": sampler.steps_per_epoch,
             "padding_share": sampler.padding_share,
         },
-        "machine": machine,
+        "machine": {**machine, **({"matmul_gflops": cpu_matmul_rates()} if machine["device"] == "cpu" else {})},
         "versions": versions(),
     }
 

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 
 from cartilha.console import log
 from cartilha.errors import UserError, counted, first_line
-from cartilha.machine.cpu import cpu_matmul_rate
+from cartilha.machine.cpu import cpu_matmul_rates
 from cartilha.machine.devices import dtype_name
 from cartilha.machine.memory import available_memory_bytes
 from cartilha.machine.peaks import data_sheet_flops
@@ -48,7 +48,7 @@ def this_machine(device: torch.device, dtype: torch.dtype) -> DeviceFacts:
         total = torch.cuda.get_device_properties(device).total_memory
         facts = DeviceFacts(name, memory, dtype, kernel, flops, CUDA_SHARE, workspaces, MAX_TOKENS_GPU)
         return replace(facts, total_bytes=total, sheet_flops=data_sheet_flops(name, dtype_name(dtype)))
-    flops, most = 1e9 * cpu_matmul_rate(dtype_name(cpu_product_dtype(dtype))), max_tokens_on_this_cpu(dtype)
+    flops, most = 1e9 * cpu_matmul_rates()[dtype_name(cpu_product_dtype(dtype))], max_tokens_on_this_cpu(dtype)
     return DeviceFacts("this machine", memory, dtype, kernel, flops, CPU_SHARE, PROGRAM_BYTES, most, kind=device.type)
 
 
