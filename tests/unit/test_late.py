@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cartilha.blocks.sampler import BlockSampler
 from cartilha.machine.memory import peak_memory_bytes
 from cartilha.model.load import load_model
 from cartilha.tokens.packed import PackedDocuments
-from cartilha.training import late
+from cartilha.training import late, loop
 from cartilha.training.loop import StepSettings, train_steps
 from cartilha.training.metrics_file import MetricsFile
 from cartilha.training.schedule import Schedule
@@ -95,6 +97,36 @@ def test_the_peak_of_a_gpus_memory_is_read_without_all_other_statistics(monkeypa
     statistics = {"reserved_bytes": {"all": {"peak": 12, "current": 3}, "small_pool": {"peak": 4}}}
     monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", lambda: statistics)
     assert peak_memory_bytes("cuda") == 12
+
+
+class Waits(TorchDispatchMode):
+    """Counts how often a tensor's value is asked for, which waits for a device."""
+
+    number = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.number += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("optimizer", "dtype"), [("adamw", "float32"), ("adamw", "float16"), ("muon", "float32")])
+def test_no_step_asks_for_a_tensors_value(optimizer, dtype, monkeypatch):
+    monkeypatch.setattr("cartilha.training.muon.WAITS_FOR_NOTHING", ())  # as on CUDA, and so are the next two
+    monkeypatch.setattr("cartilha.training.optimizer.CLIPS_IN_STEP", ("cpu",))
+    monkeypatch.setattr(loop, "weight_gradients_in_place", lambda *given, **how: nullcontext())
+    documents = PackedDocuments.from_ids([np.arange(14) for _ in range(8)], prefix_id=256, end_id=257)
+    sampler = BlockSampler(documents, block_size=16, blocks_per_step=4, seed=0)
+    model = load_model("random:tiny", torch.device("cpu")).model
+    state = TrainingState.begin(model, getattr(torch, dtype), lr=1e-3, weight_decay=0.1, optimizer=optimizer)
+    if dtype == "float16":  # what multiplies its loss on a CPU is a number
+        monkeypatch.setattr(state.scaler, "get_scale", lambda: 1.0)
+    settings = StepSettings(torch.float32, 2)
+    with Waits() as waits:
+        records = list(train_steps(state, sampler, Schedule(2, 1e-3, 0.1, 0.1), settings))
+    assert waits.number == 0
+    with waits:
+        assert torch.tensor(1.0, dtype=torch.float32) > 0 and waits.number == 1, "the spy sees nothing"
+    assert np.isfinite([float(record.loss) for record in records]).all()
 
 
 @pytest.mark.parametrize("skipped", [True, False])

@@ -14,6 +14,7 @@ from cartilha.model.load import load_model
 from cartilha.training.optimizer import (
     StateSize,
     allocate_states,
+    clip,
     make_optimizer,
     resolve_batch_tokens,
     resolve_lr,
@@ -187,6 +188,42 @@ def test_a_skipped_step_leaves_weights_moments_and_counts_as_they_were(fused):
     skipped, plain = after([True, False, True, True, False, False]), after([False, False, False])
     assert all(torch.equal(left, right) for left, right in zip(skipped, plain, strict=True))
     assert not torch.equal(plain[0], start)
+
+
+def test_muon_leaves_a_step_out_as_the_host_would_and_steps_to_the_same_bits(monkeypatch):
+    def after(skips: list[bool]) -> list[torch.Tensor]:
+        model = load_model("random:tiny-opt", torch.device("cpu")).model
+        optimizer = make_optimizer(model, 1e-2, 0.1, "muon")
+        allocate_states(model, optimizer, "muon")
+        generator = torch.Generator().manual_seed(0)
+        for skip in skips:
+            for parameter in model.parameters():
+                gradient = torch.randn(parameter.shape, generator=None if skip else generator)
+                parameter.grad = torch.full_like(parameter, math.nan) if skip else gradient
+            step_unless(torch.tensor(skip), optimizer)
+        states = [tensor for kept in optimizer.state.values() for tensor in kept.values()]
+        return [parameter.detach() for parameter in model.parameters()] + states
+
+    expected = after([False, False])
+    monkeypatch.setattr("cartilha.training.muon.WAITS_FOR_NOTHING", ())  # as on CUDA
+    found = after([True, False, True, False, True])
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("norm_of_bound", [0.3, 4.0])  # the gradient is shorter than the bound, or longer
+def test_clipping_in_the_optimizers_step_is_clipping_before_it(norm_of_bound, monkeypatch):
+    def after() -> list[torch.Tensor]:
+        model = with_gradients("random:tiny-opt")
+        parameters = list(model.parameters())
+        optimizer = make_optimizer(model, 1e-2, 0.1)
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+        clip(parameters, norm.item() / norm_of_bound, norm, optimizer)
+        step_unless(torch.tensor(False), optimizer)
+        return [optimizer.state[p][name] for p in parameters for name in ("exp_avg", "exp_avg_sq")] + parameters
+
+    expected = after()
+    monkeypatch.setattr("cartilha.training.optimizer.CLIPS_IN_STEP", ("cpu",))  # as on CUDA
+    torch.testing.assert_close(after(), expected, rtol=1e-6, atol=1e-7)
 
 
 def test_with_a_time_budget_the_rate_follows_the_time_and_decays_to_its_end():

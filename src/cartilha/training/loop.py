@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import get_total_norm
 
 from cartilha.blocks.packing import Block, empty_block, stack
 from cartilha.blocks.sampler import BlockSampler
@@ -25,7 +25,7 @@ from cartilha.model.weight_gradients import weight_gradients_in_place
 from cartilha.training.at_once import StepsInBackward, clip_each, stepping_in_backward
 from cartilha.training.distributed import agree, sum_over_ranks
 from cartilha.training.late import HostCopy, read_late
-from cartilha.training.optimizer import choose_trained, clear_gradients, step_unless
+from cartilha.training.optimizer import choose_trained, clear_gradients, clip, step_unless
 from cartilha.training.schedule import Schedule
 from cartilha.training.state import StepRecord, TrainingState
 from cartilha.training.streams import random_state, restore_random_state
@@ -160,7 +160,7 @@ def _update(
         grad_norm = clip_each(parameters, settings.max_grad_norm, at_once.num_parameters)
     else:
         grad_norm = whole(get_total_norm([p.grad for p in parameters if p.grad is not None]))
-        clip_grads_with_norm_(parameters, settings.max_grad_norm, grad_norm)
+        clip(parameters, settings.max_grad_norm, grad_norm, state.optimizer)
     skipped = ~torch.isfinite(grad_norm + loss)
     step_unless(skipped, state.optimizer)
     state.scaler.update()

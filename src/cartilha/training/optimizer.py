@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.nn.utils import clip_grads_with_norm_
 from transformers import PretrainedConfig, PreTrainedModel
 
 from cartilha.config import AUTO_BATCH_TOKENS, Count
@@ -16,6 +17,7 @@ from cartilha.model.adapters import Adapter, frozen_size, trained_parameters
 from cartilha.model.head import head_of
 from cartilha.model.parts import count_other_parameters, text_config
 from cartilha.model.sharding import zeros_beside
+from cartilha.training.muon import Muon
 from cartilha.training.trace import idle_parameters, model_without_contents
 from cartilha.training.update_rules import LEAN_OPTIMIZERS, OPTIMIZERS, UpdateRule, state_itemsize
 
@@ -57,12 +59,12 @@ class _Together(torch.optim.Optimizer):
 
     def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
         super().__init__([group for part in parts for group in part.param_groups], {})
-        self._parts = parts
+        self.parts = parts
         for part in parts:
             part.state = self.state
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        for part in self._parts:
+        for part in self.parts:
             part.step()
 
 
@@ -225,14 +227,33 @@ def resolve_batch_tokens(batch_tokens: Count, block_size: int, device_type: str)
     return max(1, AUTO_BATCH_TOKENS[device_type] // block_size) * block_size
 
 
+CLIPS_IN_STEP = ("cuda",)  # devices on which a fused optimizer divides the gradients while it reads them
+
+
+def clip(
+    parameters: Sequence[torch.nn.Parameter], max_norm: float, norm: torch.Tensor, optimizer: torch.optim.Optimizer
+) -> None:
+    """Clip gradients of this norm to `max_norm`, at once or in the optimizer's next step, which saves one reading.
+
+    On a CPU they are clipped at once: the fused kernel rounds otherwise there, for no time (docs/log.md, section 56).
+    """
+    fused: Any = optimizer
+    if optimizer.defaults.get("fused") and norm.device.type in CLIPS_IN_STEP:
+        fused.grad_scale = ((norm + 1e-6) / max_norm).clamp_(min=1.0)  # what the kernel divides by
+    else:
+        clip_grads_with_norm_(parameters, max_norm, norm)
+
+
 def step_unless(skip: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
     """Take the optimizer's step unless `skip`, a boolean on the device, is true; weights and moments then stay.
 
-    The fused kernels read the flag themselves (they have it for gradient scaling), so that the host need not wait.
+    Fused kernels and `Muon` read the flag themselves (torch has it for gradient scaling), so that the host need not
+    wait.
     """
-    fused: Any = optimizer
-    if optimizer.defaults.get("fused"):
-        fused.found_inf = skip.float()
-        optimizer.step()
-    elif not skip:
-        optimizer.step()
+    parts: Any = optimizer.parts if isinstance(optimizer, _Together) else [optimizer]
+    for part in parts:
+        if part.defaults.get("fused") or isinstance(part, Muon):
+            part.found_inf = skip.float()
+            part.step()
+        elif not skip:
+            part.step()

@@ -65,7 +65,7 @@ def _adamw(groups: Groups, lr: float) -> Optimizer:
 
 
 def _muon(groups: Groups, lr: float) -> Optimizer:
-    from torch.optim import Muon
+    from cartilha.training.muon import Muon
 
     return Muon(groups, lr=lr, adjust_lr_fn="match_rms_adamw")  # its steps are then as large as AdamW's
 
