@@ -211,7 +211,7 @@ def test_a_run_keeps_its_plan_and_keeps_to_it(store, tmp_path):
     plan = json.loads((tmp_path / "run" / "plan.json").read_text(encoding="utf-8"))
     assert plan["micro_batch_size"] == results["settings"]["micro_batch_size"] == 4
     assert plan["memory_bytes"] == sum(plan["memory"].values()) > 0
-    assert plan["tokens_per_second"] > 0 and plan["estimated"] is True
+    assert plan["tokens_per_second"] > 0 and plan["estimated"] is True and plan["attention"] == "segments"
     used = results["utilization"]
     assert used["peak"] == "measured" and used["peak_flops"] == plan["utilization"]["peak_flops"]
     assert plan["utilization"]["mfu"] == pytest.approx(CPU_SHARE)  # what the estimate is made from

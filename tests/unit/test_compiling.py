@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -21,8 +22,9 @@ from cartilha.blocks.packing import Batch, PackedStream, stack
 from cartilha.blocks.sampler import BlockSampler
 from cartilha.errors import UserError
 from cartilha.model import attention, forward
-from cartilha.model.attention import KERNELS
+from cartilha.model.attention import KERNELS, choose_kernel
 from cartilha.model.compiling import CompiledBody, training_body
+from cartilha.model.flash_attention_3 import flash_attention_3
 from cartilha.model.forward import batch_nll
 from cartilha.model.packed_or_rows import use_document_attention
 from cartilha.model.recomputation import checkpoint_layers, layers_of
@@ -118,7 +120,7 @@ def varlen_on_cpu() -> list[int]:
 
     @varlen._varlen_attn.register_kernel("cpu")
     def forward_kernel(q, k, v, cu_q, cu_k, max_q, max_k, is_causal, scale, window, *defaults):
-        assert cu_q.dtype == torch.int32 and int(cu_q[-1]) == len(q) and max_q == BLOCK
+        assert cu_q.dtype == torch.int32 and int(cu_q[-1]) == len(q) and max_q in (BLOCK, len(q))
         assert window[1] == 0 and is_causal == (window[0] == -1)
         seen.append(len(cu_q))
         weights, _ = attention_weights(q, k, cu_q, scale, window)
@@ -218,6 +220,62 @@ def test_variable_length_attention_of_older_versions_of_torch(name, older, varle
         for parameter, gradient in expected.items():
             assert (found[parameter] - gradient).norm() < 0.1 * gradient.norm() + 1e-3, parameter
     assert body.is_compiled and counter.frame_count == KINDS_OF_LAYER.get(name, 1)
+
+
+@pytest.fixture
+def flash_attention_3_installed(varlen_on_cpu, monkeypatch) -> Iterator[dict[str, Any]]:
+    """Stands for the package and torch's switch; `attend` is what computes then."""
+    fa3: dict[str, Any] = {"attend": varlen.varlen_attn, "active": None}
+
+    def activate(name: str) -> None:
+        fa3["active"] = name
+        monkeypatch.setattr(
+            "cartilha.model.flash_attention_3.varlen_attn", lambda *given, **how: fa3["attend"](*given, **how)
+        )
+
+    def restore() -> None:
+        fa3["active"] = None
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", activate)
+    monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: fa3["active"])
+    monkeypatch.setattr(torch.nn.attention, "restore_flash_attention_impl", restore)
+    flash_attention_3.cache_clear()
+    yield fa3
+    flash_attention_3.cache_clear()
+
+
+def test_flash_attention_3_is_taken_where_it_is_installed_and_that_is_said_once(
+    flash_attention_3_installed, monkeypatch, caplog
+):
+    caplog.set_level("INFO")
+    on_cpu = lambda kind: flash_attention_3("cpu")  # noqa: E731
+    monkeypatch.setattr(attention, "flash_attention_3", on_cpu)
+    half = torch.bfloat16
+    for _ in range(2):
+        assert choose_kernel("cuda", (9, 0), half) == "flash attention 3"
+    for capability, dtype, other in (((8, 0), half, "varlen"), ((9, 0), torch.float32, "mask")):
+        assert choose_kernel("cuda", capability, dtype) == other
+    assert caplog.messages == ["Attention is computed by FlashAttention-3, which is installed."]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    flash_attention_3.cache_clear()
+    assert choose_kernel("cuda", (9, 0), half) == "varlen"
+
+
+@pytest.mark.parametrize(
+    ("attend", "reason"),
+    [
+        (lambda q, *rest, **how: 1.1 * varlen.varlen_attn(q, *rest, **how), "it differs from torch's own by 0.21"),
+        (lambda q, *rest, **how: math.nan * varlen.varlen_attn(q, *rest, **how), "it differs from torch's own by nan"),
+        (lambda *given, **how: exec("raise RuntimeError('no kernel image')"), "no kernel image"),
+    ],
+)
+def test_flash_attention_3_that_is_wrong_or_fails_is_not_used_and_that_is_said(
+    flash_attention_3_installed, attend, reason, caplog
+):
+    flash_attention_3_installed["attend"] = attend
+    assert not flash_attention_3("cpu") and flash_attention_3_installed["active"] is None
+    assert len(caplog.messages) == 1 and reason in caplog.text
 
 
 def test_python_values_that_change_would_make_a_graph_each(monkeypatch):

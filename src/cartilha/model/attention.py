@@ -21,6 +21,7 @@ from transformers import AttentionInterface, PretrainedConfig
 
 from cartilha.errors import UserError
 from cartilha.machine.devices import to_device
+from cartilha.model.flash_attention_3 import flash_attention_3
 from cartilha.model.segment_attention import HAS_KERNELS, Scoring, causal_mask, segment_attention, weighed
 
 ATTENTION_NAME = "cartilha_documents"
@@ -240,6 +241,19 @@ class _Varlen(Kernel):
         output = varlen_attn(query, key, value, self.boundaries, self.boundaries, longest, longest, **settings)
         assert isinstance(output, Tensor)
         return output
+
+
+@register
+@dataclass(frozen=True)
+class _FlashAttention3(_Varlen):
+    """The same by FlashAttention-3, on CUDA of capability 9 where it is installed."""
+
+    name = "flash attention 3"
+
+    @classmethod
+    def is_for(cls, device_type: str, capability: tuple[int, int] | None, dtype: torch.dtype) -> bool:
+        is_hopper = capability is not None and capability[0] == 9
+        return super().is_for(device_type, capability, dtype) and is_hopper and flash_attention_3(device_type)
 
 
 class _TracedVarlen(_BySegment):

@@ -104,6 +104,7 @@ class RunPlan:
         """The contents of plan.json."""
         return {
             "device": self.device.name,
+            "attention": self.device.kernel,
             "available_bytes": self.device.memory_bytes,
             "block_size": self.block_size,
             "micro_batch_size": self.micro_batch_size,

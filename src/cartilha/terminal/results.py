@@ -288,6 +288,8 @@ def _train(result: Values) -> Parts:
             f"That is {used['mfu']:.0%} of the device's {used['peak_flops'] / 1e12:,.3g} TFLOP/s ({used['peak']}; MFU),"
             f" {used['mfu_without_attention']:.0%} by 6N alone."
         )
+    if energy := result.get("energy"):
+        yield f"The {'processors' if energy.get('source') == 'RAPL' else 'GPU'} counted {energy['joules'] / 3600:,.2f} Wh."
     yield from _english(result.get("english"))
     held = ""
     if result.get("model_step") not in (None, result["steps"]):
