@@ -27,6 +27,7 @@ from cartilha.model.compiling import CompiledBody, training_body
 from cartilha.model.flash_attention_3 import flash_attention_3
 from cartilha.model.forward import batch_nll
 from cartilha.model.packed_or_rows import use_document_attention
+from cartilha.model.query_factor import left_to_kernel, query_factors
 from cartilha.model.recomputation import checkpoint_layers, layers_of
 from cartilha.model.segment_attention import causal_mask
 from cartilha.tokens.packed import PackedDocuments
@@ -55,20 +56,12 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def tiny(name: str) -> PreTrainedModel:
+def tiny(name: str, **changes: Any) -> PreTrainedModel:
     torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        name,
-        vocab_size=NUM_IDS,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        pad_token_id=1,
-        bos_token_id=2,
-        eos_token_id=3,
-        **ARCHITECTURES[name],
-    )
+    sizes = {"vocab_size": NUM_IDS, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    special = {"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3}
+    settings = {**sizes, "max_position_embeddings": 64, **special, **ARCHITECTURES[name], **changes}
+    config = AutoConfig.for_model(name, **settings)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     use_document_attention(model)
     return model.eval()
@@ -321,6 +314,39 @@ def test_compiled_code_is_kept_in_the_users_cache(monkeypatch, tmp_path):
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     CompiledBody(tiny("opt"), "eager")
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "inductor")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernel_applies_the_factor_of_the_queries_in_compiled_layers_with_the_same_bits(dtype, monkeypatch):
+    model = tiny("opt", num_attention_heads=2)  # heads of 16: a factor of 1/4
+    factors, compute = [], KERNELS["mask"].attend
+
+    def attend(self: Any, query: torch.Tensor, *given: Any) -> torch.Tensor:
+        factors.append(given[2].scaling)
+        return compute(self, query, *given)
+
+    monkeypatch.setattr(forward, "choose_kernel", lambda *hardware: "mask")
+    body = CompiledBody(model, "eager")
+    plain, compiled = (gradients(model, BATCHES[2], each, dtype) for each in (None, body))
+    assert body.is_compiled and all(torch.equal(compiled[name], plain[name]) for name in plain)
+    assert [module.scaling for module in model.modules() if hasattr(module, "scaling")] == [0.25, 0.25]
+    found = query_factors(model)
+    monkeypatch.setattr(KERNELS["mask"], "attend", attend)
+    with left_to_kernel(found):
+        batch_nll(model, BATCHES[2], dtype)
+    batch_nll(model, BATCHES[2], dtype)
+    assert factors == [0.25, 0.25, 1.0, 1.0]
+
+
+def test_a_factor_is_left_to_the_kernel_only_where_that_is_exact_and_proven(monkeypatch):
+    assert [factor for _, factor in query_factors(tiny("llama", num_attention_heads=2))] == [0.25, 0.25]
+    assert not query_factors(tiny("opt"))  # 8 ** -0.5 is rounded
+    assert not query_factors(tiny("opt", num_attention_heads=2).train())
+    model = tiny("opt", num_attention_heads=2)
+    model.model.decoder.layers[0].fc1.scaling = 0.5  # by chance it has the name, and a use of its own
+    hook = lambda layer, given, output: output * layer.scaling  # noqa: E731
+    model.model.decoder.layers[0].fc1.register_forward_hook(hook)
+    assert not query_factors(model)
 
 
 def train(model: PreTrainedModel, body: CompiledBody | None, micro_batch_size: int = 2) -> list[float]:

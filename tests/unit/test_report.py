@@ -637,12 +637,11 @@ def test_a_terminal_has_the_speed_without_the_first_step_the_share_of_the_peak_a
     path = make_run(
         tmp_path / "run",
         tokens=3100,
-        steps=10,
         tokens_per_second_after_first_step=317.2,
         utilization={"mfu": 0.421, "mfu_without_attention": 0.367, "peak_flops": 989e12, "peak": "data sheet"},
         energy={"joules": 45_000.0, "seconds": 10.0, "source": source},
     )
-    show("train", {"run": str(path), **json.loads((path / "results.json").read_text(encoding="utf-8"))})
+    show("train", {"run": str(path), "steps": 10, **json.loads((path / "results.json").read_text(encoding="utf-8"))})
     shown = capsys.readouterr().out
     assert "(317 tokens/s, 304 with the first step)" in shown
     assert "42% of the device's 989 TFLOP/s (data sheet; MFU), 37% by 6N alone." in shown

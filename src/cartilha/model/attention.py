@@ -302,6 +302,8 @@ def document_attention(
     if widths[0] != widths[1]:  # kernels take values of the keys' size (latent attention: arXiv:2405.04434)
         scaling = widths[0] ** -0.5 if scaling is None else scaling
         query, key, value = (F.pad(heads, (0, max(widths) - heads.shape[3])) for heads in (query, key, value))
+    if scaling is not None:
+        scaling *= getattr(module, "factor_of_kernel", 1.0)  # see query_factor.py
     scoring = Scoring(
         *(scaling, layer.get("sliding_window"), layer.get("dropout", 0.0)),
         *(layer.get("softcap"), layer.get("s_aux")),

@@ -21,6 +21,7 @@ from cartilha.machine.devices import compile_pays
 from cartilha.machine.memory import is_out_of_memory
 from cartilha.model.head import body_of
 from cartilha.model.packed_or_rows import how_it_runs
+from cartilha.model.query_factor import left_to_kernel, query_factors
 from cartilha.model.recomputation import layers_of
 from cartilha.model.router import router_loss_of
 from cartilha.model.sharding import is_sharded
@@ -75,13 +76,15 @@ class CompiledBody(CompiledOrPlain):
         # is an error, so that it can be said.
         compiled = functools.partial(torch.compile, dynamic=False, fullgraph=True, backend=backend)
         self._layers = [(layer, layer.forward, compiled(layer.forward)) for layer in layers]
+        self._factors = query_factors(model) if layers else ()
         super().__init__(self._layerwise if layers else compiled(body), body, "The model")
 
     def _layerwise(self, *args: Any, **kwargs: Any) -> Any:
         for layer, _, compiled in self._layers:
             layer.forward = compiled
         try:
-            return self.plain(*args, **kwargs)
+            with left_to_kernel(self._factors):
+                return self.plain(*args, **kwargs)
         finally:
             for layer, plain, _ in self._layers:
                 layer.forward = plain

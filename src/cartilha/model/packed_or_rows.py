@@ -162,6 +162,13 @@ def _probe_ids(model: PreTrainedModel, lengths: tuple[int, ...]) -> Tensor:
     return (torch.arange(sum(lengths), device=model.device) * 7919 + 1)[None] % num_ids
 
 
+def probe_states(model: PreTrainedModel) -> Tensor:
+    """The last hidden states of a proof's documents side by side, under `document_attention`."""
+    ids = _probe_ids(model, PROOF_LENGTHS)
+    states: Tensor = body_of(model)(input_ids=ids, **_packed_arguments(model, PROOF_LENGTHS)).last_hidden_state
+    return states
+
+
 def _packed_arguments(model: PreTrainedModel, lengths: tuple[int, ...], told: str | None = None) -> dict[str, Any]:
     positions = torch.cat([torch.arange(length, device=model.device) for length in lengths])[None]
     segments = KERNELS[FALLBACK].of(lengths, sum(lengths), model.device)
@@ -178,7 +185,7 @@ def _compare(model: PreTrainedModel, own: str) -> None:
         for piece in ids.split(PROOF_LENGTHS, dim=1)
     ]
     _switch(model, ATTENTION_NAME)
-    beside = body_of(model)(input_ids=ids, **_packed_arguments(model, PROOF_LENGTHS)).last_hidden_state
+    beside = probe_states(model)
     expected = torch.cat(alone, dim=1)
     if not float((beside - expected).abs().max()) <= SAME_STATES * float(expected.std()):
         raise NotPacked("documents side by side would see each other")

@@ -289,7 +289,8 @@ def _train(result: Values) -> Parts:
             f" {used['mfu_without_attention']:.0%} by 6N alone."
         )
     if energy := result.get("energy"):
-        yield f"The {'processors' if energy.get('source') == 'RAPL' else 'GPU'} counted {energy['joules'] / 3600:,.2f} Wh."
+        what = "processors" if energy.get("source") == "RAPL" else "GPU"
+        yield f"The {what} counted {energy['joules'] / 3600:,.2f} Wh."
     yield from _english(result.get("english"))
     held = ""
     if result.get("model_step") not in (None, result["steps"]):
