@@ -25,7 +25,8 @@ LARGEST_DIFFERENCE = 0.02  # norm of the difference to norm; bfloat16 rounds by 
 @functools.cache
 def flash_attention_3(device_type: str) -> bool:
     """Have torch compute variable-length attention by it in this process, and say so; False where it cannot be used."""
-    implementations = getattr(nn.attention, "list_flash_attention_impls", list)()  # torch 2.10 has no such function
+    # torch 2.10 has no such function.
+    implementations: list[str] = getattr(nn.attention, "list_flash_attention_impls", list)()
     if importlib.util.find_spec(PACKAGE) is None or IMPLEMENTATION not in implementations:
         return False
     own = _attended(device_type)
@@ -50,8 +51,8 @@ def _attended(device_type: str) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     shapes = ((128, 4, 64), (128, 2, 64), (128, 2, 64))
     heads = [torch.randn(shape, generator=generator).to(device_type, torch.bfloat16) for shape in shapes]
-    inputs = [tensor.requires_grad_() for tensor in heads]
+    query, key, value = inputs = [tensor.requires_grad_() for tensor in heads]
     bounds = torch.tensor([0, 100, 101, 101, 128], dtype=torch.int32, device=device_type)
-    output = varlen_attn(*inputs, bounds, bounds, 128, 128, window_size=(-1, 0), enable_gqa=True)
+    output = varlen_attn(query, key, value, bounds, bounds, 128, 128, window_size=(-1, 0), enable_gqa=True)
     assert isinstance(output, Tensor)
     return [tensor.detach().float() for tensor in (output, *torch.autograd.grad(output.float().square().sum(), inputs))]
