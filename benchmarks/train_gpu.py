@@ -5,20 +5,21 @@
 
 Ours beside the HF Trainer tuned (packed rows, sdpa, torch.compile, fused AdamW) at 8,192, 16,384 and 131,072 positions
 per step; the first step, and that of a second process, which finds the compiled code; scoring. With more minutes:
-numerics; the model's products; the Trainer as its users run it (one text a row, padded, bf16), and blocks of 1024 and
-2048; the exercise's rows that ran out of memory, and those that are to fit in 15 GiB, in the T4's profile (fp16 with a
-gradient scaler, no flash attention) and in bf16, under a limit on torch's memory; fused loss and attention alone beside
-their floor; how far two equal runs lie apart. Speeds are tokens of text per second, padding not counted. The last thing
-printed is a table in Markdown. Each section is a process of its own with a time limit, and is written down as soon as
-it ends; one that fails is recorded, and the rest goes on. The exit status is 1 where the numerics fail or a section
-gave no result. A Trainer for which memory does not suffice is a result, and so are the sections that `--minutes` leaves
-no time for.
+numerics; our training without each of the things that make it fast (`training_speed/switches.py`); the model's
+products; the Trainer as its users run it (one text a row, padded, bf16), and blocks of 1024 and 2048; the exercise's
+rows that ran out of memory, and those that are to fit in 15 GiB, in the T4's profile (fp16 with a gradient scaler, no
+flash attention) and in bf16, under a limit on torch's memory; fused loss and attention alone beside their floor; how
+far two equal runs lie apart. Speeds are tokens of text per second, padding not counted. The last thing printed is a
+table in Markdown. Each section is a process of its own with a time limit, and is written down as soon as it ends; one
+that fails is recorded, and the rest goes on. The exit status is 1 where the numerics fail or a section gave no result.
+A Trainer for which memory does not suffice is a result, and so are the sections that `--minutes` leaves no time for.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import sys
 import time
 from datetime import UTC, datetime
@@ -26,9 +27,12 @@ from pathlib import Path
 from typing import Any
 
 from cartilha.machine.peaks import data_sheet_flops
+from cartilha.model.flash_attention_3 import PACKAGE
 from training_speed.flops import flops_per_token, median
+from training_speed.kernels import BOOLEAN_MASK
 from training_speed.sections import Results, run
 from training_speed.setup import Shape, model_config
+from training_speed.switches import SWITCHES
 
 GIB = 2**30
 EPOCH_TOKENS = 330e6  # of the exercise's text
@@ -122,10 +126,17 @@ def plan(base: Shape, half: str, flash: bool, quick: bool) -> list[Section]:
     train_again = settings(again, variant="ours", dtype=half, compiled=not quick)
     small = base if quick else dataclasses.replace(base, block_size=256, micro_batch=4)
     scored = dataclasses.replace(middle, windows=1, window=1, warmup=32)  # as many texts as 35 steps take
+    first = f"speed {again.block_size} x {again.micro_batch} ours"
+    timed = dataclasses.replace(base, micro_batch=again.micro_batch)
     sections += [
         ("first step of a second process", "train", train_again, 60),
         ("scoring", "score", settings(scored, dtype=half, tokens=2_000 if quick else 500_000), 60),
         ("numerics", "numerics", settings(small, dtype=half), 120),
+        *(
+            (f"{first} without {name}", "train", {**train_again, **settings(timed), "without": name}, 60)
+            for name in SWITCHES
+            if name != "flash attention 3" or importlib.util.find_spec(PACKAGE)
+        ),
         ("products", "gemm", settings(middle, dtype=half), 60),
         *speeds(middle, "hf_users"),
     ]
@@ -149,7 +160,7 @@ def _details(base: Shape, half: str, flash: bool, quick: bool) -> list[Section]:
             shape = dataclasses.replace(few, block_size=block_size, micro_batch=micro_batch)
             title = f"memory {block_size} x {micro_batch} in {gib} GiB, {dtype}, {kernel}"
             sections.append((title, "memory", settings(shape, dtype=dtype, kernel=kernel, limit_gib=gib), 60))
-    kernels = ["segments", "mask"] if quick else (["varlen"] if flash else []) + ["mask"]
+    kernels = ["segments", "mask"] if quick else (["varlen"] if flash else []) + ["mask", BOOLEAN_MASK]
     noisy = dataclasses.replace(middle, windows=10 if not quick else 2, window=1)
     return [
         *sections,
@@ -200,7 +211,7 @@ def show_speeds(sections: list[dict[str, Any]], base: Shape, device_name: str) -
             print(f"| {title} | did not fit | | | | | | |")
             continue
         rate, first = median(section["tokens_per_second"]), section.get("first_step_s")
-        ours = next((s for s in speeds if s["title"] == f"{section['title'].rsplit(' ', 1)[0]} ours"), section)
+        ours = next((s for s in speeds if s["title"].split() == [*section["title"].split()[:4], "ours"]), section)
         ratio = median(ours["tokens_per_second"]) / rate if "tokens_per_second" in ours else None
         costs = flops_per_token(model_config(base), int(title.split()[0])) if title[0].isdigit() else ()
         shares = [f"{rate / section['text_share'] * cost / peak:.0%}" if peak else "" for cost in costs] or ["", ""]

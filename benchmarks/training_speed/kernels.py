@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from cartilha.machine.peaks import data_sheet_flops
 from training_speed.flops import best_seconds, gemm_flops
 from training_speed.setup import Shape, make_sampler, model_config
+
+BOOLEAN_MASK = "mask, boolean"
 
 
 def gemm(shape: Shape, dtype: str) -> dict[str, Any]:
@@ -47,9 +50,12 @@ def attention(shape: Shape, dtype: str, kernels: list[str], repeats: int = 5) ->
     """A layer's attention over a packed batch, forward and backward, and what segments of no length cost.
 
     The floor: 2 products forward and 5 backward (one of them anew) of n^2 d / 2 multiplications a head and segment.
+    `BOOLEAN_MASK` stands for the mask as it was before it was made additive once for all layers. FlashAttention-3 comes
+    last, since torch's own attention is not there any more then, and only where it is installed.
     """
     from cartilha.blocks.packing import stack
     from cartilha.model.attention import KERNELS, Kernel, document_attention
+    from cartilha.model.flash_attention_3 import flash_attention_3
 
     config, compute = model_config(shape), getattr(torch, dtype)
     batch = stack(make_sampler(shape).blocks(0))
@@ -62,12 +68,21 @@ def attention(shape: Shape, dtype: str, kernels: list[str], repeats: int = 5) ->
     peak, _ = _limits(shape, dtype)
     floor = 7 * sum(n * n for n in lengths) * size * heads / peak
     rows = []
-    for kernel in kernels:
-        for capacity in (len(lengths), 2 * len(lengths), 8 * len(lengths)) if kernel == "varlen" else (0,):
-            segments = KERNELS[kernel].of(lengths, shape.block_size, torch.device(shape.device), capacity)
+    for kernel in [*kernels, *(["flash attention 3"] if "varlen" in kernels else [])]:
+        if kernel == "flash attention 3" and not flash_attention_3(shape.device):
+            continue
+        of_segments = kernel in ("varlen", "flash attention 3")
+        for capacity in (len(lengths), 2 * len(lengths), 8 * len(lengths)) if of_segments else (0,):
+            made = KERNELS["mask" if kernel == BOOLEAN_MASK else kernel]
+            with torch.autocast(shape.device, compute, enabled=compute != torch.float32):
+                segments: Any = made.of(lengths, shape.block_size, torch.device(shape.device), capacity)
+            if kernel == BOOLEAN_MASK:
+                segments = dataclasses.replace(segments, added=segments.mask)
 
             def forward_and_backward(segments: Kernel = segments) -> None:
-                document_attention(torch.nn.Identity(), *inputs, None, segments=segments)[0].sum().backward()
+                with torch.autocast(shape.device, compute, enabled=compute != torch.float32):
+                    attended = document_attention(torch.nn.Identity(), *inputs, None, segments=segments)[0]
+                attended.sum().backward()
 
             seconds = best_seconds(forward_and_backward, shape.device, repeats)
             rows.append({"kernel": kernel, "capacity": capacity, "seconds": seconds, "share": floor / seconds})

@@ -16,12 +16,15 @@ import torch
 from cartilha.errors import first_line
 from cartilha.machine.memory import is_out_of_memory
 from training_speed.setup import Clock, Shape, make_sampler, model_config, packed_rows, padded_rows
+from training_speed.switches import turn_off
 
 VARIANTS = ("ours", "hf_users", "hf_packed", "hf_tuned")
 
 
-def measure(shape: Shape, variant: str, dtype: str, compiled: bool = True) -> dict[str, Any]:
-    """Train a few steps and say how fast.
+def measure(
+    shape: Shape, variant: str, dtype: str, compiled: bool = True, without: str | None = None
+) -> dict[str, Any]:
+    """Train a few steps, `without` one of `SWITCHES` if that is asked for, and say how fast.
 
     Returns:
         `tokens_per_second`: of each window, tokens of text (padding does not count); `text_share` of the positions;
@@ -30,6 +33,8 @@ def measure(shape: Shape, variant: str, dtype: str, compiled: bool = True) -> di
         instead; ours halves its micro-batch. The tuned one is timed plainly where it cannot be compiled, and
         `compile_error` says why.
     """
+    if without is not None:
+        turn_off(without)
     if shape.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import os
 import sys
@@ -87,8 +88,10 @@ def test_memory_kernels_and_noise_are_measured():
     assert gemm["gemm_flops"] > 1e6 and gemm["known_peak"] is None
     loss = compute("loss_kernel", {"shape": tiny(), "dtype": "float32", "chunks": [16, 64]})
     assert [row["chunk_tokens"] for row in loss["rows"]] == [16, 64] and loss["rows"][0]["seconds"] > 0
-    attention = compute("attention_kernel", {"shape": tiny(), "dtype": "float32", "kernels": ["segments", "mask"]})
-    assert [row["kernel"] for row in attention["rows"]] == ["segments", "mask"] and attention["floor_s"] > 0
+    attention = compute(
+        "attention_kernel", {"shape": tiny(), "dtype": "float32", "kernels": ["segments", "mask, boolean"]}
+    )
+    assert [row["kernel"] for row in attention["rows"]] == ["segments", "mask, boolean"] and attention["floor_s"] > 0
     score = compute("score", {"shape": tiny(longest=20), "dtype": "float32", "tokens": 100})
     assert score["scored_per_second"] > 0 and 5 < score["nats_per_token"] < 6 and 100 <= score["num_tokens"] < 120
     noise = compute("noise", {"shape": tiny(), "dtype": "float32", "compiled": False})
@@ -217,7 +220,23 @@ def test_what_is_measured_on_a_gpu():
     for row in ("512 x 4 in 15", "512 x 8 in 15", "1024 x 16 in 15", "2048 x 8 in 15", "1024 x 16 in 39"):
         assert f"memory {row} GiB, float16, mask" in titles and f"memory {row} GiB, bfloat16, varlen" in titles
     assert {"products", "loss alone", "attention alone", "two equal runs"} <= set(titles)
-    assert len(titles) == len(set(titles)) == 28
+    off = ("late reading", "large chunks", "the factor in the kernel", "the clip in AdamW")
+    assert titles[9:13] == [f"speed 512 x 16 ours without {name}" for name in off]
+    assert len(titles) == len(set(titles)) == 32
+
+
+def test_each_thing_that_makes_training_fast_can_be_turned_off(monkeypatch):
+    import training_speed.switches as switches
+    from training_speed.setup import Shape
+    from training_speed.variants import measure
+
+    monkeypatch.setattr(switches, "setattr", monkeypatch.setattr, raising=False)  # turned on again after this test
+    for name in switches.SWITCHES:
+        found = measure(
+            Shape(model="tiny-opt", block_size=32, micro_batch=2, windows=1), "ours", "float32", without=name
+        )
+        assert found["tokens_per_second"][0] > 0
+    assert importlib.import_module("cartilha.training.optimizer").CLIPS_IN_STEP == ()
 
 
 @pytest.mark.parametrize("broken", ["numerics", "memory 64 x 4 in None GiB, float32, segments", None])
@@ -249,7 +268,7 @@ def test_a_failed_section_is_recorded_and_the_rest_goes_on(broken, tmp_path, mon
         train_gpu.main()
     (written,) = tmp_path.glob("train_cpu_*.json")
     sections = json.loads(written.read_text(encoding="utf-8"))["sections"]
-    assert len(sections) == len(titles) == 11
+    assert len(sections) == len(titles) == 15
     assert [s["title"] for s in sections if "failed" in s] == ([broken] if broken else [])
     printed = capsys.readouterr().out
     assert "tokens/s" in printed
