@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch._dynamo.utils import counters
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch.nn.attention import varlen
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -26,6 +26,7 @@ from cartilha.model.attention import KERNELS, choose_kernel
 from cartilha.model.compiling import CompiledBody, training_body
 from cartilha.model.flash_attention_3 import flash_attention_3
 from cartilha.model.forward import batch_nll
+from cartilha.model.loss import chunk_kernel
 from cartilha.model.packed_or_rows import use_document_attention
 from cartilha.model.query_factor import left_to_kernel, query_factors
 from cartilha.model.recomputation import checkpoint_layers, layers_of
@@ -309,11 +310,16 @@ def test_too_many_graphs_end_in_plain_code_and_that_is_said(caplog):
     assert not body.is_compiled and "The model could not be compiled" in caplog.text
 
 
-def test_compiled_code_is_kept_in_the_users_cache(monkeypatch, tmp_path):
+@pytest.mark.parametrize("what", ["body", "loss"])
+def test_compiled_code_is_kept_in_the_users_cache(what, monkeypatch, tmp_path):
     monkeypatch.setenv("CARTILHA_CACHE", str(tmp_path))
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-    CompiledBody(tiny("opt"), "eager")
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "inductor")
+    if what == "body":
+        CompiledBody(tiny("opt"), "eager")
+    else:
+        monkeypatch.setattr("cartilha.model.loss.compile_pays", lambda device_type: True)
+        chunk_kernel.__wrapped__("cuda")
+    assert cache_dir() == str(tmp_path / "inductor")  # where torch looks for it in every process
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -18,7 +18,7 @@ from cartilha.blocks.sampler import BlockSampler
 from cartilha.model.forward import batch_nll
 from cartilha.model.load import load_model
 from cartilha.tokens.packed import PackedDocuments
-from cartilha.training import loop
+from cartilha.training import distributed, loop
 from cartilha.training.loop import StepSettings, prepared_steps, train_steps
 from cartilha.training.schedule import SHAPES, Schedule, check_shape
 from cartilha.training.state import StepRecord, TrainingState
@@ -208,6 +208,29 @@ def test_clipping_takes_the_factor_away_again():
     # Both gradients are longer than the bound, so that clipping leaves the same direction and length.
     plain, experiment = steps(max_grad_norm=1e-2), steps(max_grad_norm=1e-2, loss="perplexity")
     assert losses(plain) == pytest.approx(losses(experiment), rel=1e-5)
+
+
+def test_small_gradients_of_several_processes_are_summed_in_one_exchange(monkeypatch):
+    exchanged = []
+
+    class Work:
+        def wait(self) -> None: ...
+
+    def double(tensor: torch.Tensor, async_op: bool) -> Work:  # as if the other process had the same
+        exchanged.append(tensor.numel())
+        tensor.mul_(2)
+        return Work()
+
+    monkeypatch.setattr(distributed, "world", lambda: (0, 2))
+    monkeypatch.setattr(distributed, "join_processes", lambda device: None)
+    monkeypatch.setattr(distributed.dist, "all_reduce", double)
+    parameters = [torch.nn.Parameter(torch.zeros(size)) for size in (3, 20_000, 5, 7, 30_000)]
+    for number, parameter in enumerate(parameters[:-1]):
+        parameter.grad = torch.full_like(parameter, number + 1.0)
+    loss = torch.tensor(0.5)
+    distributed.sum_over_ranks(parameters, loss)
+    assert exchanged == [1 + 3 + 5 + 7, 20_000, 30_000] and loss == 1.0
+    assert [float(parameter.grad.unique()) for parameter in parameters] == [2.0, 4.0, 6.0, 8.0, 0.0]
 
 
 # Half precision with a scaler, as on a T4

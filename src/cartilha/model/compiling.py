@@ -32,6 +32,11 @@ log = logging.getLogger("cartilha")
 MIN_STEPS_TO_COMPILE = 30  # shorter runs would spend more time compiling than they save
 
 
+def keep_compiled_code() -> None:
+    """Have torch keep what it compiles in the user's cache, where the next process finds it."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_directory() / "inductor"))
+
+
 @dataclass
 class CompiledOrPlain:
     """Calls a compiled function until it fails (usually at its first call), then the plain one."""
@@ -70,7 +75,7 @@ class CompiledBody(CompiledOrPlain):
     """
 
     def __init__(self, model: PreTrainedModel, backend: str | Callable[..., Any] = "inductor") -> None:
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_directory() / "inductor"))
+        keep_compiled_code()
         body, layers = body_of(model), layers_of(model)
         # Shapes are constants: micro-batches have one size, or a few after memory ran out. What would leave the graph
         # is an error, so that it can be said.

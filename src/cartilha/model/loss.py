@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cartilha.blocks.packing import IGNORE_INDEX
 from cartilha.machine.devices import compile_pays
-from cartilha.model.compiling import CompiledOrPlain
+from cartilha.model.compiling import CompiledOrPlain, keep_compiled_code
 from cartilha.model.head import Head, HeadShape
 from cartilha.model.products import add_product, cpu_product_dtype
 from cartilha.model.weight_gradients import computes_in_place, factor_in_place, gradient_of
@@ -104,6 +104,7 @@ def chunk_kernel(device_type: str) -> Callable[[Tensor, Tensor, Tensor], tuple[T
     """The function for a chunk's nll and gradient: compiled where that pays."""
     if not compile_pays(device_type):
         return nll_and_gradient
+    keep_compiled_code()
     # The last chunk may have fewer rows; its size makes the number of rows, and nothing else, symbolic.
     return CompiledOrPlain(torch.compile(fused_nll_and_gradient), nll_and_gradient, "The loss")
 
