@@ -86,10 +86,10 @@ def test_tokens_per_step_follow_the_device_unless_they_are_given(cartilha):
     blocks = {
         row["device"]: row["micro_batch_size"] * row["gradient_accumulation_steps"] for row in result["recommended"]
     }
-    assert result["batch_tokens"] == "auto" and blocks == {"cpu": 8, "t4": 32}
-    assert [row["batch_tokens"] for row in result["recommended"]] == [2048, 8192]
+    assert result["batch_tokens"] == "auto" and blocks == {"cpu": 4, "t4": 32}
+    assert [row["batch_tokens"] for row in result["recommended"]] == [1024, 8192]
     outcome = cartilha("plan", *TINY, "--device", "cpu", "--block_size", 256, "--skip_probe")
-    assert "Tokens per step: 2,048 on a CPU, 8,192 on a GPU" in outcome.out
+    assert "Tokens per step: 1,024 on a CPU, 8,192 on a GPU" in outcome.out
 
 
 def test_a_plan_is_readable_in_a_terminal(cartilha):
@@ -127,6 +127,7 @@ def test_what_to_expect_is_foreseen_from_trainings_that_are_those_of_train(
     cartilha, store, tmp_path, monkeypatch, capfd
 ):
     monkeypatch.setattr("cartilha.pipeline.expectation.FRESH", 2.0)
+    monkeypatch.setattr("cartilha.pipeline.expectation.SHORTEST", {"cpu": (2, 256)})  # 4 steps of 64 tokens
     monkeypatch.setattr("cartilha.pipeline.expectation.HELD_OUT_TOKENS", 500)
     shared = {"model": "random:tiny", "store": str(store), "block_size": 32, "batch_tokens": 64}
     arguments = [word for name, value in shared.items() for word in (f"--{name}", value)]

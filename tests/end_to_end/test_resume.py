@@ -67,7 +67,7 @@ def test_automatic_tokens_per_step_stay_those_that_the_run_began_with(store, tmp
     monkeypatch.setattr("cartilha.training.optimizer.AUTO_BATCH_TOKENS", {"cpu": 8192})  # as on another device
     start(store, tmp_path / "run", **changes, resume="auto")
     settings = Left(tmp_path / "run").results["settings"]
-    assert settings["batch_tokens"] == 2048 // settings["block_size"] * settings["block_size"]
+    assert settings["batch_tokens"] == 1024 // settings["block_size"] * settings["block_size"]
     start(store, tmp_path / "run", **changes, resume="auto")  # finished: nothing is left to do
     assert Left(tmp_path / "run").results["resumed_from_step"] == [1]
 

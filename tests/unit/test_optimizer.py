@@ -67,9 +67,9 @@ def test_the_other_shapes_share_the_warm_up_and_end_where_they_should():
 @pytest.mark.parametrize(
     ("asked", "block_size", "device", "expected"),
     [
-        ("auto", 512, "cpu", 2048),
+        ("auto", 512, "cpu", 1024),
         ("auto", 512, "cuda", 8192),
-        ("auto", 1000, "cpu", 2000),  # whole blocks
+        ("auto", 3000, "cuda", 6000),  # whole blocks
         ("auto", 4096, "cpu", 4096),  # at least one
         (512, 512, "cpu", 512),
     ],
@@ -85,6 +85,16 @@ def test_the_automatic_rate_is_3e_4_at_125_million_parameters_and_falls_with_siz
     assert found == sorted(found, reverse=True) and found[0] == 3e-3
     assert found[3] == pytest.approx(3e-4 / 8**0.5)
     assert resolve_lr(0.5, 10**5) == 0.5
+
+
+def test_the_automatic_rate_falls_with_the_square_root_of_small_steps_and_not_of_large_ones():
+    by_step = {tokens: resolve_lr("auto", 125_000_000, tokens) for tokens in (512, 2048, 8192)}
+    assert by_step == {512: pytest.approx(1.5e-4), 2048: pytest.approx(3e-4), 8192: pytest.approx(3e-4)}
+
+
+def test_automatic_steps_have_a_block_for_each_process(monkeypatch):
+    monkeypatch.setattr("cartilha.training.optimizer.world", lambda: (0, 4))
+    assert resolve_batch_tokens("auto", 512, "cpu") == 2048 and resolve_batch_tokens("auto", 512, "cuda") == 8192
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

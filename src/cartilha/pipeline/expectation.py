@@ -25,8 +25,8 @@ from cartilha.training.power_law import expected_losses
 from cartilha.training.state import Progress
 from cartilha.units import show_duration
 
-STEPS = {"cpu": (4, 8, 16)}  # of the trainings, each with its own schedule
-STEPS_OF_A_CARD = (32, 64, 128)
+SHORTEST = {"cpu": (4, 8192)}  # steps of the shortest training, and its tokens where the text has enough
+SHORTEST_ON_A_CARD = (32, 262_144)
 HELD_OUT_TOKENS = 16_384  # scored before and after each of them
 FRESH = 0.9  # of the loss of a uniform model: what is above has learnt nothing yet
 DURATIONS = (600, 3600, 86_400)  # seconds
@@ -43,14 +43,14 @@ def expect(config: PlanConfig) -> dict[str, Any]:
     asked = {name: getattr(config, name) for name in names}
     asked |= {"block_size": config.block_size or 512, "validation_tokens": HELD_OUT_TOKENS}
     run = assemble(TrainConfig(**asked, store=config.store, output="."), Path(), GenerateConfig(), resume=False)
-    steps = STEPS.get(run.loaded.model.device.type, STEPS_OF_A_CARD)
+    tokens_each, steps = run.sampler.tokens_per_step, _numbers_of_steps(run)
     if run.sampler.steps_per_epoch < steps[-1]:
         raise UserError(
             f"The training text is {counted(run.sampler.steps_per_epoch, 'step')} of "
-            f"{counted(run.sampler.tokens_per_step, 'token')}, and --expect trains on {steps[-1]}; give more text or a "
+            f"{counted(tokens_each, 'token')}, and --expect trains on {steps[-1]}; give more text or a "
             "smaller --batch_tokens."
         )
-    tokens_each, held_out = run.sampler.tokens_per_step, int(run.validation.num_tokens.sum())
+    held_out = int(run.validation.num_tokens.sum())
     work = sum(steps) * tokens_each + (1 + len(steps)) * held_out / 3  # scoring is the forward pass alone
     log.info(
         "Training %s steps of %s each, and scoring %s before and after each of the %d trainings: about %s.",
@@ -93,6 +93,14 @@ def expect(config: PlanConfig) -> dict[str, Any]:
         "trained": trained,
         "rows": [_row(number, number / rate, one) for number, one in zip(at, found, strict=True)],
     }
+
+
+def _numbers_of_steps(run: Run) -> tuple[int, int, int]:
+    """Of the trainings, each of which has a schedule of its own."""
+    least, least_tokens = SHORTEST.get(run.loaded.model.device.type, SHORTEST_ON_A_CARD)
+    enough = -(-least_tokens // run.sampler.tokens_per_step)
+    shortest = max(least, min(enough, run.sampler.steps_per_epoch // 4))
+    return shortest, 2 * shortest, 4 * shortest
 
 
 def _row(tokens: int, seconds: float, bits: Sequence[float]) -> dict[str, Any]:

@@ -156,8 +156,7 @@ def _train(run: Run, record: RunWriter, stop: StopRequest) -> None:
             log_book.measure("Validation before training")
             log_book.measure_english(0)
             seed_everything(run.config.seed)
-        first = None
-        steps = _steps(run, record)
+        first, steps = None, _steps(run, record)
         if log_book.is_out_of_patience:  # killed between its last step and its end
             steps.close()
         for step in steps:
@@ -223,13 +222,13 @@ def _size(run: Run) -> str:
 
 def _steps(run: Run, record: RunWriter) -> Generator[StepRecord, None, None]:
     """The loop, shown as it goes."""
-    config = run.config
+    config, plan = run.config, run.plan
     # The backward pass of a compiled model gives all gradients at its end, when nothing is saved by giving them back.
-    choice = "never" if run.plan.size.is_lean and config.compile == "auto" else config.compile
+    choice = "never" if plan.size.is_lean and config.compile == "auto" else config.compile
     body = training_body(run.loaded.model, choice, run.schedule.num_steps)
     give_back_holes()
-    first = from_rank_0(run.sampler.tokens_per_step / run.plan.tokens_per_second / world()[1])
-    settings = StepSettings(run.scorer.dtype, run.plan.micro_batch_size, config.max_grad_norm, config.loss, body, first)
+    first = from_rank_0(run.sampler.tokens_per_step / plan.tokens_per_second / world()[1])
+    settings = StepSettings(run.scorer.dtype, plan.micro_batch_size, config.max_grad_norm, config.loss, body, first)
     with training_view(record, run.schedule, f"Training {config.model}") as show:
         for step in train_steps(run.state, run.sampler, run.schedule, settings):
             show(step)
@@ -291,8 +290,7 @@ class _LogBook:
         """Validate and record the epoch that this step ends."""
         self.metrics.flush()
         train_loss, seconds = self.run.state.progress.end_epoch()
-        total = self.measure(f"Validation after epoch {step.epoch}").total
-        validation_loss = total.nll / total.num_tokens
+        validation_loss = self.measure(f"Validation after epoch {step.epoch}").total.loss
         row = {"epoch": step.epoch, "train_loss": train_loss, "validation_loss": validation_loss, "seconds": seconds}
         self.record.update(epochs=[*self.record.values["epochs"], row], **self.run.sources)
         return validation_loss

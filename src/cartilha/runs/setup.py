@@ -114,10 +114,10 @@ def is_finished_as_asked(config: TrainConfig, path: Path) -> bool:
     results = read_results(path)
     try:
         recorded = _recorded(results["settings"]) | {"store": results["corpus"]["train_hash"]}
+        config = replace(config, batch_tokens=_begun_with(config, recorded))
         schedule = _schedule(config, recorded["num_parameters"], results["packing"]["steps_per_epoch"])
     except (KeyError, TypeError) as error:
         raise UserError(f"{path}/results.json is damaged ({error!r} in it); train into another --output.") from error
-    config = replace(config, batch_tokens=_begun_with(config, recorded))
     current = _asked(config, schedule)
     for name in ("dtype", "memory"):
         if getattr(config, name) != "auto":
@@ -132,7 +132,7 @@ def is_finished_as_asked(config: TrainConfig, path: Path) -> bool:
 
 
 def _schedule(config: TrainConfig, num_parameters: int, steps_per_epoch: int) -> Schedule:
-    lr = resolve_lr(config.lr, num_parameters, of_adapter=config.lora is not None)
+    lr = resolve_lr(config.lr, num_parameters, config.batch_tokens, of_adapter=config.lora is not None)
     return Schedule(
         num_steps=_num_steps(config, steps_per_epoch),
         peak_lr=lr,

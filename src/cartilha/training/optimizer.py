@@ -13,6 +13,7 @@ from torch.nn.utils import clip_grads_with_norm_
 from transformers import PretrainedConfig, PreTrainedModel
 
 from cartilha.config import AUTO_BATCH_TOKENS, Count
+from cartilha.machine.processes import world
 from cartilha.model.adapters import Adapter, frozen_size, trained_parameters
 from cartilha.model.head import head_of
 from cartilha.model.parts import count_other_parameters, text_config
@@ -211,20 +212,27 @@ class StateSize:
 
 
 ADAPTER_RATE = 10  # times the rate of full training (docs/adapters.md)
+SMALL_STEP = 2048  # tokens; steps of fewer take a lower rate
 
 
-def resolve_lr(lr: float | Literal["auto"], num_parameters: int, *, of_adapter: bool = False) -> float:
-    """The peak learning rate; `auto` falls with the square root of the model's size, 3e-4 at 125 M, at most 3e-3."""
+def resolve_lr(
+    lr: float | Literal["auto"], num_parameters: int, batch_tokens: Count = "auto", *, of_adapter: bool = False
+) -> float:
+    """The peak learning rate; `auto` is 3e-4 at 125 M parameters and falls with the square root of their number.
+
+    Below `SMALL_STEP` tokens per step it also falls with the square root of these (docs/log.md). It is at most 3e-3.
+    """
     if lr != "auto":
         return lr
-    return min(3e-3, (ADAPTER_RATE if of_adapter else 1) * 3e-4 * math.sqrt(125e6 / num_parameters))
+    small = 1.0 if batch_tokens == "auto" else min(1.0, batch_tokens / SMALL_STEP)
+    return min(3e-3, (ADAPTER_RATE if of_adapter else 1) * 3e-4 * math.sqrt(small * 125e6 / num_parameters))
 
 
 def resolve_batch_tokens(batch_tokens: Count, block_size: int, device_type: str) -> int:
-    """Tokens per step; `auto` takes whole blocks of what suits the device (docs/log.md, experiment 36)."""
+    """Tokens per step; `auto` takes whole blocks of what suits the device (docs/log.md), at least one per process."""
     if batch_tokens != "auto":
         return batch_tokens
-    return max(1, AUTO_BATCH_TOKENS[device_type] // block_size) * block_size
+    return max(world()[1], AUTO_BATCH_TOKENS[device_type] // block_size) * block_size
 
 
 CLIPS_IN_STEP = ("cuda",)  # devices on which a fused optimizer divides the gradients while it reads them
