@@ -41,12 +41,16 @@ SIZES: dict[str, Any] = {
     "expert_ffn_hidden_size": 64, "zero_expert_num": 2, "moe_topk": 2, "moe_k": 2, "moe_num_experts": 4,
 }  # fmt: skip
 BOTH = ["sliding_attention", "full_attention"]
+ROTATED = {"rope_type": "default", "rope_theta": 10_000.0}
+OF_IMAGES = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
 
 # What single types need or have besides; None leaves the type's own default.
 SPECIAL: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "cohere": {"logit_scale": 1.7},
-    "cohere_compass_text": {"layer_types": BOTH},
+    "cohere_compass_text": {"layer_types": BOTH, "rope_parameters": dict.fromkeys(BOTH, ROTATED)},
+    "dbrx": {"ffn_config": {"ffn_hidden_size": 64, "hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
+             "attn_config": {"kv_n_heads": 2, "rope_theta": 10_000.0, "clip_qkv": 8.0}},
     "deepseek_v4": {"compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8}},
     "deepseek_v2": {"n_routed_experts": 4, "num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "layer_types": BOTH},
@@ -55,6 +59,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "gemma3_text": {"layer_types": BOTH},
     "gemma4_text": {"head_dim": None, "num_attention_heads": None, "num_key_value_heads": None, "hidden_size": 256,
                     "layer_types": BOTH},
+    "git": {"vision_config": {"num_hidden_layers": 1, **OF_IMAGES}},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": WINDOW, "num_layers": 2},
     "granite": {"logits_scaling": 8.0, "embedding_multiplier": 12.0, "residual_multiplier": 0.22},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
@@ -67,17 +72,27 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "minicpm3": {"dim_model_base": 10},
     "minimax_m3_vl_text": {"layer_types": ["minimax_m3_sparse", "full_attention"]},
     "modernbert-decoder": {"layer_types": BOTH},
+    "phi4_multimodal": {"vision_config": {"num_hidden_layers": 1, **OF_IMAGES},
+                        "audio_config": {"hidden_size": 32, "intermediate_size": 32, "num_blocks": 1,
+                                         "num_attention_heads": 2, "ext_pw_out_channel": 32,
+                                         "nemo_conv_channels": 32}},
     "qwen2": {"use_sliding_window": True, "max_window_layers": 1},
     "qwen2_moe": {"use_sliding_window": True, "max_window_layers": 1},
     "qwen3": {"use_sliding_window": True, "max_window_layers": 1},
     "qwen3_5_text": {"layer_types": ["linear_attention", "full_attention"]},
     "qwen3_moe": {"use_sliding_window": True},
     "qwen3_next": {"layer_types": ["linear_attention", "full_attention"]},
+    "reformer": {"is_decoder": True, "axial_pos_embds_dim": [32, 32], "axial_pos_shape": [16, 8],
+                 "attn_layers": ["local", "lsh"], "local_attn_chunk_length": 8, "lsh_attn_chunk_length": 8,
+                 "attention_head_size": 16, "feed_forward_size": 64, "num_buckets": 4},
     "smollm3": {"use_sliding_window": True, "no_rope_layers": [1, 0]},
     "starcoder2": {"sliding_window": WINDOW},
     "vaultgemma": {"attn_logit_softcapping": 1.0, "final_logit_softcapping": 3.0},
+    "xlnet": {"d_inner": 96, "max_position_embeddings": None},
     "xlstm": {"v_head_dim": None},
-    "zamba2": {"layers_block_type": ["mamba", "hybrid"], "num_key_value_heads": 4, "attention_head_dim": 32},
+    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2, "attention_hidden_size": None},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid"], "num_key_value_heads": 4, "attention_head_dim": 32,
+               "attention_hidden_size": None, "chunk_size": 16},
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
 

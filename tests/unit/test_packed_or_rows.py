@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
 
+from cartilha.errors import UserError
 from cartilha.model import packed_or_rows
 from cartilha.model.attention import KERNELS, document_attention
 from cartilha.model.load import look_at, prepare_model
@@ -115,6 +116,19 @@ def test_generation_uses_the_attention_that_transformers_chose():
 def test_a_configuration_says_how_its_models_run(model_type, settings, line):
     config = AutoConfig.for_model(model_type, **{**TINY, **settings})
     assert look_at(config, "my-model").line.startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "reason"),
+    [
+        ("xlnet", {"n_layer": 1, "d_model": 32, "n_head": 4, "d_inner": 48}, "a position sees what comes after it"),
+        ("reformer", {"is_decoder": True, "axial_pos_embds_dim": [32, 32], "hidden_size": 64}, "draws random numbers"),
+    ],
+)
+def test_models_that_give_no_figure_are_refused_with_the_reason(model_type, settings, reason):
+    config = AutoConfig.for_model(model_type, vocab_size=61, **settings)
+    with pytest.raises(UserError, match=reason):
+        prepare_model(AutoModelForCausalLM.from_config(config).eval(), "my-model", torch.device("cpu"))
 
 
 @pytest.mark.parametrize("kernel", ["segments", "mask"])

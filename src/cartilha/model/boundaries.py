@@ -25,7 +25,7 @@ from cartilha.model.head import body_of
 # tried, also where a proof would hold: Qwen 4's layers may select keys beyond any proof's tokens.
 TOLD_TYPES = (
     "bailing_hybrid", "bamba", "falcon_h1", "granitemoehybrid", "kimi_linear", "lfm2", "lfm2_moe", "mamba2",
-    "nemotron_h", "olmo_hybrid", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next",
+    "nemotron_h", "olmo_hybrid", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "zamba2",
 )  # fmt: skip
 
 CUMULATIVE_LENGTHS = ("cu_seq_lens_q", "cu_seqlens")  # as layers of one or another type look for them

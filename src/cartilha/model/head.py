@@ -108,7 +108,8 @@ def find_head_shape(model: PreTrainedModel) -> HeadShape:
     figure would be wrong.
     """
     body, head = body_of(model), head_of(model).weight
-    length = min(PROBE_TOKENS, int(getattr(model.config, "max_position_embeddings", None) or PROBE_TOKENS))
+    longest = int(getattr(model.config, "max_position_embeddings", None) or PROBE_TOKENS)
+    length = min(PROBE_TOKENS, longest) if longest > 0 else PROBE_TOKENS  # XLNet says -1, for no limit
     ids = torch.arange(2 * length, device=model.device).view(2, length) * 7919 % len(head)
     ids[1, : length // 2] = ids[0, : length // 2]
     planted = torch.linspace(-PLANTED_RANGE, PLANTED_RANGE, len(head), dtype=torch.float64).sinh_().float()

@@ -31,14 +31,15 @@ KNOWN_TYPES = ("opt", "llama", "gpt2", "gpt_neox", "mistral", "qwen2", "qwen3", 
 # They are proven again when they are loaded. Others are not tried: what begins beyond a proof's few tokens is unknown.
 PROVABLE_TYPES = (
     "afmoe", "apertus", "arcee", "aria_text", "axk1", "beam", "biogpt", "bitnet", "cohere", "cohere2",
-    "cohere2_moe", "ctrl", "cwm", "deepseek_v2", "deepseek_v3", "diffllama", "dots1", "ernie4_5", "ernie4_5_moe",
-    "exaone4", "exaone_moe", "flex_olmo", "flint", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text",
-    "gemma4_unified_text", "glm", "glm4", "glm4_moe", "glm4_moe_lite", "gpt-sw3", "gpt_bigcode", "gpt_oss",
-    "granite", "granite_swa", "granitemoe", "granitemoe_swa", "granitemoeshared", "helium", "hrm_text",
-    "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "hyperclovax", "internlm3", "iquestcoder", "jais2", "jetmoe",
-    "kolibri1", "laguna", "longcat_flash", "mellum", "mimo_v2_flash", "minicpm3", "minimax_m2", "ministral",
-    "ministral3", "mixtral", "modernbert-decoder", "moshi", "nanochat", "olmo", "olmo3", "olmoe", "persimmon",
-    "phi", "qwen2_moe", "qwen3_moe", "seed_oss", "solar_open", "starcoder2", "vaultgemma", "whisper", "youtu",
+    "cohere2_moe", "cohere_compass_text", "ctrl", "cwm", "dbrx", "deepseek_v2", "deepseek_v3", "diffllama", "dots1",
+    "ernie4_5", "ernie4_5_moe", "exaone4", "exaone_moe", "flex_olmo", "flint", "gemma2", "gemma3_text",
+    "gemma3n_text", "gemma4_text", "gemma4_unified_text", "glm", "glm4", "glm4_moe", "glm4_moe_lite", "gpt-sw3",
+    "gpt_bigcode", "gpt_oss", "granite", "granite_swa", "granitemoe", "granitemoe_swa", "granitemoeshared",
+    "helium", "hrm_text", "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "hyperclovax", "internlm3", "iquestcoder",
+    "jais2", "jetmoe", "kolibri1", "laguna", "longcat_flash", "mellum", "mimo_v2_flash", "minicpm3", "minimax_m2",
+    "ministral", "ministral3", "mixtral", "modernbert-decoder", "moshi", "nanochat", "olmo", "olmo3", "olmoe",
+    "persimmon", "phi", "phi4_multimodal", "qwen2_moe", "qwen3_moe", "seed_oss", "solar_open", "starcoder2",
+    "vaultgemma", "whisper", "youtu",
 )  # fmt: skip
 
 PROOF_LENGTHS = (45, 19)  # of the two documents

@@ -73,5 +73,7 @@ def refuse_what_cannot_run(model: PreTrainedModel) -> None:
     config = model.config
     if config.model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES or config.is_encoder_decoder:
         raise unsupported(model, "they have an encoder besides the decoder")
+    if hasattr(config, "lsh_attn_chunk_length"):  # Reformer
+        raise unsupported(model, "their attention draws random numbers, so that no figure comes out twice")
     if config.get_text_config() is not config or model.main_input_name != "input_ids":
         raise unsupported(model, "they read more than text")
