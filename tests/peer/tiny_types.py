@@ -42,11 +42,15 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 BOTH = ["sliding_attention", "full_attention"]
 ROTATED = {"rope_type": "default", "rope_theta": 10_000.0}
+OF_BYTES = {"hidden_size": 64, "hidden_size_global": 64, "num_attention_heads": 4, "num_hidden_layers": 2,
+            "intermediate_size": 96, "vocab_size": NUM_IDS}  # fmt: skip
 OF_IMAGES = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
 
 # What single types need or have besides; None leaves the type's own default.
 SPECIAL: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
+    "blt": {"encoder_config": {**OF_BYTES, "num_hidden_layers": 1}, "decoder_config": OF_BYTES,
+            "global_config": OF_BYTES, "patcher_config": OF_BYTES, "encoder_hash_byte_group_vocab": 500},
     "cohere": {"logit_scale": 1.7},
     "cohere_compass_text": {"layer_types": BOTH, "rope_parameters": dict.fromkeys(BOTH, ROTATED)},
     "dbrx": {"ffn_config": {"ffn_hidden_size": 64, "hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
