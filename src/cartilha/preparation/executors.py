@@ -28,7 +28,7 @@ Result = TypeVar("Result")
 # What workers import before their first task; on Linux, one process imports it for all. Arrow imports pandas, if it is
 # installed, to see whether a list is one of its types; that takes a third of a second.
 PRELOAD = ["cartilha.preparation.shard_work", "gigatoken", "awkward", "pandas"]
-LARGE_ARRAY = 1 << 20  # bytes; smaller ones are made and freed all the time, and mapping them would take longer
+LARGE_ARRAY = 4 << 20  # bytes; smaller ones are made and freed all the time, and mapping them would take longer
 START_S = 60.0  # after which work begins with the processes that have started
 
 # Runs a function on tasks: results come unordered, and after an exception no further task begins.

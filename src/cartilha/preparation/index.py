@@ -6,7 +6,7 @@ where they are large: the system keeps their pages in memory as long as there is
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -119,12 +119,16 @@ def chosen_ids(task: ShardTask, num_tokens: np.ndarray, own: np.ndarray) -> Iter
         first = last
 
 
-def first_ids(index: DocumentIndex, number: int, num_tokens: int) -> np.ndarray:
-    """The first ids of a document."""
-    shard = index.shard_of(number)
-    begin = int(index.num_tokens[index.starts[shard] : number].sum())
-    # A copy: the pages that a mapping has touched stay in memory as long as a view of it.
-    return np.array(shard_ids(index.tasks[shard])[begin : begin + min(num_tokens, int(index.num_tokens[number]))])
+def first_ids(index: DocumentIndex, numbers: Iterable[int], num_tokens: int) -> Iterator[np.ndarray]:
+    """The first ids of each of some documents; a file is opened once for documents of one shard in a row."""
+    opened, ids = -1, np.zeros(0, np.uint32)
+    for number in numbers:
+        shard = index.shard_of(number)
+        if shard != opened:
+            opened, ids = shard, shard_ids(index.tasks[shard])
+        begin = int(index.num_tokens[index.starts[shard] : number].sum())
+        # A copy: the pages that a mapping has touched stay in memory as long as a view of it.
+        yield np.array(ids[begin : begin + min(num_tokens, int(index.num_tokens[number]))])
 
 
 def shard_ids(task: ShardTask) -> np.ndarray:

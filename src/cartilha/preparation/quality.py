@@ -155,7 +155,7 @@ class Judge:
         with progress(f"Computing the {signal.name} of documents", float(len(unknown)), "documents") as advance:
             for begin in range(0, len(unknown), AT_ONCE):
                 own = unknown[begin : begin + AT_ONCE]
-                kept[own] = scorer([first_ids(self._index, document, HEAD_TOKENS) for document in own.tolist()])
+                kept[own] = scorer(list(first_ids(self._index, own.tolist(), HEAD_TOKENS)))
                 advance(float(len(own)))
         return np.asarray(kept[numbers])
 
@@ -189,7 +189,7 @@ class Judge:
         return rows
 
     def _shown(self, scores: np.ndarray, tokenizer: TextTokenizer, number: int) -> dict[str, Any]:
-        begins = tokenizer.decode(first_ids(self._index, number, SHOWN_TOKENS))
+        begins = tokenizer.decode(next(first_ids(self._index, [number], SHOWN_TOKENS)))
         return {"doc_id": self._index.label(number, "doc_id"), "score": float(scores[number]), "begins": begins}
 
     def rejects(self, tokenizer: TextTokenizer) -> Iterator[dict[str, Any]]:

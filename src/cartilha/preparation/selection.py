@@ -24,7 +24,7 @@ from cartilha.preparation.threshold import Threshold, gumbel, log_weights
 from cartilha.tokens import ngrams
 
 FEW_DOCUMENTS = 50  # a target of so few tells little of what it is like
-PIECE_TOKENS = 1 << 20  # looked at together; a longer document loses the pair where it is cut
+PIECE_TOKENS = 1 << 17  # looked at together; a longer document loses the pair where it is cut
 HISTOGRAM_BINS = 20
 NUM_GROUPS = 3  # two halves of the target, and the pool
 Passes = Callable[[np.ndarray], np.ndarray]

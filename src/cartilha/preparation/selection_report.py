@@ -29,7 +29,7 @@ NUM_SHOWN = 10
 NUM_SHARES = 20
 SHOWN_TOKENS = 24
 SAMPLED_DOCUMENTS = 1000
-SAMPLED_TOKENS = 500  # of each document
+SAMPLED_TOKENS = 250  # of each document
 RARE = 1e-5  # added to both shares of a word
 WORD = re.compile(r"[^\W\d_]+")
 
@@ -97,12 +97,12 @@ def _shares(index: DocumentIndex, chosen: Chosen) -> dict[str, list[dict[str, An
 def _documents(
     index: DocumentIndex, chosen: Chosen, tokenizer: TextTokenizer, numbers: np.ndarray
 ) -> Iterator[dict[str, Any]]:
-    for number in numbers.tolist():
+    for number, ids in zip(numbers.tolist(), first_ids(index, numbers.tolist(), SHOWN_TOKENS), strict=True):
         yield {
             "doc_id": index.label(number, "doc_id"),
             "weight": float(chosen.weights[number]),
             "chosen": bool(chosen.mask[number]),
-            "begins": tokenizer.decode(first_ids(index, number, SHOWN_TOKENS)),
+            "begins": tokenizer.decode(ids),
         }
 
 
@@ -111,7 +111,7 @@ def _words(index: DocumentIndex, chosen: Chosen, tokenizer: TextTokenizer) -> di
     counts = []
     for mask in (chosen.pool, chosen.mask):
         sample = evenly(mask, SAMPLED_DOCUMENTS)
-        texts = tokenizer.decode_batch([first_ids(index, number, SAMPLED_TOKENS) for number in sample.tolist()])
+        texts = tokenizer.decode_batch(list(first_ids(index, sample.tolist(), SAMPLED_TOKENS)))
         counts.append(Counter(word for text in texts for word in WORD.findall(text.lower())))
     words = sorted(counts[0] | counts[1])
     of_pool, of_chosen = (np.array([count[word] for word in words]) / max(1, count.total()) for count in counts)

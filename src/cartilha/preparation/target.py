@@ -11,7 +11,7 @@ from cartilha.preparation.request import PrepareRequest
 
 TARGET_DOCUMENTS = 200
 TARGET_CHARS = 20_000
-POOL_DOCUMENTS = 500
+POOL_DOCUMENTS, POOL_CHARS = 500, 1000  # the beginning of each tells its language
 LEAST_CHARS = 60  # the language of a shorter text is often mistaken
 LEAST_SHARE = 0.01
 
@@ -33,7 +33,7 @@ def check_target(asked: PrepareRequest) -> None:
     except ImportError:
         return
     language = languages(identifier, [text])[0][0]
-    texts = [found.text for found in islice(pool, POOL_DOCUMENTS) if len(found.text) >= LEAST_CHARS]
+    texts = [found.text[:POOL_CHARS] for found in islice(pool, POOL_DOCUMENTS) if len(found.text) >= LEAST_CHARS]
     own = [found for found, _ in languages(identifier, texts)].count(language)
     load_identifier.cache_clear()  # a hundred megabytes; a process that cleans reads them again
     if own < LEAST_SHARE * len(texts):
