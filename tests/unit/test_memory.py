@@ -15,6 +15,7 @@ from transformers import (
     Mamba2Config,
     MambaConfig,
     ModernBertDecoderConfig,
+    OPTConfig,
     RwkvConfig,
 )
 
@@ -29,6 +30,7 @@ from cartilha.training import trace
 from cartilha.training.device_facts import KNOWN_DEVICES, flops_per_token, parameter_flops, utilization
 from cartilha.training.memory import MemoryModel, best_step, check_states_fit
 from cartilha.training.optimizer import StateSize
+from cartilha.training.profiles import Profile, fit
 from cartilha.training.trace import Computation, StepBytes, traced_step
 
 CPU = KNOWN_DEVICES["cpu"]
@@ -384,3 +386,10 @@ def test_a_model_whose_heads_differ_from_layer_to_layer_has_the_largest():
     sizes = [layer.head_dim for layer in config.per_layer_config]
     assert len(set(sizes)) == 2 and head_size(config) == max(sizes)
     assert flops_per_token(config, 0, 100) == 12 * 2 * config.num_attention_heads * max(sizes) * 100
+
+
+def test_a_model_whose_step_cannot_be_traced_is_named(monkeypatch):
+    monkeypatch.setattr(memory_module, "traced_step", lambda *arguments: 1 / 0)
+    config = OPTConfig(vocab_size=259, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=16)
+    with pytest.raises(UserError, match=r"opt \(division by zero\); try --micro_batch_size 1"):
+        fit(Profile(lean=False, checkpointing=False), config, KNOWN_DEVICES["t4"], "adamw", (64, 1))

@@ -15,6 +15,7 @@ import torch
 from transformers import PretrainedConfig
 
 from cartilha.config import PlanConfig, TrainConfig
+from cartilha.errors import UserError, first_line
 from cartilha.model.adapters import Adapter
 from cartilha.training.device_facts import DeviceFacts
 from cartilha.training.memory import MemoryModel, StepMemory, best_step
@@ -109,7 +110,15 @@ def fit(
     """How a profile fits a device; `shape` has the tokens per block and the blocks per step."""
     size, how = profile.size(config, optimizer), profile.computation(facts)
     memory = MemoryModel(config, how, overhead_bytes=facts.overhead_bytes, size=size, shares=shares)
-    return Fit(profile, size, shape[0], *best_step(memory, facts, *shape), shares)
+    try:
+        return Fit(profile, size, shape[0], *best_step(memory, facts, *shape), shares)
+    except UserError:
+        raise
+    except Exception as error:  # an architecture may do something that tensors without contents cannot follow
+        raise UserError(
+            f"The memory of a step cannot be planned for models of the type {config.model_type} ({first_line(error)}); "
+            "try --micro_batch_size 1 with --memory full."
+        ) from error
 
 
 def fullest_fit(
