@@ -23,6 +23,7 @@ from cartilha.pipeline.prepare import prepare
 from cartilha.preparation import enough, index, selection, shard_work
 from cartilha.preparation.selection_report import WEIGHTS_FILE
 from cartilha.terminal.results import DISPLAYS
+from cartilha.tokens import ngrams
 from cartilha.tokens.store import TokenStore
 
 PROSE = [text.text.replace("\n", " ") for text in primer_texts()]
@@ -155,6 +156,15 @@ def test_on_a_pool_that_is_all_like_the_target_the_draw_is_random(config, tmp_pa
     prepare(at_random)
     taken, drawn = set(texts(config.output)), set(texts(at_random.output))
     assert len(taken & drawn) > 0.8 * len(drawn)
+
+
+def test_a_part_of_a_large_pool_tells_what_it_is_like(config, monkeypatch):
+    counted = []
+    monkeypatch.setattr(selection, "POOL_TOKENS", 6000)
+    monkeypatch.setattr(ngrams, "log_ratios", lambda *c, own=ngrams.log_ratios: counted.append(c[1].sum()) or own(*c))
+    result = prepare(config)
+    assert 6000 < counted[0] < 0.5 * 2 * result.selection["pool_tokens"]  # tokens and pairs
+    assert len(set(texts(config.output)) & set(PROSE)) > 0.9 * len(texts(config.output))
 
 
 def test_a_long_document_is_weighed_in_pieces(config, tmp_path, monkeypatch):

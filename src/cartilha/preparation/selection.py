@@ -25,6 +25,7 @@ from cartilha.tokens import ngrams
 
 FEW_DOCUMENTS = 50  # a target of so few tells little of what it is like
 PIECE_TOKENS = 1 << 17  # looked at together; a longer document loses the pair where it is cut
+POOL_TOKENS = 8 << 20  # of the pool are counted: some 500 in each bucket; the target has fewer by far
 HISTOGRAM_BINS = 20
 NUM_GROUPS = 3  # two halves of the target, and the pool
 Passes = Callable[[np.ndarray], np.ndarray]
@@ -118,7 +119,7 @@ def choose(
     num_tokens = amount.tokens(total(index.num_tokens, pool))
     weights, strength, ratios, facts = np.zeros(0), 0.0, None, dict[str, Any]()
     if target.any():
-        groups = each(lambda own: np.where(own, 2, -1), pool, dtype=np.int8)
+        groups = _sampled(index, pool)
         by_hash = np.flatnonzero(target)[np.argsort(index.hashes[target, 0], kind="stable")]
         groups[by_hash] = np.arange(len(by_hash)) % 2  # whatever the order of the input, and neither half empty
         counts = _counts(index, groups, executor)
@@ -234,6 +235,15 @@ def _shards(index: DocumentIndex, groups: np.ndarray, ratios: np.ndarray | None 
 def _counts(index: DocumentIndex, groups: np.ndarray, executor: Executor[Any, Any]) -> np.ndarray:
     """The n-grams of the documents of each group (int8): int64, shape (NUM_GROUPS, NUM_BUCKETS)."""
     return np.asarray(sum(executor(count_shard, _shards(index, groups)), _no_counts()))
+
+
+def _sampled(index: DocumentIndex, pool: np.ndarray) -> np.ndarray:
+    """Group 2 for documents of the pool, of which a large one's hashes name a part, and none for the others."""
+    bound = 2**32 * min(1.0, POOL_TOKENS / max(1, total(index.num_tokens, pool)))
+    shift = np.uint64(32)
+    return each(
+        lambda own, hashes: np.where(own & (hashes >> shift < bound), 2, -1), pool, index.hashes[:, 1], dtype=np.int8
+    )
 
 
 def _of_mask(mask: np.ndarray) -> np.ndarray:
