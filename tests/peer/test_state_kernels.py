@@ -78,20 +78,19 @@ def changing(faults: dict[str, Callable[[Kernel], Kernel]]) -> Callable[[str, Ke
 
 
 @pytest.mark.parametrize(
-    ("model_type", "faults"),
+    ("model_type", "kernel", "fault"),
     [
-        ("lfm2", {"causal_conv1d_fn": leaking}),
-        ("lfm2", {"causal_conv1d_fn": leaking_backwards}),
-        ("lfm2", {"causal_conv1d_fn": forgetful}),
-        ("qwen3_next", {"torch_chunk_gated_delta_rule": leaking}),
-        ("mamba2", {"mamba2_split_conv1d_scan_combined": leaking}),  # which training alone calls
+        ("lfm2", "causal_conv1d_fn", leaking),
+        ("lfm2", "causal_conv1d_fn", leaking_backwards),
+        ("lfm2", "causal_conv1d_fn", forgetful),
+        ("qwen3_next", "torch_chunk_gated_delta_rule", leaking),
+        ("mamba2", "mamba2_split_conv1d_scan_combined", leaking),  # which training alone calls
     ],
-    ids=str,
 )
-def test_a_kernel_that_does_not_keep_them_apart_is_found_out(model_type, faults, monkeypatch):
+def test_a_kernel_that_does_not_keep_them_apart_is_found_out(model_type, kernel, fault, monkeypatch):
     model = copy.deepcopy(model_of(model_type))
     own = model.config._attn_implementation
-    state_kernels.install(monkeypatch, model, changing(faults))
+    state_kernels.install(monkeypatch, model, changing({kernel: fault}))
     found = prove(model, "cu_seq_lens_q")
     assert not found.packed and found.reason == "documents side by side would see each other"
     assert not model.training and model.config._attn_implementation == own

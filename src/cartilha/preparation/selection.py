@@ -147,9 +147,7 @@ def choose(
     if ratios is not None:
         # Beside as much text drawn at random, since the divergence from a small text is larger by chance.
         at_random = _highest(_keys(index, weights, 0.0, seed), pool, index.num_tokens, num_tokens)
-        facts["divergence"] = _divergences(
-            index, counts[0] + counts[1], {"random": at_random, "chosen": mask}, executor
-        )
+        facts["divergence"] = _divergences(index, counts[0] + counts[1], at_random, mask, executor)
         facts["histogram"] = _histogram(weights, pool, mask)
     return Chosen(mask, pool, weights, ratios, strength, facts)
 
@@ -183,11 +181,18 @@ def _keys(index: DocumentIndex, weights: np.ndarray, strength: float, seed: int)
 
 
 def _divergences(
-    index: DocumentIndex, of_target: np.ndarray, texts: dict[str, np.ndarray], executor: Executor[Any, Any]
+    index: DocumentIndex, of_target: np.ndarray, at_random: np.ndarray, chosen: np.ndarray, executor: Executor[Any, Any]
 ) -> dict[str, float]:
-    """The divergence of each of these texts (a mask of documents) from the target, given by its counts."""
-    found = {name: _counts(index, _of_mask(text), executor)[0] for name, text in texts.items()}
-    return {name: ngrams.divergence(of_target, counts) for name, counts in found.items()}
+    """The divergence from the target, given by its counts, of two texts (masks of documents), in one pass over both."""
+    part = _sampled(index, each(np.logical_or, at_random, chosen))
+    groups = each(
+        lambda own, first, second: np.where(own < 0, -1, np.where(first & second, 2, second)),
+        *(part, at_random, chosen),
+        dtype=np.int8,
+    )
+    only_random, only_chosen, both = _counts(index, groups, executor)
+    counts = {"random": only_random + both, "chosen": only_chosen + both}
+    return {name: ngrams.divergence(of_target, found) for name, found in counts.items()}
 
 
 def _highest(
@@ -246,11 +251,6 @@ def _sampled(index: DocumentIndex, pool: np.ndarray) -> np.ndarray:
     )
 
 
-def _of_mask(mask: np.ndarray) -> np.ndarray:
-    """Group 0 for the documents under a mask, none for the others."""
-    return each(lambda own: np.where(own, 0, -1), mask, dtype=np.int8)
-
-
 def _no_counts() -> np.ndarray:
     return np.zeros((NUM_GROUPS, ngrams.NUM_BUCKETS), np.int64)
 
@@ -260,7 +260,9 @@ def _weights(index: DocumentIndex, pool: np.ndarray, ratios: np.ndarray, executo
     average = _average_ngrams(index, pool)
     result = large_array((len(ratios), len(pool)), np.float64)
     places = {task.shard.number: place for task, place in zip(index.tasks, pairwise(index.starts), strict=True)}
-    for number, found in executor(weigh_shard, _shards(index, _of_mask(pool), ratios)):
+    for number, found in executor(
+        weigh_shard, _shards(index, each(lambda own: np.where(own, 0, -1), pool, dtype=np.int8), ratios)
+    ):
         begin, end = places[number]
         result[:, begin:end] = log_weights(found, index.num_tokens[begin:end], average)
     return result
