@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 
 TIMES = {
     "seconds",
+    "matmul_gflops",
     "tokens_per_second",
     "tokens_per_second_after_first_step",
     "utilization",

@@ -20,6 +20,7 @@ from cartilha.pipeline.vocab import vocab
 from cartilha.pipeline.vocab_advice import recommend
 from cartilha.tokens.store import TokenStore
 from cartilha.tokens.tokenizer import load_tokenizer
+from cartilha.training.optimizer import resolve_lr
 
 
 @pytest.fixture(scope="module")
@@ -175,12 +176,14 @@ def test_advice_trains_each_for_its_share_of_the_time(cartilha, refused, corpus:
     advice = json.loads(outcome.out)["advice"]
     assert advice["seconds_each"] == 0.5 and len(advice["sentences"]) == 2
     assert [row["num_new"] for row in advice["tried"]] == [20, 60]
-    seconds = {}
+    seconds, rates, sizes = {}, {}, {}
     for name in ("keep", "plus-20", "plus-60"):
         results = json.loads((work / name / "run/results.json").read_text())
         seconds[name] = results["seconds"]
         assert results["settings"]["embeddings_first"] == (0 if name == "keep" else 0.05)
-        assert results["settings"]["lr"] == 3e-3
+        rates[name] = results["settings"]["lr"]
+        sizes[name] = results["settings"]["num_parameters"]
+    assert rates == dict.fromkeys(rates, resolve_lr("auto", sizes["keep"], 128))  # the base's, whatever is added
     assert seconds == dict.fromkeys(seconds, 0.5)
     # The held-out documents are nobody's teachers: the extension was learnt on the training side alone.
     train_side = [document.text for document in TokenStore(work / "keep/store").read_documents("train")]
