@@ -101,15 +101,14 @@ def test_the_rate_of_each_dtype_is_measured_in_turn_and_in_that_dtype_under_auto
     assert cpu.MIN_ROUNDS <= len(dtypes) // len(real) <= cpu.MAX_ROUNDS and dtypes == real * (len(dtypes) // len(real))
 
 
-def test_the_fastest_product_counts_and_only_the_time_of_this_process(monkeypatch):
-    ticks = iter([0, 5, 5, 9, 9, 11, 11, 20, 20, 23, 23, 40])  # float32 takes 5, 2 and 3; bfloat16 4, 9 and 17
+def test_the_fastest_product_of_each_dtype_counts(monkeypatch):
+    seconds = iter([5, 4, 2, 9, 3, 17])  # float32 and bfloat16 in turn
     monkeypatch.setattr(cpu, "cpu_has_bfloat16", lambda: True)
     monkeypatch.setattr(cpu, "PRODUCT_SIZE", 32)
     monkeypatch.setattr(cpu, "ENOUGH_S", 0.0)
-    monkeypatch.setattr(cpu.time, "process_time", lambda: next(ticks))
+    monkeypatch.setattr(cpu.timeit, "timeit", lambda product, number: next(seconds))
     rates = cpu.cpu_matmul_rates.__wrapped__()
-    unit = torch.get_num_threads() * 2 * 32**3 / 1e9
-    assert rates == pytest.approx({"float32": unit / 2, "bfloat16": unit / 4})
+    assert rates == pytest.approx({"float32": 2 * 32**3 / 2e9, "bfloat16": 2 * 32**3 / 4e9})
 
 
 @pytest.mark.parametrize(

@@ -49,8 +49,8 @@ PRODUCT_SIZE, MIN_ROUNDS, MAX_ROUNDS, ENOUGH_S = 1024, 3, 6, 0.2
 def cpu_matmul_rates() -> dict[str, float]:
     """GFLOP/s of a matrix product in float32, and in bfloat16 where the CPU has it, measured in about 0.2 s.
 
-    The dtypes take turns, the fastest product of each counts, and so does the time in which the cores compute for this
-    process: what other programs take changes little. It is the rate with all threads at work.
+    The dtypes take turns and the fastest product of each counts, so that other programs change their ratio little.
+    The time is that on the clock: processor time would miss a thread that waits for the others.
     """
     import torch
 
@@ -58,17 +58,15 @@ def cpu_matmul_rates() -> dict[str, float]:
     generator = torch.Generator().manual_seed(0)  # torch's own generator belongs to the run
     numbers = torch.randn(PRODUCT_SIZE, PRODUCT_SIZE, generator=generator)
     factors = {name: numbers.to(getattr(torch, name)) for name in names}
-    is_fine = time.get_clock_info("process_time").resolution < 1e-4  # it is not on Windows
-    clock, threads = (time.process_time, torch.get_num_threads()) if is_fine else (time.perf_counter, 1)
     seconds = dict.fromkeys(names, math.inf)
     begun, rounds = time.perf_counter(), 0
     with torch.autocast("cpu", enabled=False):  # autocast would turn one dtype into the other
         while rounds < MIN_ROUNDS or (rounds < MAX_ROUNDS and time.perf_counter() - begun < ENOUGH_S):
             for name, factor in factors.items():
-                once = timeit.timeit(functools.partial(torch.mm, factor, factor), timer=clock, number=1)
+                once = timeit.timeit(functools.partial(torch.mm, factor, factor), number=1)
                 seconds[name] = min(seconds[name], once)
             rounds += 1
-    return {name: threads * 2 * PRODUCT_SIZE**3 / least / 1e9 for name, least in seconds.items()}
+    return {name: 2 * PRODUCT_SIZE**3 / least / 1e9 for name, least in seconds.items()}
 
 
 @functools.cache  # said once, however many models are loaded
