@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import logging
 import os
 import re
 import sys
@@ -14,11 +13,9 @@ from typing import Any
 from cartilha.arguments import Parser, make_settings
 from cartilha.config import COMMANDS, RunConfig
 from cartilha.console import OptionNames, set_up_logging, silence_bars
-from cartilha.errors import UserError
+from cartilha.errors import UserError, log
 from cartilha.settings import Settings
 from cartilha.storage import DISK_FAULTS, system_error
-
-log = logging.getLogger("cartilha")
 
 # These write files, and would write them twice under torchrun.
 _ONE_PROCESS = ("demo", "run", "prepare", "vocab", "merge", "push")

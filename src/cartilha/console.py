@@ -1,7 +1,6 @@
 """What a person sees while a command works: one-line notices, and progress with rate and time left.
 
-Everything goes to standard error, so that `--json` has standard output to itself. Stages only log
-(`logging.getLogger("cartilha")`): INFO is progress, WARNING is a fallback or a finding that the results must record.
+Everything goes to standard error, so that `--json` has standard output to itself. Stages only log (`errors.log`).
 """
 
 from __future__ import annotations
@@ -23,8 +22,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from cartilha.config import COMMANDS, RunConfig
-
-log = logging.getLogger("cartilha")
+from cartilha.errors import log as log  # for its users beside what is here
 
 PLAIN_INTERVAL_S = 10.0
 NOTEBOOK_INTERVAL_S = 0.5

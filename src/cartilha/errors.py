@@ -1,17 +1,21 @@
-"""Every exception that a user can meet; each message says what is wrong and what to do next.
+"""Every exception that a user can meet, and the log of notices; each message says what is wrong and what to do next.
 
-The command line prints the message and ends with `exit_code`. An `assert` guards what only a fault of ours can break.
+The command line prints the message of an exception and ends with `exit_code`. An `assert` guards what only a fault of
+ours can break. In the log, INFO is progress, WARNING is a fallback or a finding that the results must record.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
+import logging
 import os
 import shlex
 import sys
 from importlib.metadata import PackageNotFoundError, distribution
 from typing import Any
+
+log = logging.getLogger("cartilha")
 
 
 class UserError(ValueError):

@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from cartilha.console import Advance
-
-log = logging.getLogger("cartilha")
+from cartilha.errors import log
 
 WAITS_S = (1.0, 2.0, 5.0, 10.0, 30.0)  # before the hub is asked again, where it does not say when
 LONGEST_WAIT_S = 600.0

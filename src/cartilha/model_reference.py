@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
-import logging
 import os
 import sys
 import unicodedata
@@ -17,11 +16,9 @@ from typing import Any, Literal
 
 from cartilha.config import EMBEDDED_MODEL
 from cartilha.console import progress
-from cartilha.errors import HubUnreachableError, UserError, first_line, missing_extra
+from cartilha.errors import HubUnreachableError, UserError, first_line, log, missing_extra
 from cartilha.hub import ask, fault, silent_bar
 from cartilha.storage import read_json, refuse_lfs_pointer
-
-log = logging.getLogger("cartilha")
 
 CONVERSION_VERSION = 2  # raised when the conversion of GGUF files changes, so that cached ones are made anew
 TOKENIZER_FILES = (

@@ -12,7 +12,6 @@ import errno
 import glob
 import hashlib
 import json
-import logging
 import math
 import os
 import re
@@ -24,9 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from cartilha.errors import UserError
-
-log = logging.getLogger("cartilha")
+from cartilha.errors import UserError, log
 
 LFS_POINTER = re.compile(rb"version https://[^\n]+/spec/v\d+\s+(?:ext-.+\s+)*oid \w+:[0-9a-f]+\s+size (\d+)\r?\n?")
 LONE_SURROGATES = re.compile("[\ud800-\udfff]")  # not characters; Python uses them for the bytes of names not in UTF-8

@@ -5,19 +5,18 @@ The head of the file decides, so that the answer does not depend on how the file
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from functools import lru_cache
 
 from cartilha.corpus.records import Numbered, ReadSettings, Record
-from cartilha.errors import UserError
+from cartilha.errors import UserError, log
 
 HEAD_RECORDS = 200
 HEAD_CHARS = 1 << 20
 MIN_RECORDS = 20  # with fewer, the values tell nothing
 MAX_DISTINCT = 0.5  # different values, as a share of the records
 
-_tell = lru_cache(maxsize=1024)(logging.getLogger("cartilha").info)  # once for each file and key
+_tell = lru_cache(maxsize=1024)(log.info)  # once for each file and key
 
 
 def domain_keys(records: Numbered, settings: ReadSettings, path: str) -> tuple[tuple[str, ...], Numbered]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Sequence
 from itertools import groupby, pairwise
 from statistics import quantiles
@@ -14,9 +13,7 @@ from cartilha.corpus.formats import file_part
 from cartilha.corpus.lines import Fault
 from cartilha.corpus.records import FilePart, ReadSettings
 from cartilha.corpus.sources import Source
-from cartilha.errors import UserError
-
-log = logging.getLogger("cartilha")
+from cartilha.errors import UserError, log
 
 MAX_FILES = 20
 HEAD_CHARS = 256 << 10

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import logging
 import os
 import re
 import time
@@ -15,11 +14,9 @@ from typing import Any
 from cartilha.corpus.lines import Span
 from cartilha.corpus.records import Numbered
 from cartilha.corpus.sources import HubSource, OpenedDataset, Source
-from cartilha.errors import HubUnreachableError, UserError, first_line, import_extra
+from cartilha.errors import HubUnreachableError, UserError, first_line, import_extra, log
 from cartilha.hub import WAITS_S, ask, fault, is_passing
 from cartilha.storage import read_json, write_json
-
-log = logging.getLogger("cartilha")
 
 NAMED_CHOICES = 40
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import glob
-import logging
 import os
 import stat
 from collections.abc import Iterator, Sequence
@@ -16,11 +15,9 @@ from unicodedata import normalize
 from cartilha.corpus.files import SourceFile, split_name
 from cartilha.corpus.formats import READABLE, is_readable
 from cartilha.corpus.primer import primer_languages, primer_sha256
-from cartilha.errors import UserError, counted
+from cartilha.errors import UserError, counted, log
 from cartilha.languages import DEFAULT
 from cartilha.storage import read_json
-
-log = logging.getLogger("cartilha")
 
 LeftOut = dict[str, list[str]]  # files in folders that are not read, as paths below the folder, by reason
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, cast
@@ -12,7 +11,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from cartilha.config import GenerateConfig
-from cartilha.errors import UserError, counted, first_line
+from cartilha.errors import UserError, counted, first_line, log
 from cartilha.evaluation.decoding import check_decoding, describe_mode
 from cartilha.evaluation.scorer import unused_ids
 from cartilha.machine.devices import seed_everything
@@ -22,8 +21,6 @@ from cartilha.model.load import LoadedModel
 from cartilha.model.packed_or_rows import transformers_attention
 from cartilha.model.sharding import in_dtype_of_layers
 from cartilha.tokens.tokenizer import TextTokenizer
-
-log = logging.getLogger("cartilha")
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,12 @@ from typing import Any
 import yaml
 
 from cartilha.corpus.questions import Question, record_texts
-from cartilha.errors import UserError, first_line
+from cartilha.errors import UserError, first_line, log
 from cartilha.evaluation.task_scores import TaskScore, harness_scores
 from cartilha.languages import find_language, language_codes
 from cartilha.model.load import LoadedModel
 from cartilha.model.packed_or_rows import transformers_attention
 from cartilha.tokens.tokenizer import TextTokenizer
-
-log = logging.getLogger("cartilha")
 
 LOCAL_FORMATS = ("json", "csv", "parquet", "text", "arrow", "pandas")  # a dataset_path that names the kind of files
 

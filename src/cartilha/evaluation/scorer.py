@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 
-from cartilha.errors import UserError
+from cartilha.errors import UserError, log
 from cartilha.evaluation.windows import Protocol, make_protocol
 from cartilha.machine.devices import choose_dtype, dtype_name
 from cartilha.model.configuration import NO_LIMIT
@@ -17,8 +16,6 @@ from cartilha.model.load import LoadedModel, load_model
 from cartilha.option_groups import ComputeOptions, ScoringOptions
 from cartilha.tokens.store import TokenStore, tokenizer_for
 from cartilha.tokens.tokenizer import TextTokenizer
-
-log = logging.getLogger("cartilha")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import socket as sockets
@@ -22,6 +21,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+from cartilha.errors import log
 from cartilha.explorer.page import build_page, script, stylesheet, theme
 from cartilha.explorer.port import HOST
 from cartilha.explorer.session import Explorer
@@ -30,8 +30,6 @@ from cartilha.reporting.wording import LANGUAGES, Language
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
-log = logging.getLogger("cartilha")
 
 # gradio builds templates from strings and styles from attributes; everything else comes from this server alone.
 POLICY = (

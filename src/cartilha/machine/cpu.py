@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import logging
 import math
 import platform
 import time
@@ -12,7 +11,7 @@ import timeit
 from contextlib import suppress
 from pathlib import Path
 
-log = logging.getLogger("cartilha")
+from cartilha.errors import log
 
 
 def cpu_name() -> str:

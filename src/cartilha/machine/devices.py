@@ -6,7 +6,6 @@ torch is imported inside the functions that need it, so that `--help` and `prepa
 from __future__ import annotations
 
 import functools
-import logging
 import os
 import platform
 import random
@@ -14,15 +13,13 @@ import shutil
 import sys
 from typing import TYPE_CHECKING, Any
 
-from cartilha.errors import UserError
+from cartilha.errors import UserError, log
 from cartilha.machine.cpu import cpu_has_bfloat16, cpu_name, fastest_cpu_dtype
 from cartilha.machine.processes import from_rank_0, world
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
-
-log = logging.getLogger("cartilha")
 
 
 def choose_device(name: str) -> torch.device:

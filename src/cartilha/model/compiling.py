@@ -7,7 +7,6 @@ graph serves all steps: what changes from batch to batch reaches it as tensors o
 from __future__ import annotations
 
 import functools
-import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from cartilha.errors import first_line
+from cartilha.errors import first_line, log
 from cartilha.machine.devices import compile_pays
 from cartilha.machine.memory import is_out_of_memory
 from cartilha.model.head import body_of
@@ -26,8 +25,6 @@ from cartilha.model.recomputation import layers_of
 from cartilha.model.router import router_loss_of
 from cartilha.model.sharding import is_sharded
 from cartilha.model_reference import cache_directory
-
-log = logging.getLogger("cartilha")
 
 MIN_STEPS_TO_COMPILE = 30  # shorter runs would spend more time compiling than they save
 

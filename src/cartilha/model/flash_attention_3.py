@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import logging
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 
-from cartilha.errors import first_line
-
-log = logging.getLogger("cartilha")
+from cartilha.errors import first_line, log
 
 PACKAGE, IMPLEMENTATION = "flash_attn_interface", "FA3"
 LARGEST_DIFFERENCE = 0.02  # norm of the difference to norm; bfloat16 rounds by 0.004

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 from contextlib import nullcontext
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cartilha.blocks.packing import IGNORE_INDEX, Batch
+from cartilha.errors import log
 from cartilha.machine.devices import to_device
 from cartilha.model import boundaries
 from cartilha.model.attention import FALLBACK, KERNELS, Kernel, choose_kernel
@@ -23,8 +23,6 @@ from cartilha.model.packed_or_rows import how_it_runs, runs_packed
 from cartilha.model.router import router_loss_of
 from cartilha.model.rows import states_in_rows
 from cartilha.model.sharding import gathering
-
-log = logging.getLogger("cartilha")
 
 _MASK_NOTICE = "Attention is computed under a mask, which is slower than the usual kernel: %s."
 _announce_mask = functools.cache(functools.partial(log.warning, _MASK_NOTICE))  # once per process

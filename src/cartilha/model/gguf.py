@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from pathlib import Path
 
@@ -10,12 +9,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from cartilha.errors import UserError, missing_extra
+from cartilha.errors import UserError, log, missing_extra
 from cartilha.model_reference import ModelSource, conversion_directory, unreadable
 from cartilha.storage import new_directory
 from cartilha.tokens.tokenizer import gguf_tokenizer
-
-log = logging.getLogger("cartilha")
 
 
 def converted_gguf(source: ModelSource) -> Path:

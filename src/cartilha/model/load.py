@@ -10,7 +10,6 @@ import copy
 import functools
 import hashlib
 import json
-import logging
 import pickle
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from cartilha.errors import UserError, first_line
+from cartilha.errors import UserError, first_line, log
 from cartilha.machine.cpu import give_back_freed_memory, keep_freed_memory, settle_cpu_functions
 from cartilha.machine.devices import seed_everything
 from cartilha.model.adapters import Adapter, add_adapter, merge_adapter, save_adapter
@@ -38,8 +37,6 @@ from cartilha.model.shards import is_stored_in_bfloat16, read_model
 from cartilha.model_reference import adapter_base, resolve_model, unreadable
 from cartilha.storage import refuse_lfs_pointer
 from cartilha.tokens.tokenizer import TextTokenizer
-
-log = logging.getLogger("cartilha")
 
 UNREADABLE = (
     OSError,

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import functools
-import logging
 
 import torch
 from torch import Tensor
 
+from cartilha.errors import log
 from cartilha.machine.cpu import cpu_matmul_rates
 from cartilha.machine.devices import dtype_name
-
-log = logging.getLogger("cartilha")
 
 PIECE = 1 << 22  # numbers of a product at a time that is rounded before it is added
 MIN_FLOAT32_GAIN = 1.2  # a smaller gain over half precision is lost again in the casts

@@ -6,7 +6,6 @@ Two planted values of that loss show the factor, and the arguments of the functi
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,9 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from cartilha.errors import log
 from cartilha.model.head import head_of
-
-log = logging.getLogger("cartilha")
 
 PROBE_TOKENS = 8
 PLANTED = 2.0**20  # so large that the nll beside it hides no digit of the factor

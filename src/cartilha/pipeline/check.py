@@ -12,11 +12,11 @@ from cartilha.checks import model, text, training
 from cartilha.checks.machine import memory_and_disk
 from cartilha.checks.outcome import Check, CheckResult, Judgement, Subject
 from cartilha.config import CheckConfig, TrainConfig
-from cartilha.console import log, progress
+from cartilha.console import progress
 from cartilha.corpus.document import Document
 from cartilha.corpus.primer import read_primer
 from cartilha.corpus.records import ReadSettings
-from cartilha.errors import CheckFailedError, UserError, first_line
+from cartilha.errors import CheckFailedError, UserError, first_line, log
 from cartilha.evaluation.scorer import Scorer, load_scorer
 from cartilha.machine.devices import choose_device
 from cartilha.pipeline.preflight import preflight

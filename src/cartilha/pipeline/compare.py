@@ -10,8 +10,7 @@ import numpy as np
 import torch
 
 from cartilha.config import CompareConfig
-from cartilha.console import log
-from cartilha.errors import UserError
+from cartilha.errors import UserError, log
 from cartilha.evaluation.compare import Comparison, compare_documents, shared_documents
 from cartilha.evaluation.measures import make_evaluation
 from cartilha.evaluation.saved import SavedEvaluation, load_evaluation

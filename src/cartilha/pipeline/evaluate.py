@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from cartilha.config import EvaluateConfig, GenerateConfig
-from cartilha.console import log, progress
-from cartilha.errors import counted
+from cartilha.console import progress
+from cartilha.errors import counted, log
 from cartilha.evaluation.baselines import UnigramCollector
 from cartilha.evaluation.compressed import CompressedText
 from cartilha.evaluation.continuation import continue_prompts

@@ -11,8 +11,8 @@ from typing import Any
 
 from cartilha.checks.training import weights_kept
 from cartilha.config import GenerateConfig, PlanConfig, TrainConfig
-from cartilha.console import log, progress
-from cartilha.errors import UserError, counted
+from cartilha.console import progress
+from cartilha.errors import UserError, counted, log
 from cartilha.evaluation.corpus import score_in_shares
 from cartilha.evaluation.measures import Evaluation, make_evaluation
 from cartilha.machine.devices import seed_everything

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cartilha.config import ReportConfig, RunConfig
-from cartilha.console import log
+from cartilha.errors import log
 from cartilha.pipeline.preflight import preflight
 from cartilha.pipeline.prepare import PrepareResult, prepare
 from cartilha.pipeline.report import ReportResult, report

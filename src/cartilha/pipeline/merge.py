@@ -13,8 +13,7 @@ import yaml
 from transformers import AutoConfig
 
 from cartilha.config import GenerateConfig, MergeConfig
-from cartilha.console import log
-from cartilha.errors import UserError
+from cartilha.errors import UserError, log
 from cartilha.evaluation.continuation import continue_prompts
 from cartilha.evaluation.documents import encode_documents
 from cartilha.evaluation.measures import make_evaluation

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from cartilha import config as configs
-from cartilha.console import log
 from cartilha.corpus.sources import HubSource, resolve_inputs
-from cartilha.errors import UserError, missing_extra
+from cartilha.errors import UserError, log, missing_extra
 from cartilha.evaluation.decoding import check_decoding
 from cartilha.evaluation.windows import first_tokens
 from cartilha.explorer.port import listen

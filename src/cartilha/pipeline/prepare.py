@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from cartilha.config import PrepareConfig
-from cartilha.console import Advance, log, progress
+from cartilha.console import Advance, progress
 from cartilha.corpus.files import SourceFile
 from cartilha.corpus.formats import expansion
 from cartilha.corpus.hints import log_hints
@@ -31,7 +31,7 @@ from cartilha.corpus.readers import ReadCounts, first_documents, read_documents
 from cartilha.corpus.shards import Shard, shards, shuffled
 from cartilha.corpus.sources import HubSource
 from cartilha.corpus.splits import SPLITS, Split
-from cartilha.errors import counted
+from cartilha.errors import counted, log
 from cartilha.machine.cpu import give_back_freed_memory
 from cartilha.machine.devices import usable_cores
 from cartilha.machine.versions import TEXT_PACKAGES, versions

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cartilha.config import PushConfig
-from cartilha.console import log
-from cartilha.errors import UserError
+from cartilha.errors import UserError, log
 from cartilha.hub import ask, fault
 from cartilha.pipeline.preflight import preflight
 from cartilha.pipeline.result import Result

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from cartilha.config import GenerateConfig, TrainConfig
-from cartilha.console import collecting_notices, log, progress
-from cartilha.errors import InterruptedRunError, OutOfMemoryError, UserError, counted
+from cartilha.console import collecting_notices, progress
+from cartilha.errors import InterruptedRunError, OutOfMemoryError, UserError, counted, log
 from cartilha.evaluation.corpus import score_in_shares
 from cartilha.evaluation.measures import Evaluation, make_evaluation
 from cartilha.machine.cpu import give_back_holes

@@ -13,10 +13,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from cartilha.config import CompareConfig, EvaluateConfig, PrepareConfig, Rate, TrainConfig, VocabConfig
-from cartilha.console import log
 from cartilha.corpus.english import english_sample
 from cartilha.corpus.readers import first_documents, input_documents
-from cartilha.errors import UserError, counted
+from cartilha.errors import UserError, counted, log
 from cartilha.pipeline.compare import compare
 from cartilha.pipeline.evaluate import evaluate
 from cartilha.pipeline.prepare import prepare

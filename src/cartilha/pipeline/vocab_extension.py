@@ -9,8 +9,7 @@ from typing import Any
 import torch
 import yaml
 
-from cartilha.console import log
-from cartilha.errors import UserError, counted
+from cartilha.errors import UserError, counted, log
 from cartilha.model.embeddings import extend_embeddings, shape_of
 from cartilha.model.load import load_model
 from cartilha.model_reference import resolve_model

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,10 +17,8 @@ from cartilha.corpus.questions import LEAST_WORDS, Question, QuestionRuns, recor
 from cartilha.corpus.readers import read_raw
 from cartilha.corpus.records import ReadSettings
 from cartilha.corpus.sources import Source, resolve_inputs
-from cartilha.errors import UserError, counted, missing_extra
+from cartilha.errors import UserError, counted, log, missing_extra
 from cartilha.preparation.shard_work import CONTAMINATED_FILE, LISTED_CONTAMINATED, ShardResult, ShardTask
-
-log = logging.getLogger("cartilha")
 
 _TASK = re.compile(r"[\w+-]+")
 

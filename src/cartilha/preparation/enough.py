@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from cartilha.errors import counted
+from cartilha.errors import counted, log
 from cartilha.preparation.assembly import decide
 from cartilha.preparation.executors import Executor
 from cartilha.preparation.index import load_index
@@ -15,8 +14,6 @@ from cartilha.preparation.request import PrepareRequest
 from cartilha.preparation.selection import Amount, threshold
 from cartilha.preparation.shard_work import THRESHOLD_FILE, ShardResult, ShardTask, Until
 from cartilha.preparation.threshold import Threshold
-
-log = logging.getLogger("cartilha")
 
 SAMPLE_DOCUMENTS = 20_000
 

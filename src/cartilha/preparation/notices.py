@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from cartilha.config import PrepareConfig
 from cartilha.corpus.readers import ReadCounts, no_text
 from cartilha.corpus.splits import Split
-from cartilha.errors import UserError, counted
+from cartilha.errors import UserError, counted, log
 from cartilha.preparation.assembly import Sides
 from cartilha.preparation.selection import FEW_DOCUMENTS
 from cartilha.tokens.store import SplitCounts
 
 LITTLE = 0.2  # a lower correlation of the weights by two halves of a target is said
-
-log = logging.getLogger("cartilha")
 
 
 def nothing_left(config: PrepareConfig, rejected: dict[str, int]) -> UserError:

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cartilha.errors import UnfinishedError, UserError
+from cartilha.errors import UnfinishedError, UserError, log
 from cartilha.storage import exclusive, read_json, write_json
-
-log = logging.getLogger("cartilha")
 
 SPARE_BYTES = 32 << 20
 

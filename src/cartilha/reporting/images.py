@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from cartilha.errors import install_command
+from cartilha.errors import install_command, log
 from cartilha.reporting.figures import run_figures
 from cartilha.reporting.results import RecordedRun
 from cartilha.reporting.several import overlaid_figures
 from cartilha.reporting.wording import Wording
 from cartilha.storage import write_atomically
-
-log = logging.getLogger("cartilha")
 
 PNG_SCALE = 3.0  # 1,920 pixels for the widest: a slide's width
 

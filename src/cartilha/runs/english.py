@@ -9,9 +9,10 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from cartilha.console import log, progress
+from cartilha.console import progress
 from cartilha.corpus.document import Document
 from cartilha.corpus.english import english_sample
+from cartilha.errors import log
 from cartilha.evaluation.compare import compare_documents, shared_documents
 from cartilha.evaluation.documents import encode_documents
 from cartilha.evaluation.measures import make_evaluation

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from cartilha.config import TrainConfig
-from cartilha.console import log
-from cartilha.errors import UserError
+from cartilha.errors import UserError, log
 from cartilha.machine.processes import is_main_process
 from cartilha.reporting.lenient import read_lines
 from cartilha.storage import exclusive, read_json, sweep_below, to_json, write_atomically, write_json

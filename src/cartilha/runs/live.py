@@ -18,7 +18,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from cartilha.console import PLAIN_INTERVAL_S, log, terminal
+from cartilha.console import PLAIN_INTERVAL_S, terminal
+from cartilha.errors import log
 from cartilha.evaluation.sums import perplexity
 from cartilha.runs.files import RunWriter, read_samples
 from cartilha.training.schedule import Schedule

@@ -18,8 +18,7 @@ from pathlib import Path
 import psutil
 
 from cartilha.config import TrainConfig
-from cartilha.console import log
-from cartilha.errors import UserError
+from cartilha.errors import UserError, log
 from cartilha.model_reference import cache_directory
 from cartilha.runs.files import check_output, read_status
 from cartilha.storage import new_directory, sweep_below, write_atomically

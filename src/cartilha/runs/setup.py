@@ -14,8 +14,7 @@ from transformers import PretrainedConfig
 from cartilha.blocks.mixing import MixtureSampler
 from cartilha.blocks.sampler import BlockSampler
 from cartilha.config import Count, GenerateConfig, TrainConfig
-from cartilha.console import log
-from cartilha.errors import UserError, counted, first_line
+from cartilha.errors import UserError, counted, first_line, log
 from cartilha.evaluation.documents import ScoredDocuments, encode_documents, validation_subset
 from cartilha.evaluation.scorer import Scorer, make_scorer
 from cartilha.machine.cpu import give_back_freed_memory

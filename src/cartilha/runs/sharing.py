@@ -8,8 +8,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from cartilha.config import PlanConfig, TrainConfig
-from cartilha.console import log
-from cartilha.errors import UserError
+from cartilha.errors import UserError, log
 from cartilha.machine.cpu import give_back_freed_memory
 from cartilha.machine.processes import gather_objects, world
 from cartilha.model.load import look_at

@@ -14,8 +14,7 @@ import numpy as np
 
 from cartilha.blocks.mixing import MixedDocuments, MixtureSampler, Rate
 from cartilha.config import TrainConfig
-from cartilha.console import log
-from cartilha.errors import UserError, counted
+from cartilha.errors import UserError, counted, log
 from cartilha.settings import IN_WORDS
 from cartilha.tokens.packed import PackedDocuments
 from cartilha.tokens.store import TokenStore

@@ -9,8 +9,7 @@ import torch
 from torch.utils.benchmark import Timer
 from transformers import PretrainedConfig
 
-from cartilha.console import log
-from cartilha.errors import UserError, counted, first_line
+from cartilha.errors import UserError, counted, first_line, log
 from cartilha.machine.cpu import cpu_matmul_rates
 from cartilha.machine.devices import dtype_name
 from cartilha.machine.memory import available_memory_bytes

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cartilha.console import log
+from cartilha.errors import log
 from cartilha.evaluation.task_scores import TaskScore, before_and_after
 from cartilha.languages import find_language, language_codes
 from cartilha.machine.versions import versions

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import logging
 import unicodedata
 from collections.abc import Sequence
 from itertools import pairwise
@@ -12,13 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from cartilha.errors import counted, first_line
+from cartilha.errors import counted, first_line, log
 from cartilha.tokens.byte_level import BYTE_CHARACTERS
 from cartilha.tokens.encoder import Encoder, Proof, cut
 from cartilha.tokens.text_counts import ranges
 from cartilha.tokens.tokenizer import TextTokenizer
-
-log = logging.getLogger("cartilha")
 
 MAX_SAMPLE_BYTES = 300_000  # tokenizers encodes about 2 MB/s on a core
 MAX_SLOW_CODE_POINTS = 1000  # if more differ, the two are not the same tokenizer

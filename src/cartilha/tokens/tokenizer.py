@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from cartilha.errors import UserError, import_extra, missing_extra
+from cartilha.errors import UserError, import_extra, log, missing_extra
 from cartilha.model_reference import (
     ADAPTER_CONFIG,
     TOKENIZER_FILES,
@@ -31,8 +30,6 @@ from cartilha.model_reference import (
 from cartilha.storage import new_directory, refuse_lfs_pointer, write_atomically, write_json
 from cartilha.tokens.byte_level import CHARACTER_BYTES
 from cartilha.tokens.declared_tokens import END_OF_TEXT, GPT2, declared_tokens, read_tokenizer_json, tokenizer_class
-
-log = logging.getLogger("cartilha")
 
 ENDS = ("bos_token", "eos_token")
 GPT2_FILES = ("vocab.json", "merges.txt")

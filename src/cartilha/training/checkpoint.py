@@ -15,7 +15,6 @@ is used.
 
 from __future__ import annotations
 
-import logging
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -27,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
-from cartilha.errors import UserError, first_line
+from cartilha.errors import UserError, first_line, log
 from cartilha.machine.processes import is_main_process
 from cartilha.model.adapters import trained_parameters
 from cartilha.model.sharding import is_sharded
@@ -53,8 +52,6 @@ from cartilha.training.checkpoint_shards import (
 from cartilha.training.optimizer import StateSize
 from cartilha.training.state import TrainingState
 from cartilha.training.streams import random_state, restore_random_state
-
-log = logging.getLogger("cartilha")
 
 WEIGHTS = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"

@@ -9,21 +9,18 @@ is that the sum does not overlap the backward pass: milliseconds within a machin
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from cartilha.errors import counted
+from cartilha.errors import counted, log
 from cartilha.machine.devices import seed_everything
 from cartilha.machine.processes import from_rank_0, gather_objects, join_processes, world
 from cartilha.model.adapters import trained_parameters
 from cartilha.model.sharding import is_sharded
 from cartilha.training.state import TrainingState
-
-log = logging.getLogger("cartilha")
 
 SENT_ALONE_BYTES = 2**16  # smaller gradients are copied together and summed in one exchange
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +14,7 @@ from torch.nn.utils import get_total_norm
 
 from cartilha.blocks.packing import Block, empty_block, stack
 from cartilha.blocks.sampler import BlockSampler
-from cartilha.errors import OutOfMemoryError, counted
+from cartilha.errors import OutOfMemoryError, counted, log
 from cartilha.machine.memory import is_out_of_memory, peak_memory_bytes
 from cartilha.machine.processes import world
 from cartilha.model.compiling import CompiledBody
@@ -29,8 +28,6 @@ from cartilha.training.optimizer import choose_trained, clear_gradients, clip, s
 from cartilha.training.schedule import Schedule
 from cartilha.training.state import StepRecord, TrainingState
 from cartilha.training.streams import random_state, restore_random_state
-
-log = logging.getLogger("cartilha")
 
 
 @dataclass(frozen=True)

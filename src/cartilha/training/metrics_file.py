@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from cartilha.errors import counted
+from cartilha.errors import counted, log
 from cartilha.machine.processes import is_main_process
 from cartilha.storage import parse_json, to_json, write_atomically
 from cartilha.training.state import StepRecord
 from cartilha.training.trackers import Tracker, figures_of
 from cartilha.training.watch import LossWatch
-
-log = logging.getLogger("cartilha")
 
 
 class MetricsFile:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import signal
 import sys
@@ -13,8 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cartilha.machine.processes import is_main_process
-
-log = logging.getLogger("cartilha")
 
 
 class StopRequest:

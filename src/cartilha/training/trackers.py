@@ -7,7 +7,6 @@ then on, with one warning, and the run goes on.
 
 from __future__ import annotations
 
-import logging
 import math
 import re
 import sys
@@ -21,10 +20,8 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Protocol
 
-from cartilha.errors import UserError, install_command
+from cartilha.errors import UserError, install_command, log
 from cartilha.storage import write_atomically
-
-log = logging.getLogger("cartilha")
 
 ENTRY_POINTS = "cartilha.trackers"
 STEP_FIGURES = ("loss", "lr", "grad_norm", "tokens_per_second", "memory_bytes", "epoch", "tokens")

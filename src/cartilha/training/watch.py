@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from typing import Any
 
-from cartilha.errors import UserError
+from cartilha.errors import UserError, log
 from cartilha.training.state import Progress, StepRecord
-
-log = logging.getLogger("cartilha")
 
 MAX_SKIPPED_IN_A_ROW = 5
 MAX_SKIPPED_IN_A_ROW_FP16 = 20  # its scaler starts too high on purpose and is halved at each overflow

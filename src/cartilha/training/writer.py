@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -10,14 +9,13 @@ from typing import Any
 
 import torch
 
+from cartilha.errors import log
 from cartilha.machine.memory import free_memory_bytes
 from cartilha.machine.processes import is_main_process
 from cartilha.model.sharding import is_sharded
 from cartilha.training.checkpoint import freeze, write_checkpoint
 from cartilha.training.optimizer import StateSize
 from cartilha.training.state import TrainingState
-
-log = logging.getLogger("cartilha")
 
 MAX_SHARE_OF_TIME = 0.03  # checkpoints by the clock wait so long that they cost no more than this
 
