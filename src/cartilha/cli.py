@@ -1,7 +1,5 @@
 """The command line: results go to standard output, everything else to standard error."""
 
-from __future__ import annotations
-
 import difflib
 import importlib
 import os

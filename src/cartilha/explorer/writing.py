@@ -1,8 +1,7 @@
 """Writing with a model: token by token by hand, and greedy, sampled and beam search side by side."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 
@@ -27,7 +26,7 @@ class Draft:
         """All tokens so far."""
         return np.array([*self.prompt_ids, *self.chosen], np.int64)
 
-    def with_token(self, token_id: int) -> Draft:
+    def with_token(self, token_id: int) -> Self:
         """The text with one token more."""
         return replace(self, chosen=(*self.chosen, token_id))
 

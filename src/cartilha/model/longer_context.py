@@ -5,11 +5,9 @@ keeps the fast ones. `theta` raises the base, so that the slowest rotation is sl
 (arXiv:2309.16039). Either needs training on texts of the new length.
 """
 
-from __future__ import annotations
-
 import copy
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from transformers import AutoConfig, PretrainedConfig
 
@@ -26,7 +24,7 @@ class LongerContext:
     method: Literal["yarn", "theta"] = "yarn"
 
     @classmethod
-    def of(cls, config: TrainConfig) -> LongerContext | None:
+    def of(cls, config: TrainConfig) -> Self | None:
         """What `--context` asks for, if anything."""
         return None if config.context is None else cls(config.context, config.context_method)
 

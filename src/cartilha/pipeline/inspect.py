@@ -1,7 +1,5 @@
 """`inspect`: what a store, or the primer, holds; any document or block of it, decoded; and how a model will run."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass

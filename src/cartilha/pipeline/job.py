@@ -1,7 +1,5 @@
 """`run` and `demo`: the whole job, from text to report, as a recipe says."""
 
-from __future__ import annotations
-
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path

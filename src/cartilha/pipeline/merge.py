@@ -1,7 +1,5 @@
 """`merge`: an adapter into its base, or what instruction tuning has added into a trained model."""
 
-from __future__ import annotations
-
 import tempfile
 import time
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What a command returns."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`--decontaminate`: whose questions are looked for, and what `prepare` says and records of those that it finds."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -10,7 +8,7 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from cartilha.corpus.lines import without_surrogates
 from cartilha.corpus.questions import LEAST_WORDS, Question, QuestionRuns, record_texts
@@ -32,7 +30,7 @@ class QuestionNames:
     option: str = "--decontaminate"
 
     @classmethod
-    def of(cls, names: Sequence[str], option: str = "--decontaminate") -> QuestionNames:
+    def of(cls, names: Sequence[str], option: str = "--decontaminate") -> Self:
         """Tell tasks from REFs; a UserError says that a name is neither."""
         tasks = tuple(name for name in names if _is_task(name))
         for task in tasks:

@@ -1,7 +1,5 @@
 """What a store was made from, and whether the same command has made it before."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

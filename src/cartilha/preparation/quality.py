@@ -6,8 +6,6 @@ enough. Text that is held out or aimed at is not judged. Scores are kept in the 
 run that was killed, is not paid for twice.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 import os
@@ -15,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -117,7 +115,7 @@ class Judge:
         self.reasons = [f"{signal.name}:{side}" for signal, _ in self._signals for side in ("low", "high")]
 
     @classmethod
-    def of(cls, index: DocumentIndex, signals: Sequence[Signal], scorers: Sequence[Scorer]) -> Judge | None:
+    def of(cls, index: DocumentIndex, signals: Sequence[Signal], scorers: Sequence[Scorer]) -> Self | None:
         """The judge, if there is anything to judge by."""
         return cls(index, list(zip(signals, scorers, strict=True))) if signals else None
 

@@ -4,8 +4,6 @@ A directory appears by one rename. It holds the ids of all documents (tokens.bin
 texts that may be held out (texts.arrow), signatures.npy and rejects.jsonl if they are asked for, and done.json.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Processes that end while others of the same run go on."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path

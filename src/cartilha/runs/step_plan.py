@@ -1,9 +1,7 @@
 """What this machine can do, and the plan of one run: its micro-batch, and what memory and time it should take."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch.utils.benchmark import Timer
@@ -117,7 +115,7 @@ class RunPlan:
             "estimated": True,
         }
 
-    def with_checkpoints(self) -> RunPlan:
+    def with_checkpoints(self) -> Self:
         """The plan with the copy of the state that is written in the background; see `with_copy`."""
         if self.memory is None:
             return self

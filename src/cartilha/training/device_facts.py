@@ -1,9 +1,7 @@
 """What known cards hold and compute, and what a token costs: enough to plan before a card is rented."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from transformers import PretrainedConfig
@@ -55,7 +53,7 @@ class DeviceFacts:
             how = replace(how, dtype=torch.bfloat16)
         return replace(how, weights=torch.bfloat16) if lean else how
 
-    def for_model(self, config: PretrainedConfig, *, dropout: bool = False) -> DeviceFacts:
+    def for_model(self, config: PretrainedConfig, *, dropout: bool = False) -> Self:
         """The device as it computes this model: in rows, or under a mask where its own kernel cannot."""
         how = look_at(config, config.model_type).how
         if not how.packed:

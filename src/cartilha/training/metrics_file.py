@@ -1,7 +1,5 @@
 """metrics.jsonl: one line per step."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,10 +1,8 @@
 """What changes while a model is trained, and the record of one step."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
-from typing import SupportsFloat
+from typing import Self, SupportsFloat
 
 import torch
 from transformers import PreTrainedModel
@@ -50,7 +48,7 @@ class TrainingState:
     @classmethod
     def begin(
         cls, model: PreTrainedModel, dtype: torch.dtype, *, lr: float, weight_decay: float, optimizer: str = "adamw"
-    ) -> TrainingState:
+    ) -> Self:
         """The state before step 1; gradients are scaled where the compute dtype is fp16."""
         made = make_optimizer(model, lr, weight_decay, optimizer)
         allocate_states(model, made, optimizer)
