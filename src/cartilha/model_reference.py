@@ -5,7 +5,6 @@ import hashlib
 import importlib.metadata
 import os
 import sys
-import unicodedata
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -16,7 +15,7 @@ from cartilha.config import EMBEDDED_MODEL
 from cartilha.console import progress
 from cartilha.errors import HubUnreachableError, UserError, first_line, log, missing_extra
 from cartilha.hub import ask, fault, silent_bar
-from cartilha.storage import read_json, refuse_lfs_pointer
+from cartilha.storage import as_on_disk, read_json, refuse_lfs_pointer
 
 CONVERSION_VERSION = 2  # raised when the conversion of GGUF files changes, so that cached ones are made anew
 TOKENIZER_FILES = (
@@ -76,7 +75,7 @@ def resolve_model(ref: str) -> ModelSource:
         return ModelSource(ref, "random", name=name)
     if ref.startswith("package:"):
         return ModelSource(ref, "gguf", path=_gguf_in_package(ref.removeprefix("package:")))
-    path = _as_spelled(Path(os.path.expanduser(ref)))  # unlike Path.expanduser it leaves an unknown ~user as it is
+    path = Path(as_on_disk(os.path.expanduser(ref)))  # unlike Path.expanduser it leaves an unknown ~user as it is
     if ref and path.is_dir():
         return ModelSource(ref, "directory", path=_model_in(ref, path))
     if ref.lower().endswith(".gguf"):
@@ -96,15 +95,6 @@ def resolve_model(ref: str) -> ModelSource:
     if path.parent.name and path.parent.is_dir():
         raise UserError(f"There is no {path.name} in the directory {path.parent}; check the path of the model.")
     return ModelSource(ref, "hub", name=name, revision=revision or None)
-
-
-def _as_spelled(path: Path) -> Path:
-    """The path as the file system spells it: accents have two spellings, and archives from macOS use the rarer one."""
-    found = Path(path.anchor)
-    for part in path.relative_to(path.anchor).parts:
-        spellings = (part, *(unicodedata.normalize(form, part) for form in ("NFC", "NFD")))
-        found /= next((spelling for spelling in spellings if (found / spelling).exists()), part)
-    return found
 
 
 def _model_in(ref: str, directory: Path) -> Path:

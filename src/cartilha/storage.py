@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+from unicodedata import normalize
 
 from cartilha.errors import UserError, log
 
@@ -244,6 +245,27 @@ def _flush_directory(path: Path) -> None:
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def as_on_disk(path: str) -> str:
+    """The path as the file system spells it: accents have two spellings, and archives from macOS use the rarer one."""
+    if path.isascii() or os.path.lexists(path):
+        return path
+    found = ""
+    for part in Path(path).parts:
+        if not os.path.lexists(os.path.join(found, part)):
+            alike = (name for name in listed(found) if normalize("NFC", name) == normalize("NFC", part))
+            part = next(alike, part)
+        found = os.path.join(found, part)
+    return found
+
+
+def listed(folder: str) -> list[str]:
+    """The names in a folder, by default the working directory; none if it cannot be listed."""
+    try:
+        return sorted(os.listdir(folder or "."))
+    except (OSError, ValueError):
+        return []
 
 
 def file_sha256(path: Path) -> str:

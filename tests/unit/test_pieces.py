@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from cartilha.corpus import pieces as module
-from cartilha.corpus.pieces import ascending, at_the_ends, descending, evenly, extremes, nth_true
+from cartilha.corpus.pieces import at_the_ends, evenly, extremes, in_order, nth_true
 from cartilha.corpus.splits import SplitRule, split_documents
 from cartilha.errors import UserError
 from cartilha.preparation import assembly
@@ -32,9 +32,9 @@ def test_order_ends_and_ranks_are_those_of_the_whole_array(values, data):
     mask = data.draw(arrays.arrays(bool, len(values)))
     places = np.flatnonzero(mask)
     order = places[np.argsort(-values[places], kind="stable")]
-    assert np.concatenate([np.zeros(0, np.int64), *descending(values, mask)]).tolist() == order.tolist()
+    assert np.concatenate([np.zeros(0, np.int64), *in_order(values, mask, descending=True)]).tolist() == order.tolist()
     up = places[np.argsort(values[places], kind="stable")]
-    assert np.concatenate([np.zeros(0, np.int64), *ascending(values, mask)]).tolist() == up.tolist()
+    assert np.concatenate([np.zeros(0, np.int64), *in_order(values, mask)]).tolist() == up.tolist()
     low, high = extremes(values, mask, 3)
     assert low.tolist() == sorted(values[mask])[:3] and high.tolist() == sorted(values[mask])[-3:]
     lowest, highest = at_the_ends(values, mask, 3)

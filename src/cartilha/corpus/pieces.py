@@ -106,17 +106,12 @@ def at_the_ends(values: np.ndarray, mask: np.ndarray, number: int) -> tuple[np.n
     return found[0], found[1]
 
 
-def descending(values: np.ndarray, mask: np.ndarray) -> Iterator[np.ndarray]:
-    """The places of the values under a mask from the highest on, some at a time; of equal values in order: int64."""
-    return _in_order(values, mask, -1)
+def in_order(values: np.ndarray, mask: np.ndarray, *, descending: bool = False) -> Iterator[np.ndarray]:
+    """The places of the values under a mask from the lowest on, or from the highest, some at a time: int64.
 
-
-def ascending(values: np.ndarray, mask: np.ndarray) -> Iterator[np.ndarray]:
-    """As `descending`, from the lowest on."""
-    return _in_order(values, mask, 1)
-
-
-def _in_order(values: np.ndarray, mask: np.ndarray, sign: int) -> Iterator[np.ndarray]:
+    Places of equal values ascend in either order.
+    """
+    sign = -1 if descending else 1
     low, high = extremes(values, mask, 1)
     if not len(low):
         return

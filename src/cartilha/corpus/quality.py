@@ -10,7 +10,7 @@ from typing import Self
 
 import numpy as np
 
-from cartilha.corpus.signatures import blocks, lower_case, mixed, word_hashes
+from cartilha.corpus.signatures import ODD, blocks, lower_case, mixed, word_hashes
 from cartilha.errors import UserError
 from cartilha.languages import Language, Thresholds, find_language, language_codes
 
@@ -21,7 +21,6 @@ LENGTH_BITS, HASH_BITS = 10, 39  # of an n-gram's number, whose other bits tell 
 _ENDS = (".", "!", "?", "…", '"', "'", "”", "’", "»")
 _BULLETS = ("•", "-")
 _ELLIPSES = ("...", "…")
-_MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
 def thresholds(language: Language) -> Thresholds:
@@ -128,7 +127,7 @@ def _hashes(words: np.ndarray, n: int) -> np.ndarray:
     """The hash of the n-gram that begins at each word."""
     result = words[: max(0, len(words) - n + 1)]
     for place in range(1, n):
-        result = mixed(result * _MIX + words[place : place + len(result)])
+        result = mixed(result * ODD + words[place : place + len(result)])
     return result
 
 

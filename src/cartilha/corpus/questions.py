@@ -22,7 +22,7 @@ import numpy as np
 
 from cartilha.corpus.cleaning import Rejected
 from cartilha.corpus.document import Document
-from cartilha.corpus.signatures import blocks, lower_case, word_bounds
+from cartilha.corpus.signatures import ODD, blocks, lower_case, word_bounds
 
 RUN_WORDS, LEAST_WORDS = 13, 8
 # A run that more of a benchmark's questions share belongs to the instructions: at least so many, and such a share.
@@ -30,7 +30,6 @@ MAX_SHARING, MAX_SHARING_SHARE = 10, 0.05
 BLOCK_CHARS = 1 << 18  # looked through at once; the arrays stay in the processor's cache
 TABLE_BITS = range(16, 27)  # of the number of initials that are told apart: up to 64 MB in each process
 
-_MIX = np.uint64(0x9E3779B97F4A7C15)
 # The initial of a word, by its first byte: case does not count, and letters beyond ASCII are not told apart.
 _INITIALS = np.array([min(byte | 0x20 if chr(byte).isalpha() else byte, 128) for byte in range(256)], np.uint8)
 
@@ -52,6 +51,11 @@ class Benchmark:
     num_questions: int
     num_too_short: int  # that have no text of `LEAST_WORDS`, so that they are not looked for
     num_common_runs: int  # runs that many questions share
+
+
+def is_task_file(task: str) -> bool:
+    """Whether a task is given by a YAML file of the user's (with `data_files` of its own, say), not by its name."""
+    return Path(task).suffix in (".yaml", ".yml")
 
 
 def record_texts(record: object) -> Iterator[str]:
@@ -185,7 +189,7 @@ class QuestionFinder:
         bits = min(max(TABLE_BITS[0], 5 + len(runs.initials).bit_length()), TABLE_BITS[-1])
         self._shift = np.uint64(64 - bits)
         self._table = np.zeros(1 << bits, bool)
-        self._table[(runs.initials * _MIX) >> self._shift] = True
+        self._table[(runs.initials * ODD) >> self._shift] = True
 
     def __call__(self, documents: Sequence[Document]) -> list[Document | Rejected]:
         """Each document, or what it holds of the questions."""
@@ -228,7 +232,7 @@ class QuestionFinder:
         for num_words in (1, 2, 4):  # joined to pairs, fours, eights
             shift = np.uint64(8 * num_words)
             initials = initials[:-num_words] | (initials[num_words:] << shift)
-        hits = np.flatnonzero(self._table[(initials * _MIX) >> self._shift])  # a few per cent
+        hits = np.flatnonzero(self._table[(initials * ODD) >> self._shift])  # a few per cent
         places = np.searchsorted(self.runs.initials[:-1], initials[hits])
         found: np.ndarray = hits[self.runs.initials[places] == initials[hits]]
         return found

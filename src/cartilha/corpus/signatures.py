@@ -21,7 +21,7 @@ BLOCK_BYTES = 1 << 16  # hashed at once; the arrays stay in the processor's cach
 WORD_BYTES = 24  # a longer word counts as its length and its first bytes
 RUN_BYTES = 32
 
-_ODD = np.uint64(0x9E3779B97F4A7C15)
+ODD = np.uint64(0x9E3779B97F4A7C15)  # 2^64 by the golden ratio: a product with it has other high bits
 _IN_WORD = bytes(byte >= 128 or chr(byte).isalnum() for byte in range(256))
 _MASKS = np.array([(1 << 8 * count) - 1 for count in range(9)], np.uint64)  # the first bytes of eight
 
@@ -83,7 +83,7 @@ def run_hashes(text: bytes) -> np.ndarray:
     eights = _eights(text, starts, RUN_BYTES)
     hashes = eights[:, 0]
     for column in range(1, RUN_BYTES // 8):
-        hashes = hashes * _ODD + eights[:, column]
+        hashes = hashes * ODD + eights[:, column]
     return hashes
 
 
@@ -108,12 +108,12 @@ def word_hashes(text: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     starts, ends = word_bounds(text)
     lengths = ends - starts
     eights = _eights(text + bytes(WORD_BYTES), starts, WORD_BYTES)
-    hashes = lengths.astype(np.uint64) * _ODD + (eights[:, 0] & _MASKS[np.minimum(lengths, 8)])
+    hashes = lengths.astype(np.uint64) * ODD + (eights[:, 0] & _MASKS[np.minimum(lengths, 8)])
     for column in range(1, WORD_BYTES // 8):
         offset = 8 * column
         longer = np.flatnonzero(lengths > offset)  # a few words
         part = eights[longer, column] & _MASKS[np.minimum(lengths[longer] - offset, 8)]
-        hashes[longer] = hashes[longer] * _ODD + part
+        hashes[longer] = hashes[longer] * ODD + part
     return starts, ends, mixed(hashes)
 
 

@@ -15,7 +15,7 @@ from cartilha.corpus.formats import READABLE, is_readable
 from cartilha.corpus.primer import primer_languages, primer_sha256
 from cartilha.errors import UserError, counted, log
 from cartilha.languages import DEFAULT
-from cartilha.storage import read_json
+from cartilha.storage import as_on_disk, listed, read_json
 
 LeftOut = dict[str, list[str]]  # files in folders that are not read, as paths below the folder, by reason
 
@@ -117,29 +117,9 @@ def _with_distinct_names(sources: list[Source]) -> list[Source]:
     ]
 
 
-def _as_on_disk(ref: str) -> str:
-    """The path as it exists, if only the form of its accents differs (NFC, NFD)."""
-    if ref.isascii() or os.path.lexists(ref):
-        return ref
-    found = ""
-    for part in Path(ref).parts:
-        if not os.path.lexists(os.path.join(found, part)):
-            alike = (name for name in _listed(found) if normalize("NFC", name) == normalize("NFC", part))
-            part = next(alike, part)
-        found = os.path.join(found, part)
-    return found if glob.has_magic(ref) or os.path.lexists(found) else ref
-
-
-def _listed(folder: str) -> list[str]:
-    """The names in a folder, by default the working directory; none if it cannot be listed."""
-    try:
-        return sorted(os.listdir(folder or "."))
-    except (OSError, ValueError):
-        return []
-
-
 def _resolve(ref: str, left_out: LeftOut) -> list[Source]:
-    ref = _as_on_disk(ref)
+    on_disk = as_on_disk(ref)
+    ref = on_disk if glob.has_magic(ref) or os.path.lexists(on_disk) else ref
     status = _status(ref)
     if status is not None:
         if ref == "primer" or ref.startswith("hf:"):
@@ -286,6 +266,6 @@ def _dataset_files(folder: str) -> set[str] | None:
 def _remedy(ref: str) -> str:
     """What to write instead of a path that does not exist."""
     parent, name = os.path.split(ref)
-    if near := difflib.get_close_matches(name, _listed(parent), n=1):
+    if near := difflib.get_close_matches(name, listed(parent), n=1):
         return f"perhaps {os.path.join(parent, near[0])} is meant"
     return "give a file, a glob in quotes, a folder, hf:NAME for a dataset of the hub, or primer"

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import DTypeLike
 
-from cartilha.corpus.pieces import ascending, each, extremes, large_array, nth_true, pieces, total, without
+from cartilha.corpus.pieces import each, extremes, in_order, large_array, nth_true, pieces, total, without
 from cartilha.errors import UserError, counted
 
 Split = Literal["train", "validation"]
@@ -250,7 +250,7 @@ def _so_many(positions: np.ndarray, sizes: np.ndarray, wanted: int, notes: list[
     """Clusters in the order of their positions, each that still fits into the number wanted."""
     chosen = large_array(sizes.shape, bool)
     left = wanted
-    for order in ascending(positions, each(lambda size: size > 0, sizes)):
+    for order in in_order(positions, each(lambda size: size > 0, sizes)):
         for number, size in zip(order.tolist(), sizes[order].tolist(), strict=True):
             if size <= left:
                 chosen[number] = True

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from cartilha.corpus.questions import Question, record_texts
+from cartilha.corpus.questions import Question, is_task_file, record_texts
 from cartilha.errors import UserError, first_line, log
 from cartilha.evaluation.task_scores import TaskScore, harness_scores
 from cartilha.languages import find_language, language_codes
@@ -31,7 +31,7 @@ def _of_language(name: str) -> tuple[str, ...]:
 
 def check_tasks(tasks: Sequence[str]) -> None:
     """Refuse tasks that the harness does not have, before any model is loaded."""
-    named = [task for task in expand(tasks) if not _is_file(task)]
+    named = [task for task in expand(tasks) if not is_task_file(task)]
     if not named:
         return
     manager = _manager(True)
@@ -64,7 +64,7 @@ def _manager(include_defaults: bool) -> Any:
 
 def datasets_of(tasks: Sequence[str]) -> list[str]:
     """The datasets of the hub that tasks read, as far as the harness tells before it reads them."""
-    manager = _manager(any(not _is_file(task) for task in expand(tasks)))
+    manager = _manager(any(not is_task_file(task) for task in expand(tasks)))
     found: dict[str, None] = {}
     left = _as_harness(expand(tasks))
     while left:
@@ -98,7 +98,7 @@ def _load_tasks(tasks: list[Any]) -> dict[str, Any]:
 
 
 def _as_harness(tasks: Sequence[str]) -> list[Any]:
-    return [yaml.safe_load(Path(task).read_text("utf-8")) if _is_file(task) else task for task in tasks]
+    return [yaml.safe_load(Path(task).read_text("utf-8")) if is_task_file(task) else task for task in tasks]
 
 
 def _cannot_run(tasks: Sequence[str], error: Exception) -> UserError:
@@ -107,11 +107,6 @@ def _cannot_run(tasks: Sequence[str], error: Exception) -> UserError:
         f"lm-evaluation-harness could not run {', '.join(tasks)} ({first_line(error)[:200]}); "
         f"its tasks need their datasets from the hub{f': {needed}' if needed else ''}."
     )
-
-
-def _is_file(task: str) -> bool:
-    """Whether a task is given by a YAML file of the user's (with `data_files` of its own, say), not by its name."""
-    return Path(task).suffix in (".yaml", ".yml")
 
 
 def run_tasks(loaded: LoadedModel, tokenizer: TextTokenizer, tasks: Sequence[str]) -> tuple[TaskScore, ...] | None:
@@ -150,7 +145,7 @@ def run_tasks(loaded: LoadedModel, tokenizer: TextTokenizer, tasks: Sequence[str
             results = lm_eval.simple_evaluate(
                 model=harness,
                 tasks=_as_harness(tasks),
-                task_manager=_manager(any(not _is_file(task) for task in tasks)),
+                task_manager=_manager(any(not is_task_file(task) for task in tasks)),
                 bootstrap_iters=1000,
             )
         except Exception as error:

@@ -4,27 +4,29 @@ trained + (instruct - base), as in "chat vectors" (arXiv:2310.04799) and arXiv:2
 so that memory holds one shard of the result, whatever the models' size.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from cartilha.errors import UserError, first_line
-from cartilha.storage import read_json, refuse_lfs_pointer, write_json
+from cartilha.model.shards import weight_files
+from cartilha.storage import refuse_lfs_pointer, write_json
 
 SHARD_BYTES = 2 * 2**30
-WEIGHTS = "model.safetensors"
 TIED_HEAD = "lm_head.weight"  # which some files hold a second time beside the embeddings
 
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """The safetensors files of a model, in one file or in shards that an index lists; nothing is read until asked."""
+    """The safetensors files of a model; nothing is read until asked."""
 
     reference: str  # the MODEL, for messages
     folder: Path
@@ -32,40 +34,29 @@ class WeightFiles:
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each tensor, by its name in the files."""
-        return {name: tuple(self._file(name).get_slice(name).get_shape()) for name in self._places}
+        return {name: tuple(file.get_slice(name).get_shape()) for name, file in self._files.items()}
 
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor, as the file has it."""
-        found: torch.Tensor = self._file(name).get_tensor(name)
+        found: torch.Tensor = self._files[name].get_tensor(name)
         return found
 
-    def _file(self, name: str) -> Any:
-        return self._open[self._places[name]]
-
     @cached_property
-    def _places(self) -> dict[str, str]:
-        index = self.folder / f"{WEIGHTS}.index.json"
-        if index.is_file():
-            return dict(read_json(index)["weight_map"])
-        return dict.fromkeys(self._open[WEIGHTS].keys(), WEIGHTS) if (self.folder / WEIGHTS).is_file() else {}
-
-    @cached_property
-    def _open(self) -> dict[str, Any]:
-        index = self.folder / f"{WEIGHTS}.index.json"
-        names = set(read_json(index)["weight_map"].values()) if index.is_file() else {WEIGHTS}
-        files = {}
-        for name in sorted(names):
-            path = self.folder / name
+    def _files(self) -> dict[str, Any]:
+        """The open file of each tensor."""
+        found: dict[str, Any] = {}
+        for path in weight_files(self.folder) or [self.folder / SAFE_WEIGHTS_NAME]:
             if not path.is_file():
-                raise UserError(f"{self.reference} has no {name}; weights are added from safetensors files alone.")
+                raise UserError(f"{self.reference} has no {path.name}; weights are added from safetensors files alone.")
             refuse_lfs_pointer(path)
             try:
-                files[name] = safe_open(path, framework="pt")
+                file: Any = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise UserError(
-                    f"{name} of {self.reference} cannot be read ({first_line(error)}); fetch it again."
+                    f"{path.name} of {self.reference} cannot be read ({first_line(error)}); fetch it again."
                 ) from error
-        return files
+            found |= dict.fromkeys(file.keys(), file)
+        return found
 
 
 def check_alike(trained: WeightFiles, base: WeightFiles, instruct: WeightFiles) -> None:
@@ -88,8 +79,8 @@ def check_alike(trained: WeightFiles, base: WeightFiles, instruct: WeightFiles) 
 
 def added(
     trained: WeightFiles, base: WeightFiles, instruct: WeightFiles, num_rows: int, num_ids: int
-) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
-    """The name of each weight of the sum, and a function that computes it in float32.
+) -> Callable[[str], torch.Tensor]:
+    """A function that computes a weight of the sum, given by name, in float32.
 
     The base has `num_rows` rows of embeddings and head, of which its tokenizer has `num_ids`: the rows beyond these are
     the trained model's own.
@@ -103,34 +94,18 @@ def added(
             result[:end] += difference[:end]
         return result
 
-    for name in trained.shapes:
-        yield name, partial(sum_of, name)
+    return sum_of
 
 
-def write_weights(weights: Iterator[tuple[str, Callable[[], torch.Tensor]]], folder: Path, dtype: torch.dtype) -> None:
+def write_weights(
+    shapes: Mapping[str, tuple[int, ...]], compute: Callable[[str], torch.Tensor], folder: Path, dtype: torch.dtype
+) -> None:
     """Write weights, computed one after another, as transformers reads them: one file, or shards and an index."""
-    shards: list[list[str]] = []
-    held: dict[str, torch.Tensor] = {}
-
-    def close() -> None:
-        save_file(held, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
-        shards.append(list(held))
-        held.clear()
-
-    total = 0
-    for name, compute in weights:
-        tensor = compute().to(dtype).contiguous()
-        total += tensor.nbytes
-        if held and sum(one.nbytes for one in held.values()) + tensor.nbytes > SHARD_BYTES:
-            close()
-        held[name] = tensor
-    close()
-    if len(shards) == 1:
-        (folder / "shard-0").rename(folder / WEIGHTS)
-        return
-    places: dict[str, str] = {}
-    for number, names in enumerate(shards):
-        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"shard-{number}").rename(folder / file)
-        places |= dict.fromkeys(names, file)
-    write_json(folder / f"{WEIGHTS}.index.json", {"metadata": {"total_size": total}, "weight_map": places})
+    sizes = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
+    split = split_torch_state_dict_into_shards(sizes, max_shard_size=SHARD_BYTES)
+    for file, names in split.filename_to_tensors.items():
+        tensors = {name: compute(name).to(dtype).contiguous() for name in names}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(folder / SAFE_WEIGHTS_INDEX_NAME, index)

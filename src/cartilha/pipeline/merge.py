@@ -71,9 +71,7 @@ def merge(config: MergeConfig) -> MergeResult:
 
 def base_of(run: Path) -> str:
     """The MODEL that a run began with, before an extension of its vocabulary and before earlier runs."""
-    if not (run / "results.json").is_file():
-        raise UserError(f"{run} does not record what it was trained from; name that model with --base.")
-    settings = read_results(run).get("settings") or {}
+    settings = (read_results(run).get("settings") or {}) if (run / "results.json").is_file() else {}
     reference, commit = str(settings.get("model", "")), settings.get("model_commit")
     if not reference:
         raise UserError(f"{run} does not record what it was trained from; name that model with --base.")
@@ -113,8 +111,8 @@ def _add(config: MergeConfig, run: str, trained: Path, base: str, output: Path) 
     before = _measured(run, config)
     with new_directory(output) as temporary:
         sizes = model_config(base).vocab_size, tokenizers["base"].num_ids
-        weights = added(files["trained"], files["base"], files["instruct"], *sizes)
-        write_weights(weights, temporary, getattr(torch, config.save_dtype))
+        compute = added(files["trained"], files["base"], files["instruct"], *sizes)
+        write_weights(files["trained"].shapes, compute, temporary, getattr(torch, config.save_dtype))
         settings = AutoConfig.from_pretrained(trained)
         settings.dtype = config.save_dtype
         settings.save_pretrained(temporary)

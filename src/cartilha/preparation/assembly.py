@@ -7,7 +7,6 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from cartilha.corpus.splits import SPLITS, Clusters, Split, SplitResult, split_d
 from cartilha.errors import UserError
 from cartilha.preparation.executors import Executor
 from cartilha.preparation.index import DocumentIndex, chosen_ids, first_of_each, read_documents
-from cartilha.preparation.mixture import Mixture, copies
+from cartilha.preparation.mixture import InputShares, copies
 from cartilha.preparation.quality import Judge
 from cartilha.preparation.request import PrepareRequest
 from cartilha.preparation.selection import Chosen, choose
@@ -183,7 +182,9 @@ def _from_first(index: DocumentIndex, num_sources: int) -> np.ndarray:
     return each(lambda source: source < num_sources, index.sources)
 
 
-def _mix(index: DocumentIndex, stays: np.ndarray, mixture: Mixture) -> tuple[np.ndarray, tuple[dict[str, Any], ...]]:
+def _mix(
+    index: DocumentIndex, stays: np.ndarray, mixture: InputShares
+) -> tuple[np.ndarray, tuple[dict[str, Any], ...]]:
     """How many times each document is taken, int32, and the figures of each input."""
     num_inputs, num_documents = len(mixture.shares), len(stays)
     sums = np.zeros((3, num_inputs))  # documents, tokens, documents left out
@@ -221,7 +222,7 @@ def write_sides(writer: StoreWriter, index: DocumentIndex, sides: Sides) -> None
 
 def _write_side(writer: SplitWriter, index: DocumentIndex, sides: Sides, mask: np.ndarray) -> None:
     num_kept = 0
-    for task, (begin, end) in zip(index.tasks, pairwise(index.starts), strict=True):
+    for task, begin, end in index.shards():
         own, first = mask[begin:end], num_kept
         num_kept += int(np.count_nonzero(sides.kept[begin:end]))
         if not own.any():
@@ -266,7 +267,7 @@ def side_counts(index: DocumentIndex, sides: Sides) -> dict[Split, SplitCounts]:
     counts: dict[Split, SplitCounts] = {}
     for split, times in zip(SPLITS, (sides.train, sides.validation), strict=True):
         sums = dict.fromkeys(COUNTS, 0)
-        for task, (begin, end) in zip(index.tasks, pairwise(index.starts), strict=True):
+        for task, begin, end in index.shards():
             table, own = read_documents(task), times[begin:end].astype(np.int64)
             sums["num_documents"] += int(own.sum())
             for name in COUNTS[1:]:

@@ -7,11 +7,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from itertools import islice
-from pathlib import Path
 from typing import Any, Self
 
 from cartilha.corpus.lines import without_surrogates
-from cartilha.corpus.questions import LEAST_WORDS, Question, QuestionRuns, record_texts
+from cartilha.corpus.questions import LEAST_WORDS, Question, QuestionRuns, is_task_file, record_texts
 from cartilha.corpus.readers import read_raw
 from cartilha.corpus.records import ReadSettings
 from cartilha.corpus.sources import Source, resolve_inputs
@@ -34,7 +33,7 @@ class QuestionNames:
         """Tell tasks from REFs; a UserError says that a name is neither."""
         tasks = tuple(name for name in names if _is_task(name))
         for task in tasks:
-            if _is_file(task) and not os.path.isfile(task):
+            if is_task_file(task) and not os.path.isfile(task):
                 raise UserError(f"There is no task file {task}; give a YAML file, a task's name, or a text.")
         if tasks and find_spec("lm_eval") is None:
             raise missing_extra(f"There is no file {tasks[0]!r}, and a task of lm-evaluation-harness", "eval")
@@ -42,11 +41,7 @@ class QuestionNames:
 
 
 def _is_task(name: str) -> bool:
-    return _is_file(name) or (bool(_TASK.fullmatch(name)) and name != "primer" and not os.path.lexists(name))
-
-
-def _is_file(task: str) -> bool:
-    return Path(task).suffix in (".yaml", ".yml")
+    return is_task_file(name) or (bool(_TASK.fullmatch(name)) and name != "primer" and not os.path.lexists(name))
 
 
 def file_questions(sources: Iterable[Source], reading: ReadSettings) -> Iterator[Question]:

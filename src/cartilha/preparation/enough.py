@@ -24,15 +24,13 @@ def read_first(tasks: Sequence[ShardTask], limit: int, run: _Run, at_once: int) 
 
     Several shards are done at a time, each up to the limit; the one that goes beyond it is done again.
     """
-    return list(_so_far(tasks, limit, run, at_once, lambda task, left: replace(task, limit=left), _documents))
-
-
-def _documents(result: ShardResult) -> int:
-    return int(result.read["documents"])
-
-
-def _good_tokens(result: ShardResult) -> int:
-    return result.good_tokens
+    return list(
+        _so_far(
+            *(tasks, limit, run, at_once),
+            up_to=lambda task, left: replace(task, limit=left),
+            amount=lambda result: result.num_documents,
+        )
+    )
 
 
 def _so_far(
@@ -87,15 +85,12 @@ def read_enough(
     found = Threshold.load(path)
     read = list(
         _so_far(
-            tasks,
-            wanted,
-            run,
-            at_once,
-            lambda task, left: replace(task, until=Until(left, found.fingerprint)),
-            _good_tokens,
+            *(tasks, wanted, run, at_once),
+            up_to=lambda task, left: replace(task, until=Until(left, found.fingerprint)),
+            amount=lambda result: result.good_tokens,
         )
     )
-    documents, good = (sum(map(amount, (result for _, result in read))) for amount in (_documents, _good_tokens))
+    documents, good = (sum(getattr(result, name) for _, result in read) for name in ("num_documents", "good_tokens"))
     if good >= wanted:
         log.info(
             "Reading ended after %s, when those as good as %s held %s.",

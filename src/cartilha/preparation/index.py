@@ -39,6 +39,10 @@ class DocumentIndex:
     num_tokens: np.ndarray
     sources: np.ndarray
 
+    def shards(self) -> Iterator[tuple[ShardTask, int, int]]:
+        """Each shard, with the number of its first document and one past that of its last."""
+        return ((task, begin, end) for task, (begin, end) in zip(self.tasks, pairwise(self.starts), strict=True))
+
     def shard_of(self, number: int) -> int:
         """The number of the shard that a document is in."""
         return int(np.searchsorted(self.starts, number, side="right")) - 1
@@ -99,21 +103,25 @@ def first_of_each(hashes: np.ndarray) -> np.ndarray:
 def chosen_ids(task: ShardTask, num_tokens: np.ndarray, own: np.ndarray) -> Iterator[np.ndarray]:
     """The ids of some documents of a shard, a few million at a time."""
     ids = shard_ids(task)
-    ends = np.cumsum(num_tokens)
-    first = 0
-    while first < len(num_tokens):
-        begin = int(ends[first] - num_tokens[first])
-        last = max(first + 1, int(np.searchsorted(ends, begin + COPY_TOKENS, side="right")))
-        part = ids[begin : ends[last - 1]]
-        chosen = own[first:last]
+    for documents, place in spans(num_tokens, COPY_TOKENS):
+        part, chosen, lengths = ids[place], own[documents], num_tokens[documents]
         if chosen.all():
             yield from np.array_split(part, max(1, len(part) // COPY_TOKENS))
         elif len(part) > MASKED_TOKENS * len(chosen):  # long documents are copied, run by run
             edges = np.flatnonzero(np.diff(chosen, prepend=False, append=False))
-            bounds = np.concatenate(([0], ends[first:last] - begin))[edges].tolist()
+            bounds = np.concatenate(([0], np.cumsum(lengths)))[edges].tolist()
             yield np.concatenate([part[:0], *(part[a:b] for a, b in zip(bounds[::2], bounds[1::2], strict=True))])
         else:
-            yield part[np.repeat(chosen, num_tokens[first:last])]
+            yield part[np.repeat(chosen, lengths)]
+
+
+def spans(num_tokens: np.ndarray, most: int) -> Iterator[tuple[slice, slice]]:
+    """Consecutive documents with so many tokens at most, or a single one, and the place of their ids among all."""
+    ends, first = np.cumsum(num_tokens), 0
+    while first < len(num_tokens):
+        begin = int(ends[first] - num_tokens[first])
+        last = max(first + 1, int(np.searchsorted(ends, begin + most, side="right")))
+        yield slice(first, last), slice(begin, int(ends[last - 1]))
         first = last
 
 

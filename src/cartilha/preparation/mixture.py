@@ -12,7 +12,7 @@ from cartilha.errors import UserError, counted
 
 
 @dataclass(frozen=True)
-class Mixture:
+class InputShares:
     """Shares of the tokens of each input, which sum to 1, and how many times a document is taken at most to reach them.
 
     `inputs` has the number of each source's input, shape (num_sources,).

@@ -11,7 +11,6 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
@@ -192,7 +191,7 @@ class Judge:
 
     def rejects(self, tokenizer: TextTokenizer) -> Iterator[dict[str, Any]]:
         """The documents that are left out, in order, each with its score; the text is that of its tokens."""
-        for task, (begin, end) in zip(self._index.tasks, pairwise(self._index.starts), strict=True):
+        for task, begin, end in self._index.shards():
             own = self.verdicts[begin:end] > 0
             if not own.any():
                 continue

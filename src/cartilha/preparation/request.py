@@ -14,7 +14,7 @@ from cartilha.corpus.splits import SplitRule
 from cartilha.errors import UserError
 from cartilha.languages import Language, find_language
 from cartilha.preparation.decontamination import QuestionNames
-from cartilha.preparation.mixture import Mixture
+from cartilha.preparation.mixture import InputShares
 from cartilha.preparation.quality import Signal, read_signals
 from cartilha.preparation.selection import Amount
 from cartilha.storage import LONE_SURROGATES
@@ -34,7 +34,7 @@ class PrepareRequest:
     num_held_out: int
     num_targets: int
     amount: Amount | None
-    mixture: Mixture | None
+    mixture: InputShares | None
     rule: SplitRule
     reading: ReadSettings
     steps: tuple[str, ...]
@@ -76,7 +76,7 @@ def read_request(config: PrepareConfig) -> PrepareRequest:
     sources = resolve_inputs([*held_out, *targets, *read["--input"]])
     questions = QuestionNames.of(config.decontaminate)
     _refuse_shared(questions.sources, "--decontaminate", read | {"--like": targets}, "name a benchmark's text")
-    mixture = Mixture.of(config, inputs, sources) if config.weights else None
+    mixture = InputShares.of(config, inputs, sources) if config.weights else None
     return PrepareRequest(
         sources=sources,
         left_out=left_out,

@@ -8,15 +8,14 @@ far two halves of the target agree on them. Everything follows from the document
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from cartilha.corpus.pieces import PIECE, descending, each, evenly, extremes, large_array, pieces, total
+from cartilha.corpus.pieces import PIECE, each, evenly, extremes, in_order, large_array, pieces, total
 from cartilha.errors import UnfinishedError, counted
 from cartilha.preparation.executors import Executor
-from cartilha.preparation.index import DocumentIndex, shard_ids
+from cartilha.preparation.index import DocumentIndex, shard_ids, spans
 from cartilha.preparation.shard_work import ShardTask
 from cartilha.preparation.threshold import Threshold, gumbel, log_weights
 from cartilha.tokens import ngrams
@@ -198,7 +197,7 @@ def _highest(
 ) -> np.ndarray:
     """The documents of the pool with the highest keys that pass, as many as have the tokens that are wanted: bool."""
     mask = large_array(pool.shape, bool)
-    for order in descending(keys, pool):
+    for order in in_order(keys, pool, descending=True):
         while wanted > 0 and len(order):
             num_enough = 1 + int(np.searchsorted(np.cumsum(num_tokens[order]), wanted))
             own, order = np.split(order, [num_enough])
@@ -230,7 +229,7 @@ def _agreement(weights: np.ndarray, pool: np.ndarray) -> tuple[float, float]:
 
 
 def _shards(index: DocumentIndex, groups: np.ndarray, ratios: np.ndarray | None = None) -> Iterator[_Weighing]:
-    for task, (begin, end) in zip(index.tasks, pairwise(index.starts), strict=True):
+    for task, begin, end in index.shards():
         if (groups[begin:end] >= 0).any():
             yield _Weighing(task, np.array(index.num_tokens[begin:end]), groups[begin:end], ratios)
 
@@ -257,7 +256,7 @@ def _weights(index: DocumentIndex, pool: np.ndarray, ratios: np.ndarray, executo
     """The log weights of each document by each model (`log_weights`), shape (num_models, num_documents)."""
     average = _average_ngrams(index, pool)
     result = large_array((len(ratios), len(pool)), np.float64)
-    places = {task.shard.number: place for task, place in zip(index.tasks, pairwise(index.starts), strict=True)}
+    places = {task.shard.number: (begin, end) for task, begin, end in index.shards()}
     for number, found in executor(
         weigh_shard, _shards(index, each(lambda own: np.where(own, 0, -1), pool, dtype=np.int8), ratios)
     ):
@@ -295,13 +294,9 @@ def _pieces(shard: _Weighing) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarr
     lengths = np.full(len(documents), PIECE_TOKENS)
     lasts = np.cumsum(num_pieces) - 1
     lengths[lasts] = shard.num_tokens - PIECE_TOKENS * (num_pieces - 1)
-    ends = np.cumsum(lengths)
-    ids, first = shard_ids(shard.task), 0
-    while first < len(lengths):
-        begin = int(ends[first] - lengths[first])
-        last = max(first + 1, int(np.searchsorted(ends, begin + PIECE_TOKENS, side="right")))
-        yield documents[first:last], lengths[first:last], ids[begin : ends[last - 1]]
-        first = last
+    ids = shard_ids(shard.task)
+    for own, place in spans(lengths, PIECE_TOKENS):
+        yield documents[own], lengths[own], ids[place]
 
 
 def _histogram(weights: np.ndarray, pool: np.ndarray, chosen: np.ndarray) -> dict[str, list[float]]:

@@ -60,7 +60,7 @@ def write_weights(directory: Path, index: DocumentIndex, chosen: Chosen) -> None
         return
     np.save(directory / RATIOS_FILE, np.rint(chosen.ratios).astype(np.int32), allow_pickle=False)
     with pq.ParquetWriter(directory / WEIGHTS_FILE, _WEIGHTS_SCHEMA, compression="zstd") as writer:
-        for task, (begin, end) in zip(index.tasks, pairwise(index.starts), strict=True):
+        for task, begin, end in index.shards():
             own = begin + np.flatnonzero(chosen.pool[begin:end])
             columns = [
                 read_documents(task)["doc_id"].filter(pa.array(chosen.pool[begin:end])).combine_chunks(),
@@ -75,7 +75,7 @@ def write_weights(directory: Path, index: DocumentIndex, chosen: Chosen) -> None
 def _shares(index: DocumentIndex, chosen: Chosen) -> dict[str, list[dict[str, Any]]]:
     """The largest domains and sources, each with its share of the pool's tokens and of the chosen ones."""
     sums: dict[str, tuple[Counter[str], Counter[str]]] = {name: (Counter(), Counter()) for name in ("domain", "source")}
-    for task, (begin, end) in zip(index.tasks, pairwise(index.starts), strict=True):
+    for task, begin, end in index.shards():
         table = read_documents(task)
         for name, both in sums.items():
             for counter, mask in zip(both, (chosen.pool, chosen.mask), strict=True):

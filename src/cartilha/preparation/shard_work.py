@@ -114,6 +114,11 @@ class ShardResult:
     questions: list[int]
     good_tokens: int = 0
 
+    @property
+    def num_documents(self) -> int:
+        """Documents that were read, without empty ones."""
+        return int(self.read["documents"])
+
 
 def done_result(task: ShardTask) -> ShardResult | None:
     """The result of a task that this run or a killed one has finished, else None."""

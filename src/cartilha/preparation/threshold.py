@@ -8,6 +8,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import ArrayLike
 
+from cartilha.corpus.signatures import ODD, mixed
 from cartilha.tokens import ngrams
 
 
@@ -66,8 +67,6 @@ def log_weights(sums: np.ndarray, num_tokens: ArrayLike, average: float) -> np.n
 
 def gumbel(hashes: np.ndarray, seed: int) -> np.ndarray:
     """A standard Gumbel variable for each document, which follows from its hash and the seed: float64."""
-    mixed = hashes[:, 1] ^ np.uint64(seed * 0x9E3779B97F4A7C15 % 2**64)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # SplitMix64
-        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
-    uniform = (((mixed ^ (mixed >> np.uint64(31))) >> np.uint64(11)) + 0.5) / 2.0**53
+    bits = mixed(hashes[:, 1] ^ np.uint64(seed * int(ODD) % 2**64)) * np.uint64(0x94D049BB133111EB)
+    uniform = (((bits ^ (bits >> np.uint64(31))) >> np.uint64(11)) + 0.5) / 2.0**53
     return np.asarray(-np.log(-np.log(uniform)))
