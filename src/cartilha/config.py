@@ -56,7 +56,7 @@ class PrepareConfig(ReadingOptions, QualityOptions, SelectionOptions):
     output: str = option("", "the store to write (a directory)", required=True)
     validation_fraction: float = deciding(0.2, "share of the documents that is held out for validation")
     validation_documents: int | None = deciding(None, "hold out this many documents instead")
-    validation_first: int | None = deciding(None, "hold out the first so many documents instead")
+    validation_first: int | None = deciding(None, "hold out the first N documents instead")
     validation_input: tuple[str, ...] = option((), f"hold out these texts instead: {REF_HELP}")
     seed: int = deciding(0, "chooses which documents are held out")
     clean: tuple[str, ...] = deciding(
@@ -123,7 +123,8 @@ class TrainConfig(ComputeOptions, AdapterOptions):
     micro_batch_size: Count = option("auto", "blocks per forward pass; auto fits the device's memory", minimum=1)
     lr: Rate = deciding(
         "auto",
-        "peak learning rate; auto follows the model's size (3e-4 at 125 M parameters; ten times that with --lora)",
+        "peak learning rate; auto: 3e-4 at 125 M parameters and steps of 2,048 tokens or more, lower for larger models"
+        " and smaller steps, ten times that with --lora",
         above=0,
     )
     decay_from: str | None = deciding(
@@ -136,7 +137,7 @@ class TrainConfig(ComputeOptions, AdapterOptions):
     embeddings_lr: Rate = deciding("auto", "peak learning rate of that first phase; auto takes --lr", above=0)
     warmup_fraction: float = deciding(0.05, "share of the steps in which the rate rises from 0", minimum=0, maximum=1)
     schedule: str = deciding(
-        "cosine", "how the rate runs after that: cosine, linear, constant, wsd (linear at the end)"
+        "cosine", "how the rate falls after the warm-up: cosine, linear, constant, wsd (linear at the end)"
     )
     final_lr_fraction: float = deciding(0.1, "share of the peak rate at the end of the decay", minimum=0, maximum=1)
     optimizer: str = deciding("adamw", "adamw; muon (hidden matrices; the rest adamw); adafactor (small states)")
@@ -170,7 +171,7 @@ class TrainConfig(ComputeOptions, AdapterOptions):
     checkpoint_steps: int | None = option(
         None, "write a checkpoint every N steps, besides each validation's", minimum=1
     )
-    checkpoint_minutes: float = option(10.0, "and when so many minutes have passed since the last; 0: never", minimum=0)
+    checkpoint_minutes: float = option(10.0, "also write one this many minutes after the last; 0: never", minimum=0)
     keep_last: int = option(2, "newest checkpoints to keep, besides the one with the best validation", minimum=1)
     keep_optimizer: bool = option(False, "keep a finished run's optimizer states, so that more epochs can follow")
     save_dtype: Literal["float32", "bfloat16"] = option("float32", "type of the weights in RUN/model")
@@ -179,7 +180,7 @@ class TrainConfig(ComputeOptions, AdapterOptions):
         "write the run here first and copy it to --output, again and again if need be; auto: to the user's cache where "
         "--output is on a network or cloud drive; none: never",
     )
-    stop_file: str | None = option(None, "stop after the step, with a checkpoint, as soon as this file is there")
+    stop_file: str | None = option(None, "stop after the current step, with a checkpoint, once this file exists")
     skip_checks: bool = option(False, "do not check text, vocabulary, attention, leaks, memory and disk before step 1")
     validation_tokens: int = deciding(1_000_000, "validation scores about this many tokens", minimum=1)
     validate_every: str | None = deciding(
@@ -276,7 +277,7 @@ class GenerateConfig(Settings):
     prompt: tuple[str, ...] = option((), "one or more beginnings; default: one in the language of the store's text")
     max_new_tokens: int = option(60, "tokens to write after each prompt", minimum=1)
     do_sample: bool = option(False, "sample; without it the likeliest token is taken each time")
-    temperature: float = option(0.8, "with do_sample: below 1 is bolder towards the likely")
+    temperature: float = option(0.8, "with do_sample: below 1 favours likely tokens, above 1 evens out")
     top_k: int = option(50, "with do_sample: choose among the k likeliest")
     top_p: float = option(0.95, "with do_sample: choose among the likeliest that make up this probability")
     num_beams: int = option(1, "beam search with this many beams", minimum=1)
@@ -313,7 +314,7 @@ class ReportConfig(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class MergeConfig(ComputeOptions):
-    """An adapter into its base, or what an instruction-tuned model has more than its base into a trained model."""
+    """Merge an adapter into its base, or add an instruction-tuned model minus its base to a trained model."""
 
     run: str = option("", "the run's directory, or a model's or an adapter's", required=True, positional=True)
     output: str = option("", "directory for the model; default RUN/merged, with --add RUN/instruct")
@@ -331,7 +332,7 @@ class PushConfig(Settings):
 
     run: str = option("", "the run's directory", required=True, positional=True)
     name: str = option("", "the repository: USER/NAME", required=True, positional=True)
-    public: bool = option(False, "whoever likes may read a repository that is made now; else it is private")
+    public: bool = option(False, "make a new repository public; without it, a new one is private")
 
 
 @dataclass(frozen=True, kw_only=True)

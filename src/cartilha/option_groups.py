@@ -44,12 +44,12 @@ class QualityOptions(Settings):
     max_perplexity: str | None = deciding(
         None, "do not train on documents that --model finds more perplexing than this (200), or the top share (10%)"
     )
-    min_perplexity: str | None = deciding(None, "nor on less perplexing ones (5), or the bottom share (2%)")
+    min_perplexity: str | None = deciding(None, "nor on documents less perplexing than this (5), or the bottom share")
     classifier: str | None = deciding(
         None, "a text classifier (hub id or directory), such as one of educational value, for --min_score"
     )
     min_score: str | None = deciding(
-        None, "do not train on documents that it scores lower than this (3), or on the bottom share (50%)"
+        None, "do not train on documents that --classifier scores lower than this (3), or on the bottom share (50%)"
     )
 
 
@@ -62,10 +62,10 @@ class SelectionOptions(Settings):
     )
     select_for: str | None = deciding(
         None,
-        "instead: as many tokens as --model trains on in this time (50m, 1h30m), measured on this machine",
+        "instead of --select_tokens: as many tokens as --model trains on in this time (50m, 1h30m) on this machine",
     )
     like: tuple[str, ...] = option(
-        (), "with either of them: draw documents that read like these texts, of which some are held out instead"
+        (), "with --select_tokens or --select_for: draw documents like these texts, some of which are held out"
     )
     stream_best: str | None = deciding(
         None,
@@ -99,7 +99,7 @@ class ScoringOptions(Settings):
 class ComputeOptions(Settings):
     """What computes."""
 
-    dtype: Dtype = option("auto", "compute type; that of the weights is another matter")
+    dtype: Dtype = option("auto", "type of the computation, whatever that of the weights")
     device: Device = option("auto", "where to compute")
 
 

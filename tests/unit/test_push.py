@@ -149,7 +149,7 @@ def test_a_card_in_both_languages_says_what_is_known_and_what_is_not():
     assert "2.0000 kWh" in processors and "(RAPL)" in processors and "NVML" not in processors
     assert "Energy: 2.0000 kWh" in measured and "not measured. What is known" not in measured
     assert "vllm serve" in measured and "convert_hf_to_gguf" not in measured
-    assert "models of the type `xyz` is not known here" in card("random:tiny", "xyz")
+    assert "whether they read models of the type `xyz`" in card("random:tiny", "xyz")
 
 
 def test_a_card_links_a_model_of_the_hub_and_tells_no_path():

@@ -267,7 +267,7 @@ def test_the_headline_pairs_what_may_be_compared(tmp_path: Path) -> None:
     run = load_run(make_run(tmp_path / "a", evaluations=[evaluation(0), evaluation(10, 33.0), whole]))
     assert run.after is not None and run.after.perplexity == 33.0
     path = make_run(tmp_path / "b", evaluations=[evaluation(0), whole])
-    assert "were done differently, so no change is given" in page_of(path)
+    assert "were done differently, so the change is not shown" in page_of(path)
     assert "−66.3%" not in page_of(path)
 
 

@@ -1,4 +1,4 @@
-"""`merge`: an adapter into its base, or what instruction tuning has added into a trained model."""
+"""`merge`: an adapter into its base, or an instruction-tuned model minus its base into a trained model."""
 
 import tempfile
 import time
@@ -59,7 +59,7 @@ def merge(config: MergeConfig) -> MergeResult:
         _write_merged(str(run), output, dtype, base)
         return MergeResult(str(output), str(run), base, None)
     base = config.base or base_of(run)
-    log.info("What %s has more than %s is added to %s.", config.add, base, run)
+    log.info("Adding %s minus %s to %s.", config.add, base, run)
     with tempfile.TemporaryDirectory(prefix=".merge-", dir=output.parent) as temporary:
         trained = Path(place_of(resolve_model(str(run))))
         if adapter_base(trained) is not None:
@@ -169,15 +169,15 @@ def _card(name: str, base: str, instruct: str | None, record: dict[str, Any] | N
     if record is None:
         lines.append(
             f"An adapter trained with Cartilha, merged into `{shown}`. /\n"
-            f"Um adaptador treinado com o Cartilha, juntado a `{shown}`.\n"
+            f"Um adaptador treinado com a Cartilha, juntado a `{shown}`.\n"
         )
     else:
         bits = [f"{record[when]['bits_per_byte']:.4f}" for when in ("before", "after")]
         lines.append(
-            f"A model trained on with Cartilha from `{shown}`, plus what `{other}` has more than `{shown}` "
-            "(arXiv:2410.10739). /\nUm modelo treinado adiante com o Cartilha a partir de "
-            f"`{shown}`, mais o que `{other}` tem além de `{shown}`.\n\nBits per byte of held-out text, before and "
-            f"after the sum / bits por byte do texto de validação, antes e depois da soma: {bits[0]}, {bits[1]}.\n"
+            f"`{shown}`, trained further with Cartilha, plus `{other}` minus `{shown}` (arXiv:2410.10739). /\n"
+            f"`{shown}`, com treino continuado pela Cartilha, mais `{other}` menos `{shown}`.\n\n"
+            "Bits per byte of held-out text, before and after the sum / bits por byte do texto de validação, antes e "
+            f"depois da soma: {bits[0]}, {bits[1]}.\n"
         )
     licences = " / ".join(base_licence(kept, CardWording(language)) for language in LANGUAGES)
     return "\n".join([*lines, f"## Licence / licença\n\n{licences}\n"])
