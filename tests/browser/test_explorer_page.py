@@ -134,7 +134,7 @@ def test_writing_step_by_step_and_in_three_ways(visit: Any, address: str) -> Non
     page.wait_for_selector("#alternatives .choice")
     assert page.locator("#alternatives .choice").count() == 10
     before = page.locator("#draft .draft").inner_text()
-    page.get_by_role("button", name="Tomar o mais provável").click()
+    page.get_by_role("button", name="Aceitar o mais provável").click()
     page.wait_for_function("before => document.querySelector('#draft .draft').innerText !== before", arg=before)
     longer = page.locator("#draft .draft").inner_text()
     page.locator("#alternatives .choice").nth(4).click()
