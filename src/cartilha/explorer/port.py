@@ -20,6 +20,6 @@ def listen(port: int) -> sockets.socket:
     except OSError as error:
         socket.close()
         raise UserError(
-            f"The port {port} cannot be had ({error.strerror}); choose another with --port, or --port 0 for any."
+            f"The port {port} cannot be used ({error.strerror}); choose another with --port, or --port 0 for any."
         ) from error
     return socket

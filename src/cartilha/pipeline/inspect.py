@@ -63,7 +63,7 @@ def inspect(config: InspectConfig) -> InspectResult:
         return InspectResult(model=_model(config.what))
     store = TokenStore(config.what)
     if config.weights and config.document is None:
-        raise UserError("--weights looks at one document; name it with --document.")
+        raise UserError("--weights is about one document; name it with --document.")
     return InspectResult(
         store={key: value for key, value in store.info.items() if key != "files"},
         summary=asdict(summarize(store)),

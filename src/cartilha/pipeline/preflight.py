@@ -141,7 +141,7 @@ def _check_adapter(config: configs.TrainConfig | configs.PlanConfig) -> None:
         _check_extra("bitsandbytes", "A base of 4 bits (--lora_base 4bit)", "quantization")
     if config.lora_base != "float32" and config.dtype == "float32":
         raise UserError(
-            f"A base in {config.lora_base} is not computed with in float32; leave out --dtype float32, or --lora_base."
+            f"A base in {config.lora_base} cannot be computed in float32; leave out --dtype float32, or --lora_base."
         )
     frozen = config.lora is not None and not config.lora_embeddings
     if frozen and parse_share(config.embeddings_first, "embeddings_first"):
@@ -338,7 +338,7 @@ def _merge(config: configs.MergeConfig) -> None:
     source = resolve_model(str(run))
     folder = source.path if source.kind == "directory" else None
     if folder is None or not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
-        raise UserError(f"{config.run} is no directory with a trained model; name a run's.")
+        raise UserError(f"{config.run} is not a directory with a trained model; name that of a run.")
     if config.add is None:
         if adapter_base(folder) is None:
             raise UserError(
@@ -346,7 +346,7 @@ def _merge(config: configs.MergeConfig) -> None:
                 "instruction-tuned model with --add."
             )
         if config.base is not None:
-            raise UserError("--base is what --add takes away; give --add too, or leave --base out.")
+            raise UserError("--base is the model that --add subtracts; give --add too, or leave --base out.")
     elif config.base is None and not (run / "results.json").is_file():
         raise UserError(f"{config.run} does not record what it was trained from; name that model with --base.")
     for name, reference in (("add", config.add), ("base", config.base)):
@@ -365,7 +365,7 @@ def _push(config: configs.PushConfig) -> None:
     if (base := adapter_base(folder)) is not None:
         if resolve_model(base).kind != "hub":
             raise UserError(
-                f"{folder} holds an adapter of {base}, which nobody finds on the hub; push the whole model, which "
+                f"{folder} holds an adapter of {base}, which is not on the hub; push the whole model, which "
                 f"`cartilha merge {config.run}` makes."
             )
     else:

@@ -71,7 +71,7 @@ def in_processes(num_workers: int, imports: Sequence[str] = ()) -> Iterator[Exec
                     yield future.result()
         except BrokenProcessPool:
             raise UnfinishedError(
-                "A process that prepared a part of the text was killed, perhaps for want of memory; run the same"
+                "A process that prepared a part of the text was killed, perhaps because memory ran out; run the same"
                 f" command again with fewer than {num_workers} --workers: what is done is kept."
             ) from None
         finally:

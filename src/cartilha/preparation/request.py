@@ -119,7 +119,7 @@ def _stream_best(config: PrepareConfig, amount: Amount | None) -> float | None:
         raise UserError(f"--stream_best is a share of the text, such as 5%, not {config.stream_best!r}.")
     if amount is None or (config.select_for is None and isinstance(amount.value, float)):
         raise UserError(
-            "--stream_best reads until so much good text is held; say how much by --select_tokens, such as 50m."
+            "--stream_best reads until there is enough good text; say how much with --select_tokens, such as 50m."
         )
     for name in ("limit_documents", "max_perplexity", "min_perplexity", "classifier"):
         if getattr(config, name) is not None:

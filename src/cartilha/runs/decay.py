@@ -65,7 +65,7 @@ def copy_trunk(checkpoint: str, output: Path) -> None:
     run = Path(checkpoint).parent.parent
     if not has_states(Path(checkpoint)):
         raise UserError(
-            f"{checkpoint} has no optimizer states, which a run drops when it is finished; take a run that goes on, or"
+            f"{checkpoint} has no optimizer states, which a run drops when it is finished; take an unfinished run, or"
             " one that was trained with --keep_optimizer."
         )
     with new_directory(output / "checkpoints" / Path(checkpoint).name) as temporary:

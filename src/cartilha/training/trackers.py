@@ -193,7 +193,7 @@ def open_tracker(name: str, run: TrackedRun) -> Tracker | None:
         ) from error
     except Exception as error:  # no server, no permission ...: better now than after the training
         raise UserError(
-            f"The tracker {name} could not be started ({type(error).__name__}: {error}); mend that, or leave it out."
+            f"The tracker {name} could not be started ({type(error).__name__}: {error}); correct that, or leave it out."
         ) from error
 
 
