@@ -107,7 +107,7 @@ def _model_in(ref: str, directory: Path) -> Path:
     _refuse_without_model(ref, directory)
     if (base := adapter_base(directory)) is not None:
         if Path(base).resolve() == directory.resolve():
-            raise UserError(f"The adapter {ref} names itself as its base; correct base_model_name_or_path in its config.")
+            raise UserError(f"The adapter {ref} names itself as its base; fix base_model_name_or_path in its config.")
         resolve_model(base)  # a base that is not there is named before anything is loaded
         if find_spec("peft") is None:
             raise missing_extra(f"The adapter {ref}", "adapters")

@@ -393,6 +393,6 @@ def _failure(error: BaseException, path: Path) -> tuple[str, BaseException]:
     if fault is None or fault.errno not in DISK_FAULTS:
         return "failed", error
     return "failed", UserError(
-        f"The run cannot write to {fault.filename or path} ({fault.strerror}); free some space or repair the drive, and "
+        f"The run cannot write to {fault.filename or path} ({fault.strerror}); free space or repair the drive, and "
         f"give the same command with --resume auto: it goes on from {newest_name(path) or 'the beginning'}."
     )
