@@ -44,7 +44,9 @@ class QualityOptions(Settings):
     max_perplexity: str | None = deciding(
         None, "do not train on documents that --model finds more perplexing than this (200), or the top share (10%)"
     )
-    min_perplexity: str | None = deciding(None, "nor on documents less perplexing than this (5), or the bottom share")
+    min_perplexity: str | None = deciding(
+        None, "do not train on documents less perplexing than this (5), or the bottom share (2%)"
+    )
     classifier: str | None = deciding(
         None, "a text classifier (hub id or directory), such as one of educational value, for --min_score"
     )
