@@ -125,7 +125,7 @@ def test_reading_ends_when_the_best_of_a_sample_hold_enough(config, tmp_path, mo
     )
     for wrong, sentence in (
         ({"stream_best": "5"}, "--stream_best is a share of the text, such as 5%"),
-        ({"select_tokens": "20%"}, "say how much by --select_tokens, such as 50m"),
+        ({"select_tokens": "20%"}, "say how much with --select_tokens, such as 50m"),
         ({"limit_documents": 9}, "--limit_documents does not go with it"),
     ):
         with refused(sentence):
