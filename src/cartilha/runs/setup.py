@@ -294,6 +294,8 @@ def _load(
         loaded = load_model(config.model, where, **how)
     if profile.lean:
         give_back_freed_memory()
+    elif profile.checkpointing and adapter is None:  # below an adapter it is so already
+        give_back_freed_memory(2**20)
     refuse_beyond_context(config.block_size, loaded.context_length, config.model)
     loaded.model.train(config.dropout)
     if profile.checkpointing:

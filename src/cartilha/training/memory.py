@@ -92,7 +92,7 @@ class MemoryModel:
         # activations, and gradients that lie between those of a step's first micro-batch keep the next one's from
         # fitting. The factors are fitted to measurements (docs/log.md).
         unusable = (HEADROOM - 1) * (gradients + peak)
-        if self._how.on_cpu and not self.size.saves_memory:
+        if self._how.on_cpu and not (self.size.saves_memory or self._how.checkpointing):
             unusable += 0.2 * kept.activations + (0.6 * min(own, kept.activations) if accumulates else 0)
         kept_always = 0 if self._how.on_cpu else weights + self.size.optimizer_bytes
         activations = min(kept.activations, peak)

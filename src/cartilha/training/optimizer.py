@@ -170,7 +170,7 @@ class StateSize:
 
     @property
     def saves_memory(self) -> bool:
-        """Whether a CPU gives freed tensors back at once: with lean weights, and with an adapter."""
+        """Whether a CPU gives freed tensors back at once however layers are computed: lean weights, or an adapter."""
         return self.is_lean or self.num_frozen > 0
 
     @property
