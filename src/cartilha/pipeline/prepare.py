@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 
 from cartilha.config import PrepareConfig
-from cartilha.console import Advance, progress
 from cartilha.corpus.files import SourceFile
 from cartilha.corpus.formats import expansion
 from cartilha.corpus.hints import log_hints
@@ -38,7 +37,7 @@ from cartilha.pipeline.questions import named_questions
 from cartilha.pipeline.result import Result
 from cartilha.preparation.assembly import Sides, decide, side_counts, write_rejects, write_sides
 from cartilha.preparation.decontamination import found_questions
-from cartilha.preparation.enough import Done, read_enough, read_first
+from cartilha.preparation.enough import do_shards
 from cartilha.preparation.executors import LARGE_ARRAY, Executor, in_processes, on_ray
 from cartilha.preparation.index import DocumentIndex, load_index
 from cartilha.preparation.made_from import describe, describe_questions, ready_store
@@ -53,7 +52,6 @@ from cartilha.preparation.shard_work import (
     ShardSettings,
     ShardTask,
     done_result,
-    process_shard,
 )
 from cartilha.preparation.target import check_target
 from cartilha.preparation.work_directory import remove_finished_work, require_space, work_directory
@@ -210,7 +208,7 @@ def _make(job: _Job, executor: _ShardExecutor) -> PrepareResult:
             _check_space(work, tasks, sample, encoder)
         proof = encoder.proof
         del encoder  # tens of megabytes; those who do the work have their own
-        done = _do_shards(job, executor, tasks, len(given))
+        done = do_shards(job.config, asked, executor, tasks, len(given))
         inputs = aside.submit(describe, asked)  # hashes the files
         return _write(job, executor, done, proof, inputs)
 
@@ -261,35 +259,6 @@ def _cut(asked: PrepareRequest, shard_bytes: int) -> tuple[list[Shard], list[Sha
     num_given = asked.num_held_out + asked.num_targets
     given, rest = asked.sources[:num_given], asked.sources[num_given:]
     return shards(given, asked.reading, shard_bytes), shards(rest, asked.reading, shard_bytes)
-
-
-def _do_shards(job: _Job, executor: _ShardExecutor, tasks: list[ShardTask], num_whole: int) -> Done:
-    """Do the work on all shards, or find it done; the tasks that were needed, with their results.
-
-    A limit does not count the documents of the first `num_whole` shards.
-    """
-    config, at_once = job.config, job.config.workers or usable_cores()
-    with progress("Preparing", sum(task.shard.num_bytes for task in tasks) or None, "bytes") as advance:
-
-        def run(some: list[ShardTask]) -> list[ShardResult]:
-            return _run(executor if len(some) > 1 else map, some, advance)
-
-        if config.limit_documents is None and config.stream_best is None:
-            return list(zip(tasks, _run(executor, tasks, advance), strict=True))
-        whole, rest = tasks[:num_whole], tasks[num_whole:]
-        done = list(zip(whole, _run(executor, whole, advance), strict=True))
-        if config.limit_documents is not None:
-            return [*done, *read_first(rest, config.limit_documents, run, at_once)]
-        return read_enough(rest, job.asked, done, run, at_once, executor)
-
-
-def _run(executor: _ShardExecutor, tasks: list[ShardTask], advance: Advance) -> list[ShardResult]:
-    results = {task.shard.number: result for task in tasks if (result := done_result(task)) is not None}
-    advance(sum(result.num_bytes for result in results.values()))
-    for result in executor(process_shard, [task for task in tasks if task.shard.number not in results]):
-        results[result.number] = result
-        advance(result.num_bytes)
-    return [results[task.shard.number] for task in tasks]
 
 
 def _write(

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Generator, Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,13 @@ import torch
 
 from cartilha.config import GenerateConfig, TrainConfig
 from cartilha.console import collecting_notices, progress
-from cartilha.errors import InterruptedRunError, OutOfMemoryError, UserError, counted, log
+from cartilha.errors import InterruptedRunError, UserError, counted, log
 from cartilha.evaluation.corpus import score_in_shares
 from cartilha.evaluation.measures import Evaluation, make_evaluation
 from cartilha.machine.cpu import give_back_holes
 from cartilha.machine.devices import seed_everything
-from cartilha.machine.memory import is_out_of_memory, peak_memory_bytes
-from cartilha.machine.processes import from_rank_0, gather_objects, is_lost_process, is_main_process, world
+from cartilha.machine.memory import peak_memory_bytes
+from cartilha.machine.processes import from_rank_0, gather_objects, is_main_process, world
 from cartilha.model.compiling import training_body
 from cartilha.model.load import save_model
 from cartilha.model.sharding import is_sharded, whole_model
@@ -30,14 +30,14 @@ from cartilha.runs.decay import copy_trunk, decaying
 from cartilha.runs.energy import counting_energy
 from cartilha.runs.english import score_english
 from cartilha.runs.facts import facts, speed
+from cartilha.runs.failures import naming_lost_processes, recording_failures
 from cartilha.runs.files import RunWriter, check_output, only_process, read_results, values_at, write_config
 from cartilha.runs.live import training_view
-from cartilha.runs.lost import lost_process, naming_lost_processes
 from cartilha.runs.model_card import write_card
 from cartilha.runs.scratch import place_of_run
 from cartilha.runs.setup import Run, assemble, check_space, is_finished_as_asked
 from cartilha.runs.snapshots import compare_with_first, take_snapshot
-from cartilha.storage import DISK_FAULTS, new_directory, system_error, write_json
+from cartilha.storage import new_directory, write_json
 from cartilha.training.checkpoint import (
     best_checkpoint,
     drop_optimizer_states,
@@ -125,7 +125,7 @@ def _run(config: TrainConfig, path: Path, prompts: GenerateConfig, notices: list
         check_space(run)
         values = values_at(path, run.step, values)
     record = RunWriter(path, from_rank_0(values), notices)
-    with _recording_failures(record), listening_for_stop(Path(config.stop_file) if config.stop_file else None) as stop:
+    with recording_failures(record), listening_for_stop(Path(config.stop_file) if config.stop_file else None) as stop:
         record.update()  # the first file: from now on the directory is a run, which can be resumed
         if is_main_process():
             write_config(path, config)
@@ -360,39 +360,3 @@ class _LogBook:
             return run.step
         log.info("RUN/model holds the weights of step %d, whose validation was the best.", step)
         return step
-
-
-@contextmanager
-def _recording_failures(record: RunWriter) -> Iterator[None]:
-    """Write whatever ends the run early to results.json: a failed run is a row of the table too."""
-    try:
-        yield
-    except BaseException as error:
-        status, told = _failure(error, record.path)
-        with suppress(OSError):  # if the disk is at fault, this cannot be written either
-            record.update(status=status, error=str(error) or type(error).__name__, notices=record.notices)
-        if told is error:
-            raise
-        raise told from error
-
-
-def _failure(error: BaseException, path: Path) -> tuple[str, BaseException]:
-    """The status of a run that an error has ended, and the error that the user sees."""
-    if is_lost_process(error):
-        error = lost_process(path)
-    if isinstance(error, InterruptedRunError | KeyboardInterrupt):
-        return "interrupted", error
-    if isinstance(error, OutOfMemoryError):
-        return "out_of_memory", error
-    if is_out_of_memory(error):
-        return "out_of_memory", OutOfMemoryError(
-            "The device ran out of memory even with one block per forward pass; use a smaller --block_size, "
-            "--gradient_checkpointing, or a smaller model (cartilha plan says what fits)."
-        )
-    fault = system_error(error)
-    if fault is None or fault.errno not in DISK_FAULTS:
-        return "failed", error
-    return "failed", UserError(
-        f"The run cannot write to {fault.filename or path} ({fault.strerror}); free space or repair the drive, and "
-        f"give the same command with --resume auto: it goes on from {newest_name(path) or 'the beginning'}."
-    )

@@ -4,19 +4,57 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+from cartilha.config import PrepareConfig
+from cartilha.console import progress
 from cartilha.errors import counted, log
+from cartilha.machine.devices import usable_cores
 from cartilha.preparation.assembly import decide
 from cartilha.preparation.executors import Executor
 from cartilha.preparation.index import load_index
 from cartilha.preparation.request import PrepareRequest
 from cartilha.preparation.selection import Amount, threshold
-from cartilha.preparation.shard_work import THRESHOLD_FILE, ShardResult, ShardTask, Until
+from cartilha.preparation.shard_work import THRESHOLD_FILE, ShardResult, ShardTask, Until, done_result, process_shard
 from cartilha.preparation.threshold import Threshold
 
 SAMPLE_DOCUMENTS = 20_000
 
 Done = list[tuple[ShardTask, ShardResult]]
 _Run = Callable[[list[ShardTask]], list[ShardResult]]  # in the order of the tasks
+
+
+def do_shards(
+    config: PrepareConfig,
+    asked: PrepareRequest,
+    executor: Executor[Any, Any],
+    tasks: Sequence[ShardTask],
+    num_whole: int,
+) -> Done:
+    """Do the work on all shards, or find it done; the tasks that were needed, with their results.
+
+    A limit does not count the documents of the first `num_whole` shards.
+    """
+    at_once = config.workers or usable_cores()
+    with progress("Preparing", sum(task.shard.num_bytes for task in tasks) or None, "bytes") as advance:
+
+        def run(some: Sequence[ShardTask], where: Executor[Any, Any] = executor) -> list[ShardResult]:
+            results = {task.shard.number: result for task in some if (result := done_result(task)) is not None}
+            advance(sum(result.num_bytes for result in results.values()))
+            left = [task for task in some if task.shard.number not in results]
+            for result in where(process_shard, left):
+                results[result.number] = result
+                advance(result.num_bytes)
+            return [results[task.shard.number] for task in some]
+
+        def run_few(some: Sequence[ShardTask]) -> list[ShardResult]:
+            return run(some, executor if len(some) > 1 else map)
+
+        if config.limit_documents is None and config.stream_best is None:
+            return list(zip(tasks, run(tasks), strict=True))
+        whole, rest = tasks[:num_whole], tasks[num_whole:]
+        done = list(zip(whole, run(whole), strict=True))
+        if config.limit_documents is not None:
+            return [*done, *read_first(rest, config.limit_documents, run_few, at_once)]
+        return read_enough(rest, asked, done, run_few, at_once, executor)
 
 
 def read_first(tasks: Sequence[ShardTask], limit: int, run: _Run, at_once: int) -> Done:

@@ -93,8 +93,11 @@ class _Trackio:
             self._run.finish()
 
 
-class _Wandb:
-    """A run of Weights & Biases, whose own variables hold (WANDB_MODE=offline ...); its files are in RUN/wandb."""
+class _Wandb(_Trackio):
+    """A run of Weights & Biases, whose interface Trackio has, too; its files are in RUN/wandb.
+
+    Its own variables hold (WANDB_MODE=offline ...).
+    """
 
     def __init__(self, run: TrackedRun) -> None:
         import wandb
@@ -105,17 +108,10 @@ class _Wandb:
                 project=project, name=name, id=key, config=dict(run.settings), dir=str(run.path), resume="allow"
             )
 
-    def log(self, step: int, figures: Mapping[str, float]) -> None:
-        self._run.log(dict(figures), step=step)
-
     def text(self, step: int, name: str, text: str) -> None:
         import wandb
 
         self._run.log({name: wandb.Html(f"<pre>{escape(text)}</pre>")}, step=step)
-
-    def close(self) -> None:
-        with redirect_stdout(sys.stderr):
-            self._run.finish()
 
 
 class _MLflow:
