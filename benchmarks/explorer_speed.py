@@ -3,8 +3,6 @@
 python benchmarks/explorer_speed.py [MODEL]
 """
 
-from __future__ import annotations
-
 import os
 import re
 import statistics

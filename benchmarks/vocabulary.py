@@ -9,8 +9,6 @@ clock would count the time in which other processes had it. Evaluation does not 
 hash; the new tokens are learnt on the training side alone.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

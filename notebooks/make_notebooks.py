@@ -1,7 +1,5 @@
 """`make notebooks`: each text NAME.md as NAME.ipynb, which Colab opens; without outputs, always the same bytes."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import jupytext

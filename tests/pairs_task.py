@@ -1,7 +1,5 @@
 """A task of lm-evaluation-harness that the tests write themselves."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,14 +1,14 @@
 """What tests of readers share: files to read, the documents in them, and the sentence that a mistake ends with."""
 
-from __future__ import annotations
-
 import bz2
 import gzip
 import lzma
+import re
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -42,12 +42,26 @@ def texts(*refs: Path | str, **options) -> list[str]:
 
 
 def complaint(*refs: Path | str, **options) -> str:
-    """The sentence that reading ends with; it must be one sentence, on one line."""
+    """The sentence that reading ends with."""
+    return complaint_of(texts, *refs, **options)
+
+
+def complaint_of(function: Callable[..., Any], *arguments: Any, **options: Any) -> str:
+    """The sentence with which a function refuses; it must be one sentence, on one line, or end in a command."""
     with pytest.raises(UserError) as caught:
-        texts(*refs, **options)
+        function(*arguments, **options)
     sentence = str(caught.value)
-    assert sentence.endswith(".") and "\n" not in sentence
+    assert "\n" not in sentence and (sentence.endswith(".") or re.search("pip install|cartilha prepare", sentence))
     return sentence
+
+
+class Interrupted(BaseException):
+    """As KeyboardInterrupt: no `except Exception` stops it."""
+
+
+def interrupt(*_: Any) -> None:
+    """What stands for a function in which the process is interrupted."""
+    raise Interrupted
 
 
 def read_shard(shard: Shard, settings: ReadSettings, counts: ReadCounts | None = None) -> list[Document]:

@@ -1,7 +1,5 @@
 """Whether all ways to compute a step agree, before any of them is timed; and how far two equal runs lie apart."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

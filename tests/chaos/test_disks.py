@@ -1,7 +1,5 @@
 """Disks that are full, read-only or gone: one sentence, the last good checkpoint intact, and the run goes on."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json
@@ -22,6 +20,7 @@ from cartilha.config import TrainConfig
 from cartilha.errors import UserError
 from cartilha.pipeline import prepare as prepare_module
 from cartilha.pipeline.train import train
+from cartilha.preparation import enough
 from cartilha.runs import scratch
 from cartilha.training.checkpoint import list_checkpoints, newest_sound_checkpoint
 from cartilha.training.loop import train_steps
@@ -345,11 +344,9 @@ def test_a_disk_that_fills_while_text_is_prepared(small_disk, tmp_path, capfd, m
     assert done
     (small_disk / "ballast").unlink()
     redone: list[int] = []
-    real_shard = prepare_module.process_shard
+    real_shard = enough.process_shard
     if workers == 1:
-        monkeypatch.setattr(
-            prepare_module, "process_shard", lambda t: (redone.append(t.shard.number), real_shard(t))[1]
-        )
+        monkeypatch.setattr(enough, "process_shard", lambda t: (redone.append(t.shard.number), real_shard(t))[1])
     assert main([*command, "--output", str(store)]) == 0, capfd.readouterr().err
     assert not {f"shard-{number:06d}" for number in redone} & {p.parent.name for p in done}
     for p in (tmp_path / "reference").rglob("*.*"):

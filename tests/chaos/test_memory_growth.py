@@ -1,7 +1,5 @@
 """Memory that does not come back: what a run writes at every evaluation must not make it grow."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 

@@ -3,8 +3,6 @@
 A server imports everything once, and each process is a fork of it.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import signal

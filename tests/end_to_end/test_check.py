@@ -1,7 +1,5 @@
 """`check` from the command line, and the cheap checks before a training."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

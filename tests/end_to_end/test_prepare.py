@@ -1,7 +1,5 @@
 """`prepare` on shards: the same bytes whoever does the work, nothing done twice, nothing half-true left."""
 
-from __future__ import annotations
-
 import errno
 import json
 import multiprocessing
@@ -111,7 +109,7 @@ class Counter:
             self.numbers.append(task.shard.number)
             return real(task)
 
-        monkeypatch.setattr(module, "process_shard", process)
+        monkeypatch.setattr("cartilha.preparation.enough.process_shard", process)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])

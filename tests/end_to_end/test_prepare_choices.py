@@ -1,7 +1,5 @@
 """`prepare` on bad input: one sentence that names file and place, and each of the user's choices does what it says."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import sys
@@ -99,7 +97,7 @@ def test_a_file_that_changes_while_it_is_read(refused: Refused, cartilha, tmp_pa
         return real(task)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "process_shard", while_it_grows)
+        patch.setattr("cartilha.preparation.enough.process_shard", while_it_grows)
         sentence = refused(*prepare, "--on_error", "skip")
     assert "cresce.txt changed while it was read" in sentence and "same command" in sentence
     assert [item.name for item in tmp_path.iterdir()] == ["cresce.txt"]
@@ -209,7 +207,7 @@ def test_weights_are_what_training_sees_and_are_drawn_the_same_way_again(
         return real(task)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module, "process_shard", twice)
+        patch.setattr("cartilha.preparation.enough.process_shard", twice)
         module.prepare(
             module.PrepareConfig(
                 input=(str(portuguese), str(english)),

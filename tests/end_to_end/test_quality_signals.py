@@ -1,7 +1,5 @@
 """`prepare --max_perplexity`, `--classifier` and `--dry_run`: which documents a network keeps out of the training."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -116,7 +114,7 @@ def test_a_dry_run_writes_no_store_and_the_real_one_reads_and_scores_nothing_ane
     def nothing(*_: object) -> None:
         pytest.fail("done again")
 
-    monkeypatch.setattr(module, "process_shard", nothing)
+    monkeypatch.setattr("cartilha.preparation.enough.process_shard", nothing)
     monkeypatch.setattr(text_quality, "score_documents", nothing)
     real = prepare(replace(asked, dry_run=False, min_score="-99"))
     assert real.dropped == dry.dropped and not list(Path().glob(".store*"))

@@ -1,7 +1,5 @@
 """What comes from others is never run, never trusted in size, and secrets of the environment stay there."""
 
-from __future__ import annotations
-
 import json
 import logging
 import pickle

@@ -1,7 +1,5 @@
 """`prepare --select_tokens`, with and without a target: what is taken, held out, recorded and said."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -212,7 +210,7 @@ def test_another_amount_reads_nothing_anew_where_the_pool_was_kept(config, monke
     prepare(kept)
     fresh = replace(config, select_tokens="20000", output=str(tmp_path / "fresh"))
     prepare(fresh)
-    monkeypatch.setattr(module, "process_shard", lambda task: pytest.fail("a shard was read again"))
+    monkeypatch.setattr("cartilha.preparation.enough.process_shard", lambda task: pytest.fail("a shard was read again"))
     prepare(replace(kept, select_tokens="20000", overwrite=True))
     assert texts(config.output) == texts(fresh.output)
 

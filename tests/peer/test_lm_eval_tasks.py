@@ -1,7 +1,5 @@
 """A downstream task through the harness gives what our own scores of the same pairs give."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

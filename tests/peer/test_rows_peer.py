@@ -3,8 +3,6 @@
 And those that cannot run, refused by name.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Adapters: the gradients of peft and transformers, frozen weights, and merged weights that say the same."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import replace
 from types import SimpleNamespace
@@ -10,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cartilha.blocks.packing import Batch, PackedStream, stack
 from cartilha.errors import UserError
@@ -24,25 +22,12 @@ from cartilha.model.weight_gradients import weight_gradients_in_place
 from cartilha.tokens.packed import PackedDocuments
 from cartilha.training.optimizer import StateSize, resolve_lr
 from cartilha.training.state import TrainingState
+from small_models import NUM_IDS, tiny
 
 peft: Any = pytest.importorskip("peft", reason="needs peft (extra adapters)")
 
-NUM_IDS, LENGTH = 61, 24
-TYPES: dict[str, dict[str, Any]] = {
-    "llama": {"intermediate_size": 64, "num_key_value_heads": 2, "tie_word_embeddings": True},
-    "gpt2": {"n_head": 4, "n_layer": 2, "n_embd": 32, "n_positions": 64},  # its layers are no nn.Linear
-    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 16},  # biases, and projections around the layers
-    "gpt_neox": {"intermediate_size": 64},  # head and embeddings apart
-}
-
-
-def tiny(name: str) -> PreTrainedModel:
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        name, vocab_size=NUM_IDS, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=64, pad_token_id=1, bos_token_id=2, eos_token_id=3, **TYPES[name],
-    )  # fmt: skip
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+LENGTH = 24
+TYPES = ("llama", "gpt2", "opt", "gpt_neox")
 
 
 def disturbed(model: PreTrainedModel) -> PreTrainedModel:
@@ -67,7 +52,7 @@ def batch() -> Batch:
 def test_loss_and_gradients_are_those_of_peft_and_transformers(name, embeddings, checkpointing, monkeypatch):
     from cartilha.model.packed_or_rows import use_document_attention
 
-    own = tiny(name)
+    own = tiny(name, packed=False)
     use_document_attention(own)
     add_adapter(own, Adapter(3, embeddings))
     disturbed(own)
@@ -80,7 +65,7 @@ def test_loss_and_gradients_are_those_of_peft_and_transformers(name, embeddings,
         nll = batch_nll(own, batch(), torch.float32)
     (nll * 0.5).backward()
     settings = peft.LoraConfig(r=3, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    theirs = disturbed(peft.get_peft_model(tiny(name), settings))
+    theirs = disturbed(peft.get_peft_model(tiny(name, packed=False), settings))
     if embeddings:
         for layer in (theirs.get_input_embeddings(), theirs.get_output_embeddings()):
             layer.requires_grad_(True)

@@ -1,7 +1,5 @@
 """Checkpoints: restored to the bit, damage found and named, old ones removed."""
 
-from __future__ import annotations
-
 import errno
 import json
 import logging

@@ -1,7 +1,5 @@
 """The compiled body: one graph for all batches, the same figures as plain code, and plain code where it fails."""
 
-from __future__ import annotations
-
 import inspect
 import logging
 import math
@@ -16,8 +14,9 @@ from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch.nn.attention import varlen
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+import small_models
 from cartilha.blocks.packing import Batch, PackedStream, stack
 from cartilha.blocks.sampler import BlockSampler
 from cartilha.errors import UserError
@@ -27,7 +26,6 @@ from cartilha.model.compiling import CompiledBody, training_body
 from cartilha.model.flash_attention_3 import flash_attention_3
 from cartilha.model.forward import batch_nll
 from cartilha.model.loss import chunk_kernel
-from cartilha.model.packed_or_rows import use_document_attention
 from cartilha.model.query_factor import left_to_kernel, query_factors
 from cartilha.model.recomputation import checkpoint_layers, layers_of
 from cartilha.model.segment_attention import causal_mask
@@ -35,8 +33,9 @@ from cartilha.tokens.packed import PackedDocuments
 from cartilha.training.loop import StepSettings, train_steps
 from cartilha.training.schedule import Schedule
 from cartilha.training.state import TrainingState
+from small_models import NUM_IDS
 
-NUM_IDS, BLOCK = 61, 24
+BLOCK = 24
 GLU = {"intermediate_size": 48, "num_key_value_heads": 2}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
@@ -58,14 +57,7 @@ def fresh_compiler() -> Iterator[None]:
 
 
 def tiny(name: str, **changes: Any) -> PreTrainedModel:
-    torch.manual_seed(0)
-    sizes = {"vocab_size": NUM_IDS, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    special = {"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3}
-    settings = {**sizes, "max_position_embeddings": 64, **special, **ARCHITECTURES[name], **changes}
-    config = AutoConfig.for_model(name, **settings)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    use_document_attention(model)
-    return model.eval()
+    return small_models.tiny(name, **{**small_models.SIZES, **ARCHITECTURES[name], **changes})
 
 
 def packed(lengths: list[int], rows: int = 2) -> Batch:

@@ -1,7 +1,5 @@
 """The energy of a run: added up over commands, of GPUs and of processors, and absent where nothing counts it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

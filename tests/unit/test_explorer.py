@@ -1,7 +1,5 @@
 """The explorer's computing and drawing, without its web framework."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

@@ -1,7 +1,5 @@
 """The explorer's server, and the command that starts it."""
 
-from __future__ import annotations
-
 import os
 import re
 import signal

@@ -1,7 +1,5 @@
 """The page on extending: its code runs as it stands, in both languages."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

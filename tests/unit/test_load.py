@@ -1,7 +1,5 @@
 """Loading: the right values in float32, from every kind of MODEL, and one clear sentence for what cannot be loaded."""
 
-from __future__ import annotations
-
 import copy
 import json
 import math
@@ -30,6 +28,7 @@ from cartilha.model.head import head_of
 from cartilha.model.load import LoadedModel, load_model, prepare_model
 from cartilha.model_reference import RANDOM_SHAPES
 from cartilha.tokens.tokenizer import TextTokenizer, load_tokenizer
+from reading import complaint_of
 
 CPU = torch.device("cpu")
 BYTES = load_tokenizer("random:tiny")
@@ -38,11 +37,7 @@ POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\ns
 
 def complaint(ref: Path | str, **arguments: Any) -> str:
     """The sentence with which loading is refused."""
-    with pytest.raises(UserError) as caught:
-        load_model(str(ref), CPU, **arguments)
-    sentence = str(caught.value)
-    assert sentence.endswith(".") and "\n" not in sentence
-    return sentence
+    return complaint_of(load_model, str(ref), CPU, **arguments)
 
 
 def perplexity(loaded: LoadedModel, tokenizer: TextTokenizer, documents: list[Document]) -> float:

@@ -1,7 +1,5 @@
 """The measures by hand: what is summed, what it is divided by, and what is left out, refused or noted."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import math

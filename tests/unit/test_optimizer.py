@@ -1,7 +1,5 @@
 """The optimizer's groups and the learning rate's shape."""
 
-from __future__ import annotations
-
 import itertools
 import math
 

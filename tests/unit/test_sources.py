@@ -1,7 +1,5 @@
 """MODEL arguments: what each one names, one sentence for each that names nothing, and where conversions are kept."""
 
-from __future__ import annotations
-
 import os
 import sys
 import unicodedata
@@ -13,7 +11,7 @@ from huggingface_hub import errors as hub_errors
 
 from cartilha import console
 from cartilha import model_reference as sources
-from cartilha.errors import HubUnreachableError, UserError
+from cartilha.errors import HubUnreachableError
 from cartilha.model_reference import (
     ModelSource,
     adapter_base,
@@ -22,16 +20,13 @@ from cartilha.model_reference import (
     download,
     resolve_model,
 )
+from reading import complaint_of
 
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 250540281\n"
 
 
 def complaint(ref: str) -> str:
-    with pytest.raises(UserError) as caught:
-        resolve_model(ref)
-    sentence = str(caught.value)
-    assert "\n" not in sentence and (sentence.endswith(".") or "pip install" in sentence)
-    return sentence
+    return complaint_of(resolve_model, ref)
 
 
 # What an argument names

@@ -1,7 +1,5 @@
 """Durable files: whole or not at all, whoever is killed when; and what others wrote is read within bounds."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -34,6 +32,7 @@ from cartilha.storage import (
     write_sealed_json,
 )
 from cartilha.tokens.store import TokenStore
+from reading import Interrupted, interrupt
 
 LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0a" * 32 + "\nsize 1234567\n"
 
@@ -52,19 +51,11 @@ def test_a_file_is_written_whole_with_the_folders_it_needs(tmp_path):
     assert path.read_bytes() == b"\x00\xff" and names(path.parent) == ["c.txt"]
 
 
-class Interrupted(BaseException):
-    """As KeyboardInterrupt: no `except Exception` stops it."""
-
-
-def fail(*_):
-    raise Interrupted
-
-
 @pytest.mark.parametrize("at", ["fsync", "replace"])
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch, at):
     path = tmp_path / "c.txt"
     write_atomically(path, "velho")
-    monkeypatch.setattr(*((os, "fsync", fail) if at == "fsync" else (Path, "replace", fail)))
+    monkeypatch.setattr(*((os, "fsync", interrupt) if at == "fsync" else (Path, "replace", interrupt)))
     with pytest.raises(Interrupted):
         write_atomically(path, "novo")
     with pytest.raises(Interrupted):
@@ -117,7 +108,7 @@ def test_a_new_directory_appears_when_it_is_done(tmp_path):
 def test_an_exception_leaves_no_directory(tmp_path, replace):
     with pytest.raises(Interrupted), new_directory(tmp_path / "pasta", replace=replace) as folder:
         (folder / "um").write_text("1")
-        fail()
+        interrupt()
     assert names(tmp_path) == []
 
 
@@ -131,7 +122,7 @@ def test_an_exception_leaves_the_old_directory(tmp_path):
     path = old_directory(tmp_path)
     with pytest.raises(Interrupted), new_directory(path, replace=True) as folder:
         (folder / "novo").write_text("novo")
-        fail()
+        interrupt()
     assert names(path) == ["velho"] and names(tmp_path) == ["pasta"]
 
 
@@ -139,7 +130,7 @@ def test_a_rename_that_fails_puts_the_old_directory_back(tmp_path, monkeypatch):
     path = old_directory(tmp_path)
     monkeypatch.setattr("cartilha.storage._exchange", lambda left, right: False)
     real = Path.replace
-    monkeypatch.setattr(Path, "replace", lambda a, b: fail() if a.suffix == ".tmp" else real(a, b))
+    monkeypatch.setattr(Path, "replace", lambda a, b: interrupt() if a.suffix == ".tmp" else real(a, b))
     with pytest.raises(Interrupted), new_directory(path, replace=True) as folder:
         (folder / "novo").write_text("novo")
     assert names(path) == ["velho"] and names(tmp_path) == ["pasta"]
@@ -318,7 +309,7 @@ with storage.new_directory(path, replace=True) as t: (t / "novo").write_text("no
         sweep_below(tmp_path)
     else:
         with pytest.raises(Interrupted), new_directory(path, replace=True):
-            fail()
+            interrupt()
     assert names(tmp_path) == ["pasta"] and len(names(path)) == 1
 
 

@@ -1,7 +1,5 @@
 """The store: what is written comes back, damage is named, and a write that fails leaves what was there."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable
@@ -17,12 +15,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from cartilha.corpus.document import Document
 from cartilha.corpus.splits import Split
-from cartilha.errors import UserError
 from cartilha.storage import file_sha256, write_sealed_json
 from cartilha.tokens import store_checks, store_writer
 from cartilha.tokens.store import TokenStore, batches
 from cartilha.tokens.store_writer import writing_store
 from cartilha.tokens.tokenizer import TextTokenizer, load_tokenizer
+from reading import Interrupted, complaint_of, interrupt
 from stores import add_documents
 
 TRAIN = [
@@ -63,11 +61,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def complaint(path: Path) -> str:
-    with pytest.raises(UserError) as caught:
-        TokenStore(path)
-    sentence = str(caught.value)
-    assert sentence.endswith(".") or "cartilha prepare" in sentence  # what to do next
-    return sentence
+    return complaint_of(TokenStore, path)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -418,14 +412,6 @@ def test_a_verdict_that_came_with_the_store_counts_for_nothing(path):
 # All or nothing
 
 
-class Interrupted(BaseException):
-    """As KeyboardInterrupt: no `except Exception` stops it."""
-
-
-def fail(*_):
-    raise Interrupted
-
-
 @pytest.mark.parametrize("old", [True, False])
 @pytest.mark.parametrize("moment", ["adding", "finishing", "renaming"])
 def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch, old, moment):
@@ -435,16 +421,18 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch, old, mo
         write_store(folder / "loja")
     before = contents(folder)
     if moment == "finishing":
-        monkeypatch.setattr(TextTokenizer, "save", fail)
+        monkeypatch.setattr(TextTokenizer, "save", interrupt)
     if moment == "renaming":
         monkeypatch.setattr("cartilha.storage._exchange", lambda left, right: False)
         real = Path.replace
-        monkeypatch.setattr(Path, "replace", lambda a, b: fail() if a.suffix == ".tmp" and a.is_dir() else real(a, b))
+        monkeypatch.setattr(
+            Path, "replace", lambda a, b: interrupt() if a.suffix == ".tmp" and a.is_dir() else real(a, b)
+        )
     with pytest.raises(Interrupted), writing_store(folder / "loja", load_tokenizer("random:tiny"), replace=True) as w:
         add_documents(w, "train", VALIDATION)
         assert len(list(folder.iterdir())) == 1 + old  # not vacuous: the new one is being written
         if moment == "adding":
-            fail()
+            interrupt()
         w.finish({})
     monkeypatch.undo()
     assert contents(folder) == before

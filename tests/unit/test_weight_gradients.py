@@ -1,7 +1,5 @@
 """Gradients that products add to those already there: the same as autograd's, and no second tensor for them."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 
@@ -11,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from cartilha.blocks.packing import Batch, PackedStream, stack
 from cartilha.model import loss as loss_module
@@ -19,32 +17,14 @@ from cartilha.model import weight_gradients
 from cartilha.model.forward import batch_nll
 from cartilha.model.head import Head
 from cartilha.model.loss import linear_cross_entropy
-from cartilha.model.packed_or_rows import use_document_attention
 from cartilha.model.recomputation import checkpoint_layers
 from cartilha.model.segment_attention import Scoring, segment_attention
 from cartilha.model.weight_gradients import weight_gradients_in_place
 from cartilha.tokens.packed import PackedDocuments
 from cartilha.training.optimizer import choose_trained, clear_gradients, make_optimizer
+from small_models import ARCHITECTURES, NUM_IDS, tiny
 
-NUM_IDS, BLOCK = 61, 24
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 16},
-    "gpt2": {"n_head": 4, "n_layer": 2, "n_embd": 32, "n_positions": 64},
-    "gpt_neox": {"intermediate_size": 64},  # head and embeddings apart
-    "llama": {"intermediate_size": 64, "num_key_value_heads": 2, "tie_word_embeddings": True},
-    "mistral": {"intermediate_size": 64, "num_key_value_heads": 1, "sliding_window": 7},
-}
-
-
-def tiny(name: str) -> PreTrainedModel:
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        name, vocab_size=NUM_IDS, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=64, pad_token_id=1, bos_token_id=2, eos_token_id=3, **ARCHITECTURES[name],
-    )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    use_document_attention(model)
-    return model.eval()
+BLOCK = 24
 
 
 def batches() -> list[Batch]:
