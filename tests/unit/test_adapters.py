@@ -50,10 +50,7 @@ def batch() -> Batch:
 @pytest.mark.parametrize("embeddings", [False, True], ids=["frozen", "embeddings"])
 @pytest.mark.parametrize("name", TYPES)
 def test_loss_and_gradients_are_those_of_peft_and_transformers(name, embeddings, checkpointing, monkeypatch):
-    from cartilha.model.packed_or_rows import use_document_attention
-
-    own = tiny(name, packed=False)
-    use_document_attention(own)
+    own = tiny(name)
     add_adapter(own, Adapter(3, embeddings))
     disturbed(own)
     if checkpointing:

@@ -133,9 +133,9 @@ class MixtureSampler(BlockSampler):
         """Scored targets of the first epoch; the others have other documents."""
         return self.stream(0).targets_in(0, self.blocks_per_epoch)
 
-    @property
-    def order(self) -> np.ndarray:
-        """The numbers of the documents that have been put into the stream so far, int64."""
+    def order(self, epoch: int) -> np.ndarray:
+        """The numbers of the documents in the order of the stream, to the end of an epoch or beyond it, int64."""
+        self.stream(epoch)
         return np.array(self._placed, np.int64)
 
     def _stream_of(self, step: int) -> PackedStream:

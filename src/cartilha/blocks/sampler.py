@@ -43,12 +43,15 @@ class BlockSampler:
         """Scored targets of an epoch."""
         return self.stream(0).num_targets
 
+    def order(self, epoch: int) -> np.ndarray:
+        """The numbers of the documents in the order of an epoch's stream."""
+        return epoch_order(len(self._documents), self.seed, epoch)
+
     def stream(self, epoch: int) -> PackedStream:
         """The packed stream of an epoch; the one used last is kept."""
         kept = self._stream  # read once: another thread may be preparing the next epoch
         if kept is None or kept[0] != epoch:
-            order = epoch_order(len(self._documents), self.seed, epoch)
-            self._stream = kept = (epoch, PackedStream(self._documents, self.block_size, order))
+            self._stream = kept = (epoch, PackedStream(self._documents, self.block_size, self.order(epoch)))
         return kept[1]
 
     def position(self, step: int) -> StepPosition:

@@ -7,8 +7,8 @@ from typing import Literal
 import numpy as np
 
 from cartilha.blocks.mixing import MixedDocuments, MixtureSampler
-from cartilha.blocks.packing import IGNORE_INDEX, PackedSegment, PackedStream
-from cartilha.blocks.sampler import epoch_order
+from cartilha.blocks.packing import IGNORE_INDEX, PackedSegment
+from cartilha.blocks.sampler import BlockSampler
 from cartilha.corpus.splits import Split
 from cartilha.explorer.token_text import token_label
 from cartilha.explorer.wording import Refusal
@@ -123,18 +123,14 @@ class StoreWalk:
         if not len(documents):
             raise Refusal("no_documents")
         if self.mixture is None:
-            stream, first = PackedStream(documents, block_size, epoch_order(len(documents), seed, epoch)), 0
-            num_blocks, names = len(stream), None
+            sampler = BlockSampler(documents, block_size=block_size, blocks_per_step=1, seed=seed)
         else:
             sampler = self._sampler(self.mixture.documents, block_size, seed)
-            num_blocks = sampler.blocks_per_epoch
-            stream, first, names = sampler.stream(epoch), epoch * num_blocks, sampler.order
+        stream, num_blocks, order = sampler.stream(epoch), sampler.blocks_per_epoch, sampler.order(epoch)
         number = min(max(number, 0), num_blocks - 1)
-        block = stream.block(first + number)
-        segments = [
-            self._segment(block.input_ids[part.begin : part.end], part, names)
-            for part in stream.segments(first + number)
-        ]
+        index = sampler.position(epoch * num_blocks + number).first_block
+        block, parts = stream.block(index), stream.segments(index)
+        segments = [self._segment(block.input_ids[part.begin : part.end], part, order) for part in parts]
         return StoredBlock(number, num_blocks, tuple(segments), int((block.targets != IGNORE_INDEX).sum()))
 
     def _sampler(self, documents: MixedDocuments, block_size: int, seed: int) -> MixtureSampler:
@@ -144,14 +140,14 @@ class StoreWalk:
         self._last = last
         return last
 
-    def _segment(self, ids: np.ndarray, part: PackedSegment, order: np.ndarray | None = None) -> Segment:
+    def _segment(self, ids: np.ndarray, part: PackedSegment, order: np.ndarray) -> Segment:
         if part.document is None:
             return Segment((StoreToken(self.store.end_id, "", "padding"),) * len(ids), False, False)
         # Where the two ids are one (OPT's </s>), only the place says which is meant.
         text = ids[int(part.begins) : len(ids) - int(part.has_end_token)]
         head = (self._mark(int(ids[0]), "prefix"),) if part.begins else ()
         tail = (self._mark(int(ids[-1]), "end"),) if part.has_end_token else ()
-        name = "" if order is None or self.mixture is None else self.mixture.label(int(order[part.document]))
+        name = "" if self.mixture is None else self.mixture.label(int(order[part.document]))
         return Segment((*head, *self._text_tokens(text), *tail), part.begins, part.ends, name)
 
     def _mark(self, token_id: int, kind: Kind) -> StoreToken:

@@ -1,18 +1,14 @@
 """`inspect`: what a store, or the primer, holds; any document or block of it, decoded; and how a model will run."""
 
 import re
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 from unicodedata import normalize
 
-import numpy as np
-
 from cartilha.blocks.mixing import MixtureSampler
-from cartilha.blocks.packing import PackedStream
-from cartilha.blocks.sampler import epoch_order
+from cartilha.blocks.sampler import BlockSampler
 from cartilha.config import InspectConfig, TrainConfig
 from cartilha.corpus.primer import PrimerCount, primer_table
 from cartilha.corpus.sources import PrimerSource, resolve_inputs
@@ -107,11 +103,10 @@ def _first_documents(store: TokenStore, num_documents: int = 3, num_tokens: int 
     tokenizer = store.tokenizer()
     rows = []
     for split in SPLITS:
-        tokens, documents, labels = store.tokens(split), store.documents(split), store.labels(split)
-        for i in range(min(num_documents, len(documents.start))):
-            begin, length = int(documents.start[i]), int(documents.num_tokens[i])
-            ids = tokens[begin : begin + min(num_tokens, length)]
-            row = {"split": split, "doc_id": labels["doc_id"][i], "num_tokens": length}
+        documents, labels = store.packed(split), store.labels(split)
+        for i in range(min(num_documents, len(documents))):
+            ids = documents.ids(i, num_tokens)
+            row = {"split": split, "doc_id": labels["doc_id"][i], "num_tokens": int(documents.num_tokens[i])}
             rows.append({**row, "ids": ids.tolist(), "begins": tokenizer.decode(ids)})
     return rows
 
@@ -158,7 +153,15 @@ def _block(store: TokenStore, config: InspectConfig) -> dict[str, Any]:
     if config.block_size < 1:
         raise UserError(f"--block_size is {config.block_size}; give 1 or more.")
     tokenizer = store.tokenizer()
-    stream, num_blocks, order, label = _mixed(store, config) if config.mix else _of_store(store, config)
+    shape = {"block_size": config.block_size, "blocks_per_step": 1, "seed": config.seed}
+    sampler: BlockSampler
+    if config.mix:
+        mix = Mix.open(sources_of(TrainConfig(store=str(store.path), mix=config.mix)), store)
+        sampler, label = MixtureSampler(mix.documents, **shape), mix.label
+    else:
+        ids = store.labels(config.split)["doc_id"]
+        sampler, label = BlockSampler(store.packed(config.split), **shape), lambda document: str(ids[document])
+    stream, num_blocks, order = sampler.stream(0), sampler.blocks_per_epoch, sampler.order(0)
     assert config.block is not None
     if not 1 <= config.block <= num_blocks:
         raise UserError(
@@ -185,19 +188,3 @@ def _block(store: TokenStore, config: InspectConfig) -> dict[str, Any]:
         )
     asked = {"block_size": config.block_size, "split": config.split, "seed": config.seed}
     return {"block": config.block, "num_blocks": num_blocks, **asked, "segments": segments}
-
-
-_Stream = tuple[PackedStream, int, np.ndarray, Callable[[int], str]]  # with its blocks, documents and their names
-
-
-def _of_store(store: TokenStore, config: InspectConfig) -> _Stream:
-    documents, ids = store.packed(config.split), store.labels(config.split)["doc_id"]
-    order = epoch_order(len(documents), config.seed, 0)
-    stream = PackedStream(documents, config.block_size, order)
-    return stream, len(stream), order, ids.__getitem__
-
-
-def _mixed(store: TokenStore, config: InspectConfig) -> _Stream:
-    mix = Mix.open(sources_of(TrainConfig(store=str(store.path), mix=config.mix)), store)
-    sampler = MixtureSampler(mix.documents, block_size=config.block_size, blocks_per_step=1, seed=config.seed)
-    return sampler.stream(0), sampler.blocks_per_epoch, sampler.order, mix.label

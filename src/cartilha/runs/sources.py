@@ -214,8 +214,7 @@ class Mix:
         members = members[(members >= begin) & (members < past)]
         for first in range(0, len(members), DECODED_DOCUMENTS):
             own = members[first : first + DECODED_DOCUMENTS]
-            spans = zip(documents.start[own].tolist(), documents.num_tokens[own].tolist(), strict=True)
-            yield from tokenizer.decode_batch([documents.tokens[a : a + length] for a, length in spans])
+            yield from tokenizer.decode_batch([documents.ids(number) for number in own.tolist()])
 
     def planned(self, num_tokens: int) -> list[dict[str, Any]]:
         """Each source with what so many tokens of the stream take of it."""

@@ -56,5 +56,10 @@ class PackedDocuments:
         lengths = np.concatenate([part.num_tokens for part in parts])
         return cls(tokens, np.concatenate(starts), lengths, parts[0].prefix_id, parts[0].end_id)
 
+    def ids(self, number: int, most: int | None = None) -> np.ndarray:
+        """The tokens of a document, or so many of its first."""
+        start, length = int(self.start[number]), int(self.num_tokens[number])
+        return self.tokens[start : start + (length if most is None else min(most, length))]
+
     def __len__(self) -> int:
         return len(self.start)

@@ -107,11 +107,10 @@ class TokenStore:
                 yield from batch["text"][min(first, len(batch)) :].to_pylist()
                 first = max(0, first - len(batch))
             return
-        tokens, documents, tokenizer = self.tokens(split), self.documents(split), self.tokenizer()
-        for begin in range(first, len(documents.start), 1024):
-            rows = slice(begin, begin + 1024)
-            spans = zip(documents.start[rows].tolist(), documents.num_tokens[rows].tolist(), strict=True)
-            yield from tokenizer.decode_batch([tokens[start : start + length] for start, length in spans])
+        documents, tokenizer = self.packed(split), self.tokenizer()
+        for begin in range(first, len(documents), 1024):
+            rows = range(begin, min(begin + 1024, len(documents)))
+            yield from tokenizer.decode_batch([documents.ids(row) for row in rows])
 
     def tokenizer(self) -> TextTokenizer:
         """The tokenizer that the store was made with."""
