@@ -66,8 +66,8 @@ def told(lengths: np.ndarray, name: str, device: torch.device) -> dict[str, Tens
     return {"seq_idx": to_device(documents, device), name: to_device(cumulative, device)}
 
 
-class Differs(Exception):
-    """What a document beside others gives is not what it gives alone."""
+class NotPacked(Exception):
+    """Why a model cannot run packed; the reason completes "since ..."."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class _Found:
 
 
 def compare(model: PreTrainedModel, ids: Tensor, own: Callable[[], None], ours: Callable[[], dict[str, Any]]) -> None:
-    """Raise `Differs` where documents of `PROOF_LENGTHS` beside each other give other states or gradients than alone.
+    """Raise `NotPacked` where documents of `PROOF_LENGTHS` beside each other give other states or gradients than alone.
 
     `own` and `ours` switch the model's attention; the latter gives the arguments for all documents in one row.
     """
@@ -134,7 +134,7 @@ def _largest(difference: Tensor) -> float:
 
 def _require(difference: Tensor, bound: float) -> None:
     if not _largest(difference) <= bound:  # also where it is no number
-        raise Differs("documents side by side would see each other")
+        raise NotPacked("documents side by side would see each other")
 
 
 def _set_training(model: PreTrainedModel, training: bool) -> None:

@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from cartilha.errors import first_line
 from cartilha.model import boundaries
 from cartilha.model.attention import ATTENTION_NAME, CAPPED, FALLBACK, KERNELS, SINKS, Kernel, document_attention
+from cartilha.model.boundaries import NotPacked
 from cartilha.model.head import body_of, head_of
 from cartilha.model.long_rope import choose_by_document
 
@@ -49,10 +50,6 @@ _HARMLESS = {"dropout", "scaling", "sliding_window", "softcap", "s_aux", "segmen
              "position_embeddings", "cache_position", "output_attentions", "output_hidden_states", "return_dict",
              "output_router_logits", "deterministic", "training", "is_causal", "seq_idx",
              *boundaries.CUMULATIVE_LENGTHS}  # fmt: skip
-
-
-class NotPacked(Exception):
-    """Why a model cannot run packed; the reason completes "since ..."."""
 
 
 @dataclass(frozen=True)
@@ -197,10 +194,7 @@ def _compare_told(model: PreTrainedModel, own: str, told: str) -> None:
         _switch(model, ATTENTION_NAME)
         return _packed_arguments(model, lengths, told)
 
-    try:
-        boundaries.compare(model, _probe_ids(model, lengths), lambda: model.set_attn_implementation(own), ours)
-    except boundaries.Differs as error:
-        raise NotPacked("documents side by side would see each other") from error
+    boundaries.compare(model, _probe_ids(model, lengths), lambda: model.set_attn_implementation(own), ours)
 
 
 def _switch(model: PreTrainedModel, name: str) -> None:
