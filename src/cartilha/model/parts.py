@@ -174,10 +174,6 @@ def resize(model: PreTrainedModel, parts: OtherParts | None, num_rows: int) -> N
         model.config.vocab_size = num_rows
 
 
-def _tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
-
-
 def _no_text_alone(config: PretrainedConfig, reason: str) -> UserError:
     return UserError(
         f"Models of the type {config.model_type} read more than text, and their text alone cannot be trained here, "
@@ -199,7 +195,7 @@ def _candidates(part: PreTrainedModel, whole: PreTrainedModel) -> Iterator[PreTr
             continue
         setattr(model, model.base_model_prefix, part)
         model.set_output_embeddings(whole.get_output_embeddings())
-        if not any(tensor.is_meta for tensor in _tensors(model).values()):
+        if not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
             yield model
 
 

@@ -312,7 +312,7 @@ def _write(
                 **_read_counts(read),
                 "fraction_used": sides.split.fraction_used,
                 "leaks": leaks,
-                **_given(mixture=list(sides.mixture), **found),
+                **{name: value for name, value in {"mixture": list(sides.mixture), **found}.items() if value},
                 "notes": list(sides.split.notes),
                 **_made_by(proof),
             }
@@ -355,8 +355,3 @@ def _read_counts(read: ReadCounts) -> dict[str, int]:
 def _made_by(proof: Proof) -> dict[str, Any]:
     tokenization = {**asdict(proof), "gigatoken": versions(("gigatoken",))["gigatoken"]}
     return {"tokenization": tokenization, "versions": versions(TEXT_PACKAGES)}
-
-
-def _given(**values: Any) -> dict[str, Any]:
-    """Those entries of the record that say something."""
-    return {name: value for name, value in values.items() if value}

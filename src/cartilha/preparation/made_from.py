@@ -1,6 +1,7 @@
 """What a store was made from, and whether the same command has made it before."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -79,13 +80,13 @@ def _differences(
     different = [name for name, value in config.deciding_values().items() if made_with[name] != value]
     if store.fingerprint != tokenizer.fingerprint:
         different.insert(0, "tokenizer")
-    if not _same_inputs(store.info["inputs"], asked):
+    if not _same(store.info["inputs"], asked.sources, _roles(asked)):
         different.insert(0, "input")
     scored_by = [one["model"] for one in store.info.get("quality", ()) if one["signal"] == "perplexity"]
     if scored_by not in ([], [config.model]) and "tokenizer" not in different:
         different.append("model")
     found_by = store.info.get("decontamination", {}).get("inputs", [])
-    if "decontaminate" not in different and not _same_sources(found_by, asked.questions.sources):
+    if "decontaminate" not in different and not _same(found_by, asked.questions.sources, repeat({})):
         different.append("text of --decontaminate")
     own = asked.language.to_dict()
     if Path(config.language).suffix and store.info.get("language", own) != own:  # a file of the user's has changed
@@ -93,12 +94,8 @@ def _differences(
     return different
 
 
-def _same_inputs(recorded: list[dict[str, Any]], asked: PrepareRequest) -> bool:
-    return len(recorded) == len(asked.sources) and all(map(_is_same, recorded, asked.sources, _roles(asked)))
-
-
-def _same_sources(recorded: list[dict[str, Any]], sources: Sequence[Source]) -> bool:
-    return len(recorded) == len(sources) and all(map(_is_same, recorded, sources, [{}] * len(sources)))
+def _same(recorded: list[dict[str, Any]], sources: Sequence[Source], roles: Iterable[dict[str, bool]]) -> bool:
+    return len(recorded) == len(sources) and all(map(_is_same, recorded, sources, roles))
 
 
 def _is_same(record: dict[str, Any], source: Source, role: dict[str, bool]) -> bool:
