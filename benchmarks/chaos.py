@@ -9,6 +9,8 @@ half-written may be left. Processes are forked from one that has the libraries l
 the work rather than into imports. Needs a system with fork.
 """
 
+from __future__ import annotations
+
 import argparse
 import hashlib
 import importlib

@@ -10,6 +10,8 @@ choose here. Numerics first: the totals must agree. On a machine that does other
 ratio of processor seconds.
 """
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import importlib.metadata

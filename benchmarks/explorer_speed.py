@@ -3,6 +3,8 @@
 python benchmarks/explorer_speed.py [MODEL]
 """
 
+from __future__ import annotations
+
 import os
 import re
 import statistics

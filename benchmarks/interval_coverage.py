@@ -9,6 +9,8 @@ with its length (`slope`, a unit of log length), so that the truth has a closed 
 largest document has: what makes intervals hard. Each trial draws a corpus; the corpora are the same for all methods.
 """
 
+from __future__ import annotations
+
 import argparse
 import math
 import time

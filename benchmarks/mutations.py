@@ -7,6 +7,8 @@ by what parsers dislike): recipes, stores, checkpoints, and documents in each fo
 code 1 where a fault was found.
 """
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import gzip

@@ -6,6 +6,8 @@ where it is in its original's cluster. A document is falsely clustered where non
 shares `FALSE_BELOW` of its word trigrams (exactly counted).
 """
 
+from __future__ import annotations
+
 import argparse
 import random
 import re

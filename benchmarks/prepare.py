@@ -9,6 +9,8 @@ the language-modelling example of transformers does: `load_dataset("text")`, `ma
 grouping into blocks, with as many processes as there are cores.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import os

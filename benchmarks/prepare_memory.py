@@ -10,6 +10,8 @@ what grows with the text. A straight line through the sizes says what `TARGET_DO
 if that is more than `LIMIT_MB`.
 """
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import itertools

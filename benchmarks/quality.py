@@ -16,6 +16,8 @@ every arm with the first one of the same budget: the mean difference over the se
 each seed's documents.
 """
 
+from __future__ import annotations
+
 import argparse
 import itertools
 import json

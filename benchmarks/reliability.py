@@ -6,6 +6,8 @@
 Prints the figures as JSON.
 """
 
+from __future__ import annotations
+
 import argparse
 import gc
 import json

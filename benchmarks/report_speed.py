@@ -5,6 +5,8 @@
 The finished run RUN is copied; the records of its steps are repeated until there are as many as asked for.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import shutil

@@ -6,6 +6,8 @@ Lengths of documents are log-normal. Times are those of the processor, so that o
 little; the medians of the rounds are compared. The goal is a ratio of at most 1.2.
 """
 
+from __future__ import annotations
+
 import argparse
 import statistics
 import time

@@ -8,6 +8,8 @@ first. Speeds are tokens of text a second: `hf_users` puts one text a row and pa
 multiplied (the tied head once, tables that are looked up not at all), and by 6N and the causal half of attention.
 """
 
+from __future__ import annotations
+
 import argparse
 import dataclasses
 import sys

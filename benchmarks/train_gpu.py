@@ -15,6 +15,8 @@ that fails is recorded, and the rest goes on. The exit status is 1 where the num
 A Trainer for which memory does not suffice is a result, and so are the sections that `--minutes` leaves no time for.
 """
 
+from __future__ import annotations
+
 import argparse
 import dataclasses
 import importlib.util

@@ -9,6 +9,8 @@ clock would count the time in which other processes had it. Evaluation does not 
 hash; the new tokens are learnt on the training side alone.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import math

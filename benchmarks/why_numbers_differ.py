@@ -11,6 +11,8 @@ figure is of a model that sits on disk, beside what `cartilha evaluate` says of 
 same machine gives the same table.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import logging

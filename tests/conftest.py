@@ -1,5 +1,7 @@
 """What every test shares: one thread, no network, a cache of its own, and what lies beside the checkout."""
 
+from __future__ import annotations
+
 import json
 import logging
 import os

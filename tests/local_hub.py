@@ -3,6 +3,8 @@
 A client finds it by `HF_ENDPOINT`, which huggingface_hub and datasets read when they are imported.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import threading
@@ -54,7 +56,7 @@ class LocalHub:
         return sum(line.startswith("GET ") and line.endswith(path) for line in self.requests)
 
     @contextmanager
-    def running(self) -> Iterator["LocalHub"]:
+    def running(self) -> Iterator[LocalHub]:
         hub = self
 
         class Bound(_Answers):

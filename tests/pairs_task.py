@@ -1,5 +1,7 @@
 """A task of lm-evaluation-harness that the tests write themselves."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,5 +1,7 @@
 """What tests of readers share: files to read, the documents in them, and the sentence that a mistake ends with."""
 
+from __future__ import annotations
+
 import bz2
 import gzip
 import lzma

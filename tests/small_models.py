@@ -1,5 +1,7 @@
 """Small models of several architectures, with fresh weights that are always the same."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import torch

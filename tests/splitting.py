@@ -1,5 +1,7 @@
 """Documents that are split by the hashes of their texts, and the same in plain Python."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import numpy as np

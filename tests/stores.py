@@ -1,5 +1,7 @@
 """Stores whose documents are put on either side by hand."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import pyarrow as pa

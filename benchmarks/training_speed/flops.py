@@ -1,5 +1,7 @@
 """What a token costs and what the hardware could do: the two sides of a share of peak."""
 
+from __future__ import annotations
+
 import time
 from collections.abc import Callable, Iterable
 from typing import Any

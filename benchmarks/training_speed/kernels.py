@@ -1,5 +1,7 @@
 """The fused loss and attention alone, beside what the hardware needs for their operations and their bytes at least."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 from typing import Any

@@ -1,5 +1,7 @@
 """What the figures were taken on, asked in a process of its own: whoever starts the sections holds no GPU memory."""
 
+from __future__ import annotations
+
 import platform
 from typing import Any
 

@@ -1,5 +1,7 @@
 """What a step takes at its peak, under a limit where one is asked for, beside what the plan says of it."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import torch

@@ -1,5 +1,7 @@
 """Whether all ways to compute a step agree, before any of them is timed; and how far two equal runs lie apart."""
 
+from __future__ import annotations
+
 import dataclasses
 from typing import Any
 

@@ -1,5 +1,7 @@
 """How fast held-out text is scored: the second thing that a card is rented for."""
 
+from __future__ import annotations
+
 import time
 from typing import Any
 

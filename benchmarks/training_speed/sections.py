@@ -1,5 +1,7 @@
 """Sections of a benchmark: each in its own process with a time limit, so that one that fails is one row less."""
 
+from __future__ import annotations
+
 import json
 import os
 import signal

@@ -1,5 +1,7 @@
 """The model, the texts and the shapes that a training speed is measured on."""
 
+from __future__ import annotations
+
 import time
 from dataclasses import dataclass
 from pathlib import Path

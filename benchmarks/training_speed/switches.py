@@ -1,5 +1,7 @@
 """What makes our training fast on a GPU, each of which can be turned off in this process to see what it is worth."""
 
+from __future__ import annotations
+
 import importlib
 from typing import Any
 

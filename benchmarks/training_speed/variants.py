@@ -6,6 +6,8 @@ hf_packed  rows full of text, the defaults otherwise
 hf_tuned   the same rows, no dropout, sdpa, fused AdamW, torch.compile where a C++ compiler is there
 """
 
+from __future__ import annotations
+
 import tempfile
 from typing import Any
 

@@ -1,5 +1,7 @@
 """A section in a process of its own: `python worker.py SECTION SETTINGS`, both from `sections.run`; prints a result."""
 
+from __future__ import annotations
+
 import json
 import sys
 from pathlib import Path

@@ -9,6 +9,8 @@ small model under the names that pages use). A comment on the line above a block
     <!-- varies -->         above an output: its numbers differ from machine to machine
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import os
@@ -131,7 +133,7 @@ for line in sys.stdin:
         self._folder = folder
         self._process: subprocess.Popen[str] | None = None
 
-    def __enter__(self) -> "Interpreter":
+    def __enter__(self) -> Interpreter:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,5 +1,7 @@
 """The pages that are made of the code: all options, all messages, the Python interface."""
 
+from __future__ import annotations
+
 import argparse
 import ast
 import re

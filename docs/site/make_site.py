@@ -6,6 +6,8 @@ Each language is a site of its own: zensical builds it from the pages of that la
 rewritten, and from pages that `generated.py` makes of the code. Pages in English alone are in both.
 """
 
+from __future__ import annotations
+
 import argparse
 import fnmatch
 import json

@@ -4,6 +4,8 @@ A message in the code is one sentence, `what is wrong; what to do`, with values 
 in Portuguese, by module; a test fails where one is missing or left over.
 """
 
+from __future__ import annotations
+
 import ast
 import re
 from collections.abc import Iterator

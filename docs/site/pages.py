@@ -1,5 +1,7 @@
 """The pages of the documentation as the repository has them: languages, twins, headings, links, blocks of code."""
 
+from __future__ import annotations
+
 import os
 import re
 from collections.abc import Iterator

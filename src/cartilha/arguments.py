@@ -1,5 +1,7 @@
 """The flags of a command; their words, and the values of YAML files, are converted by the types of the fields."""
 
+from __future__ import annotations
+
 import contextlib
 import difflib
 import math

@@ -1,5 +1,7 @@
 """The command line: results go to standard output, everything else to standard error."""
 
+from __future__ import annotations
+
 import difflib
 import importlib
 import os

@@ -3,6 +3,8 @@
 Everything goes to standard error, so that `--json` has standard output to itself. Stages only log (`errors.log`).
 """
 
+from __future__ import annotations
+
 import logging
 import os
 import re

@@ -4,6 +4,8 @@ The command line prints the message of an exception and ends with `exit_code`. A
 ours can break. In the log, INFO is progress, WARNING is a fallback or a finding that the results must record.
 """
 
+from __future__ import annotations
+
 import importlib
 import json
 import logging

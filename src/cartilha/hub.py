@@ -1,5 +1,7 @@
 """The Hugging Face hub: it is asked again while it is busy, and what keeps it from answering is put into words."""
 
+from __future__ import annotations
+
 import errno
 import functools
 import logging

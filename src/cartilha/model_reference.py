@@ -1,5 +1,7 @@
 """Where the files of a model are: a hub id, a directory, a GGUF file, a package with one, or an architecture."""
 
+from __future__ import annotations
+
 import functools
 import hashlib
 import importlib.metadata

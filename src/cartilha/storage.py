@@ -4,6 +4,8 @@ The process that writes a temporary file or directory holds its lock, which ends
 without a lock was abandoned, and the next writer removes it.
 """
 
+from __future__ import annotations
+
 import contextlib
 import ctypes
 import errno

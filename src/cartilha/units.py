@@ -1,5 +1,7 @@
 """Values that users write with a unit: a duration (`1h30m`), a share (`5%`), an amount of tokens (`5m`)."""
 
+from __future__ import annotations
+
 import math
 import re
 

@@ -1,5 +1,7 @@
 """What the browser tests share: a headless Chromium, and pages that remember what went wrong and what they asked."""
 
+from __future__ import annotations
+
 import os
 import shutil
 from collections.abc import Callable, Iterator

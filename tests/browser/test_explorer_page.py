@@ -1,5 +1,7 @@
 """The explorer in a real browser, over random:tiny models."""
 
+from __future__ import annotations
+
 import threading
 import time
 from collections.abc import Iterator

@@ -1,5 +1,7 @@
 """The report as a reader has it: opened from the disk in a real browser."""
 
+from __future__ import annotations
+
 import json
 import math
 from collections.abc import Iterator

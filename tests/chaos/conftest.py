@@ -1,5 +1,7 @@
 """What the tests of disks share."""
 
+from __future__ import annotations
+
 import time
 from collections.abc import Callable
 from pathlib import Path

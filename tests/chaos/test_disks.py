@@ -1,5 +1,7 @@
 """Disks that are full, read-only or gone: one sentence, the last good checkpoint intact, and the run goes on."""
 
+from __future__ import annotations
+
 import errno
 import hashlib
 import json

@@ -1,5 +1,7 @@
 """A process's first elementwise functions on several threads give what its later ones give."""
 
+from __future__ import annotations
+
 import os
 import subprocess
 import sys

@@ -1,5 +1,7 @@
 """The long harnesses in short: `kill -9` at random instants, and mutated inputs (benchmarks/ has them in full)."""
 
+from __future__ import annotations
+
 import json
 import os
 import subprocess

@@ -1,5 +1,7 @@
 """Memory that does not come back: what a run writes at every evaluation must not make it grow."""
 
+from __future__ import annotations
+
 import subprocess
 import sys
 

@@ -1,5 +1,7 @@
 """Disks that really are full or read-only: small ones of our own, mounted for the test (which takes root, on Linux)."""
 
+from __future__ import annotations
+
 import hashlib
 import os
 import shutil

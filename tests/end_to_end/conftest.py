@@ -1,5 +1,7 @@
 """What the end-to-end tests share: a small corpus, its store, and the command line called in this process."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -3,6 +3,8 @@
 A server imports everything once, and each process is a fork of it.
 """
 
+from __future__ import annotations
+
 import multiprocessing
 import os
 import signal

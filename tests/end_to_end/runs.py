@@ -1,5 +1,7 @@
 """Tiny training runs for the end-to-end tests: how they are started, what they leave, and when two are the same."""
 
+from __future__ import annotations
+
 import json
 import signal
 from collections.abc import Callable

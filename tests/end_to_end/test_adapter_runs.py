@@ -1,5 +1,7 @@
 """`--lora`: the base stays as it is, a resume is exact, and the adapter's directory is a model like any other."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 

@@ -1,5 +1,7 @@
 """A user's mistakes: each is one clear sentence with the remedy and exit code 2, and nothing that was there is lost."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Callable
 from pathlib import Path

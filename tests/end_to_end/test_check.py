@@ -1,5 +1,7 @@
 """`check` from the command line, and the cheap checks before a training."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 

@@ -1,5 +1,7 @@
 """`train --decay_from`: a checkpoint of a run with a constant rate, taken further while the rate decays."""
 
+from __future__ import annotations
+
 import shutil
 from pathlib import Path
 from typing import Any

@@ -1,5 +1,7 @@
 """`prepare --decontaminate`: what holds a benchmark's questions is left out, counted, recorded and listed."""
 
+from __future__ import annotations
+
 import json
 import sys
 from dataclasses import replace

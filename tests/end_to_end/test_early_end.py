@@ -1,5 +1,7 @@
 """Validation between epochs, patience, the best weights in RUN/model, and English before and after."""
 
+from __future__ import annotations
+
 import json
 import shutil
 from collections.abc import Iterator

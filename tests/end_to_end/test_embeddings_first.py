@@ -1,5 +1,7 @@
 """A first phase that trains the token embeddings alone: nothing else moves in it, everything moves after it."""
 
+from __future__ import annotations
+
 import json
 import shutil
 from pathlib import Path

@@ -1,5 +1,7 @@
 """`evaluate` and `compare` from the command line, on models without any training: every figure against a naive one."""
 
+from __future__ import annotations
+
 import itertools
 import json
 import math

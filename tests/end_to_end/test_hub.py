@@ -1,5 +1,7 @@
 """The hub over HTTP: the real clients, in a process of their own, speak to a hub of ours (tests/local_hub.py)."""
 
+from __future__ import annotations
+
 import json
 import multiprocessing
 import os

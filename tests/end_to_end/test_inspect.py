@@ -1,5 +1,7 @@
 """`inspect`: the numbers are those of the documents, and what is shown is what the model will read."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 

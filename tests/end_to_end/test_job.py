@@ -1,5 +1,7 @@
 """The whole job on a tiny model: files, figures, exact resume, and what a failure leaves behind."""
 
+from __future__ import annotations
+
 import itertools
 import json
 import math

@@ -3,6 +3,8 @@
 Packed by proof, in rows, with a state, a mixture of experts with a loss of its routers, and one that sees images.
 """
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 from typing import Any

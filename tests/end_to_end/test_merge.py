@@ -1,5 +1,7 @@
 """`merge`: an adapter into its base, and instruct minus base added to a trained model, weight by weight."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 

@@ -1,5 +1,7 @@
 """`train --mix`: several stores and domains in shares; resumed to the bit; what cannot be mixed is refused."""
 
+from __future__ import annotations
+
 import json
 import shutil
 from dataclasses import replace

@@ -1,5 +1,7 @@
 """The notebooks: what Colab opens is made of the text, both languages do the same, and every cell runs in seconds."""
 
+from __future__ import annotations
+
 import ast
 import re
 import sys

@@ -5,6 +5,8 @@
 `make test` has a part of it (test_processes.py, test_sharding.py); this takes minutes.
 """
 
+from __future__ import annotations
+
 import signal
 from pathlib import Path
 

@@ -1,5 +1,7 @@
 """A model that reads more than text in the other ways to train: lean, by an adapter, shared out over two processes."""
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import Any
 

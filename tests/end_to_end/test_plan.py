@@ -1,5 +1,7 @@
 """`plan` from the command line, and the plan that a run keeps."""
 
+from __future__ import annotations
+
 import json
 from dataclasses import replace
 from functools import partialmethod

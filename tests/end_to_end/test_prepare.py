@@ -1,5 +1,7 @@
 """`prepare` on shards: the same bytes whoever does the work, nothing done twice, nothing half-true left."""
 
+from __future__ import annotations
+
 import errno
 import json
 import multiprocessing

@@ -1,5 +1,7 @@
 """`prepare` on bad input: one sentence that names file and place, and each of the user's choices does what it says."""
 
+from __future__ import annotations
+
 import gzip
 import json
 import sys

@@ -1,5 +1,7 @@
 """Training shared by processes, each with the whole model: the losses of one process, any number resuming."""
 
+from __future__ import annotations
+
 import json
 import subprocess
 from collections.abc import Callable

@@ -1,5 +1,7 @@
 """`prepare --max_perplexity`, `--classifier` and `--dry_run`: which documents a network keeps out of the training."""
 
+from __future__ import annotations
+
 import json
 from dataclasses import replace
 from pathlib import Path

@@ -1,5 +1,7 @@
 """Interrupted runs: resumed, they are the unbroken run to the bit; what may not be gone on with is refused by name."""
 
+from __future__ import annotations
+
 import json
 import shutil
 import signal

@@ -1,5 +1,7 @@
 """Runs that go on with other things, or in another place: what `--allow_changes` accepts, and what just moved."""
 
+from __future__ import annotations
+
 import shutil
 from collections.abc import Callable
 from pathlib import Path

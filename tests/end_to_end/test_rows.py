@@ -1,5 +1,7 @@
 """A model whose documents have rows of their own, from the command line: it is said once, trains and is evaluated."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 

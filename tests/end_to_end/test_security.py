@@ -1,5 +1,7 @@
 """What comes from others is never run, never trusted in size, and secrets of the environment stay there."""
 
+from __future__ import annotations
+
 import json
 import logging
 import pickle

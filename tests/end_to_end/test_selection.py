@@ -1,5 +1,7 @@
 """`prepare --select_tokens`, with and without a target: what is taken, held out, recorded and said."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager

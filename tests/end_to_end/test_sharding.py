@@ -1,5 +1,7 @@
 """Sharded models: the losses of one process, checkpoints that any number of processes goes on from, lost processes."""
 
+from __future__ import annotations
+
 import json
 import shutil
 import signal

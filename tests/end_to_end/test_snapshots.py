@@ -1,5 +1,7 @@
 """What a run keeps beside each evaluation: samples, surprisal, and the comparison with the model before training."""
 
+from __future__ import annotations
+
 import json
 import math
 import os

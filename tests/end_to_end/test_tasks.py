@@ -1,5 +1,7 @@
 """`evaluate --tasks`: without a text, and kept in a run's record, report and card."""
 
+from __future__ import annotations
+
 import json
 import shutil
 from collections.abc import Callable

@@ -1,5 +1,7 @@
 """Corpora of a handful of documents: both sides of the split get one, and a single document is refused."""
 
+from __future__ import annotations
+
 import json
 
 import pytest

@@ -1,5 +1,7 @@
 """`cartilha vocab`: figures that can be counted by hand, an extension that trains on, advice, and what is refused."""
 
+from __future__ import annotations
+
 import itertools
 import json
 import shutil

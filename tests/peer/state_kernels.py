@@ -3,6 +3,8 @@
 They have the originals' arguments, so that transformers' own code decides what reaches them.
 """
 
+from __future__ import annotations
+
 import itertools
 import sys
 from collections.abc import Callable

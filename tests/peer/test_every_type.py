@@ -5,6 +5,8 @@ gradients must be those of transformers on each document alone. What is found mu
 `make test-models` tries all types (some minutes), else a sample of all kinds is tried. `--write-table` writes them.
 """
 
+from __future__ import annotations
+
 import copy
 import warnings
 from pathlib import Path

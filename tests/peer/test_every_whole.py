@@ -4,6 +4,8 @@
 (`--write-table`).
 """
 
+from __future__ import annotations
+
 import copy
 from pathlib import Path
 from typing import Any

@@ -1,5 +1,7 @@
 """gigatoken gives the ids of `tokenizers`, and where it does not, it is found out."""
 
+from __future__ import annotations
+
 import json
 import logging
 from collections.abc import Callable

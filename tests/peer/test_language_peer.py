@@ -1,5 +1,7 @@
 """Languages are told as py3langid tells them, text by text."""
 
+from __future__ import annotations
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -1,5 +1,7 @@
 """Total nats of real documents, longer than the window, beside those of lm-eval's `loglikelihood_rolling`."""
 
+from __future__ import annotations
+
 import copy
 import importlib.util
 from collections.abc import Callable, Iterator

@@ -1,5 +1,7 @@
 """A downstream task through the harness gives what our own scores of the same pairs give."""
 
+from __future__ import annotations
+
 import pytest
 import torch
 

@@ -3,6 +3,8 @@
 The peer is the same weights under `eager` attention, one document at a time: no packing, no fused head.
 """
 
+from __future__ import annotations
+
 import copy
 import functools
 from collections.abc import Iterator

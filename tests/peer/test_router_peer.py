@@ -1,5 +1,7 @@
 """The routers' own loss: packed documents and rows have the total loss and the gradients of transformers."""
 
+from __future__ import annotations
+
 import copy
 
 import pytest

@@ -3,6 +3,8 @@
 And those that cannot run, refused by name.
 """
 
+from __future__ import annotations
+
 from typing import Any
 
 import numpy as np

@@ -3,6 +3,8 @@
 Kernels need a GPU: stand-ins in plain torch take their places, where transformers itself would call them.
 """
 
+from __future__ import annotations
+
 import copy
 import functools
 from collections.abc import Callable

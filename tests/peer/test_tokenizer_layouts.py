@@ -1,5 +1,7 @@
 """The files in which a byte-level tokenizer may lie, against what transformers makes of them: texts, ids, and names."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 from typing import Any

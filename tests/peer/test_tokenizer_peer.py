@@ -6,6 +6,8 @@ anything else (`tokenizer.ggml.pre` is `smollm`, and the tokenizer.json of Huggi
 has `ĠĠ 1` for two spaces and a 1, the conversion has `Ġ Ġ 1`.
 """
 
+from __future__ import annotations
+
 import importlib.metadata
 import re
 from collections.abc import Callable

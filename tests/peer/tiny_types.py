@@ -3,6 +3,8 @@
 Fresh weights would hide much: biases are zero, logits are too small for a cap, windows are longer than the text.
 """
 
+from __future__ import annotations
+
 from typing import Any
 
 import torch

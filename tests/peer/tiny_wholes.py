@@ -1,5 +1,7 @@
 """A tiny model of any type that reads more than text, in which every part matters."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import torch

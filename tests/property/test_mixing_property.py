@@ -1,5 +1,7 @@
 """A mixture: each source has its share wherever the stream is cut, and the order follows from shares and seed alone."""
 
+from __future__ import annotations
+
 from collections import Counter
 from fractions import Fraction
 from itertools import islice, pairwise

@@ -1,5 +1,7 @@
 """Packing of any documents: all is a target once, nothing crosses documents, only the end is padded."""
 
+from __future__ import annotations
+
 from collections import Counter
 from dataclasses import dataclass
 

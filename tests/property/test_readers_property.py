@@ -1,5 +1,7 @@
 """Any text without a line feed comes back exactly, whatever format and compression it was written in."""
 
+from __future__ import annotations
+
 import csv
 import io
 import json

@@ -1,5 +1,7 @@
 """However a file is cut into shards, the same documents come out, in the same order and with the same ids."""
 
+from __future__ import annotations
+
 import json
 import pickle
 from pathlib import Path

@@ -1,5 +1,7 @@
 """The split of any texts: equal texts stay together, growth moves none, and neither side stays empty."""
 
+from __future__ import annotations
+
 import string
 
 from hypothesis import example, given

@@ -1,5 +1,7 @@
 """Counting on bytes gives what Python's own methods give, for any text."""
 
+from __future__ import annotations
+
 import unicodedata
 from itertools import pairwise
 

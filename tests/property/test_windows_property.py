@@ -1,5 +1,7 @@
 """Windows of any document under any window and stride: every token once, and the context that the definition gives."""
 
+from __future__ import annotations
+
 from hypothesis import example, given
 from hypothesis import strategies as st
 

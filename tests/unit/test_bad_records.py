@@ -1,5 +1,7 @@
 """Bad input: the message names file and place, and whoever says `skip` loses that record only, which is counted."""
 
+from __future__ import annotations
+
 import gzip
 import json
 import os

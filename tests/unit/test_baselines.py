@@ -1,5 +1,7 @@
 """Baselines: figures by hand, and that a compressor's window reaches back over the whole prime."""
 
+from __future__ import annotations
+
 import bz2
 import hashlib
 import lzma

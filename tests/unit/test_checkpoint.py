@@ -1,5 +1,7 @@
 """Checkpoints: restored to the bit, damage found and named, old ones removed."""
 
+from __future__ import annotations
+
 import errno
 import json
 import logging

@@ -1,5 +1,7 @@
 """Each check finds the fault that it is there for, and a sound set-up passes them all."""
 
+from __future__ import annotations
+
 import math
 import unicodedata
 from collections.abc import Iterator

@@ -1,5 +1,7 @@
 """Cleaning: each step mends or rejects what it is named for, and leaves clean text as it is."""
 
+from __future__ import annotations
+
 import json
 import sys
 import unicodedata

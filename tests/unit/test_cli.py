@@ -1,5 +1,7 @@
 """The command line: what is parsed, what is refused and how, and what is not imported for it."""
 
+from __future__ import annotations
+
 import ast
 import dataclasses
 import importlib

@@ -1,5 +1,7 @@
 """Near-duplicates are found within a corpus of any size: signatures, bands, pairs, clusters."""
 
+from __future__ import annotations
+
 import random
 import re
 import sys

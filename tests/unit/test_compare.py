@@ -1,5 +1,7 @@
 """Intervals, p-values and lists of a comparison: figures by hand, and how often intervals hold the truth."""
 
+from __future__ import annotations
+
 import itertools
 import json
 import math

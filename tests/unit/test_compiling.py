@@ -1,5 +1,7 @@
 """The compiled body: one graph for all batches, the same figures as plain code, and plain code where it fails."""
 
+from __future__ import annotations
+
 import inspect
 import logging
 import math

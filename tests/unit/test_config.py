@@ -1,5 +1,7 @@
 """An option that is marked as deciding the result is guarded wherever results are used again, whoever defines it."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, replace
 from pathlib import Path
 

@@ -1,5 +1,7 @@
 """Continuations: what is chosen, what can never be, and prompts whose last space is healed."""
 
+from __future__ import annotations
+
 import copy
 import itertools
 from collections.abc import Iterable

@@ -1,5 +1,7 @@
 """Continuations held against what really follows: cuts, ROUGE-L and distinct-n by hand, sacrebleu as the peer."""
 
+from __future__ import annotations
+
 import importlib.util
 import json
 import random

@@ -1,5 +1,7 @@
 """The documentation: its links, its two languages, its commands and options, and that it has all our messages."""
 
+from __future__ import annotations
+
 import re
 import sys
 from collections.abc import Iterator

@@ -1,5 +1,7 @@
 """Rows for new tokens: old rows untouched, spare ones first, means of what they replace, tied where it was tied."""
 
+from __future__ import annotations
+
 from pathlib import Path
 
 import pytest

@@ -1,5 +1,7 @@
 """The energy of a run: added up over commands, of GPUs and of processors, and absent where nothing counts it."""
 
+from __future__ import annotations
+
 from pathlib import Path
 
 import pytest

@@ -1,5 +1,7 @@
 """The English sample: its size, that no text repeats another, and that it is English to a tokenizer made for it."""
 
+from __future__ import annotations
+
 import re
 from itertools import combinations
 

@@ -1,5 +1,7 @@
 """The explorer's computing and drawing, without its web framework."""
 
+from __future__ import annotations
+
 import dataclasses
 import json
 import math

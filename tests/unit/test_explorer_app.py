@@ -1,5 +1,7 @@
 """The explorer's server, and the command that starts it."""
 
+from __future__ import annotations
+
 import os
 import re
 import signal

@@ -1,5 +1,7 @@
 """The page on extending: its code runs as it stands, in both languages."""
 
+from __future__ import annotations
+
 import os
 import re
 import subprocess

@@ -1,5 +1,7 @@
 """What each format and compression gives, what a folder leaves out, and what is told from the head of a file."""
 
+from __future__ import annotations
+
 import gzip
 import json
 import logging

@@ -1,5 +1,7 @@
 """What a team picks up: the picture of the architecture, the citation, the forms, the image."""
 
+from __future__ import annotations
+
 import re
 import tomllib
 from pathlib import Path

@@ -1,5 +1,7 @@
 """What listens to the training loop: metrics.jsonl across resumes, the epoch's loss, and requests to stop."""
 
+from __future__ import annotations
+
 import json
 import logging
 import math

@@ -1,5 +1,7 @@
 """An attention kernel from outside: one class and one registration, and forward pass, plan and trace use it."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from dataclasses import dataclass
 

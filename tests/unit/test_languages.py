@@ -1,5 +1,7 @@
 """Languages of text: each built-in one is whole, a user's file is enough for a job, and its mistakes are sentences."""
 
+from __future__ import annotations
+
 import re
 from dataclasses import replace
 from pathlib import Path

@@ -1,5 +1,7 @@
 """Scalars that come late from the device: each is read a step late, and nothing that is recorded depends on it."""
 
+from __future__ import annotations
+
 import json
 from contextlib import nullcontext
 from dataclasses import replace

@@ -1,5 +1,7 @@
 """Lean training: stochastic rounding, moments of 8 bits, steps in the backward pass, and memory profiles."""
 
+from __future__ import annotations
+
 import hashlib
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,5 +1,7 @@
 """The view of a training run: what it shows, and that no text can disturb the terminal."""
 
+from __future__ import annotations
+
 import io
 import json
 import logging

@@ -1,5 +1,7 @@
 """Loading: the right values in float32, from every kind of MODEL, and one clear sentence for what cannot be loaded."""
 
+from __future__ import annotations
+
 import copy
 import json
 import math

@@ -1,5 +1,7 @@
 """A longer context in the configuration, and weights read tensor by tensor in the type in which they are kept."""
 
+from __future__ import annotations
+
 import dataclasses
 from pathlib import Path
 

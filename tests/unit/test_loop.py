@@ -1,5 +1,7 @@
 """The training loop: memory that runs out in any pass of a step, perplexity as a loss, blocks prepared ahead."""
 
+from __future__ import annotations
+
 import itertools
 import random
 from collections.abc import Callable

@@ -1,5 +1,7 @@
 """The fused head and loss: torch's cross-entropy, chunk by chunk, with never more than a chunk of logits alive."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 
 import pytest

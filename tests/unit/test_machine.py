@@ -1,5 +1,7 @@
 """The machine and its disk: no emulated dtype, clear refusals, and writes that a reader never sees half done."""
 
+from __future__ import annotations
+
 import json
 import os
 import subprocess

@@ -1,5 +1,7 @@
 """The measures by hand: what is summed, what it is divided by, and what is left out, refused or noted."""
 
+from __future__ import annotations
+
 import itertools
 import json
 import math

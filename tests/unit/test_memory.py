@@ -1,5 +1,7 @@
 """The memory plan: traced from the real code, linear in tokens and layers; more memory never plans a smaller batch."""
 
+from __future__ import annotations
+
 import copy
 import itertools
 import json

@@ -1,5 +1,7 @@
 """Continued byte-pair merges: the peer's training where there is nothing to continue, plain recounting elsewhere."""
 
+from __future__ import annotations
+
 import json
 from collections import Counter
 from itertools import pairwise

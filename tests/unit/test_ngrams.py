@@ -1,5 +1,7 @@
 """N-gram models over ids: what they count and weigh, against the same done token by token."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterator
 from itertools import chain, pairwise

@@ -1,5 +1,7 @@
 """Nll of documents: packed windows give what one window at a time gives, whatever the lengths, order and batch size."""
 
+from __future__ import annotations
+
 import copy
 import math
 from dataclasses import replace

@@ -1,5 +1,7 @@
 """What a notebook shows of results: the report's own words and figures, in the reader's language, and drawings."""
 
+from __future__ import annotations
+
 import re
 import xml.etree.ElementTree as ElementTree
 from base64 import b64decode

@@ -1,5 +1,7 @@
 """What a run warned of, in the Portuguese report: every sentence of the code is known, with its values."""
 
+from __future__ import annotations
+
 import ast
 import re
 from pathlib import Path

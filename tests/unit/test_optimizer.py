@@ -1,5 +1,7 @@
 """The optimizer's groups and the learning rate's shape."""
 
+from __future__ import annotations
+
 import itertools
 import math
 

@@ -1,5 +1,7 @@
 """The proof that a model runs packed finds the faults that it is there for, also those beyond its few tokens."""
 
+from __future__ import annotations
+
 import functools
 from typing import Any
 

@@ -1,5 +1,7 @@
 """What is found piece by piece in arrays over all documents is what the whole array would give."""
 
+from __future__ import annotations
+
 import numpy as np
 import pytest
 from hypothesis import given

@@ -1,5 +1,7 @@
 """What longer trainings would bring, from the losses of short ones."""
 
+from __future__ import annotations
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

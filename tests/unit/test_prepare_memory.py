@@ -1,5 +1,7 @@
 """What `prepare` decides about documents takes no more memory for more documents: arrays over all of them are files."""
 
+from __future__ import annotations
+
 import gc
 import tempfile
 import tracemalloc

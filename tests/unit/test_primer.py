@@ -4,6 +4,8 @@ Each check that is a function (shared runs, near-duplicates, distinct words, ...
 with a fault planted in it, and must find that fault: a check that finds nothing anywhere would pass for ever.
 """
 
+from __future__ import annotations
+
 import json
 import lzma
 import re

@@ -1,5 +1,7 @@
 """Pushing a model: what is sent, and what a refusal says. The hub itself is faked here."""
 
+from __future__ import annotations
+
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any

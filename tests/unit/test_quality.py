@@ -1,5 +1,7 @@
 """FineWeb-2's rules: each fault is named, good text passes, and what is counted is what the rules say."""
 
+from __future__ import annotations
+
 import re
 from collections import Counter
 

@@ -1,5 +1,7 @@
 """Questions in a text: every run of their words is found, however it is written, and nothing else is."""
 
+from __future__ import annotations
+
 import random
 import unicodedata
 

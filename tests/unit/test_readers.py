@@ -1,5 +1,7 @@
 """Readers: what is a document, what it is called, and one clear sentence for everything that can be wrong."""
 
+from __future__ import annotations
+
 import glob
 import gzip
 import json

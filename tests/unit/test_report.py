@@ -1,5 +1,7 @@
 """The report on fabricated run directories: every status, every gap, and nothing that compares what may not be."""
 
+from __future__ import annotations
+
 import csv
 import io
 import json

@@ -1,5 +1,7 @@
 """MODEL arguments: what each one names, one sentence for each that names nothing, and where conversions are kept."""
 
+from __future__ import annotations
+
 import os
 import sys
 import unicodedata

@@ -1,5 +1,7 @@
 """Splits of a whole corpus: by fraction, number, the first ones or given files, and by cluster where there are any."""
 
+from __future__ import annotations
+
 import numpy as np
 import pytest
 from hypothesis import given, settings

@@ -1,5 +1,7 @@
 """Which documents are held out: fixed by hash and seed, in the wanted share, and never all or none of them."""
 
+from __future__ import annotations
+
 import pytest
 
 from cartilha.corpus.document import Document

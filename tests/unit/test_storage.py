@@ -1,5 +1,7 @@
 """Durable files: whole or not at all, whoever is killed when; and what others wrote is read within bounds."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 import math

@@ -1,5 +1,7 @@
 """The store: what is written comes back, damage is named, and a write that fails leaves what was there."""
 
+from __future__ import annotations
+
 import json
 import os
 from collections.abc import Callable

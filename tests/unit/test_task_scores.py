@@ -1,5 +1,7 @@
 """Intervals of tasks' scores: known values, their coverage, and what is read of the harness."""
 
+from __future__ import annotations
+
 import numpy as np
 import pytest
 

@@ -1,5 +1,7 @@
 """Tokenizers: nothing added to a text, nothing in it special, the same in every format, and refused when unfit."""
 
+from __future__ import annotations
+
 import json
 import shutil
 import sys

@@ -1,5 +1,7 @@
 """Trackers mirror metrics.jsonl, and never cost the run anything."""
 
+from __future__ import annotations
+
 import json
 import logging
 import math
@@ -32,7 +34,7 @@ EVALUATION = {
 class Recorder:
     """A plug-in that keeps what it is given."""
 
-    made: ClassVar[list["Recorder"]] = []
+    made: ClassVar[list[Recorder]] = []
 
     def __init__(self, run: TrackedRun) -> None:
         self.run, self.figures, self.texts, self.closed = run, [], [], 0

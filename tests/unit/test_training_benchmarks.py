@@ -1,5 +1,7 @@
 """The training benchmarks run and can fail: the one for GPUs has to be right at its first run on one."""
 
+from __future__ import annotations
+
 import dataclasses
 import importlib
 import json

@@ -1,5 +1,7 @@
 """After which steps a run is validated, and how long its best evaluation has been the best."""
 
+from __future__ import annotations
+
 import math
 from typing import Any
 

@@ -1,5 +1,7 @@
 """An extended tokenizer: all that was there stays, `tokenizers` and transformers agree on it, no text costs more."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,5 +1,7 @@
 """Numbers that go wrong: what is counted, what is marked, and what ends a run."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import asdict
 from typing import Any

@@ -1,5 +1,7 @@
 """Gradients that products add to those already there: the same as autograd's, and no second tensor for them."""
 
+from __future__ import annotations
+
 import functools
 from typing import Any
 

@@ -1,5 +1,7 @@
 """Windows by hand, lm-eval's rolling windows, and protocols: names, limits and hashes."""
 
+from __future__ import annotations
+
 from dataclasses import replace
 
 import pytest

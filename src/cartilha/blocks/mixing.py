@@ -6,6 +6,8 @@ Zhang 1996). No source is ever ahead of its share by more than a document of its
 document. A source that is used up begins again, in another order.
 """
 
+from __future__ import annotations
+
 import math
 import sys
 from array import array

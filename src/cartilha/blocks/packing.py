@@ -4,9 +4,10 @@ Targets are the stream shifted by one, here and nowhere else: every text token a
 epoch, a prefix never. A document that does not fit into a block continues in the next, with positions from 0 again.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 
@@ -41,7 +42,7 @@ class Batch(Block):
     """Blocks stacked: arrays of shape (num_blocks, block_size); `segment_lengths` row by row."""
 
     @classmethod
-    def unscored(cls, input_ids: np.ndarray) -> Self:
+    def unscored(cls, input_ids: np.ndarray) -> Batch:
         """One row of a single segment, without targets."""
         length = len(input_ids)
         targets = np.full((1, length), IGNORE_INDEX, np.int64)

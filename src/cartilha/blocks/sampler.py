@@ -1,5 +1,7 @@
 """The blocks of each training step: a pure function of seed and step, so that a resumed run needs no data state."""
 
+from __future__ import annotations
+
 from functools import cached_property
 from typing import NamedTuple
 

@@ -1,5 +1,7 @@
 """Does it fit: the plan against the device's memory, the files against the disk."""
 
+from __future__ import annotations
+
 import shutil
 
 from cartilha.checks.outcome import CheckResult, Judgement, Subject

@@ -1,5 +1,7 @@
 """Checks of the model's forward pass: where it starts, what a token may see, how exact the numbers are."""
 
+from __future__ import annotations
+
 import copy
 from dataclasses import replace
 

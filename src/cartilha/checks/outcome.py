@@ -1,5 +1,7 @@
 """What a check works with and what it says."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,5 +1,7 @@
 """Checks of the text and its tokenizer: nothing here needs the model's weights."""
 
+from __future__ import annotations
+
 import json
 import time
 import unicodedata

@@ -1,5 +1,7 @@
 """Checks that take gradients and steps. Weights are put back afterwards."""
 
+from __future__ import annotations
+
 import math
 import statistics
 import tempfile

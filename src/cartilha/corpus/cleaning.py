@@ -5,6 +5,8 @@ Each step begins with a test that clean text passes at hundreds of megabytes per
 those of FineWeb-2.
 """
 
+from __future__ import annotations
+
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -1,5 +1,7 @@
 """CSV and TSV: what separates the fields, whether quotes enclose them, and rows joined out of several lines."""
 
+from __future__ import annotations
+
 import csv
 import re
 from collections.abc import Iterator

@@ -1,5 +1,7 @@
 """The record that all stages pass on: a document."""
 
+from __future__ import annotations
+
 import hashlib
 from dataclasses import dataclass
 

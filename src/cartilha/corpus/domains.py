@@ -3,6 +3,8 @@
 The head of the file decides, so that the answer does not depend on how the file is cut.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from functools import lru_cache
 

@@ -1,5 +1,7 @@
 """Files on the disk: what was found under a name, and its decompressed bytes."""
 
+from __future__ import annotations
+
 import bz2
 import gzip
 import lzma

@@ -1,5 +1,7 @@
 """The formats that are read; a compression (`files.COMPRESSIONS`) may follow any suffix."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

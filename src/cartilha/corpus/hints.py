@@ -1,5 +1,7 @@
 """Hints about how files are read: if their heads suggest another setting, or a setting was told from them."""
 
+from __future__ import annotations
+
 import contextlib
 from collections.abc import Sequence
 from itertools import groupby, pairwise

@@ -1,5 +1,7 @@
 """Datasets of the Hugging Face hub, streamed: nothing is kept on the disk, and reading can stop at any record."""
 
+from __future__ import annotations
+
 import difflib
 import os
 import re

@@ -1,5 +1,7 @@
 """JSON: one object per line, or a file of one array or of objects one after another."""
 
+from __future__ import annotations
+
 import io
 import json
 import re

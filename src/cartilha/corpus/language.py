@@ -4,6 +4,8 @@ It is an automaton over UTF-8 bytes that finds the ends of certain byte sequence
 their counts. py3langid goes through one text byte by byte in Python; here all texts of a batch advance together.
 """
 
+from __future__ import annotations
+
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass

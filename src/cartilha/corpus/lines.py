@@ -4,6 +4,8 @@ Bytes that the encoding does not allow become a `Fault` with line and offset, or
 them by a lone surrogate, which no valid text contains, so that a record can be parsed before its text is judged.
 """
 
+from __future__ import annotations
+
 import codecs
 import io
 import re

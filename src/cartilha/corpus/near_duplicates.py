@@ -4,6 +4,8 @@ The share of equal values in two signatures estimates the Jaccard similarity of 
 documents whose values agree in a whole band are compared (Broder 1997; Leskovec, Rajaraman and Ullman, chapter 3).
 """
 
+from __future__ import annotations
+
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice

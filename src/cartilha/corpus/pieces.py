@@ -1,5 +1,7 @@
 """Arrays over all documents, looked at piece by piece: the cuts do not depend on how the work was shared out."""
 
+from __future__ import annotations
+
 import math
 import tempfile
 from collections.abc import Callable, Iterator

@@ -1,5 +1,7 @@
 """Plain text: one document per line, paragraph or file; and where files of lines can be cut."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Iterable, Iterator
 from itertools import groupby

@@ -4,9 +4,10 @@ The rules are those of Rae et al. 2021 (arXiv:2112.11446, table A1) and of FineW
 those that FineWeb-2 publishes (`cartilha.languages`). Words are runs of letters and digits, in lower case.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 
@@ -63,7 +64,7 @@ class _Words:
     has_letter: np.ndarray
 
     @classmethod
-    def of(cls, texts: Sequence[str]) -> Self:
+    def of(cls, texts: Sequence[str]) -> _Words:
         lowered = lower_case(texts)
         data = b"\n".join(lowered)
         starts, ends, hashes = word_hashes(data)

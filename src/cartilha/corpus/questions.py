@@ -8,6 +8,8 @@ To compare every run would take longer than the tokenizer. The initials of eight
 bytes of one number, tell nearly all runs of other texts apart. Words are compared only where the initials are alike.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import unicodedata
@@ -16,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -115,7 +117,7 @@ class QuestionRuns:
         self._ends = np.cumsum([benchmark.num_questions for benchmark in benchmarks])
 
     @classmethod
-    def of(cls, questions: Iterable[Question]) -> Self:
+    def of(cls, questions: Iterable[Question]) -> QuestionRuns:
         """The runs of questions, those of one benchmark in a row."""
         by_benchmark: dict[str, list[Question]] = {}
         for question in questions:

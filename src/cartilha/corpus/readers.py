@@ -3,6 +3,8 @@
 A document, its name and its faults depend on its file alone, not on how the file was cut.
 """
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace

@@ -1,5 +1,7 @@
 """What the readers of all formats share: how to read, what part of a file, and what they yield."""
 
+from __future__ import annotations
+
 import codecs
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields

@@ -4,6 +4,8 @@ Any process that sees the same files reads the same documents from a shard, with
 whole. What cannot be cut (a compressed file, CSV, encodings such as UTF-16) is one part; small files share a shard.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from random import Random

@@ -3,6 +3,8 @@
 The words of many documents are hashed at once from their UTF-8 bytes; the MinHash is rensa's (Broder 1997).
 """
 
+from __future__ import annotations
+
 import unicodedata
 from collections.abc import Iterator, Sequence, Sized
 from itertools import pairwise

@@ -1,5 +1,7 @@
 """What a REF names: files, globs, folders, the primer and hub datasets; found in a fixed order before any is read."""
 
+from __future__ import annotations
+
 import difflib
 import glob
 import os

@@ -4,6 +4,8 @@ A document's position follows from the hash of its text and the seed, that of a 
 smallest hash, so that a whole cluster is on one side.
 """
 
+from __future__ import annotations
+
 import hashlib
 from dataclasses import dataclass
 from typing import Literal

@@ -1,5 +1,7 @@
 """Tables of Arrow's kinds: Parquet, and Arrow files and streams as `datasets` and Feather write them."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any, cast

@@ -3,6 +3,8 @@
 A model that has learnt nothing still has a perplexity: a figure near one of these says what the model is worth.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 from dataclasses import replace

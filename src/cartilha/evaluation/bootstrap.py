@@ -5,6 +5,8 @@ percentile and BCa intervals are too narrow as well (benchmarks/interval_coverag
 here is the simplest of those tried that holds.
 """
 
+from __future__ import annotations
+
 import math
 from statistics import NormalDist
 from typing import NamedTuple

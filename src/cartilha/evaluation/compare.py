@@ -4,6 +4,8 @@ A document that is hard for one model is hard for the other, so differences of d
 side by side (Koehn 2004, W04-3250; Dror et al. 2018, P18-1128, section 3.2). Bits per byte divide by what both share.
 """
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
 from functools import cached_property

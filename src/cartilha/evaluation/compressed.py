@@ -1,5 +1,7 @@
 """What general compressors make of a text, found on other cores while a model scores it, and kept from run to run."""
 
+from __future__ import annotations
+
 import contextlib
 import hashlib
 import lzma

@@ -1,5 +1,7 @@
 """Text written by a model from a prompt; a prompt's trailing space is healed instead of breaking the next word."""
 
+from __future__ import annotations
+
 import functools
 from dataclasses import dataclass
 from itertools import takewhile

@@ -4,6 +4,8 @@ Open continuation has many right answers, so the figures are low for every model
 text of *another* document scores in the same place.
 """
 
+from __future__ import annotations
+
 import math
 import random
 import re

@@ -1,5 +1,7 @@
 """A whole corpus under a model: documents streamed in shards, so that memory does not grow with them."""
 
+from __future__ import annotations
+
 import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import replace

@@ -1,5 +1,7 @@
 """How a model chooses the next token: what can be asked for, and a description of it."""
 
+from __future__ import annotations
+
 from cartilha.config import GenerateConfig
 from cartilha.errors import UserError
 

@@ -1,9 +1,11 @@
 """The held-out documents as a model sees them: ids, and the counts that its nll is divided by."""
 
+from __future__ import annotations
+
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -48,7 +50,7 @@ class ScoredDocuments:
     kept: np.ndarray | None = None
 
     @classmethod
-    def of_ids(cls, ids: Sequence[np.ndarray]) -> Self:
+    def of_ids(cls, ids: Sequence[np.ndarray]) -> ScoredDocuments:
         """Documents of which nothing but the ids is known: good for their nll, and for no other figure."""
         nothing = np.zeros(len(ids), np.int64)
         lengths = np.fromiter(map(len, ids), np.int64, len(ids))
@@ -56,11 +58,11 @@ class ScoredDocuments:
         none = [""] * len(ids)
         return cls(list(ids), lengths, nothing, nothing, nothing, nothing > 0, names, none, none)
 
-    def with_ids(self, ids: list[np.ndarray]) -> Self:
+    def with_ids(self, ids: list[np.ndarray]) -> ScoredDocuments:
         """The same documents with fewer of their tokens."""
         return replace(self, ids=ids, num_tokens=np.array([len(own) for own in ids], np.int64))
 
-    def taken(self, order: np.ndarray) -> Self:
+    def taken(self, order: np.ndarray) -> ScoredDocuments:
         """Some of the documents, or all in another order."""
         arrays: dict[str, Any] = {name: getattr(self, name)[order] for name in ARRAYS}
         lists: dict[str, Any] = {name: [getattr(self, name)[i] for i in order] for name in LISTS}

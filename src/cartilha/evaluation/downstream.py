@@ -1,5 +1,7 @@
 """Downstream tasks: handed to lm-evaluation-harness (extra `eval`), whose results are put beside ours."""
 
+from __future__ import annotations
+
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,5 +1,7 @@
 """What one model scores on one corpus: every measure of it, and what stands beside."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace

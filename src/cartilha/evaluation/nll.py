@@ -1,5 +1,7 @@
 """The nll of documents under a model: windows packed into rows, scored in one pass, summed in float64."""
 
+from __future__ import annotations
+
 import bisect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field

@@ -1,5 +1,7 @@
 """How many of some benchmarks' questions are in the text that a model is trained on."""
 
+from __future__ import annotations
+
 import time
 from typing import Any
 

@@ -1,8 +1,9 @@
 """A model with everything that scoring a text with it takes."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Self
 
 import torch
 
@@ -42,7 +43,7 @@ class Scorer:
         ids = unused_ids(self.loaded, self.tokenizer)
         return torch.tensor(ids, dtype=torch.long, device=self.loaded.model.device)
 
-    def in_dtype(self, dtype: torch.dtype) -> Self:
+    def in_dtype(self, dtype: torch.dtype) -> Scorer:
         """The same model and windows in another compute dtype."""
         return replace(self, protocol=replace(self.protocol, dtype=dtype_name(dtype)))
 

@@ -3,9 +3,10 @@
 A property of `Sums` with an entry in `MEASURES` is in every record and in the table that `cartilha evaluate` prints.
 """
 
+from __future__ import annotations
+
 import math
 from dataclasses import astuple, dataclass
-from typing import Self
 
 
 def perplexity(loss: float) -> float:
@@ -24,8 +25,8 @@ class Sums:
     num_words: int = 0
     num_documents: int = 0
 
-    def __add__(self, other: Self) -> Self:
-        return type(self)(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     @property
     def loss(self) -> float:

@@ -3,6 +3,8 @@
 What a document's first tokens cost does not depend on the rest, so only they are scored: some tens of kilobytes.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path

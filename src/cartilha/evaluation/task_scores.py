@@ -4,6 +4,8 @@ Shares of right answers get Wilson's interval (JASA 22, 1927), and their paired 
 (2012, doi:10.3102/1076998611411915). Both hold for few questions and near 0 and 1; other means get the normal interval.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field

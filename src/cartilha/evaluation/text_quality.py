@@ -4,6 +4,8 @@ They are computed in float32 on a CPU and in the device's own type elsewhere, ne
 speed chose, so that the same machine gives the same scores.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any

@@ -4,6 +4,8 @@ Later tokens are scored with the context that fits before them (Press et al., ar
 window lm-evaluation-harness' rolling log-likelihood).
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import re

@@ -1,5 +1,7 @@
 """What a model expects next: logits, probabilities, and what temperature, top-k and top-p make of them."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
 

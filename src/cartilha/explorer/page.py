@@ -1,5 +1,7 @@
 """The page in gradio's components, one language at a time: what is where, and what each action calls."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,5 +1,7 @@
 """The fragments of the page as HTML: what was computed, in one language's words. Everything from outside is escaped."""
 
+from __future__ import annotations
+
 import itertools
 import math
 from collections.abc import Mapping

@@ -1,5 +1,7 @@
 """The explorer's port; a module of its own, because the server's imports take seconds."""
 
+from __future__ import annotations
+
 import os
 import socket as sockets
 

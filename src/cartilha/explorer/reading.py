@@ -1,5 +1,7 @@
 """Reading a text with a model: the surprisal of each token, by the same code that `cartilha evaluate` scores with."""
 
+from __future__ import annotations
+
 import math
 import threading
 import time

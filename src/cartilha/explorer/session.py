@@ -3,6 +3,8 @@
 A user's mistake, or a file that went away meanwhile, becomes a sentence in the place of the answer.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace

@@ -4,6 +4,8 @@ A byte-level token may be a part of a character (an emoji is often three or four
 numbered (`1/3`, `2/3`, `3/3`); alone, a token that is no whole character is shown by its bytes.
 """
 
+from __future__ import annotations
+
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass

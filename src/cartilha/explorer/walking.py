@@ -1,5 +1,7 @@
 """Walking through a store: its documents as tokens, and the blocks that a training sees, with their boundaries."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal

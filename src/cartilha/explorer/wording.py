@@ -1,5 +1,7 @@
 """Texts of the explorer's page in the two languages; numbers are written as the report writes them."""
 
+from __future__ import annotations
+
 import math
 
 from cartilha.errors import UserError

@@ -1,7 +1,8 @@
 """Writing with a model: token by token by hand, and greedy, sampled and beam search side by side."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, replace
-from typing import Self
 
 import numpy as np
 
@@ -26,7 +27,7 @@ class Draft:
         """All tokens so far."""
         return np.array([*self.prompt_ids, *self.chosen], np.int64)
 
-    def with_token(self, token_id: int) -> Self:
+    def with_token(self, token_id: int) -> Draft:
         """The text with one token more."""
         return replace(self, chosen=(*self.chosen, token_id))
 

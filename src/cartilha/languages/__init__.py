@@ -9,6 +9,8 @@ boilerplate     phrases of sites about themselves: an anchor that each contains 
 fineweb_2       the thresholds of FineWeb-2 for the language, as its repository has them (configs/por_Latn.yml)
 """
 
+from __future__ import annotations
+
 import hashlib
 import importlib.resources
 import re
@@ -17,7 +19,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import yaml
 
@@ -47,7 +49,7 @@ class Thresholds:
     symbols_per_word: float = 0.1  # number signs, ellipses
 
     @classmethod
-    def of_fineweb_2(cls, values: Mapping[str, Any]) -> Self:
+    def of_fineweb_2(cls, values: Mapping[str, Any]) -> Thresholds:
         """From the names that FineWeb-2 gives them; what else its files hold is not used."""
         if not all(isinstance(word, str) for word in values["stopwords"]):  # `no` is false in YAML
             raise TypeError("quote the stopwords")

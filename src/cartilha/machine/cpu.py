@@ -1,5 +1,7 @@
 """The CPU: which dtypes it has, how fast it multiplies, and settings of the libraries that compute on it."""
 
+from __future__ import annotations
+
 import ctypes
 import functools
 import math

@@ -1,5 +1,7 @@
 """Memory: how much is free, how much was used at most, and whether an error means that it ran out."""
 
+from __future__ import annotations
+
 import os
 import sys
 from contextlib import suppress

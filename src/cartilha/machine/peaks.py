@@ -1,5 +1,7 @@
 """What cards compute by their makers' data sheets."""
 
+from __future__ import annotations
+
 import re
 
 # Dense matrix products per second, with float32 sums, in float16 and, where the card has it, in bfloat16: the data

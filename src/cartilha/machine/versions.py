@@ -1,5 +1,7 @@
 """Versions of the software that a result depends on."""
 
+from __future__ import annotations
+
 import importlib.metadata
 import platform
 import sys

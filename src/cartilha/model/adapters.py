@@ -4,10 +4,12 @@ An adapter is trained in the model itself (`add_adapter`), and saved as peft sav
 into its base's weights, so that all that comes after deals with a plain model.
 """
 
+from __future__ import annotations
+
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -40,7 +42,7 @@ class Adapter:
     base: BaseKind = "float32"  # how the frozen weights of the linear layers are kept
 
     @classmethod
-    def of(cls, config: AdapterOptions) -> Self | None:
+    def of(cls, config: AdapterOptions) -> Adapter | None:
         """The adapter that a command is asked for, if any."""
         return None if config.lora is None else cls(config.lora, config.lora_embeddings, config.lora_base)
 
@@ -50,7 +52,7 @@ class Adapter:
         return self.base != "float32"
 
     @property
-    def traced(self) -> Self:
+    def traced(self) -> Adapter:
         """The adapter whose step is traced for a plan: products with 4 bits are computed in bfloat16."""
         return replace(self, base="bfloat16") if self.base == "4bit" else self
 

@@ -4,6 +4,8 @@ trained + (instruct - base), as in "chat vectors" (arXiv:2310.04799) and arXiv:2
 so that memory holds one shard of the result, whatever the models' size.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property

@@ -4,6 +4,8 @@ transformers hands a registered attention function no mask, so this one honours 
 window itself. The boundaries of the documents travel explicitly with each call, as a `Kernel`.
 """
 
+from __future__ import annotations
+
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -80,7 +82,7 @@ class Kernel(ABC):
         return None
 
     @classmethod
-    def traced(cls, num_rows: int, row_length: int) -> "Kernel":
+    def traced(cls, num_rows: int, row_length: int) -> Kernel:
         """For tensors without contents, one document per row: a kernel that keeps as much for the backward pass."""
         return cls.of((row_length,) * num_rows, row_length, torch.device("cpu"))
 

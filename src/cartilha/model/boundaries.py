@@ -5,6 +5,8 @@ boundaries on to them. A proof at load decides: documents beside others must giv
 gives alone in plain torch, in evaluation and in training, for which some kernels differ.
 """
 
+from __future__ import annotations
+
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

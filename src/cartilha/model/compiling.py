@@ -4,6 +4,8 @@ The model's body is compiled for training on CUDA, where the compiler fuses what
 graph serves all steps: what changes from batch to batch reaches it as tensors of one shape (`attention.Kernel`).
 """
 
+from __future__ import annotations
+
 import functools
 import os
 from collections.abc import Callable

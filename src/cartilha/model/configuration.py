@@ -1,5 +1,7 @@
 """What a model's configuration tells without its weights: where it is, its length, its shape with fewer layers."""
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import Any
 

@@ -1,5 +1,7 @@
 """Embedding rows for the tokens that extend a vocabulary, made from the rows of the tokens that they replace."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -4,6 +4,8 @@ torch knows how to call it (`torch.nn.attention`), for cards of capability 9 (H1
 torch's own attention once, before anything is computed by it.
 """
 
+from __future__ import annotations
+
 import functools
 import importlib.util
 

@@ -1,5 +1,7 @@
 """One forward pass over packed documents: the body in the compute dtype, the head fused with the loss."""
 
+from __future__ import annotations
+
 import functools
 from contextlib import nullcontext
 from typing import Any

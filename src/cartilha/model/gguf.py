@@ -1,5 +1,7 @@
 """GGUF models, converted once to plain float32 weights, which are kept in the user's cache."""
 
+from __future__ import annotations
+
 import warnings
 from pathlib import Path
 

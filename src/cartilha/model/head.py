@@ -4,6 +4,8 @@ Some heads add a bias (Phi, GPT-J), scale (Cohere, Granite, MiniCPM) or cap (Gem
 too. Known values replace the head's output once; `HeadShape` must give what the model makes of them, to the bit.
 """
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
 from typing import Any

@@ -4,6 +4,8 @@ Weights are float32 unless bfloat16 is asked for: transformers 5 would take the 
 loses small updates.
 """
 
+from __future__ import annotations
+
 import copy
 import functools
 import hashlib

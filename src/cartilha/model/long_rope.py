@@ -4,6 +4,8 @@ transformers chooses one set for a whole batch, by its longest text. A short doc
 other figures than alone. Here each document gets the frequencies for its own length.
 """
 
+from __future__ import annotations
+
 from typing import Any
 
 import torch

@@ -5,9 +5,11 @@ keeps the fast ones. `theta` raises the base, so that the slowest rotation is sl
 (arXiv:2309.16039). Either needs training on texts of the new length.
 """
 
+from __future__ import annotations
+
 import copy
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from transformers import AutoConfig, PretrainedConfig
 
@@ -24,7 +26,7 @@ class LongerContext:
     method: Literal["yarn", "theta"] = "yarn"
 
     @classmethod
-    def of(cls, config: TrainConfig) -> Self | None:
+    def of(cls, config: TrainConfig) -> LongerContext | None:
         """What `--context` asks for, if anything."""
         return None if config.context is None else cls(config.context, config.context_method)
 

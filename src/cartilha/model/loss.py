@@ -4,6 +4,8 @@ All logits of 16 x 1024 tokens and 50,272 ids take about 9 GiB. Here the forward
 keeps only those of hidden states and head. Matrix products run in the compute dtype, reductions in float32.
 """
 
+from __future__ import annotations
+
 import functools
 import math
 from collections.abc import Callable

@@ -6,6 +6,8 @@ so it is not left to figures: the masks that transformers asks for are recorded,
 window to the attention function. `boundaries` has the proof for models with a state.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace

@@ -4,12 +4,14 @@ transformers loads the whole model. Its decoder and its head, the same modules, 
 must give the logits of the whole. The other parts stay as the files have them, and what is saved is the whole model.
 """
 
+from __future__ import annotations
+
 import copy
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -98,7 +100,7 @@ class OtherParts:
     names: dict[str, str]  # of the text's tensors: those in the whole to those in the causal model of text
 
     @classmethod
-    def of(cls, whole: PreTrainedModel, model: PreTrainedModel, place: str) -> Self:
+    def of(cls, whole: PreTrainedModel, model: PreTrainedModel, place: str) -> OtherParts:
         """The parts of `whole` that the causal model of text does not have."""
         own = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()}
         all_of_it = whole.state_dict(keep_vars=True)

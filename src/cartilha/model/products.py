@@ -1,5 +1,7 @@
 """Matrix products that are added to float32 sums, and the dtype of products on a CPU."""
 
+from __future__ import annotations
+
 import functools
 
 import torch

@@ -5,6 +5,8 @@ backward. A power of two (a head of 64 numbers has 1/8) changes no bit wherever 
 factor on, so that nothing changes for them.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -3,6 +3,8 @@
 transformers' own switch works in training mode only, and our models are trained in evaluation mode (no dropout).
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable
 from contextlib import nullcontext

@@ -4,6 +4,8 @@ transformers adds it to the loss of a model whose `output_router_logits` is set,
 Two planted values of that loss show the factor, and the arguments of the function that computes it.
 """
 
+from __future__ import annotations
+
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -4,6 +4,8 @@ Each piece of a document gets a row of its own, padded at the end, and the model
 the padding that comes after it, so no document sees another. This is slower than packing, because of the padding.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 
 import numpy as np

@@ -4,6 +4,8 @@ With `scaled_dot_product_attention` the output of every segment is kept beside t
 what OPT-125M keeps. Here the kernels that it would choose are called directly, and read and write whole rows.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any

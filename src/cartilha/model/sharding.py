@@ -5,6 +5,8 @@ lies outside the layers (embeddings, head, last norm) is gathered for a whole pa
 head's weight and not its output. Every process must run the same number of passes, or the others wait for ever.
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext

@@ -4,6 +4,8 @@ transformers maps the files: what it has read of them counts as memory of the pr
 which makes 3.4 bytes per bfloat16 weight where 2 are enough (docs/scale.md).
 """
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 from typing import Any

@@ -5,6 +5,8 @@ needs the largest matrix twice and a pass over all gradients, 5 % of a step of f
 to them directly, as in Megatron-LM's "gradient accumulation fusion". Only linear layers and embeddings are changed.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar

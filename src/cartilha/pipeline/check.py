@@ -1,5 +1,7 @@
 """`check`: is the set-up right? Every training begins with the cheap checks."""
 
+from __future__ import annotations
+
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -1,5 +1,7 @@
 """`compare`: two models on the same documents, or two saved evaluations of them."""
 
+from __future__ import annotations
+
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any

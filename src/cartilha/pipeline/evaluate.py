@@ -1,5 +1,7 @@
 """`evaluate`: how well models predict held-out text."""
 
+from __future__ import annotations
+
 import time
 from collections.abc import Callable
 from contextlib import nullcontext

@@ -1,5 +1,7 @@
 """`plan --expect`: what ten minutes, an hour and a day of training would bring, from short trainings here."""
 
+from __future__ import annotations
+
 import math
 import time
 from collections.abc import Sequence

@@ -1,5 +1,7 @@
 """`explore`: a local page to look at what models find likely, and to walk through a store."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 from cartilha.config import ExploreConfig, TrainConfig

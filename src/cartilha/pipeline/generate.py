@@ -1,5 +1,7 @@
 """`generate`: text written by a model."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, replace
 
 import torch

@@ -1,5 +1,7 @@
 """The text that an evaluation scores, and the training text that it is set against."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property

@@ -1,5 +1,7 @@
 """`inspect`: what a store, or the primer, holds; any document or block of it, decoded; and how a model will run."""
 
+from __future__ import annotations
+
 import re
 from dataclasses import asdict, dataclass
 from itertools import islice

@@ -1,5 +1,7 @@
 """`run` and `demo`: the whole job, from text to report, as a recipe says."""
 
+from __future__ import annotations
+
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -1,5 +1,7 @@
 """`merge`: an adapter into its base, or an instruction-tuned model minus its base into a trained model."""
 
+from __future__ import annotations
+
 import tempfile
 import time
 from dataclasses import dataclass

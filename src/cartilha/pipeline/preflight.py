@@ -3,6 +3,8 @@
 The command line asks before it imports the command's module; the command asks again, for callers from Python.
 """
 
+from __future__ import annotations
+
 import math
 import re
 import typing

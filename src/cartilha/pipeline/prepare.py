@@ -6,6 +6,8 @@ A killed run leaves its finished shards in a work directory beside the store, an
 The store appears by the rename at the end and at no earlier moment.
 """
 
+from __future__ import annotations
+
 import sys
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor

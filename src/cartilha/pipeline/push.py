@@ -1,5 +1,7 @@
 """`push`: a run's trained model onto the Hugging Face hub."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 from cartilha.config import PushConfig

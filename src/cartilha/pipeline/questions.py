@@ -1,5 +1,7 @@
 """The questions of benchmarks that a command names: of files, of datasets, of lm-evaluation-harness."""
 
+from __future__ import annotations
+
 from itertools import chain
 
 from cartilha.corpus.questions import QuestionRuns

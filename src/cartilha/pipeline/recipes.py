@@ -1,5 +1,7 @@
 """Recipes: found by name inside the package, or by path."""
 
+from __future__ import annotations
+
 import difflib
 import importlib.resources
 import os

@@ -1,5 +1,7 @@
 """`report`: the page about one or more runs."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -1,5 +1,7 @@
 """What a command returns."""
 
+from __future__ import annotations
+
 from dataclasses import asdict, dataclass
 from typing import Any
 

@@ -1,5 +1,7 @@
 """`train`: continued training of a model on a store, with a validation before step 1 and after every epoch."""
 
+from __future__ import annotations
+
 import math
 import time
 from collections.abc import Generator, Iterator

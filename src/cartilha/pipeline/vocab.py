@@ -1,5 +1,7 @@
 """`vocab`: what a text costs under a model's vocabulary, and the model with a vocabulary extended for it."""
 
+from __future__ import annotations
+
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path

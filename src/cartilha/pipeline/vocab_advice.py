@@ -4,6 +4,8 @@ Each trial runs the pipeline's own commands: prepare, train, evaluate, compare. 
 chosen by hash, and the new tokens are learnt on the training side alone.
 """
 
+from __future__ import annotations
+
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path

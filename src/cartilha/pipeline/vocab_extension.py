@@ -1,5 +1,7 @@
 """A model with an extended vocabulary, written so that transformers loads it without Cartilha."""
 
+from __future__ import annotations
+
 from collections import Counter
 from pathlib import Path
 from typing import Any

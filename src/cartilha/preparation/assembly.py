@@ -3,6 +3,8 @@
 Nothing depends on how the input was cut or on which executor did the work: the same documents give the same bytes.
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor

@@ -1,5 +1,7 @@
 """`--decontaminate`: whose questions are looked for, and what `prepare` says and records of those that it finds."""
 
+from __future__ import annotations
+
 import json
 import os
 import re
@@ -7,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from itertools import islice
-from typing import Any, Self
+from typing import Any
 
 from cartilha.corpus.lines import without_surrogates
 from cartilha.corpus.questions import LEAST_WORDS, Question, QuestionRuns, is_task_file, record_texts
@@ -29,7 +31,7 @@ class QuestionNames:
     option: str = "--decontaminate"
 
     @classmethod
-    def of(cls, names: Sequence[str], option: str = "--decontaminate") -> Self:
+    def of(cls, names: Sequence[str], option: str = "--decontaminate") -> QuestionNames:
         """Tell tasks from REFs; a UserError says that a name is neither."""
         tasks = tuple(name for name in names if _is_task(name))
         for task in tasks:

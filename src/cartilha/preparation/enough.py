@@ -1,5 +1,7 @@
 """Which shards are read, and how far, where not all of the input is: up to a number of documents, or of good tokens."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any

@@ -1,5 +1,7 @@
 """Where the work on shards is done: in this process (by `map`), on the cores of this machine, or on a Ray cluster."""
 
+from __future__ import annotations
+
 import contextlib
 import importlib
 import logging

@@ -4,6 +4,8 @@ A hundred gigabytes of text have some thirty million documents. Arrays over all 
 where they are large: the system keeps their pages in memory as long as there is room, and drops them when there is not.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise

@@ -1,5 +1,7 @@
 """What a store was made from, and whether the same command has made it before."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Sequence
 from itertools import repeat
 from pathlib import Path

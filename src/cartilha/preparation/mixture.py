@@ -1,8 +1,9 @@
 """A mixture of inputs: the share of the training tokens that each gets, and how often its documents are taken."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 
@@ -23,7 +24,7 @@ class InputShares:
     max_repeats: int
 
     @classmethod
-    def of(cls, config: PrepareConfig, inputs: Sequence[Sequence[Source]], sources: Sequence[Source]) -> Self:
+    def of(cls, config: PrepareConfig, inputs: Sequence[Sequence[Source]], sources: Sequence[Source]) -> InputShares:
         """The mixture of these inputs (the sources of each) that `--weights` asks for; a UserError if that is wrong."""
         given = " ".join(config.weights)
         if config.validation_input:

@@ -1,5 +1,7 @@
 """What `prepare` logs about the documents: how inputs are mixed, what was left out, what each side holds."""
 
+from __future__ import annotations
+
 from typing import Any
 
 from cartilha.config import PrepareConfig

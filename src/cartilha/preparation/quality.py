@@ -6,13 +6,15 @@ enough. Text that is held out or aimed at is not judged. Scores are kept in the 
 run that was killed, is not paid for twice.
 """
 
+from __future__ import annotations
+
 import hashlib
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -114,7 +116,7 @@ class Judge:
         self.reasons = [f"{signal.name}:{side}" for signal, _ in self._signals for side in ("low", "high")]
 
     @classmethod
-    def of(cls, index: DocumentIndex, signals: Sequence[Signal], scorers: Sequence[Scorer]) -> Self | None:
+    def of(cls, index: DocumentIndex, signals: Sequence[Signal], scorers: Sequence[Scorer]) -> Judge | None:
         """The judge, if there is anything to judge by."""
         return cls(index, list(zip(signals, scorers, strict=True))) if signals else None
 

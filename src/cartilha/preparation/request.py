@@ -1,5 +1,7 @@
 """What `prepare` is asked to do, checked before anything is read."""
 
+from __future__ import annotations
+
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -6,6 +6,8 @@ which draws without replacement in proportion to the weights (Vieira 2014). How 
 far two halves of the target agree on them. Everything follows from the documents, the target and the seed.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any

@@ -1,5 +1,7 @@
 """What a selection took, in words and numbers that a person can judge it by."""
 
+from __future__ import annotations
+
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence

@@ -4,6 +4,8 @@ A directory appears by one rename. It holds the ids of all documents (tokens.bin
 texts that may be held out (texts.arrow), signatures.npy and rejects.jsonl if they are asked for, and done.json.
 """
 
+from __future__ import annotations
+
 import functools
 import hashlib
 import json

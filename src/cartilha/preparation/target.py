@@ -1,5 +1,7 @@
 """Whether the texts that a selection aims at can be aimed at: there are some, in a language that the pool has."""
 
+from __future__ import annotations
+
 from itertools import islice
 
 from cartilha.corpus.language import languages, load_identifier

@@ -1,9 +1,10 @@
 """What a document must weigh to be among the best of a first sample: tells a reader when it has read enough."""
 
+from __future__ import annotations
+
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -49,7 +50,7 @@ class Threshold:
         np.savez(path, ratios=self.ratios, numbers=[self.average, self.strength, self.lowest], seed=self.seed)
 
     @classmethod
-    def load(cls, path: Path) -> Self:
+    def load(cls, path: Path) -> Threshold:
         """Read what `save` wrote."""
         with np.load(path) as saved:
             average, strength, lowest = saved["numbers"].tolist()

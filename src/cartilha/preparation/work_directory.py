@@ -1,5 +1,7 @@
 """The directory beside a store in which it is prepared; finished work stays there when a run is killed."""
 
+from __future__ import annotations
+
 import contextlib
 import errno
 import shutil

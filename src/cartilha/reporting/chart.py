@@ -1,5 +1,7 @@
 """Line charts as inline SVG, without a script; the page's style sheet has the colours, for the dark mode too."""
 
+from __future__ import annotations
+
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence

@@ -1,5 +1,7 @@
 """The drawings of a run: curves over steps and epochs, and the loss by position."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterable, Sequence
 

@@ -1,5 +1,7 @@
 """Grids of coloured cells as SVG: who sees whom in a block, and what rows of text are filled with."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property

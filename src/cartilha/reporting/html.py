@@ -4,6 +4,8 @@ Texts and surprisal over the steps are in the page once, as data that its script
 content security policy forbids the page to load anything or to run any other script.
 """
 
+from __future__ import annotations
+
 import base64
 import hashlib
 import json

@@ -1,5 +1,7 @@
 """The figures of a report as files for slides: SVG and PNG."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -3,6 +3,8 @@
 A reader is a function from any value to one of its type, or to None or something empty.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from pathlib import Path

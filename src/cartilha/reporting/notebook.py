@@ -1,5 +1,7 @@
 """What a notebook shows below a cell: results as tables, with the report's templates and words."""
 
+from __future__ import annotations
+
 import base64
 from collections.abc import Iterable, Mapping
 from html import escape

@@ -1,5 +1,7 @@
 """The warnings of a run in Portuguese: a run records its own sentences in English, which are known by their words."""
 
+from __future__ import annotations
+
 import re
 from functools import cache
 

@@ -1,5 +1,7 @@
 """What the pages of this package and of the explorer are made from: the files in a package's `templates`."""
 
+from __future__ import annotations
+
 from functools import cache
 from importlib import resources
 

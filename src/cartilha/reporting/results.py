@@ -3,6 +3,8 @@
 What is absent or unreadable becomes None or empty, and `RecordedRun.missing` names it.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path

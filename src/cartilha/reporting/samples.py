@@ -1,5 +1,7 @@
 """Texts that a run wrote from its prompts, over its steps."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,5 +1,7 @@
 """Several runs on one page: the names that tell them apart, and their curves in one drawing."""
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace

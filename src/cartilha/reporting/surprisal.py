@@ -1,5 +1,7 @@
 """surprisal.parquet as the page needs it: each token's surprisal, rank and likeliest tokens at each evaluation."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

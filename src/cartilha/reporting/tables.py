@@ -4,6 +4,8 @@ Figures of another protocol or validation text (and perplexities of another toke
 of comparable runs has columns of its own, with a letter, and footnotes say what differs.
 """
 
+from __future__ import annotations
+
 import csv
 import io
 import re

@@ -1,5 +1,7 @@
 """Texts and number formats of the two languages of the report: English, and the Portuguese of Brazil."""
 
+from __future__ import annotations
+
 import locale
 import math
 import os

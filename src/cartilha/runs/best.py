@@ -1,5 +1,7 @@
 """Which of a run's evaluations is the best: patience counts from it, and RUN/model holds the weights of its step."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping
 from typing import Any

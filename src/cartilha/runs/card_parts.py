@@ -1,5 +1,7 @@
 """The sections of the model card, each written from the run's record in one language (`templates/strings.yaml`)."""
 
+from __future__ import annotations
+
 import json
 import re
 from collections.abc import Callable, Sequence

@@ -1,5 +1,7 @@
 """`--decay_from`: a copy of a run, from one of its checkpoints on, in which the rate decays at once."""
 
+from __future__ import annotations
+
 import math
 import shutil
 from dataclasses import replace

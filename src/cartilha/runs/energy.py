@@ -1,5 +1,7 @@
 """The energy of a run: results.json, `energy`, the joules that its device counted, in how many seconds, and by what."""
 
+from __future__ import annotations
+
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -4,6 +4,8 @@ results.json, `english`                     bits per byte of the English sample,
 evaluations/english-step-00000000.parquet   the nll of each text before training
 """
 
+from __future__ import annotations
+
 import time
 from typing import Any
 

@@ -1,5 +1,7 @@
 """What results.json records of a run's set-up."""
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import Any
 

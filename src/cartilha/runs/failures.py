@@ -1,5 +1,7 @@
 """How a run ends early: what its record says of it, and what the user is told."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path

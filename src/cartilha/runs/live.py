@@ -1,5 +1,7 @@
 """What a person sees during training: a panel on a terminal, otherwise a plain line from time to time."""
 
+from __future__ import annotations
+
 import logging
 import math
 import sys

@@ -4,6 +4,8 @@ One file in both languages, since the hub shows no other; that of the text comes
 comes from the run's own record. What the record does not say is said to be unknown.
 """
 
+from __future__ import annotations
+
 import re
 from functools import cache
 from pathlib import Path

@@ -4,6 +4,8 @@ A mounted cloud drive may disconnect, and a network share may fill up. The run i
 local directory, and a thread copies what is new, and tries again until the copy is complete.
 """
 
+from __future__ import annotations
+
 import hashlib
 import os
 import shutil

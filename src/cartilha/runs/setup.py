@@ -1,5 +1,7 @@
 """Setting up a run: everything that can be wrong is named here, before anything is computed."""
 
+from __future__ import annotations
+
 import shutil
 from dataclasses import dataclass, replace
 from functools import cached_property

@@ -1,5 +1,7 @@
 """Whether the processes of a run share out the model or hold all of it each."""
 
+from __future__ import annotations
+
 from pathlib import Path
 
 import torch

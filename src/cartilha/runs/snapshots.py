@@ -6,6 +6,8 @@ evaluations/step-00000123.parquet       the nll of each held-out document, as `c
 results.json, `comparison`              this evaluation against the one before training, document by document
 """
 
+from __future__ import annotations
+
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any

@@ -1,12 +1,14 @@
 """The sources of a run that mixes several stores, or domains of them: what was asked for, and what was read of each."""
 
+from __future__ import annotations
+
 import bisect
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -169,7 +171,7 @@ class Mix:
     begins: tuple[int, ...]  # the number of each store's first document among all
 
     @classmethod
-    def open(cls, sources: Sequence[Source], store: TokenStore) -> Self:
+    def open(cls, sources: Sequence[Source], store: TokenStore) -> Mix:
         """The training documents of each source; `store` is that of `--store`.
 
         What that store holds out for validation is not read from others. A UserError names a source without documents.
@@ -233,7 +235,7 @@ class Mix:
             )
         return rows
 
-    def ending(self, num_steps: int, fraction: float, tokens_per_step: int) -> Self:
+    def ending(self, num_steps: int, fraction: float, tokens_per_step: int) -> Mix:
         """With the last part of the steps, at least one, mixed by the shares that are meant for it."""
         turn = (num_steps - min(num_steps, max(1, round(fraction * num_steps)))) * tokens_per_step
         rates = tuple(replace(rate, turn=turn) for rate in self.documents.rates)

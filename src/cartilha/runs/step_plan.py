@@ -1,7 +1,9 @@
 """What this machine can do, and the plan of one run: its micro-batch, and what memory and time it should take."""
 
+from __future__ import annotations
+
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch.utils.benchmark import Timer
@@ -115,7 +117,7 @@ class RunPlan:
             "estimated": True,
         }
 
-    def with_checkpoints(self) -> Self:
+    def with_checkpoints(self) -> RunPlan:
         """The plan with the copy of the state that is written in the background; see `with_copy`."""
         if self.memory is None:
             return self

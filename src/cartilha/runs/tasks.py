@@ -4,6 +4,8 @@ results.json, `tasks`    what was asked, each score before and after the trainin
 model/README.md          the card, written anew
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass

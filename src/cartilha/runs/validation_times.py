@@ -1,7 +1,8 @@
 """After which steps a run is validated: at each epoch's end, and on request between the ends."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import Self
 
 from cartilha.errors import counted
 from cartilha.training.state import StepRecord
@@ -16,7 +17,7 @@ class ValidationTimes:
     every: int | None
 
     @classmethod
-    def of(cls, validate_every: str | None, tokens_per_epoch: int) -> Self:
+    def of(cls, validate_every: str | None, tokens_per_epoch: int) -> ValidationTimes:
         """From `--validate_every`, a number of tokens or a share of an epoch's."""
         if validate_every is None:
             return cls(tokens_per_epoch, None)

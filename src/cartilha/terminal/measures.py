@@ -1,5 +1,7 @@
 """Evaluations and comparisons as a person reads them in a terminal."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator
 from functools import partial
 

@@ -1,5 +1,7 @@
 """A command's result as a person reads it in a terminal."""
 
+from __future__ import annotations
+
 import math
 import re
 from collections.abc import Callable, Iterable

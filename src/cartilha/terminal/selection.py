@@ -1,5 +1,7 @@
 """What a selection of documents took, as a person reads it in a terminal."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from itertools import pairwise
 

@@ -1,5 +1,7 @@
 """Tables for a terminal of any width: words wrap, numbers stay whole, and columns without room begin another table."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

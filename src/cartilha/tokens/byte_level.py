@@ -1,5 +1,7 @@
 """Byte-level BPE's table: how GPT-2 writes each of the 256 bytes as one printable character; a token's bytes."""
 
+from __future__ import annotations
+
 import re
 
 _PRINTABLE = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}

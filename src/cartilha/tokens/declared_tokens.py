@@ -5,6 +5,8 @@ token that the vocabulary lacks gets the next free id, whatever id the file give
 `AutoTokenizer`, which does the same.
 """
 
+from __future__ import annotations
+
 import json
 from dataclasses import dataclass
 from pathlib import Path

@@ -4,6 +4,8 @@ gigatoken is 10 to 25 times as fast, but young, so each tokenizer is proven firs
 characters that Python's Unicode tables do not know, or with bytes that the vocabulary lacks, go through `tokenizers`.
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass

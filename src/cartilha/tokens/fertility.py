@@ -4,6 +4,8 @@ Tokens per word (fertility) are the tokens of whole texts divided by the number 
 Pieces of a single word are counted on words of letters alone, as they stand after a space.
 """
 
+from __future__ import annotations
+
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence

@@ -4,6 +4,8 @@ Training continues where the tokenizer's own ended: each word is cut as the toke
 pair of neighbours becomes a token, again and again. A merge updates the counts of the words that it changes, no others.
 """
 
+from __future__ import annotations
+
 import heapq
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping

@@ -5,6 +5,8 @@ resampling (Xie et al. 2023, arXiv:2302.03169), there with words. Ids are read, 
 hashed twice (docs/log.md, experiment 37, compares both).
 """
 
+from __future__ import annotations
+
 import numpy as np
 
 BUCKET_BITS = 14

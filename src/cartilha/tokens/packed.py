@@ -1,8 +1,9 @@
 """Documents as spans of one array of tokens, with the two ids that packing puts around each."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 
@@ -43,13 +44,13 @@ class PackedDocuments:
     end_id: int
 
     @classmethod
-    def from_ids(cls, documents: Sequence[np.ndarray], prefix_id: int, end_id: int) -> Self:
+    def from_ids(cls, documents: Sequence[np.ndarray], prefix_id: int, end_id: int) -> PackedDocuments:
         """The token ids of each document, joined in the order given."""
         tokens, lengths = joined(documents)
         return cls(tokens, np.cumsum(lengths) - lengths, lengths, prefix_id, end_id)
 
     @classmethod
-    def joined(cls, parts: Sequence[Self]) -> Self:
+    def joined(cls, parts: Sequence[PackedDocuments]) -> PackedDocuments:
         """The documents of all parts, one part after another; the parts have the same prefix and end ids."""
         tokens = JoinedTokens([np.asarray(part.tokens) for part in parts])
         starts = [part.start + start for part, start in zip(parts, tokens.starts, strict=True)]

@@ -1,5 +1,7 @@
 """Proves on hard cases and real text that gigatoken gives the same ids as `tokenizers` for a tokenizer."""
 
+from __future__ import annotations
+
 import importlib.metadata
 import json
 import unicodedata

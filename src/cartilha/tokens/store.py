@@ -7,6 +7,8 @@ validation.text.parquet          the evaluation text itself
 tokenizer/                       the exact files
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path

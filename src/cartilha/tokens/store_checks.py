@@ -3,6 +3,8 @@
 Sizes and hashes come first, then whether the numbers agree, so that no header alone decides how much memory is used.
 """
 
+from __future__ import annotations
+
 import contextlib
 import hashlib
 import os

@@ -1,5 +1,7 @@
 """Writes a token store, whose bytes depend on the documents and their order, not on how many are added at a time."""
 
+from __future__ import annotations
+
 import hashlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager

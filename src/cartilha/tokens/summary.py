@@ -1,5 +1,7 @@
 """A store in numbers: how long its documents are, what they are about, and what truncation would discard."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import Any
 

@@ -3,6 +3,8 @@
 `len(text.split())` costs as much as tokenizing the text; lookups on bytes and code points are several times as fast.
 """
 
+from __future__ import annotations
+
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

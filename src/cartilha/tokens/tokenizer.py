@@ -3,6 +3,8 @@
 A literal `</s>` in a text stays text. Only the rare tokenizers that transformers must convert need transformers.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import shutil

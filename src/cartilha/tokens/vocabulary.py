@@ -4,6 +4,8 @@ The old merges rank before the new ones: encoding first does what the old tokeni
 No text costs more tokens than before, in any language, and every text that survived decode(encode(text)) still does.
 """
 
+from __future__ import annotations
+
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence

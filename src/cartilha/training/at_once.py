@@ -4,6 +4,8 @@ The gradients are never all in memory (arXiv:2306.09782). Their norm over all pa
 one, so each is clipped by itself, to a share of the bound that makes the bound hold for all of them together.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

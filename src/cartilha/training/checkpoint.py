@@ -13,6 +13,8 @@ A checkpoint may come from an unknown source. Nothing in it is unpickled; sizes,
 is used.
 """
 
+from __future__ import annotations
+
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass

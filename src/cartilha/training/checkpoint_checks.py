@@ -1,5 +1,7 @@
 """What is checked of a checkpoint before any of it is used: it may be damaged, or made to do harm."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path

@@ -4,6 +4,8 @@ torch.distributed.checkpoint writes and reads them as safetensors, so that nothi
 processes, one among them, reads what any other number wrote.
 """
 
+from __future__ import annotations
+
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager

@@ -1,7 +1,9 @@
 """What known cards hold and compute, and what a token costs: enough to plan before a card is rented."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig
@@ -53,7 +55,7 @@ class DeviceFacts:
             how = replace(how, dtype=torch.bfloat16)
         return replace(how, weights=torch.bfloat16) if lean else how
 
-    def for_model(self, config: PretrainedConfig, *, dropout: bool = False) -> Self:
+    def for_model(self, config: PretrainedConfig, *, dropout: bool = False) -> DeviceFacts:
         """The device as it computes this model: in rows, or under a mask where its own kernel cannot."""
         how = look_at(config, config.model_type).how
         if not how.packed:

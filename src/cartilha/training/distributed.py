@@ -7,6 +7,8 @@ that runs out of memory may repeat its micro-batches alone, because no other ran
 is that the sum does not overlap the backward pass: milliseconds within a machine, at 125 M parameters.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import torch

@@ -3,6 +3,8 @@
 `tensor.item()` would wait for all that the device has been given meanwhile, and so for the next step, too.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 import torch

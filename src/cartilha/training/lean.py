@@ -5,6 +5,8 @@ would lose it. Stochastic rounding keeps it in the mean (arXiv:2010.06192). torc
 AdamW's moments are kept in 8 bits, with the map of numbers that bitsandbytes and torchao have (arXiv:2110.02861).
 """
 
+from __future__ import annotations
+
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator

@@ -1,5 +1,7 @@
 """The training loop: a generator that yields one record per step. The caller decides what happens between steps."""
 
+from __future__ import annotations
+
 import time
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor

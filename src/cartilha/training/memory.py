@@ -5,6 +5,8 @@ Weights, gradients and the optimizer's states (`StateSize`) take 16 bytes per pa
 is traced (`trace.py`). It is a straight line in the number of tokens, once they fill a chunk of logits.
 """
 
+from __future__ import annotations
+
 import bisect
 import functools
 from dataclasses import dataclass, replace

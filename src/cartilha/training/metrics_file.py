@@ -1,5 +1,7 @@
 """metrics.jsonl: one line per step."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Sequence
 from pathlib import Path

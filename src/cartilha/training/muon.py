@@ -1,5 +1,7 @@
 """Muon, which can leave a step out without having the host wait for the device."""
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 

@@ -1,9 +1,11 @@
 """The optimizer of a model and the memory of its states, and what a step trains."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -134,7 +136,7 @@ class StateSize:
     num_idle: int = 0  # parameters of experts that do not compute the average token
 
     @classmethod
-    def of(cls, model: PreTrainedModel, optimizer: str = "adamw", other_bytes: int = 0) -> Self:
+    def of(cls, model: PreTrainedModel, optimizer: str = "adamw", other_bytes: int = 0) -> StateSize:
         """The size for this model, whose parameters need no contents; counts of steps are left out."""
         states = [
             rule.state_bytes(tuple(parameter.shape))
@@ -154,7 +156,7 @@ class StateSize:
         optimizer: str = "adamw",
         adapter: Adapter | None = None,
         dtype: torch.dtype = torch.float32,
-    ) -> Self:
+    ) -> StateSize:
         """The size for a model of this configuration (of the whole, if it has other parts) with weights in `dtype`.
 
         Nothing is allocated. Other parts are taken to be stored in the dtype that the configuration names.

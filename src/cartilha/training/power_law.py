@@ -4,6 +4,8 @@ A law is floor + (start - floor) (1 + tokens / scale) ^ -exponent, with the loss
 of arXiv:2001.08361 with a floor, in which pretraining counts as tokens seen before (arXiv:2102.01293).
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import NamedTuple
 

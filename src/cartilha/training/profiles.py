@@ -5,6 +5,8 @@ the optimizer's lean states, and gives gradients back in the backward pass of a 
 AdamW, 2 with Adafactor. Either may compute layers a second time instead of keeping what they computed.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal

@@ -1,5 +1,7 @@
 """Learning-rate schedules: a linear warm-up, then a shape: a function in `SHAPES`, whose name `--schedule` takes."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,8 +1,10 @@
 """What changes while a model is trained, and the record of one step."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
-from typing import Self, SupportsFloat
+from typing import SupportsFloat
 
 import torch
 from transformers import PreTrainedModel
@@ -48,7 +50,7 @@ class TrainingState:
     @classmethod
     def begin(
         cls, model: PreTrainedModel, dtype: torch.dtype, *, lr: float, weight_decay: float, optimizer: str = "adamw"
-    ) -> Self:
+    ) -> TrainingState:
         """The state before step 1; gradients are scaled where the compute dtype is fp16."""
         made = make_optimizer(model, lr, weight_decay, optimizer)
         allocate_states(model, made, optimizer)

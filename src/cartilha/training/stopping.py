@@ -1,5 +1,7 @@
 """Requests to stop, by a signal or a file: the run writes a checkpoint after the current step and ends."""
 
+from __future__ import annotations
+
 import math
 import signal
 import sys

@@ -1,5 +1,7 @@
 """The streams of random numbers that training may draw from: torch's on every device, Python's and numpy's."""
 
+from __future__ import annotations
+
 import base64
 import random
 from collections.abc import Iterator

@@ -5,6 +5,8 @@ points (group `cartilha.trackers`) of its package; docs/trackers.md shows one. A
 then on, with one warning, and the run goes on.
 """
 
+from __future__ import annotations
+
 import math
 import re
 import sys

@@ -1,5 +1,7 @@
 """Losses that go wrong: spikes are marked; steps without an update are counted, and several in a row end the run."""
 
+from __future__ import annotations
+
 import math
 from typing import Any
 

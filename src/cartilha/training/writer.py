@@ -1,5 +1,7 @@
 """When a checkpoint is due, and writing it while training goes on."""
 
+from __future__ import annotations
+
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path

@@ -3,6 +3,8 @@
 They are in the public domain (CC0 1.0), and suffice for tokens per word (OPT's 1.146 has a standard error of 0.4 %).
 """
 
+from __future__ import annotations
+
 import importlib.resources
 
 

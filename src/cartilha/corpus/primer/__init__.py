@@ -3,6 +3,8 @@
 `primer` is the Portuguese one (texts.jsonl), `primer:gl` a small one in another language (gl.jsonl).
 """
 
+from __future__ import annotations
+
 import hashlib
 import importlib.resources
 import json
