@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch._dynamo.utils import counters
+from torch._inductor.codecache import PyCodeCache
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch.nn.attention import varlen
 from transformers import PreTrainedModel
@@ -314,6 +316,24 @@ def test_compiled_code_is_kept_in_the_users_cache(what, monkeypatch, tmp_path):
         monkeypatch.setattr("cartilha.model.loss.compile_pays", lambda device_type: True)
         chunk_kernel.__wrapped__("cuda")
     assert cache_dir() == str(tmp_path / "inductor")  # where torch looks for it in every process
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="the compiler of CPU code is missing")
+def test_the_next_process_finds_the_compiled_code(monkeypatch, tmp_path):
+    monkeypatch.setenv("CARTILHA_CACHE", str(tmp_path))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    model, batch = tiny("opt"), packed([7, 1, 9, 20, 2, 12, 5], 2)
+    results, found = [], []
+    for _ in range(2):
+        results.append(gradients(model, batch, CompiledBody(model)))
+        found.append(dict(counters["inductor"]))
+        torch._dynamo.reset()  # forgets what this process has compiled, as the next one knows nothing of it
+        PyCodeCache.cache_clear()
+        counters.clear()
+    of_cache = [{name: count for name, count in each.items() if name.startswith("fxgraph_cache")} for each in found]
+    assert of_cache == [{"fxgraph_cache_miss": 2}, {"fxgraph_cache_hit": 2}]  # forward and backward of one layer
+    assert any((tmp_path / "inductor").rglob("*.so"))
+    assert_same(*results)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
