@@ -192,8 +192,10 @@ class Bench:
         if "tokens" in budget:
             num_steps = max(1, round(budget["tokens"] / (batch * BLOCK_SIZE * text_share)))
         else:
-            warm, probe = train(1), train(3)
-            num_steps = max(1, round(budget["seconds"] / (probe - min(warm, probe / 3)) * 2))
+            train(1)  # the first step is slow
+            one, four = train(1), train(4)
+            step = max((four - one) / 3, four / 8)  # the start takes time too
+            num_steps = max(1, 1 + round((budget["seconds"] - one) / step))
             model.load_state_dict(source.state_dict())
         seconds = train(num_steps)
         model.save_pretrained(output / "model")
