@@ -5,6 +5,7 @@ Torch is imported where an optimizer is made, because a wrong name is refused be
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -64,28 +65,15 @@ def _adamw(groups: Groups, lr: float) -> Optimizer:
     return AdamW(groups, lr=lr, betas=ADAM_BETAS, eps=EPSILON, fused=fused)
 
 
-def _muon(groups: Groups, lr: float) -> Optimizer:
-    from cartilha.training.muon import Muon
-
-    return Muon(groups, lr=lr, adjust_lr_fn="match_rms_adamw")  # its steps are then as large as AdamW's
-
-
-def _adafactor(groups: Groups, lr: float) -> Optimizer:
-    from torch.optim import Adafactor
-
-    return Adafactor(groups, lr=lr, eps=ADAFACTOR_EPSILONS)
+def _made_by(module: str, name: str, **settings: Any) -> Callable[[Groups, float], Optimizer]:
+    """What makes an optimizer by a class, whose module is imported then."""
+    return lambda groups, lr: getattr(importlib.import_module(module), name)(groups, lr=lr, **settings)
 
 
 def _factors(shape: Shape) -> dict[str, Shape]:
     if len(shape) < 2:
         return {"step": (), "variance": shape}
     return {"step": (), "row_var": (*shape[:-1], 1), "col_var": (*shape[:-2], 1, shape[-1])}
-
-
-def _adamw_8bit(groups: Groups, lr: float) -> Optimizer:
-    from cartilha.training.lean import AdamW8bit
-
-    return AdamW8bit(groups, lr)
 
 
 def _moments_in_8bit(shape: Shape) -> dict[str, Shape]:
@@ -98,20 +86,16 @@ def _moments_in_8bit(shape: Shape) -> dict[str, Shape]:
     return moments
 
 
-def _adafactor_in_slabs(groups: Groups, lr: float) -> Optimizer:
-    from cartilha.training.lean import AdafactorInSlabs
-
-    return AdafactorInSlabs(groups, lr)
-
-
 def _factors_of_slabs(shape: Shape) -> dict[str, Shape]:
     factors = _factors(shape)
     return {**factors, "col_var": (-(-math.prod(shape) // SLICE), shape[1])} if len(shape) == 2 else factors
 
 
 ADAMW = UpdateRule(_adamw, lambda shape: {"step": (), "exp_avg": shape, "exp_avg_sq": shape})  # arXiv:1711.05101
-MUON = UpdateRule(_muon, lambda shape: {"momentum_buffer": shape})  # arXiv:2502.16982
-ADAFACTOR = UpdateRule(_adafactor, _factors, shards=False)  # arXiv:1804.04235
+_make_muon = _made_by("cartilha.training.muon", "Muon", adjust_lr_fn="match_rms_adamw")  # steps as large as AdamW's
+MUON = UpdateRule(_make_muon, lambda shape: {"momentum_buffer": shape})  # arXiv:2502.16982
+_make_adafactor = _made_by("torch.optim", "Adafactor", eps=ADAFACTOR_EPSILONS)
+ADAFACTOR = UpdateRule(_make_adafactor, _factors, shards=False)  # arXiv:1804.04235
 
 # The rule of the matrices of hidden layers, and that of all other parameters: embeddings, head, norms and biases.
 OPTIMIZERS: dict[str, tuple[UpdateRule, UpdateRule]] = {
@@ -122,8 +106,8 @@ OPTIMIZERS: dict[str, tuple[UpdateRule, UpdateRule]] = {
 
 # The rule of all parameters where the weights are bfloat16 (`--memory lean`), for the optimizers that have such a form.
 LEAN_OPTIMIZERS: dict[str, UpdateRule] = {
-    "adamw": UpdateRule(_adamw_8bit, _moments_in_8bit),
-    "adafactor": UpdateRule(_adafactor_in_slabs, _factors_of_slabs),
+    "adamw": UpdateRule(_made_by("cartilha.training.lean", "AdamW8bit"), _moments_in_8bit),
+    "adafactor": UpdateRule(_made_by("cartilha.training.lean", "AdafactorInSlabs"), _factors_of_slabs),
 }
 
 
