@@ -43,7 +43,7 @@ class Kernel(ABC):
     takes_dropout: ClassVar[bool] = False  # can drop attention weights
     one_graph: ClassVar[bool] = True
     computes: ClassVar[frozenset[str]] = frozenset()  # of `CAPPED` and `SINKS`
-    counts_tokens_only: ClassVar[bool] = True  # its memory depends on their number, however they are cut into rows
+    counts_tokens_only: ClassVar[bool] = True  # its memory depends on the number of tokens, not on that of the rows
 
     row_length: int  # positions per row; no segment crosses a row's end
 

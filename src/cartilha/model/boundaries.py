@@ -34,7 +34,7 @@ CUMULATIVE_LENGTHS = ("cu_seq_lens_q", "cu_seqlens")  # as layers of one or anot
 # and end in a third, and one has a single token.
 PROOF_LENGTHS = (45, 17, 1, 130, 60, 2, 300, 19)
 SAME = 1e-4  # of the spread, beside three times the kernels' own rounding
-LEAK = 1e-2  # of the spread, between neighbours of one kind and of another: kernels add up across documents
+LEAK = 1e-2  # of the spread: other neighbours may move a document by so much, since kernels add up several documents
 
 _HUB_KERNELS = "transformers.integrations.hub_kernels"
 
@@ -89,7 +89,8 @@ def compare(model: PreTrainedModel, ids: Tensor, own: Callable[[], None], ours: 
     odd = torch.arange(len(PROOF_LENGTHS)).repeat_interleave(torch.tensor(PROOF_LENGTHS)) % 2 == 1
     odd = odd.to(ids.device)[None, :, None]
     found = []
-    for training in (False, True):  # first that no document sees another: so it ends soon where kernels know nothing
+    # Whether a document sees another is looked at first, so that the proof ends early if kernels ignore boundaries.
+    for training in (False, True):
         _set_training(model, training)
         beside = _run(model, ids, 1.0, **arguments)
         found.append((beside, torch.ones_like(odd)))

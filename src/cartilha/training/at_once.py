@@ -40,7 +40,7 @@ class StepsInBackward:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.num_parameters = sum(parameter.numel() for parameter in parameters)
         self._hooks = [parameter.register_post_accumulate_grad_hook(self._arrived) for parameter in parameters]
-        # Stands for all gradients before the scaler, which looks at those that are there.
+        # The scaler looks at gradients, and none is left after the pass: this one tells it whether all were finite.
         self._witness = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1, device=state.model.device))], lr=0.0)
         self.begin(is_active=False)
 

@@ -76,8 +76,8 @@ def train_steps(
                 group["lr"] = lr
             launched, (loss, grad_norm, skipped) = read_late(*_update(state, data, parameters, settings, at_once))
             ends_epoch = (step + 1) % sampler.steps_per_epoch == 0
-            # Launches return at once. Waiting for the step before keeps the clock honest (in a steady run a step's
-            # time is then the device's) without leaving the device idle, and keeps the host from running away.
+            # Launches return at once. The host waits for the step before, so that it is one step ahead at most, the
+            # device is never idle, and the time of a step is that of the device, once the run is steady.
             if waited := launched if ends_epoch or step + 1 == schedule.num_steps else before:
                 waited.wait()
             before = launched
