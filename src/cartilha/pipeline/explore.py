@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cartilha.config import ExploreConfig, TrainConfig
+from cartilha.config import ExploreConfig
 from cartilha.evaluation.scorer import load_scorer
 from cartilha.explorer.port import listen
 from cartilha.explorer.reading import Reader
@@ -14,7 +14,7 @@ from cartilha.machine.devices import choose_device
 from cartilha.pipeline.preflight import preflight
 from cartilha.pipeline.result import Result
 from cartilha.reporting.wording import choose_language
-from cartilha.runs.sources import Mix, sources_of
+from cartilha.runs.sources import Mix
 from cartilha.tokens.store import TokenStore
 
 
@@ -53,6 +53,6 @@ def open_explorer(config: ExploreConfig) -> Explorer:
         return Explorer(readers)
     mixture = None
     if config.mix:
-        mix = Mix.open(sources_of(TrainConfig(store=str(store.path), mix=config.mix)), store)
+        mix = Mix.of(config.mix, store)
         mixture = Mixture(mix.documents, mix.label)
     return Explorer(readers, StoreWalk(store, mixture))

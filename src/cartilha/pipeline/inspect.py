@@ -11,7 +11,7 @@ from unicodedata import normalize
 
 from cartilha.blocks.mixing import MixtureSampler
 from cartilha.blocks.sampler import BlockSampler
-from cartilha.config import InspectConfig, TrainConfig
+from cartilha.config import InspectConfig
 from cartilha.corpus.primer import PrimerCount, primer_table
 from cartilha.corpus.sources import PrimerSource, resolve_inputs
 from cartilha.corpus.splits import SPLITS, Split
@@ -20,7 +20,7 @@ from cartilha.model_reference import ADAPTER_CONFIG
 from cartilha.pipeline.preflight import preflight
 from cartilha.pipeline.result import Result
 from cartilha.preparation.selection_report import explain, not_chosen
-from cartilha.runs.sources import Mix, sources_of
+from cartilha.runs.sources import Mix
 from cartilha.tokens.store import TokenStore
 from cartilha.tokens.summary import summarize
 
@@ -158,7 +158,7 @@ def _block(store: TokenStore, config: InspectConfig) -> dict[str, Any]:
     shape = {"block_size": config.block_size, "blocks_per_step": 1, "seed": config.seed}
     sampler: BlockSampler
     if config.mix:
-        mix = Mix.open(sources_of(TrainConfig(store=str(store.path), mix=config.mix)), store)
+        mix = Mix.of(config.mix, store)
         sampler, label = MixtureSampler(mix.documents, **shape), mix.label
     else:
         ids = store.labels(config.split)["doc_id"]

@@ -22,7 +22,7 @@ from cartilha.evaluation.scorer import load_scorer
 from cartilha.machine.devices import choose_device
 from cartilha.model.arithmetic import WeightFiles, added, check_alike, write_weights
 from cartilha.model.configuration import model_config, place_of
-from cartilha.model.load import load_model
+from cartilha.model.load import load_model, save_model
 from cartilha.model_reference import adapter_base, resolve_model
 from cartilha.pipeline.check import sample_documents
 from cartilha.pipeline.preflight import preflight
@@ -93,8 +93,7 @@ def _write_merged(reference: str, output: Path, dtype: torch.dtype, base: str) -
     tokenizer = load_tokenizer(reference)
     loaded = load_model(reference, torch.device("cpu"), tokenizer=tokenizer)
     with new_directory(output) as temporary:
-        torch.nn.Module.to(loaded.model, dtype)
-        loaded.save(temporary)
+        save_model(loaded, temporary, dtype)
         tokenizer.save(temporary)
         write_atomically(temporary / "README.md", _card(output.resolve().parent.name, base, None, None))
 

@@ -64,11 +64,9 @@ def load_index(tasks: Sequence[ShardTask], sources: Sequence[Source]) -> Documen
     """Read the numbers of all documents of finished shards, given in order."""
     source_numbers = {source: number for number, source in enumerate(sources)}
     starts = np.cumsum([0, *(len(read_documents(task)) for task in tasks)])
-    shapes = {"hashes": np.uint64, "positions": np.float64, "num_tokens": np.int64, "sources": np.int32}
-    arrays = {}
-    for name, dtype in shapes.items() if tasks else ():
-        shape = (int(starts[-1]), 2) if name == "hashes" else (int(starts[-1]),)
-        arrays[name] = large_array(shape, dtype)
+    dtypes = {"hashes": np.uint64, "positions": np.float64, "num_tokens": np.int64, "sources": np.int32}
+    shape = (int(starts[-1]),)
+    arrays = {name: large_array((*shape, 2) if name == "hashes" else shape, dtype) for name, dtype in dtypes.items()}
     for task, (begin, end) in zip(tasks, pairwise(starts.tolist()), strict=True):
         table = read_documents(task)
         of_pieces = np.array([source_numbers[part.source] for part in task.shard.parts], np.int32)
@@ -80,8 +78,6 @@ def load_index(tasks: Sequence[ShardTask], sources: Sequence[Source]) -> Documen
         position, num_tokens, piece = (table[name].to_numpy() for name in ("position", "num_tokens", "piece"))
         arrays["positions"][begin:end], arrays["num_tokens"][begin:end] = position, num_tokens
         arrays["sources"][begin:end] = of_pieces[piece]
-    if not tasks:
-        arrays = {name: np.zeros((0, 2) if name == "hashes" else 0, dtype) for name, dtype in shapes.items()}
     return DocumentIndex(tasks, starts, **arrays)
 
 

@@ -171,6 +171,11 @@ class Mix:
     begins: tuple[int, ...]  # the number of each store's first document among all
 
     @classmethod
+    def of(cls, mix: tuple[str, ...], store: TokenStore) -> Mix:
+        """The mixture that `--mix` asks for beside a store, as training reads it."""
+        return cls.open(sources_of(TrainConfig(store=str(store.path), mix=mix)), store)
+
+    @classmethod
     def open(cls, sources: Sequence[Source], store: TokenStore) -> Mix:
         """The training documents of each source; `store` is that of `--store`.
 
