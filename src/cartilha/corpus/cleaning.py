@@ -222,25 +222,17 @@ def _sample(text: str, num_chars: int, num_places: int) -> str:
     return " ".join(text[begin : begin + size] for begin in range((stride - size) // 2, len(text) - size, stride))
 
 
-def _line_step(language: Language) -> Step:
-    most = thresholds(language)
-    return lambda texts: [_unless(line_fault(text, most), "lines", text) for text in texts]
-
-
-def _step_of_all(name: str, faults: Callable[[Sequence[str], Thresholds], Iterator[str]]) -> Callable[[Language], Step]:
-    """The maker of a step that looks at all texts at once."""
+def _by_faults(name: str, faults: Callable[[Sequence[str], Thresholds], Iterator[str]]) -> Callable[[Language], Step]:
+    """The maker of a step that rejects texts by the first fault of each, as `quality` names it."""
 
     def make(language: Language) -> Step:
         most = thresholds(language)
         return lambda texts: [
-            _unless(fault, name, text) for fault, text in zip(faults(texts, most), texts, strict=True)
+            _Reason(f"{name}:{fault}") if fault else text
+            for fault, text in zip(faults(texts, most), texts, strict=True)
         ]
 
     return make
-
-
-def _unless(fault: str, step: str, text: str) -> Found:
-    return _Reason(f"{step}:{fault}") if fault else text
 
 
 _MAKERS: dict[str, Callable[[Language], Step]] = {
@@ -252,9 +244,9 @@ _MAKERS: dict[str, Callable[[Language], Step]] = {
     "language": _language,
     "repeated_lines": _each(_repeated_lines),
     "repeated_ngrams": _each(_repeated_ngrams),
-    "lines": _line_step,
-    "words": _step_of_all("words", word_faults),
-    "ngrams": _step_of_all("ngrams", ngram_faults),
+    "lines": _by_faults("lines", lambda texts, most: (line_fault(text, most) for text in texts)),
+    "words": _by_faults("words", word_faults),
+    "ngrams": _by_faults("ngrams", ngram_faults),
 }
 STEPS = tuple(_MAKERS)
 GROUPS = {"web": STEPS[:-3], "fineweb": STEPS[-3:], "none": ()}

@@ -55,12 +55,12 @@ def _packed_arguments(
     return arguments | {key: to_device(array, model.device) for key, array in arrays.items()}
 
 
-def hidden_states(model: PreTrainedModel, batch: Batch, dtype: torch.dtype, body: CompiledBody | None = None) -> Tensor:
+def hidden_states(model: PreTrainedModel, batch: Batch, dtype: torch.dtype) -> Tensor:
     """The last hidden states as the head reads them (`head_inputs`), shape (num_rows, row_length, hidden_size).
 
-    The weights are float32; the body runs in `dtype` under autocast, and compiled where `body` is given.
+    The weights are float32; the body runs in `dtype` under autocast.
     """
-    return _states_and_routers(model, batch, dtype, body)[0]
+    return _states_and_routers(model, batch, dtype, None)[0]
 
 
 def _states_and_routers(

@@ -24,6 +24,8 @@ from cartilha.runs.sources import Mix
 from cartilha.tokens.store import TokenStore
 from cartilha.tokens.summary import summarize
 
+FIRST_DOCUMENTS, FIRST_TOKENS = 3, 24  # shown of each side, and of each of them
+
 
 @dataclass(frozen=True)
 class InspectResult(Result):
@@ -100,14 +102,14 @@ def _model(reference: str) -> dict[str, Any]:
     }
 
 
-def _first_documents(store: TokenStore, num_documents: int = 3, num_tokens: int = 24) -> list[dict[str, Any]]:
+def _first_documents(store: TokenStore) -> list[dict[str, Any]]:
     """The beginnings of each side's first documents, as a model reads them."""
     tokenizer = store.tokenizer()
     rows = []
     for split in SPLITS:
         documents, labels = store.packed(split), store.labels(split)
-        for i in range(min(num_documents, len(documents))):
-            ids = documents.ids(i, num_tokens)
+        for i in range(min(FIRST_DOCUMENTS, len(documents))):
+            ids = documents.ids(i, FIRST_TOKENS)
             row = {"split": split, "doc_id": labels["doc_id"][i], "num_tokens": int(documents.num_tokens[i])}
             rows.append({**row, "ids": ids.tolist(), "begins": tokenizer.decode(ids)})
     return rows

@@ -162,11 +162,11 @@ def smooth(ys: Floats) -> Floats:
     return np.asarray((sums[high] - sums[low]) / (high - low), dtype=np.float64)
 
 
-def thin(values: Floats, limit: int = MAX_POINTS) -> Floats:
-    """At most `limit` values: means of neighbours, so that no part of the curve is skipped."""
-    if len(values) <= limit:
+def thin(values: Floats) -> Floats:
+    """At most `MAX_POINTS` values: means of neighbours, so that no part of the curve is skipped."""
+    if len(values) <= MAX_POINTS:
         return values
-    return np.array([part.mean() for part in np.array_split(values, limit)])
+    return np.array([part.mean() for part in np.array_split(values, MAX_POINTS)])
 
 
 def ticks(low: float, high: float, count: int = 5, whole: bool = False) -> tuple[list[float], int]:

@@ -19,6 +19,7 @@ from cartilha.corpus.document import Document
 from cartilha.tokens.tokenizer import TextTokenizer
 
 MANY_PIECES = 3
+NUM_LISTED = 20  # of the costliest words, and of letters
 WORD = re.compile(r"[^\W\d_]+")
 
 
@@ -90,15 +91,15 @@ class FertilityCounter:
         """The figures of the whole text."""
         return self._fertility(sum(self._sums.values(), np.zeros(4, np.int64)), self._all_words)
 
-    def costliest_words(self, num_words: int = 20) -> list[CostlyWord]:
+    def costliest_words(self) -> list[CostlyWord]:
         """The words that cost the most tokens beyond one each, over all of their occurrences."""
         words, num_pieces = self._all_words, self._num_pieces
-        order = sorted(words, key=lambda word: (-words[word] * (num_pieces[word] - 1), word))[:num_words]
+        order = sorted(words, key=lambda word: (-words[word] * (num_pieces[word] - 1), word))[:NUM_LISTED]
         encoded = self._tokenizer.encode([self._prefix + word for word in order])
         pieces = [tuple(self._tokenizer.decode_each(ids)) for ids in encoded]
         return [CostlyWord(word, words[word], own) for word, own in zip(order, pieces, strict=True)]
 
-    def costliest_letters(self, num_letters: int = 20) -> list[CostlyLetter]:
+    def costliest_letters(self) -> list[CostlyLetter]:
         """The letters beyond ASCII that are cut apart most often."""
         words = {self._prefix + word: count for word, count in self._all_words.items() if not word.isascii()}
         encodings = self._tokenizer.backend.encode_batch(list(words), add_special_tokens=False)
@@ -113,7 +114,7 @@ class FertilityCounter:
             for letter in {letter for letter in word if not letter.isascii()}:
                 tokens[letter] += count * len(encoding.ids)
                 in_words[letter] += count
-        order = sorted(seen, key=lambda letter: (-apart[letter], letter))[:num_letters]
+        order = sorted(seen, key=lambda letter: (-apart[letter], letter))[:NUM_LISTED]
         return [CostlyLetter(x, seen[x], apart[x] / seen[x], tokens[x] / in_words[x]) for x in order]
 
     @cached_property
