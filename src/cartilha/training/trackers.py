@@ -137,7 +137,9 @@ class _MLflow:
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         for name, value in figures.items():
-            self._client.log_metric(self._id, _plain(name), value, step=step)
+            # A store in files keeps `a/b` as a file, which cannot be the directory of `a/b/c`, too.
+            group, _, figure = _plain(name).partition("/")
+            self._client.log_metric(self._id, f"{group}/{figure.replace('/', '.')}", value, step=step)
 
     def text(self, step: int, name: str, text: str) -> None:
         self._client.log_text(self._id, text, f"{_plain(name)}/step-{step:08d}.txt")
