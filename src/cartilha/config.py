@@ -67,7 +67,7 @@ class PrepareConfig(ReadingOptions, QualityOptions, SelectionOptions):
         "the language of the text: a code (pt, gl, es ...), or a YAML file that describes one (docs/extending.md)",
     )
     near_duplicates: bool = deciding(False, "keep near-duplicates on one side of the split (extra text)")
-    rejects: str | None = option(None, "write what is left out to this .jsonl file, with the reasons")
+    rejects: str | None = option(None, "write what is left out to this .jsonl file, with the reasons", writes=".jsonl")
     dry_run: bool = option(False, "write no store: say what would be left out; what was read is kept for the real run")
     limit_documents: int | None = deciding(None, "read at most this many documents", minimum=1)
     shuffle: bool = deciding(
@@ -246,8 +246,12 @@ class EvaluateConfig(ComputeOptions, ScoringOptions, ReadingOptions):
     input: tuple[str, ...] = option((), f"score this text: {REF_HELP}")
     split: Literal["validation", "train"] = option("validation", "side of the store to score; train is labelled so")
     near_duplicates: bool = option(False, "also look for near-duplicates of the store's training text (extra text)")
-    per_token: str | None = option(None, "also write each token's nll, entropy and rank to this parquet file")
-    save: str | None = option(None, "also write each document's nll to this parquet file, for compare (one model)")
+    per_token: str | None = option(
+        None, "also write each token's nll, entropy and rank to this parquet file", writes=".parquet"
+    )
+    save: str | None = option(
+        None, "also write each document's nll to this parquet file, for compare (one model)", writes=".parquet"
+    )
     continuations: int | None = option(
         None, "also continue this many texts: chrF, BLEU, ROUGE-L (extra eval)", minimum=2
     )
@@ -274,7 +278,9 @@ class GenerateConfig(Settings):
     """Text written by a model."""
 
     model: str = option(DEFAULT_MODEL, MODEL_HELP)
-    prompt: tuple[str, ...] = option((), "one or more beginnings; default: one in the language of the store's text")
+    prompt: tuple[str, ...] = option(
+        (), "one or more beginnings; default: one in the language of the store's text", verbatim=True
+    )
     max_new_tokens: int = option(60, "tokens to write after each prompt", minimum=1)
     do_sample: bool = option(False, "sample; without it the likeliest token is taken each time")
     temperature: float = option(0.8, "with do_sample: below 1 favours likely tokens, above 1 evens out")
@@ -307,7 +313,7 @@ class ReportConfig(Settings):
     """One offline page about one or more runs."""
 
     runs: tuple[str, ...] = option((), "run directories", required=True, positional=True)
-    output: str = option("report.html", "the page to write")
+    output: str = option("report.html", "the page to write", writes=".html")
     language: Language = option("auto", "language that the page opens in; auto follows the reader's browser")
     figures: str | None = option(None, "also write the figures into this directory, as SVG and PNG (extra report)")
 
@@ -322,7 +328,9 @@ class MergeConfig(ComputeOptions):
     base: str | None = option(None, "with --add: what RUN and that model were made from; default as RUN records it")
     save_dtype: Literal["float32", "bfloat16"] = option("float32", "type of the weights that are written")
     store: str | None = option(None, "with --add: measure on this store; default the run's, else the primer")
-    prompt: str = option("Era uma vez na fazenda", "with --add: a beginning that is continued before and after")
+    prompt: str = option(
+        "Era uma vez na fazenda", "with --add: a beginning that is continued before and after", verbatim=True
+    )
     max_new_tokens: int = option(40, "with --add: tokens to write after it", minimum=1)
 
 

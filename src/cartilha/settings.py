@@ -13,8 +13,9 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
     """A field of a configuration, with the text that the command line and `help(...)` show.
 
     The metadata: `required=True`; `positional=True` where the command line gives it a place instead of a flag;
-    `hidden=True` for what only recipes set; bounds of a number: `minimum` and `maximum`, which are allowed, and
-    `above`, which is not; `decides=True` as `deciding` has it.
+    `hidden=True` for what only recipes set; `verbatim=True` for text in which `~/` is not the home directory;
+    `writes=SUFFIX` for a file that the command writes; bounds of a number: `minimum` and `maximum`, which are allowed,
+    and `above`, which is not; `decides=True` as `deciding` has it.
     """
     return field(default=default, metadata={"help": help, **metadata})
 
@@ -27,7 +28,10 @@ IN_WORDS = "_in_words"  # ends the name of a recorded setting that says another 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Base of the configurations: a string may stand for a list of one, a list for a tuple, and a path for a string."""
+    """Base of the configurations: a string may stand for a list of one, a list for a tuple, and a path for a string.
+
+    `~/` is the home directory.
+    """
 
     def __post_init__(self) -> None:
         """Bring values to the types that are declared."""
@@ -37,6 +41,8 @@ class Settings:
                 value = tuple(map(str, (value,) if isinstance(value, str | os.PathLike) else value))
             elif isinstance(value, os.PathLike):
                 value = str(value)
+            if not item.metadata.get("verbatim"):
+                value = tuple(map(_at_home, value)) if isinstance(value, tuple) else _at_home(value)
             object.__setattr__(self, item.name, value)
 
     def to_dict(self) -> dict[str, Any]:
@@ -54,6 +60,11 @@ class Settings:
         """Those that decide the result."""
         values = self.to_dict()
         return {item.name: values[item.name] for item in fields(self) if item.metadata.get("decides")}
+
+
+def _at_home(value: Any) -> Any:
+    # A shell expands neither `--output=~/run` nor what stands in Python or YAML.
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith(("~/", "~\\")) else value
 
 
 def options(config: type[Settings]) -> list[Field[Any]]:

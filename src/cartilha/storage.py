@@ -276,6 +276,16 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def refuse_to_replace(option: str, path: Path, suffix: str) -> None:
+    """Refuse, with a UserError, to write a file of a kind over a directory or a file of another kind."""
+    if path.is_dir():
+        raise UserError(f"--{option} {path} is a directory; name a file.")
+    if path.is_file() and path.suffix.lower() != suffix:
+        raise UserError(
+            f"--{option} {path} is there already and is no {suffix} file; choose another name for the new one."
+        )
+
+
 def refuse_lfs_pointer(path: Path) -> None:
     """Refuse the short text that Git leaves in place of a file that Git LFS has not fetched; a missing file passes."""
     with contextlib.suppress(OSError):

@@ -10,6 +10,8 @@ import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from cartilha.runs import setup
+
 Refused = Callable[..., str]
 TINY = ["--model", "random:tiny"]
 
@@ -389,4 +391,22 @@ def test_a_report_about_nothing(refused: Refused, cartilha, store, tmp_path):
     assert cartilha(*train, "--max_steps", 1, "--dtype", "float32").code == 0
     before = contents(tmp_path / "run")
     assert "is a directory" in refused("report", tmp_path / "run", "--output", tmp_path / "run" / "model").lower()
+    assert "--output . is a directory" in refused("report", tmp_path / "run", "--output", ".")
+    config = tmp_path / "run" / "config.yaml"
+    assert "is no .html file" in refused("report", tmp_path / "run", "--output", config)
     assert contents(tmp_path / "run") == before
+
+
+def test_a_saved_evaluation_replaces_no_other_file(refused: Refused, corpus):
+    before = corpus.read_bytes()
+    for option in ("--save", "--per_token"):
+        assert "is no .parquet file" in refused("evaluate", *TINY, "--input", corpus, option, corpus)
+    assert corpus.read_bytes() == before
+
+
+def test_blocks_beyond_the_context_are_refused_before_anything_is_planned(
+    refused: Refused, store, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(setup, "_profile", lambda *_: pytest.fail("a plan of a million tokens per block takes minutes"))
+    train = ["train", *TINY, "--store", store, "--output", tmp_path / "run", "--block_size", 999_999]
+    assert "--block_size 1024" in refused(*train)

@@ -161,6 +161,12 @@ def test_every_rejected_document_is_written_once_with_its_reason(cartilha, refus
     prepare = ["prepare", "--input", path, "--model", "random:tiny", "--output", tmp_path / "store", "--workers", 1]
     prepare += ["--clean", "web"]
     assert "in a folder that is there" in refused(*prepare, "--rejects", tmp_path / "nada" / "fora.jsonl")
+    read = tmp_path / "outros.jsonl"
+    read.write_text('{"text": "um"}', encoding="utf-8")
+    for name in (read, path):  # a text that is read, and a file of another kind
+        before = name.read_bytes()
+        assert name.name in refused(*prepare, "--validation_input", read, "--rejects", name)
+        assert name.read_bytes() == before
     outcome = cartilha(*prepare, "--rejects", rejects, "--json")
     assert outcome.code == 0, outcome.err
     rows = [json.loads(line) for line in rejects.read_text(encoding="utf-8").splitlines()]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cartilha.config import COMMANDS, PrepareConfig, TrainConfig
+from cartilha.config import COMMANDS, GenerateConfig, PrepareConfig, TrainConfig
 from cartilha.errors import UserError
 from cartilha.option_groups import ComputeOptions
 from cartilha.pipeline.prepare import prepare
@@ -56,6 +56,15 @@ def test_a_run_does_not_go_on_with_another_value_of_a_new_option(monkeypatch):
         setup.is_finished_as_asked(replace(config, shape="square"), path)
     with pytest.raises(UserError, match=r"time_budget_s was None, now 60\.0"):
         setup.is_finished_as_asked(replace(config, time_budget="1m"), path)
+
+
+def test_the_home_directory_can_be_written_as_a_tilde(monkeypatch):
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(Path("/home/ana")))
+    ana = Path("/home/ana")
+    config = PrepareConfig(input=("~/textos/*.txt", "b~/c"), output=Path("~/acervo"))
+    assert [Path(config.output), *map(Path, config.input)] == [ana / "acervo", ana / "textos/*.txt", Path("b~/c")]
+    assert GenerateConfig(model="~/modelo", prompt="~/ é a sua pasta").prompt == ("~/ é a sua pasta",)
 
 
 def test_options_of_a_group_come_after_a_commands_own():

@@ -25,6 +25,7 @@ from cartilha.model_reference import adapter_base, check_4_bits, resolve_model
 from cartilha.runs.decay import decaying
 from cartilha.runs.files import check_output, read_status, run_directory
 from cartilha.settings import Settings
+from cartilha.storage import refuse_to_replace
 from cartilha.training.schedule import check_shape
 from cartilha.training.trackers import check_tracker
 from cartilha.training.update_rules import OPTIMIZERS, check_lean, check_optimizer
@@ -60,6 +61,8 @@ def _check_values(config: Settings) -> None:
             _check_bounds(item, value)
         if item.name in _TEXTS and value is not None:
             _TEXTS[item.name](value)
+        if "writes" in item.metadata and value:
+            refuse_to_replace(item.name, Path(value), item.metadata["writes"])
         if item.name in _EXTRAS and value:
             _check_extra(*_EXTRAS[item.name])
 
@@ -271,9 +274,6 @@ def _evaluate(config: configs.EvaluateConfig) -> None:
     for task in config.tasks:
         if Path(task).suffix in (".yaml", ".yml") and not Path(task).is_file():
             raise UserError(f"There is no task file {task}; give one of the harness's YAML files, or a task's name.")
-    for name, path in (("save", config.save), ("per_token", config.per_token)):
-        if path is not None and Path(path).is_dir():
-            raise UserError(f"--{name} {path} is a directory; name a file.")
     # Under torchrun the documents are shared out; what must see all of them in one place is refused by name.
     alone = [name for name in ("per_token", "continuations", "tasks") if getattr(config, name)]
     if alone and world()[1] > 1:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cartilha.config import ReportConfig
 from cartilha.errors import UserError
+from cartilha.pipeline.preflight import preflight
 from cartilha.pipeline.result import Result
 from cartilha.reporting.html import render_report
 from cartilha.reporting.images import write_figures
@@ -34,6 +35,7 @@ def report(config: ReportConfig) -> ReportResult:
     """Write the page; a UserError says that no run was named, or that a directory holds none."""
     if not config.runs:
         raise UserError("Name one or more run directories: cartilha report RUN... --output report.html")
+    preflight(config)
     directories = [run_directory(run) for run in config.runs]
     path = render_report(directories, config.output, config.language)
     runs = load_runs(directories)

@@ -63,7 +63,7 @@ def read_request(config: PrepareConfig) -> PrepareRequest:
             "--rejects takes what --clean, --decontaminate, --max_perplexity, --min_perplexity and --classifier leave"
             " out, and none of them is given; add one, such as --clean web."
         )
-    if config.rejects and (Path(config.rejects).is_dir() or not Path(config.rejects).parent.is_dir()):
+    if config.rejects and not Path(config.rejects).parent.is_dir():
         raise UserError(f"--rejects {config.rejects} cannot be written; name a file in a folder that is there.")
     amount = _amount(config)
     left_out: LeftOut = {}
@@ -76,6 +76,9 @@ def read_request(config: PrepareConfig) -> PrepareRequest:
     read = {"--validation_input": held_out, "--input": list(itertools.chain(*inputs))}
     _refuse_shared(targets, "--like", read, "give other texts as the target")
     sources = resolve_inputs([*held_out, *targets, *read["--input"]])
+    files = {source.path.resolve() for source in sources if isinstance(source, SourceFile)}
+    if config.rejects and Path(config.rejects).resolve() in files:
+        raise UserError(f"--rejects {config.rejects} is a text that is read; choose another name.")
     questions = QuestionNames.of(config.decontaminate)
     _refuse_shared(questions.sources, "--decontaminate", read | {"--like": targets}, "name a benchmark's text")
     mixture = InputShares.of(config, inputs, sources) if config.weights else None

@@ -22,7 +22,7 @@ from cartilha.machine.devices import choose_device, choose_dtype, dtype_name, se
 from cartilha.machine.memory import free_memory_bytes
 from cartilha.machine.processes import from_rank_0, gather_objects, is_main_process, world
 from cartilha.model.adapters import adapter_of
-from cartilha.model.configuration import model_config
+from cartilha.model.configuration import context_length, model_config
 from cartilha.model.load import LoadedModel, load_model, load_with_adapter, look_at, weights_hash
 from cartilha.model.longer_context import LongerContext
 from cartilha.model.recomputation import checkpoint_layers
@@ -246,9 +246,11 @@ def _text(config: TrainConfig, store: TokenStore, batch_tokens: int) -> tuple[Mi
 
 
 def _configuration(config: TrainConfig, tokenizer: TextTokenizer) -> PretrainedConfig:
-    """The model's, with the context that it is trained for."""
+    """The model's, with the context that it is trained for; a UserError says that a block is longer."""
     found, context = model_config(config.model, tokenizer), LongerContext.of(config)
-    return found if context is None else context.applied(found, config.model)
+    shape = found if context is None else context.applied(found, config.model)
+    refuse_beyond_context(config.block_size, context_length(shape), config.model)
+    return shape
 
 
 def _profile(config: TrainConfig, shape: PretrainedConfig, machine: DeviceFacts, share: int) -> Profile:
@@ -298,7 +300,6 @@ def _load(
         give_back_freed_memory()
     elif profile.checkpointing and adapter is None:  # below an adapter it is so already
         give_back_freed_memory(2**20)
-    refuse_beyond_context(config.block_size, loaded.context_length, config.model)
     loaded.model.train(config.dropout)
     if profile.checkpointing:
         checkpoint_layers(loaded.model)
