@@ -16,7 +16,10 @@ from cartilha.reporting.wording import Wording
 
 SOURCE = Path(cartilha.__file__).parent
 # What a training goes through; what the other commands say is not in its records.
-OF_A_RUN = r"(training|runs|model|tokens|machine)/|(storage|model_reference|evaluation/continuation|pipeline/train)\.py"
+OF_A_RUN = (
+    r"(training|runs|model|tokens|machine)/"
+    r"|(storage|model_reference|evaluation/(continuation|measures)|pipeline/train)\.py"
+)
 PLACE = r"%(?:\.\d)?[sdf]"
 
 
@@ -24,7 +27,7 @@ def test_every_warning_of_a_run_has_its_portuguese():
     sources = {path.relative_to(SOURCE).as_posix(): path.read_text(encoding="utf-8") for path in SOURCE.rglob("*.py")}
     trees = [ast.parse(text) for name, text in sources.items() if re.match(OF_A_RUN, name)]
     calls = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call) and node.args]
-    firsts = [call.args[0] for call in calls if ast.unparse(call.func).endswith("log.warning")]
+    firsts = [call.args[0] for call in calls if ast.unparse(call.func).endswith(("log.warning", "notes.append"))]
     said = {ast.literal_eval(first) for first in firsts if isinstance(first, ast.Constant)} - {"%s"}
     known = yaml.safe_load(template_file(PACKAGE, "notices.pt.yaml"))
     assert len(said) > 30

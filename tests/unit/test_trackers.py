@@ -127,6 +127,13 @@ def test_what_is_not_there_or_cannot_start_is_said_before_training(plug_ins, tmp
             open_tracker(name, run_at(tmp_path))
 
 
+def test_a_tracker_that_is_not_installed_is_refused_before_a_run_has_a_directory(monkeypatch):
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    for name, extra in (("tensorboard", "trackers"), ("wandb", "wandb")):
+        with pytest.raises(UserError, match=rf"The tracker {name} needs the extra `{extra}`"):
+            check_tracker(name)
+
+
 def test_tensorboard_has_the_figures_and_a_resume_purges_what_it_repeats(tmp_path):
     pytest.importorskip("tensorboard", reason="needs tensorboard (extra trackers)")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from functools import partialmethod
 from html import escape
 from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from cartilha.errors import UserError, install_command, log
+from cartilha.errors import UserError, install_command, log, missing_extra
 from cartilha.storage import write_atomically
 
 ENTRY_POINTS = "cartilha.trackers"
@@ -171,12 +172,14 @@ _OURS: dict[str, tuple[Callable[[TrackedRun], Tracker], str]] = {
 
 
 def check_tracker(name: str) -> None:
-    """Refuse, with a UserError, a name that neither a tracker of ours nor a plug-in has."""
+    """Refuse, with a UserError, a name that neither a tracker of ours nor a plug-in has, and one not installed."""
     known = ["none", *_OURS, *_plug_ins()]
     if name not in known:
         raise UserError(
             f"There is no tracker {name!r}; choose from {', '.join(known)}, or install a plug-in (docs/trackers.md)."
         )
+    if name in _OURS and find_spec(name) is None:
+        raise missing_extra(f"The tracker {name}", _OURS[name][1])
 
 
 def open_tracker(name: str, run: TrackedRun) -> Tracker | None:
