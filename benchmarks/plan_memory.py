@@ -73,6 +73,7 @@ def run_once(ref: str, store: str, output: str, profile: str, shape: str, dtype:
     """Train in this process, and print planned and measured bytes of two steps as JSON."""
     import cartilha.pipeline.train as command
     from cartilha.config import GenerateConfig, TrainConfig
+    from cartilha.runs.step_plan import RunPlan
 
     plain = command.train_steps
 
@@ -84,6 +85,7 @@ def run_once(ref: str, store: str, output: str, profile: str, shape: str, dtype:
         raise MeasuredError
 
     command.train_steps = measured  # type: ignore[assignment]
+    RunPlan.is_tight = True  # type: ignore[assignment,method-assign]  # else a CPU keeps what is freed, for speed
     block_size, micro_batch, blocks = numbers(shape)
     config = TrainConfig(
         model=ref, store=store, output=output, block_size=block_size, batch_tokens=block_size * blocks,

@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 from dataclasses import astuple, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,15 +20,14 @@ from transformers import (
     RwkvConfig,
 )
 
-from cartilha.config import TrainConfig
 from cartilha.errors import UserError
 from cartilha.model.attention import head_size
 from cartilha.model.configuration import model_config
 from cartilha.model.load import load_model
 from cartilha.model.recomputation import checkpoint_layers
 from cartilha.model.rows import ROWS
-from cartilha.runs import setup
-from cartilha.tokens.tokenizer import load_tokenizer
+from cartilha.pipeline import train
+from cartilha.runs.step_plan import RunPlan
 from cartilha.training import memory as memory_module
 from cartilha.training import trace
 from cartilha.training.device_facts import KNOWN_DEVICES, flops_per_token, parameter_flops, utilization
@@ -227,13 +227,28 @@ def test_a_cpu_that_gives_freed_memory_back_wastes_as_little_as_a_card():
 
 
 @pytest.mark.parametrize(
-    ("lean", "twice", "sizes"), [(False, False, []), (True, False, [()]), (True, True, [()]), (False, True, [(2**20,)])]
+    ("lean", "twice", "room", "sizes"),
+    [
+        *((False, False, 1.0, []), (True, False, 1.4, [2**16]), (True, True, 1.4, [2**16])),
+        *((False, True, 1.4, [2**20]), (True, True, 1.6, []), (False, True, 1.6, [])),
+    ],
 )
-def test_a_profile_that_saves_memory_gives_freed_memory_back(lean, twice, sizes, monkeypatch):
-    calls: list[tuple[int, ...]] = []
-    monkeypatch.setattr(setup, "give_back_freed_memory", lambda *size: calls.append(size))
-    config = TrainConfig(model="random:tiny", store="", output="", block_size=64)
-    setup._load(config, Profile(lean, twice), load_tokenizer("random:tiny"), torch.device("cpu"), sharded=False)
+def test_a_profile_that_saves_memory_gives_freed_memory_back_where_there_is_little(
+    lean, twice, room, sizes, monkeypatch
+):
+    calls: list[int] = []
+    monkeypatch.setattr(train, "give_back_freed_memory", calls.append)
+    config = model_config("random:smollm2-135m")
+    size = StateSize.planned(config, dtype=torch.bfloat16 if lean else torch.float32)
+    memory = MemoryModel(config, how(torch.bfloat16), overhead_bytes=0, size=size).step(1, 128, accumulates=True)
+    facts = replace(KNOWN_DEVICES["t4"], memory_bytes=int(room * memory.total))
+    run = SimpleNamespace(
+        plan=RunPlan(facts, size, 128, 1, 1, memory),
+        config=SimpleNamespace(gradient_checkpointing=twice),
+        loaded=SimpleNamespace(model=torch.nn.Linear(1, 1)),
+    )
+    run.loaded.model.device = torch.device("cpu")
+    train._spare_memory(run)
     assert calls == sizes
 
 

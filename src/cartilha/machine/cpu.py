@@ -117,9 +117,8 @@ def give_back_freed_memory(size: int = 2**16) -> bool:
     """Have glibc give tensors of so many bytes back as soon as they are freed; returns whether it can.
 
     A sharded model frees and takes its layers all the time, which left twice its memory in holes. Lean weights,
-    adapters and layers that are computed twice are there to save memory: a lean step of 478 M parameters took 370 MiB
-    less. Fresh pages must be cleared: in float32, with layers computed twice, a step took 57 % longer with 64 KiB, and
-    24 % longer with 1 MiB, for the same memory (docs/log.md).
+    adapters and layers that are computed twice leave fewer: 0.8 of the memory. But fresh pages must be cleared, so
+    that steps take 1.6 to 1.9 times as long (docs/log.md, section 62).
     """
     return _keep_up_to(size)
 

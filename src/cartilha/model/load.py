@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.utils import logging as transformers_logging
 
 from cartilha.errors import UserError, first_line, log
-from cartilha.machine.cpu import give_back_freed_memory, keep_freed_memory, settle_cpu_functions
+from cartilha.machine.cpu import keep_freed_memory, settle_cpu_functions
 from cartilha.machine.devices import seed_everything
 from cartilha.model.adapters import Adapter, add_adapter, merge_adapter, save_adapter
 from cartilha.model.boundaries import plain_torch
@@ -151,7 +151,6 @@ def load_with_adapter(
         if source.kind in ("hub", "directory") and is_stored_in_bfloat16(Path(place_of(source))):
             dtype = torch.bfloat16
     loaded = load_model(reference, place, tokenizer=tokenizer, seed=seed, dtype=dtype)
-    give_back_freed_memory()
     loaded = with_adapter(loaded, adapter, seed)
     torch.nn.Module.to(loaded.model, device)  # transformers' own is wrapped in a way that type checkers misread
     return loaded

@@ -17,7 +17,7 @@ from cartilha.console import collecting_notices, progress
 from cartilha.errors import InterruptedRunError, UserError, counted, log
 from cartilha.evaluation.corpus import score_in_shares
 from cartilha.evaluation.measures import Evaluation, make_evaluation
-from cartilha.machine.cpu import give_back_holes
+from cartilha.machine.cpu import give_back_freed_memory, give_back_holes
 from cartilha.machine.devices import seed_everything
 from cartilha.machine.memory import peak_memory_bytes
 from cartilha.machine.processes import from_rank_0, gather_objects, is_main_process, world
@@ -119,6 +119,7 @@ def _place(config: TrainConfig) -> Iterator[Path | None]:
 def _run(config: TrainConfig, path: Path, prompts: GenerateConfig, notices: list[str]) -> RunWriter:
     """Set up and train in a directory that is locked for this command."""
     run = assemble(config, path, prompts, config.resume == "auto")
+    _spare_memory(run)
     if not config.skip_checks:
         with random_numbers_apart():  # a resumed run goes on with those of its checkpoint
             refuse_if_failed(run)
@@ -233,6 +234,15 @@ def _steps(run: Run, record: RunWriter) -> Generator[StepRecord, None, None]:
         for step in train_steps(run.state, run.sampler, run.schedule, settings):
             show(step)
             yield step
+
+
+def _spare_memory(run: Run) -> None:
+    """Where memory is short, have a CPU give back what is freed: of the profiles that are there to save memory."""
+    saves, twice = run.plan.size.saves_memory, run.config.gradient_checkpointing
+    if run.loaded.model.device.type == "cpu" and (saves or twice) and run.plan.is_tight:
+        give_back_freed_memory(2**16 if saves else 2**20)
+        log.info("Memory is short: freed memory is given back at once, which makes steps up to twice as long.")
+        give_back_holes()
 
 
 @dataclass(frozen=True)

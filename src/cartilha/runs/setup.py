@@ -17,7 +17,6 @@ from cartilha.config import Count, GenerateConfig, TrainConfig
 from cartilha.errors import UserError, counted, first_line, log
 from cartilha.evaluation.documents import ScoredDocuments, encode_documents, validation_subset
 from cartilha.evaluation.scorer import Scorer, make_scorer
-from cartilha.machine.cpu import give_back_freed_memory
 from cartilha.machine.devices import choose_device, choose_dtype, dtype_name, seed_everything
 from cartilha.machine.memory import free_memory_bytes
 from cartilha.machine.processes import from_rank_0, gather_objects, is_main_process, world
@@ -296,10 +295,6 @@ def _load(
     else:
         how |= {"dtype": profile.weights, "context": LongerContext.of(config)}
         loaded = load_model(config.model, where, **how)
-    if profile.lean:
-        give_back_freed_memory()
-    elif profile.checkpointing and adapter is None:  # below an adapter it is so already
-        give_back_freed_memory(2**20)
     loaded.model.train(config.dropout)
     if profile.checkpointing:
         checkpoint_layers(loaded.model)

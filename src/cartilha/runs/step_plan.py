@@ -71,6 +71,9 @@ class StepShape:
     shares: int = 1  # processes that a sharded model is shared out over
 
 
+ROOM = 1.5  # times the planned memory
+
+
 @dataclass(frozen=True)
 class RunPlan:
     """What a run is expected to take, made before its first step."""
@@ -92,6 +95,11 @@ class RunPlan:
     def memory_bytes(self) -> int | None:
         """Of all parts together."""
         return self.memory.total if self.memory else None
+
+    @property
+    def is_tight(self) -> bool:
+        """Whether there is no room to keep what is freed, which took up to 1.3 times the planned memory."""
+        return self.memory is None or ROOM * self.memory.total > self.device.memory_bytes
 
     def utilization(self, tokens_per_second: float) -> dict[str, Any]:
         """The share of the device's peak that one process uses at this speed."""

@@ -172,7 +172,7 @@ class StateSize:
 
     @property
     def saves_memory(self) -> bool:
-        """Whether a CPU gives freed tensors back at once however layers are computed: lean weights, or an adapter."""
+        """Whether a CPU whose memory is short gives all freed tensors back at once: lean weights, or an adapter."""
         return self.is_lean or self.num_frozen > 0
 
     @property
