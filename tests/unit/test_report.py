@@ -829,3 +829,10 @@ def test_a_text_agrees_with_the_count_in_it(language):
     assert one["1"] == expected[language]
     assert not [text for text in one["2"] if "[" in text or "|" in text or "2" not in text]
     assert one["2"][1].startswith({"en": "2 documents, 2 tokens, 2 bytes", "pt": "2 documentos, 2 tokens"}[language])
+
+
+@pytest.mark.parametrize(
+    ("language", "shown"), [("en", "float32 99.8, bfloat16 213.0"), ("pt", "float32 99,8, bfloat16 213,0")]
+)
+def test_rates_by_dtype_are_shown_in_words(language, shown):
+    assert html._value_text("matmul_gflops", {"float32": 99.81, "bfloat16": 213.0}, Wording(language)) == shown

@@ -156,11 +156,15 @@ def provenance(run: RecordedRun, say: Wording) -> list[tuple[str, list[tuple[str
 def _value_text(key: str, value: Any, say: Wording) -> str:
     if value is None:
         return ABSENT
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_value_text(key, each, say)}" for name, each in value.items())
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         if key.endswith("_bytes"):
             return say.size(value)
         if key.endswith("_share"):
             return say.percent(value, 2)
+        if key.endswith("_gflops"):
+            return say.number(value, 1)
         if key.startswith("num_") or key.endswith("_tokens"):
             return say.number(value)
     return str(value)
