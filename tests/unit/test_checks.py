@@ -7,6 +7,7 @@ import unicodedata
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPTNeoXCo
 from cartilha.blocks.packing import PackedStream, stack
 from cartilha.checks import machine, model, text, training
 from cartilha.checks.outcome import CheckResult, Subject
+from cartilha.config import CheckConfig, TrainConfig
 from cartilha.corpus.document import Document
 from cartilha.corpus.primer import read_primer
 from cartilha.corpus.questions import Question, QuestionRuns
@@ -27,14 +29,17 @@ from cartilha.evaluation.nll import DocumentScores
 from cartilha.evaluation.scorer import make_scorer
 from cartilha.model import attention, forward, rows
 from cartilha.model import loss as loss_module
+from cartilha.model.configuration import model_config
 from cartilha.model.load import load_model, prepare_model
 from cartilha.model.packed_or_rows import runs_packed
+from cartilha.pipeline import check
 from cartilha.pipeline.check import CHEAP_CHECKS, CHECKS, run_checks, sample_documents
 from cartilha.tokens.store import TokenStore
 from cartilha.tokens.store_writer import writing_store
 from cartilha.tokens.tokenizer import TextTokenizer, load_tokenizer
 from cartilha.training import checkpoint as checkpoint_module
 from cartilha.training import loop
+from cartilha.training.optimizer import StateSize, resolve_lr
 from cartilha.training.schedule import Schedule
 from stores import add_documents
 
@@ -492,3 +497,16 @@ def test_a_sample_without_text(fresh):
     empty = replace(fresh, held_out=[Document("", "a", "a", "a"), Document("x", "b", "b", "b")])
     results = run_checks(empty, (model.causality, model.isolation))
     assert [result.outcome for result in results] == ["not applicable", "not applicable"]
+
+
+@pytest.mark.parametrize("config", [CheckConfig(model="m"), TrainConfig(model="m", store="s", output="o", lora=16)])
+def test_the_rate_is_that_of_the_training_to_come(config):
+    size = StateSize.planned(model_config("random:smollm2-135m"))
+    scorer = SimpleNamespace(
+        loaded=SimpleNamespace(model=SimpleNamespace(device=torch.device("cpu"))), tokenizer=None, protocol=None
+    )
+    plan = SimpleNamespace(size=size, micro_batch_size=1, memory_bytes=0)
+    subject = check._subject(config, scorer, None, (None, None), plan)
+    small_step, of_adapter = 1024, isinstance(config, TrainConfig)
+    assert subject.lr == resolve_lr("auto", size.num_parameters, small_step, of_adapter=of_adapter)
+    assert subject.lr != resolve_lr("auto", size.num_parameters)
