@@ -118,7 +118,7 @@ def give_back_freed_memory(size: int = 2**16) -> bool:
 
     A sharded model frees and takes its layers all the time, which left twice its memory in holes. Lean weights,
     adapters and layers that are computed twice leave fewer: 0.8 of the memory. But fresh pages must be cleared, so
-    that steps take 1.6 to 1.9 times as long (docs/log.md, section 62).
+    that steps take 1.6 to 1.9 times as long (docs/log.md, section 63).
     """
     return _keep_up_to(size)
 
