@@ -237,11 +237,15 @@ def _steps(run: Run, record: RunWriter) -> Generator[StepRecord, None, None]:
 
 
 def _spare_memory(run: Run) -> None:
-    """Where memory is short, have a CPU give back what is freed: of the profiles that are there to save memory."""
+    """Have a CPU give freed tensors back at once, if its memory is short and the run's profile is one that saves it.
+
+    Lean weights, adapters and layers computed twice are such profiles; the plan takes it that memory is given back.
+    """
     saves, twice = run.plan.size.saves_memory, run.config.gradient_checkpointing
-    if run.loaded.model.device.type == "cpu" and (saves or twice) and run.plan.is_tight:
-        give_back_freed_memory(2**16 if saves else 2**20)
-        log.info("Memory is short: freed memory is given back at once, which makes steps up to twice as long.")
+    if not (saves or twice) or run.loaded.model.device.type != "cpu" or not run.plan.is_tight:
+        return
+    if give_back_freed_memory(2**16 if saves else 2**20):
+        log.info("Memory is short: freed memory is given back at once, so that a step takes up to twice the time.")
         give_back_holes()
 
 

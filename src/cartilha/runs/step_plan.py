@@ -71,7 +71,7 @@ class StepShape:
     shares: int = 1  # processes that a sharded model is shared out over
 
 
-ROOM = 1.5  # times the planned memory
+ROOM = 1.5  # times the plan; where freed memory was kept, runs took up to 1.3 times it (docs/log.md, section 63)
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class RunPlan:
 
     @property
     def is_tight(self) -> bool:
-        """Whether there is no room to keep what is freed, which took up to 1.3 times the planned memory."""
+        """Whether a CPU has too little memory to keep freed tensors for the next ones, or this is not known."""
         return self.memory is None or ROOM * self.memory.total > self.device.memory_bytes
 
     def utilization(self, tokens_per_second: float) -> dict[str, Any]:
