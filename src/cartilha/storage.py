@@ -65,10 +65,11 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def new_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
+def new_directory(path: Path, *, replace: bool = False, exist_ok: bool = False) -> Iterator[Path]:
     """Yield a temporary directory beside `path` that becomes `path` when the block ends without an exception.
 
-    With `replace` it takes the place of an existing directory, which is removed after the rename.
+    With `replace` it takes the place of an existing directory, which is removed after the rename. With `exist_ok` a
+    directory that another process has put there meanwhile stays, since it has the same contents.
     """
     with _temporary(path, Path.mkdir) as temporary:
         yield temporary
@@ -79,7 +80,12 @@ def new_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
         else:
             if path.is_dir() and not any(path.iterdir()):
                 path.rmdir()
-            temporary.replace(path)
+            try:
+                temporary.replace(path)
+            except OSError:
+                if not (exist_ok and path.is_dir()):
+                    raise
+                _remove(temporary)
 
 
 @contextmanager

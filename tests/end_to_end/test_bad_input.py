@@ -6,6 +6,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -342,6 +344,22 @@ def test_a_folder_without_a_model(refused: Refused, other_model, tmp_path):
 
 
 # Evaluation, texts, report
+
+
+@pytest.mark.parametrize("option", ["save", "per_token"])
+def test_a_file_to_write_is_not_a_text_that_is_read(refused: Refused, tmp_path, option):
+    path = tmp_path / "textos.parquet"
+    pq.write_table(pa.table({"text": ["Era uma vez."]}), path)
+    before = path.read_bytes()
+    assert "is a text that is read" in refused("evaluate", *TINY, "--input", tmp_path, f"--{option}", path)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("command", ["prepare", "inspect", "generate", "vocab"])
+def test_a_seed_is_not_negative(refused: Refused, corpus, tmp_path, command):
+    first = {"inspect": ["primer"], "generate": []}.get(command, ["--input", corpus])
+    output = ["--output", tmp_path / "store"] if command == "prepare" else []
+    assert "--seed must be between 0 and" in refused(command, *first, *output, "--seed", -1)
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,9 @@ def test_what_is_wrong_with_a_language_file_is_a_sentence(tmp_path, change, said
     path.write_text(yaml.safe_dump({**FICTIVE, **change}), encoding="utf-8")
     with pytest.raises(UserError, match=re.escape(said)):
         find_language(str(path))
+    path.write_text("- pt\n", encoding="utf-8")
+    with pytest.raises(UserError, match="entries such as `code: gl`"):
+        find_language(str(path))
 
 
 def test_a_name_that_is_no_language(tmp_path):

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -158,6 +159,19 @@ def test_without_replace_only_an_empty_directory_is_taken(tmp_path):
     with new_directory(path) as folder:
         (folder / "novo").write_text("novo")
     assert names(path) == ["novo"]
+
+
+def test_what_another_process_put_there_meanwhile_stays_where_both_write_the_same(tmp_path):
+    def write(**options: bool) -> None:
+        with new_directory(tmp_path / "pasta", **options) as folder:
+            (folder / "novo").write_text("novo")
+            old_directory(tmp_path)  # the other process is done first
+
+    write(exist_ok=True)
+    assert names(tmp_path) == ["pasta"] and names(tmp_path / "pasta") == ["velho"]
+    shutil.rmtree(tmp_path / "pasta")
+    with pytest.raises(OSError, match="pasta"):
+        write()
 
 
 def test_what_a_killed_run_of_the_same_process_id_left_is_in_nobodys_way(tmp_path):

@@ -17,6 +17,7 @@ from cartilha.corpus.formats import READABLE, is_readable
 from cartilha.corpus.primer import primer_languages, primer_sha256
 from cartilha.errors import UserError, counted, log
 from cartilha.languages import DEFAULT
+from cartilha.settings import Settings, options
 from cartilha.storage import as_on_disk, listed, read_json
 
 LeftOut = dict[str, list[str]]  # files in folders that are not read, as paths below the folder, by reason
@@ -104,6 +105,15 @@ def resolve_inputs(refs: Sequence[str | Source], left_out: LeftOut | None = None
         more = f" and {len(repeated) - 1} more" if len(repeated) > 1 else ""
         log.warning("The input names %s%s more than once: read once.", repeated[0], more)
     return _with_distinct_names(list(found.values()))
+
+
+def refuse_to_write_over(sources: Sequence[Source], config: Settings) -> None:
+    """Refuse, with a UserError, an option of a file to write that names one of these texts."""
+    files = {source.path.resolve() for source in sources if isinstance(source, SourceFile)}
+    for item in options(type(config)):
+        value = getattr(config, item.name)
+        if "writes" in item.metadata and value and Path(value).resolve() in files:
+            raise UserError(f"--{item.name} {value} is a text that is read; choose another name.")
 
 
 def _with_distinct_names(sources: list[Source]) -> list[Source]:

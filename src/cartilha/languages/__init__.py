@@ -134,6 +134,8 @@ def _read(file: str, text: Callable[[], str]) -> Language:
 
 def _language(values: dict[str, Any]) -> Language:
     """The language that a file describes; a KeyError, TypeError or ValueError says what is wrong."""
+    if not isinstance(values, dict):
+        raise TypeError("entries such as `code: gl` were expected")
     code, names = values["code"], values.get("names") or {}
     if not (isinstance(code, str) and re.fullmatch("[a-z]{2,3}", code)):
         raise ValueError(f"code must be two or three small letters, in quotes where YAML needs them, not {code!r}")

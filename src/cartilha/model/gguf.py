@@ -25,7 +25,7 @@ def converted_gguf(source: ModelSource) -> Path:
         )
         model = convert_gguf(source.path)
         try:
-            with new_directory(directory) as temporary:
+            with new_directory(directory, exist_ok=True) as temporary:
                 model.save_pretrained(temporary)
         except OSError as error:
             raise UserError(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cartilha import config as configs
-from cartilha.corpus.sources import HubSource, resolve_inputs
+from cartilha.corpus.sources import HubSource, refuse_to_write_over, resolve_inputs
 from cartilha.errors import UserError, log, missing_extra
 from cartilha.evaluation.decoding import check_decoding
 from cartilha.evaluation.windows import first_tokens
@@ -110,9 +110,11 @@ def _check_places(config: Any) -> None:
         from cartilha.tokens.store_checks import read_store_info  # with pyarrow, which not every command needs
 
         read_store_info(Path(config.store))
-    for source in resolve_inputs(getattr(config, "input", ())):
+    sources = resolve_inputs(getattr(config, "input", ()))
+    for source in sources:
         if isinstance(source, HubSource):
             _check_extra("datasets", f"hf:{source.name}", "hub")
+    refuse_to_write_over(sources, config)
     models = config.model if hasattr(config, "model") else config.models
     for ref in [models] if isinstance(models, str) else models:
         resolve_model(ref)

@@ -11,7 +11,7 @@ from cartilha.config import PrepareConfig
 from cartilha.corpus.cleaning import Cleaner, named_steps
 from cartilha.corpus.files import SourceFile
 from cartilha.corpus.records import ReadSettings
-from cartilha.corpus.sources import HubSource, LeftOut, Source, resolve_inputs
+from cartilha.corpus.sources import HubSource, LeftOut, Source, refuse_to_write_over, resolve_inputs
 from cartilha.corpus.splits import SplitRule
 from cartilha.errors import UserError
 from cartilha.languages import Language, find_language
@@ -76,9 +76,7 @@ def read_request(config: PrepareConfig) -> PrepareRequest:
     read = {"--validation_input": held_out, "--input": list(itertools.chain(*inputs))}
     _refuse_shared(targets, "--like", read, "give other texts as the target")
     sources = resolve_inputs([*held_out, *targets, *read["--input"]])
-    files = {source.path.resolve() for source in sources if isinstance(source, SourceFile)}
-    if config.rejects and Path(config.rejects).resolve() in files:
-        raise UserError(f"--rejects {config.rejects} is a text that is read; choose another name.")
+    refuse_to_write_over(sources, config)
     questions = QuestionNames.of(config.decontaminate)
     _refuse_shared(questions.sources, "--decontaminate", read | {"--like": targets}, "name a benchmark's text")
     mixture = InputShares.of(config, inputs, sources) if config.weights else None

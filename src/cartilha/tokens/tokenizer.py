@@ -267,7 +267,7 @@ def _cached_gguf_tokenizer(path: Path) -> TextTokenizer:
     if not (directory / "tokenizer.json").is_file():
         tokenizer = gguf_tokenizer(path)
         try:
-            with new_directory(directory) as temporary:
+            with new_directory(directory, exist_ok=True) as temporary:
                 tokenizer.save(temporary)
         except OSError as error:
             log.warning(
