@@ -22,7 +22,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from cartilha.config import COMMANDS, RunConfig
-from cartilha.errors import log as log  # for its users beside what is here
+from cartilha.errors import log
 
 PLAIN_INTERVAL_S = 10.0
 NOTEBOOK_INTERVAL_S = 0.5

@@ -99,6 +99,15 @@ def test_a_plan_is_readable_in_a_terminal(cartilha):
         assert part in outcome.out
 
 
+def test_a_plan_says_where_a_cpu_keeps_freed_memory(cartilha):
+    arguments = ("plan", *TINY, "--block_size", 256, "--skip_probe")
+    said = "up to 1.3 times"
+    assert said in cartilha(*arguments, "--device", "cpu", "--memory", "lean").out
+    assert said in cartilha(*arguments, "--device", "cpu", "--gradient_checkpointing").out
+    assert said not in cartilha(*arguments, "--device", "cpu").out
+    assert said not in cartilha(*arguments, "--device", "t4", "--memory", "lean").out
+
+
 def test_this_machine_is_probed_and_the_rest_estimated(cartilha, monkeypatch):
     bodies = []
     monkeypatch.setattr("cartilha.pipeline.plan.training_body", lambda *asked: bodies.append(asked[1:]))

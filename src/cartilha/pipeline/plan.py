@@ -12,9 +12,8 @@ import torch
 from transformers import PretrainedConfig
 
 from cartilha.blocks.sampler import BlockSampler
-from cartilha.config import PlanConfig, TrainConfig
-from cartilha.console import log
-from cartilha.errors import UserError, counted
+from cartilha.config import PlanConfig
+from cartilha.errors import UserError, counted, log
 from cartilha.machine.devices import choose_device, choose_dtype, dtype_name
 from cartilha.machine.memory import is_out_of_memory
 from cartilha.model.compiling import MIN_STEPS_TO_COMPILE, training_body
@@ -26,7 +25,7 @@ from cartilha.pipeline.expectation import expect
 from cartilha.pipeline.preflight import preflight
 from cartilha.reporting.notebook import plan_html
 from cartilha.runs.sharing import why_whole
-from cartilha.runs.sources import Mix, sources_of
+from cartilha.runs.sources import Mix
 from cartilha.runs.step_plan import refuse_beyond_context, this_machine, with_copy
 from cartilha.tokens.packed import PackedDocuments
 from cartilha.tokens.store import TokenStore
@@ -153,7 +152,7 @@ def _to_read(config: PlanConfig, store: TokenStore | None) -> tuple[int | None, 
     if store is None:
         return None, []
     if config.mix:
-        mix = Mix.open(sources_of(TrainConfig(store=str(store.path), mix=config.mix)), store)
+        mix = Mix.of(config.mix, store)
         tokens = config.epochs * mix.documents.epoch_size
         return tokens, mix.planned(tokens)
     counts = store.counts["train"]
@@ -353,6 +352,7 @@ def _device_values(device: _Planned) -> dict[str, Any]:
         "peak_flops": facts.peak_flops,
         "sheet_flops": facts.sheet_flops,
         "expected_share_of_peak": facts.share,
+        "keeps_freed_memory": facts.is_host and (device.memory.size.saves_memory or device.profile.checkpointing),
     }
 
 
@@ -390,9 +390,8 @@ def _probe(planned: _Planned, block_size: int) -> _Planned:
     documents = PackedDocuments.from_ids(list(ids), prefix_id=0, end_id=0)
     sampler = BlockSampler(documents, block_size=block_size, blocks_per_step=blocks, seed=0)
     began = time.perf_counter()
-    body = (
-        None if planned.profile.lean else training_body(loaded.model, "auto", MIN_STEPS_TO_COMPILE)
-    )  # as `train` does
+    compiled = "never" if planned.profile.lean else "auto"  # as `train` does
+    body = training_body(loaded.model, compiled, MIN_STEPS_TO_COMPILE)
     records = list(train_steps(state, sampler, schedule, StepSettings(dtype, blocks, body=body)))
     rate = max(blocks * block_size / record.seconds for record in records[1:])
     log.info("%s tokens/s, in %.0f s.", f"{rate:,.0f}", time.perf_counter() - began)

@@ -209,6 +209,11 @@ def _plan(result: Values) -> Parts:
         "~: an estimate, from the device's peak and the share of it that is expected. -: does not fit. MFU: the share "
         "of the device's peak that training uses, attention included."
     )
+    if any(device["keeps_freed_memory"] for device in result["devices"]):
+        yield (
+            "A CPU that has 1.5 times the planned memory keeps what is freed, which is faster: with an adapter, lean "
+            "weights or layers computed twice, training then takes up to 1.3 times the GiB above."
+        )
     if (gpus := result["gpus"]) > 1:
         yield (
             f"Of {gpus} cards together, without the time in which they exchange gradients and weights; GiB are of each "
