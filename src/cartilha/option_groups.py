@@ -9,6 +9,7 @@ from cartilha.settings import Settings, deciding, option
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Rate = float | Literal["auto"]
 BaseKind = Literal["float32", "bfloat16", "4bit"]
 
 
@@ -103,6 +104,22 @@ class ComputeOptions(Settings):
 
     dtype: Dtype = option("auto", "type of the computation, whatever that of the weights")
     device: Device = option("auto", "where to compute")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerOptions(Settings):
+    """How a step changes the weights."""
+
+    optimizer: str = deciding("adamw", "adamw; muon (hidden matrices; the rest adamw); adafactor (small states)")
+    beta1: Rate = deciding(
+        "auto",
+        "what AdamW's mean of the gradients keeps of it at each step (momentum); auto: 0.9, nothing at steps of fewer"
+        " than 2,048 tokens",
+        minimum=0,
+        maximum=0.999,
+    )
+    weight_decay: float = deciding(0.1, "decoupled weight decay of the matrices", minimum=0)
+    max_grad_norm: float = deciding(1.0, "gradients are clipped to this norm; a large one clips nothing", above=0)
 
 
 @dataclass(frozen=True, kw_only=True)

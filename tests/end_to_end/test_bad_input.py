@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -353,6 +354,15 @@ def test_a_file_to_write_is_not_a_text_that_is_read(refused: Refused, tmp_path, 
     before = path.read_bytes()
     assert "is a text that is read" in refused("evaluate", *TINY, "--input", tmp_path, f"--{option}", path)
     assert path.read_bytes() == before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows does not remove a working directory")
+def test_a_working_directory_that_was_removed(refused: Refused, tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    for command in (["prepare", *TINY, "--input", "primer", "--output", "store"], ["report", "run"]):
+        assert "working directory was removed" in refused(*command)
 
 
 @pytest.mark.parametrize("command", ["prepare", "inspect", "generate", "vocab"])

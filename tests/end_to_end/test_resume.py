@@ -128,17 +128,38 @@ def test_states_of_another_optimizer_are_never_taken(stopped, store, tmp_path):
         start(store, path, resume="auto", allow_changes=True, optimizer="muon")
 
 
-def test_a_run_begun_before_an_option_existed_goes_on_with_its_default(stopped, store, tmp_path, unbroken):
-    path = shutil.copytree(stopped, tmp_path / "run")
+def forget(option: str, path: Path) -> None:
+    """Make the only checkpoint of a run one of a version that did not have this option."""
     (checkpoint,) = (path / "checkpoints").iterdir()
     state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-    del state["settings"]["optimizer"]
+    del state["settings"][option]
     (checkpoint / "state.json").write_text(json.dumps(state), encoding="utf-8")
     files = {n: {"size": (checkpoint / n).stat().st_size, "sha256": file_sha256(checkpoint / n)} for n in FILES}
     manifest = {"format_version": FORMAT_VERSION, "validation_loss": None, "files": files}
     write_sealed_json(checkpoint / "manifest.json", manifest)
+
+
+def test_a_run_begun_before_an_option_existed_goes_on_with_its_default(stopped, store, tmp_path, unbroken):
+    path = shutil.copytree(stopped, tmp_path / "run")
+    forget("optimizer", path)
     start(store, path, resume="auto")
     assert_same_run(Left(path), unbroken)
+
+
+def test_a_run_begun_before_beta1_could_be_chosen_keeps_what_it_was(store, tmp_path, during_step):
+    start(store, tmp_path / "whole", max_steps=4, beta1=0.9)
+    during_step({2: terminate})
+    path = tmp_path / "run"
+    with pytest.raises(InterruptedRunError):
+        start(store, path, max_steps=4, beta1=0.9)
+    forget("beta1", path)
+    start(store, path, max_steps=4, resume="auto")
+    run = Left(path)
+    assert run.results["settings"]["beta1"] == 0.9
+    assert_same_run(run, Left(tmp_path / "whole"))
+    start(store, tmp_path / "other", max_steps=4)  # steps of 128 tokens
+    other = Left(tmp_path / "other")
+    assert other.results["settings"]["beta1"] == 0 and other.losses[-1] != run.losses[-1]
 
 
 @pytest.mark.parametrize("damaged", [False, True])
@@ -212,6 +233,7 @@ def test_killed_among_the_first_files_it_can_be_run_again(store, tmp_path, monke
         ({"block_size": 64}, "block_size was 32, now 64"),
         ({"batch_tokens": 64}, "batch_tokens was 128, now 64"),
         ({"weight_decay": 0.0}, "weight_decay was 0.1, now 0.0"),
+        ({"beta1": 0.5}, "beta1 was 0.0, now 0.5"),
         ({"schedule": "linear"}, "schedule was cosine, now linear"),
         ({"optimizer": "muon"}, "optimizer was adamw, now muon"),
         ({"dropout": True}, "dropout was False, now True"),

@@ -17,6 +17,7 @@ from cartilha.training.optimizer import (
     clip,
     make_optimizer,
     resolve_batch_tokens,
+    resolve_beta1,
     resolve_lr,
     step_unless,
 )
@@ -90,6 +91,27 @@ def test_the_automatic_rate_is_3e_4_at_125_million_parameters_and_falls_with_siz
 def test_the_automatic_rate_falls_with_the_square_root_of_small_steps_and_not_of_large_ones():
     by_step = {tokens: resolve_lr("auto", 125_000_000, tokens) for tokens in (512, 2048, 8192)}
     assert by_step == {512: pytest.approx(1.5e-4), 2048: pytest.approx(3e-4), 8192: pytest.approx(3e-4)}
+
+
+def test_small_steps_keep_no_mean_of_the_gradients():
+    assert [resolve_beta1("auto", tokens) for tokens in (512, 2047, 2048, 8192)] == [0, 0, 0.9, 0.9]
+    assert resolve_beta1(0.5, 512) == 0.5
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("adamw", "float32"), ("adamw", "bfloat16"), ("muon", "float32")])
+def test_beta1_is_what_the_mean_of_the_gradients_keeps(name, dtype):
+    model = load_model("random:tiny-opt", torch.device("cpu"), dtype=getattr(torch, dtype)).model
+    optimizer = make_optimizer(model, 1e-3, 0.1, name, beta1=0.25)
+    allocate_states(model, optimizer, name)
+    for value in (1.0, 3.0):
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, value)
+        optimizer.step()
+    found = [optimizer.state[parameter].get("exp_avg") for parameter in model.parameters()]
+    means = [mean for mean in found if mean is not None]  # not those of 8 bits, and of Muon's matrices
+    assert means
+    for mean in means:
+        torch.testing.assert_close(mean, torch.full_like(mean, 0.25 * 0.75 * 1.0 + 0.75 * 3.0))
 
 
 def test_automatic_steps_have_a_block_for_each_process(monkeypatch):

@@ -54,8 +54,9 @@ def _sampler(stream: PackedStream, blocks_per_step: int) -> BlockSampler:
     return BlockSampler(stream.documents, block_size=stream.block_size, blocks_per_step=blocks_per_step, seed=0)
 
 
-def _state(subject: Subject, lr: float, weight_decay: float = 0.1) -> TrainingState:
-    return TrainingState.begin(subject.model, subject.dtype, lr=lr, weight_decay=weight_decay)
+def _state(subject: Subject, weight_decay: float = 0.1) -> TrainingState:
+    how = {"lr": subject.lr, "weight_decay": weight_decay, "beta1": subject.beta1}
+    return TrainingState.begin(subject.model, subject.dtype, **how)
 
 
 def _steps(
@@ -83,7 +84,7 @@ def overfit(subject: Subject) -> CheckResult:
     num_steps = OVERFIT_PASSES * sampler.steps_per_epoch
     losses: list[float] = []
     with weights_kept(subject.model):
-        state = _state(subject, subject.lr, OVERFIT_WEIGHT_DECAY)
+        state = _state(subject, OVERFIT_WEIGHT_DECAY)
         nll = 0.0
         # The rate is constant after a short rise: the passes end when the texts are known.
         schedule = Schedule(num_steps, subject.lr, 3 / num_steps, 1.0)
@@ -238,15 +239,15 @@ def resume(subject: Subject) -> CheckResult:
     sampler = _sampler(_partly_padded(subject), blocks_per_step=1)
     schedule = Schedule(3, subject.lr, 0.3, 0.1)
     with weights_kept(subject.model):
-        unbroken = [float(step.loss) for step in _steps(subject, _state(subject, subject.lr), sampler, schedule, 1)]
+        unbroken = [float(step.loss) for step in _steps(subject, _state(subject), sampler, schedule, 1)]
     with weights_kept(subject.model), tempfile.TemporaryDirectory(prefix=".check-", dir=subject.disk) as directory:
-        state = _state(subject, subject.lr)
+        state = _state(subject)
         losses = [float(next(_steps(subject, state, sampler, schedule, 1)).loss)]
         checkpoint = write_checkpoint(Path(directory), freeze(state, {}))
         with torch.no_grad():
             for parameter in subject.model.parameters():
                 parameter.zero_()
-        state = _state(subject, subject.lr)
+        state = _state(subject)
         load_checkpoint(checkpoint, state)
         losses += [float(step.loss) for step in _steps(subject, state, sampler, schedule, 1)]
     apart = max(abs(a - b) for a, b in zip(losses, unbroken, strict=True)) if len(losses) == 3 else math.inf

@@ -27,7 +27,7 @@ from cartilha.runs.setup import Run
 from cartilha.runs.step_plan import RunPlan, StepShape, plan_run, refuse_beyond_context, this_machine
 from cartilha.tokens.store import TokenStore
 from cartilha.training.checkpoint import space_needed
-from cartilha.training.optimizer import StateSize, resolve_batch_tokens, resolve_lr
+from cartilha.training.optimizer import StateSize, resolve_batch_tokens, resolve_beta1, resolve_lr
 
 SAMPLE_DOCUMENTS, SAMPLE_DOCUMENTS_QUICK = 200, 25
 TRAINING_SAMPLE = 100
@@ -153,6 +153,7 @@ def _subject(
         store=store,
         block_size=config.block_size,
         lr=resolve_lr(config.lr, plan.size.num_parameters, batch_tokens, of_adapter=of_adapter),
+        beta1=resolve_beta1(getattr(config, "beta1", "auto"), batch_tokens),
         micro_batch_size=plan.micro_batch_size,
         planned_bytes=plan.memory_bytes,
         disk_bytes=space_needed(plan.size, output)[0],

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 
 from cartilha.blocks.mixing import MixtureSampler
 from cartilha.blocks.sampler import BlockSampler
-from cartilha.config import Count, GenerateConfig, TrainConfig
+from cartilha.config import GenerateConfig, TrainConfig
 from cartilha.errors import UserError, counted, first_line, log
 from cartilha.evaluation.documents import ScoredDocuments, encode_documents, validation_subset
 from cartilha.evaluation.scorer import Scorer, make_scorer
@@ -48,10 +48,11 @@ from cartilha.training.checkpoint import (
 from cartilha.training.device_facts import GIB, DeviceFacts
 from cartilha.training.distributed import share_state
 from cartilha.training.memory import check_states_fit
-from cartilha.training.optimizer import StateSize, resolve_batch_tokens, resolve_lr
+from cartilha.training.optimizer import StateSize, resolve_batch_tokens, resolve_beta1, resolve_lr
 from cartilha.training.profiles import Profile, fullest_fit, profiles
 from cartilha.training.schedule import Schedule
 from cartilha.training.state import TrainingState
+from cartilha.training.update_rules import ADAM_BETAS
 from cartilha.units import parse_amount, parse_duration, parse_share
 
 
@@ -112,7 +113,7 @@ def is_finished_as_asked(config: TrainConfig, path: Path) -> bool:
     results = read_results(path)
     try:
         recorded = _recorded(results["settings"]) | {"store": results["corpus"]["train_hash"]}
-        config = replace(config, batch_tokens=_begun_with(config, recorded))
+        config = _begun_with(config, recorded)
         schedule = _schedule(config, recorded["num_parameters"], results["packing"]["steps_per_epoch"])
     except (KeyError, TypeError) as error:
         raise UserError(f"{path}/results.json is damaged ({error!r} in it); train into another --output.") from error
@@ -145,17 +146,21 @@ def _schedule(config: TrainConfig, num_parameters: int, steps_per_epoch: int) ->
 
 def _recorded(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings that a run began with; an option that did not exist then had what is now its default."""
-    return {**TrainConfig().deciding_values(), "memory": "full", **settings}
+    return {**TrainConfig().deciding_values(), "memory": "full", "beta1": ADAM_BETAS[0], **settings}
 
 
 def _num_steps(config: TrainConfig, steps_per_epoch: int) -> int:
     return config.max_steps or config.epochs * steps_per_epoch
 
 
-def _begun_with(config: TrainConfig, recorded: dict[str, Any]) -> Count:
-    """The tokens per step that are asked for; `auto` means those that the run began with, in blocks of that size."""
-    is_open = config.batch_tokens == "auto" and recorded.get("block_size") == config.block_size
-    return recorded["batch_tokens"] if is_open else config.batch_tokens
+def _begun_with(config: TrainConfig, recorded: dict[str, Any]) -> TrainConfig:
+    """The configuration with what `auto` meant when the run began: beta1, and tokens per step in blocks of its size."""
+    begun = {}
+    if config.batch_tokens == "auto" and recorded.get("block_size") == config.block_size:
+        begun["batch_tokens"] = recorded["batch_tokens"]
+    if config.beta1 == "auto" and recorded:
+        begun["beta1"] = recorded["beta1"]
+    return replace(config, **begun)
 
 
 def _asked(config: TrainConfig, schedule: Schedule) -> dict[str, Any]:
@@ -184,8 +189,10 @@ def assemble(config: TrainConfig, path: Path, prompts: GenerateConfig, resume: b
     recorded = from_rank_0(_recorded(read_settings(checkpoint)) if checkpoint and is_main_process() else {})
     # A resumed run keeps its compute dtype and tokens per step: `auto` might choose otherwise on another machine.
     dtype = choose_dtype(recorded.get("dtype", "auto") if config.dtype == "auto" else config.dtype, device)
-    batch_tokens = from_rank_0(resolve_batch_tokens(_begun_with(config, recorded), config.block_size, device.type))
-    config = replace(config, batch_tokens=batch_tokens)
+    config = _begun_with(config, recorded)
+    batch_tokens = from_rank_0(resolve_batch_tokens(config.batch_tokens, config.block_size, device.type))
+    beta1 = resolve_beta1(config.beta1, batch_tokens)
+    config = replace(config, batch_tokens=batch_tokens, beta1=beta1)
     seed_everything(config.seed)
     memory: Any = recorded.get("memory", "auto") if config.memory == "auto" else config.memory
     shape, share = _configuration(config, tokenizer), -(-batch_tokens // config.block_size // world()[1])
@@ -208,7 +215,7 @@ def assemble(config: TrainConfig, path: Path, prompts: GenerateConfig, resume: b
     }
     if sharded:
         share_out(loaded.model, path, device, dtype)
-    rates = {"lr": schedule.peak_lr, "weight_decay": config.weight_decay}
+    rates = {"lr": schedule.peak_lr, "weight_decay": config.weight_decay, "beta1": beta1}
     state = TrainingState.begin(loaded.model, dtype, **rates, optimizer=config.optimizer)
     if checkpoint is not None:
         if recorded["decay_from"] is None:  # the checkpoint of the run that this one decays from

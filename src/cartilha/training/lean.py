@@ -41,7 +41,7 @@ class SteppedInSlices(torch.optim.Optimizer, ABC):
     """
 
     def __init__(self, groups: Groups, lr: float) -> None:
-        super().__init__(groups, {"lr": lr})
+        super().__init__(groups, {"lr": lr, "betas": ADAM_BETAS})
         self._generators: dict[torch.device, torch.Generator] = {}
         self._places = {p: (n, group) for n, (group, p) in enumerate(self._parameters())}
 
@@ -112,8 +112,8 @@ class AdamW8bit(SteppedInSlices):
             fused=weights.device.type in ("cpu", "cuda"),
             amsgrad=False,
             maximize=False,
-            beta1=ADAM_BETAS[0],
-            beta2=ADAM_BETAS[1],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
             eps=EPSILON,
             lr=group["lr"],
             weight_decay=group["weight_decay"],

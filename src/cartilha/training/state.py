@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from cartilha.training.optimizer import allocate_states, make_optimizer
+from cartilha.training.update_rules import ADAM_BETAS
 
 
 @dataclass
@@ -49,10 +50,17 @@ class TrainingState:
 
     @classmethod
     def begin(
-        cls, model: PreTrainedModel, dtype: torch.dtype, *, lr: float, weight_decay: float, optimizer: str = "adamw"
+        cls,
+        model: PreTrainedModel,
+        dtype: torch.dtype,
+        *,
+        lr: float,
+        weight_decay: float,
+        optimizer: str = "adamw",
+        beta1: float = ADAM_BETAS[0],
     ) -> TrainingState:
         """The state before step 1; gradients are scaled where the compute dtype is fp16."""
-        made = make_optimizer(model, lr, weight_decay, optimizer)
+        made = make_optimizer(model, lr, weight_decay, optimizer, beta1)
         allocate_states(model, made, optimizer)
         scaler = torch.amp.GradScaler(model.device.type, enabled=dtype == torch.float16)
         return cls(model, made, scaler, Progress())

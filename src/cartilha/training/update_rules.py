@@ -16,13 +16,13 @@ from cartilha.errors import UserError
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-ADAM_BETAS = (0.9, 0.95)
+ADAM_BETAS = (0.9, 0.95)  # unless a group has others
 EPSILON = 1e-8  # AdamW's
 # The first is as small as a float32 square allows: torch's 1e-7 is above the mean squares of a clipped gradient. With a
 # second one of 1, steps do not shrink with the weights, so that a rate means about what it means to AdamW.
 ADAFACTOR_EPSILONS = (1e-16, 1.0)
 
-Groups = list[dict[str, Any]]  # as torch.optim takes them: `params` and `weight_decay`
+Groups = list[dict[str, Any]]  # as torch.optim takes them: `params`, `weight_decay`, and `betas` for AdamW
 Shape = tuple[int, ...]
 
 # Of bfloat16 weights, so many are stepped at a time in float32: temporaries of 24 MiB, whatever the matrix.
