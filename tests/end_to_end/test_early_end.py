@@ -171,7 +171,7 @@ def test_the_same_rhythm_may_be_written_otherwise(store, tmp_path):
     [
         (["--validate_every", "often"], "--validate_every is a number of tokens such as 2000000 or 2m"),
         (["--patience", 0], "--patience must be 1 or more, not 0."),
-        (["--optimizer", "sgd"], "There is no optimizer 'sgd'; choose from adamw, muon, adafactor."),
+        (["--optimizer", "sgd"], "There is no optimizer 'sgd'; choose from auto, adamw, rmsprop, muon, adafactor."),
     ],
 )
 def test_mistakes_are_one_sentence(refused, store, tmp_path, arguments, sentence):

@@ -37,7 +37,8 @@ def planned(cartilha, *arguments: object) -> dict:
 
 
 def test_a_plan_has_a_row_for_each_device_block_size_and_micro_batch(cartilha, store):
-    result = planned(cartilha, *TINY, "--store", store, "--price_per_hour", 2, "--skip_probe", "--epochs", 3)
+    asked = ["--price_per_hour", 2, "--skip_probe", "--epochs", 3, "--optimizer", "adamw"]
+    result = planned(cartilha, *TINY, "--store", store, *asked)
     rows = result["rows"]
     assert all(row.keys() >= ROW_KEYS for row in rows)
     places = {(row["device"], row["block_size"], row["micro_batch_size"]) for row in rows}
@@ -70,10 +71,16 @@ def test_a_plan_has_a_row_for_each_device_block_size_and_micro_batch(cartilha, s
     assert "a100-80gb" in PlanResult(result)._repr_html_()  # a notebook shows the same record
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adafactor"])
+def test_a_plan_takes_the_optimizer_that_suits_each_devices_steps(cartilha):
+    result = planned(cartilha, *TINY, "--device", "cpu", "t4", "--block_size", 256, "--skip_probe", "--memory", "full")
+    assert {row["device"]: round(row["bytes_per_parameter"]) for row in result["profiles"]} == {"cpu": 12, "t4": 16}
+    assert result["optimizer"] == "adamw" and result["state_bytes"] == 16 * result["num_parameters"]  # the larger ones
+
+
+@pytest.mark.parametrize("optimizer", ["rmsprop", "muon", "adafactor"])
 def test_an_optimizer_with_fewer_states_takes_less_memory_and_smaller_checkpoints(cartilha, optimizer):
     arguments = [*TINY, "--device", "t4", "cpu", "--block_size", 256, "--skip_probe"]
-    adamw, other = planned(cartilha, *arguments), planned(cartilha, *arguments, "--optimizer", optimizer)
+    adamw, other = (planned(cartilha, *arguments, "--optimizer", name) for name in ("adamw", optimizer))
     saved = adamw["state_bytes"] - other["state_bytes"]
     assert 0 < saved == adamw["checkpoint_bytes"] - other["checkpoint_bytes"]
     for row, less in zip(adamw["rows"], other["rows"], strict=True):
@@ -183,7 +190,7 @@ def test_the_devices_that_can_be_named_are_those_with_figures():
             "must be a multiple of block_size (256); use --batch_tokens 256",
         ),
         (["--epochs", 0], "epochs must be 1 or more"),
-        (["--optimizer", "sgd"], "There is no optimizer 'sgd'; choose from adamw, muon, adafactor."),
+        (["--optimizer", "sgd"], "There is no optimizer 'sgd'; choose from auto, adamw, rmsprop, muon, adafactor."),
         (["--price_per_hour", -1], "price_per_hour must be 0 or more"),
         (["--model", "random:huge"], "There is no architecture random:huge"),
         (["--store", "nowhere"], "nowhere"),
@@ -208,7 +215,7 @@ def test_a_model_that_fits_nowhere_is_refused_with_the_arithmetic(refused, tmp_p
 def test_training_a_model_that_cannot_fit_is_refused_before_anything_is_written(refused, store, tmp_path, monkeypatch):
     monkeypatch.setattr("cartilha.runs.setup.free_memory_bytes", lambda device: 2**20)
     sentence = refused("train", *TINY, "--store", store, "--output", tmp_path / "run", "--block_size", 32)
-    assert "cannot fit" in sentence and "16 bytes each" in sentence
+    assert "cannot fit" in sentence and "12 bytes each" in sentence
     assert not (tmp_path / "run").exists()
 
 
@@ -245,7 +252,7 @@ def test_a_copy_that_is_written_while_training_goes_on_is_planned(store, tmp_pat
     config = TrainConfig(model="random:tiny", store=str(store), output=str(tmp_path), block_size=32,
                          batch_tokens=128, dtype="float32", **changes)  # fmt: skip
     run = assemble(config, tmp_path, GenerateConfig(), False)
-    assert run.plan.memory.checkpoint_copy == copies * 12 * run.loaded.num_parameters
+    assert run.plan.memory.checkpoint_copy == copies * 8 * run.loaded.num_parameters
     assert run.plan.values["memory_bytes"] == run.plan.memory_bytes and run.plan.background_checkpoints
 
 

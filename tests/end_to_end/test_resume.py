@@ -124,7 +124,7 @@ def test_every_optimizer_goes_on_to_the_bit(store, tmp_path, during_step, monkey
 
 def test_states_of_another_optimizer_are_never_taken(stopped, store, tmp_path):
     path = shutil.copytree(stopped, tmp_path / "run")
-    with pytest.raises(UserError, match=r"another optimizer \(adamw before\): its states mean nothing to the other"):
+    with pytest.raises(UserError, match=r"another optimizer \(rmsprop before\): its states mean nothing to the other"):
         start(store, path, resume="auto", allow_changes=True, optimizer="muon")
 
 
@@ -141,25 +141,30 @@ def forget(option: str, path: Path) -> None:
 
 def test_a_run_begun_before_an_option_existed_goes_on_with_its_default(stopped, store, tmp_path, unbroken):
     path = shutil.copytree(stopped, tmp_path / "run")
-    forget("optimizer", path)
+    forget("dropout", path)
     start(store, path, resume="auto")
     assert_same_run(Left(path), unbroken)
 
 
-def test_a_run_begun_before_beta1_could_be_chosen_keeps_what_it_was(store, tmp_path, during_step):
-    start(store, tmp_path / "whole", max_steps=4, beta1=0.9)
+def test_a_run_begun_before_rmsprop_keeps_adamw(store, tmp_path, during_step):
+    start(store, tmp_path / "whole", max_steps=4, optimizer="adamw")
     during_step({2: terminate})
     path = tmp_path / "run"
     with pytest.raises(InterruptedRunError):
-        start(store, path, max_steps=4, beta1=0.9)
-    forget("beta1", path)
+        start(store, path, max_steps=4, optimizer="adamw")
+    forget("optimizer", path)
     start(store, path, max_steps=4, resume="auto")
     run = Left(path)
-    assert run.results["settings"]["beta1"] == 0.9
+    assert run.results["settings"]["optimizer"] == "adamw"
     assert_same_run(run, Left(tmp_path / "whole"))
-    start(store, tmp_path / "other", max_steps=4)  # steps of 128 tokens
-    other = Left(tmp_path / "other")
-    assert other.results["settings"]["beta1"] == 0 and other.losses[-1] != run.losses[-1]
+
+
+@pytest.mark.parametrize(("batch_tokens", "optimizer"), [(2016, "rmsprop"), (2048, "adamw")])
+def test_small_steps_take_rmsprop(store, tmp_path, batch_tokens, optimizer):
+    start(store, tmp_path / "run", max_steps=2, batch_tokens=batch_tokens)
+    start(store, tmp_path / "named", max_steps=2, batch_tokens=batch_tokens, optimizer=optimizer)
+    assert Left(tmp_path / "run").results["settings"]["optimizer"] == optimizer
+    assert_same_run(Left(tmp_path / "run"), Left(tmp_path / "named"))
 
 
 @pytest.mark.parametrize("damaged", [False, True])
@@ -233,9 +238,8 @@ def test_killed_among_the_first_files_it_can_be_run_again(store, tmp_path, monke
         ({"block_size": 64}, "block_size was 32, now 64"),
         ({"batch_tokens": 64}, "batch_tokens was 128, now 64"),
         ({"weight_decay": 0.0}, "weight_decay was 0.1, now 0.0"),
-        ({"beta1": 0.5}, "beta1 was 0.0, now 0.5"),
         ({"schedule": "linear"}, "schedule was cosine, now linear"),
-        ({"optimizer": "muon"}, "optimizer was adamw, now muon"),
+        ({"optimizer": "muon"}, "optimizer was rmsprop, now muon"),
         ({"dropout": True}, "dropout was False, now True"),
         ({"model": "random:tiny-opt"}, "model was random:tiny, now random:tiny-opt"),
     ],

@@ -39,7 +39,7 @@ from cartilha.tokens.store_writer import writing_store
 from cartilha.tokens.tokenizer import TextTokenizer, load_tokenizer
 from cartilha.training import checkpoint as checkpoint_module
 from cartilha.training import loop
-from cartilha.training.optimizer import StateSize, resolve_beta1, resolve_lr
+from cartilha.training.optimizer import StateSize, resolve_lr
 from cartilha.training.schedule import Schedule
 from stores import add_documents
 
@@ -51,8 +51,8 @@ def subject_of(loaded: Any, tokenizer: TextTokenizer, folder: Path, **changes: A
     scorer = make_scorer(loaded, tokenizer, torch.float32)
     subject = Subject(
         scorer.loaded, scorer.tokenizer, scorer.protocol, held_out=held_out, training=trained_on, store=None,
-        block_size=128, lr=3e-3, beta1=0.0, micro_batch_size=2, planned_bytes=2**24, disk_bytes=2**24, output=folder,
-        quick=True, is_random=True,
+        block_size=128, lr=3e-3, optimizer="rmsprop", micro_batch_size=2, planned_bytes=2**24, disk_bytes=2**24,
+        output=folder, quick=True, is_random=True,
     )  # fmt: skip
     return replace(subject, **changes)
 
@@ -510,4 +510,3 @@ def test_the_rate_is_that_of_the_training_to_come(config):
     small_step, of_adapter = 1024, isinstance(config, TrainConfig)
     assert subject.lr == resolve_lr("auto", size.num_parameters, small_step, of_adapter=of_adapter)
     assert subject.lr != resolve_lr("auto", size.num_parameters)
-    assert subject.beta1 == resolve_beta1("auto", small_step) == 0

@@ -109,7 +109,9 @@ class Waits(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("optimizer", "dtype"), [("adamw", "float32"), ("adamw", "float16"), ("muon", "float32")])
+@pytest.mark.parametrize(
+    ("optimizer", "dtype"), [("adamw", "float32"), ("adamw", "float16"), ("rmsprop", "float16"), ("muon", "float32")]
+)
 def test_no_step_asks_for_a_tensors_value(optimizer, dtype, monkeypatch):
     monkeypatch.setattr("cartilha.training.muon.WAITS_FOR_NOTHING", ())  # as on CUDA, and so are the next two
     monkeypatch.setattr("cartilha.training.optimizer.CLIPS_IN_STEP", ("cpu",))

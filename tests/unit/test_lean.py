@@ -29,7 +29,7 @@ from cartilha.training.optimizer import StateSize
 from cartilha.training.profiles import Profile, fit, fullest_fit, profiles
 from cartilha.training.schedule import Schedule
 from cartilha.training.state import StepRecord, TrainingState
-from cartilha.training.update_rules import CODE_BLOCK, check_lean
+from cartilha.training.update_rules import CODE_BLOCK, LEAN_OPTIMIZERS, check_lean
 
 CPU = torch.device("cpu")
 
@@ -118,8 +118,6 @@ def one_matrix(rows: int, columns: int, make: Callable[..., lean.SteppedInSlices
 
 
 def lean_rule(name: str):
-    from cartilha.training.update_rules import LEAN_OPTIMIZERS
-
     return LEAN_OPTIMIZERS[name].states
 
 
@@ -127,6 +125,7 @@ def lean_rule(name: str):
     ("make", "name", "reference"),
     [
         (lean.AdamW8bit, "adamw", lambda p: torch.optim.AdamW(p, 1e-2, betas=(0.9, 0.95), weight_decay=0.1)),
+        (lean.AdamW8bit, "rmsprop", lambda p: torch.optim.AdamW(p, 1e-2, betas=(0.0, 0.95), weight_decay=0.1)),
         (
             lean.AdafactorInSlabs,
             "adafactor",
@@ -162,7 +161,7 @@ def test_slices_together_are_the_whole(monkeypatch):
 # Parameters stepped in the backward pass
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+@pytest.mark.parametrize("optimizer", LEAN_OPTIMIZERS)
 def test_one_micro_batch_or_several_make_the_same_steps(optimizer):
     given_back, kept = lean_state(optimizer), lean_state(optimizer)
     first, second = train(given_back, 3), train(kept, 3, micro_batch_size=2)
@@ -250,9 +249,9 @@ def test_memory_that_runs_out_after_a_weight_moved_ends_the_run(monkeypatch):
 # Memory
 
 
-def test_lean_states_take_four_bytes_per_parameter_and_two_with_adafactor():
+def test_lean_states_take_four_bytes_per_parameter_three_with_rmsprop_and_two_with_adafactor():
     config = AutoConfig.for_model("llama", **TINY_LLAMA)
-    for optimizer, most in (("adamw", 4.05), ("adafactor", 2.05)):
+    for optimizer, most in (("adamw", 4.05), ("rmsprop", 3.05), ("adafactor", 2.05)):
         size = StateSize.planned(config, optimizer, dtype=torch.bfloat16)
         assert size.training_bytes / size.num_parameters < most
     state = lean_state()
@@ -282,7 +281,7 @@ def test_the_fullest_profile_that_fits_is_chosen():
     assert found == [Profile(lean=False, checkpointing=False), Profile(lean=True, checkpointing=True)]
     muon = TrainConfig(optimizer="muon", gradient_checkpointing=True)
     assert profiles(muon, recomputes=True) == [Profile(lean=False, checkpointing=True)]
-    with pytest.raises(UserError, match=r"muon has no form for bfloat16 weights.*adamw or adafactor"):
+    with pytest.raises(UserError, match=r"muon has no form for bfloat16 weights.*adamw or rmsprop or adafactor"):
         check_lean("muon")
 
 

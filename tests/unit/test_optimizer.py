@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from torch.optim import AdamW
 from transformers import PreTrainedModel
 
 from cartilha.model.configuration import model_config
@@ -17,10 +18,10 @@ from cartilha.training.optimizer import (
     clip,
     make_optimizer,
     resolve_batch_tokens,
-    resolve_beta1,
     resolve_lr,
     step_unless,
 )
+from cartilha.training.rmsprop import RMSProp
 from cartilha.training.schedule import SHAPES, Schedule
 from cartilha.training.update_rules import OPTIMIZERS
 
@@ -93,25 +94,21 @@ def test_the_automatic_rate_falls_with_the_square_root_of_small_steps_and_not_of
     assert by_step == {512: pytest.approx(1.5e-4), 2048: pytest.approx(3e-4), 8192: pytest.approx(3e-4)}
 
 
-def test_small_steps_keep_no_mean_of_the_gradients():
-    assert [resolve_beta1("auto", tokens) for tokens in (512, 2047, 2048, 8192)] == [0, 0, 0.9, 0.9]
-    assert resolve_beta1(0.5, 512) == 0.5
-
-
-@pytest.mark.parametrize(("name", "dtype"), [("adamw", "float32"), ("adamw", "bfloat16"), ("muon", "float32")])
-def test_beta1_is_what_the_mean_of_the_gradients_keeps(name, dtype):
-    model = load_model("random:tiny-opt", torch.device("cpu"), dtype=getattr(torch, dtype)).model
-    optimizer = make_optimizer(model, 1e-3, 0.1, name, beta1=0.25)
-    allocate_states(model, optimizer, name)
-    for value in (1.0, 3.0):
-        for parameter in model.parameters():
-            parameter.grad = torch.full_like(parameter, value)
+@pytest.mark.parametrize("fused", [True, False])
+def test_rmsprop_is_adamw_without_a_mean_of_the_gradients(fused):
+    mine, torchs = with_gradients("random:tiny-opt"), with_gradients("random:tiny-opt")
+    groups = [{"params": list(mine.parameters()), "weight_decay": 0.1}]
+    optimizer = RMSProp(groups, 1e-2, fused=fused)
+    allocate_states(mine, optimizer, "rmsprop")
+    expected = AdamW(torchs.parameters(), lr=1e-2, betas=(0.0, 0.95), eps=1e-8, weight_decay=0.1, fused=fused)
+    for _ in range(3):
         optimizer.step()
-    found = [optimizer.state[parameter].get("exp_avg") for parameter in model.parameters()]
-    means = [mean for mean in found if mean is not None]  # not those of 8 bits, and of Muon's matrices
-    assert means
-    for mean in means:
-        torch.testing.assert_close(mean, torch.full_like(mean, 0.25 * 0.75 * 1.0 + 0.75 * 3.0))
+        expected.step()
+        for parameter, other in zip(mine.parameters(), torchs.parameters(), strict=True):
+            assert torch.equal(parameter, other) and torch.equal(parameter.grad, other.grad)
+            assert set(optimizer.state[parameter]) == {"step", "exp_avg_sq"}
+            parameter.grad.mul_(0.5)
+            other.grad.mul_(0.5)
 
 
 def test_automatic_steps_have_a_block_for_each_process(monkeypatch):
@@ -136,6 +133,7 @@ def test_every_parameter_is_in_one_group_and_tied_weights_once(ref, optimizer):
 def test_matrices_decay_and_vectors_do_not(name):
     model = load_model("random:tiny-opt", torch.device("cpu")).model
     optimizer = make_optimizer(model, 0.5, 0.1, name)
+    allocate_states(model, optimizer, name)
     assert any(p.dim() == 1 for p in model.parameters())
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     for parameter in model.parameters():
@@ -189,7 +187,7 @@ def test_adafactors_rate_is_the_size_of_a_step_whatever_the_size_of_the_weights(
 
 
 @pytest.mark.parametrize("ref", ["random:tiny", "random:tiny-opt"])
-@pytest.mark.parametrize(("optimizer", "per_parameter"), [("adamw", 8), ("muon", 4), ("adafactor", 0)])
+@pytest.mark.parametrize(("optimizer", "per_parameter"), [("adamw", 8), ("rmsprop", 4), ("muon", 4), ("adafactor", 0)])
 def test_planned_states_are_those_that_are_allocated(ref, optimizer, per_parameter):
     model = load_model(ref, torch.device("cpu")).model
     made = make_optimizer(model, 1e-3, 0.1, optimizer)
@@ -200,7 +198,7 @@ def test_planned_states_are_those_that_are_allocated(ref, optimizer, per_paramet
     assert size.optimizer_bytes == sum(tensor.nbytes for tensor in allocated)
     assert size.checkpoint_bytes == size.weight_bytes + size.optimizer_bytes == size.training_bytes - size.weight_bytes
     each = size.optimizer_bytes / size.num_parameters
-    assert each == 8 if optimizer == "adamw" else per_parameter < each < per_parameter + 2
+    assert each == per_parameter if optimizer in ("adamw", "rmsprop") else per_parameter < each < per_parameter + 2
 
 
 @pytest.mark.parametrize("fused", [True, False])

@@ -44,7 +44,7 @@ class Subject(Scorer):
     store: TokenStore | None  # where both come from; None where they come from the primer
     block_size: int
     lr: float  # the peak of the run to come
-    beta1: float  # its AdamW's
+    optimizer: str  # and its optimizer
     micro_batch_size: int
     planned_bytes: int | None  # memory that the run is planned to take; None where it could not be planned
     disk_bytes: int  # what the run's files still need at most

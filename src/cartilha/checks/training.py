@@ -55,8 +55,8 @@ def _sampler(stream: PackedStream, blocks_per_step: int) -> BlockSampler:
 
 
 def _state(subject: Subject, weight_decay: float = 0.1) -> TrainingState:
-    how = {"lr": subject.lr, "weight_decay": weight_decay, "beta1": subject.beta1}
-    return TrainingState.begin(subject.model, subject.dtype, **how)
+    rates = {"lr": subject.lr, "weight_decay": weight_decay}
+    return TrainingState.begin(subject.model, subject.dtype, **rates, optimizer=subject.optimizer)
 
 
 def _steps(

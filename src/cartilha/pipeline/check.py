@@ -27,7 +27,8 @@ from cartilha.runs.setup import Run
 from cartilha.runs.step_plan import RunPlan, StepShape, plan_run, refuse_beyond_context, this_machine
 from cartilha.tokens.store import TokenStore
 from cartilha.training.checkpoint import space_needed
-from cartilha.training.optimizer import StateSize, resolve_batch_tokens, resolve_beta1, resolve_lr
+from cartilha.training.optimizer import StateSize, resolve_batch_tokens, resolve_lr
+from cartilha.training.update_rules import resolve_optimizer
 
 SAMPLE_DOCUMENTS, SAMPLE_DOCUMENTS_QUICK = 200, 25
 TRAINING_SAMPLE = 100
@@ -133,7 +134,8 @@ def _subject_of_command(config: CheckConfig) -> Subject:
     refuse_beyond_context(config.block_size, loaded.context_length, config.model)
     batch_tokens = resolve_batch_tokens(config.batch_tokens, config.block_size, device.type)
     shape = StepShape(config.block_size, max(1, batch_tokens // config.block_size))
-    plan = plan_run(loaded.model.config, this_machine(device, scorer.dtype), StateSize.of(loaded.model), shape)
+    size = StateSize.of(loaded.model, resolve_optimizer("auto", batch_tokens))
+    plan = plan_run(loaded.model.config, this_machine(device, scorer.dtype), size, shape)
     subject = _subject(config, scorer, store, samples, plan)
     return replace(
         subject, questions=named_questions(QuestionNames.of(config.questions, "--questions"), ReadSettings())
@@ -153,7 +155,7 @@ def _subject(
         store=store,
         block_size=config.block_size,
         lr=resolve_lr(config.lr, plan.size.num_parameters, batch_tokens, of_adapter=of_adapter),
-        beta1=resolve_beta1(getattr(config, "beta1", "auto"), batch_tokens),
+        optimizer=plan.size.optimizer,
         micro_batch_size=plan.micro_batch_size,
         planned_bytes=plan.memory_bytes,
         disk_bytes=space_needed(plan.size, output)[0],

@@ -44,6 +44,7 @@ from cartilha.training.optimizer import StateSize, resolve_batch_tokens
 from cartilha.training.profiles import Fit, Profile, fit, profiles
 from cartilha.training.schedule import Schedule
 from cartilha.training.state import TrainingState
+from cartilha.training.update_rules import resolve_optimizer
 from cartilha.units import parse_duration
 
 BLOCK_SIZES = (256, 512, 1024, 2048)
@@ -79,6 +80,7 @@ class _Planned:
     tokens: int | None  # of all epochs; None without a store
     profile: Profile
     flops: float  # operations per second, measured or expected; the speed at each block size follows from it
+    fits: Sequence[Fit]  # how the profiles fit that were asked for, the fullest first
     measured_at: int | None = None  # block size of the measurement; None where the speed is expected
 
     @property
@@ -185,10 +187,9 @@ def plan(config: PlanConfig) -> PlanResult:
         lines += _profile_lines(config, facts, fits)
         for shares in sorted({shares for _, shares in ways}):
             alike = [found for found in fits if found.shares == shares]
-            chosen = next((found for found in alike if found.micro_batch_size), alike[0])
-            devices.append(_with_profile(config, model, facts, tokens, chosen))
-    states = fits[0].size
-    _refuse_what_fits_nowhere(config.model, fits[-1].size, devices)
+            devices.append(_with_profile(config, model, facts, tokens, alike))
+    states = max((device.fits[0].size for device in devices), key=lambda size: size.training_bytes)
+    _refuse_what_fits_nowhere(config.model, devices)
     expected = expect(config) if config.expect else None
     if not config.skip_probe:
         devices = [_probed(device, sizes) if device.facts.name == THIS_MACHINE else device for device in devices]
@@ -270,18 +271,20 @@ def _fits(
     block_size: int,
 ) -> list[Fit]:
     """How each of the profiles fits a device."""
-    blocks = max(1, resolve_batch_tokens(config.batch_tokens, block_size, facts.kind) // block_size)
-    shape = block_size, -(-blocks // config.gpus)
-    return [fit(profile, model, facts, config.optimizer, shape, shares) for profile, shares in ways]
+    batch_tokens = resolve_batch_tokens(config.batch_tokens, block_size, facts.kind)
+    shape = block_size, -(-max(1, batch_tokens // block_size) // config.gpus)
+    optimizer = resolve_optimizer(config.optimizer, batch_tokens)
+    return [fit(profile, model, facts, optimizer, shape, shares) for profile, shares in ways]
 
 
 def _with_profile(
-    config: PlanConfig, model: PretrainedConfig, facts: DeviceFacts, tokens: int | None, chosen: Fit
+    config: PlanConfig, model: PretrainedConfig, facts: DeviceFacts, tokens: int | None, fits: Sequence[Fit]
 ) -> _Planned:
-    """A device with the profile that was chosen for it."""
+    """A device with the fullest profile that fits it."""
+    chosen = next((found for found in fits if found.micro_batch_size), fits[0])
     how = chosen.profile.computation(facts)
     memory = MemoryModel(model, how, overhead_bytes=facts.overhead_bytes, size=chosen.size, shares=chosen.shares)
-    return _Planned(config, model, facts, memory, tokens, chosen.profile, facts.peak_flops * facts.share)
+    return _Planned(config, model, facts, memory, tokens, chosen.profile, facts.peak_flops * facts.share, fits)
 
 
 def _flops(model: PretrainedConfig, states: StateSize, block_size: int) -> int:
@@ -321,11 +324,11 @@ def _elsewhere(config: PlanConfig, needed: int) -> str:
     return f"use {'several' if config.gpus == 1 else 'more'} cards (--gpus){adapter}"
 
 
-def _refuse_what_fits_nowhere(model: str, leanest: StateSize, devices: list[_Planned]) -> None:
+def _refuse_what_fits_nowhere(model: str, devices: list[_Planned]) -> None:
     """Refuse a model whose states are too large for every device; name the devices that are too small."""
 
     def states_of(device: _Planned) -> StateSize:
-        return leanest if device.memory.shares == 1 else device.memory.size
+        return device.fits[-1].size if device.memory.shares == 1 else device.memory.size
 
     def states_each(device: _Planned) -> float:
         return states_of(device).training_bytes / device.memory.shares
@@ -383,9 +386,8 @@ def _probe(planned: _Planned, block_size: int) -> _Planned:
     blocks = max(1, tokens // block_size)
     log.info("Probing this machine: %d steps of %s of %d tokens.", PROBE_STEPS, counted(blocks, "block"), block_size)
     ids = np.random.default_rng(0).integers(0, 256, (blocks * PROBE_STEPS + 1, block_size - 1))
-    dtype = planned.memory.dtype
-    rates = {"lr": 1e-6, "weight_decay": 0.0}
-    state = TrainingState.begin(loaded.model, dtype, **rates, optimizer=planned.config.optimizer)
+    dtype, optimizer = planned.memory.dtype, planned.memory.size.optimizer
+    state = TrainingState.begin(loaded.model, dtype, lr=1e-6, weight_decay=0.0, optimizer=optimizer)
     schedule = Schedule(PROBE_STEPS, 1e-6, warmup_fraction=0.0, final_lr_fraction=1.0)
     documents = PackedDocuments.from_ids(list(ids), prefix_id=0, end_id=0)
     sampler = BlockSampler(documents, block_size=block_size, blocks_per_step=blocks, seed=0)
@@ -395,5 +397,4 @@ def _probe(planned: _Planned, block_size: int) -> _Planned:
     records = list(train_steps(state, sampler, schedule, StepSettings(dtype, blocks, body=body)))
     rate = max(blocks * block_size / record.seconds for record in records[1:])
     log.info("%s tokens/s, in %.0f s.", f"{rate:,.0f}", time.perf_counter() - began)
-    flops = rate * _flops(planned.model, planned.memory.size, block_size)
-    return replace(planned, flops=flops, measured_at=block_size)
+    return replace(planned, flops=rate * _flops(planned.model, planned.memory.size, block_size), measured_at=block_size)

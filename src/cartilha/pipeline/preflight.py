@@ -28,7 +28,7 @@ from cartilha.settings import Settings
 from cartilha.storage import refuse_to_replace
 from cartilha.training.schedule import check_shape
 from cartilha.training.trackers import check_tracker
-from cartilha.training.update_rules import OPTIMIZERS, check_lean, check_optimizer
+from cartilha.training.update_rules import can_shard, check_lean, check_optimizer
 from cartilha.units import parse_amount, parse_duration, parse_share
 
 
@@ -198,7 +198,7 @@ def _check_shard(config: configs.TrainConfig) -> None:
         raise UserError(
             "A base of 4 bits is held whole by each process; leave out --shard full, or use --lora_base bfloat16."
         )
-    if not all(rule.shards for rule in OPTIMIZERS[config.optimizer]):
+    if not can_shard(config.optimizer):
         raise UserError(
             f"--optimizer {config.optimizer} works on whole weights, and no process holds one with --shard full; use "
             "--optimizer adamw, or --shard none."

@@ -12,11 +12,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from cartilha.config import CompareConfig, EvaluateConfig, PrepareConfig, TrainConfig, VocabConfig
+from cartilha.config import CompareConfig, EvaluateConfig, PrepareConfig, Rate, TrainConfig, VocabConfig
 from cartilha.corpus.english import english_sample
 from cartilha.corpus.readers import first_documents, input_documents
 from cartilha.errors import UserError, counted, log
-from cartilha.option_groups import Rate
 from cartilha.pipeline.compare import compare
 from cartilha.pipeline.evaluate import evaluate
 from cartilha.pipeline.prepare import prepare

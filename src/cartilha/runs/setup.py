@@ -48,11 +48,11 @@ from cartilha.training.checkpoint import (
 from cartilha.training.device_facts import GIB, DeviceFacts
 from cartilha.training.distributed import share_state
 from cartilha.training.memory import check_states_fit
-from cartilha.training.optimizer import StateSize, resolve_batch_tokens, resolve_beta1, resolve_lr
+from cartilha.training.optimizer import StateSize, resolve_batch_tokens, resolve_lr
 from cartilha.training.profiles import Profile, fullest_fit, profiles
 from cartilha.training.schedule import Schedule
 from cartilha.training.state import TrainingState
-from cartilha.training.update_rules import ADAM_BETAS
+from cartilha.training.update_rules import resolve_optimizer
 from cartilha.units import parse_amount, parse_duration, parse_share
 
 
@@ -146,7 +146,7 @@ def _schedule(config: TrainConfig, num_parameters: int, steps_per_epoch: int) ->
 
 def _recorded(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings that a run began with; an option that did not exist then had what is now its default."""
-    return {**TrainConfig().deciding_values(), "memory": "full", "beta1": ADAM_BETAS[0], **settings}
+    return {**TrainConfig().deciding_values(), "memory": "full", "optimizer": "adamw", **settings}
 
 
 def _num_steps(config: TrainConfig, steps_per_epoch: int) -> int:
@@ -154,12 +154,12 @@ def _num_steps(config: TrainConfig, steps_per_epoch: int) -> int:
 
 
 def _begun_with(config: TrainConfig, recorded: dict[str, Any]) -> TrainConfig:
-    """The configuration with what `auto` meant when the run began: beta1, and tokens per step in blocks of its size."""
+    """The configuration with what `auto` meant when the run began, of the tokens per step for blocks of that size."""
     begun = {}
     if config.batch_tokens == "auto" and recorded.get("block_size") == config.block_size:
         begun["batch_tokens"] = recorded["batch_tokens"]
-    if config.beta1 == "auto" and recorded:
-        begun["beta1"] = recorded["beta1"]
+    if config.optimizer == "auto" and recorded:
+        begun["optimizer"] = recorded["optimizer"]
     return replace(config, **begun)
 
 
@@ -187,12 +187,12 @@ def assemble(config: TrainConfig, path: Path, prompts: GenerateConfig, resume: b
     # Of several processes the first looks for the checkpoint and reads it; those of a sharded model all read it.
     checkpoint = from_rank_0(newest_sound_checkpoint(path) if resume and is_main_process() else None)
     recorded = from_rank_0(_recorded(read_settings(checkpoint)) if checkpoint and is_main_process() else {})
-    # A resumed run keeps its compute dtype and tokens per step: `auto` might choose otherwise on another machine.
+    # A resumed run keeps its compute dtype, tokens per step and optimizer: `auto` might choose otherwise elsewhere.
     dtype = choose_dtype(recorded.get("dtype", "auto") if config.dtype == "auto" else config.dtype, device)
     config = _begun_with(config, recorded)
     batch_tokens = from_rank_0(resolve_batch_tokens(config.batch_tokens, config.block_size, device.type))
-    beta1 = resolve_beta1(config.beta1, batch_tokens)
-    config = replace(config, batch_tokens=batch_tokens, beta1=beta1)
+    optimizer = resolve_optimizer(config.optimizer, batch_tokens)
+    config = replace(config, batch_tokens=batch_tokens, optimizer=optimizer)
     seed_everything(config.seed)
     memory: Any = recorded.get("memory", "auto") if config.memory == "auto" else config.memory
     shape, share = _configuration(config, tokenizer), -(-batch_tokens // config.block_size // world()[1])
@@ -215,7 +215,7 @@ def assemble(config: TrainConfig, path: Path, prompts: GenerateConfig, resume: b
     }
     if sharded:
         share_out(loaded.model, path, device, dtype)
-    rates = {"lr": schedule.peak_lr, "weight_decay": config.weight_decay, "beta1": beta1}
+    rates = {"lr": schedule.peak_lr, "weight_decay": config.weight_decay}
     state = TrainingState.begin(loaded.model, dtype, **rates, optimizer=config.optimizer)
     if checkpoint is not None:
         if recorded["decay_from"] is None:  # the checkpoint of the run that this one decays from

@@ -17,7 +17,7 @@ from cartilha.runs.step_plan import this_machine
 from cartilha.training.device_facts import GIB, DeviceFacts
 from cartilha.training.memory import SAFETY, MemoryModel
 from cartilha.training.profiles import Profile
-from cartilha.training.update_rules import OPTIMIZERS
+from cartilha.training.update_rules import can_shard
 
 
 def is_to_be_sharded(
@@ -66,7 +66,7 @@ def why_whole(config: TrainConfig | PlanConfig, profile: Profile, model: Pretrai
         return "it runs one document per row, so that processes would have different numbers of passes"
     if not seen.recomputes:
         return "its layers cannot be told apart"
-    if not all(rule.shards for rule in OPTIMIZERS[config.optimizer]):
+    if not can_shard(config.optimizer):
         return f"--optimizer {config.optimizer} works on whole weights"
     return None
 

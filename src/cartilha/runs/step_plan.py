@@ -29,7 +29,7 @@ from cartilha.training.device_facts import (
 )
 from cartilha.training.memory import SAFETY, MemoryModel, StepMemory, best_step
 from cartilha.training.optimizer import StateSize
-from cartilha.training.update_rules import LEAN_OPTIMIZERS
+from cartilha.training.update_rules import has_lean_form
 
 CUDA_SHARE, CPU_SHARE = 0.5, 0.65  # of the rate of matrix products alone that training reaches
 
@@ -157,7 +157,7 @@ def refuse_beyond_context(block_size: int, context_length: int, model: str) -> N
 def _remedy(states: StateSize, shape: StepShape) -> str:
     """What would take less memory."""
     options = [] if shape.checkpointing else ["--gradient_checkpointing"]
-    options += ["--memory lean"] if not states.is_lean and states.optimizer in LEAN_OPTIMIZERS else []
+    options += ["--memory lean"] if not states.is_lean and has_lean_form(states.optimizer) else []
     return " or ".join(["a smaller --block_size", *options])
 
 

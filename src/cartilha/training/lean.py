@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
-from cartilha.training.update_rules import ADAFACTOR_EPSILONS, ADAM_BETAS, CODE_BLOCK, EPSILON, SLICE, Groups
+from cartilha.training.rmsprop import step_adamw
+from cartilha.training.update_rules import ADAFACTOR_EPSILONS, CODE_BLOCK, SLICE, Groups
 
 _DROPPED_BITS = 12  # of a float32 number, when its code is looked up: 11 bits of the mantissa are left
 
@@ -41,7 +41,7 @@ class SteppedInSlices(torch.optim.Optimizer, ABC):
     """
 
     def __init__(self, groups: Groups, lr: float) -> None:
-        super().__init__(groups, {"lr": lr, "betas": ADAM_BETAS})
+        super().__init__(groups, {"lr": lr})
         self._generators: dict[torch.device, torch.Generator] = {}
         self._places = {p: (n, group) for n, (group, p) in enumerate(self._parameters())}
 
@@ -84,7 +84,10 @@ class SteppedInSlices(torch.optim.Optimizer, ABC):
 
 
 class AdamW8bit(SteppedInSlices):
-    """AdamW (arXiv:1711.05101) with moments of 8 bits, each block of 256 with a scale of its own."""
+    """AdamW (arXiv:1711.05101) with moments of 8 bits, each block of 256 with a scale of its own.
+
+    If the states hold no mean of the gradients, it is RMSProp.
+    """
 
     def _slices(
         self, parameter: Tensor, gradient: Tensor, state: dict[str, Tensor]
@@ -100,30 +103,19 @@ class AdamW8bit(SteppedInSlices):
     def _step_slice(
         self, weights: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any], step: int
     ) -> None:
-        are_coded = "exp_avg_codes" in state
-        mean, square = (
-            _decoded(state[f"{name}_codes"], state[f"{name}_scale"], signed) if are_coded else state[name]
-            for name, signed in _MOMENTS
-        )
+        coded = {name: signed for name, signed in _MOMENTS if f"{name}_codes" in state}
+        decoded = {name: _decoded(state[f"{name}_codes"], state[f"{name}_scale"], coded[name]) for name in coded}
+        found = state | decoded
+        means = [found["exp_avg"]] if "exp_avg" in found else None
         # Only `step` is counted up by torch: it needs the number of steps before this one.
         steps = [torch.full((), step - 1.0, device=weights.device)]
-        adamw(
-            *([weights], [gradient], [mean], [square], [], steps),
-            fused=weights.device.type in ("cpu", "cuda"),
-            amsgrad=False,
-            maximize=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            eps=EPSILON,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-        )
-        if are_coded:
-            for moment, (name, signed) in zip((mean, square), _MOMENTS, strict=True):
-                _encode(moment, state[f"{name}_codes"], state[f"{name}_scale"], signed)
+        how = {**group, "fused": weights.device.type in ("cpu", "cuda")}
+        step_adamw([weights], [gradient], (means, [found["exp_avg_sq"]]), steps, how)
+        for name, signed in coded.items():
+            _encode(found[name], state[f"{name}_codes"], state[f"{name}_scale"], signed)
 
 
-_MOMENTS = (("exp_avg", True), ("exp_avg_sq", False))
+_MOMENTS = (("exp_avg", True), ("exp_avg_sq", False))  # and whether they are signed
 
 
 def _decoded(codes: Tensor, scale: Tensor, signed: bool) -> Tensor:

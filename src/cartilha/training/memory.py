@@ -22,7 +22,7 @@ from cartilha.model.rows import ROWS
 from cartilha.training.device_facts import DeviceFacts
 from cartilha.training.optimizer import StateSize
 from cartilha.training.trace import Computation, Parts, StepBytes, parts_of, traced_step
-from cartilha.training.update_rules import LEAN_OPTIMIZERS, SLICE
+from cartilha.training.update_rules import SLICE, has_lean_form
 
 HEADROOM = 1.05  # allocators hand out memory in pieces and cannot use all of what lies between them
 SAFETY = 0.95  # of what is free: other programs need memory, too
@@ -184,7 +184,7 @@ def check_states_fit(size: StateSize, available_bytes: int, ref: str, device: st
     available_bytes *= shares
     if size.training_bytes > available_bytes:
         each = size.training_bytes / size.num_parameters
-        could_be_lean = not size.is_lean and shares == 1 and size.optimizer in LEAN_OPTIMIZERS  # which is not sharded
+        could_be_lean = not size.is_lean and shares == 1 and has_lean_form(size.optimizer)  # which is not sharded
         remedy = ", and with --memory lean four times as many" if could_be_lean else ", and with --lora larger models"
         remedy = "" if size.num_frozen else remedy
         what = "bfloat16 weight" if size.is_lean else "float32 weight, gradient"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -18,10 +18,9 @@ from cartilha.model.adapters import Adapter, frozen_size, trained_parameters
 from cartilha.model.head import head_of
 from cartilha.model.parts import count_other_parameters, text_config
 from cartilha.model.sharding import zeros_beside
-from cartilha.option_groups import Rate
 from cartilha.training.muon import Muon
 from cartilha.training.trace import idle_parameters, model_without_contents
-from cartilha.training.update_rules import ADAM_BETAS, LEAN_OPTIMIZERS, OPTIMIZERS, UpdateRule, state_itemsize
+from cartilha.training.update_rules import LEAN_OPTIMIZERS, OPTIMIZERS, SMALL_STEP, UpdateRule, state_itemsize
 
 
 def _by_rule(model: PreTrainedModel, name: str) -> dict[UpdateRule, list[nn.Parameter]]:
@@ -43,18 +42,14 @@ def _by_rule(model: PreTrainedModel, name: str) -> dict[UpdateRule, list[nn.Para
 
 
 def make_optimizer(
-    model: PreTrainedModel, lr: float, weight_decay: float, name: str = "adamw", beta1: float = ADAM_BETAS[0]
+    model: PreTrainedModel, lr: float, weight_decay: float, name: str = "adamw"
 ) -> torch.optim.Optimizer:
-    """The optimizer `name` over all parameters: matrices decay (decoupled), vectors (biases, norms) do not.
-
-    `beta1` is what AdamW's mean of the gradients keeps of it at each step.
-    """
-    betas = beta1, ADAM_BETAS[1]
+    """The optimizer `name` over all parameters: matrices decay (decoupled), vectors (biases, norms) do not."""
     parts = []
     for rule, parameters in _by_rule(model, name).items():
         groups = [
-            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay, "betas": betas},
-            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0, "betas": betas},
+            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
         ]
         parts.append(rule.make([group for group in groups if group["params"]], lr))
     return parts[0] if len(parts) == 1 else _Together(parts)
@@ -217,10 +212,11 @@ class StateSize:
 
 
 ADAPTER_RATE = 10  # times the rate of full training (docs/adapters.md)
-SMALL_STEP = 2048  # tokens; steps of fewer take a lower rate
 
 
-def resolve_lr(lr: Rate, num_parameters: int, batch_tokens: Count = "auto", *, of_adapter: bool = False) -> float:
+def resolve_lr(
+    lr: float | Literal["auto"], num_parameters: int, batch_tokens: Count = "auto", *, of_adapter: bool = False
+) -> float:
     """The peak learning rate; `auto` is 3e-4 at 125 M parameters and falls with the square root of their number.
 
     Below `SMALL_STEP` tokens per step it also falls with the square root of these (docs/log.md). It is at most 3e-3.
@@ -229,16 +225,6 @@ def resolve_lr(lr: Rate, num_parameters: int, batch_tokens: Count = "auto", *, o
         return lr
     small = 1.0 if batch_tokens == "auto" else min(1.0, batch_tokens / SMALL_STEP)
     return min(3e-3, (ADAPTER_RATE if of_adapter else 1) * 3e-4 * math.sqrt(small * 125e6 / num_parameters))
-
-
-def resolve_beta1(beta1: Rate, batch_tokens: Count) -> float:
-    """What AdamW's mean of the gradients keeps of it at each step; `auto` is 0.9, and 0 below `SMALL_STEP` tokens.
-
-    A mean over ten steps lags behind in short runs, and small steps need none (arXiv:2507.07101; docs/log.md).
-    """
-    if beta1 != "auto":
-        return beta1
-    return 0.0 if batch_tokens != "auto" and batch_tokens < SMALL_STEP else ADAM_BETAS[0]
 
 
 def resolve_batch_tokens(batch_tokens: Count, block_size: int, device_type: str) -> int:

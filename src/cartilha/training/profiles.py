@@ -21,7 +21,7 @@ from cartilha.training.device_facts import DeviceFacts
 from cartilha.training.memory import MemoryModel, StepMemory, best_step
 from cartilha.training.optimizer import StateSize
 from cartilha.training.trace import Computation
-from cartilha.training.update_rules import LEAN_OPTIMIZERS
+from cartilha.training.update_rules import has_lean_form
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def profiles(config: TrainConfig | PlanConfig, *, recomputes: bool) -> list[Prof
     """
     memory, adapter = config.memory, Adapter.of(config)
     lean = {"full": [False], "lean": [True], "auto": [False, True]}[memory]
-    if memory == "auto" and (config.optimizer not in LEAN_OPTIMIZERS or adapter is not None):
+    if memory == "auto" and (not has_lean_form(config.optimizer) or adapter is not None):
         lean = [False]
     adds_twice = recomputes and memory != "full"
     twice = [True] if config.gradient_checkpointing else [False, True] if adds_twice else [False]

@@ -10,7 +10,6 @@ import torch
 from transformers import PreTrainedModel
 
 from cartilha.training.optimizer import allocate_states, make_optimizer
-from cartilha.training.update_rules import ADAM_BETAS
 
 
 @dataclass
@@ -50,17 +49,10 @@ class TrainingState:
 
     @classmethod
     def begin(
-        cls,
-        model: PreTrainedModel,
-        dtype: torch.dtype,
-        *,
-        lr: float,
-        weight_decay: float,
-        optimizer: str = "adamw",
-        beta1: float = ADAM_BETAS[0],
+        cls, model: PreTrainedModel, dtype: torch.dtype, *, lr: float, weight_decay: float, optimizer: str = "adamw"
     ) -> TrainingState:
         """The state before step 1; gradients are scaled where the compute dtype is fp16."""
-        made = make_optimizer(model, lr, weight_decay, optimizer, beta1)
+        made = make_optimizer(model, lr, weight_decay, optimizer)
         allocate_states(model, made, optimizer)
         scaler = torch.amp.GradScaler(model.device.type, enabled=dtype == torch.float16)
         return cls(model, made, scaler, Progress())
