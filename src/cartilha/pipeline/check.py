@@ -146,7 +146,6 @@ def _subject(
     config: CheckConfig | TrainConfig, scorer: Scorer, store: TokenStore | None, samples: Samples, plan: RunPlan
 ) -> Subject:
     output = Path(config.output)
-    batch_tokens = resolve_batch_tokens(config.batch_tokens, config.block_size, scorer.loaded.model.device.type)
     of_adapter = isinstance(config, TrainConfig) and config.lora is not None
     return Subject(
         *(scorer.loaded, scorer.tokenizer, scorer.protocol),
@@ -154,7 +153,7 @@ def _subject(
         training=samples[1],
         store=store,
         block_size=config.block_size,
-        lr=resolve_lr(config.lr, plan.size.num_parameters, batch_tokens, of_adapter=of_adapter),
+        lr=resolve_lr(config.lr, plan.size.num_parameters, of_adapter=of_adapter),
         optimizer=plan.size.optimizer,
         micro_batch_size=plan.micro_batch_size,
         planned_bytes=plan.memory_bytes,

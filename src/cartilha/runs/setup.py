@@ -131,7 +131,7 @@ def is_finished_as_asked(config: TrainConfig, path: Path) -> bool:
 
 
 def _schedule(config: TrainConfig, num_parameters: int, steps_per_epoch: int) -> Schedule:
-    lr = resolve_lr(config.lr, num_parameters, config.batch_tokens, of_adapter=config.lora is not None)
+    lr = resolve_lr(config.lr, num_parameters, of_adapter=config.lora is not None)
     return Schedule(
         num_steps=_num_steps(config, steps_per_epoch),
         peak_lr=lr,
