@@ -118,7 +118,8 @@ class TrainConfig(ComputeOptions, AdapterOptions):
     micro_batch_size: Count = option("auto", "blocks per forward pass; auto fits the device's memory", minimum=1)
     lr: Rate = deciding(
         "auto",
-        "peak learning rate; auto: 3e-4 at 125 M parameters, lower for larger models, ten times that with --lora",
+        "peak learning rate; auto: 3e-4 at 125 M parameters, lower for larger models, ten times that with --lora, twice"
+        " that for random: models",
         above=0,
     )
     decay_from: str | None = deciding(
@@ -216,7 +217,7 @@ class PlanConfig(AdapterOptions):
     block_size: int | None = option(None, "tokens per block; default 256, 512, 1024 and 2048", minimum=2)
     batch_tokens: Count = option("auto", BATCH_HELP, minimum=1)
     epochs: int = option(1, "passes over the training documents", minimum=1)
-    optimizer: str = option("auto", f"how much memory its states take; {OPTIMIZER_HELP}")
+    optimizer: str = option("auto", f"{OPTIMIZER_HELP}; they differ in the memory of their states")
     gpus: int = option(1, "plan for so many cards of a kind, replicated and sharded (train --shard)", minimum=1)
     memory: Literal["auto", "full", "lean"] = option(
         "auto", "full: float32 weights; lean: bfloat16 weights and 8-bit moments; auto: the fullest that fits each card"

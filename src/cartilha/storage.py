@@ -78,9 +78,9 @@ def new_directory(path: Path, *, replace: bool = False, exist_ok: bool = False) 
         if replace and path.exists():
             _put_in_place_of(temporary, path)
         else:
-            if path.is_dir() and not any(path.iterdir()):
-                path.rmdir()
             try:
+                if path.is_dir() and not any(path.iterdir()):
+                    path.rmdir()
                 temporary.replace(path)
             except OSError:
                 if not (exist_ok and path.is_dir()):

@@ -109,10 +109,10 @@ def test_a_plan_counts_an_adapter(adapted):
     settings, recorded = adapted.results["settings"], json.loads((adapted.path / "plan.json").read_text())
     trained, frozen = settings["num_trained"], settings["num_parameters"] - settings["num_trained"]
     assert planned["num_trained"] == trained and planned["num_parameters"] == recorded["num_parameters"]
-    assert planned["state_bytes"] == 4 * frozen + 16 * trained
+    assert planned["state_bytes"] == 4 * frozen + 12 * trained
     for memory in (planned["rows"][0]["memory"], recorded["memory"]):
         assert memory["weights"] == 4 * (frozen + trained) and memory["gradients"] <= 4 * trained
-        assert memory["optimizer_states"] == 8 * trained
+        assert memory["optimizer_states"] == 4 * trained
 
 
 def test_what_cannot_be_is_said_in_a_sentence(adapted, store, tmp_path, refused, monkeypatch):

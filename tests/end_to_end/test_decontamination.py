@@ -51,6 +51,13 @@ def texts(store: str) -> set[str]:
     return {text for split in ("train", "validation") for text in opened.texts(split)}
 
 
+def test_the_questions_are_not_written_over(config):
+    before = Path("prova.jsonl").read_bytes()
+    with pytest.raises(UserError, match="is a text that is read"):
+        prepare(replace(config, rejects="prova.jsonl"))
+    assert Path("prova.jsonl").read_bytes() == before
+
+
 def test_documents_with_questions_are_left_out_counted_and_listed(config, caplog):
     caplog.set_level("INFO", "cartilha")
     result = prepare(config)

@@ -75,6 +75,20 @@ def test_a_plan_takes_the_optimizer_that_suits_each_devices_steps(cartilha):
     result = planned(cartilha, *TINY, "--device", "cpu", "t4", "--block_size", 256, "--skip_probe", "--memory", "full")
     assert {row["device"]: round(row["bytes_per_parameter"]) for row in result["profiles"]} == {"cpu": 12, "t4": 16}
     assert result["optimizer"] == "adamw" and result["state_bytes"] == 16 * result["num_parameters"]  # the larger ones
+    named = {device["device"]: (device["optimizer"], device["state_bytes"]) for device in result["devices"]}
+    assert named["cpu"] == ("rmsprop", 12 * result["num_parameters"]) and named["t4"][0] == "adamw"
+
+
+def test_large_blocks_make_large_steps_which_take_adamw(cartilha, tmp_path):
+    shape = {"vocab_size": 61, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    AutoConfig.for_model("llama", num_attention_heads=2, max_position_embeddings=2048, **shape).save_pretrained(
+        tmp_path
+    )
+    result = planned(cartilha, "--model", tmp_path, "--device", "cpu", "--skip_probe")
+    states = {row["block_size"]: row["memory"]["optimizer_states"] / result["num_parameters"] for row in result["rows"]}
+    assert states == {256: 4, 512: 4, 1024: 4, 2048: 8}
+    alone = planned(cartilha, "--model", tmp_path, "--device", "cpu", "--skip_probe", "--block_size", 2048)
+    assert alone["rows"] == [row for row in result["rows"] if row["block_size"] == 2048]
 
 
 @pytest.mark.parametrize("optimizer", ["rmsprop", "muon", "adafactor"])
@@ -117,7 +131,7 @@ def test_a_plan_says_where_a_cpu_keeps_freed_memory(cartilha):
 
 def test_this_machine_is_probed_and_the_rest_estimated(cartilha, monkeypatch):
     bodies = []
-    monkeypatch.setattr("cartilha.pipeline.plan.training_body", lambda *asked: bodies.append(asked[1:]))
+    monkeypatch.setattr("cartilha.pipeline.probe.training_body", lambda *asked: bodies.append(asked[1:]))
     result = planned(cartilha, *TINY, "--device", "auto", "h100")
     probed = {(row["device"], row["block_size"]) for row in result["rows"] if not row["estimated"]}
     assert probed == {("this machine", 512)}
@@ -132,7 +146,7 @@ def test_a_probe_that_does_not_fit_leaves_an_estimate(cartilha, monkeypatch):
     def full(*arguments: object, **settings: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("cartilha.pipeline.plan.train_steps", full)
+    monkeypatch.setattr("cartilha.pipeline.probe.train_steps", full)
     outcome = cartilha("plan", *TINY, "--device", "auto", "--json")
     assert outcome.code == 0 and "its speed is estimated" in outcome.err
     rows = json.loads(outcome.out)["rows"]

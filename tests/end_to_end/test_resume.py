@@ -107,7 +107,7 @@ class OnlySigns(torch.optim.Optimizer):
                 parameter.sub_(group["lr"] * mean.sign())
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adafactor", "of another package"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "adafactor", "of another package"])
 def test_every_optimizer_goes_on_to_the_bit(store, tmp_path, during_step, monkeypatch, optimizer):
     rule = UpdateRule(OnlySigns, lambda shape: {"mean": shape})
     monkeypatch.setitem(OPTIMIZERS, "of another package", (rule, rule))
@@ -157,6 +157,14 @@ def test_a_run_begun_before_rmsprop_keeps_adamw(store, tmp_path, during_step):
     run = Left(path)
     assert run.results["settings"]["optimizer"] == "adamw"
     assert_same_run(run, Left(tmp_path / "whole"))
+
+
+def test_lean_weights_are_no_way_for_a_run_whose_optimizer_has_no_such_form(store, tmp_path, during_step):
+    during_step({2: terminate})
+    with pytest.raises(InterruptedRunError):
+        start(store, tmp_path / "run", max_steps=4, optimizer="muon", dtype="auto")
+    with pytest.raises(UserError, match="muon has no form for bfloat16 weights"):
+        start(store, tmp_path / "run", max_steps=4, dtype="auto", memory="lean", resume="auto")
 
 
 @pytest.mark.parametrize(("batch_tokens", "optimizer"), [(2016, "rmsprop"), (2048, "adamw")])

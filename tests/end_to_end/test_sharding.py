@@ -39,6 +39,7 @@ SETTINGS = {
     "checkpoint_steps": 2,
     "seed": 3,
     "keep_last": 3,
+    "optimizer": "adamw",  # which a GPU's steps take
 }
 QUICK = ("--skip_english", "--skip_checks")
 

@@ -86,6 +86,7 @@ def test_the_automatic_rate_is_3e_4_at_125_million_parameters_and_falls_with_siz
     assert found[2] == pytest.approx(3e-4)
     assert found == sorted(found, reverse=True) and found[0] == 3e-3
     assert found[3] == pytest.approx(3e-4 / 8**0.5)
+    assert resolve_lr("auto", 125_000_000, is_fresh=True) == pytest.approx(6e-4)
     assert resolve_lr(0.5, 10**5) == 0.5
 
 
@@ -196,19 +197,19 @@ def test_planned_states_are_those_that_are_allocated(ref, optimizer, per_paramet
     assert each == per_parameter if optimizer in ("adamw", "rmsprop") else per_parameter < each < per_parameter + 2
 
 
+@pytest.mark.parametrize("make", [AdamW, RMSProp])
 @pytest.mark.parametrize("fused", [True, False])
-def test_a_skipped_step_leaves_weights_moments_and_counts_as_they_were(fused):
+def test_a_skipped_step_leaves_weights_moments_and_counts_as_they_were(fused, make):
     torch.manual_seed(0)
     start = torch.randn(5, 3)
 
     def after(skips: list[bool]) -> tuple[torch.Tensor, ...]:
         weight = start.clone().requires_grad_()
-        optimizer = torch.optim.AdamW([weight], lr=0.1, fused=fused)
+        optimizer = make([{"params": [weight], "weight_decay": 0.1}], lr=0.1, fused=fused)
         for skip in skips:
             weight.grad = torch.full_like(weight, math.nan) if skip else torch.sin(weight.detach())
             step_unless(torch.tensor(skip), optimizer)
-        state = optimizer.state[weight]
-        return weight.detach(), state["exp_avg"], state["exp_avg_sq"], state["step"]
+        return weight.detach(), *optimizer.state[weight].values()
 
     skipped, plain = after([True, False, True, True, False, False]), after([False, False, False])
     assert all(torch.equal(left, right) for left, right in zip(skipped, plain, strict=True))
@@ -235,16 +236,17 @@ def test_muon_leaves_a_step_out_as_the_host_would_and_steps_to_the_same_bits(mon
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("name", ["adamw", "rmsprop"])
 @pytest.mark.parametrize("norm_of_bound", [0.3, 4.0])  # the gradient is shorter than the bound, or longer
-def test_clipping_in_the_optimizers_step_is_clipping_before_it(norm_of_bound, monkeypatch):
+def test_clipping_in_the_optimizers_step_is_clipping_before_it(norm_of_bound, name, monkeypatch):
     def after() -> list[torch.Tensor]:
         model = with_gradients("random:tiny-opt")
         parameters = list(model.parameters())
-        optimizer = make_optimizer(model, 1e-2, 0.1)
+        optimizer = make_optimizer(model, 1e-2, 0.1, name)
         norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
         clip(parameters, norm.item() / norm_of_bound, norm, optimizer)
         step_unless(torch.tensor(False), optimizer)
-        return [optimizer.state[p][name] for p in parameters for name in ("exp_avg", "exp_avg_sq")] + parameters
+        return [value for p in parameters for value in optimizer.state[p].values()] + parameters
 
     expected = after()
     monkeypatch.setattr("cartilha.training.optimizer.CLIPS_IN_STEP", ("cpu",))  # as on CUDA

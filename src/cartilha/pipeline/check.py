@@ -146,21 +146,21 @@ def _subject(
     config: CheckConfig | TrainConfig, scorer: Scorer, store: TokenStore | None, samples: Samples, plan: RunPlan
 ) -> Subject:
     output = Path(config.output)
-    of_adapter = isinstance(config, TrainConfig) and config.lora is not None
+    of_adapter, is_fresh = getattr(config, "lora", None) is not None, config.model.startswith("random:")
     return Subject(
         *(scorer.loaded, scorer.tokenizer, scorer.protocol),
         held_out=samples[0],
         training=samples[1],
         store=store,
         block_size=config.block_size,
-        lr=resolve_lr(config.lr, plan.size.num_parameters, of_adapter=of_adapter),
+        lr=resolve_lr(config.lr, plan.size.num_parameters, of_adapter=of_adapter, is_fresh=is_fresh),
         optimizer=plan.size.optimizer,
         micro_batch_size=plan.micro_batch_size,
         planned_bytes=plan.memory_bytes,
         disk_bytes=space_needed(plan.size, output)[0],
         output=output,
         quick=not isinstance(config, CheckConfig) or config.quick,
-        is_random=config.model.startswith("random:"),
+        is_random=is_fresh,
     )
 
 

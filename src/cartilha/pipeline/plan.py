@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
-import numpy as np
-import torch
 from transformers import PretrainedConfig
 
-from cartilha.blocks.sampler import BlockSampler
 from cartilha.config import PlanConfig
 from cartilha.errors import UserError, counted, log
 from cartilha.machine.devices import choose_device, choose_dtype, dtype_name
 from cartilha.machine.memory import is_out_of_memory
-from cartilha.model.compiling import MIN_STEPS_TO_COMPILE, training_body
 from cartilha.model.configuration import context_length, whole_config
-from cartilha.model.load import load_model, load_with_adapter, look_at
+from cartilha.model.load import look_at
 from cartilha.model.parts import count_other_parameters, text_config
-from cartilha.model.recomputation import checkpoint_layers
 from cartilha.pipeline.expectation import expect
 from cartilha.pipeline.preflight import preflight
+from cartilha.pipeline.probe import probe
 from cartilha.reporting.notebook import plan_html
 from cartilha.runs.sharing import why_whole
 from cartilha.runs.sources import Mix
 from cartilha.runs.step_plan import refuse_beyond_context, this_machine, with_copy
-from cartilha.tokens.packed import PackedDocuments
 from cartilha.tokens.store import TokenStore
 from cartilha.training.checkpoint import space_needed
 from cartilha.training.device_facts import (
@@ -38,20 +33,15 @@ from cartilha.training.device_facts import (
     parameter_flops,
     utilization,
 )
-from cartilha.training.loop import StepSettings, train_steps
 from cartilha.training.memory import SAFETY, MemoryModel, StepMemory, best_step, check_states_fit, show_count
 from cartilha.training.optimizer import StateSize, resolve_batch_tokens
 from cartilha.training.profiles import Fit, Profile, fit, profiles
-from cartilha.training.schedule import Schedule
-from cartilha.training.state import TrainingState
 from cartilha.training.update_rules import resolve_optimizer
 from cartilha.units import parse_duration
 
 BLOCK_SIZES = (256, 512, 1024, 2048)
 MICRO_BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 THIS_MACHINE = "this machine"
-PROBE_TOKENS, PROBE_TOKENS_CUDA = 1024, 16_384  # per step
-PROBE_STEPS = 3  # the first is not counted
 
 
 @dataclass(frozen=True)
@@ -99,9 +89,9 @@ class _Planned:
 
     def row(self, block_size: int, size: int) -> dict[str, Any]:
         """The figures of one micro-batch size."""
-        config = self.config
+        config, memory = self.config, self._memory_at(block_size)
         blocks, share = self.blocks(block_size)
-        step = self.memory.step(size, block_size, accumulates=size < share)
+        step = memory.step(size, block_size, accumulates=size < share)
         fits = step.total <= SAFETY * self.facts.memory_bytes
         # Layers that are computed twice take another forward pass: 8 operations instead of 6.
         twice = 4 / 3 if self.profile.checkpointing and self.measured_at is None else 1.0
@@ -118,7 +108,7 @@ class _Planned:
             "block_size": block_size,
             "micro_batch_size": size,
             "profile": self.profile.name,
-            **self._memory(step),
+            **self._memory(memory, step),
             "fits": fits,
             "tokens_per_second": rate,
             "estimated": self.measured_at != block_size,
@@ -133,19 +123,29 @@ class _Planned:
     def recommended(self, row: dict[str, Any]) -> dict[str, Any]:
         """A row with the largest micro-batch that fits, for a step of `batch_tokens`; 0 if none fits."""
         blocks, share = self.blocks(row["block_size"])
-        size, step = best_step(self.memory, self.facts, row["block_size"], share)
+        memory = self._memory_at(row["block_size"])
+        size, step = best_step(memory, self.facts, row["block_size"], share)
         return row | {
             "batch_tokens": blocks * row["block_size"],
             "micro_batch_size": size,
             "gradient_accumulation_steps": -(-share // size) if size else None,
-            **self._memory(step),
+            **self._memory(memory, step),
             "fits": size > 0,
         }
 
-    def _memory(self, step: StepMemory) -> dict[str, Any]:
+    @cached_property
+    def _in_large_steps(self) -> MemoryModel:
+        return self.memory.with_size(self.profile.size(self.model, "adamw"))
+
+    def _memory_at(self, block_size: int) -> MemoryModel:
+        """The memory of steps of such blocks, whose tokens may decide the optimizer."""
+        optimizer = resolve_optimizer(self.config.optimizer, self.batch_tokens(block_size))
+        return self.memory if optimizer == self.memory.size.optimizer else self._in_large_steps
+
+    def _memory(self, memory: MemoryModel, step: StepMemory) -> dict[str, Any]:
         """With the copy of the state that exists while a checkpoint is written, as `train` plans longer runs."""
         if self.facts.is_host and self.memory.shares == 1:
-            step = with_copy(step, self.facts, self.memory.size) or step
+            step = with_copy(step, self.facts, memory.size) or step
         return {"memory_bytes": step.total, "memory": asdict(step)}
 
 
@@ -298,7 +298,7 @@ def _profile_lines(config: PlanConfig, facts: DeviceFacts, fits: Sequence[Fit]) 
     for found in fits:
         remedy = None
         if not found.micro_batch_size:
-            remedy = f"use {that_fits.options}" if that_fits else _elsewhere(config, found.step.total)
+            remedy = f"use {that_fits.options}" if that_fits else _elsewhere(config, found)
         lines.append(
             {
                 "device": f"{facts.name}/{found.shares}" if found.shares > 1 else facts.name,
@@ -314,8 +314,11 @@ def _profile_lines(config: PlanConfig, facts: DeviceFacts, fits: Sequence[Fit]) 
     return lines
 
 
-def _elsewhere(config: PlanConfig, needed: int) -> str:
-    """The smallest known card that holds so many bytes, or what else there is where no way fits a device."""
+def _elsewhere(config: PlanConfig, found: Fit) -> str:
+    """The smallest known card that holds what does not fit, or what else there is where no way fits a device."""
+    needed, size = found.step.total, found.size
+    if size.optimizer == "rmsprop" and config.optimizer == "auto":  # a card's larger steps take AdamW
+        needed += (1 if size.is_lean else 4) * size.num_trained
     cards = [card for card in KNOWN_DEVICES.values() if card.kind == "cuda" and needed <= SAFETY * card.memory_bytes]
     fitting = sorted((round(card.memory_bytes / GIB), card.name) for card in cards)
     if fitting:
@@ -350,6 +353,8 @@ def _device_values(device: _Planned) -> dict[str, Any]:
     return {
         "device": device.label,
         "memory_bytes": facts.memory_bytes,
+        "optimizer": device.memory.size.optimizer,
+        "state_bytes": device.fits[0].size.training_bytes,
         "dtype": dtype_name(facts.dtype),
         "attention": facts.kernel,
         "peak_flops": facts.peak_flops,
@@ -364,37 +369,11 @@ def _probed(device: _Planned, sizes: tuple[int, ...]) -> _Planned:
     if device.memory.shares > 1 or device.memory.size.training_bytes >= device.facts.memory_bytes:
         return device
     try:
-        return _probe(device, 512 if 512 in sizes else sizes[0])
+        block_size = 512 if 512 in sizes else sizes[0]
+        rate = probe(device.config.model, device.profile, device.memory, block_size)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-    log.warning("Memory ran out in the probe of this machine: its speed is estimated.")
-    return device
-
-
-def _probe(planned: _Planned, block_size: int) -> _Planned:
-    """Take a few real steps on this machine."""
-    device = torch.device(planned.facts.kind)
-    tokens = PROBE_TOKENS_CUDA if device.type == "cuda" else PROBE_TOKENS
-    ref, adapter = planned.config.model, planned.profile.adapter
-    if adapter is None:
-        loaded = load_model(ref, device, dtype=planned.profile.weights)
-    else:
-        loaded = load_with_adapter(ref, device, adapter)
-    if planned.profile.checkpointing:
-        checkpoint_layers(loaded.model)
-    blocks = max(1, tokens // block_size)
-    log.info("Probing this machine: %d steps of %s of %d tokens.", PROBE_STEPS, counted(blocks, "block"), block_size)
-    ids = np.random.default_rng(0).integers(0, 256, (blocks * PROBE_STEPS + 1, block_size - 1))
-    dtype, optimizer = planned.memory.dtype, planned.memory.size.optimizer
-    state = TrainingState.begin(loaded.model, dtype, lr=1e-6, weight_decay=0.0, optimizer=optimizer)
-    schedule = Schedule(PROBE_STEPS, 1e-6, warmup_fraction=0.0, final_lr_fraction=1.0)
-    documents = PackedDocuments.from_ids(list(ids), prefix_id=0, end_id=0)
-    sampler = BlockSampler(documents, block_size=block_size, blocks_per_step=blocks, seed=0)
-    began = time.perf_counter()
-    compiled = "never" if planned.profile.lean else "auto"  # as `train` does
-    body = training_body(loaded.model, compiled, MIN_STEPS_TO_COMPILE)
-    records = list(train_steps(state, sampler, schedule, StepSettings(dtype, blocks, body=body)))
-    rate = max(blocks * block_size / record.seconds for record in records[1:])
-    log.info("%s tokens/s, in %.0f s.", f"{rate:,.0f}", time.perf_counter() - began)
-    return replace(planned, flops=rate * _flops(planned.model, planned.memory.size, block_size), measured_at=block_size)
+        log.warning("Memory ran out in the probe of this machine: its speed is estimated.")
+        return device
+    return replace(device, flops=rate * _flops(device.model, device.memory.size, block_size), measured_at=block_size)

@@ -26,7 +26,7 @@ from cartilha.tokens.vocabulary import check_extendable, count_words, extend, le
 
 SIZES = (1000, 2000, 4000, 8000)  # extensions whose effect the report states
 HELD_OUT = 0.2  # of the documents: what an extension saves is counted on text that it was not learnt on
-TRAINING_BYTES = 16  # per parameter: weight, gradient and two moments, float32
+TRAINING_BYTES = 16  # per parameter: weight, gradient and AdamW's two moments, float32
 
 
 @dataclass(frozen=True)

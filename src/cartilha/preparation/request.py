@@ -76,8 +76,8 @@ def read_request(config: PrepareConfig) -> PrepareRequest:
     read = {"--validation_input": held_out, "--input": list(itertools.chain(*inputs))}
     _refuse_shared(targets, "--like", read, "give other texts as the target")
     sources = resolve_inputs([*held_out, *targets, *read["--input"]])
-    refuse_to_write_over(sources, config)
     questions = QuestionNames.of(config.decontaminate)
+    refuse_to_write_over([*sources, *questions.sources], config)
     _refuse_shared(questions.sources, "--decontaminate", read | {"--like": targets}, "name a benchmark's text")
     mixture = InputShares.of(config, inputs, sources) if config.weights else None
     return PrepareRequest(

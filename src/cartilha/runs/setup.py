@@ -52,7 +52,7 @@ from cartilha.training.optimizer import StateSize, resolve_batch_tokens, resolve
 from cartilha.training.profiles import Profile, fullest_fit, profiles
 from cartilha.training.schedule import Schedule
 from cartilha.training.state import TrainingState
-from cartilha.training.update_rules import resolve_optimizer
+from cartilha.training.update_rules import check_lean, resolve_optimizer
 from cartilha.units import parse_amount, parse_duration, parse_share
 
 
@@ -131,7 +131,8 @@ def is_finished_as_asked(config: TrainConfig, path: Path) -> bool:
 
 
 def _schedule(config: TrainConfig, num_parameters: int, steps_per_epoch: int) -> Schedule:
-    lr = resolve_lr(config.lr, num_parameters, of_adapter=config.lora is not None)
+    kind = {"of_adapter": config.lora is not None, "is_fresh": config.model.startswith("random:")}
+    lr = resolve_lr(config.lr, num_parameters, **kind)
     return Schedule(
         num_steps=_num_steps(config, steps_per_epoch),
         peak_lr=lr,
@@ -145,7 +146,7 @@ def _schedule(config: TrainConfig, num_parameters: int, steps_per_epoch: int) ->
 
 
 def _recorded(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings that a run began with; an option that did not exist then had what is now its default."""
+    """The settings that a run began with; an option that did not exist then had its default of then."""
     return {**TrainConfig().deciding_values(), "memory": "full", "optimizer": "adamw", **settings}
 
 
@@ -155,12 +156,13 @@ def _num_steps(config: TrainConfig, steps_per_epoch: int) -> int:
 
 def _begun_with(config: TrainConfig, recorded: dict[str, Any]) -> TrainConfig:
     """The configuration with what `auto` meant when the run began, of the tokens per step for blocks of that size."""
-    begun = {}
-    if config.batch_tokens == "auto" and recorded.get("block_size") == config.block_size:
-        begun["batch_tokens"] = recorded["batch_tokens"]
-    if config.optimizer == "auto" and recorded:
-        begun["optimizer"] = recorded["optimizer"]
-    return replace(config, **begun)
+    names = ["optimizer", "lr", "memory"] if recorded else []
+    if recorded.get("block_size") == config.block_size:
+        names.append("batch_tokens")
+    config = replace(config, **{name: recorded[name] for name in names if getattr(config, name) == "auto"})
+    if config.memory == "lean":
+        check_lean(config.optimizer)
+    return config
 
 
 def _asked(config: TrainConfig, schedule: Schedule) -> dict[str, Any]:
@@ -187,16 +189,14 @@ def assemble(config: TrainConfig, path: Path, prompts: GenerateConfig, resume: b
     # Of several processes the first looks for the checkpoint and reads it; those of a sharded model all read it.
     checkpoint = from_rank_0(newest_sound_checkpoint(path) if resume and is_main_process() else None)
     recorded = from_rank_0(_recorded(read_settings(checkpoint)) if checkpoint and is_main_process() else {})
-    # A resumed run keeps its compute dtype, tokens per step and optimizer: `auto` might choose otherwise elsewhere.
+    # A resumed run keeps its compute dtype and what else `auto` chose: it might choose otherwise on another machine.
     dtype = choose_dtype(recorded.get("dtype", "auto") if config.dtype == "auto" else config.dtype, device)
     config = _begun_with(config, recorded)
     batch_tokens = from_rank_0(resolve_batch_tokens(config.batch_tokens, config.block_size, device.type))
-    optimizer = resolve_optimizer(config.optimizer, batch_tokens)
-    config = replace(config, batch_tokens=batch_tokens, optimizer=optimizer)
+    config = replace(config, batch_tokens=batch_tokens, optimizer=resolve_optimizer(config.optimizer, batch_tokens))
     seed_everything(config.seed)
-    memory: Any = recorded.get("memory", "auto") if config.memory == "auto" else config.memory
     shape, share = _configuration(config, tokenizer), -(-batch_tokens // config.block_size // world()[1])
-    profile = from_rank_0(_profile(replace(config, memory=memory), shape, this_machine(device, dtype), share))
+    profile = from_rank_0(_profile(config, shape, this_machine(device, dtype), share))
     config = replace(config, memory=profile.memory, gradient_checkpointing=profile.checkpointing)
     dtype = torch.bfloat16 if profile.in_half and dtype == torch.float32 else dtype
     sharded = is_to_be_sharded(config, profile, shape, device, dtype)

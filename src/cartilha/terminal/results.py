@@ -171,9 +171,10 @@ _MEMORY = {"optimizer_states": "optimizer", "logits_chunk": "logits", "checkpoin
 
 
 def _plan(result: Values) -> Parts:
+    by_optimizer = {device["optimizer"]: device["state_bytes"] for device in result["devices"]}
+    states = ", ".join(f"of {name} {size / GIB:.2f} GiB" for name, size in by_optimizer.items())
     yield (
-        f"{result['model']}: {_parameters(result)}; weights, gradients and the states of "
-        f"{result['optimizer']} {result['state_bytes'] / GIB:.2f} GiB; checkpoints up to "
+        f"{result['model']}: {_parameters(result)}; weights, gradients and the states {states}; checkpoints up to "
         f"{result['disk_bytes'] / GIB:.1f} GiB of disk, and while one is written "
         f"{result['checkpoint_bytes'] / GIB:.2f} GiB of the host's memory"
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import functools
+from copy import copy
 from dataclasses import dataclass, replace
 
 import torch
@@ -72,6 +73,12 @@ class MemoryModel:
     def dtype(self) -> torch.dtype:
         """What a step computes in."""
         return self._how.dtype
+
+    def with_size(self, size: StateSize) -> MemoryModel:
+        """The same with other states."""
+        other = copy(self)
+        other.size = size
+        return other
 
     def step(self, micro_batch_size: int, block_size: int, *, accumulates: bool) -> StepMemory:
         """Memory of a step; where it has several micro-batches (`accumulates`), gradients lie beside activations."""

@@ -212,17 +212,21 @@ class StateSize:
 
 
 ADAPTER_RATE = 10  # times the rate of full training (docs/adapters.md)
+FRESH_RATE = 2  # times the rate of trained weights (docs/log.md)
 
 
-def resolve_lr(lr: float | Literal["auto"], num_parameters: int, *, of_adapter: bool = False) -> float:
+def resolve_lr(
+    lr: float | Literal["auto"], num_parameters: int, *, of_adapter: bool = False, is_fresh: bool = False
+) -> float:
     """The peak learning rate; `auto` is 3e-4 at 125 M parameters, and falls with the square root of their number.
 
-    It is the same for steps of 1,024 and of 8,192 tokens, since each takes the optimizer that suits it (docs/log.md).
-    It is at most 3e-3.
+    It is at most 3e-3, and supposes `--optimizer auto`: steps of 1,024 and of 8,192 tokens then want the same rate,
+    while AdamW would want a lower one in small steps (docs/log.md).
     """
     if lr != "auto":
         return lr
-    return min(3e-3, (ADAPTER_RATE if of_adapter else 1) * 3e-4 * math.sqrt(125e6 / num_parameters))
+    times = (ADAPTER_RATE if of_adapter else 1) * (FRESH_RATE if is_fresh else 1)
+    return min(3e-3, times * 3e-4 * math.sqrt(125e6 / num_parameters))
 
 
 def resolve_batch_tokens(batch_tokens: Count, block_size: int, device_type: str) -> int:

@@ -1,8 +1,9 @@
 """Memory profiles: what a training keeps, from the fullest to the leanest, and which of them fits a device.
 
-`full` keeps float32 weights, gradients and states: 16 bytes per parameter with AdamW. `lean` keeps bfloat16 weights and
-the optimizer's lean states, and gives gradients back in the backward pass of a step of one micro-batch: 4 bytes with
-AdamW, 2 with Adafactor. Either may compute layers a second time instead of keeping what they computed.
+`full` keeps float32 weights, gradients and states: 16 bytes per parameter with AdamW, 12 with RMSProp. `lean` keeps
+bfloat16 weights and the optimizer's lean states, and gives gradients back in the backward pass of a step of one
+micro-batch: 4 bytes with AdamW, 3 with RMSProp, 2 with Adafactor. Either may compute layers a second time instead of
+keeping what they computed.
 """
 
 from __future__ import annotations
