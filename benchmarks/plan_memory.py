@@ -42,10 +42,12 @@ FRESH: dict[str, dict[str, Any]] = {  # shapes with the embedded model's vocabul
     },
 }  # fmt: skip
 SMALL = ("opt-125m", "gpt2-250m", "llama-500m")
-PROFILES: dict[str, dict[str, Any]] = {
+PROFILES: dict[str, dict[str, Any]] = {  # with AdamW, if no other optimizer is named
     "full": {"memory": "full"},
+    "full, rmsprop": {"memory": "full", "optimizer": "rmsprop"},
     "full, layers twice": {"memory": "full", "gradient_checkpointing": True},
     "lean": {"memory": "lean"},
+    "lean, rmsprop": {"memory": "lean", "optimizer": "rmsprop"},
     "lean, layers twice": {"memory": "lean", "gradient_checkpointing": True},
     "leanest": {"memory": "lean", "gradient_checkpointing": True, "optimizer": "adafactor"},
     "lora": {"lora": 16},
@@ -90,7 +92,7 @@ def run_once(ref: str, store: str, output: str, profile: str, shape: str, dtype:
     config = TrainConfig(
         model=ref, store=store, output=output, block_size=block_size, batch_tokens=block_size * blocks,
         micro_batch_size=micro_batch, max_steps=3, dtype=dtype, validation_tokens=300, skip_checks=True,
-        skip_english=True, checkpoint_minutes=0, **PROFILES[profile],
+        skip_english=True, checkpoint_minutes=0, **{"optimizer": "adamw", **PROFILES[profile]},
     )  # fmt: skip
     try:
         command.train(config, prompts=GenerateConfig(prompt=("a",), max_new_tokens=2))

@@ -17,6 +17,7 @@ Values = dict[str, Any]
 MAX_INPUTS = 8
 BOTH = ("before", "after")
 OPT_LICENCE = "opt-175b"
+OPTIMIZER_NAMES = {"rmsprop": "rmsprop (AdamW, beta1 = 0)"}  # torch's RMSprop is another
 # Types of models that other programs read, by their documentation of 2026.
 VLLM = {"llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "opt", "gpt2", "gpt_neox"}
 VLLM |= {"gptj", "bloom", "phi", "phi3", "falcon", "mpt", "stablelm", "olmo", "olmo2", "starcoder2", "granite", "mamba"}
@@ -231,7 +232,7 @@ class CardParts:
             block=say.number(settings["block_size"]),
             batch=say.number(settings["batch_tokens"]),
             lr=f"{settings['lr']:.2g}" if say.language == "en" else f"{settings['lr']:.2g}".replace(".", ","),
-            optimizer=settings.get("optimizer", "adamw"),
+            optimizer=OPTIMIZER_NAMES.get(found := settings.get("optimizer", "adamw"), found),
             **{"steps": steps, "seed": settings["seed"], "dtype": settings["dtype"]},
         )
         versions = ", ".join(f"{name} {version}" for name, version in (results.get("versions") or {}).items())
