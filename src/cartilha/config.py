@@ -118,8 +118,8 @@ class TrainConfig(ComputeOptions, AdapterOptions):
     micro_batch_size: Count = option("auto", "blocks per forward pass; auto fits the device's memory", minimum=1)
     lr: Rate = deciding(
         "auto",
-        "peak learning rate; auto: 3e-4 at 125 M parameters, lower for larger models, ten times that with --lora, twice"
-        " that for random: models",
+        "peak learning rate; auto: 3e-4 at 125 M parameters and steps of 2,048 tokens or more, lower for larger models"
+        " and smaller steps, ten times that with --lora, three times for random: models",
         above=0,
     )
     decay_from: str | None = deciding(

@@ -183,7 +183,9 @@ def test_advice_trains_each_for_its_share_of_the_time(cartilha, refused, corpus:
         assert results["settings"]["embeddings_first"] == (0 if name == "keep" else 0.05)
         rates[name] = results["settings"]["lr"]
         sizes[name] = results["settings"]["num_parameters"]
-    assert rates == dict.fromkeys(rates, resolve_lr("auto", sizes["keep"]))  # the base's, whatever is added
+    assert rates == dict.fromkeys(
+        rates, resolve_lr("auto", sizes["keep"], 128, is_fresh=True)
+    )  # the base's, whatever is added
     assert seconds == dict.fromkeys(seconds, 0.5)
     # The held-out documents are nobody's teachers: the extension was learnt on the training side alone.
     train_side = [document.text for document in TokenStore(work / "keep/store").read_documents("train")]

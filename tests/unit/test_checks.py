@@ -507,5 +507,7 @@ def test_the_rate_is_that_of_the_training_to_come(config):
     )
     plan = SimpleNamespace(size=size, micro_batch_size=1, memory_bytes=0)
     subject = check._subject(config, scorer, None, (None, None), plan)
-    assert subject.lr == resolve_lr("auto", size.num_parameters, of_adapter=isinstance(config, TrainConfig))
+    small_step, of_adapter = 1024, isinstance(config, TrainConfig)
+    assert subject.lr == resolve_lr("auto", size.num_parameters, small_step, of_adapter=of_adapter)
+    assert subject.lr != resolve_lr("auto", size.num_parameters)
     assert subject.optimizer == size.optimizer

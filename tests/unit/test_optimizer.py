@@ -86,8 +86,13 @@ def test_the_automatic_rate_is_3e_4_at_125_million_parameters_and_falls_with_siz
     assert found[2] == pytest.approx(3e-4)
     assert found == sorted(found, reverse=True) and found[0] == 3e-3
     assert found[3] == pytest.approx(3e-4 / 8**0.5)
-    assert resolve_lr("auto", 125_000_000, is_fresh=True) == pytest.approx(6e-4)
+    assert resolve_lr("auto", 125_000_000, is_fresh=True) == pytest.approx(9e-4)
     assert resolve_lr(0.5, 10**5) == 0.5
+
+
+def test_the_automatic_rate_falls_with_the_square_root_of_small_steps_and_not_of_large_ones():
+    by_step = {tokens: resolve_lr("auto", 125_000_000, tokens) for tokens in (512, 2048, 8192)}
+    assert by_step == {512: pytest.approx(1.5e-4), 2048: pytest.approx(3e-4), 8192: pytest.approx(3e-4)}
 
 
 @pytest.mark.parametrize("fused", [True, False])

@@ -219,7 +219,7 @@ def _store_tab(page: gr.Blocks, answers: Answers) -> None:
     with gr.Row(elem_classes="actions"):
         number = gr.Number(1, label=say("number"), precision=0, minimum=1, elem_id="number")
         block_size = gr.Number(512, label=say("block_size"), precision=0, minimum=1, visible=False)
-        seed = gr.Number(0, label=say("seed"), precision=0, visible=False)
+        seed = gr.Number(0, label=say("seed"), precision=0, minimum=0, visible=False)
         epoch = gr.Number(1, label=say("epoch"), precision=0, minimum=1, visible=False)
     with gr.Row(elem_classes="actions"):
         back = gr.Button(say("previous"), size="sm")

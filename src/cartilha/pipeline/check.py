@@ -146,6 +146,7 @@ def _subject(
     config: CheckConfig | TrainConfig, scorer: Scorer, store: TokenStore | None, samples: Samples, plan: RunPlan
 ) -> Subject:
     output = Path(config.output)
+    batch_tokens = resolve_batch_tokens(config.batch_tokens, config.block_size, scorer.loaded.model.device.type)
     of_adapter, is_fresh = getattr(config, "lora", None) is not None, config.model.startswith("random:")
     return Subject(
         *(scorer.loaded, scorer.tokenizer, scorer.protocol),
@@ -153,7 +154,7 @@ def _subject(
         training=samples[1],
         store=store,
         block_size=config.block_size,
-        lr=resolve_lr(config.lr, plan.size.num_parameters, of_adapter=of_adapter, is_fresh=is_fresh),
+        lr=resolve_lr(config.lr, plan.size.num_parameters, batch_tokens, of_adapter=of_adapter, is_fresh=is_fresh),
         optimizer=plan.size.optimizer,
         micro_batch_size=plan.micro_batch_size,
         planned_bytes=plan.memory_bytes,

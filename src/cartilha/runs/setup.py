@@ -132,7 +132,7 @@ def is_finished_as_asked(config: TrainConfig, path: Path) -> bool:
 
 def _schedule(config: TrainConfig, num_parameters: int, steps_per_epoch: int) -> Schedule:
     kind = {"of_adapter": config.lora is not None, "is_fresh": config.model.startswith("random:")}
-    lr = resolve_lr(config.lr, num_parameters, **kind)
+    lr = resolve_lr(config.lr, num_parameters, config.batch_tokens, **kind)
     return Schedule(
         num_steps=_num_steps(config, steps_per_epoch),
         peak_lr=lr,

@@ -20,7 +20,7 @@ from cartilha.model.parts import count_other_parameters, text_config
 from cartilha.model.sharding import zeros_beside
 from cartilha.training.muon import Muon
 from cartilha.training.trace import idle_parameters, model_without_contents
-from cartilha.training.update_rules import LEAN_OPTIMIZERS, OPTIMIZERS, UpdateRule, state_itemsize
+from cartilha.training.update_rules import LEAN_OPTIMIZERS, OPTIMIZERS, SMALL_STEP, UpdateRule, state_itemsize
 
 
 def _by_rule(model: PreTrainedModel, name: str) -> dict[UpdateRule, list[nn.Parameter]]:
@@ -212,21 +212,26 @@ class StateSize:
 
 
 ADAPTER_RATE = 10  # times the rate of full training (docs/adapters.md)
-FRESH_RATE = 2  # times the rate of trained weights (docs/log.md)
+FRESH_RATE = 3  # times the rate of trained weights (docs/log.md)
 
 
 def resolve_lr(
-    lr: float | Literal["auto"], num_parameters: int, *, of_adapter: bool = False, is_fresh: bool = False
+    lr: float | Literal["auto"],
+    num_parameters: int,
+    batch_tokens: Count = "auto",
+    *,
+    of_adapter: bool = False,
+    is_fresh: bool = False,
 ) -> float:
-    """The peak learning rate; `auto` is 3e-4 at 125 M parameters, and falls with the square root of their number.
+    """The peak learning rate; `auto` is 3e-4 at 125 M parameters and falls with the square root of their number.
 
-    It is at most 3e-3, and supposes `--optimizer auto`: steps of 1,024 and of 8,192 tokens then want the same rate,
-    while AdamW would want a lower one in small steps (docs/log.md).
+    Below `SMALL_STEP` tokens per step it also falls with the square root of these (docs/log.md). It is at most 3e-3.
     """
     if lr != "auto":
         return lr
+    small = 1.0 if batch_tokens == "auto" else min(1.0, batch_tokens / SMALL_STEP)
     times = (ADAPTER_RATE if of_adapter else 1) * (FRESH_RATE if is_fresh else 1)
-    return min(3e-3, times * 3e-4 * math.sqrt(125e6 / num_parameters))
+    return min(3e-3, times * 3e-4 * math.sqrt(small * 125e6 / num_parameters))
 
 
 def resolve_batch_tokens(batch_tokens: Count, block_size: int, device_type: str) -> int:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 ADAM_BETAS = (0.9, 0.95)
 EPSILON = 1e-8  # AdamW's
-SMALL_STEP = 2048  # tokens; steps of fewer take RMSProp
+SMALL_STEP = 2048  # tokens; steps of fewer take RMSProp, and a lower rate
 # The first is as small as a float32 square allows: torch's 1e-7 is above the mean squares of a clipped gradient. With a
 # second one of 1, steps do not shrink with the weights, so that a rate means about what it means to AdamW.
 ADAFACTOR_EPSILONS = (1e-16, 1.0)
