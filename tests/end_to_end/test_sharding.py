@@ -151,7 +151,7 @@ def test_lean_weights_are_never_silently_whole_in_each_process(caplog, monkeypat
     lean, shape = Profile(lean=True, checkpointing=False), model_config("random:tiny")
 
     def is_sharded(shard: Literal["auto", "full"]) -> bool:
-        config = TrainConfig(model="random:tiny", block_size=32, shard=shard)
+        config = TrainConfig(model="random:tiny", block_size=32, shard=shard, optimizer="adamw")
         return is_to_be_sharded(config, lean, shape, torch.device("cpu"), torch.bfloat16)
 
     with pytest.raises(UserError, match="since it is trained with --memory lean, which works on whole weights"):
