@@ -283,9 +283,11 @@ def file_sha256(path: Path) -> str:
 
 
 def refuse_to_replace(option: str, path: Path, suffix: str) -> None:
-    """Refuse, with a UserError, to write a file of a kind over a directory or a file of another kind."""
+    """Refuse, with a UserError, to write a file over a directory or a file of another kind, or into a store."""
     if path.is_dir():
         raise UserError(f"--{option} {path} is a directory; name a file.")
+    if (path.parent / "store.json").is_file():
+        raise UserError(f"--{option} {path} lies in a token store, which holds nothing else; name another folder.")
     if path.is_file() and path.suffix.lower() != suffix:
         raise UserError(
             f"--{option} {path} is there already and is no {suffix} file; choose another name for the new one."

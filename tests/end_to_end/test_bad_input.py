@@ -356,6 +356,17 @@ def test_a_file_to_write_is_not_a_text_that_is_read(refused: Refused, tmp_path, 
     assert path.read_bytes() == before
 
 
+def test_two_options_do_not_write_one_file_and_none_writes_into_a_store(refused: Refused, store, tmp_path):
+    evaluate = ["evaluate", *TINY, "--input", "primer"]
+    sentence = refused(*evaluate, "--save", tmp_path / "a.parquet", "--per_token", tmp_path / "a.parquet")
+    assert "a.parquet is the file of --per_token too" in sentence
+    own = next(store.glob("*.parquet"))
+    before = own.read_bytes()
+    assert "lies in a token store" in refused(*evaluate, "--save", own)
+    assert "lies in a token store" in refused(*evaluate, "--per_token", store / "novo.parquet")
+    assert own.read_bytes() == before
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows does not remove a working directory")
 def test_a_working_directory_that_was_removed(refused: Refused, tmp_path, monkeypatch):
     (tmp_path / "gone").mkdir()

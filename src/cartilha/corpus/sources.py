@@ -108,12 +108,15 @@ def resolve_inputs(refs: Sequence[str | Source], left_out: LeftOut | None = None
 
 
 def refuse_to_write_over(sources: Sequence[Source], config: Settings) -> None:
-    """Refuse, with a UserError, an option of a file to write that names one of these texts."""
-    files = {source.path.resolve() for source in sources if isinstance(source, SourceFile)}
+    """Refuse, with a UserError, an option of a file to write that names one of these texts, or the file of another."""
+    files = [source.path.resolve() for source in sources if isinstance(source, SourceFile)]
+    taken = dict.fromkeys(files, "is a text that is read")
     for item in options(type(config)):
         value = getattr(config, item.name)
-        if "writes" in item.metadata and value and Path(value).resolve() in files:
-            raise UserError(f"--{item.name} {value} is a text that is read; choose another name.")
+        if "writes" in item.metadata and value:
+            if what := taken.get(path := Path(value).resolve()):
+                raise UserError(f"--{item.name} {value} {what}; choose another name.")
+            taken[path] = f"is the file of --{item.name} too"
 
 
 def _with_distinct_names(sources: list[Source]) -> list[Source]:

@@ -190,9 +190,9 @@ def _announce(run: Run) -> None:
     step = f"{counted(schedule.num_steps, 'step')} of {counted(sampler.tokens_per_step, 'token')}"
     blocks = f"{counted(sampler.blocks_per_step, 'block')} of {sampler.block_size}"
     log.info(
-        "Training %s (%s): %s (%s, micro-batch %d), %s on %s, lr %.2g.",
+        "Training %s (%s): %s (%s, micro-batch %d), %s on %s, %s, lr %.2g.",
         *(run.config.model, _size(run), step, blocks, run.plan.micro_batch_size),
-        *(run.settings["dtype"], run.loaded.model.device.type, schedule.peak_lr),
+        *(run.settings["dtype"], run.loaded.model.device.type, run.config.optimizer, schedule.peak_lr),
     )
     if run.mix is not None:
         log.info("An epoch is %s, in which --store is read once.", counted(sampler.steps_per_epoch, "step"))

@@ -186,7 +186,9 @@ def _plan(result: Values) -> Parts:
         cells.append(f"{row['memory_bytes'] / GIB:.1f}" if row["fits"] else "-")
     sizes = dict.fromkeys(f"x {row['micro_batch_size']}" for row in result["rows"])
     yield FittingTable(("GiB by micro-batch", "block", *sizes), places.values())
-    yield FittingTable(_PROFILE_TITLES, map(_profile, result["profiles"]), words=(0, 6))
+    shown_columns = len(_PROFILE_TITLES) - all(row["remedy"] is None for row in result["profiles"])
+    profiles = [_profile(row)[:shown_columns] for row in result["profiles"]]
+    yield FittingTable(_PROFILE_TITLES[:shown_columns], profiles, words=(0, shown_columns - 1))
     yield _speeds(result)
     shown: dict[str, Values] = {}
     some_shard = any(row["sharded"] for row in result["recommended"])

@@ -298,6 +298,9 @@ def read_settings(path: Path) -> dict[str, Any]:
     return dict(_read_state(path)["settings"])
 
 
+ALLOW_CHANGES = "use the old ones, another --output, or --allow_changes."
+
+
 def check_settings(
     recorded: dict[str, Any], current: dict[str, Any], run: Path, *, allow_changes: bool = False
 ) -> None:
@@ -316,7 +319,9 @@ def check_settings(
             )
     differences = "; ".join(f"{name} was {_shown(recorded, name)}, now {_shown(current, name)}" for name in changed)
     if not allow_changes:
-        remedy = _remedy_if_dropped(run) or "use the old ones, another --output, or --allow_changes."
+        lasting = {"optimizer", "memory"} & set(changed)  # which --allow_changes does not help with
+        ways = "use the old ones or another --output." if lasting else ALLOW_CHANGES
+        remedy = _remedy_if_dropped(run) or ways
         raise UserError(f"The run {run} cannot go on with other settings ({differences}); {remedy}")
     log.warning(
         "The run %s goes on with other settings (%s): it is no longer the run of one command, and steps keep their "

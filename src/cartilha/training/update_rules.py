@@ -156,6 +156,6 @@ def check_lean(name: str) -> None:
     """Refuse, with a UserError, an optimizer that has no form for bfloat16 weights."""
     if not has_lean_form(name):
         raise UserError(
-            f"The optimizer {name} has no form for bfloat16 weights; with --memory lean choose --optimizer "
-            f"{' or '.join(LEAN_OPTIMIZERS)}."
+            f"The optimizer {name} has no form for bfloat16 weights; with --memory lean choose one of "
+            f"{', '.join(LEAN_OPTIMIZERS)}."
         )
