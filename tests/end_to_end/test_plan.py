@@ -76,6 +76,10 @@ def test_a_plan_takes_the_optimizer_that_suits_each_devices_steps(cartilha):
     assert {row["device"]: round(row["bytes_per_parameter"]) for row in result["profiles"]} == {"cpu": 12, "t4": 16}
     assert result["optimizer"] == "adamw" and result["state_bytes"] == 16 * result["num_parameters"]  # the larger ones
     named = {device["device"]: (device["optimizer"], device["state_bytes"]) for device in result["devices"]}
+    for profile in result["profiles"]:  # as the rows have it
+        asked = profile["device"], profile["micro_batch_size"]
+        rows = {(row["device"], row["micro_batch_size"]): row["memory_bytes"] for row in result["rows"]}
+        assert rows[asked] == profile["memory_bytes"]
     assert named["cpu"] == ("rmsprop", 12 * result["num_parameters"]) and named["t4"][0] == "adamw"
 
 

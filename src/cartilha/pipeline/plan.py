@@ -143,10 +143,13 @@ class _Planned:
         return self.memory if optimizer == self.memory.size.optimizer else self._in_large_steps
 
     def _memory(self, memory: MemoryModel, step: StepMemory) -> dict[str, Any]:
-        """With the copy of the state that exists while a checkpoint is written, as `train` plans longer runs."""
-        if self.facts.is_host and self.memory.shares == 1:
-            step = with_copy(step, self.facts, memory.size) or step
+        step = _with_copy(step, self.facts, memory.size, self.memory.shares)
         return {"memory_bytes": step.total, "memory": asdict(step)}
+
+
+def _with_copy(step: StepMemory, facts: DeviceFacts, size: StateSize, shares: int) -> StepMemory:
+    """With the copy of the state that exists while a checkpoint is written, as `train` plans longer runs."""
+    return (with_copy(step, facts, size) or step) if facts.is_host and shares == 1 else step
 
 
 def _to_read(config: PlanConfig, store: TokenStore | None) -> tuple[int | None, list[dict[str, Any]]]:
@@ -306,7 +309,7 @@ def _profile_lines(config: PlanConfig, facts: DeviceFacts, fits: Sequence[Fit]) 
                 "block_size": found.block_size,
                 "micro_batch_size": found.micro_batch_size,
                 "bytes_per_parameter": found.size.training_bytes / found.size.num_parameters / found.shares,
-                "memory_bytes": found.step.total,
+                "memory_bytes": _with_copy(found.step, facts, found.size, found.shares).total,
                 "fits": found.micro_batch_size > 0,
                 "remedy": remedy,
             }
