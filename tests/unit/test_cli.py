@@ -347,7 +347,7 @@ def test_the_help_of_a_job_shows_its_recipes_defaults(capsys):
     for arguments in (["demo", "--help"], ["run", "demo", "-h"]):
         assert main(arguments) == 0
         text = " ".join(capsys.readouterr().out.split())
-        for shown in ("(default: package:llm-", "default: 32)", "default: 0.0002)", "default: 'primer')"):
+        for shown in ("(default: package:llm-", "default: 32)", "default: 1024)", "default: 'primer')"):
             assert shown in text
 
 
@@ -655,7 +655,7 @@ def test_options_override_a_recipe_and_its_lists(settings):
         *("run", "demo", "--train.lr", "1e-5", "--train.max_steps=3", "--generate.prompt", "Um", "--generate.prompt"),
         *("Dois", "--prepare.input", "a.txt", "--model", "random:tiny", "--train.dropout"),
     )
-    assert (given["train"].pop("lr"), recipe["train"].pop("lr")) == (1e-5, 2e-4)
+    assert (given["train"].pop("lr"), recipe["train"].pop("lr")) == (1e-5, "auto")
     assert (given["train"].pop("max_steps"), recipe["train"].pop("max_steps")) == (3, 32)
     assert given["generate"]["prompt"] == ["Um", "Dois"] and len(recipe["generate"]["prompt"]) == 3
     assert given["prepare"]["input"] == ["a.txt"] and recipe["prepare"]["input"] == ["primer"]
