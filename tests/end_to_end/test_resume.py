@@ -59,12 +59,13 @@ def test_interrupted_twice_equals_unbroken(unbroken, store, tmp_path, during_ste
     assert_same_run(run, unbroken)
 
 
-def test_automatic_tokens_per_step_stay_those_that_the_run_began_with(store, tmp_path, during_step, monkeypatch):
-    changes = {"batch_tokens": "auto", "max_steps": 3, "model": "random:tiny"}
+def test_automatic_steps_and_rates_stay_those_that_the_run_began_with(store, tmp_path, during_step, monkeypatch):
+    changes = {"batch_tokens": "auto", "lr": "auto", "max_steps": 3, "model": "random:tiny"}
     during_step({1: terminate})
     with pytest.raises(InterruptedRunError):
         start(store, tmp_path / "run", **changes)
     monkeypatch.setattr("cartilha.training.optimizer.AUTO_BATCH_TOKENS", {"cpu": 8192})  # as on another device
+    monkeypatch.setattr("cartilha.training.optimizer.FRESH_RATE", 0.01)  # as in another version
     start(store, tmp_path / "run", **changes, resume="auto")
     settings = Left(tmp_path / "run").results["settings"]
     assert settings["batch_tokens"] == 1024 // settings["block_size"] * settings["block_size"]
@@ -258,6 +259,7 @@ def test_going_on_with_other_settings_is_refused_by_name(unbroken, stopped, stor
         with pytest.raises(UserError, match="other settings") as caught:
             start(store, path, resume="auto", **changes)
         assert named in str(caught.value)
+        assert "optimizer" not in changes or "--allow_changes" not in str(caught.value)  # it would not help
         assert (path / "results.json").read_bytes() == (run / "results.json").read_bytes()
 
 

@@ -155,7 +155,7 @@ def _num_steps(config: TrainConfig, steps_per_epoch: int) -> int:
 
 
 def _begun_with(config: TrainConfig, recorded: dict[str, Any]) -> TrainConfig:
-    """The configuration with what `auto` meant when the run began, of the tokens per step for blocks of that size."""
+    """The configuration in which `auto` is what the run began with; tokens per step only if its blocks are as long."""
     names = ["optimizer", "lr", "memory"] if recorded else []
     if recorded.get("block_size") == config.block_size:
         names.append("batch_tokens")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cartilha.training.rmsprop import step_adamw
-from cartilha.training.update_rules import ADAFACTOR_EPSILONS, CODE_BLOCK, SLICE, Groups
+from cartilha.training.update_rules import ADAFACTOR_EPSILONS, CODE_BLOCK, FUSED_ON, SLICE, Groups
 
 _DROPPED_BITS = 12  # of a float32 number, when its code is looked up: 11 bits of the mantissa are left
 
@@ -109,7 +109,7 @@ class AdamW8bit(SteppedInSlices):
         means = [found["exp_avg"]] if "exp_avg" in found else None
         # Only `step` is counted up by torch: it needs the number of steps before this one.
         steps = [torch.full((), step - 1.0, device=weights.device)]
-        how = {**group, "fused": weights.device.type in ("cpu", "cuda")}
+        how = {**group, "fused": weights.device.type in FUSED_ON}
         step_adamw([weights], [gradient], (means, [found["exp_avg_sq"]]), steps, how)
         for name, signed in coded.items():
             _encode(found[name], state[f"{name}_codes"], state[f"{name}_scale"], signed)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 ADAM_BETAS = (0.9, 0.95)
 EPSILON = 1e-8  # AdamW's
+FUSED_ON = ("cpu", "cuda")  # devices with a kernel that makes one pass over weights, gradients and states
 SMALL_STEP = 2048  # tokens; steps of fewer take RMSProp, and a lower rate
 # The first is as small as a float32 square allows: torch's 1e-7 is above the mean squares of a clipped gradient. With a
 # second one of 1, steps do not shrink with the weights, so that a rate means about what it means to AdamW.
@@ -59,8 +60,7 @@ def state_itemsize(key: str) -> int:
 
 
 def _fused(groups: Groups) -> bool:
-    """Whether the device has a kernel that makes one pass over weights, gradients and states."""
-    return next(parameter.device.type for group in groups for parameter in group["params"]) in ("cpu", "cuda")
+    return next(parameter.device.type for group in groups for parameter in group["params"]) in FUSED_ON
 
 
 def _adamw(groups: Groups, lr: float) -> Optimizer:
